@@ -1,0 +1,9 @@
+"""Checkpoints in safetensors: find, check, read whole tensors or ranges of them, write."""
+
+from surgery.checkpoint.checkpoint import Checkpoint
+from surgery.checkpoint.header import TensorEntry
+from surgery.checkpoint.index import Index
+from surgery.checkpoint.reader import Reader
+from surgery.checkpoint.writer import write_checkpoint
+
+__all__ = ["Checkpoint", "Index", "Reader", "TensorEntry", "write_checkpoint"]

@@ -1,0 +1,91 @@
+"""A checkpoint, opened: found, downloaded if need be, and checked, with no weight read yet."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint.header import TensorEntry, parse_json
+from surgery.checkpoint.hub import resolve
+from surgery.checkpoint.index import Index
+from surgery.checkpoint.prequantized import require_unquantized
+from surgery.checkpoint.reader import Reader
+from surgery.errors import CheckpointError
+
+__all__ = ["Checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Checkpoint:
+    """An unquantized safetensors checkpoint that can be read.
+
+    `source` is what the user gave; `path` the folder it is in; `revision` the commit, for a hub id, else
+    None; `config` the content of `config.json`, None where there is none.
+    """
+
+    source: str
+    path: Path
+    revision: str | None
+    index: Index
+    config: dict[str, Any] | None
+
+    @classmethod
+    def open(
+        cls,
+        path_or_hub_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Checkpoint:
+        """Open a folder, a `*.safetensors` file, or a hub id (see `surgery.checkpoint.hub.resolve`).
+
+        Reads headers only. For a hub id in a distributed job, every rank has to call it.
+        Raises `CheckpointError` for whatever would make the checkpoint unusable.
+        """
+        found = resolve(path_or_hub_id, revision=revision, token=token)
+        folder = found.path if found.path.is_dir() else found.path.parent
+        config = _read_config(folder)
+        index = Index.open(found.path)
+        require_unquantized(index, config, path=found.path)
+        return cls(
+            source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, in the order of the files."""
+        return self.index.names()
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor `name` lies. Raises `WeightsMismatchError` if the checkpoint does not hold it."""
+        return self.index.entry(name)
+
+    def reader(self) -> Reader:
+        """A new reader, to be used as a context manager."""
+        return Reader(self.index)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.index
+
+    def __repr__(self) -> str:
+        dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in self.index.values())
+        at = "" if self.revision is None else f" at {self.revision[:12]}"
+        return (
+            f"<Checkpoint {self.source}{at}: {len(self.index)} tensors in {len(self.index.files)} files, "
+            f"{self.index.total_bytes / 1e9:.3g} GB, {', '.join(dtype for dtype, _ in dtypes.most_common())}>"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"Cannot read the model's config {file}: {error}.", path=file) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"Expected a JSON object in {file}, found {type(config).__name__}.", path=file)
+    return config

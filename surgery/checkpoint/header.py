@@ -1,0 +1,233 @@
+"""The header of one safetensors file: parsed by us, and checked completely, before any weight is read.
+
+Layout (https://github.com/huggingface/safetensors#format): eight bytes, a little-endian length N; N bytes of
+JSON; then the tensors' bytes, back to back. The JSON maps a tensor's name to its dtype, shape and
+`data_offsets`, which count from the end of the header. Being ours, the parser knows the absolute range of
+every tensor, works on any source of bytes, and names the file and the tensor in each error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeGuard
+
+import torch
+
+from surgery.errors import CheckpointError
+
+__all__ = [
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "Header",
+    "TensorEntry",
+    "parse_header",
+    "parse_json",
+    "read_header",
+]
+
+LENGTH_BYTES = 8
+
+# The same limit as the reference implementation: a corrupt length must not become an allocation.
+MAX_HEADER_BYTES = 100_000_000
+
+# What a clone without Git LFS leaves in place of a large file begins with "version https://git-lfs".
+_LFS_POINTER = b"version "
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """Where one tensor lies: the bytes `start` to `end` (exclusive) of `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor, in memory and in the file."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What one file holds: its tensors in file order, and the free text of `__metadata__`."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of `file`; nothing behind the header is read.
+
+    Raises `CheckpointError` if the file cannot be read, is truncated, or is not a valid safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            file_size = stream.seek(0, 2)
+            stream.seek(0)
+            length = _header_length(stream.read(LENGTH_BYTES), file=file, file_size=file_size)
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"Cannot read the checkpoint file {file}: {error}.", path=file) from error
+    return parse_header(raw, file=file, file_size=file_size)
+
+
+def parse_header(raw: bytes, *, file: Path, file_size: int) -> Header:
+    """Check the JSON part `raw` of a header against the size of its file, in bytes.
+
+    Guarantees of the result: the tensors cover the bytes behind the header exactly, without overlap and
+    without hole, and each range is as long as its dtype and shape need.
+    Raises `CheckpointError`, naming the file and, where there is one, the tensor.
+    """
+    data_start = LENGTH_BYTES + len(raw)
+    try:
+        fields = parse_json(raw)
+    except ValueError as error:
+        raise _corrupt(file, f"its header is not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise _corrupt(file, f"its header should be a JSON object, found {type(fields).__name__}")
+    metadata = _metadata(fields.pop("__metadata__", {}), file=file)
+    entries = [_entry(name, spec, file=file, data_start=data_start) for name, spec in fields.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    _check_ranges(entries, file=file, data_start=data_start, file_size=file_size)
+    return Header(entries=tuple(entries), metadata=MappingProxyType(metadata))
+
+
+def parse_json(raw: bytes) -> Any:
+    """`json.loads`, except that a repeated key is an error and that every failure is a `ValueError`."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    ((repeated, _),) = Counter(key for key, _ in pairs).most_common(1)
+    raise ValueError(f"the key {repeated!r} appears twice")
+
+
+def _header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
+    if len(prefix) < LENGTH_BYTES:
+        raise _truncated(
+            file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}"
+        )
+    if prefix == _LFS_POINTER:
+        raise CheckpointError(
+            f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.",
+            path=file,
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise _corrupt(file, f"it announces a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
+    if LENGTH_BYTES + length > file_size:
+        raise _truncated(file, f"its header needs {LENGTH_BYTES + length} bytes, the file has {file_size}")
+    return length
+
+
+def _metadata(found: Any, *, file: Path) -> dict[str, str]:
+    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+        return found
+    raise _corrupt(file, "its __metadata__ should map strings to strings")
+
+
+def _entry(name: str, spec: Any, *, file: Path, data_start: int) -> TensorEntry:
+    if not isinstance(spec, dict):
+        raise _corrupt(file, f"its header should describe a tensor with an object, found {spec!r:.80}", name)
+    dtype = DTYPES.get(spec["dtype"]) if isinstance(spec.get("dtype"), str) else None
+    if dtype is None:
+        raise CheckpointError(
+            f"Tensor {name!r} in {file} has the dtype {spec.get('dtype')!r:.80}, which is not supported. "
+            f"Expected one of {', '.join(DTYPES)}: convert the tensor to one of them.",
+            path=file,
+            tensor=name,
+        )
+    shape, offsets = spec.get("shape"), spec.get("data_offsets")
+    if not _are_sizes(shape):
+        raise _corrupt(file, f"its shape should be a list of sizes, found {shape!r:.80}", name)
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _corrupt(file, f"its data_offsets should be [begin, end], found {offsets!r:.80}", name)
+    begin, end = offsets
+    needed = math.prod(shape) * dtype.itemsize
+    if end - begin != needed:
+        wanted = f"{spec['dtype']} of shape {shape!s:.80} needs {needed}"
+        problem = f"its data_offsets cover {end - begin} bytes, {wanted}"
+        raise _corrupt(file, problem, name)
+    return TensorEntry(
+        name=name,
+        file=file,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=data_start + begin,
+        end=data_start + end,
+    )
+
+
+def _are_sizes(found: Any) -> TypeGuard[list[int]]:
+    # `type is int` and not isinstance: JSON's true is a bool, which is an int to Python.
+    return isinstance(found, list) and all(type(size) is int and size >= 0 for size in found)
+
+
+def _check_ranges(entries: list[TensorEntry], *, file: Path, data_start: int, file_size: int) -> None:
+    """Check that the sorted `entries` tile the bytes from `data_start` to `file_size`."""
+    position = data_start
+    for entry in entries:
+        if entry.start < position:
+            raise _corrupt(file, "its bytes overlap with those of the tensor before it", entry.name)
+        if entry.start > position:
+            raise _corrupt(file, f"{entry.start - position} bytes before it belong to no tensor", entry.name)
+        if entry.end > file_size:
+            raise _truncated(file, f"it ends at byte {entry.end}, the file has {file_size}", entry.name)
+        position = entry.end
+    if position != file_size:
+        raise _corrupt(file, f"{file_size - position} bytes at its end belong to no tensor")
+
+
+def _corrupt(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
+    return _defect("is not a valid safetensors file", file, problem, tensor)
+
+
+def _truncated(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
+    return _defect("is truncated", file, problem, tensor)
+
+
+def _defect(verdict: str, file: Path, problem: str, tensor: str | None) -> CheckpointError:
+    subject = "" if tensor is None else f"tensor {tensor!r}: "
+    message = f"The checkpoint file {file} {verdict}: {subject}{problem}. Download or save the file again."
+    return CheckpointError(message, path=file, tensor=tensor)

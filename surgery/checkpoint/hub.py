@@ -1,0 +1,211 @@
+"""From what the user gives, a path or a hub id, to a local folder or file; downloaded once per node."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.checkpoint.layout import INDEX_NAME, read_weight_map
+from surgery.checkpoint.meeting import Meeting, is_node_leader, meet
+from surgery.errors import CheckpointError
+
+__all__ = ["Resolved", "resolve"]
+
+# What a model and its tokenizer are made of, apart from the weights. No pickle, and no code.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+# Folders of a repository hold other things than the model: other formats, other frameworks, training states.
+_IGNORED = ("*/*",)
+# Without an index, every safetensors file may be the model, but the format of Mistral's own loader never is.
+_ANY_WEIGHTS = ("*.safetensors",)
+_FOREIGN_WEIGHTS = ("consolidated*",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A local path; and, if it is a snapshot of a hub repository, the commit."""
+
+    path: Path
+    revision: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    repo_id: str
+    revision: str | None
+    token: str | bool | None
+    local_files_only: bool
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Resolved:
+    """Find what `source` means: an existing path, as it is; else a hub repository, as a cached snapshot.
+
+    Of a repository, the safetensors files and the small files of model and tokenizer are downloaded, unless
+    they are in the cache: never a pickle, never code. `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
+    `HF_TOKEN` mean what they mean to `huggingface_hub`; `revision` is a branch, a tag or a commit, `token` a
+    token, or False for none.
+
+    Where `torch.distributed` is initialised and `source` can be a hub id, this is collective: the first rank
+    of each node (`LOCAL_RANK`) downloads, the others wait and take the same commit from the cache; a failure
+    on one rank is raised on all.
+
+    Raises `CheckpointError` if there is no such thing, if it may not be read, or if it is not safetensors.
+    """
+    name = os.fspath(source)
+    if not name:
+        raise CheckpointError("Expected a path or a hub id, found an empty string.")
+    if isinstance(source, os.PathLike) or not _can_be_hub_id(name):
+        return _local(Path(name), revision)
+    with meet() as meeting:
+        # Asked of all ranks first: a folder that only some of them see must not leave the others waiting.
+        found = meeting.gather(_exists(Path(name)))
+        if all(found):
+            return _local(Path(name), revision)
+        if any(found):
+            missing = ", ".join(str(rank) for rank, exists in enumerate(found) if not exists)
+            raise CheckpointError(
+                f"{name!r} is a local path on some ranks and not on others (not on {missing}). "
+                "Give its absolute path on all of them, or start all in the same folder."
+            )
+        request = _Request(repo_id=name, revision=revision, token=token, local_files_only=local_files_only)
+        return _resolve_together(meeting, request)
+
+
+def _can_be_hub_id(name: str) -> bool:
+    """Whether `name` has the form `name` or `owner/name`, which a relative path may have as well."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part and not part.startswith((".", "~")) for part in parts)
+
+
+def _exists(path: Path) -> bool:
+    # `Path.exists` raises for a name that the file system cannot have, such as one of 300 characters.
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _local(path: Path, revision: str | None) -> Resolved:
+    if not _exists(path):
+        raise CheckpointError(
+            f"There is no checkpoint at {path}. Expected an existing path, or a hub id such as owner/name.",
+            path=path,
+        )
+    if revision is not None:
+        raise CheckpointError(
+            f"Expected no revision for the local path {path}, found {revision!r}. Revisions are for hub ids.",
+            path=path,
+        )
+    # Absolute, so that a later change of the working directory does not move the checkpoint.
+    return Resolved(path=path.absolute(), revision=None)
+
+
+def _resolve_together(meeting: Meeting, request: _Request) -> Resolved:
+    results = meeting.run((lambda: _snapshot(request).name) if is_node_leader() else None)
+    commits = sorted({commit for commit in results if commit is not None})
+    if len(commits) != 1:
+        raise CheckpointError(
+            f"Expected the first rank of every node to find the same commit of {request.repo_id!r}, found "
+            f"{', '.join(commits) or 'no rank with LOCAL_RANK=0'}. If the repository has just changed, give "
+            "a commit as revision; else check LOCAL_RANK, which torchrun sets."
+        )
+    # The commit, not the branch: what a branch means may differ between the hub and the cache.
+    cached = replace(request, revision=commits[0], local_files_only=True)
+    folder = meeting.run(lambda: _snapshot(cached))[meeting.rank]
+    assert folder is not None
+    return Resolved(path=folder, revision=folder.name)
+
+
+def _snapshot(request: _Request) -> Path:
+    """The folder of the snapshot in the cache, downloaded as far as it is missing. Its name is the commit."""
+    folder = _fetch(request, allow=_SMALL_FILES, ignore=_IGNORED)
+    pinned = replace(request, revision=folder.name)
+    if (folder / INDEX_NAME).is_file():
+        # Only the shards that belong to the model: some repositories hold a second copy under other names.
+        shards = sorted(set(read_weight_map(folder).values()))
+        return _fetch(pinned, allow=[glob.escape(shard) for shard in shards], ignore=())
+    _fetch(pinned, allow=_ANY_WEIGHTS, ignore=_IGNORED + _FOREIGN_WEIGHTS)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"The hub repository {request.repo_id!r} has no safetensors weights at commit {folder.name}. "
+            "Pickles are not downloaded, because loading one can run any code. Choose another repository or "
+            "revision, or have it converted: https://huggingface.co/spaces/safetensors/convert.",
+            path=folder,
+        )
+    return folder
+
+
+def _fetch(request: _Request, *, allow: Sequence[str], ignore: Sequence[str]) -> Path:
+    # Imported here: a local path does not need it, and it takes its settings from the environment on import.
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            request.repo_id,
+            revision=request.revision,
+            token=request.token,
+            local_files_only=request.local_files_only,
+            allow_patterns=list(allow),
+            ignore_patterns=list(ignore),
+        )
+    # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
+    except Exception as error:
+        raise CheckpointError(_explain(error, request)) from error
+    return Path(folder)
+
+
+def _explain(error: Exception, request: _Request) -> str:
+    """Say what happened and what to do; the more special kinds of error first."""
+    from huggingface_hub import constants, errors
+
+    repo, where = request.repo_id, constants.ENDPOINT
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is neither an existing path nor a valid hub id: {error}"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"Access to the hub repository {repo!r} is restricted. Accept its conditions at {where}/{repo}, "
+            "then log in with `hf auth login`, or give a token that may read it (HF_TOKEN, or token=)."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        wanted = request.revision
+        return f"The hub repository {repo!r} has no revision {wanted!r}. Give a branch, a tag or a commit."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"There is no folder {repo!r} here and no such repository at {where}. Check the spelling; if the "
+            "repository is private, log in with `hf auth login` or give a token (HF_TOKEN, or token=)."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _explain_not_cached(error, request)
+    return (
+        f"The download of {repo!r} from {where} failed: {type(error).__name__}: {error}. "
+        "Start again: files that are complete are kept."
+    )
+
+
+def _explain_not_cached(error: Exception, request: _Request) -> str:
+    from huggingface_hub import constants
+
+    subject = f"{request.repo_id!r} (revision {request.revision or constants.DEFAULT_REVISION})"
+    place = f"the cache at {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{subject} is not complete in {place}, and HF_HUB_OFFLINE forbids to download it. Unset "
+            f"HF_HUB_OFFLINE, or run `hf download {request.repo_id}` where there is a network."
+        )
+    if request.local_files_only:
+        return (
+            f"{subject} is not complete in {place}. If ranks on several nodes share no cache, set LOCAL_RANK "
+            "so that one rank of each node downloads; else open it once without local_files_only."
+        )
+    return (
+        f"{subject} is not complete in {place}, and {constants.ENDPOINT} cannot be reached "
+        f"({error.__cause__ or error}). Check the network and HF_ENDPOINT."
+    )

@@ -1,0 +1,157 @@
+"""Read tensors, or ranges of them, into memory of exactly their size.
+
+Nothing is mapped: the pages of a mapped file stay in the process's resident memory after use, and look like
+a copy of the checkpoint. `preadv` into a tensor that is there already costs the bytes asked for and no more.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.checkpoint.index import Index, TensorEntry
+from surgery.errors import CheckpointError
+
+__all__ = ["Reader"]
+
+
+class Reader:
+    """Reads from the files of a checkpoint, each opened once, on first use; closes them as a context manager.
+
+    A tensor is given by its name in `index` or by its entry. Any number of threads may read at the same time;
+    close the reader after the last one has finished.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._descriptors: dict[Path, int] = {}
+        self._bytes_read: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read(self, tensor: str | TensorEntry) -> torch.Tensor:
+        """Read a whole tensor: in its shape and dtype, contiguous, on the CPU, in memory of its own."""
+        entry = self._entry(tensor)
+        return self.read_range(entry, 0, entry.numel).view(entry.shape)
+
+    def read_range(self, tensor: str | TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """Read the elements `start` to `stop` (exclusive) of the flattened tensor: 1-D, on the CPU."""
+        entry = self._entry(tensor)
+        if not 0 <= start <= stop <= entry.numel:
+            raise ValueError(
+                f"Expected 0 <= start <= stop <= {entry.numel} for {entry.name!r}, found start={start}, "
+                f"stop={stop}."
+            )
+        # The device is named because the caller may be under `with torch.device("meta")`.
+        out = torch.empty(stop - start, dtype=entry.dtype, device="cpu")
+        self.read_into(entry, out, start=start)
+        return out
+
+    def read_into(self, tensor: str | TensorEntry, out: torch.Tensor, *, start: int = 0) -> None:
+        """Fill `out` with as many elements as it has, from element `start` of the flattened tensor on.
+
+        `out` is contiguous, on the CPU (pinned or not), and has the tensor's dtype.
+        Raises `CheckpointError`, naming file and tensor, if the file cannot be read or has become shorter.
+        """
+        entry = self._entry(tensor)
+        _check_destination(entry, out, start=start)
+        if out.numel() == 0:
+            return
+        buffer = out.detach().view(-1).view(torch.uint8).numpy().data
+        self._fill(entry, buffer, offset=entry.start + start * entry.dtype.itemsize)
+
+    @property
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes read so far, by tensor name: a copy. A range that is read twice counts twice."""
+        with self._lock:
+            return dict(self._bytes_read)
+
+    @property
+    def total_bytes_read(self) -> int:
+        """The sum of `bytes_read`."""
+        with self._lock:
+            return self._bytes_read.total()
+
+    def close(self) -> None:
+        """Close every file. Doing so twice is harmless."""
+        with self._lock:
+            self._closed = True
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entry(self, tensor: str | TensorEntry) -> TensorEntry:
+        return self._index.entry(tensor) if isinstance(tensor, str) else tensor
+
+    def _fill(self, entry: TensorEntry, buffer: memoryview, *, offset: int) -> None:
+        descriptor = self._descriptor(entry)
+        done = 0
+        # One call moves at most 2 GiB on Linux, and may move less for any reason.
+        while done < len(buffer):
+            done += self._read_some(descriptor, entry, buffer[done:], offset=offset + done)
+
+    def _read_some(self, descriptor: int, entry: TensorEntry, buffer: memoryview, *, offset: int) -> int:
+        try:
+            count = os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            raise _unreadable(entry, error) from error
+        if count == 0:
+            raise _file_too_short(entry, offset=offset)
+        with self._lock:
+            self._bytes_read[entry.name] += count
+        return count
+
+    def _descriptor(self, entry: TensorEntry) -> int:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"Cannot read {entry.name!r}: this reader is closed.")
+            if entry.file in self._descriptors:
+                return self._descriptors[entry.file]
+            try:
+                descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise _unreadable(entry, error) from error
+            self._descriptors[entry.file] = descriptor
+            return descriptor
+
+
+def _check_destination(entry: TensorEntry, out: torch.Tensor, *, start: int) -> None:
+    if out.dtype != entry.dtype or out.device.type != "cpu" or not out.is_contiguous():
+        raise ValueError(
+            f"Expected a contiguous {entry.dtype} tensor on the CPU to read {entry.name!r} into, "
+            f"found {out.dtype} on {out.device}, {'' if out.is_contiguous() else 'not '}contiguous."
+        )
+    if start < 0 or start + out.numel() > entry.numel:
+        raise ValueError(
+            f"Expected a range inside the {entry.numel} elements of {entry.name!r}, "
+            f"found {start} to {start + out.numel()}."
+        )
+
+
+def _file_too_short(entry: TensorEntry, *, offset: int) -> CheckpointError:
+    return CheckpointError(
+        f"{entry.file} ends at byte {offset}, inside tensor {entry.name!r} (bytes {entry.start} to "
+        f"{entry.end}): the file has changed since it was opened. Leave it alone while it is being read, "
+        "and start again.",
+        path=entry.file,
+        tensor=entry.name,
+    )
+
+
+def _unreadable(entry: TensorEntry, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"Cannot read tensor {entry.name!r} from {entry.file}: {error}.", path=entry.file, tensor=entry.name
+    )

@@ -1,0 +1,76 @@
+"""Every error that surgery raises on purpose: one root, and a kind for each thing a caller may want to handle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "PassError",
+    "SelectorError",
+    "SurgeryError",
+    "WeightsMismatchError",
+]
+
+
+class SurgeryError(Exception):
+    """Root of the errors of this package. The CLI prints it and exits with code 2."""
+
+
+class ConfigError(SurgeryError, ValueError):
+    """An option, or a combination of options, that cannot work. Raised before anything is loaded."""
+
+
+class SelectorError(ConfigError):
+    """A pattern that selects nothing in the model it was given."""
+
+    def __init__(self, message: str, *, patterns: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.patterns = tuple(patterns)
+
+
+class CheckpointError(SurgeryError):
+    """A checkpoint that is missing, malformed, or not what its index says it is."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+        self.tensor = tensor
+
+
+class WeightsMismatchError(CheckpointError):
+    """Checkpoint keys and module parameters that do not correspond: missing, unexpected, or of another shape or dtype."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        path: Path | str | None = None,
+        tensor: str | None = None,
+    ) -> None:
+        super().__init__(message, path=path, tensor=tensor)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+
+
+class DataError(SurgeryError, ValueError):
+    """Training data that cannot be read; `line` is 1-based."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+        self.line = line
+
+
+class PassError(SurgeryError, RuntimeError):
+    """A pass failed at one site; the exception that made it fail is the `__cause__`."""
+
+    def __init__(self, message: str, *, pass_name: str, fqn: str) -> None:
+        super().__init__(message)
+        self.pass_name = pass_name
+        self.fqn = fqn

@@ -1,0 +1,1 @@
+"""A library to patch: every kind of target, and nothing else."""

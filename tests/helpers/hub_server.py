@@ -1,0 +1,190 @@
+"""A small Hugging Face Hub on localhost: real HTTP, the hub's URL layout, and a record of every request.
+
+It serves what `huggingface_hub` asks for when it downloads a snapshot:
+
+    GET  /api/models/<id>/revision/<revision>    which commit that is
+    GET  /api/models/<id>/tree/<commit>          the files of the commit
+    HEAD /<id>/resolve/<commit>/<file>           ETag, size and commit of a file
+    GET  /<id>/resolve/<commit>/<file>           the file
+
+`huggingface_hub` takes `HF_ENDPOINT` from the environment when it is imported: use it in another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+__all__ = ["HubServer", "Repository", "commit_of"]
+
+
+def commit_of(text: str) -> str:
+    """A commit hash that stands for `text`: 40 hexadecimal digits."""
+    return hashlib.sha1(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """Commit -> file name -> content, and the branches and tags that name commits.
+
+    `gated`: whoever has no token sees the list of files and may not read them. `token`: for whoever does not
+    have it, the repository does not exist.
+    """
+
+    commits: Mapping[str, Mapping[str, bytes]]
+    refs: Mapping[str, str]
+    gated: bool = False
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class _Reply:
+    status: HTTPStatus = HTTPStatus.OK
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+
+class HubServer:
+    """Serves `repositories` while it is entered as a context manager.
+
+    `hold`: an event that file downloads wait for, or None.
+    """
+
+    def __init__(
+        self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None
+    ) -> None:
+        self._repositories = repositories
+        self._hold = hold
+        self._lock = threading.Lock()
+        self._requests: list[tuple[str, str]] = []
+        self.downloading = threading.Event()
+        """Set once a file is asked for."""
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub._answer(self)
+
+            do_HEAD = do_GET  # noqa: N815  # the name that http.server looks for
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name upstream
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    @property
+    def endpoint(self) -> str:
+        """What to set `HF_ENDPOINT` to."""
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    @property
+    def requests(self) -> list[tuple[str, str]]:
+        """(method, path) of every request so far."""
+        with self._lock:
+            return list(self._requests)
+
+    @property
+    def downloads(self) -> Counter[str]:
+        """How often each file was downloaded, by name, over all repositories and commits."""
+        paths = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return Counter(path.split("/resolve/")[1].partition("/")[2] for path in paths)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._hold is not None:
+            self._hold.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(request.path).path)
+        with self._lock:
+            self._requests.append((request.command, path))
+        reply = self._reply(path, request.headers.get("authorization"))
+        if request.command == "GET" and "/resolve/" in path:
+            self._wait()
+        request.send_response(reply.status)
+        for name, value in {"Content-Length": str(len(reply.body)), **reply.headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(reply.body)
+
+    def _wait(self) -> None:
+        self.downloading.set()
+        if self._hold is not None:
+            self._hold.wait()
+
+    def _reply(self, path: str, authorization: str | None) -> _Reply:
+        if path.startswith("/api/models/"):
+            return self._api(path.removeprefix("/api/models/"), authorization)
+        repo_id, separator, rest = path.lstrip("/").partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        repository = self._repositories.get(repo_id)
+        if not separator or repository is None or not _may_see(repository, authorization):
+            return _error(HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Repository not found")
+        if repository.gated and authorization is None:
+            return _error(HTTPStatus.FORBIDDEN, "GatedRepo", f"Access to model {repo_id} is restricted")
+        commit = repository.refs.get(revision, revision)
+        content = repository.commits.get(commit, {}).get(file)
+        if content is None:
+            return _error(HTTPStatus.NOT_FOUND, "EntryNotFound", "Entry not found")
+        return _Reply(headers={"ETag": f'"{_blob_id(content)}"', "X-Repo-Commit": commit}, body=content)
+
+    def _api(self, path: str, authorization: str | None) -> _Reply:
+        kind = "revision" if "/revision/" in path else "tree"
+        repo_id, _, revision = path.partition(f"/{kind}/")
+        repository = self._repositories.get(repo_id)
+        if repository is None or not _may_see(repository, authorization):
+            return _error(HTTPStatus.UNAUTHORIZED, "RepoNotFound", "Repository not found")
+        commit = repository.refs.get(revision, revision)
+        files = repository.commits.get(commit)
+        if files is None:
+            return _error(HTTPStatus.NOT_FOUND, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if kind == "revision":
+            return _json({"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+        return _json(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": _blob_id(content)}
+                for name, content in files.items()
+            ]
+        )
+
+
+def _may_see(repository: Repository, authorization: str | None) -> bool:
+    return repository.token is None or authorization == f"Bearer {repository.token}"
+
+
+def _blob_id(content: bytes) -> str:
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+def _json(value: object) -> _Reply:
+    return _Reply(headers={"Content-Type": "application/json"}, body=json.dumps(value).encode())
+
+
+def _error(status: HTTPStatus, code: str, message: str) -> _Reply:
+    return _Reply(
+        status=status,
+        headers={"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"},
+        body=json.dumps({"error": message}).encode(),
+    )

@@ -1,0 +1,138 @@
+"""Several ranks against one process: the same losses, norms and weights on the same global batches."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._comm_hooks.default_hooks import DefaultState, reduce_scatter_hook
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from surgery.errors import DataError
+from surgery.finetune.batches import global_batches, share
+from surgery.finetune.dataset import Dataset
+from surgery.finetune.encode import Sample
+from surgery.finetune.prepare import check_same_data
+from surgery.finetune.sharding import Fsdp1, Unsharded, sharding_of
+from tests.helpers.ranks import run_ranks
+from tests.surgery.finetune.test_loop import CPU, TinyLM, trainer
+
+STEPS = 4
+SIZE = 12
+#: Unequal lengths and unequal numbers of learnt tokens; the last step of the second epoch is not full.
+SAMPLES = [
+    Sample(
+        ids=array("i", [(index * 7 + position) % 11 for position in range(2 + index % 6)]),
+        learnt=array(
+            "b", [0, *(int((index + position) % 3 > 0 or position == 0) for position in range(1 + index % 6))]
+        ),
+    )
+    for index in range(21)
+]
+
+
+def train(model: nn.Module, *, batch_size: int, rank: int, world: int, scaler: bool = False) -> Any:
+    """Losses, gradient norms, and the evaluation loss after training."""
+    subject = trainer(model, lr=0.5, steps=STEPS, max_norm=0.05)
+    if scaler:
+        subject = type(subject)(**{**vars(subject), "scaler": subject.sharding.grad_scaler(enabled=True)})
+    order = global_batches(len(SAMPLES), size=SIZE, steps=STEPS, epochs=2, seed=0)
+    layout = {"batch_size": batch_size, "world": world, "rank": rank, "pad": 0}
+    metrics = list(subject.train(share(SAMPLES, indices, **layout) for indices in order))
+    evaluation = subject.evaluate([share(SAMPLES[:5], range(5), **layout)])
+    return [m.loss for m in metrics], [m.grad_norm for m in metrics], evaluation
+
+
+def train_sharded(strategy: str, use_orig_params: bool, batch_size: int, scaler: bool) -> Any:
+    model = FullyShardedDataParallel(
+        TinyLM(),
+        device_id=CPU,
+        sharding_strategy=ShardingStrategy[strategy],
+        use_orig_params=use_orig_params,
+    )
+    results = train(
+        model, batch_size=batch_size, rank=dist.get_rank(), world=dist.get_world_size(), scaler=scaler
+    )
+    with FullyShardedDataParallel.summon_full_params(model):
+        return *results, {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "batch_size", "strategy", "use_orig_params", "scaler"),
+    [
+        (2, 3, "FULL_SHARD", False, False),
+        (2, 2, "SHARD_GRAD_OP", True, False),
+        (3, 2, "FULL_SHARD", True, False),
+        (2, 6, "NO_SHARD", True, False),
+        (2, 1, "FULL_SHARD", False, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD.*:FutureWarning")
+def test_ranks_equal_one_process(
+    world: int, batch_size: int, strategy: str, use_orig_params: bool, scaler: bool
+) -> None:
+    reference = TinyLM()
+    losses, norms, evaluation = train(reference, batch_size=SIZE, rank=0, world=1)
+    for found in run_ranks(train_sharded, world, strategy, use_orig_params, batch_size, scaler):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(norms, rel=1e-5)
+        assert found[2] == pytest.approx(evaluation, rel=1e-5)
+        torch.testing.assert_close(found[3], reference.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def count_exchanges() -> list[int]:
+    """How often gradients were exchanged: after a step of three micro-batches, and after another of one."""
+    model = FullyShardedDataParallel(TinyLM(), device_id=CPU)
+    calls: list[None] = []
+
+    def counting(state: DefaultState, gradient: torch.Tensor, shard: torch.Tensor) -> None:
+        calls.append(None)
+        reduce_scatter_hook(state, gradient, shard)
+
+    model.register_comm_hook(DefaultState(process_group=dist.group.WORLD), counting)
+    counts = []
+    for batch_size in (2, 6):
+        batch = share(SAMPLES, range(12), batch_size=batch_size, world=2, rank=dist.get_rank(), pad=0)
+        list(trainer(model).train([batch]))
+        counts.append(len(calls))
+    return counts
+
+
+@pytest.mark.distributed
+def test_gradients_are_exchanged_once_a_step() -> None:
+    assert run_ranks(count_exchanges, 2) == [[1, 2], [1, 2]]
+
+
+def test_sharding_is_found_in_the_model() -> None:
+    assert isinstance(sharding_of(TinyLM(), CPU), Unsharded)
+
+
+def find_nested() -> bool:
+    model = nn.Sequential(FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU))
+    return isinstance(sharding_of(model, CPU), Fsdp1)
+
+
+def compare_data(differ: bool) -> str:
+    sample = SAMPLES[dist.get_rank() if differ else 0]
+    try:
+        check_same_data(Dataset(train=(sample,), evaluation=(), dropped=0))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_ranks_see_that_they_have_other_data() -> None:
+    assert run_ranks(compare_data, 2, False) == ["", ""]
+    for message in run_ranks(compare_data, 2, True):
+        assert "ranks [1] have others than rank 0" in message
+
+
+@pytest.mark.distributed
+def test_fsdp_is_found_below_the_root() -> None:
+    assert run_ranks(find_nested, 2) == [True, True]
