@@ -1,0 +1,5 @@
+"""`python -m surgery`, and so `torchrun ... -m surgery`."""
+
+from surgery.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""The command line: one command a subject, and every expected error as a message and an exit code."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from patches.errors import PatchError
+from surgery.errors import SurgeryError
+from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
+from surgery.finetune.command import finetune
+
+__all__ = ["app", "main"]
+
+REFUSED = 2
+INTERRUPTED = 130
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="surgery",
+    help="Build, quantize, adapt and shard models one layer at a time.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Build, quantize, adapt and shard models one layer at a time."""
+    # A Typer app with a single command and no callback would take that command's place.
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """`command`, with expected errors said on stderr (exit code 2) and Ctrl-C quiet (exit code 130).
+
+    Anything else is a bug, here or upstream, and keeps its traceback.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (SurgeryError, PatchError) as error:
+            _say(f"error: {_message(error)}")
+            raise typer.Exit(REFUSED) from error
+        except KeyboardInterrupt as error:
+            _say("interrupted; every patch is undone")
+            raise typer.Exit(INTERRUPTED) from error
+
+    return run
+
+
+def _message(error: BaseException) -> str:
+    """What went wrong, and under it what caused that, as far as the message does not already say so."""
+    lines = [str(error)]
+    cause = error.__cause__
+    while cause is not None:
+        if str(cause) not in "\n".join(lines):
+            lines.append(f"  because: {type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    return "\n".join(lines)
+
+
+def _say(message: str) -> None:
+    """Rank 0 speaks for all; another rank says one line, in case that it alone has something to say."""
+    rank = os.environ.get("RANK", "0")
+    text = message if rank == "0" else f"rank {rank}: {message.splitlines()[0]}"
+    typer.echo(text, err=True)
+
+
+app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+
+
+def main() -> None:
+    """The console script."""
+    app()

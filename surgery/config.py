@@ -1,0 +1,166 @@
+"""What a user chooses, as frozen data: how to quantize, where packed weights live, how to shard, in which precision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
+
+import torch
+from torch.distributed.fsdp import MixedPrecision
+
+from surgery.errors import ConfigError
+
+__all__ = ["FSDP1", "PRECISIONS", "Placement", "Precision", "Quant", "parse_placement", "precision"]
+
+Placement = Literal["rank0-cpu", "replicated"]
+Strategy = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
+Units = Literal["auto", "block"]
+
+#: Block sizes that `bitsandbytes.functional.quantize_4bit` accepts.
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+def _one_of(what: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value in allowed:
+        return
+    raise ConfigError(f"{what} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def parse_placement(value: str) -> Placement:
+    """`value` as a placement; raises `ConfigError` naming the choices."""
+    _one_of("placement", value, get_args(Placement))
+    return value  # type: ignore[return-value]  # checked on the line above
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How linear weights are quantized to 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
+
+    quant_type: `nf4` (normal float, the paper's) or `fp4`.
+    blocksize: elements that share one absmax.
+    double_quant: quantize the absmax values too (0.37 bits a parameter saved at blocksize 64).
+    quant_storage: dtype of the packed tensor, `(out * in / 2 / itemsize, 1)`. None takes the dtype of the model,
+        which is what FSDP1 needs to flatten it together with the rest.
+    skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The output
+        head and modules with tied weights are always skipped, as transformers does.
+    """
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    _: KW_ONLY
+    blocksize: int = 64
+    double_quant: bool = True
+    quant_storage: torch.dtype | None = None
+    skip_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _one_of("quant_type", self.quant_type, ("nf4", "fp4"))
+        _one_of("blocksize", self.blocksize, BLOCKSIZES)
+        _one_of("quant_storage", self.quant_storage, (None, *STORAGE_DTYPES))
+        for pattern in self.skip_modules:
+            _compile(pattern)
+
+    def storage_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The packed tensor's dtype in a model of `dtype`."""
+        return self.quant_storage or dtype
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"skip_modules: {pattern!r} is not a regular expression ({error})") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP1:
+    """Sharding by `torch.distributed.fsdp.FullyShardedDataParallel`.
+
+    strategy: the sharding strategy, by its name in lower case with dashes.
+    mesh: `(replicate, shard)` for hybrid-shard; their product is the world size, and shard is 2 or more.
+    use_orig_params: keep each parameter instead of one flat parameter per unit. False (the default) needs less memory
+        for QLoRA: adapters become units of their own, and no gradient is allocated for frozen weights.
+    units: `auto` makes a unit of every decoder block, and one of each leaf whose dtype or `requires_grad` the block's
+        flat parameter could not hold; `block` makes a unit of every decoder block and refuses what does not fit in it.
+    mixed_precision: handed to FSDP after a check that it never casts packed weights.
+    cpu_offload: parameters and gradients on the CPU between uses (needs an accelerator).
+    sync_module_states: broadcast rank 0's values while wrapping. Placement `rank0-cpu` cannot work without it.
+    """
+
+    strategy: Strategy = "full-shard"
+    mesh: tuple[int, int] | None = None
+    use_orig_params: bool = False
+    units: Units = "auto"
+    mixed_precision: MixedPrecision | None = None
+    cpu_offload: bool = False
+    sync_module_states: bool = True
+    forward_prefetch: bool = False
+    limit_all_gathers: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, get_args(Strategy))
+        _one_of("units", self.units, get_args(Units))
+        if self.strategy == "hybrid-shard" and self.mesh is None:
+            raise ConfigError("strategy hybrid-shard needs mesh=(replicate, shard), for example mesh=(2, 4) on 8 ranks")
+        if self.strategy != "hybrid-shard" and self.mesh is not None:
+            raise ConfigError(f"mesh is for strategy hybrid-shard; got mesh={self.mesh} with {self.strategy}")
+        if self.mesh is None:
+            return
+        if len(self.mesh) != 2 or min(self.mesh) < 1:
+            raise ConfigError(f"mesh must be (replicate, shard), two positive integers; got {self.mesh}")
+        if self.mesh[1] == 1:
+            raise ConfigError(
+                f"mesh={self.mesh} has a shard dimension of 1: FSDP1 then neither broadcasts the weights nor reduces "
+                "the gradients, and says nothing. Use a shard dimension of 2 or more, or strategy no-shard"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """A precision policy by name; every field follows from it, so that they cannot contradict each other.
+
+    dtype: of everything that is not quantized: norms, embeddings, adapters, and of the packed storage.
+    compute_dtype: in which a 4-bit linear layer multiplies.
+    autocast: dtype of the `torch.autocast` around forward, or None.
+    grad_scaler: whether gradients need loss scaling (fp16).
+    """
+
+    name: str
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    grad_scaler: bool = False
+
+    def mixed_precision(self) -> MixedPrecision | None:
+        """What FSDP1 is told: never a cast of parameters, since packed weights are among them; gradients of 16-bit
+        adapters are reduced in float32."""
+        if self.dtype == torch.float32:
+            return None
+        return MixedPrecision(reduce_dtype=torch.float32)
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    policy.name: policy
+    for policy in (
+        Precision(name="bf16", dtype=torch.bfloat16, compute_dtype=torch.bfloat16),
+        Precision(name="fp32", dtype=torch.float32, compute_dtype=torch.float32),
+        Precision(
+            name="bf16-autocast", dtype=torch.float32, compute_dtype=torch.bfloat16, autocast=torch.bfloat16
+        ),
+        Precision(
+            name="fp16-autocast",
+            dtype=torch.float32,
+            compute_dtype=torch.float16,
+            autocast=torch.float16,
+            grad_scaler=True,
+        ),
+    )
+}
+
+
+def precision(name: str) -> Precision:
+    """The policy called `name`; raises `ConfigError` naming the choices."""
+    _one_of("precision", name, tuple(PRECISIONS))
+    return PRECISIONS[name]

@@ -1,0 +1,190 @@
+"""FSDP1 around a 4-bit model: what becomes a unit, how meta ranks get memory, and the wrapping itself."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.wrap import CustomPolicy
+
+from surgery.config import FSDP1, Units
+from surgery.errors import ConfigError
+
+__all__ = ["materializer", "plan_units", "wrap"]
+
+STRATEGIES = {
+    "full-shard": ShardingStrategy.FULL_SHARD,
+    "shard-grad-op": ShardingStrategy.SHARD_GRAD_OP,
+    "hybrid-shard": ShardingStrategy.HYBRID_SHARD,
+    "no-shard": ShardingStrategy.NO_SHARD,
+}
+
+#: What has to be the same for all parameters of one flat parameter.
+Kind = tuple[torch.dtype, bool | None]
+
+#: Containers are never called, so FSDP would never gather what they hold.
+CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
+
+
+def plan_units(
+    model: nn.Module, blocks: Iterable[nn.Module], *, use_orig_params: bool, policy: Units
+) -> set[nn.Module]:
+    """The modules, the root apart, that become FSDP units of their own.
+
+    Every block is one. FSDP1 flattens a unit into one tensor, so its parameters must agree in dtype and, without
+    `use_orig_params`, in `requires_grad`. With policy `auto` the kind that has the most bytes stays in the block, and
+    each leaf of another kind (adapters, norms of another dtype) becomes a unit; with `block` that is an error.
+
+    Raises `ConfigError` naming the module where no division into units can work.
+    """
+    blocks = set(blocks)
+    units = set(blocks)
+    for root in (*blocks, model):
+        leaves = list(_leaves(root, outside=blocks - {root}))
+        kinds = {leaf: _kind(name, leaf, use_orig_params) for name, leaf in leaves}
+        main = _main_kind(kinds)
+        strangers = [(name, leaf) for name, leaf in leaves if kinds[leaf] != main]
+        if strangers and policy == "block":
+            raise _not_uniform(strangers, kinds, main)
+        units.update(leaf for _, leaf in strangers)
+    _check_ties(model, units)
+    return units
+
+
+def _leaves(root: nn.Module, *, outside: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """`(name, module)` of what holds parameters in the unit of `root`; what containers hold counts for their owner."""
+    stack: list[tuple[str, nn.Module]] = [("", root)]
+    seen: set[nn.Module] = set()
+    while stack:
+        name, module = stack.pop()
+        if module in outside or module in seen:
+            continue
+        seen.add(module)
+        if any(True for _ in module.parameters(recurse=False)) or _holds_loose_parameters(module):
+            yield name or type(root).__name__, module
+        stack.extend((f"{name}.{child_name}".strip("."), child) for child_name, child in module.named_children())
+
+
+def _holds_loose_parameters(module: nn.Module) -> bool:
+    return not isinstance(module, CONTAINERS) and any(_loose(child) for child in module.children())
+
+
+def _loose(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ParameterDict, nn.ParameterList)) and len(module) > 0
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    loose = [p for child in module.children() if _loose(child) for p in child.parameters()]
+    return [*module.parameters(recurse=False), *loose]
+
+
+def _kind(name: str, module: nn.Module, use_orig_params: bool) -> Kind:
+    kinds = {(p.dtype, None if use_orig_params else p.requires_grad) for p in _own(module)}
+    if len(kinds) == 1:
+        return kinds.pop()
+    raise ConfigError(
+        f"{name} ({type(module).__name__}) holds parameters that FSDP1 cannot flatten into one: "
+        f"{', '.join(sorted(map(_describe, kinds)))}. Use use_orig_params=True if only requires_grad differs; "
+        "otherwise quant_storage equal to dtype"
+    )
+
+
+def _describe(kind: Kind) -> str:
+    dtype, trainable = kind
+    name = str(dtype).removeprefix("torch.")
+    return name if trainable is None else f"{'trainable' if trainable else 'frozen'} {name}"
+
+
+def _main_kind(kinds: dict[nn.Module, Kind]) -> Kind | None:
+    sizes: Counter[Kind] = Counter()
+    for module, kind in kinds.items():
+        sizes[kind] += sum(p.numel() * p.element_size() for p in _own(module))
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _not_uniform(strangers: list[tuple[str, nn.Module]], kinds: dict[nn.Module, Kind], main: Kind | None) -> ConfigError:
+    name, module = strangers[0]
+    return ConfigError(
+        f"units='block': FSDP1 flattens a block into one tensor, but {name} is {_describe(kinds[module])} among "
+        f"{_describe(main) if main else 'nothing'} ({len(strangers)} modules differ). Use units='auto', which wraps them "
+        "on their own, or give all parameters of a block one dtype"
+    )
+
+
+def _check_ties(model: nn.Module, units: set[nn.Module]) -> None:
+    """A parameter shared by two units would be sharded twice, apart."""
+    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+
+    def visit(module: nn.Module, unit: nn.Module, prefix: str) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            owners[parameter].add(unit)
+            names[parameter].append(f"{prefix}{name}")
+        for name, child in module.named_children():
+            visit(child, child if child in units else unit, f"{prefix}{name}.")
+
+    visit(model, model, "")
+    for parameter, found in owners.items():
+        if len(found) > 1:
+            raise ConfigError(
+                f"{' and '.join(names[parameter])} are one tied parameter, but would go to {len(found)} FSDP units: "
+                "leave them out of target_modules and modules_to_save, or use strategy no-shard"
+            )
+
+
+def materializer(device: torch.device) -> Callable[[nn.Module], None]:
+    """A `param_init_fn`: gives meta parameters of a module uninitialized memory on `device`, for a broadcast to fill.
+
+    Each parameter once, however many modules share it, so that ties survive; what is not on meta is left alone (FSDP
+    calls this for every module of a unit, also for those with real buffers).
+    """
+    memo: dict[nn.Parameter, nn.Parameter] = {}
+
+    def materialize(module: nn.Module) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in memo:
+                memo[parameter] = _empty(parameter, module, device)
+            module._parameters[name] = memo[parameter]
+
+    return materialize
+
+
+def _empty(parameter: nn.Parameter, module: nn.Module, device: torch.device) -> nn.Parameter:
+    """An uninitialized parameter like `parameter`, of the same class, with the same `quant_state` if it has one."""
+    from surgery.quantizers.bnb import as_params4bit
+
+    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    quant_state = getattr(parameter, "quant_state", None)
+    if quant_state is not None:
+        return as_params4bit(data, module, quant_state)  # type: ignore[arg-type]  # only a Linear4bit's has one
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def wrap(
+    model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torch.device
+) -> FullyShardedDataParallel:
+    """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike."""
+    options: dict[str, Any] = {}
+    if config.mesh is not None:
+        options["device_mesh"] = init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=STRATEGIES[config.strategy],
+        auto_wrap_policy=CustomPolicy(lambda module: module in units),
+        cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
+        mixed_precision=config.mixed_precision,
+        param_init_fn=materializer(device),
+        device_id=device,
+        sync_module_states=config.sync_module_states,
+        use_orig_params=config.use_orig_params,
+        forward_prefetch=config.forward_prefetch,
+        limit_all_gathers=config.limit_all_gathers,
+        **options,
+    )

@@ -1,0 +1,200 @@
+"""Run a job: check everything, build the model, train it, save the adapter, and undo every patch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import patches
+from surgery import qlora, release, save_adapter
+from surgery.checkpoint import Checkpoint
+from surgery.config import FSDP1, precision
+from surgery.distributed.exchange import current_ranks, everyone
+from surgery.errors import ConfigError
+from surgery.finetune.activations import checkpoint_activations
+from surgery.finetune.loop import Trainer
+from surgery.finetune.optimizer import build_optimizer
+from surgery.finetune.options import Job
+from surgery.finetune.prepare import Plan, check_same_data, make_plan, read_data
+from surgery.finetune.progress import ProgressTracker
+from surgery.finetune.session import Session, Training
+from surgery.finetune.sharding import sharding_of
+from surgery.finetune.summary import Summary, gather_phases, patch_rows, versions, write_summary
+from surgery.finetune.trackers import Tracker, close_with, open_trackers
+from surgery.finetune.world import World, join_world
+from surgery.report import Report, anonymous_memory
+
+__all__ = ["run"]
+
+
+def run(job: Job, *, console: Console | None = None) -> Summary:
+    """Fine-tune as `job` says; to be called on all ranks alike.
+
+    Rank 0 shows progress on `console` (default: stdout). Seeds torch's global generator. On return, and on
+    any exception, `KeyboardInterrupt` included, the patches that the job applied are undone; an adapter is in
+    `job.output` only if training has finished.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: before any weight is read.
+        PassError, PeerError: the model could not be built, here or on another rank.
+        TrainingError: the loss is not finite.
+    """
+    console = console or Console()
+    earlier = len(patches.audit(include_reverted=True))
+    with join_world(timeout=job.timeout) as world:
+        checkpoint, plan = _prepare(job, world)
+        report = Report(show_progress=world.is_main, device=world.device)
+        with _trackers(job, plan, world, console) as trackers:
+            training = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
+        summary = Summary(
+            config=job,
+            device=str(world.device),
+            world_size=world.size,
+            samples={
+                "train": len(plan.dataset.train),
+                "evaluation": len(plan.dataset.evaluation),
+                "dropped": plan.dataset.dropped,
+            },
+            training=training,
+            memory=gather_phases(report.as_dict()),
+            patches=patch_rows(since=earlier),
+            versions=versions(),
+        )
+    if world.is_main:
+        write_summary(summary, job.output / "summary.json")
+        _say(console, summary.text())
+        _say(console, f"Adapter and summary: {job.output}")
+    return summary
+
+
+def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
+    """The open checkpoint and the plan; if one rank cannot have them, all raise."""
+    with everyone(current_ranks(), device=world.device):
+        _check_world(job, world)
+        # Before the checkpoint, which may have to be downloaded, and the tokenizer, which takes seconds.
+        records = read_data(job.data)
+    # Collective itself where the checkpoint has to be downloaded.
+    checkpoint = Checkpoint.open(job.model, revision=job.revision)
+    with everyone(current_ranks(), device=world.device):
+        plan = make_plan(job, records, checkpoint, world=world.size)
+    check_same_data(plan.dataset)
+    return checkpoint, plan
+
+
+def _check_world(job: Job, world: World) -> None:
+    if world.size == 1 and job.shard != FSDP1():
+        raise ConfigError(
+            f"expected more than one rank for {job.shard}, found a single process; start it with "
+            "torchrun --nproc-per-node N -m surgery finetune ..., or leave out the options of sharding"
+        )
+
+
+@contextmanager
+def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[Sequence[Tracker]]:
+    """Where rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
+    with ExitStack() as stack:
+        trackers: list[Tracker] = []
+        with everyone(current_ranks(), device=world.device):
+            if world.is_main:
+                _announce(plan, world, console)
+                trackers += _open_trackers(job, plan, world, console, stack)
+        yield trackers
+
+
+def _open_trackers(job: Job, plan: Plan, world: World, console: Console, stack: ExitStack) -> list[Tracker]:
+    progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
+    opened = open_trackers(
+        metrics=job.metrics,
+        loggers=job.loggers,
+        output=job.output,
+        config=dataclasses.asdict(job),
+        stack=stack,
+    )
+    return [*opened, close_with(stack, progress)]
+
+
+def _train(
+    job: Job, checkpoint: Checkpoint, plan: Plan, *, world: World, trackers: Sequence[Tracker], report: Report
+) -> Training:
+    """Build the model, train it and save the adapter. The model's patches are undone, whatever happens."""
+    torch.manual_seed(job.training.seed)
+    model = _build(job, checkpoint, world, report)
+    try:
+        # Adapters begin alike on every rank, but each drops out its own.
+        torch.manual_seed(job.training.seed + world.rank)
+        trainer = _trainer(job, model, plan, world)
+        session = Session(
+            plan=plan, options=job.training, rank=world.rank, world=world.size, trackers=trackers
+        )
+        with report.phase("train"):
+            training = session.run(trainer)
+        with report.phase("save"):
+            save_adapter(model, job.output)
+    finally:
+        release(model)
+    return training
+
+
+def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
+    policy = precision(job.precision)
+    shard = dataclasses.replace(
+        job.shard, mixed_precision=job.shard.mixed_precision or policy.mixed_precision()
+    )
+    return qlora(
+        checkpoint,
+        quant=job.quant,
+        lora=job.lora.config(),
+        placement=job.placement,
+        shard=shard if world.size > 1 else None,
+        dtype=policy.dtype,
+        compute_dtype=policy.compute_dtype,
+        device=world.device,
+        report=report,
+    )
+
+
+def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
+    options, policy = job.training, precision(job.precision)
+    checkpoint_activations(model, options.activation_checkpointing, offload=options.activation_offload)
+    sharding = sharding_of(model, world.device)
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer(model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay),
+        sharding=sharding,
+        schedule=plan.schedule,
+        scaler=sharding.grad_scaler(enabled=policy.grad_scaler),
+        device=world.device,
+        autocast=policy.autocast,
+        max_norm=options.clip,
+    )
+
+
+def _announce(plan: Plan, world: World, console: Console) -> None:
+    data = plan.dataset
+    _say(
+        console,
+        f"{len(data.train)} samples to train on, {len(data.evaluation)} to evaluate on; "
+        f"{plan.schedule.steps} steps of {plan.batch} samples on {world.size} rank(s), {world.device.type}",
+    )
+    if data.dropped:
+        _say(
+            console,
+            f"Warning: {data.dropped} samples are left out: cut off at the maximum length, none is learnt",
+        )
+
+
+def _say(console: Console, text: str) -> None:
+    """Print as it is: no markup in paths and names, no line breaks of our own."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _memory_in_use(device: torch.device) -> Callable[[], int]:
+    """How many bytes rank 0 uses now: of the GPU, or of anonymous memory without one."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.memory_allocated(device)
+    return anonymous_memory

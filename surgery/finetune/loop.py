@@ -1,0 +1,144 @@
+"""The training loop: forward, backward, step, over what `surgery.qlora` returns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from surgery.errors import SurgeryError
+from surgery.finetune.batches import GlobalBatch, MicroBatch
+from surgery.finetune.loss import gradient_scale, token_loss
+from surgery.finetune.schedule import Schedule
+from surgery.finetune.sharding import Sharding
+
+__all__ = ["StepMetrics", "Trainer", "TrainingError"]
+
+
+class TrainingError(SurgeryError, ArithmeticError):
+    """Training that cannot go on; `step` is counted from 1."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step over the global batch; `step` is counted from 1.
+
+    `loss` is the mean over the tokens that count, before the step; `tokens` the tokens of the global batch
+    without padding; `grad_norm` the norm before clipping, not finite where loss scaling skipped the step.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """How many tokens of the global batch were learnt from or read in a second."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A model and what changes it.
+
+    `model(input_ids=, attention_mask=, use_cache=)` returns an object with `.logits`. `optimizer` holds the
+    trainable parameters, as `model.parameters()` shows them after sharding. `autocast` is the dtype of the
+    autocast around forward, or None. `max_norm` is None for no clipping.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    sharding: Sharding
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    autocast: torch.dtype | None = None
+    max_norm: float | None = None
+
+    def train(self, batches: Iterable[GlobalBatch]) -> Iterator[StepMetrics]:
+        """Take one step for each batch, and yield its metrics after it.
+
+        Raises `TrainingError` on every rank if the loss is not finite; the weights are then as before that
+        step.
+        """
+        self.model.train()
+        for step, batch in enumerate(batches):
+            yield self._step(step, batch)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[GlobalBatch]) -> float:
+        """The mean loss over the tokens of all batches; the model is left in the mode in which it was."""
+        total, targets = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with _evaluating(self.model):
+            for batch in batches:
+                targets += batch.targets
+                for micro in batch.micro_batches:
+                    total += self._loss(micro)
+        return self.sharding.sum(total).item() / targets
+
+    def _step(self, step: int, batch: GlobalBatch) -> StepMetrics:
+        start = time.perf_counter()
+        lr = self.schedule.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._accumulate(batch)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss of step {step + 1} is {loss}; lower the learning rate, or "
+                "choose another precision than fp16 if that is what you use",
+                step=step + 1,
+            )
+        self.scaler.unscale_(self.optimizer)
+        norm = self.sharding.clip(self.max_norm).item()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - start
+        return StepMetrics(
+            step=step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=batch.tokens, seconds=seconds
+        )
+
+    def _accumulate(self, batch: GlobalBatch) -> float:
+        """Gradients of the mean loss over the global batch, and that loss."""
+        scale = gradient_scale(targets=batch.targets, averaged_over=self.sharding.averaged_over)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        last = len(batch.micro_batches) - 1
+        for index, micro in enumerate(batch.micro_batches):
+            with self.sharding.micro_step(is_last=index == last):
+                loss = self._loss(micro)
+                torch.autograd.backward(self.scaler.scale(loss * scale))
+            total += loss.detach()
+        return self.sharding.sum(total).item() / batch.targets
+
+    def _loss(self, micro: MicroBatch) -> torch.Tensor:
+        micro = micro.to(self.device)
+        with self._autocast():
+            logits = self.model(input_ids=micro.ids, attention_mask=micro.mask, use_cache=False).logits
+        return token_loss(logits, micro.targets)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,182 @@
+"""What a fine-tuning job is told, as frozen data; checked when it is made, before anything is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.config import FSDP1, Placement, Quant, parse_placement, precision
+from surgery.errors import ConfigError
+from surgery.finetune.choices import (
+    ActivationCheckpointing,
+    LoggerName,
+    LoraInit,
+    OptimizerName,
+    PrecisionName,
+    ScheduleName,
+)
+from surgery.finetune.trackers import require_loggers
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["DataOptions", "Job", "LoraOptions", "TrainingOptions"]
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(f"expected {name} to be {least:g} or more, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Files of JSONL, and how they are cut.
+
+    evaluation: a file to evaluate on; or `evaluation_fraction` of the training samples, above 0 and below 1.
+    max_length: tokens a sample; the rest is cut off.
+    """
+
+    train: Path
+    evaluation: Path | None = None
+    evaluation_fraction: float | None = None
+    max_length: int = 1024
+
+    def __post_init__(self) -> None:
+        _at_least("the maximum length", self.max_length, 2)
+        if self.evaluation is not None and self.evaluation_fraction is not None:
+            raise ConfigError("expected an evaluation file or an evaluation fraction, found both; give one")
+        if self.evaluation_fraction is not None and not 0 < self.evaluation_fraction < 1:
+            raise ConfigError(
+                f"expected an evaluation fraction between 0 and 1, found {self.evaluation_fraction}"
+            )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return self.evaluation is not None or self.evaluation_fraction is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """The optimizer steps.
+
+    epochs, max_steps: whichever ends first; with `max_steps` alone the data is repeated, with neither it is
+        one epoch.
+    batch_size: samples a rank puts through the model at once. accumulation: how often, before a step.
+    clip: largest gradient norm, None for no clipping.
+    evaluate_every: steps between evaluations; None evaluates before and after training only.
+    """
+
+    epochs: int | None = None
+    max_steps: int | None = None
+    batch_size: int = 1
+    accumulation: int = 1
+    optimizer: OptimizerName = "adamw"
+    lr: float = 2e-4
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    seed: int = 0
+    evaluate_every: int | None = None
+    activation_checkpointing: ActivationCheckpointing = "none"
+    activation_offload: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_steps", "batch_size", "accumulation", "evaluate_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        if self.clip is not None and not self.clip > 0:
+            raise ConfigError(
+                f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}"
+            )
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ConfigError("activation offload needs activation checkpointing: reentrant or non-reentrant")
+
+    @property
+    def epochs_to_run(self) -> int | None:
+        """The number of epochs, or None to repeat the data until `max_steps`."""
+        return 1 if self.epochs is None and self.max_steps is None else self.epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """LoRA adapters (https://arxiv.org/abs/2106.09685), as PEFT knows them.
+
+    target_modules: names of linear modules, or none for every linear module but the output head.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+    init: LoraInit = "default"
+    dora: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("the LoRA rank", self.r, 1)
+        _at_least("lora_alpha", self.alpha, 1)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"expected a LoRA dropout of at least 0 and below 1, found {self.dropout}")
+
+    def config(self) -> LoraConfig:
+        """The same as PEFT's configuration."""
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.target_modules) or "all-linear",
+            init_lora_weights=True if self.init == "default" else self.init,
+            use_dora=self.dora,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A fine-tuning job: a checkpoint, data, and everything that decides what comes out.
+
+    model: a folder, or a hub id with its `revision`.
+    output: the folder for the adapter and `summary.json`; one that holds an adapter is refused unless
+        `overwrite`.
+    shard: how to shard where there is more than one rank; in one process nothing is.
+    metrics: a JSONL file, replaced. timeout: bounds every wait for another rank.
+    """
+
+    model: str
+    data: DataOptions
+    output: Path = Path("adapter")
+    revision: str | None = None
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    quant: Quant = field(default_factory=Quant)
+    precision: PrecisionName = "bf16"
+    placement: Placement = "rank0-cpu"
+    shard: FSDP1 = field(default_factory=FSDP1)
+    metrics: Path | None = None
+    loggers: tuple[LoggerName, ...] = ()
+    overwrite: bool = False
+    timeout: timedelta = timedelta(minutes=10)
+
+    def __post_init__(self) -> None:
+        precision(self.precision)
+        parse_placement(self.placement)
+        require_loggers(self.loggers)
+        if self.training.evaluate_every is not None and not self.data.has_evaluation:
+            raise ConfigError(
+                "evaluating every so many steps needs an evaluation file or an evaluation fraction"
+            )
+        if not self.overwrite:
+            self._refuse_existing_adapter()
+
+    def _refuse_existing_adapter(self) -> None:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if (self.output / name).exists():
+                raise ConfigError(
+                    f"{self.output} already has an adapter ({name}); choose another output, or overwrite it"
+                )

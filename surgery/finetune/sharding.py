@@ -1,0 +1,113 @@
+"""What a training loop must know about how its model is sharded, behind one small protocol.
+
+The loop never asks which sharding it has; a new one is a new class here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+__all__ = ["Fsdp1", "Sharding", "Unsharded", "sharding_of"]
+
+
+class Sharding(Protocol):
+    """How gradients of one model are exchanged, clipped and scaled."""
+
+    @property
+    def averaged_over(self) -> int:
+        """The number of ranks that gradients are averaged over."""
+        ...
+
+    def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; gradients are exchanged in the last only."""
+        ...
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """Clip the gradients of the whole model to `max_norm` (None: measure); return their norm before."""
+        ...
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """A loss scaler that sees an overflow on any rank; one that does nothing unless `enabled`."""
+        ...
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, in place."""
+        ...
+
+
+class Unsharded:
+    """A model in one process."""
+
+    averaged_over = 1
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+
+    def micro_step(self, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002  # of the protocol
+        """Nothing is exchanged, so nothing is held back."""
+        return nullcontext()
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """By the norm of this process's gradients, which are all there are."""
+        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        return nn.utils.clip_grad_norm_(trainable, _limit(max_norm))
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """The scaler for one process."""
+        return torch.amp.GradScaler(self._device.type, enabled=enabled)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The value itself: there is one rank."""
+        return value
+
+
+class Fsdp1:
+    """A model whose outermost `FullyShardedDataParallel` is `root`."""
+
+    def __init__(self, root: FullyShardedDataParallel, device: torch.device) -> None:
+        self._root = root
+        self._device = device
+
+    @property
+    def averaged_over(self) -> int:
+        """All ranks. Hybrid sharding reduces within a node, then over nodes, and averages over both."""
+        return dist.get_world_size()
+
+    @contextmanager
+    def micro_step(self, *, is_last: bool) -> Iterator[None]:
+        """With `no_sync` in all but the last."""
+        with nullcontext() if is_last else self._root.no_sync():
+            yield
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """By FSDP, which knows the other ranks' shards; torch.nn.utils would see this rank's alone."""
+        return self._root.clip_grad_norm_(_limit(max_norm))
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """The scaler that exchanges what it has found."""
+        return ShardedGradScaler(self._device.type, enabled=enabled)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks."""
+        dist.all_reduce(value)
+        return value
+
+
+def sharding_of(model: nn.Module, device: torch.device) -> Sharding:
+    """How `model` is sharded, as found in its modules."""
+    root = next((module for module in model.modules() if isinstance(module, FullyShardedDataParallel)), None)
+    return Unsharded(model, device) if root is None else Fsdp1(root, device)
+
+
+def _limit(max_norm: float | None) -> float:
+    return math.inf if max_norm is None else max_norm

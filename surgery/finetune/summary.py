@@ -1,0 +1,136 @@
+"""What a run was and did: gathered from all ranks, written as `summary.json`, and said at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeAlias
+
+import torch.distributed as dist
+
+import patches
+from surgery.finetune.options import Job
+from surgery.finetune.session import Training
+
+__all__ = ["Phases", "Summary", "gather_phases", "patch_rows", "versions", "write_summary"]
+
+_DISTRIBUTIONS = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers", "accelerate", "wrapt")
+
+#: Phase -> seconds, and bytes of memory before and at the peak, of one rank.
+Phases: TypeAlias = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A finished run; the same on every rank.
+
+    memory: phases of each rank, in the order of ranks.
+    patches: one row for each time that a patch was applied, or skipped because the installed versions do not
+        need it.
+    """
+
+    config: Job
+    device: str
+    world_size: int
+    samples: Mapping[str, int]
+    training: Training
+    memory: tuple[Phases, ...]
+    patches: tuple[Mapping[str, str], ...]
+    versions: Mapping[str, str]
+
+    @property
+    def patches_left(self) -> tuple[str, ...]:
+        """Ids of the patches that are still in force, in any way."""
+        return tuple(row["id"] for row in self.patches if row["state"] not in ("reverted", "skipped"))
+
+    def as_json(self) -> str:
+        """One object: the fields, with those of `training` beside them, and `patches_left`."""
+        fields = dataclasses.asdict(self)
+        training = fields.pop("training")
+        return (
+            json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str)
+            + "\n"
+        )
+
+    def text(self) -> str:
+        """For people: evaluations, memory per rank, patches."""
+        return "\n\n".join(filter(None, (self._evaluations(), self._memory(), self._patches())))
+
+    def _evaluations(self) -> str:
+        if not self.training.evaluations:
+            return ""
+        first, last = self.training.evaluations[0], self.training.evaluations[-1]
+        return f"Evaluation loss: {first.loss:.4f} before training, {last.loss:.4f} after step {last.step}"
+
+    def _memory(self) -> str:
+        lines = ["Peak memory of each phase, MiB (host, anonymous; device)"]
+        for rank, phases in enumerate(self.memory):
+            figures = ", ".join(f"{name} {_mib(phase)}" for name, phase in phases.items())
+            lines.append(f"  rank {rank}: {figures}")
+        return "\n".join(lines)
+
+    def _patches(self) -> str:
+        width = max((len(row["id"]) for row in self.patches), default=0)
+        rows = [
+            f"  {row['id']:<{width}}  {row['state']}, {row['verdict']}, on {row['scope']}: {row['target']}"
+            for row in self.patches
+        ]
+        left = ", ".join(self.patches_left)
+        return "\n".join(["Patches of this run", *rows, f"Patches still active: {left or 'none'}"])
+
+
+def _mib(phase: Mapping[str, float]) -> str:
+    host, device = phase["host_peak"] / 2**20, phase["device_peak"] / 2**20
+    return f"{host:,.0f}; {device:,.0f}" if device else f"{host:,.0f}"
+
+
+def gather_phases(phases: Phases) -> tuple[Phases, ...]:
+    """The phases of every rank, on every rank; collective where there is a process group."""
+    if not dist.is_initialized():
+        return (phases,)
+    gathered: list[Phases | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, phases)
+    return tuple(each for each in gathered if each is not None)
+
+
+def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:
+    """Every application of a patch in this process, as text, the first `since` of them left out."""
+    return tuple(
+        {
+            "id": row.id,
+            "target": row.target,
+            "state": str(row.state),
+            "scope": str(row.scope),
+            "verdict": str(row.verdict),
+            "reason": row.reason,
+            "by": row.by,
+        }
+        for row in patches.audit(include_reverted=True)[since:]
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the distributions that decide what a run does."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_summary(summary: Summary, path: Path) -> None:
+    """Write `summary` as JSON; a reader sees the old file or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(summary.as_json(), encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,148 @@
+"""Where the numbers of a run go: a JSONL file, TensorBoard, Weights & Biases. Only rank 0 has trackers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+from surgery.errors import ConfigError
+from surgery.finetune.choices import LoggerName
+from surgery.finetune.loop import StepMetrics
+
+__all__ = ["JsonlTracker", "Tracker", "close_with", "open_trackers", "require_loggers", "scalars"]
+
+
+class Tracker(Protocol):
+    """Receives every step and every evaluation, in order, and is closed at the end."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """A step has been taken."""
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """The evaluation loss after `step` steps is known; 0 is before training."""
+
+    def close(self, *, failed: bool) -> None:
+        """No more will come; `failed` if training did not get to its end."""
+
+
+class JsonlTracker:
+    """One JSON object a step, flushed at once, so that the file can be followed and survives a crash.
+
+    Keys: step, loss, lr, grad_norm, tokens_per_s, tokens, seconds. A number that is not finite is null, as
+    JSON has no other way to say it. Evaluations are not in it (every line is a step), but in the summary. An
+    existing file is replaced. Raises `ConfigError` if the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"the metrics file {path} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Write a line."""
+        finite = {key: value if math.isfinite(value) else None for key, value in scalars(metrics).items()}
+        self._file.write(json.dumps({"step": metrics.step, **finite}) + "\n")
+        self._file.flush()
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """Write nothing."""
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002  # what was written stays, either way
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardTracker:
+    """Scalars `train/*` and `evaluation/loss` in an event file under `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        module = importlib.import_module("torch.utils.tensorboard")
+        self._writer: Any = module.SummaryWriter(log_dir=str(directory))
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Add the numbers of a step."""
+        for key, value in scalars(metrics).items():
+            self._writer.add_scalar(f"train/{key}", value, metrics.step)
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """Add an evaluation."""
+        self._writer.add_scalar("evaluation/loss", loss, step)
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002  # an event file has no place for it
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run with the same scalars; its project and mode come from its own environment
+    variables.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._run: Any = importlib.import_module("wandb").init(config=dict(config))
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Log the numbers of a step."""
+        self._run.log({f"train/{key}": value for key, value in scalars(metrics).items()}, step=metrics.step)
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """Log an evaluation."""
+        self._run.log({"evaluation/loss": loss}, step=step)
+
+    def close(self, *, failed: bool) -> None:
+        """Finish the run, as failed if it has."""
+        self._run.finish(exit_code=int(failed))
+
+
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """The numbers of a step by name, the step itself left out."""
+    return {
+        "loss": metrics.loss,
+        "lr": metrics.lr,
+        "grad_norm": metrics.grad_norm,
+        "tokens_per_s": metrics.tokens_per_s,
+        "tokens": metrics.tokens,
+        "seconds": metrics.seconds,
+    }
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a logger that does not exist or is not installed; imports none of them."""
+    known = get_args(LoggerName)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"expected loggers among {', '.join(known)}; found {name!r}")
+        if find_spec(name) is None:
+            raise ConfigError(
+                f"logging to {name} needs a package that is missing; install it: pip install {name}"
+            )
+
+
+def open_trackers(
+    *, metrics: Path | None, loggers: Sequence[str], output: Path, config: Mapping[str, Any], stack: ExitStack
+) -> list[Tracker]:
+    """The trackers asked for; `stack` closes each of them, also if a later one cannot be opened."""
+    openers: list[Callable[[], Tracker]] = []
+    if metrics is not None:
+        openers.append(lambda: JsonlTracker(metrics))
+    if "tensorboard" in loggers:
+        openers.append(lambda: TensorBoardTracker(output / "tensorboard"))
+    if "wandb" in loggers:
+        openers.append(lambda: WandbTracker(config))
+    return [close_with(stack, opener()) for opener in openers]
+
+
+def close_with(stack: ExitStack, tracker: Tracker) -> Tracker:
+    """`tracker`, which is closed when `stack` is."""
+    stack.push(lambda kind, _error, _trace: tracker.close(failed=kind is not None))
+    return tracker

@@ -1,0 +1,94 @@
+"""The ranks of a job: joining them, and leaving without hanging when one has failed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from surgery.errors import ConfigError
+
+__all__ = ["World", "join_world"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among its peers, and the device that it works on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
+        return self.rank == 0
+
+
+@contextmanager
+def join_world(*, timeout: timedelta) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a world of one.
+
+    With more than one rank the default process group is initialised (NCCL with a GPU, gloo without) and left
+    at the end of the block; one that the caller has initialised is used and kept. `timeout` bounds every
+    collective. When the block raises, peers may be waiting in a collective that this rank will never join, so
+    the group is aborted instead of being left in order. Raises `ConfigError` if the environment is incomplete
+    or there are fewer GPUs than ranks.
+    """
+    if dist.is_initialized():
+        local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=_device(local_rank))
+        return
+    size = _environment("WORLD_SIZE", default="1")
+    if size < 1:
+        raise ConfigError(f"expected WORLD_SIZE to be 1 or more, found {size}")
+    if size == 1:
+        yield World(rank=0, size=1, device=_device(0))
+        return
+    rank, device = _environment("RANK"), _device(_environment("LOCAL_RANK"))
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None
+    )
+    try:
+        yield World(rank=rank, size=size, device=device)
+    except BaseException:
+        _abort()
+        raise
+    dist.destroy_process_group()
+
+
+def _environment(name: str, *, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not value.lstrip("-").isdigit():
+        raise ConfigError(
+            f"expected the environment variable {name} to be a number, found {value!r}; "
+            "start several ranks with: torchrun --nproc-per-node N -m surgery finetune ..."
+        )
+    return int(value)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: expected at least {local_rank + 1}, found "
+            f"{torch.cuda.device_count()}; start as many ranks on this node as it has GPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _abort() -> None:
+    # Destroying an NCCL group waits for the kernels in flight, and those wait for a rank that is gone.
+    if torch.cuda.is_available():
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Combinations of options that cannot work, refused before anything is loaded.
+
+What an upstream library does wrong is patched; what a user asks of it that it cannot do is refused here, with the name
+of the library and what to choose instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.config import FSDP1, Placement, Quant
+from surgery.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["check_adapter", "check_precision", "check_sharding", "check_units", "check_world"]
+
+#: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
+WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+
+
+def check_world(shard: FSDP1 | None, placement: Placement, world_size: int) -> None:
+    """The ranks that there are against what is asked of them."""
+    if shard is None and placement == "rank0-cpu" and world_size > 1:
+        raise ConfigError(
+            f"placement rank0-cpu leaves {world_size - 1} of {world_size} ranks on meta, and without shard nothing would "
+            "bring the weights to them: use shard=FSDP1(), or placement='replicated'"
+        )
+    if shard is None:
+        return
+    if not torch.distributed.is_initialized():
+        raise ConfigError(
+            "shard=FSDP1() needs a process group: start with torchrun and call "
+            "torch.distributed.init_process_group() first, or pass shard=None for a single process"
+        )
+    if shard.mesh is not None and shard.mesh[0] * shard.mesh[1] != world_size:
+        raise ConfigError(
+            f"mesh={shard.mesh} needs {shard.mesh[0] * shard.mesh[1]} ranks (replicate x shard), but there are "
+            f"{world_size}"
+        )
+
+
+def check_sharding(shard: FSDP1 | None, placement: Placement, world_size: int, device: torch.device) -> None:
+    """FSDP1's own conditions."""
+    if shard is None:
+        return
+    if placement == "rank0-cpu" and not shard.sync_module_states and world_size > 1:
+        raise ConfigError(
+            "placement rank0-cpu with sync_module_states=False: the ranks other than 0 would train on uninitialized "
+            "memory, and FSDP says nothing. Leave sync_module_states=True, or use placement='replicated'"
+        )
+    if shard.cpu_offload and device.type == "cpu":
+        raise ConfigError("cpu_offload moves parameters between an accelerator and the CPU; here there is only a CPU")
+
+
+def check_precision(quant: Quant, shard: FSDP1 | None, dtype: torch.dtype) -> None:
+    """The packed storage against what FSDP1 flattens and casts."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {dtype}")
+    if shard is None:
+        return
+    storage = quant.storage_for(dtype)
+    if not storage.is_floating_point:
+        raise ConfigError(
+            f"quant_storage={storage} cannot be sharded by FSDP1, which flattens floating-point tensors only: use "
+            f"quant_storage={dtype} (the same bytes under another name), or leave it None"
+        )
+    cast = shard.mixed_precision.param_dtype if shard.mixed_precision is not None else None
+    if cast is None or cast == storage:
+        return
+    raise ConfigError(
+        f"mixed_precision.param_dtype={cast} with quant_storage={storage}: FSDP1 would cast packed 4-bit data as if it "
+        f"were numbers, and training would go on with garbage. Use param_dtype=None, or quant_storage={cast}"
+    )
+
+
+def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtype: torch.dtype) -> None:
+    """Whether a whole decoder block fits one flat parameter, where `units="block"` asks for that."""
+    if shard is None or shard.units != "block":
+        return
+    storage = quant.storage_for(dtype)
+    if storage != dtype:
+        raise ConfigError(
+            f"units='block' with quant_storage={storage}: norms{' and adapters' if lora else ''} are {dtype}, and FSDP1 "
+            "flattens one dtype only. Use units='auto', which wraps them on their own, or quant_storage=None"
+        )
+    if lora is not None and not shard.use_orig_params:
+        raise ConfigError(
+            "units='block' puts trainable adapters and frozen weights into one flat parameter, which FSDP1 refuses "
+            "without use_orig_params: use use_orig_params=True, or units='auto', which wraps adapters on their own"
+        )
+
+
+def check_adapter(lora: LoraConfig | None, placement: Placement, world_size: int) -> None:
+    """What PEFT can initialize from a 4-bit weight, and from one on meta."""
+    if lora is None:
+        return
+    init = lora.init_lora_weights
+    if isinstance(init, str) and init.lower().startswith(WEIGHT_DERIVED):
+        raise ConfigError(
+            f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
+            "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
+        )
+    if lora.use_dora and placement == "rank0-cpu" and world_size > 1:
+        raise ConfigError(
+            "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta under "
+            "placement rank0-cpu: use placement='replicated', or use_dora=False"
+        )

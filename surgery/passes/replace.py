@@ -1,0 +1,67 @@
+"""Put quantized modules in the place of linear ones, on meta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from surgery.errors import SelectorError
+from surgery.match import match_any, require_matches
+from surgery.passes.base import Pass
+from surgery.quantizers.base import Quantizer
+from surgery.quantizers.bnb import is_conv1d, is_linear_like
+from surgery.walk import Site, replace_module, sites, tied_parameters
+
+__all__ = ["Replace", "quantizable", "transposed"]
+
+
+def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
+    """The linear sites of `model` that go to 4 bits.
+
+    All but: the output head, modules with a tied weight, and what `skip_modules` matches (a pattern that matches
+    nothing raises `SelectorError`, as does a model with nothing left to quantize).
+    """
+    candidates = [site for site in sites(model) if site.fqn and is_linear_like(site.module)]
+    require_matches("skip_modules", skip_modules, [site.fqn for site in candidates])
+    keep = _kept_whole(model)
+    chosen = [s for s in candidates if s.fqn not in keep and not match_any(s.fqn, skip_modules)]
+    if not chosen:
+        raise SelectorError(
+            f"{type(model).__name__} has no linear module to quantize: {len(candidates)} are there, all of them the "
+            "output head, tied, or in skip_modules",
+            patterns=skip_modules,
+        )
+    return chosen
+
+
+def _kept_whole(model: nn.Module) -> set[str]:
+    """FQNs of modules that transformers too leaves unquantized: the output head, and modules with tied weights."""
+    tied = {name for first, aliases in tied_parameters(model).items() if aliases for name in (first, *aliases)}
+    keep = {name.rpartition(".")[0] for name in tied}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return keep | {site.fqn for site in sites(model) if head is not None and site.module is head}
+
+
+def transposed(chosen: list[Site]) -> frozenset[str]:
+    """FQNs of the weights that the checkpoint holds as `(in, out)`."""
+    return frozenset(f"{site.fqn}.weight" for site in chosen if is_conv1d(site.module))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replace(Pass):
+    """Replaces every module that `quantizable` chooses; aliases of a shared module get the same new one."""
+
+    name: ClassVar[str] = "replace"
+    requires: ClassVar[frozenset[str]] = frozenset({"on-meta"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
+
+    quantizer: Quantizer
+    skip_modules: tuple[str, ...] = ()
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """`model`, changed in place."""
+        for site in quantizable(model, self.skip_modules):
+            replace_module(model, site, self.quantizer.replacement(site.module))
+        return model

@@ -1,0 +1,93 @@
+"""Build the model on meta, with real non-persistent buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import CheckpointError, ConfigError
+from surgery.passes.base import Pass
+
+__all__ = ["Skeleton", "causal_lm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton(Pass):
+    """Calls `build` with every parameter going to meta.
+
+    After: parameters and persistent buffers are on meta, in `dtype`; buffers that no checkpoint holds (rotary
+    frequencies, say) are real, on `device`; tied parameters are one object.
+    """
+
+    name: ClassVar[str] = "skeleton"
+    ensures: ClassVar[frozenset[str]] = frozenset({"on-meta"})
+
+    build: Callable[[], nn.Module]
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, model: nn.Module | None = None) -> nn.Module:
+        """The new model; `model` is not looked at, since this pass comes first."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            skeleton = self.build()
+        if hasattr(skeleton, "tie_weights"):  # registering on meta made one parameter of each name
+            skeleton.tie_weights()
+        for parameter in skeleton.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        _place_buffers(skeleton, self.device)
+        return skeleton
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            persistent = name not in module._non_persistent_buffers_set
+            module._buffers[name] = buffer.to("meta" if persistent else device)
+
+
+def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """A builder of the decoder-only transformers model that `checkpoint.config` describes.
+
+    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if checkpoint.config is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json, so its architecture is unknown: add one, or pass model= a function "
+            "that builds the nn.Module",
+            path=checkpoint.path,
+        )
+    try:
+        config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
+        )
+    config._name_or_path = str(checkpoint.source)
+    config.use_cache = False
+
+    def build() -> nn.Module:
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+
+    return build
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

@@ -1,0 +1,83 @@
+"""Walking a module tree: every module once, with the aliases that share it; decoder blocks; tied parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.fqn import join, split
+
+__all__ = ["Site", "decoder_blocks", "own_tensors", "replace_module", "sites", "tied_parameters"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One place in a module tree. `fqn` is the first name under which `module` is met; `aliases` are the others."""
+
+    fqn: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every module of `model` once, parents before children, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (first, *others) in names.items():
+        yield Site(fqn=first, module=module, aliases=tuple(others))
+
+
+def replace_module(model: nn.Module, site: Site, new: nn.Module) -> None:
+    """Put `new` wherever `site.module` was: at its FQN and at every alias, so that sharing survives."""
+    if not site.fqn:
+        raise ValueError("the root module cannot be replaced in its own tree")
+    for fqn in (site.fqn, *site.aliases):
+        parent, name = split(fqn)
+        setattr(model.get_submodule(parent), name, new)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(name, tensor)` of the parameters and persistent buffers that `module` itself holds: what a checkpoint fills."""
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+    yield from (
+        (name, b)
+        for name, b in module._buffers.items()
+        if b is not None and name not in module._non_persistent_buffers_set
+    )
+
+
+def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First FQN of every parameter or persistent buffer of `model` -> the other FQNs that share it (often none)."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in own_tensors(module):
+            names.setdefault(id(tensor), []).append(join(prefix, name))
+    return {first: tuple(others) for first, *others in names.values()}
+
+
+def decoder_blocks(model: nn.Module) -> list[Site]:
+    """The repeated blocks of `model`: children of every outermost `ModuleList` (or `Sequential` of one class).
+
+    Found from the structure, not from class names: what a decoder repeats lives in a container of equals. Containers
+    within a block (experts, say) are not looked at, and a container without parameters is none.
+    """
+    found: list[Site] = []
+    inside: set[nn.Module] = set()
+    for site in sites(model):
+        if site.module in inside or not _repeats(site.module):
+            continue
+        inside.update(site.module.modules())
+        found.extend(Site(fqn=join(site.fqn, name), module=child) for name, child in site.module.named_children())
+    return found
+
+
+def _repeats(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    children = list(module.children())
+    if len({type(child) for child in children}) != 1 and not isinstance(module, nn.ModuleList):
+        return False
+    return bool(children) and all(any(True for _ in child.parameters()) for child in children)
