@@ -1,0 +1,5 @@
+"""`python -m patches`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""The audit: the ledger, compared with what is live now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Final, overload
+
+from .activation import ACTIVATIONS
+from .ledger import LEDGER, Receipt, State
+from .table import aligned
+
+__all__ = ["Audit", "Row", "audit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One application of one patch, as it is now."""
+
+    id: str
+    target: str
+    state: State
+    scope: str
+    """The word process, or how many living instances."""
+    since: str
+    """When it was applied: ISO 8601, UTC, to the second."""
+    by: str
+    """`file:line` of the statement that applied it."""
+    reason: str
+    verdict: str
+    owner: str
+    note: str
+
+
+# The owner and the note make lines too long to read; they are in the JSON.
+_COLUMNS: Final = tuple(field.name for field in fields(Row) if field.name not in ("owner", "note"))
+
+
+class Audit(Sequence[Row]):
+    """Rows, oldest first. `str()` is a table."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self._rows[index]
+
+    def __str__(self) -> str:
+        if not self._rows:
+            return "no patch is active"
+        return aligned(_COLUMNS, [[str(getattr(row, name)) for name in _COLUMNS] for row in self._rows])
+
+    def to_json(self) -> str:
+        """A JSON array with one object a row."""
+        return json.dumps([asdict(row) for row in self._rows], indent=2)
+
+
+def audit(*, include_reverted: bool = False) -> Audit:
+    """Every patch that is active, and every one that was undone but left something behind; as found now.
+
+    With `include_reverted`, everything that was ever applied in this process, and what was skipped as
+    obsolete.
+    """
+    with ACTIVATIONS.operation():
+        listed = {*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()}
+        return Audit([_row(receipt) for receipt in LEDGER.receipts if include_reverted or receipt in listed])
+
+
+def _row(receipt: Receipt) -> Row:
+    return Row(
+        id=receipt.id,
+        target=receipt.target,
+        state=ACTIVATIONS.condition(receipt),
+        scope=receipt.scope_text,
+        since=receipt.since.isoformat(timespec="seconds"),
+        by=receipt.by,
+        reason=receipt.reason,
+        verdict=str(receipt.verdict),
+        owner=receipt.owner,
+        note=receipt.note,
+    )

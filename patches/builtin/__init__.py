@@ -1,0 +1,28 @@
+"""The patches that come with this package: id -> the module that registers it when imported.
+
+One patch a file, named after it. The library that a patch is for is imported inside its functions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+__all__ = ["BUILTIN"]
+
+_IDS: Final = (
+    "bitsandbytes.keep-packing",
+    "bitsandbytes.linear4bit-apply",
+    "bitsandbytes.linear4bit-shape",
+    "bitsandbytes.no-rewrap",
+    "bitsandbytes.params4bit-to-meta",
+    "bitsandbytes.quant-state-to-noop",
+    "peft.adapter-keys-under-wrappers",
+    "torch.fsdp1-sync-on-cpu",
+    "torch.meta-param-replacement",
+)
+
+BUILTIN: Final[Mapping[str, str]] = MappingProxyType(
+    {patch_id: f"{__name__}.{patch_id.replace('-', '_')}" for patch_id in _IDS}
+)

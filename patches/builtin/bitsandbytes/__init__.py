@@ -1,0 +1,1 @@
+"""Patches of bitsandbytes, one a module. Importing this package imports nothing of bitsandbytes."""

@@ -1,0 +1,61 @@
+"""A small quantized Linear4bit for probes to try a defect on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["meta_linear4bit", "packed_linear4bit"]
+
+
+def packed_linear4bit() -> Any:
+    """A 64 x 64 Linear4bit on the CPU, nf4, stored as bfloat16; weight and layer share the quant_state.
+
+    Put together by hand: bitsandbytes quantizes on the CPU only from 0.46 on, and probes run on older
+    versions too.
+    """
+    import torch
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    linear4bit: Any = Linear4bit  # Any: neither constructor is annotated
+    quant_state: Any = QuantState
+    # On meta, because the layer's own initialization would take numbers from the generator of whoever is asking.
+    layer = linear4bit(
+        64,
+        64,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        quant_storage=torch.bfloat16,
+        device="meta",
+    )
+    layer.quant_state = quant_state(
+        absmax=torch.ones(64),
+        shape=torch.Size((64, 64)),
+        code=torch.linspace(-1, 1, 16),
+        blocksize=64,
+        quant_type="nf4",
+        dtype=torch.bfloat16,
+    )
+    packed = torch.arange(2048, dtype=torch.int32).remainder(256).to(torch.uint8)
+    layer.weight = Params4bit(
+        packed.view(torch.bfloat16).view(-1, 1),
+        requires_grad=False,
+        quant_state=layer.quant_state,
+        blocksize=64,
+        compress_statistics=False,
+        quant_type="nf4",
+        quant_storage=torch.bfloat16,
+        module=layer,
+        bnb_quantized=True,
+    )
+    return layer
+
+
+def meta_linear4bit() -> Any:
+    """The same layer with its packed weight on meta; the quant_state stays on the CPU."""
+    from bitsandbytes.nn.modules import Params4bit
+
+    layer = packed_linear4bit()
+    layer.weight = Params4bit(layer.weight.data.to("meta"), requires_grad=False, **vars(layer.weight))
+    return layer

@@ -1,0 +1,70 @@
+"""`bitsandbytes.keep-packing`: evaluation on a CPU with AVX512-BF16 leaves the packed weight as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from patches.errors import IncompatibleError
+from patches.registry import REGISTRY
+
+from ._specimen import packed_linear4bit
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn.modules import Linear4bit
+
+__all__ = ["report_no_avx512bf16"]
+
+_ID = "bitsandbytes.keep-packing"
+
+
+def evaluation_repacks() -> bool:
+    """Whether one forward in eval mode, on this CPU, rewrites the weight in place."""
+    import torch
+
+    layer = packed_linear4bit().eval()
+    with torch.no_grad():
+        layer(torch.zeros(1, 64, dtype=torch.bfloat16))
+    return _is_repacked(layer)
+
+
+def check_reports_no_avx512bf16() -> None:
+    """Raises RuntimeError where the wrapper lets the CPU's own answer through."""
+    if report_no_avx512bf16(lambda: True, packed_linear4bit(), (), {}):
+        raise RuntimeError("Linear4bit still reports AVX512-BF16, so that evaluation would repack its weight")
+
+
+@REGISTRY.register(
+    _ID,
+    kind="attribute",
+    target="bitsandbytes.nn.modules:Linear4bit.support_avx512bf16_for_cpu",
+    reason=(
+        "the first forward in eval mode on a CPU with AVX512-BF16 repacks weight and quant_state in place, "
+        "with a loss; FSDP brings back the weight alone, and everything computed from then on is wrong"
+    ),
+    upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078",
+    requires={"bitsandbytes": ">=0.49"},
+    probe=evaluation_repacks,
+    verify=check_reports_no_avx512bf16,
+)
+def report_no_avx512bf16(
+    _wrapped: Callable[[], bool], instance: Linear4bit, _args: tuple[()], _kwargs: dict[str, Any]
+) -> Literal[False]:
+    """`module.support_avx512bf16_for_cpu`, which forward asks before it repacks: always False.
+
+    Raises IncompatibleError for a layer that was repacked before the patch came: the inverse that
+    bitsandbytes has is off by up to 5e-3, so there is no way back from there.
+    """
+    if _is_repacked(instance):
+        raise IncompatibleError(
+            f"{_ID}: expected a Linear4bit in bitsandbytes' packed layout, found one whose weight an earlier "
+            "forward in eval mode has repacked for AVX512-BF16, which loses precision; quantize or load the "
+            "layer again, and apply this patch before it is evaluated",
+            patch_id=_ID,
+            why="the weight is already repacked",
+        )
+    return False
+
+
+def _is_repacked(layer: Linear4bit) -> bool:
+    return bool(getattr(layer.quant_state, "packing_format_for_cpu", False))

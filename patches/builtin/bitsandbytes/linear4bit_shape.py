@@ -1,0 +1,104 @@
+"""`bitsandbytes.linear4bit-shape`: the weight of a quantized Linear4bit reads as a Params4bit."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+from patches.registry import REGISTRY
+
+from ._packing import as_params4bit, is_quantized, packed_shape
+from ._specimen import packed_linear4bit
+
+if TYPE_CHECKING:
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit
+
+__all__ = ["read_as_params4bit"]
+
+_THIS_PACKAGE: Final = __name__.partition(".")[0]
+
+
+def weight_loses_its_class() -> bool:
+    """Whether a plain Parameter, put where the packed weight was, is read as one."""
+    from torch import nn
+
+    layer = packed_linear4bit()
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    return not is_quantized(layer.weight)
+
+
+def check_reads_as_params4bit() -> None:
+    """Raises RuntimeError where a plain packed tensor, or a meta weight of logical shape, is not restored."""
+    import torch
+
+    layer = packed_linear4bit()
+    packed = layer.weight.data.clone()
+    logical = torch.nn.Parameter(torch.empty(64, 64, device="meta"), requires_grad=False)
+    for stored in (packed, logical):
+        weight: Any = read_as_params4bit(functools.partial(_identity, stored), layer, (), {})
+        expected = packed_shape(layer.quant_state, torch.bfloat16)
+        if not is_quantized(weight) or tuple(weight.shape) != expected:
+            raise RuntimeError(
+                f"expected a Params4bit of shape {expected} with its quant_state, "
+                f"found a {type(weight).__name__} of shape {tuple(weight.shape)}"
+            )
+
+
+def _identity(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+@REGISTRY.register(
+    "bitsandbytes.linear4bit-shape",
+    kind="attribute",
+    target="bitsandbytes.nn.modules:Linear4bit.weight",
+    reason=(
+        "construction on meta, to_empty, and FSDP's flattening and unsharding leave a weight without its "
+        "packed shape, its class or its quant_state; state_dict, PEFT's merge and dequantization need all"
+    ),
+    upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/pull/970",
+    requires={"bitsandbytes": ">=0.43"},
+    needs=("bitsandbytes.linear4bit-apply",),
+    probe=weight_loses_its_class,
+    verify=check_reads_as_params4bit,
+)
+def read_as_params4bit(
+    wrapped: Callable[[], torch.Tensor | None],
+    instance: Linear4bit,
+    _args: tuple[()],
+    _kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What `module.weight` reads as, where `module.quant_state` is there.
+
+    A tensor of the packed shape, `((numel + 1) // (2 * itemsize), 1)`, reads as a Params4bit with
+    `module.quant_state`, over the same memory; a meta tensor of the logical shape `(out, in)` takes the
+    packed shape first, and is stored so. A Parameter becomes the Params4bit itself, in place and for good;
+    for a plain tensor, each read makes one. Everything else is returned as it is: a Params4bit that has its
+    quant_state, a DTensor, FSDP1's one-dimensional shard, and any weight of a module that is not quantized.
+    """
+    import torch
+
+    stored = wrapped()
+    quant_state = getattr(instance, "quant_state", None)
+    if stored is None or quant_state is None:
+        return stored
+    if type(stored) is torch.Tensor and _fsdp1_is_reading():
+        return stored
+    return as_params4bit(instance, stored, quant_state)
+
+
+def _fsdp1_is_reading() -> bool:
+    """Whether the attribute is read by the code of FSDP1 that put a plain tensor there.
+
+    With `use_orig_params=True` and SHARD_GRAD_OP it looks, before backward, whether what it reads is the very
+    tensor that it stored, and refuses to go on if not. It is the only reader that may not be given a
+    Params4bit instead, and nothing that a module or a tensor holds tells it from the others.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _THIS_PACKAGE:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "torch.distributed.fsdp._flat_param"

@@ -1,0 +1,173 @@
+"""Composition: the one object that is installed at a place for a chain of links, the last link outermost.
+
+Three forms. wrapt's `FunctionWrapper` for what is called; plain functions for what Dynamo traces, since it
+silently passes over wrapt's objects; a `property` for what is read, since wrapt's wrapper has no effect on a
+property.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import wrapt
+
+from .link import Link
+from .stored import StoredAttribute
+from .target import MISSING, Kind, Place
+
+__all__ = ["compose"]
+
+Getter: TypeAlias = Callable[[Any], Any]
+
+
+def compose(place: Place, links: Sequence[Link]) -> object:
+    """The object to install at `place`, so that every link's wrapper lies around what is there now."""
+    assert links, "a slot without links holds its original"
+    if place.kind == Kind.ATTRIBUTE:
+        return _stored_property(place, links)
+    if place.kind == Kind.PROPERTY:
+        return _property(place, links)
+    if any(link.patch.traced for link in links):
+        return _closures(place, links)
+    return functools.reduce(_wrap, links, _innermost(place))
+
+
+def _wrap(inner: Any, link: Link) -> Any:
+    return wrapt.FunctionWrapper(inner, _selective(link))
+
+
+def _selective(link: Link) -> Callable[..., Any]:
+    wrapper, subject_of = link.patch.wrapper, link.patch.subject
+
+    def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if link.everyone or link.covers(instance):
+            return wrapper(wrapped, instance, args, kwargs)
+        return wrapped(*args, **kwargs)
+
+    def call_by_subject(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if link.everyone or link.covers(subject_of(instance, args, kwargs)):  # type: ignore[misc]  # not None here
+            return wrapper(wrapped, instance, args, kwargs)
+        return wrapped(*args, **kwargs)
+
+    return call if subject_of is None else call_by_subject
+
+
+def _closures(place: Place, links: Sequence[Link]) -> object:
+    inner = _innermost(place)
+    if place.kind == Kind.STATICMETHOD:
+        return staticmethod(functools.reduce(_around_function, links, _unbound(inner)))
+    if place.kind == Kind.CLASSMETHOD:
+        return classmethod(functools.reduce(_around_method, links, _unbound(inner)))
+    return functools.reduce(_around_method if place.kind == Kind.METHOD else _around_function, links, inner)
+
+
+def _unbound(descriptor: Any) -> Any:
+    """The function inside a classmethod or staticmethod."""
+    if type(descriptor) in (classmethod, staticmethod):
+        return descriptor.__func__
+
+    # A proxy that somebody else has put around one: its `__func__` would be the function without their
+    # wrapper.
+    @functools.wraps(descriptor.__func__)
+    def bind_and_call(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return descriptor.__get__(None, cls)(*args, **kwargs)
+
+    @functools.wraps(descriptor.__func__)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return descriptor.__get__(None, object)(*args, **kwargs)
+
+    return bind_and_call if descriptor.__class__ is classmethod else call
+
+
+def _around_function(inner: Any, link: Link) -> Any:
+    call = _selective(link)
+
+    @functools.wraps(inner)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return call(inner, None, args, kwargs)
+
+    return patched
+
+
+def _around_method(inner: Any, link: Link) -> Any:
+    call = _selective(link)
+
+    @functools.wraps(inner)
+    def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return call(inner.__get__(self), self, args, kwargs)
+
+    return patched
+
+
+def _property(place: Place, links: Sequence[Link]) -> property:
+    own: property = _innermost(place)
+    assert own.fget is not None, "a property without a getter is refused as a target"
+    return own.getter(functools.reduce(_around_getter, links, own.fget))
+
+
+def _stored_property(place: Place, links: Sequence[Link]) -> property:
+    assert isinstance(place.owner, type)
+    stored = StoredAttribute(place.owner, place.name, place.own)
+    getter = functools.reduce(_around_getter, links, cast("Getter", stored.read))
+    return property(stored.guard(getter, place.target), stored.write, stored.delete)
+
+
+def _around_getter(inner: Getter, link: Link) -> Getter:
+    call = _selective(link)
+
+    def patched(instance: Any) -> Any:
+        return call(functools.partial(inner, instance), instance, (), {})
+
+    return patched
+
+
+def _innermost(place: Place) -> Any:
+    """What the chain ends in: the original, or for an inherited attribute, whatever the bases have at the
+    time.
+    """
+    if place.own is not MISSING:
+        return place.own
+    if not isinstance(place.owner, type):
+        return place.found
+    return _INHERITED[place.kind](place.owner, place.name, place.found)
+
+
+# An inherited attribute is looked up on each call, as Python does: the base may itself be patched or restored
+# later.
+
+
+def _inherited_method(owner: type, name: str, found: Any) -> Any:
+    @functools.wraps(found)
+    def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(owner, self), name)(*args, **kwargs)
+
+    return inherited
+
+
+def _inherited_classmethod(owner: type, name: str, found: Any) -> Any:
+    return classmethod(_inherited_method(owner, name, found.__func__))
+
+
+def _inherited_staticmethod(owner: type, name: str, found: Any) -> Any:
+    @functools.wraps(found.__func__)
+    def inherited(*args: Any, **kwargs: Any) -> Any:
+        return getattr(super(owner, owner), name)(*args, **kwargs)
+
+    return staticmethod(inherited)
+
+
+def _inherited_property(owner: type, name: str, found: property) -> property:
+    def inherited(self: Any) -> Any:
+        return getattr(super(owner, self), name)
+
+    return found.getter(inherited)
+
+
+_INHERITED = {
+    Kind.METHOD: _inherited_method,
+    Kind.CLASSMETHOD: _inherited_classmethod,
+    Kind.STATICMETHOD: _inherited_staticmethod,
+    Kind.PROPERTY: _inherited_property,
+}

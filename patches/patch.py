@@ -1,0 +1,131 @@
+"""`Patch`: what one patch is, as data."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+from .errors import DefinitionError, TargetError
+from .target import Kind, parse
+from .versions import parse_specifier
+
+__all__ = ["Patch", "Probe", "Subject", "Verify", "Wrapper"]
+
+Wrapper: TypeAlias = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+"""`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, `args` are without the
+instance.
+"""
+
+Subject: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], object]
+Probe: TypeAlias = Callable[[], bool]
+Verify: TypeAlias = Callable[[], None]
+
+_ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]*(?:\.[a-z0-9][a-z0-9_-]*)+")
+_KINDS: Final = ("auto", *Kind)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patch:
+    """One patch, declared. Two patches are equal only if they are the same object.
+
+    Raises DefinitionError where a field cannot be right; nothing is imported to find out.
+    """
+
+    id: str
+    """`upstream.kebab-name`."""
+    target: str
+    """`package.module:Class.attribute`."""
+    wrapper: Wrapper
+    reason: str
+    """Why the patch exists: the defect, in a sentence."""
+    upstream: str = ""
+    """Link to the issue, or to the source that shows the defect."""
+    requires: Mapping[str, str] = field(default_factory=dict)
+    """Distribution -> PEP 440 window in which the defect is known; all must hold."""
+    kind: str = "auto"
+    """"auto", or the `Kind` that the target must be. "attribute" wraps reads of what instances store
+    themselves.
+    """
+    traced: bool = False
+    """torch.compile traces the target: install plain functions, since Dynamo passes over wrapt's objects
+    silently.
+    """
+    subject: Subject | None = None
+    """`(instance, args, kwargs) -> object`: what decides whether a call is in scope. None: the instance."""
+    after: tuple[str, ...] = ()
+    """Ids that are applied before this one, and lie inside it where they share a target."""
+    needs: tuple[str, ...] = ()
+    """Ids that are applied too, before this one, wherever this one is."""
+    conflicts: tuple[str, ...] = ()
+    """Ids that may not be active together with this one."""
+    probe: Probe | None = None
+    """True where the defect is present. Never runs while the patch is active. No GPU and no process group
+    needed.
+    """
+    verify: Verify | None = None
+    """Raises where the applied patch does not have its effect."""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise self._refuse("id", f"{self.id!r} is not of the form 'upstream.kebab-name'")
+        if not self.reason.strip():
+            raise self._refuse("reason", "it is empty; say which defect the patch is for")
+        if self.kind not in _KINDS:
+            raise self._refuse("kind", f"{self.kind!r} is not one of {', '.join(_KINDS)}")
+        self._check_target()
+        self._check_wrapper()
+        self._check_ids()
+        self._check_requires()
+
+    def _check_target(self) -> None:
+        try:
+            parse(self.target)
+        except TargetError as error:
+            raise self._refuse("target", error.why) from error
+
+    def _check_wrapper(self) -> None:
+        if not callable(self.wrapper):
+            raise self._refuse("wrapper", f"{self.wrapper!r} is not callable")
+        try:
+            inspect.signature(self.wrapper).bind(None, None, (), {})
+        except TypeError as error:
+            raise self._refuse(
+                "wrapper", f"it must accept (wrapped, instance, args, kwargs): {error}"
+            ) from error
+        except ValueError:  # a callable without a signature, such as one written in C: it says so when called
+            return
+
+    def _check_ids(self) -> None:
+        for name in ("after", "needs", "conflicts"):
+            # A string is a sequence of strings, so `needs="a.b"` would ask for "a", "." and "b".
+            if isinstance(getattr(self, name), str):
+                raise self._refuse(name, f"expected a tuple of ids, got the string {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if self.id in getattr(self, name):
+                raise self._refuse(name, "it names the patch itself")
+
+    def _check_requires(self) -> None:
+        for distribution, window in self.requires.items():
+            try:
+                parse_specifier(window)
+            except ValueError as error:
+                raise self._refuse("requires", f"{distribution}: {error}") from error
+        object.__setattr__(self, "requires", MappingProxyType(dict(self.requires)))
+
+    def _refuse(self, name: str, why: str) -> DefinitionError:
+        return DefinitionError(f"patch {self.id!r}, field {name!r}: {why}", patch_id=self.id, field=name)
+
+    @property
+    def module(self) -> str:
+        """The module that the wrapper is defined in."""
+        return getattr(self.wrapper, "__module__", None) or "?"
+
+    @property
+    def claimant(self) -> str:
+        """Who declares the patch: `module:qualified.name` of its wrapper."""
+        return f"{self.module}:{getattr(self.wrapper, '__qualname__', repr(self.wrapper))}"

@@ -1,0 +1,116 @@
+"""Slots: what is installed at one place, and exact restoration of what was there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .compose import compose
+from .errors import OverwrittenError, TargetError
+from .ledger import Receipt, State
+from .link import Link
+from .order import in_order
+from .overlay import is_orphaned, is_redefinition, leads_to
+from .target import MISSING, Place, read_own
+
+__all__ = ["Slot"]
+
+
+class Slot:
+    """One place with the chain of links active there. The chain is composed anew whenever a link comes or
+    goes.
+
+    Not safe from threads by itself.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.links: tuple[Link, ...] = ()
+        # What may be found at the place and is ours. Two objects while one is being replaced by the other, so
+        # that an interrupt at any point leaves neither looking foreign.
+        self._ours: tuple[object, ...] = ()
+
+    @property
+    def live(self) -> Any:
+        """What is at the place now."""
+        return read_own(self.place.owner, self.place.name)
+
+    @property
+    def condition(self) -> State:
+        """ACTIVE, BURIED, RELOADED or OVERWRITTEN, by what is at the place now."""
+        if is_orphaned(self.place):
+            return State.RELOADED
+        if self._is_intact():
+            return State.ACTIVE
+        if leads_to(self.live, self._ours):
+            return State.BURIED
+        if is_redefinition(self.live, self.place):
+            return State.RELOADED
+        return State.OVERWRITTEN
+
+    def refuse_overwritten(self) -> None:
+        """Raise OverwrittenError where somebody else has changed the place since something was installed."""
+        if self.links and not self._is_intact():
+            raise self._overwritten("revert the patches that are active there, then apply again")
+
+    def add(self, receipt: Receipt) -> None:
+        """Make `receipt` hold its patch here, and install what follows from that."""
+        link = next((link for link in self.links if link.patch is receipt.patch), None)
+        if link is not None:
+            link.hold(receipt)
+            return
+        link = Link(receipt.patch)
+        link.hold(receipt)
+        by_id = {other.patch.id: other for other in (*self.links, link)}
+        self.links = tuple(by_id[key] for key in in_order(other.patch for other in by_id.values()))
+        self._install()
+
+    def remove(self, receipt: Receipt) -> None:
+        """Take back what `receipt` changed here, if anything.
+
+        Raises OverwrittenError where somebody else has changed the place since. It is left as found then, and
+        what was installed has no more effect, wherever it is.
+        """
+        held = next((link for link in self.links if link.drop(receipt)), None)
+        if held:
+            return  # by another receipt too
+        self.links = tuple(link for link in self.links if link)
+        if not self.settle():
+            raise self._overwritten("it was left as found; what was installed lets every call through")
+
+    def settle(self) -> bool:
+        """Make the place hold what the links ask for; False where somebody else's object is in the way."""
+        if self._is_intact():
+            self._install()
+            return True
+        # Restored by somebody else, or defined anew by a reload: nothing of ours is there to take away.
+        return self.live is self.place.own or is_redefinition(self.live, self.place)
+
+    def _is_intact(self) -> bool:
+        live = self.live
+        return any(live is ours for ours in self._ours) or (live is self.place.own and not self._ours)
+
+    def _install(self) -> None:
+        wanted = compose(self.place, self.links) if self.links else self.place.own
+        self._ours = (*self._ours, wanted)
+        self._write(wanted)
+        self._ours = (wanted,)
+
+    def _write(self, value: object) -> None:
+        if self.live is value:
+            return
+        if value is MISSING:
+            delattr(self.place.owner, self.place.name)
+        else:
+            setattr(self.place.owner, self.place.name, value)
+        if self.live is not value:
+            why = f"setting it had no effect; expected {value!r} there, found {self.live!r}"
+            raise TargetError(f"cannot patch {self.place.target!r}: {why}", target=self.place.target, why=why)
+
+    def _overwritten(self, advice: str) -> OverwrittenError:
+        state, found = self.condition, self.live
+        return OverwrittenError(
+            f"{self.place.target!r} is {state}: expected what was installed, found {found!r}; {advice}",
+            target=self.place.target,
+            state=state.value,
+            found=found,
+        )

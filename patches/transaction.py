@@ -1,0 +1,271 @@
+"""Transactions: plan, check, apply, verify; then the block; then undo, or keep what was committed."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import NoReturn, Self
+
+from .activation import ACTIVATIONS
+from .errors import ApplyError, NotActiveError, TransactionError, UndoError, VerifyError
+from .ledger import LEDGER, Receipt, State, caller
+from .plan import Item, Step, make_plan
+from .verdict import Verdict
+
+__all__ = ["Savepoint", "Transaction", "active", "revert", "transaction"]
+
+
+class _Phase(enum.StrEnum):
+    NEW = "not begun"
+    OPEN = "open"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class Transaction:
+    """Patches that are applied together, and undone together unless they are committed.
+
+    Used in a `with` statement, once. Entering applies all items or none; leaving, in whatever way, undoes all
+    that was not committed. After a failure every operation raises TransactionError, except rolling back.
+
+    Undoing in a transaction leaves nothing half done: newest first, past every failure. What could not be
+    undone is raised as an UndoError, or, where the block itself raised, added to that exception as a note.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], *, reason: str, by: str, on: Sequence[object] | None, force: bool
+    ) -> None:
+        self.reason = reason
+        self.by = by
+        self.receipts: list[Receipt] = []
+        """Everything that was applied, in order; `receipt.state` tells what has become of it."""
+        self.skipped: list[Receipt] = []
+        """What was not applied because it is obsolete; `receipt.verdict.why` tells the grounds."""
+        self.verdicts: dict[str, Verdict] = {}
+        """id -> verdict, of everything that was planned."""
+        self._items: tuple[Item, ...] = tuple(items)
+        self._on = on
+        self._force = force
+        self._phase = _Phase.NEW
+        self._cause: BaseException | None = None
+        self._pending: list[Receipt] = []
+        self._savepoints: list[Savepoint] = []
+
+    def __enter__(self) -> Self:
+        self._expect(_Phase.NEW)
+        self._phase = _Phase.OPEN
+        items, on = self._items, self._on
+        # The transaction may outlive the block, in a variable; the instances must not have to.
+        self._items, self._on = (), None
+        try:
+            self.apply(*items, on=on)
+            return self
+        except BaseException as error:
+            # `apply` has undone its own; this is for an interrupt after it, since nobody calls __exit__ now.
+            _report(self._undo(self._pending, "interrupted"), error)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        problems = self._undo(self._pending, "" if error is None else f"the block raised {error!r}")
+        self._phase = _Phase.CLOSED if error is None else _Phase.FAILED
+        self._cause = error
+        _report(problems, error)
+
+    def apply(self, *items: Item, on: Iterable[object] | None = None) -> list[Receipt]:
+        """Apply more in this transaction, all or nothing; returns the receipts of what was applied.
+
+        Where it raises, these items are undone and the transaction has failed: leave it, or roll back to a
+        savepoint.
+        """
+        self._expect(_Phase.OPEN)
+        made: list[Receipt] = []
+        try:
+            plan = make_plan(items, on=None if on is None else tuple(on), force=self._force)
+            self._install(plan.steps, made)
+            _verify(made)
+            self._record_skipped(plan.skipped)
+            return made
+        except BaseException as error:
+            self._phase, self._cause = _Phase.FAILED, error
+            _report(self._undo(made, f"applying raised {error!r}"), error)
+            raise
+
+    def savepoint(self) -> Savepoint:
+        """Mark this point: what is applied after it can be undone alone."""
+        self._expect(_Phase.OPEN)
+        savepoint = Savepoint(self, self._pending[-1].serial if self._pending else 0)
+        self._savepoints.append(savepoint)
+        return savepoint
+
+    def commit(self) -> None:
+        """Keep what is applied so far, beyond the block; `patches.revert` undoes it."""
+        self._expect(_Phase.OPEN)
+        self._pending.clear()
+
+    def rollback(self) -> None:
+        """Undo now what is not committed, and close the transaction."""
+        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
+            self._expect(_Phase.OPEN)
+        self._phase = _Phase.CLOSED
+        _report(self._undo(self._pending, "rolled back"), None)
+
+    def _install(self, steps: Sequence[Step], made: list[Receipt]) -> None:
+        with ACTIVATIONS.operation():
+            places = ACTIVATIONS.check([step.patch for step in steps])
+            for step, place in zip(steps, places, strict=True):
+                receipt = self._open(step)
+                # Noted before anything is changed, so that an interrupt between the two leaves nothing
+                # unknown.
+                made.append(receipt)
+                self._pending.append(receipt)
+                self.receipts.append(receipt)
+                try:
+                    ACTIVATIONS.apply(receipt, place)
+                except Exception as error:  # noqa: BLE001 - foreign `__setattr__`
+                    _raise_from(ApplyError, "could not be applied", made, receipt, error)
+
+    def _record_skipped(self, steps: Sequence[Step]) -> None:
+        with ACTIVATIONS.operation():
+            for step in steps:
+                receipt = self._open(step)
+                LEDGER.record(receipt, State.SKIPPED, step.verdict.why)
+                self.skipped.append(receipt)
+
+    def _open(self, step: Step) -> Receipt:
+        self.verdicts[step.patch.id] = step.verdict
+        return LEDGER.open(step.patch, scope=step.scope, reason=self.reason, by=self.by, verdict=step.verdict)
+
+    def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
+        undone = list(receipts)
+        self._pending = [receipt for receipt in self._pending if receipt not in undone]
+        with ACTIVATIONS.operation():
+            return ACTIVATIONS.undo_all(undone, note)
+
+    def _rollback_to(self, savepoint: Savepoint) -> None:
+        if savepoint not in self._savepoints:
+            raise TransactionError(
+                "this savepoint is gone: an earlier one was rolled back to, or the transaction has ended",
+                state=self._phase.value,
+            )
+        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
+            self._expect(_Phase.OPEN)
+        del self._savepoints[self._savepoints.index(savepoint) + 1 :]
+        self._phase, self._cause = _Phase.OPEN, None
+        after = [receipt for receipt in self._pending if receipt.serial > savepoint.serial]
+        _report(self._undo(after, "rolled back to a savepoint"), None)
+
+    def _expect(self, phase: _Phase) -> None:
+        if self._phase != phase:
+            message = f"expected a transaction that is {phase}, and this one is {self._phase}"
+            if self._cause is not None:
+                message += f": {self._cause!r}"
+            raise TransactionError(message, state=self._phase.value) from self._cause
+
+
+class Savepoint:
+    """A point in a transaction. As a `with` statement's, it rolls back to where it was made if the block
+    raises.
+    """
+
+    def __init__(self, owner: Transaction, serial: int) -> None:
+        self.serial = serial
+        self._owner = owner
+
+    def rollback(self) -> None:
+        """Undo what was applied since, unless committed; a transaction that failed since is open again.
+
+        Can be done repeatedly. Savepoints made later are gone then; using them raises TransactionError.
+        """
+        self._owner._rollback_to(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.rollback()
+
+
+def transaction(
+    *items: Item, reason: str, on: Iterable[object] | None = None, force: bool = False
+) -> Transaction:
+    """Apply patches for the length of a `with` block, or beyond it if committed.
+
+    An item is an id, a Patch, or `patches.on(either, instances)`; `on` limits every other item to these
+    instances. Obsolete patches are skipped and listed in `.skipped`, unless `force`. Independent of any
+    transaction around it: what is committed inside stays when the outer one is undone.
+    """
+    if not reason.strip():
+        raise TransactionError("expected a reason for the ledger, got an empty one", state=_Phase.NEW.value)
+    instances = None if on is None else tuple(on)
+    return Transaction(items, reason=reason, by=caller(), on=instances, force=force)
+
+
+def active() -> list[Receipt]:
+    """The receipts of every patch that is applied now, oldest first."""
+    with ACTIVATIONS.operation():
+        return ACTIVATIONS.active()
+
+
+def revert(*patches: str | Receipt) -> list[Receipt]:
+    """Undo these, whichever transaction applied them, newest first; returns the receipts that were undone.
+
+    An id means every receipt of that patch; NotActiveError where there is none. A receipt that is undone
+    already is no error. Raises UndoError for what somebody else has changed since.
+    """
+    with ACTIVATIONS.operation():
+        chosen = {receipt: None for patch in patches for receipt in _chosen(patch)}
+        problems = ACTIVATIONS.undo_all(chosen, f"reverted at {caller()}")
+    _report(problems, None)
+    return list(chosen)
+
+
+def _chosen(patch: str | Receipt) -> list[Receipt]:
+    known = [*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()]
+    if isinstance(patch, Receipt):
+        return [patch] if patch in known else []
+    chosen = [receipt for receipt in known if receipt.id == patch]
+    if not chosen:
+        raise NotActiveError(f"{patch!r} is not active; active: {_ids(known)}", patch_id=patch)
+    return chosen
+
+
+def _verify(receipts: Sequence[Receipt]) -> None:
+    for receipt in receipts:
+        if receipt.patch.verify is None:
+            continue
+        try:
+            receipt.patch.verify()
+        except Exception as error:  # noqa: BLE001 - the patch's own code
+            _raise_from(VerifyError, "was applied and does not have its effect", receipts, receipt, error)
+
+
+def _raise_from(
+    kind: type[ApplyError], what: str, made: Sequence[Receipt], failed: Receipt, error: Exception
+) -> NoReturn:
+    undone = [receipt.id for receipt in made]
+    message = f"{failed.id!r} {what}: {error}; undone: {', '.join(undone)}"
+    raise kind(message, patch_id=failed.id, undone=undone) from error
+
+
+def _report(problems: Sequence[BaseException], error: BaseException | None) -> None:
+    """Raise what went wrong while undoing, or note it on the error that is already on its way."""
+    if error is not None:
+        for problem in problems:
+            error.add_note(f"While undoing patches after this: {problem!r}")
+        return
+    for problem in problems:
+        if not isinstance(problem, Exception):
+            raise problem
+    ordinary = [problem for problem in problems if isinstance(problem, Exception)]
+    if ordinary:
+        raise UndoError("some patches could not be undone", ordinary)
+
+
+def _ids(receipts: Iterable[Receipt]) -> str:
+    return ", ".join(sorted({receipt.id for receipt in receipts})) or "none"

@@ -1,0 +1,85 @@
+"""Distributions: which are installed, in which version, and whether a PEP 440 window contains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+__all__ = ["Window", "compare", "installed_version", "owner_of", "parse_specifier"]
+
+
+# A version that was once found stays: what was imported from it does not change either.
+_versions: Final[dict[str, str]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """What is installed, held against a `requires` mapping."""
+
+    missing: tuple[str, ...] = ()
+    """Distributions that are not installed."""
+    outside: tuple[str, ...] = ()
+    """One line for each distribution whose version is outside its window: name, version, window."""
+    inside: tuple[str, ...] = ()
+    """One line for each distribution whose version is inside its window."""
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    # Imported here: it takes longer than everything else that `import patches` does.
+    from importlib import metadata
+
+    if distribution not in _versions:
+        try:
+            _versions[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:  # not remembered: it may be installed later, from a notebook
+            return None
+    return _versions[distribution]
+
+
+def parse_specifier(window: str) -> None:
+    """Raise ValueError where `window` is not a PEP 440 specifier set."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        SpecifierSet(window)
+    except InvalidSpecifier as error:
+        raise ValueError(str(error)) from error
+
+
+def compare(requires: Mapping[str, str]) -> Window:
+    """Hold every distribution of `requires` against its window. Pre-releases and local versions count as
+    versions.
+    """
+    from packaging.specifiers import SpecifierSet
+
+    missing, outside, inside = [], [], []
+    for distribution, window in requires.items():
+        version = installed_version(distribution)
+        if version is None:
+            missing.append(distribution)
+        elif SpecifierSet(window).contains(version, prereleases=True):
+            inside.append(f"{distribution} {version} is in {window or 'any version'}")
+        else:
+            outside.append(f"{distribution} {version} is not in {window}")
+    return Window(missing=tuple(missing), outside=tuple(outside), inside=tuple(inside))
+
+
+@cache
+def owner_of(module: str) -> str:
+    """Who a module belongs to: "distribution version", or its own name where no distribution has it."""
+    from importlib import metadata
+
+    distributions = _distributions_by_package().get(module.partition(".")[0], ())
+    if not distributions:
+        return module
+    return f"{distributions[0]} {metadata.version(distributions[0])}"
+
+
+@cache
+def _distributions_by_package() -> Mapping[str, list[str]]:
+    from importlib import metadata
+
+    return metadata.packages_distributions()

@@ -1,0 +1,31 @@
+"""What every built-in patch owes its reader, and what importing one may not do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import patches
+from patches.builtin import BUILTIN
+
+
+@pytest.mark.parametrize("patch_id", BUILTIN)
+def test_each_has_a_window_a_probe_a_verification_and_a_link(patch_id: str) -> None:
+    patch = patches.get(patch_id)
+    assert patch.requires
+    assert patch.probe is not None
+    assert patch.verify is not None
+    assert patch.upstream.startswith("https://github.com/")
+    assert patch.wrapper.__doc__
+
+
+def test_declaring_them_imports_no_upstream_library() -> None:
+    code = (
+        "import sys, patches\n"
+        "for id in patches.ids(): patches.get(id)\n"
+        "print(*{'torch', 'bitsandbytes', 'peft', 'transformers'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

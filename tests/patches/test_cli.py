@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import patches
+from patches.builtin import BUILTIN
+from patches.cli import app
+from tests.helpers.declare import FUNCTIONS, declare
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    scale = f"{FUNCTIONS}:scale"
+    patches.register(
+        declare("cli-needed", scale, upstream="https://example.org/1", requires={"wrapt": ">=1"})
+    )
+    patches.register(declare("cli-obsolete", scale, probe=lambda: False))
+    patches.register(declare("cli-unknown", scale, requires={"wrapt": "<1"}))
+    patches.register(declare("cli-incompatible", f"{FUNCTIONS}:gone"))
+
+
+def test_list_shows_every_id_without_importing_any() -> None:
+    program = "import sys; from patches.cli import app; app(['list', '--json'], standalone_mode=False); "
+    program += "assert not {'torch', 'bitsandbytes', 'peft'} & sys.modules.keys()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
+    )
+    assert set(BUILTIN) <= {row["id"] for row in json.loads(ran.stdout)}
+
+
+def test_list_is_a_table() -> None:
+    lines = run("list").stdout.splitlines()
+    assert lines[0].split() == ["id", "source"]
+    assert any(line.split() == ["fake.cli-needed", "tests.helpers.declare"] for line in lines)
+
+
+def test_show_has_every_fact() -> None:
+    shown = json.loads(run("show", "fake.cli-needed", "--json").stdout)
+    assert shown["target"] == f"{FUNCTIONS}:scale"
+    assert shown["requires"] == {"wrapt": ">=1"}
+    assert shown["verdict"] == "needed"
+    table = run("show", "fake.cli-needed").stdout
+    assert "https://example.org/1" in table
+    assert "wrapt >=1" in table
+
+
+@pytest.mark.parametrize(
+    ("patch_id", "verdict", "code"),
+    [
+        ("fake.cli-needed", "needed", 0),
+        ("fake.cli-obsolete", "obsolete", 0),
+        ("fake.cli-unknown", "unknown", 1),
+        ("fake.cli-incompatible", "incompatible", 1),
+    ],
+)
+def test_check_exits_with_1_for_what_cannot_be_trusted(patch_id: str, verdict: str, code: int) -> None:
+    ran = run("check", patch_id, "--json")
+    assert [(row["id"], row["verdict"]) for row in json.loads(ran.stdout)] == [(patch_id, verdict)]
+    assert ran.exit_code == code
+    assert run("check", "fake.cli-needed", patch_id).exit_code == code
+
+
+@pytest.fixture
+def patching_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "patching_module.py").write_text(
+        "import patches\n"
+        "from tests.helpers.declare import FUNCTIONS, declare\n"
+        "with patches.transaction(declare('cli', f'{FUNCTIONS}:scale'), reason='on import') as tx:\n"
+        "    tx.commit()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "patching_module"
+    patches.revert(*patches.active())
+
+
+def test_audit_shows_what_an_imported_module_patches(patching_module: str) -> None:
+    assert run("audit").stdout == "no patch is active\n"
+    rows = json.loads(run("audit", "--import", patching_module, "--json").stdout)
+    assert [(row["id"], row["reason"]) for row in rows] == [("fake.cli", "on import")]
+    assert "patching_module.py:3" in run("audit").stdout
+
+
+def test_audit_all_shows_history() -> None:
+    with patches.transaction(declare("past", f"{FUNCTIONS}:scale"), reason="a test"):
+        pass
+    assert "fake.past" in run("audit", "--all").stdout
+    assert "fake.past" not in run("audit").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "fake.cli-neded"), "did you mean fake.cli-needed"),
+        (("check", "nobody.knows"), "no patch has the id 'nobody.knows'"),
+        (("audit", "--import", "no_such_module"), "cannot be imported"),
+        (("show",), "Missing argument"),
+    ],
+)
+def test_a_wrong_argument_exits_with_2_and_says_why(arguments: tuple[str, ...], message: str) -> None:
+    program = (
+        "import patches\nfrom tests.helpers.declare import FUNCTIONS, declare\n"
+        "patches.register(declare('cli-needed', f'{FUNCTIONS}:scale'))\n"
+        "from patches.cli import main; main()\n"
+    )
+    command = [sys.executable, "-c", program, *arguments]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert message in " ".join(ran.stderr.split())
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("list", "--help"), ("check", "--help"), ("audit", "--help")]
+)
+def test_help_teaches(arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments)
+    assert ran.exit_code == 0
+    assert len(ran.stdout) > 200
