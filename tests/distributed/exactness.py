@@ -1,0 +1,194 @@
+"""What a rank does in the exactness tests, and the stock single-process model that it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+STEPS = 8
+GLOBAL_BATCH = 12
+LENGTH = 16
+LEARNING_RATE = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One variation. `quant` and `shard` are arguments of `surgery.Quant` and `surgery.FSDP1`."""
+
+    name: str
+    model: str = "llama"
+    quant: dict[str, Any] = field(default_factory=dict)
+    shard: dict[str, Any] = field(default_factory=dict)
+    checkpointing: str | None = None
+    placement: str = "rank0-cpu"
+
+
+@dataclass
+class Result:
+    """What is compared: losses and adapter gradients by step, and every 4-bit weight as forward sees it."""
+
+    losses: list[float]
+    gradients: list[dict[str, torch.Tensor]]
+    packed: dict[str, torch.Tensor]
+    quant_states: dict[str, dict[str, Any]]
+
+
+def lora() -> Any:
+    """Adapters on every linear layer; B is random too, so that A has a gradient from the first step on."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+
+
+def batch(step: int) -> torch.Tensor:
+    """Token ids of the global batch, `(GLOBAL_BATCH, LENGTH)`."""
+    return torch.randint(3, 96, (GLOBAL_BATCH, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss, float32."""
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+def stock(checkpoint: Path, case: Case) -> nn.Module:
+    """The same model made by upstream alone: transformers loads, bitsandbytes quantizes, PEFT adapts. No patch."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    storage = case.quant.get("quant_storage", torch.float32)
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or name == "lm_head":
+            continue
+        new = Linear4bit(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            compute_dtype=torch.float32,
+            compress_statistics=case.quant.get("double_quant", True),
+            quant_type=case.quant.get("quant_type", "nf4"),
+            quant_storage=storage,
+        )
+        new.weight = Params4bit(
+            module.weight.data, False, blocksize=case.quant.get("blocksize", 64), quant_storage=storage, module=new,
+            quant_type=new.weight.quant_type, compress_statistics=new.weight.compress_statistics,
+        )
+        if module.bias is not None:
+            new.bias = nn.Parameter(module.bias.data.to(storage), requires_grad=False)
+        model.set_submodule(name, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    torch.manual_seed(0)
+    return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
+
+
+def ours(checkpoint: Path, case: Case) -> nn.Module:
+    """The model of this project, on this rank."""
+    import surgery
+
+    torch.manual_seed(0)
+    model = surgery.qlora(
+        checkpoint,
+        quant=surgery.Quant(**case.quant),
+        lora=lora(),
+        placement=case.placement,
+        shard=surgery.FSDP1(**case.shard) if dist.is_initialized() else None,
+        dtype=torch.float32,
+        report=surgery.Report(),
+    )
+    if case.checkpointing:
+        surgery.checkpoint_activations(model, reentrant=case.checkpointing == "reentrant")
+    return model
+
+
+def train(model: nn.Module) -> Result:
+    """Eight steps of SGD on this rank's part of every global batch."""
+    from bitsandbytes.nn import Linear4bit
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, _, name=name: seen.__setitem__(name, m.weight.detach().clone()))
+        for name, layer in layers.items()
+    ]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    losses, gradients = [], []
+    for step in range(STEPS):
+        ids = batch(step).chunk(world)[rank]
+        loss = loss_of(model, ids)
+        loss.backward()
+        total = loss.detach()
+        if world > 1:
+            dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+            total = total if dist.get_backend() == "nccl" else total / world
+        losses.append(total.item())
+        gradients.append(adapter_gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    states = {name: layer.quant_state.as_dict() for name, layer in layers.items()}
+    packed = {name: _bytes(weight) for name, weight in seen.items()}
+    return Result(losses=losses, gradients=gradients, packed=packed, quant_states=states)
+
+
+def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole gradients of all adapter parameters, by plain name, gathered from the shards."""
+    units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel) and m._handle is not None]
+    if not units:
+        return {_plain(n): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, torch.Tensor] = {}
+    for prefix, unit in model.named_modules():
+        if unit in units:
+            found.update(_unit_gradients(prefix, unit))
+    return found
+
+
+def _unit_gradients(prefix: str, unit: Any) -> dict[str, torch.Tensor]:
+    flat, handle = unit._handle.flat_param, unit._handle
+    grad = handle.sharded_grad if handle.uses_sharded_strategy else flat.grad
+    if handle._use_orig_params and handle.uses_sharded_strategy:
+        grad = getattr(flat, "_saved_grad_shard", None) if flat.grad is None else flat.grad
+    if grad is None or not flat.requires_grad:
+        return {}
+    if handle.uses_sharded_strategy:
+        pieces = [torch.empty_like(grad) for _ in range(handle.process_group.size())]
+        dist.all_gather(pieces, grad.contiguous(), group=handle.process_group)
+        grad = torch.cat(pieces)
+    infos = list(zip(flat._param_infos, flat._shapes, flat._numels, strict=False))
+    found, start, position = {}, 0, 0
+    for numel, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+        if not is_padding:
+            (info, shape, _), position = infos[position], position + 1
+            if "lora_" in f"{prefix}.{info.module_name}":
+                name = _plain(f"{prefix}.{info.module_name}.{info.param_name}")
+                found[name] = grad[start : start + numel].view(shape).clone()
+        start += numel
+    return found
+
+
+def _plain(name: str) -> str:
+    from surgery.fqn import clean
+
+    return ".".join(part for part in clean(name).split(".") if part)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu()
+
+
+def run_cases(checkpoints: dict[str, Path], cases: list[Case]) -> dict[str, Result]:
+    """Every case on this rank, in one process: results by name."""
+    results = {}
+    for case in cases:
+        with ours(checkpoints[case.model], case) as model:
+            results[case.name] = train(model)
+    return results
