@@ -39,7 +39,8 @@ from .patch import Patch
 from .plan import verdict
 from .registry import REGISTRY
 from .scope import Scoped, on
-from .transaction import Savepoint, Transaction, active, revert, transaction
+from .transaction import Savepoint, Transaction, transaction
+from .undo import active, revert
 from .verdict import Verdict, VerdictKind
 
 __all__ = [

@@ -102,25 +102,18 @@ class Activations:
         self._left_behind.pop(receipt, None)
         self._held.pop(receipt, None)
 
-    def undo_all(self, receipts: Iterable[Receipt], note: str = "") -> list[BaseException]:
-        """Undo the receipts, newest first, past every failure; returns the failures."""
-        errors: list[BaseException] = []
-        for receipt in sorted(receipts, key=lambda receipt: receipt.serial, reverse=True):
-            errors += self._undo_past_interrupts(receipt, note)
-        return errors
+    def undo_all(self, receipts: Iterable[Receipt], note: str = "") -> list[Exception]:
+        """Undo the receipts, newest first, past every failure; returns the failures.
 
-    def _undo_past_interrupts(self, receipt: Receipt, note: str) -> list[BaseException]:
-        interrupts: list[BaseException] = []
-        while len(interrupts) < 2:
+        An interrupt comes through; doing it all again then completes it.
+        """
+        errors: list[Exception] = []
+        for receipt in sorted(receipts, key=lambda receipt: receipt.serial, reverse=True):
             try:
                 self.undo(receipt, note)
             except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
-                return [*interrupts, error]
-            except BaseException as interrupt:  # noqa: BLE001 - raised again once everything is undone
-                interrupts.append(interrupt)
-            else:
-                break
-        return interrupts
+                errors.append(error)
+        return errors
 
     def _settle(self) -> None:
         for receipt, slot in list(self._left_behind.items()):

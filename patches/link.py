@@ -53,8 +53,8 @@ class Link:
         return held
 
     def _set(self, receipts: tuple[Receipt, ...]) -> None:
-        # New tuples, never changed in place: other threads are iterating over the old ones. The receipts come last,
-        # so that dropping one once more completes what an interrupt has cut short.
+        # New tuples, never changed in place: other threads are iterating over the old ones. The receipts come
+        # last, so that dropping one once more completes what an interrupt has cut short.
         self.scopes = tuple(receipt.scope.ids for receipt in receipts if receipt.scope is not None)
         self.everyone = any(receipt.scope is None for receipt in receipts)
         self._receipts = receipts

@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from .activation import ACTIVATIONS
-from .errors import ApplyError, NotActiveError, TransactionError, UndoError, VerifyError
+from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State, caller
 from .plan import Item, Step, make_plan
+from .undo import report, undo_past_interrupts
 from .verdict import Verdict
 
-__all__ = ["Savepoint", "Transaction", "active", "revert", "transaction"]
+__all__ = ["Savepoint", "Transaction", "transaction"]
 
 
 class _Phase(enum.StrEnum):
@@ -60,10 +61,10 @@ class Transaction:
         self._items, self._on = (), None
         try:
             self.apply(*items, on=on)
-            return self
+            return self  # noqa: TRY300 - an interrupt here must undo as well
         except BaseException as error:
             # `apply` has undone its own; this is for an interrupt after it, since nobody calls __exit__ now.
-            _report(self._undo(self._pending, "interrupted"), error)
+            report(self._undo(self._pending, "interrupted"), error)
             raise
 
     def __exit__(
@@ -72,7 +73,7 @@ class Transaction:
         problems = self._undo(self._pending, "" if error is None else f"the block raised {error!r}")
         self._phase = _Phase.CLOSED if error is None else _Phase.FAILED
         self._cause = error
-        _report(problems, error)
+        report(problems, error)
 
     def apply(self, *items: Item, on: Iterable[object] | None = None) -> list[Receipt]:
         """Apply more in this transaction, all or nothing; returns the receipts of what was applied.
@@ -87,10 +88,10 @@ class Transaction:
             self._install(plan.steps, made)
             _verify(made)
             self._record_skipped(plan.skipped)
-            return made
+            return made  # noqa: TRY300 - as in __enter__
         except BaseException as error:
             self._phase, self._cause = _Phase.FAILED, error
-            _report(self._undo(made, f"applying raised {error!r}"), error)
+            report(self._undo(made, f"applying raised {error!r}"), error)
             raise
 
     def savepoint(self) -> Savepoint:
@@ -110,7 +111,7 @@ class Transaction:
         if self._phase not in (_Phase.OPEN, _Phase.FAILED):
             self._expect(_Phase.OPEN)
         self._phase = _Phase.CLOSED
-        _report(self._undo(self._pending, "rolled back"), None)
+        report(self._undo(self._pending, "rolled back"), None)
 
     def _install(self, steps: Sequence[Step], made: list[Receipt]) -> None:
         with ACTIVATIONS.operation():
@@ -140,9 +141,9 @@ class Transaction:
 
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
+        problems = undo_past_interrupts(undone, note)
         self._pending = [receipt for receipt in self._pending if receipt not in undone]
-        with ACTIVATIONS.operation():
-            return ACTIVATIONS.undo_all(undone, note)
+        return problems
 
     def _rollback_to(self, savepoint: Savepoint) -> None:
         if savepoint not in self._savepoints:
@@ -155,7 +156,7 @@ class Transaction:
         del self._savepoints[self._savepoints.index(savepoint) + 1 :]
         self._phase, self._cause = _Phase.OPEN, None
         after = [receipt for receipt in self._pending if receipt.serial > savepoint.serial]
-        _report(self._undo(after, "rolled back to a savepoint"), None)
+        report(self._undo(after, "rolled back to a savepoint"), None)
 
     def _expect(self, phase: _Phase) -> None:
         if self._phase != phase:
@@ -206,35 +207,6 @@ def transaction(
     return Transaction(items, reason=reason, by=caller(), on=instances, force=force)
 
 
-def active() -> list[Receipt]:
-    """The receipts of every patch that is applied now, oldest first."""
-    with ACTIVATIONS.operation():
-        return ACTIVATIONS.active()
-
-
-def revert(*patches: str | Receipt) -> list[Receipt]:
-    """Undo these, whichever transaction applied them, newest first; returns the receipts that were undone.
-
-    An id means every receipt of that patch; NotActiveError where there is none. A receipt that is undone
-    already is no error. Raises UndoError for what somebody else has changed since.
-    """
-    with ACTIVATIONS.operation():
-        chosen = {receipt: None for patch in patches for receipt in _chosen(patch)}
-        problems = ACTIVATIONS.undo_all(chosen, f"reverted at {caller()}")
-    _report(problems, None)
-    return list(chosen)
-
-
-def _chosen(patch: str | Receipt) -> list[Receipt]:
-    known = [*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()]
-    if isinstance(patch, Receipt):
-        return [patch] if patch in known else []
-    chosen = [receipt for receipt in known if receipt.id == patch]
-    if not chosen:
-        raise NotActiveError(f"{patch!r} is not active; active: {_ids(known)}", patch_id=patch)
-    return chosen
-
-
 def _verify(receipts: Sequence[Receipt]) -> None:
     for receipt in receipts:
         if receipt.patch.verify is None:
@@ -251,21 +223,3 @@ def _raise_from(
     undone = [receipt.id for receipt in made]
     message = f"{failed.id!r} {what}: {error}; undone: {', '.join(undone)}"
     raise kind(message, patch_id=failed.id, undone=undone) from error
-
-
-def _report(problems: Sequence[BaseException], error: BaseException | None) -> None:
-    """Raise what went wrong while undoing, or note it on the error that is already on its way."""
-    if error is not None:
-        for problem in problems:
-            error.add_note(f"While undoing patches after this: {problem!r}")
-        return
-    for problem in problems:
-        if not isinstance(problem, Exception):
-            raise problem
-    ordinary = [problem for problem in problems if isinstance(problem, Exception)]
-    if ordinary:
-        raise UndoError("some patches could not be undone", ordinary)
-
-
-def _ids(receipts: Iterable[Receipt]) -> str:
-    return ", ".join(sorted({receipt.id for receipt in receipts})) or "none"

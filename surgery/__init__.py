@@ -1,8 +1,10 @@
 """Build, quantize, adapt and shard models one layer at a time: QLoRA for models whose 4-bit weights exceed one GPU."""
 
+from surgery.adapters import adapter_state, save_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, PRECISIONS, Precision, Quant, precision
 from surgery.errors import (
+    AdapterError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -19,6 +21,7 @@ from surgery.report import Report
 __all__ = [
     "FSDP1",
     "PRECISIONS",
+    "AdapterError",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
@@ -32,6 +35,8 @@ __all__ = [
     "WeightsMismatchError",
     "checkpoint_activations",
     "precision",
+    "adapter_state",
     "qlora",
     "release",
+    "save_adapter",
 ]

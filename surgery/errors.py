@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = [
+    "AdapterError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -65,6 +66,14 @@ class DataError(SurgeryError, ValueError):
         super().__init__(message)
         self.path = None if path is None else Path(path)
         self.line = line
+
+
+class AdapterError(SurgeryError):
+    """An adapter that would be saved incomplete. Nothing is written in its place; `missing` names its parameters."""
+
+    def __init__(self, message: str, *, missing: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
 
 
 class PassError(SurgeryError, RuntimeError):

@@ -18,53 +18,45 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import ActivationCheckpointing
 from surgery.walk import decoder_blocks
 
 __all__ = ["checkpoint_activations"]
 
 
-def checkpoint_activations(model: nn.Module, mode: ActivationCheckpointing, *, offload: bool = False) -> int:
-    """Wrap every decoder block of `model` in place, inside its FSDP unit; return how many there are.
+def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload: bool = False) -> nn.Module:
+    """Wrap every decoder block of `model` in place, inside the FSDP unit around it; returns `model`.
 
-    With `offload`, a block's input, the one thing that a checkpointed block keeps, waits on the CPU for
-    backward. Raises `ConfigError` for `offload` without checkpointing and for a model in which no decoder
-    block is found.
+    Non-reentrant checkpointing is what torch recommends. The reentrant kind sees gradients through its inputs
+    alone, so the output of the input embeddings is made to require one. With `offload`, a block's input, the one
+    thing that a checkpointed block keeps, waits on the CPU for backward.
+
+    Raises `ConfigError` for a model in which no decoder block, or no embedding that is needed, is found.
     """
-    if mode == "none" and offload:
-        # Weights that backward needs are saved tensors too: a copy of the whole model would go to the CPU.
-        raise ConfigError(
-            "activation offload needs activation checkpointing (reentrant or non-reentrant): without it the "
-            "weights that autograd saves would be copied to the CPU along with the activations"
-        )
-    if mode == "none":
-        return 0
     blocks = {_inside_fsdp(site.module) for site in decoder_blocks(model)}
     if not blocks:
         raise ConfigError(
             "activation checkpointing needs decoder blocks, but the model has no ModuleList of blocks; "
             "use activation checkpointing none"
         )
-    implementation = CheckpointImpl.REENTRANT if mode == "reentrant" else CheckpointImpl.NO_REENTRANT
-    wrap = partial(_wrap, implementation=implementation, offload=offload)
+    wrap = partial(_wrap, reentrant=reentrant, offload=offload)
     apply_activation_checkpointing(
         model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: module in blocks
     )
-    if mode == "reentrant":
+    if reentrant:
         # A reentrant checkpoint records nothing unless an input needs a gradient; embeddings give none.
         _embeddings(model).register_forward_hook(_require_grad)
-    return len(blocks)
+    return model
 
 
 def _inside_fsdp(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, FullyShardedDataParallel) else module
 
 
-def _wrap(module: nn.Module, *, implementation: CheckpointImpl, offload: bool) -> nn.Module:
+def _wrap(module: nn.Module, *, reentrant: bool, offload: bool) -> nn.Module:
     wrapped = checkpoint_wrapper(
         module,
-        checkpoint_impl=implementation,
-        checkpoint_fn=partial(_checkpoint, use_reentrant=implementation is CheckpointImpl.REENTRANT),
+        checkpoint_impl=CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT,
+        checkpoint_fn=partial(_checkpoint, use_reentrant=reentrant),
     )
     return offload_wrapper(wrapped) if offload else wrapped
 

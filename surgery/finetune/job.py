@@ -160,7 +160,9 @@ def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn
 
 def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
     options, policy = job.training, precision(job.precision)
-    checkpoint_activations(model, options.activation_checkpointing, offload=options.activation_offload)
+    if options.activation_checkpointing != "none":
+        reentrant = options.activation_checkpointing == "reentrant"
+        checkpoint_activations(model, reentrant=reentrant, offload=options.activation_offload)
     sharding = sharding_of(model, world.device)
     return Trainer(
         model=model,

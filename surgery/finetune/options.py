@@ -94,7 +94,10 @@ class TrainingOptions:
                 f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}"
             )
         if self.activation_offload and self.activation_checkpointing == "none":
-            raise ConfigError("activation offload needs activation checkpointing: reentrant or non-reentrant")
+            raise ConfigError(
+                "activation offload needs activation checkpointing (reentrant or non-reentrant): without it the "
+                "weights that autograd saves would be copied to the CPU along with the activations"
+            )
 
     @property
     def epochs_to_run(self) -> int | None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -92,7 +92,7 @@ def test_checkpoint_that_is_missing(data: Path, tmp_path: Path) -> None:
         (["--lora-r", "0"], "LoRA rank to be 1 or more"),
         (["--lr", "-1", "--max-steps", "1"], "learning rate above 0"),
         (["--warmup-steps", "9", "--max-steps", "3"], "between 0 and 3 warmup steps"),
-        (["--max-length", "3"], "none of the 4 samples has a token to learn within the first 3 tokens"),
+        (["--max-length", "2"], "none of the 4 samples has a token to learn within the first 2 tokens"),
         (["--eval-fraction", "0.9"], "leaves none to train on"),
         (["--lora-init", "pissa"], "pissa"),
         (["--target-modules", "nowhere"], "'nowhere' matches no module"),
@@ -141,14 +141,14 @@ def raised(error: BaseException) -> Callable[[], None]:
 
 @pytest.mark.parametrize("error", [ConfigError("no"), SurgeryError("no"), PatchError("no")])
 def test_expected_errors_are_messages(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(click.exceptions.Exit) as caught:
+    with pytest.raises(typer.Exit) as caught:
         raised(error)()
     assert caught.value.exit_code == 2
     assert capsys.readouterr().err == "error: no\n  because: OSError: the disk is full\n"
 
 
 def test_cause_that_the_message_already_tells_is_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(click.exceptions.Exit):
+    with pytest.raises(typer.Exit):
         raised(ConfigError("cannot write: the disk is full"))()
     assert capsys.readouterr().err == "error: cannot write: the disk is full\n"
 
@@ -157,13 +157,13 @@ def test_other_ranks_say_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(click.exceptions.Exit):
+    with pytest.raises(typer.Exit):
         raised(ConfigError("no\nlonger"))()
     assert capsys.readouterr().err == "rank 3: error: no\n"
 
 
 def test_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(click.exceptions.Exit) as caught:
+    with pytest.raises(typer.Exit) as caught:
         raised(KeyboardInterrupt())()
     assert caught.value.exit_code == 130
     assert "interrupted" in capsys.readouterr().err

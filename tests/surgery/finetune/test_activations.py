@@ -9,7 +9,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Activati
 
 from surgery.errors import ConfigError
 from surgery.finetune.activations import checkpoint_activations
-from surgery.finetune.choices import ActivationCheckpointing
 
 
 class Block(nn.Module):
@@ -48,12 +47,12 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
-def test_gradients_are_the_same_and_blocks_run_again(mode: ActivationCheckpointing, offload: bool) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_are_the_same_and_blocks_run_again(reentrant: bool, offload: bool) -> None:
     expected = gradients(Model())
     model = Model()
     blocks = list(model.blocks)
-    assert checkpoint_activations(model, mode, offload=offload) == 2
+    assert checkpoint_activations(model, reentrant=reentrant, offload=offload) is model
     found = gradients(model)
     assert len(found) == len(expected) == 4
     for one, other in zip(found, expected, strict=True):
@@ -63,34 +62,23 @@ def test_gradients_are_the_same_and_blocks_run_again(mode: ActivationCheckpointi
     assert sum(isinstance(module, ActivationWrapper) for module in model.modules()) == (4 if offload else 2)
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
-def test_evaluation_runs_blocks_once_and_without_a_warning(mode: ActivationCheckpointing) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_evaluation_runs_blocks_once_and_without_a_warning(reentrant: bool) -> None:
     model = Model()
     blocks = list(model.blocks)
-    checkpoint_activations(model, mode)
+    checkpoint_activations(model, reentrant=reentrant)
     with torch.no_grad():
         assert not model(IDS).requires_grad
     assert [block.calls for block in blocks] == [1, 1]
 
 
-def test_none_wraps_nothing() -> None:
-    model = Model()
-    assert checkpoint_activations(model, "none") == 0
-    assert not any(isinstance(module, ActivationWrapper) for module in model.modules())
-
-
-def test_offload_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="activation offload needs activation checkpointing"):
-        checkpoint_activations(Model(), "none", offload=True)
-
-
 def test_model_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no ModuleList of blocks"):
-        checkpoint_activations(nn.Linear(2, 2), "non-reentrant")
+        checkpoint_activations(nn.Linear(2, 2))
 
 
 def test_reentrant_without_embeddings_is_refused() -> None:
     model = Model()
     del model.embed
     with pytest.raises(ConfigError, match="needs an embedding layer; use non-reentrant"):
-        checkpoint_activations(model, "reentrant")
+        checkpoint_activations(model, reentrant=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 
 from surgery.errors import ConfigError
 from surgery.finetune.world import World, join_world
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import _free_port, run_ranks
 
 TIMEOUT = timedelta(seconds=30)
 
@@ -52,20 +54,21 @@ def test_incomplete_environment(
 
 
 def join_own_group(fails: bool) -> tuple[int, bool]:
-    """Take over from the group of the test helper, and make one from the environment."""
+    """Leave the group of the test helper, and make one from the environment; how many joined, and what is left."""
+    port = [_free_port()]
+    dist.broadcast_object_list(port, src=0)
+    os.environ["MASTER_PORT"] = str(port[0])
     dist.destroy_process_group()
-    try:
-        with join_world(timeout=TIMEOUT) as world:
-            total = torch.ones(1)
-            dist.all_reduce(total)
-            if fails:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        world = World(rank=-1, size=int(total), device=torch.device("cpu"))
+    total = torch.ones(1)
+    error = KeyboardInterrupt() if fails else None
+    with suppress(KeyboardInterrupt), join_world(timeout=TIMEOUT):
+        dist.all_reduce(total)
+        if error is not None:
+            raise error
     left = dist.is_initialized()
-    if not left:
-        dist.init_process_group("gloo", timeout=TIMEOUT)  # for the helper's own end
-    return world.size, left
+    os.environ["MASTER_PORT"] = str(port[0] + 1)
+    dist.init_process_group("gloo", timeout=TIMEOUT)  # which the helper ends
+    return int(total), left
 
 
 @pytest.mark.distributed

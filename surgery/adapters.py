@@ -1,0 +1,111 @@
+"""Saving the adapter of a model that is sharded, without ever gathering its base weights."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import patches
+from surgery.distributed.exchange import current_ranks, everyone
+from surgery.errors import AdapterError, ConfigError
+from surgery.fqn import clean, join
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["adapter_state", "save_adapter"]
+
+ADAPTER = "default"
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` to `directory` in PEFT's format; to be called on all ranks alike.
+
+    Only trainable parameters are gathered, one FSDP unit at a time, to rank 0's CPU. Files are written aside and moved
+    in place when they are whole and have every key, so that an older adapter there is replaced or left as it was.
+
+    Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized.
+    """
+    ranks = current_ranks()
+    state = adapter_state(model)
+    with everyone(ranks, device=_device(model)):
+        if ranks.rank == 0:
+            _write(_peft_model(model), state, Path(directory))
+
+
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole trainable parameters by plain FQN, on the CPU, on rank 0; empty on the others. Call it on all ranks alike."""
+    state: dict[str, torch.Tensor] = {}
+    units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
+    if not units:
+        return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+    on_rank0 = torch.distributed.get_rank() == 0
+    for prefix, unit in units:
+        if not any(p.requires_grad for _, p in _own_parameters(unit)):
+            continue
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            if on_rank0:
+                state.update(
+                    (clean(join(prefix, name)), p.detach().cpu().clone())
+                    for name, p in _own_parameters(unit)
+                    if p.requires_grad
+                )
+    return state
+
+
+def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters below `unit` that no other unit inside of it holds."""
+    yield from ((join(prefix, name), p) for name, p in unit._parameters.items() if p is not None)
+    for name, child in unit.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _own_parameters(child, join(prefix, name))
+
+
+def _peft_model(model: nn.Module) -> PeftModel:
+    from peft import PeftModel
+
+    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
+    return found
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(parameter.device for parameter in model.parameters())
+
+
+def _write(model: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as aside:
+        with patches.transaction(
+            "peft.adapter-keys-under-wrappers", on=[model], reason=f"saving the adapter to {directory.name}"
+        ):
+            # The base embeddings are as they were; "auto" would look for their size on the hub.
+            model.save_pretrained(aside, state_dict=state, save_embedding_layers=False, selected_adapters=[ADAPTER])
+        _check_complete(Path(aside) / "adapter_model.safetensors", state)
+        for file in sorted(Path(aside).iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, directory / file.name)
+
+
+def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as saved:
+        sizes = {key: torch.Size(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118  # no iterator
+    wanted = {name.replace(f".{ADAPTER}", "").replace(".modules_to_save", ""): name for name in state}
+    missing = [name for key, name in wanted.items() if sizes.get(key) != state[name].shape]
+    if state and not missing:
+        return
+    raise AdapterError(
+        f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
+        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with the "
+        "output of `patches check`",
+        missing=missing,
+    )

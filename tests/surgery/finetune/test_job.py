@@ -1,0 +1,249 @@
+"""Whole jobs on a tiny checkpoint: one process, several ranks, torchrun, and jobs that do not get to their end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors.torch import load_file
+
+import patches
+from surgery.config import FSDP1
+from surgery.errors import ConfigError, DataError
+from surgery.finetune.job import run
+from surgery.finetune.loop import TrainingError
+from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
+from surgery.finetune.summary import Summary
+from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks, try_ranks
+from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny(
+        tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY, max_position_embeddings=128
+    )
+    tiny_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def job(checkpoint: Path, tmp_path: Path) -> Job:
+    """SGD in float32, as comparisons between world sizes need it; a global batch of 4."""
+    data = tmp_path / "train.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"what does cat {index} say? ", "completion": "the cat sat on the mat " * (1 + index % 3)}
+        for index in range(20)
+    ]
+    turns = [{"role": "user", "content": "the dog?"}, {"role": "assistant", "content": "ate the cake"}]
+    lines.append({"messages": turns})
+    data.write_text("\n".join(map(json.dumps, lines)))
+    return Job(
+        model=str(checkpoint),
+        data=DataOptions(train=data, evaluation_fraction=0.1, max_length=64),
+        output=tmp_path / "adapter",
+        metrics=tmp_path / "metrics.jsonl",
+        precision="fp32",
+        training=TrainingOptions(
+            max_steps=STEPS, batch_size=4, optimizer="sgd", lr=1.0, clip=None, evaluate_every=4
+        ),
+        lora=LoraOptions(r=4, alpha=8, init="gaussian"),
+    )
+
+
+def quiet() -> Console:
+    return Console(file=StringIO())
+
+
+def metrics_of(job: Job) -> list[dict[str, Any]]:
+    assert job.metrics is not None
+    return [json.loads(line) for line in job.metrics.read_text().splitlines()]
+
+
+def test_one_process(job: Job) -> None:
+    out = StringIO()
+    summary = run(job, console=Console(file=out))
+    assert patches.active() == []
+
+    first, *_, last = summary.training.evaluations
+    assert [evaluation.step for evaluation in summary.training.evaluations] == [0, 4, STEPS]
+    assert last.loss < first.loss
+    lines = metrics_of(job)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in lines] == list(summary.training.losses)
+
+    adapter = load_file(job.output / "adapter_model.safetensors")
+    assert len(adapter) == 2 * 2 * 7
+    assert all(tensor.any() for tensor in adapter.values())
+
+    written = json.loads((job.output / "summary.json").read_text())
+    assert written["evaluations"] == [vars(evaluation) for evaluation in summary.training.evaluations]
+    assert written["config"]["training"]["optimizer"] == "sgd"
+    assert written["samples"] == {"train": 19, "evaluation": 2, "dropped": 0}
+    assert {"skeleton", "train", "save"} <= written["memory"][0].keys()
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["patches_left"] == []
+    states = {row["id"]: row["state"] for row in written["patches"]}
+    assert states["bitsandbytes.linear4bit-shape"] == "reverted"
+    for text in (
+        "19 samples to train on, 2 to evaluate on",
+        f"step {STEPS}/{STEPS}",
+        "Patches still active: none",
+    ):
+        assert text in out.getvalue()
+
+
+def run_on_ranks(job: Job, batch_size: int, accumulation: int, shard: FSDP1) -> Summary:
+    """The same global batch, divided among ranks and micro-batches."""
+    training = replace(job.training, batch_size=batch_size, accumulation=accumulation)
+    summary = run(replace(job, training=training, shard=shard), console=quiet())
+    assert patches.active() == []
+    return summary
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("world", "batch_size", "accumulation", "shard", "checkpointing"),
+    [
+        (2, 1, 2, FSDP1(), "none"),
+        (2, 2, 1, FSDP1(strategy="shard-grad-op", use_orig_params=True), "non-reentrant"),
+        (2, 2, 1, FSDP1(), "reentrant"),
+    ],
+)
+def test_ranks_train_as_one_process(
+    job: Job, world: int, batch_size: int, accumulation: int, shard: FSDP1, checkpointing: Any
+) -> None:
+    expected = run(job, console=quiet())
+    alone = load_file(job.output / "adapter_model.safetensors")
+    training = replace(job.training, activation_checkpointing=checkpointing)
+    sharded = replace(job, output=job.output.with_name("sharded"), training=training)
+    for summary in run_ranks(run_on_ranks, world, sharded, batch_size, accumulation, shard):
+        assert summary.training.losses == pytest.approx(expected.training.losses, rel=1e-5)
+        for found, wanted in zip(summary.training.evaluations, expected.training.evaluations, strict=True):
+            assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert len(summary.memory) == world
+        assert summary.patches_left == ()
+    together = load_file(sharded.output / "adapter_model.safetensors")
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+class Interrupting(Console):
+    """A console on which somebody presses Ctrl-C when the second step is shown."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if str(objects[0]).startswith("step 2/"):
+            raise KeyboardInterrupt
+        super().print(*objects, **options)
+
+
+def test_interrupt_undoes_every_patch_and_saves_nothing(job: Job) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(job, console=Interrupting(file=StringIO()))
+    assert patches.active() == []
+    assert not (job.output / "adapter_config.json").exists()
+    assert not (job.output / "summary.json").exists()
+    assert len(metrics_of(job)) == 2
+
+
+def test_training_that_diverges_is_stopped(job: Job) -> None:
+    training = replace(job.training, lr=1e30)
+    with pytest.raises(TrainingError, match=r"the loss of step \d is (nan|inf)"):
+        run(replace(job, training=training), console=quiet())
+    assert patches.active() == []
+
+
+def test_adapter_is_not_overwritten_unasked(job: Job) -> None:
+    run(job, console=quiet())
+    with pytest.raises(ConfigError, match="already has an adapter"):
+        replace(job)
+    again = run(replace(job, overwrite=True), console=quiet())
+    assert len(again.training.losses) == STEPS
+
+
+def test_sharding_options_in_one_process_are_refused(job: Job) -> None:
+    with pytest.raises(ConfigError, match="more than one rank for FSDP1"):
+        run(replace(job, shard=FSDP1(use_orig_params=True)), console=quiet())
+
+
+def run_with_bad_data_on_one_rank(job: Job) -> str:
+    if dist.get_rank() == 1:
+        bad = job.output.with_name("bad.jsonl")
+        bad.write_text("{}\n")
+        job = replace(job, data=replace(job.data, train=bad))
+    run(job, console=quiet())
+    return "trained"
+
+
+@pytest.mark.distributed
+def test_failing_rank_takes_the_others_down_with_its_message(job: Job) -> None:
+    outcomes = try_ranks(run_with_bad_data_on_one_rank, 2, job, timeout=60)
+    assert [outcome.result for outcome in outcomes] == [None, None]
+    for outcome, kind in zip(outcomes, ("PeerError: rank 1 failed: DataError", "DataError"), strict=True):
+        assert outcome.failure is not None
+        assert kind in outcome.failure
+        assert "bad.jsonl:1: expected the keys" in outcome.failure
+
+
+def run_with_other_data_on_one_rank(job: Job) -> bool:
+    if dist.get_rank() == 1:
+        other = job.output.with_name("other.jsonl")
+        other.write_text('{"text": "the cat"}\n' * 21)
+        job = replace(job, data=replace(job.data, train=other))
+    with pytest.raises(DataError, match="expected the same data on every rank"):
+        run(job, console=quiet())
+    return True
+
+
+@pytest.mark.distributed
+def test_ranks_with_other_data_refuse(job: Job) -> None:
+    assert run_ranks(run_with_other_data_on_one_rank, 2, job) == [True, True]
+
+
+def torchrun(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
+    arguments = [job.model, "--data", job.data.train, "--output", job.output, "--max-steps", "2", *options]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "surgery",
+         "finetune", *map(str, arguments)],
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_torchrun(job: Job) -> None:
+    result = torchrun(job, "--eval-fraction", "0.1")
+    assert result.returncode == 0, result.stderr
+    assert "Patches still active: none" in result.stdout
+    assert result.stdout.count("evaluation loss, base model") == 1
+    assert (job.output / "adapter_model.safetensors").exists()
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["world_size"], len(summary["memory"]), len(summary["losses"])) == (2, 2, 2)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_torchrun_of_a_job_that_is_refused(job: Job) -> None:
+    job.data.train.write_text("not JSON\n")
+    start = time.monotonic()
+    result = torchrun(job)
+    assert result.returncode != 0
+    assert "train.jsonl:1: not JSON" in result.stderr
+    assert "Traceback" not in result.stderr.split("torch/distributed/run.py")[0]
+    assert time.monotonic() - start < 60
