@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from .errors import OverwrittenError, TargetError
 from .ledger import LEDGER, Ledger, Receipt, State
-from .lock import OperationLock
 from .order import in_order, refuse_conflicts
 from .patch import Patch
 from .slot import Slot
@@ -18,22 +18,32 @@ __all__ = ["ACTIVATIONS", "Activations"]
 
 
 class Activations:
-    """What is active in this process. `operation()` is the lock, to be held around every other call."""
+    """What is active in this process.
+
+    `lock` is to be held around every call. It is re-entrant, since a finalizer may revert patches in the
+    middle of anything, and it is used as it is: a context manager written in Python could be interrupted
+    between acquiring it and saying so.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._lock = OperationLock()
+        self.lock = threading.RLock()
         self._slots: dict[tuple[int, str], Slot] = {}
         self._held: dict[Receipt, Slot] = {}
         # Undone, except that a foreign object was in the way of restoring the place.
         self._left_behind: dict[Receipt, Slot] = {}
+        # Whose last instance is gone, while somebody, perhaps this very thread, was changing something.
+        self._expired: deque[Receipt] = deque()
+        self._changing = False
 
-    @contextmanager
-    def operation(self) -> Iterator[None]:
-        """Hold the lock. First finish what an earlier undo could not, if nothing is in the way any more."""
-        with self._lock.operation():
-            self._settle()
-            yield
+    def catch_up(self) -> None:
+        """Undo what has no instance left, and finish earlier undoing where nothing is in the way any more."""
+        while self._expired:
+            self._expire(self._expired.popleft())
+        for receipt, slot in list(self._left_behind.items()):
+            if slot.settle():
+                self.ledger.record(receipt, State.REVERTED, "once nothing was in the way")
+                del self._left_behind[receipt]
 
     def active(self) -> list[Receipt]:
         """The receipts that are applied, oldest first."""
@@ -76,10 +86,14 @@ class Activations:
         if slot is None or not slot.links:
             slot = self._slots[place.key] = Slot(place)
         self._held[receipt] = slot
-        slot.add(receipt)
-        self.ledger.record(receipt, State.ACTIVE)
+        self._changing = True
+        try:
+            slot.add(receipt)
+            self.ledger.record(receipt, State.ACTIVE)
+        finally:
+            self._changing = False
         if receipt.scope is not None:
-            receipt.scope.when_empty(lambda: self._lock.defer(lambda: self._expire(receipt)))
+            receipt.scope.when_empty(lambda: self._expire_soon(receipt))
 
     def undo(self, receipt: Receipt, note: str = "") -> None:
         """Take back what a receipt changed; one that is undone already is no error.
@@ -89,6 +103,7 @@ class Activations:
         slot = self._held.get(receipt) or self._left_behind.get(receipt)
         if slot is None:
             return
+        self._changing = True
         try:
             slot.remove(receipt)
         except OverwrittenError as error:
@@ -97,6 +112,8 @@ class Activations:
             self._forget_unused(slot)
             self._held.pop(receipt, None)
             raise
+        finally:
+            self._changing = False
         self.ledger.record(receipt, State.REVERTED, note)
         self._forget_unused(slot)
         self._left_behind.pop(receipt, None)
@@ -115,15 +132,21 @@ class Activations:
                 errors.append(error)
         return errors
 
-    def _settle(self) -> None:
-        for receipt, slot in list(self._left_behind.items()):
-            if slot.settle():
-                self.ledger.record(receipt, State.REVERTED, "once nothing was in the way")
-                del self._left_behind[receipt]
-
     def _forget_unused(self, slot: Slot) -> None:
         if not slot.links and self._slots.get(slot.place.key) is slot:
             del self._slots[slot.place.key]
+
+    def _expire_soon(self, receipt: Receipt) -> None:
+        # The callback of a weak reference. It runs in the middle of anything: a change that this very thread is
+        # making, for which the lock is no obstacle, or another thread's, for which waiting could be a deadlock.
+        self._expired.append(receipt)
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            if not self._changing:
+                self.catch_up()
+        finally:
+            self.lock.release()
 
     def _expire(self, receipt: Receipt) -> None:
         try:

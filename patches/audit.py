@@ -72,7 +72,8 @@ def audit(*, include_reverted: bool = False) -> Audit:
     With `include_reverted`, everything that was ever applied in this process, and what was skipped as
     obsolete.
     """
-    with ACTIVATIONS.operation():
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
         listed = {*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()}
         return Audit([_row(receipt) for receipt in LEDGER.receipts if include_reverted or receipt in listed])
 

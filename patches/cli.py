@@ -31,16 +31,12 @@ app = typer.Typer(
     "the installed versions need. Applying is done in Python: `with patches.transaction(ID, reason=...):`.",
 )
 
-_Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="[ID]...", help="Every known patch if none is given.")
-]
+_Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Every known patch if none is given.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
-    typer.Option(
-        "--import", metavar="MODULE", help="Import this first, and so see what it patches. Repeatable."
-    ),
+    typer.Option("--import", metavar="MODULE", help="Import this first, and so see what it patches. Repeatable."),
 ]
 _All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
 

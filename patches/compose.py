@@ -68,8 +68,7 @@ def _unbound(descriptor: Any) -> Any:
     if type(descriptor) in (classmethod, staticmethod):
         return descriptor.__func__
 
-    # A proxy that somebody else has put around one: its `__func__` would be the function without their
-    # wrapper.
+    # A proxy that somebody else has put around one: its `__func__` would lose their wrapper.
     @functools.wraps(descriptor.__func__)
     def bind_and_call(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
         return descriptor.__get__(None, cls)(*args, **kwargs)
@@ -124,9 +123,7 @@ def _around_getter(inner: Getter, link: Link) -> Getter:
 
 
 def _innermost(place: Place) -> Any:
-    """What the chain ends in: the original, or for an inherited attribute, whatever the bases have at the
-    time.
-    """
+    """What the chain ends in: the original; if inherited, whatever the bases have at the time."""
     if place.own is not MISSING:
         return place.own
     if not isinstance(place.owner, type):
@@ -134,8 +131,7 @@ def _innermost(place: Place) -> Any:
     return _INHERITED[place.kind](place.owner, place.name, place.found)
 
 
-# An inherited attribute is looked up on each call, as Python does: the base may itself be patched or restored
-# later.
+# An inherited attribute is looked up on each call, as Python does: the base may itself be patched later.
 
 
 def _inherited_method(owner: type, name: str, found: Any) -> Any:

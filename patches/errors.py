@@ -1,6 +1,4 @@
-"""Every error that this package raises on purpose: one root, and a kind for each thing a caller may want to
-handle.
-"""
+"""The errors that this package raises on purpose: one root, and a kind for each thing to handle."""
 
 from __future__ import annotations
 

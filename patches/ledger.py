@@ -36,9 +36,7 @@ class State(enum.StrEnum):
 
 
 class Receipt:
-    """One application of one patch. Compares by identity; keeps neither the patched objects nor a scope's
-    alive.
-    """
+    """One application of one patch. Compares by identity, and keeps no patched object alive."""
 
     __slots__ = (
         "__weakref__", "by", "note", "patch", "pid", "reason", "scope", "serial", "since", "state", "verdict"
@@ -56,9 +54,7 @@ class Receipt:
         self.since = datetime.now(UTC)
         self.pid = os.getpid()
         self.state = State.SKIPPED
-        """As of the latest entry of the ledger, which alone writes it; `audit()` compares it with what is
-        live.
-        """
+        """As of the ledger's latest entry, which alone writes it; `audit()` compares it with what is live."""
         self.note = ""
 
     @property

@@ -49,8 +49,7 @@ def _before(patch: Patch, present: frozenset[str]) -> frozenset[str]:
 
 
 def _cycle(waiting: dict[str, Patch]) -> CycleError:
-    # Every patch that waits has a predecessor that waits, so walking backwards must come by the same one
-    # twice.
+    # Every patch that waits has a predecessor that waits, so walking backwards comes to one twice.
     path = [next(iter(waiting))]
     while path[-1] not in path[:-1]:
         path.append(min(_before(waiting[path[-1]], frozenset(waiting))))

@@ -51,9 +51,7 @@ class Patch:
     themselves.
     """
     traced: bool = False
-    """torch.compile traces the target: install plain functions, since Dynamo passes over wrapt's objects
-    silently.
-    """
+    """torch.compile traces the target: install plain functions, since Dynamo ignores wrapt's objects."""
     subject: Subject | None = None
     """`(instance, args, kwargs) -> object`: what decides whether a call is in scope. None: the instance."""
     after: tuple[str, ...] = ()
@@ -63,9 +61,7 @@ class Patch:
     conflicts: tuple[str, ...] = ()
     """Ids that may not be active together with this one."""
     probe: Probe | None = None
-    """True where the defect is present. Never runs while the patch is active. No GPU and no process group
-    needed.
-    """
+    """True where the defect is present. Needs no GPU and no process group; never runs while active."""
     verify: Verify | None = None
     """Raises where the applied patch does not have its effect."""
     tags: tuple[str, ...] = ()
@@ -94,9 +90,7 @@ class Patch:
         try:
             inspect.signature(self.wrapper).bind(None, None, (), {})
         except TypeError as error:
-            raise self._refuse(
-                "wrapper", f"it must accept (wrapped, instance, args, kwargs): {error}"
-            ) from error
+            raise self._refuse("wrapper", f"it must accept (wrapped, instance, args, kwargs): {error}") from error
         except ValueError:  # a callable without a signature, such as one written in C: it says so when called
             return
 

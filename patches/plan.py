@@ -80,9 +80,7 @@ def _patch(patch: str | Patch) -> Patch:
 
 
 def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
-    """The requests, and for each id that a patch needs and nobody asked for, one with the scope of who needs
-    it.
-    """
+    """The requests, completed by what they need and nobody asked for, in the scope of who needs it."""
     asked = {patch.id for patch, _ in requests}
     complete = list(requests)
     for patch, instances in complete:  # grows while it is walked, so needs of needs are met too
@@ -95,9 +93,7 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
 def _acceptable(patch: Patch, *, force: bool) -> Verdict:
     found = verdict(patch)
     if found.kind == VerdictKind.INCOMPATIBLE:
-        raise IncompatibleError(
-            f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why
-        )
+        raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
     if found.probe_error is not None and not force:
         raise ProbeError(
             f"{patch.id!r} was not applied: {found.why}, so it is not known whether the patch is needed; "
@@ -128,5 +124,5 @@ def _resolve(target: str, kind: str) -> Place:
     # Outside the lock the target's module is imported, which may take long, or wait for another thread.
     # Inside, it is there already.
     locate(target)
-    with ACTIVATIONS.operation():
+    with ACTIVATIONS.lock:
         return ACTIVATIONS.place(target, kind)

@@ -45,8 +45,7 @@ class Registry:
         self._builtin = dict(builtin or {})
         self._find_entry_points = find_entry_points
         self._patches: dict[str, Patch] = {}
-        # Guards the dictionary only. Never held during an import, which may wait for another thread's
-        # registration.
+        # Guards the dictionary only. Never held during an import, which may wait for another thread.
         self._lock = threading.Lock()
 
     @overload
@@ -90,9 +89,7 @@ class Registry:
         return sorted({*self._patches, *self._builtin, *(point.name for point in self._find_entry_points())})
 
     def source(self, patch_id: str) -> str:
-        """Where the patch of this id comes from, without importing it: a module, or a distribution's entry
-        point.
-        """
+        """Where the patch of this id comes from: a module, or an entry point. Imports nothing."""
         if patch_id in self._patches:
             return self._patches[patch_id].module
         if patch_id in self._builtin:
@@ -131,9 +128,7 @@ class Registry:
         known = self.ids()
         close = difflib.get_close_matches(patch_id, known)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
-        return UnknownPatchError(
-            f"no patch has the id {patch_id!r}; {hint}", patch_id=patch_id, suggestions=close
-        )
+        return UnknownPatchError(f"no patch has the id {patch_id!r}; {hint}", patch_id=patch_id, suggestions=close)
 
 
 def _describe(point: EntryPoint) -> str:

@@ -63,8 +63,7 @@ class Scope:
         key = id(instance)
 
         def forget(_: object) -> None:
-            # Runs before the memory, and with it the id, can be given to another object. No lock: it would
-            # deadlock.
+            # Runs before another object can be given the memory, and so the id. No lock: it would deadlock.
             self.ids.pop(key, None)
             if not self.ids and self._on_empty is not None:
                 self._on_empty()

@@ -16,8 +16,7 @@ __all__ = ["Slot"]
 
 
 class Slot:
-    """One place with the chain of links active there. The chain is composed anew whenever a link comes or
-    goes.
+    """One place with the chain of links active there, composed anew whenever a link comes or goes.
 
     Not safe from threads by itself.
     """

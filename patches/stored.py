@@ -1,6 +1,4 @@
-"""Stored attributes: reading, writing and deleting what instances hold, just as a class without a descriptor
-does.
-"""
+"""Stored attributes: read, written and deleted just as a class without a descriptor does."""
 
 from __future__ import annotations
 

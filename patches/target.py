@@ -1,6 +1,4 @@
-"""Targets: the text `package.module:Class.attribute`, the place it names, and whether that place can be
-patched.
-"""
+"""Targets: the text `package.module:Class.attribute`, the place it names, whether that can be patched."""
 
 from __future__ import annotations
 
@@ -18,8 +16,7 @@ __all__ = ["MISSING", "Kind", "Missing", "Place", "Target", "describe", "locate"
 _DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})")
 
-# CPython refuses to set attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, dict, most C
-# types.
+# CPython refuses to set attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, most C types.
 _IMMUTABLE_TYPE: Final = 1 << 8
 
 
@@ -149,9 +146,7 @@ def _attribute_place(text: str, owner: ModuleType | type, name: str) -> Place:
         raise _refuse(text, f"instances of {_name(owner)} have no __dict__ to store an attribute in")
     found = _find(owner, name)
     if hasattr(type(found), "__set__"):
-        raise _refuse(
-            text, f"it is a {type(found).__name__}, which stores the value itself; patch that instead"
-        )
+        raise _refuse(text, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
     own = read_own(owner, name)
     return Place(target=text, owner=owner, name=name, kind=Kind.ATTRIBUTE, own=own, found=found)
 
@@ -165,9 +160,7 @@ def _kind_of(text: str, owner: ModuleType | type, name: str, found: Any) -> Kind
     if isinstance(owner, ModuleType):
         if callable(found):
             return Kind.FUNCTION
-        raise _refuse(
-            text, f"it is a {type(found).__name__}, which cannot be called and so cannot be wrapped"
-        )
+        raise _refuse(text, f"it is a {type(found).__name__}, which cannot be called and so cannot be wrapped")
     # Subclasses of these may bind in ways of their own, which rebuilding them would lose. `__class__`, not
     # `type`: a wrapt proxy around a classmethod, ours or somebody else's, answers as what it wraps.
     for kind, builtin in _DESCRIPTORS.items():

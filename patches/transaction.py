@@ -114,12 +114,12 @@ class Transaction:
         report(self._undo(self._pending, "rolled back"), None)
 
     def _install(self, steps: Sequence[Step], made: list[Receipt]) -> None:
-        with ACTIVATIONS.operation():
+        with ACTIVATIONS.lock:
+            ACTIVATIONS.catch_up()
             places = ACTIVATIONS.check([step.patch for step in steps])
             for step, place in zip(steps, places, strict=True):
                 receipt = self._open(step)
-                # Noted before anything is changed, so that an interrupt between the two leaves nothing
-                # unknown.
+                # Noted before anything is changed: an interrupt between the two leaves nothing unknown.
                 made.append(receipt)
                 self._pending.append(receipt)
                 self.receipts.append(receipt)
@@ -129,7 +129,7 @@ class Transaction:
                     _raise_from(ApplyError, "could not be applied", made, receipt, error)
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
-        with ACTIVATIONS.operation():
+        with ACTIVATIONS.lock:
             for step in steps:
                 receipt = self._open(step)
                 LEDGER.record(receipt, State.SKIPPED, step.verdict.why)
@@ -167,9 +167,7 @@ class Transaction:
 
 
 class Savepoint:
-    """A point in a transaction. As a `with` statement's, it rolls back to where it was made if the block
-    raises.
-    """
+    """A point in a transaction. A `with` statement of it rolls back to it where the block raises."""
 
     def __init__(self, owner: Transaction, serial: int) -> None:
         self.serial = serial
@@ -192,9 +190,7 @@ class Savepoint:
             self.rollback()
 
 
-def transaction(
-    *items: Item, reason: str, on: Iterable[object] | None = None, force: bool = False
-) -> Transaction:
+def transaction(*items: Item, reason: str, on: Iterable[object] | None = None, force: bool = False) -> Transaction:
     """Apply patches for the length of a `with` block, or beyond it if committed.
 
     An item is an id, a Patch, or `patches.on(either, instances)`; `on` limits every other item to these

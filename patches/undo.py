@@ -17,7 +17,8 @@ _PATIENCE: Final = 5
 
 def active() -> list[Receipt]:
     """The receipts of every patch that is applied now, oldest first."""
-    with ACTIVATIONS.operation():
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
         return ACTIVATIONS.active()
 
 
@@ -27,7 +28,8 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
     An id means every receipt of that patch; NotActiveError where there is none. A receipt that is undone
     already is no error. Raises UndoError for what somebody else has changed since.
     """
-    with ACTIVATIONS.operation():
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
         chosen = list({receipt: None for patch in patches for receipt in _chosen(patch)})
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
@@ -48,7 +50,7 @@ def undo_past_interrupts(receipts: Sequence[Receipt], note: str) -> list[BaseExc
     interrupts: list[BaseException] = []
     while len(interrupts) < _PATIENCE:
         try:
-            with ACTIVATIONS.operation():
+            with ACTIVATIONS.lock:
                 return [*interrupts, *ACTIVATIONS.undo_all(receipts, note)]
         except BaseException as interrupt:  # noqa: BLE001 - raised again by who called, once all is undone
             interrupts.append(interrupt)

@@ -20,9 +20,7 @@ class VerdictKind(enum.StrEnum):
     """The four things that can be said of a patch."""
 
     NEEDED = "needed"
-    """The defect is there: seen by the probe inside the window, or, without a probe, known for these
-    versions.
-    """
+    """The defect is there: the probe sees it inside the window, or there is no probe and it is inside."""
     OBSOLETE = "obsolete"
     """The probe does not see the defect."""
     UNKNOWN = "unknown"
@@ -45,8 +43,7 @@ class Verdict:
 
 
 _probed: Final[WeakKeyDictionary[Patch, bool | Exception]] = WeakKeyDictionary()
-# Held while a probe runs, so that of two threads that want one patch, neither applies it while the other is
-# probing.
+# Held while a probe runs, so that no other thread applies the patch meanwhile: it waits for the result.
 _probing: Final = threading.RLock()
 
 
@@ -70,18 +67,14 @@ def judge(patch: Patch, resolve: Callable[[str, str], object]) -> Verdict:
 def _judge_versions(window: Window) -> Verdict:
     if window.outside:
         return Verdict(kind=VerdictKind.UNKNOWN, why="; ".join(window.outside))
-    return Verdict(
-        kind=VerdictKind.NEEDED, why="; ".join(window.inside) or "it requires no particular version"
-    )
+    return Verdict(kind=VerdictKind.NEEDED, why="; ".join(window.inside) or "it requires no particular version")
 
 
 def _judge_probe(window: Window, *, seen: bool | Exception) -> Verdict:
     if isinstance(seen, Exception):
         return Verdict(kind=VerdictKind.UNKNOWN, why=f"the probe raised {seen!r}", probe_error=seen)
     if not seen:
-        return Verdict(
-            kind=VerdictKind.OBSOLETE, why="; ".join(("the probe does not see the defect", *window.outside))
-        )
+        return Verdict(kind=VerdictKind.OBSOLETE, why="; ".join(("the probe does not see the defect", *window.outside)))
     if window.outside:
         why = "; ".join(("the probe sees the defect", *window.outside))
         return Verdict(kind=VerdictKind.UNKNOWN, why=why)

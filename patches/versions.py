@@ -50,9 +50,7 @@ def parse_specifier(window: str) -> None:
 
 
 def compare(requires: Mapping[str, str]) -> Window:
-    """Hold every distribution of `requires` against its window. Pre-releases and local versions count as
-    versions.
-    """
+    """Hold every distribution against its window. Pre-releases and local versions count too."""
     from packaging.specifiers import SpecifierSet
 
     missing, outside, inside = [], [], []

@@ -41,7 +41,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole trainable parameters by plain FQN, on the CPU, on rank 0; empty on the others. Call it on all ranks alike."""
+    """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
     state: dict[str, torch.Tensor] = {}
     units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
     if not units:
@@ -91,7 +91,7 @@ def _write(model: PeftModel, state: dict[str, torch.Tensor], directory: Path) ->
             model.save_pretrained(aside, state_dict=state, save_embedding_layers=False, selected_adapters=[ADAPTER])
         _check_complete(Path(aside) / "adapter_model.safetensors", state)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, directory / file.name)
+            file.replace(directory / file.name)
 
 
 def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
@@ -105,7 +105,7 @@ def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
         return
     raise AdapterError(
         f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
-        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with the "
-        "output of `patches check`",
+        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with "
+        "the output of `patches check`",
         missing=missing,
     )

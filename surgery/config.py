@@ -64,7 +64,7 @@ class Quant:
 
     def storage_for(self, dtype: torch.dtype) -> torch.dtype:
         """The packed tensor's dtype in a model of `dtype`."""
-        return self.quant_storage or dtype
+        return dtype if self.quant_storage is None else self.quant_storage
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -108,7 +108,7 @@ class FSDP1:
             raise ConfigError(f"mesh is for strategy hybrid-shard; got mesh={self.mesh} with {self.strategy}")
         if self.mesh is None:
             return
-        if len(self.mesh) != 2 or min(self.mesh) < 1:
+        if len(tuple(self.mesh)) != 2 or min(self.mesh) < 1:
             raise ConfigError(f"mesh must be (replicate, shard), two positive integers; got {self.mesh}")
         if self.mesh[1] == 1:
             raise ConfigError(
@@ -135,7 +135,8 @@ class Precision:
 
     def mixed_precision(self) -> MixedPrecision | None:
         """What FSDP1 is told: never a cast of parameters, since packed weights are among them; gradients of 16-bit
-        adapters are reduced in float32."""
+        adapters are reduced in float32.
+        """
         if self.dtype == torch.float32:
             return None
         return MixedPrecision(reduce_dtype=torch.float32)
@@ -146,9 +147,7 @@ PRECISIONS: Mapping[str, Precision] = {
     for policy in (
         Precision(name="bf16", dtype=torch.bfloat16, compute_dtype=torch.bfloat16),
         Precision(name="fp32", dtype=torch.float32, compute_dtype=torch.float32),
-        Precision(
-            name="bf16-autocast", dtype=torch.float32, compute_dtype=torch.bfloat16, autocast=torch.bfloat16
-        ),
+        Precision(name="bf16-autocast", dtype=torch.float32, compute_dtype=torch.bfloat16, autocast=torch.bfloat16),
         Precision(
             name="fp16-autocast",
             dtype=torch.float32,

@@ -43,7 +43,7 @@ class CheckpointError(SurgeryError):
 
 
 class WeightsMismatchError(CheckpointError):
-    """Checkpoint keys and module parameters that do not correspond: missing, unexpected, or of another shape or dtype."""
+    """Checkpoint keys and parameters that do not correspond: missing, unexpected, of another shape or dtype."""
 
     def __init__(
         self,

@@ -26,8 +26,8 @@ def check_world(shard: FSDP1 | None, placement: Placement, world_size: int) -> N
     """The ranks that there are against what is asked of them."""
     if shard is None and placement == "rank0-cpu" and world_size > 1:
         raise ConfigError(
-            f"placement rank0-cpu leaves {world_size - 1} of {world_size} ranks on meta, and without shard nothing would "
-            "bring the weights to them: use shard=FSDP1(), or placement='replicated'"
+            f"placement rank0-cpu leaves {world_size - 1} of {world_size} ranks on meta, and without shard nothing "
+            "would bring the weights to them: use shard=FSDP1(), or placement='replicated'"
         )
     if shard is None:
         return
@@ -84,8 +84,8 @@ def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtyp
     storage = quant.storage_for(dtype)
     if storage != dtype:
         raise ConfigError(
-            f"units='block' with quant_storage={storage}: norms{' and adapters' if lora else ''} are {dtype}, and FSDP1 "
-            "flattens one dtype only. Use units='auto', which wraps them on their own, or quant_storage=None"
+            f"units='block' with quant_storage={storage}: norms{' and adapters' if lora else ''} are {dtype}, and "
+            "FSDP1 flattens one dtype only. Use units='auto', which wraps them on their own, or quant_storage=None"
         )
     if lora is not None and not shard.use_orig_params:
         raise ConfigError(

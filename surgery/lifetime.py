@@ -45,18 +45,20 @@ class _Releasing:
         release(self)  # type: ignore[arg-type]  # always mixed into an nn.Module
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy or a pickle is of the class as upstream has it: the patches belong to this very model.
-        constructor, arguments, *state = super().__reduce_ex__(protocol)
+        # A copy or a pickle is of the class as upstream has it: the patches belong to this very model. In the form of
+        # protocol 1, since pickle wants what later ones make to be of the class that it was asked to pickle.
+        constructor, arguments, *state = super().__reduce_ex__(1)
         plain = tuple(type(self).__mro__[2] if argument is type(self) else argument for argument in arguments)
         return (constructor, plain, *state)
 
 
 @functools.cache
-def _releasing(kind: type[nn.Module]) -> type[nn.Module]:
+def _releasing(kind: Any) -> Any:
     return type(kind.__name__, (_Releasing, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def as_context_manager(model: nn.Module) -> nn.Module:
     """`model` itself, its class extended so that `with model:` releases it, as FSDP2 extends the class of a module."""
-    model.__class__ = _releasing(type(model))
+    kind: Any = type(model)
+    model.__class__ = _releasing(kind)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ import patches
 from surgery import guards
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, Placement, Quant, parse_placement
-from surgery.distributed.exchange import Ranks, current_ranks, everyone
+from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, everyone
 from surgery.lifetime import as_context_manager, keep
 from surgery.passes.adapt import Adapt, check_targets
 from surgery.passes.load import Load, group_into_layers
@@ -32,7 +33,7 @@ from surgery.weights import plan_weights
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["BUILD_PATCHES", "RESIDENT_PATCHES", "default_device", "qlora"]
+__all__ = ["BUILD_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
 
 #: Needed while PEFT and FSDP rebuild the model; undone when `qlora` returns.
 BUILD_PATCHES = ("torch.meta-param-replacement",)
@@ -48,15 +49,15 @@ RESIDENT_PATCHES = (
 
 def default_device() -> torch.device:
     """This rank's accelerator (`LOCAL_RANK`), or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
 
 
 def qlora(
     checkpoint: Checkpoint | str | os.PathLike[str],
     *,
-    quant: Quant = Quant(),
+    quant: Quant = Quant(),  # noqa: B008  # frozen
     lora: LoraConfig | None = None,
     placement: Placement = "rank0-cpu",
     shard: FSDP1 | None = None,
@@ -76,40 +77,38 @@ def qlora(
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
         quant: how linear weights are quantized (https://arxiv.org/abs/2305.14314).
         lora: the adapters; None adds none.
-        placement: `rank0-cpu` keeps packed weights on rank 0's CPU, and on meta elsewhere, until FSDP broadcasts them
-            (single process: on the CPU); `replicated` keeps all of them on every rank's device.
+        placement: `rank0-cpu` keeps packed weights on rank 0's CPU, and on meta elsewhere, until FSDP broadcasts them;
+            `replicated` keeps all of them on every rank's device. Without `shard` the one process keeps all it loads.
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
         compute_dtype: in which 4-bit layers multiply; None means `dtype`.
         model: builds the module whose parameter names match the checkpoint's; None builds the transformers model that
             the checkpoint's config.json describes.
         device: on which this rank computes; None means its accelerator, or the CPU.
-        report: filled with seconds and memory peaks per phase.
+        report: filled with seconds and memory peaks per phase; None makes one that shows progress on rank 0.
 
     Raises:
         ConfigError: options that cannot work together, before anything is read.
         CheckpointError: a checkpoint that is broken, or not of this model, before any weight is read.
-        PassError: a pass failed; names the pass and the FQN. PeerError: it did on another rank.
+        PassError: a pass failed; names the pass and the FQN.
+        PeerError: it did on another rank.
     """
     device = device or default_device()
     ranks = current_ranks(_launched_world_size())
-    report = report or Report(show_progress=ranks.rank == 0, device=device)
-    placement = parse_placement(placement)
-    guards.check_world(shard, placement, ranks.world_size)
-    guards.check_sharding(shard, placement, ranks.world_size, device)
-    guards.check_precision(quant, shard, dtype)
-    guards.check_units(quant, lora, shard, dtype)
-    guards.check_adapter(lora, placement, ranks.world_size)
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint.open(checkpoint)
-
-    quantizer = BnbQuantizer(quant=quant, dtype=dtype, compute_dtype=compute_dtype or dtype)
-    residence = _residence(placement, shard, ranks, device)
-    with everyone(ranks, device=device):
-        build = model or causal_lm(checkpoint, dtype)
-        loaded = _load(checkpoint, build, quantizer, residence, lora, dtype, ranks, report)
-    built = _adapt_and_shard(loaded, lora, shard, dtype, device, ranks, report)
-    return as_context_manager(_with_resident_patches(built))
+    recipe = QLoRA(
+        quant=quant,
+        lora=lora,
+        placement=parse_placement(placement),
+        shard=shard,
+        dtype=dtype,
+        compute_dtype=compute_dtype or dtype,
+        build=model,
+        device=device,
+        ranks=ranks,
+        report=report or Report(show_progress=ranks.rank == 0, device=device),
+    )
+    recipe.check()
+    return recipe.run(checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint))
 
 
 def _launched_world_size() -> int | None:
@@ -117,86 +116,101 @@ def _launched_world_size() -> int | None:
     return int(value) if value else None
 
 
-def _residence(placement: Placement, shard: FSDP1 | None, ranks: Ranks, device: torch.device) -> Residence:
-    if shard is None:  # one process, or a whole model on each: nothing would move it to the device later
-        placement = "replicated"
-    return Residence.of(placement, rank=ranks.rank, compute_device=device)
+@dataclass(frozen=True, kw_only=True)
+class QLoRA:
+    """What `qlora` was asked for, on this rank, with every default filled in."""
 
+    quant: Quant
+    lora: LoraConfig | None
+    placement: Placement
+    shard: FSDP1 | None
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    build: Callable[[], nn.Module] | None
+    device: torch.device
+    ranks: Ranks
+    report: Report
 
-def _load(
-    checkpoint: Checkpoint,
-    build: Callable[[], nn.Module],
-    quantizer: BnbQuantizer,
-    residence: Residence,
-    lora: LoraConfig | None,
-    dtype: torch.dtype,
-    ranks: Ranks,
-    report: Report,
-) -> nn.Module:
-    """The model, quantized and placed; every check that needs no weight comes before the first is read."""
-    skeleton = Skeleton(build=build, dtype=dtype, device=residence.compute_device)
-    with report.phase(skeleton.name):
-        model = skeleton.run()
-        assignments = plan_weights(model, checkpoint.index)
-        if lora is not None:
-            check_targets(model, lora)
-    tied = tied_parameters(model)
-    skip = quantizer.quant.skip_modules
-    with checkpoint.reader() as reader:
-        load = Load(
-            model=model,
-            index=checkpoint.index,
-            reader=reader,
-            quantizer=quantizer,
-            residence=residence,
-            tied=tied,
-            transposed=transposed(quantizable(model, skip)),
-        )
-        return Pipeline(
-            passes=(
-                Replace(quantizer=quantizer, skip_modules=skip),
-                load,
-                Quantize(quantizer=quantizer, residence=residence),
-                Relocate(quantizer=quantizer, residence=residence),
-            ),
-            given=skeleton.ensures,
-            layers=lambda model: group_into_layers(model, assignments),
-            report=report,
-            between=ranks.check_alarm,
-        ).run(model)
+    def check(self) -> None:
+        """Refuse what cannot work, as `ConfigError`, before anything is opened."""
+        guards.check_world(self.shard, self.placement, self.ranks.world_size)
+        guards.check_sharding(self.shard, self.placement, self.ranks.world_size, self.device)
+        guards.check_precision(self.quant, self.shard, self.dtype)
+        guards.check_units(self.quant, self.lora, self.shard, self.dtype)
+        guards.check_adapter(self.lora, self.placement, self.ranks.world_size)
 
+    def run(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model, built from `checkpoint`, with its resident patches in force."""
+        with everyone(self.ranks, device=self.device):
+            model = self._load(checkpoint)
+        model = self._adapt_and_shard(model)
+        layers = linear4bits(model)
+        with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a 4-bit model runs on these layers") as resident:
+            resident.commit()
+        keep(model, resident.receipts)
+        return as_context_manager(model)
 
-def _adapt_and_shard(
-    model: nn.Module,
-    lora: LoraConfig | None,
-    shard: FSDP1 | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    ranks: Ranks,
-    report: Report,
-) -> nn.Module:
-    adapt = () if lora is None else (Adapt(lora=lora, dtype=dtype),)
-    pipeline = Pipeline(passes=adapt, given=Relocate.ensures, report=report)
-    quant_states = [module.quant_state for module in linear4bits(model)]
-    on_cpu = ("torch.fsdp1-sync-on-cpu",) if shard is not None and device.type == "cpu" else ()
-    with patches.transaction(
-        patches.on("bitsandbytes.quant-state-to-noop", quant_states),
-        *BUILD_PATCHES,
-        *on_cpu,
-        reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta",
-    ):
-        with everyone(ranks, device=device):
-            model = pipeline.run(model)
-        if shard is None:
-            return model
-        return Pipeline(
-            passes=(Shard(config=shard, device=device),), given=Relocate.ensures, report=report
-        ).run(model)
+    @property
+    def _residence(self) -> Residence:
+        # Unsharded, nothing would move the weights from a CPU to the device later.
+        placement = self.placement if self.shard is not None else "replicated"
+        return Residence.of(placement, rank=self.ranks.rank, compute_device=self.device)
 
+    def _load(self, checkpoint: Checkpoint) -> nn.Module:
+        """The model, quantized and placed. Every check that needs no weight comes before the first is read."""
+        build = self.build or causal_lm(checkpoint, self.dtype)
+        with self.report.phase(Skeleton.name):
+            model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
+            assignments = plan_weights(model, checkpoint.index)
+            chosen = quantizable(model, self.quant.skip_modules)
+            if self.lora is not None:
+                check_targets(model, self.lora)
+        quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        with checkpoint.reader() as reader:
+            load = Load(
+                model=model,
+                index=checkpoint.index,
+                reader=reader,
+                quantizer=quantizer,
+                residence=self._residence,
+                tied=tied_parameters(model),
+                transposed=transposed(chosen),
+            )
+            return Pipeline(
+                passes=(
+                    Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules),
+                    load,
+                    Quantize(quantizer=quantizer, residence=self._residence),
+                    Relocate(quantizer=quantizer, residence=self._residence),
+                ),
+                given=Skeleton.ensures,
+                layers=lambda model: group_into_layers(model, assignments),
+                report=self.report,
+                between=self.ranks.check_alarm,
+            ).run(model)
 
-def _with_resident_patches(model: nn.Module) -> nn.Module:
-    layers = linear4bits(model)
-    with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a 4-bit model runs on these layers") as transaction:
-        transaction.commit()
-    keep(model, transaction.receipts)
-    return model
+    def _adapt_and_shard(self, model: nn.Module) -> nn.Module:
+        quant_states = [module.quant_state for module in linear4bits(model)]
+        on_cpu = ("torch.fsdp1-sync-on-cpu",) if self.shard is not None and self.device.type == "cpu" else ()
+        with patches.transaction(
+            patches.on("bitsandbytes.quant-state-to-noop", quant_states),
+            *BUILD_PATCHES,
+            *on_cpu,
+            reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta",
+        ):
+            if self.lora is not None:
+                model = self._adapt(model, self.lora)
+            if self.shard is None:
+                return model
+            shard = Shard(config=self.shard, device=self.device)
+            return Pipeline(passes=(shard,), given=Relocate.ensures, report=self.report).run(model)
+
+    def _adapt(self, model: nn.Module, lora: LoraConfig) -> nn.Module:
+        with everyone(self.ranks, device=self.device):
+            adapt = Adapt(lora=lora, dtype=self.dtype)
+            model = Pipeline(passes=(adapt,), given=Relocate.ensures, report=self.report).run(model)
+        synced = self.shard is not None and self.shard.sync_module_states
+        if self.ranks.world_size > 1 and not synced:
+            # Every rank has initialized adapters of its own, and no broadcast follows.
+            broadcast_from_rank0((p for p in model.parameters() if p.requires_grad), device=self.device)
+        return model

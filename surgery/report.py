@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -22,7 +23,7 @@ SAMPLE_PERIOD = 0.005
 def anonymous_memory() -> int:
     """Bytes of resident memory of this process that no file backs (`RssAnon`); 0 where the kernel does not say."""
     try:
-        with open("/proc/self/status", encoding="ascii") as status:
+        with Path("/proc/self/status").open(encoding="ascii") as status:
             lines = [line for line in status if line.startswith("RssAnon:")]
     except OSError:
         return 0
@@ -62,7 +63,7 @@ def sample_peak(phase: Phase) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class Report:
-    """Phases in the order in which they ended. `show_progress` draws a bar for layer loops: rank 0 of a terminal job."""
+    """Phases in the order in which they ended. `show_progress` draws a bar for layer loops: for rank 0."""
 
     show_progress: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from surgery.fqn import join, split
@@ -39,7 +40,7 @@ def replace_module(model: nn.Module, site: Site, new: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, new)
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """`(name, tensor)` of the parameters and persistent buffers that `module` itself holds: what a checkpoint fills."""
     yield from ((name, p) for name, p in module._parameters.items() if p is not None)
     yield from (

@@ -188,7 +188,7 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
             path=entry.file,
             tensor=entry.name,
         )
-    if tensor.dtype == wanted.dtype or _castable(tensor.dtype) and wanted.dtype.is_floating_point:
+    if tensor.dtype == wanted.dtype or (_castable(tensor.dtype) and wanted.dtype.is_floating_point):
         return
     raise WeightsMismatchError(
         f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "

@@ -50,9 +50,7 @@ class Checkpoint:
         config = _read_config(folder)
         index = Index.open(found.path)
         require_unquantized(index, config, path=found.path)
-        return cls(
-            source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config
-        )
+        return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
 
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, in the order of the files."""

@@ -145,9 +145,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
     if len(prefix) < LENGTH_BYTES:
-        raise _truncated(
-            file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}"
-        )
+        raise _truncated(file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}")
     if prefix == _LFS_POINTER:
         raise CheckpointError(
             f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.",

@@ -116,8 +116,7 @@ def _unnamed(folder: Path) -> Layout:
         raise _pickle_only(folder, pickles)
     if (folder / _ADAPTER_NAME).is_file():
         raise CheckpointError(
-            f"{folder} holds a PEFT adapter ({_ADAPTER_NAME}) and no base model. Give the base model's path "
-            "or hub id.",
+            f"{folder} holds a PEFT adapter ({_ADAPTER_NAME}) and no base model. Give the base model's path or hub id.",
             path=folder,
         )
     raise CheckpointError(

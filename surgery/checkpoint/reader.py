@@ -45,8 +45,7 @@ class Reader:
         entry = self._entry(tensor)
         if not 0 <= start <= stop <= entry.numel:
             raise ValueError(
-                f"Expected 0 <= start <= stop <= {entry.numel} for {entry.name!r}, found start={start}, "
-                f"stop={stop}."
+                f"Expected 0 <= start <= stop <= {entry.numel} for {entry.name!r}, found start={start}, stop={stop}."
             )
         # The device is named because the caller may be under `with torch.device("meta")`.
         out = torch.empty(stop - start, dtype=entry.dtype, device="cpu")

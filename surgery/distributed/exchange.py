@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from surgery.errors import ConfigError, SurgeryError
 
-__all__ = ["PeerError", "Ranks", "current_ranks", "everyone"]
+__all__ = ["PeerError", "Ranks", "broadcast_from_rank0", "collective", "current_ranks", "everyone"]
 
 
 class PeerError(SurgeryError):
-    """Another rank failed; `rank` is its number and the message its error."""
+    """Another rank failed; `rank` is its number, None where it ended without a word, and the message its error."""
 
-    def __init__(self, message: str, *, rank: int) -> None:
+    def __init__(self, message: str, *, rank: int | None) -> None:
         super().__init__(message)
         self.rank = rank
 
@@ -33,19 +34,41 @@ class Ranks:
     alarm: str = field(default="surgery/alarm", repr=False)
 
     def raise_alarm(self, error: BaseException) -> None:
-        """Tell the other ranks, without waiting for them."""
-        if self.world_size > 1:
+        """Tell the other ranks, without waiting for them. Never fails: a store that is gone has nobody to tell."""
+        if self.world_size == 1:
+            return
+        with contextlib.suppress(RuntimeError):
             _store().set(self.alarm, f"{self.rank}\n{type(error).__name__}: {error}")
 
     def check_alarm(self) -> None:
         """Raise `PeerError` if another rank has raised the alarm. Costs a round trip to the store."""
-        if self.world_size == 1 or not _store().check([self.alarm]):
+        if self.world_size == 1:
             return
-        rank, _, message = _store().get(self.alarm).decode().partition("\n")
-        raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
+        try:
+            alarm = _store().get(self.alarm).decode() if _store().check([self.alarm]) else None
+        except RuntimeError as error:
+            raise _gone() from error
+        if alarm is not None:
+            rank, _, message = alarm.partition("\n")
+            raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
+
+    def meet(self, device: torch.device) -> None:
+        """Wait for the other ranks, on the `device` that their group speaks. `PeerError` if one of them is gone."""
+        if self.world_size == 1:
+            return
+        arrived = torch.ones(1, device=device)
+        try:
+            dist.all_reduce(arrived)
+            arrived.item()  # a GPU is only told to wait, above
+        except RuntimeError as error:
+            raise _gone() from error
 
 
-def _store() -> dist.Store:
+def _gone() -> PeerError:
+    return PeerError("another rank has ended without a word: its own output, or the kernel's log, says why", rank=None)
+
+
+def _store() -> Any:
     """The store that the process group was made with. Private in torch 2.13, and used by torch's own subpackages."""
     return dist.distributed_c10d._get_default_store()
 
@@ -76,7 +99,7 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     """A block without collectives that all ranks leave together: if one fails, all do, with its error.
 
     A rank that fails raises the alarm, so that the others stop at their next layer instead of finishing, then meets
-    them at the end of the block; they raise `PeerError`. A rank that dies outright is noticed there by the collective.
+    them at the end of the block; they raise `PeerError`. A rank that dies outright is noticed there.
     """
     failure: Exception | None = None
     try:
@@ -86,8 +109,36 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     except Exception as error:
         ranks.raise_alarm(error)
         failure = error
-    if ranks.world_size > 1:
-        dist.all_reduce(torch.zeros(1, device=device))
     if failure is not None:
+        with contextlib.suppress(PeerError):  # a rank that is gone is no news to one that has failed itself
+            ranks.meet(device)
         raise failure
+    ranks.meet(device)
     ranks.check_alarm()
+
+
+@contextlib.contextmanager
+def collective(ranks: Ranks) -> Iterator[None]:
+    """A block with collectives: what they raise once another rank has failed in it becomes that rank's `PeerError`.
+
+    The ranks do not meet at its end, because they could be waiting for each other inside: the others notice when the
+    process of the one that failed has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        try:
+            ranks.check_alarm()
+        except PeerError as peer:
+            if peer.rank is not None:
+                raise peer from error
+        ranks.raise_alarm(error)
+        raise
+
+
+def broadcast_from_rank0(tensors: Iterable[torch.Tensor], *, device: torch.device) -> None:
+    """Give every rank rank 0's values, in place; to be called on all ranks alike. `device` is what the group speaks."""
+    for tensor in tensors:
+        sent = tensor.detach().to(device)
+        dist.broadcast(sent, src=0)
+        tensor.data.copy_(sent)

@@ -46,7 +46,7 @@ def plan_units(
     units = set(blocks)
     for root in (*blocks, model):
         leaves = list(_leaves(root, outside=blocks - {root}))
-        kinds = {leaf: _kind(name, leaf, use_orig_params) for name, leaf in leaves}
+        kinds = {leaf: _kind(name, leaf, use_orig_params=use_orig_params) for name, leaf in leaves}
         main = _main_kind(kinds)
         strangers = [(name, leaf) for name, leaf in leaves if kinds[leaf] != main]
         if strangers and policy == "block":
@@ -83,7 +83,7 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
     return [*module.parameters(recurse=False), *loose]
 
 
-def _kind(name: str, module: nn.Module, use_orig_params: bool) -> Kind:
+def _kind(name: str, module: nn.Module, *, use_orig_params: bool) -> Kind:
     kinds = {(p.dtype, None if use_orig_params else p.requires_grad) for p in _own(module)}
     if len(kinds) == 1:
         return kinds.pop()
@@ -107,12 +107,14 @@ def _main_kind(kinds: dict[nn.Module, Kind]) -> Kind | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _not_uniform(strangers: list[tuple[str, nn.Module]], kinds: dict[nn.Module, Kind], main: Kind | None) -> ConfigError:
+def _not_uniform(
+    strangers: list[tuple[str, nn.Module]], kinds: dict[nn.Module, Kind], main: Kind | None
+) -> ConfigError:
     name, module = strangers[0]
     return ConfigError(
         f"units='block': FSDP1 flattens a block into one tensor, but {name} is {_describe(kinds[module])} among "
-        f"{_describe(main) if main else 'nothing'} ({len(strangers)} modules differ). Use units='auto', which wraps them "
-        "on their own, or give all parameters of a block one dtype"
+        f"{_describe(main) if main else 'nothing'} ({len(strangers)} modules differ). Use units='auto', which wraps "
+        "them on their own, or give all parameters of a block one dtype"
     )
 
 
@@ -167,9 +169,7 @@ def _empty(parameter: nn.Parameter, module: nn.Module, device: torch.device) -> 
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def wrap(
-    model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torch.device
-) -> FullyShardedDataParallel:
+def wrap(model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torch.device) -> FullyShardedDataParallel:
     """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike."""
     options: dict[str, Any] = {}
     if config.mesh is not None:

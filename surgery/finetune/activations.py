@@ -39,9 +39,7 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload
             "use activation checkpointing none"
         )
     wrap = partial(_wrap, reentrant=reentrant, offload=offload)
-    apply_activation_checkpointing(
-        model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: module in blocks
-    )
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: module in blocks)
     if reentrant:
         # A reentrant checkpoint records nothing unless an input needs a gradient; embeddings give none.
         _embeddings(model).register_forward_hook(_require_grad)
@@ -71,9 +69,7 @@ def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool, *
 def _embeddings(model: nn.Module) -> nn.Module:
     find = getattr(model, "get_input_embeddings", None)
     found = find() if find is not None else None
-    embeddings = found or next(
-        (module for module in model.modules() if isinstance(module, nn.Embedding)), None
-    )
+    embeddings = found or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
     if embeddings is None:
         raise ConfigError("reentrant activation checkpointing needs an embedding layer; use non-reentrant")
     return embeddings

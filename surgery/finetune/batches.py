@@ -79,9 +79,7 @@ def steps_in(samples: int, *, size: int, epochs: int | None, max_steps: int | No
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def global_batches(
-    samples: int, *, size: int, steps: int, epochs: int | None, seed: int
-) -> Iterator[list[int]]:
+def global_batches(samples: int, *, size: int, steps: int, epochs: int | None, seed: int) -> Iterator[list[int]]:
     """Indices of the samples of each step: every epoch a new permutation, one epoch running into the next.
 
     Only the last batch of the last epoch can be smaller than `size`.

@@ -58,20 +58,14 @@ def finetune(
         ),
     ],
     *,
-    data: Annotated[
-        Path, typer.Option(help="Training data: a JSONL file.", rich_help_panel=_DATA, show_default=False)
-    ],
+    data: Annotated[Path, typer.Option(help="Training data: a JSONL file.", rich_help_panel=_DATA, show_default=False)],
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_DATA)
     ] = None,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="A JSONL file to evaluate on.", rich_help_panel=_DATA)
-    ] = None,
+    eval_data: Annotated[Path | None, typer.Option(help="A JSONL file to evaluate on.", rich_help_panel=_DATA)] = None,
     eval_fraction: Annotated[
         float | None,
-        typer.Option(
-            help="Evaluate on this fraction of --data, which is then not trained on.", rich_help_panel=_DATA
-        ),
+        typer.Option(help="Evaluate on this fraction of --data, which is then not trained on.", rich_help_panel=_DATA),
     ] = None,
     max_length: Annotated[
         int, typer.Option(help="Tokens a sample; the rest is cut off.", rich_help_panel=_DATA)
@@ -92,15 +86,11 @@ def finetune(
     ] = None,
     log: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated: tensorboard, wandb.", rich_help_panel=_OUTPUT, show_default="none"
-        ),
+        typer.Option(help="Comma-separated: tensorboard, wandb.", rich_help_panel=_OUTPUT, show_default="none"),
     ] = "",
     max_steps: Annotated[
         int | None,
-        typer.Option(
-            help="Stop after so many steps; repeats the data if no --epochs.", rich_help_panel=_TRAINING
-        ),
+        typer.Option(help="Stop after so many steps; repeats the data if no --epochs.", rich_help_panel=_TRAINING),
     ] = None,
     epochs: Annotated[
         int | None,
@@ -124,31 +114,21 @@ def finetune(
     warmup_steps: Annotated[
         int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=_TRAINING)
     ] = 0,
-    optimizer: Annotated[
-        OptimizerName, typer.Option(help="The optimizer.", rich_help_panel=_TRAINING)
-    ] = "adamw",
-    weight_decay: Annotated[
-        float, typer.Option(help="Of the adapter's weights.", rich_help_panel=_TRAINING)
-    ] = 0.0,
+    optimizer: Annotated[OptimizerName, typer.Option(help="The optimizer.", rich_help_panel=_TRAINING)] = "adamw",
+    weight_decay: Annotated[float, typer.Option(help="Of the adapter's weights.", rich_help_panel=_TRAINING)] = 0.0,
     clip: Annotated[
         float, typer.Option(help="Largest norm of the gradients; 0 does not clip.", rich_help_panel=_TRAINING)
     ] = 1.0,
     seed: Annotated[
         int,
-        typer.Option(
-            help="Of the adapter's start, dropout, and the order of samples.", rich_help_panel=_TRAINING
-        ),
+        typer.Option(help="Of the adapter's start, dropout, and the order of samples.", rich_help_panel=_TRAINING),
     ] = 0,
     eval_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps between evaluations; always before and after training.", rich_help_panel=_TRAINING
-        ),
+        typer.Option(help="Steps between evaluations; always before and after training.", rich_help_panel=_TRAINING),
     ] = None,
     lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=_ADAPTER)] = 16,
-    lora_alpha: Annotated[
-        int, typer.Option(help="Adapters are scaled by alpha / r.", rich_help_panel=_ADAPTER)
-    ] = 32,
+    lora_alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / r.", rich_help_panel=_ADAPTER)] = 32,
     lora_dropout: Annotated[float, typer.Option(help="Before the adapters.", rich_help_panel=_ADAPTER)] = 0.0,
     target_modules: Annotated[
         str,
@@ -174,13 +154,9 @@ def finetune(
     ] = False,
     precision: Annotated[
         PrecisionName,
-        typer.Option(
-            help="Dtype of what is not quantized, and how it computes.", rich_help_panel=_QUANTIZATION
-        ),
+        typer.Option(help="Dtype of what is not quantized, and how it computes.", rich_help_panel=_QUANTIZATION),
     ] = "bf16",
-    quant_type: Annotated[
-        QuantType, typer.Option(help="The 4-bit data type.", rich_help_panel=_QUANTIZATION)
-    ] = "nf4",
+    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit data type.", rich_help_panel=_QUANTIZATION)] = "nf4",
     double_quant: Annotated[
         bool, typer.Option(help="Quantize the block statistics too.", rich_help_panel=_QUANTIZATION)
     ] = True,
@@ -228,13 +204,9 @@ def finetune(
     ] = False,
     cpu_offload: Annotated[
         bool,
-        typer.Option(
-            "--cpu-offload", help="Keep parameters on the CPU between uses.", rich_help_panel=_SHARDING
-        ),
+        typer.Option("--cpu-offload", help="Keep parameters on the CPU between uses.", rich_help_panel=_SHARDING),
     ] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Minutes to wait for another rank.", rich_help_panel=_SHARDING)
-    ] = 10.0,
+    timeout: Annotated[float, typer.Option(help="Minutes to wait for another rank.", rich_help_panel=_SHARDING)] = 10.0,
 ) -> None:
     """Fine-tune MODEL with QLoRA: 4-bit weights, LoRA adapters, sharded by FSDP under torchrun."""
     from surgery.config import FSDP1, Quant
@@ -244,9 +216,7 @@ def finetune(
     job = Job(
         model=model,
         revision=revision,
-        data=DataOptions(
-            train=data, evaluation=eval_data, evaluation_fraction=eval_fraction, max_length=max_length
-        ),
+        data=DataOptions(train=data, evaluation=eval_data, evaluation_fraction=eval_fraction, max_length=max_length),
         training=TrainingOptions(
             epochs=epochs,
             max_steps=max_steps,

@@ -40,9 +40,7 @@ def encode_marked(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> t
     return marked["input_ids"], marked["assistant_masks"]
 
 
-def render_conversation(
-    record: Conversation, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, tuple[Span, ...]]:
+def render_conversation(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[Span, ...]]:
     """A conversation as text, and the character range of each assistant turn, for a template without markers.
 
     What the template writes before an answer (the generation prompt) is left out of its range where the

@@ -35,9 +35,7 @@ class Dataset:
         sha = hashlib.sha256()
         for part in (self.train, self.evaluation):
             for sample in part:
-                sha.update(
-                    len(sample.ids).to_bytes(8, "little") + sample.ids.tobytes() + sample.learnt.tobytes()
-                )
+                sha.update(len(sample.ids).to_bytes(8, "little") + sample.ids.tobytes() + sample.learnt.tobytes())
             sha.update(b"end of part")
         return sha.hexdigest()
 
@@ -67,9 +65,7 @@ def build_dataset(
     return Dataset(train=rest, evaluation=held_out, dropped=dropped)
 
 
-def split(
-    samples: Sequence[Sample], *, fraction: float, seed: int
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def split(samples: Sequence[Sample], *, fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
     """Samples to train on and samples held out, each in file order.
 
     Which ones depends on their number and the seed. At least one sample is held out; raises `DataError` if

@@ -78,9 +78,9 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
         _check_world(job, world)
         # Before the checkpoint, which may have to be downloaded, and the tokenizer, which takes seconds.
         records = read_data(job.data)
-    # Collective itself where the checkpoint has to be downloaded.
-    checkpoint = Checkpoint.open(job.model, revision=job.revision)
     with everyone(current_ranks(), device=world.device):
+        # Collective for a hub id, and then it fails on all ranks or on none, so that they meet here all the same.
+        checkpoint = Checkpoint.open(job.model, revision=job.revision)
         plan = make_plan(job, records, checkpoint, world=world.size)
     check_same_data(plan.dataset)
     return checkpoint, plan
@@ -128,9 +128,7 @@ def _train(
         # Adapters begin alike on every rank, but each drops out its own.
         torch.manual_seed(job.training.seed + world.rank)
         trainer = _trainer(job, model, plan, world)
-        session = Session(
-            plan=plan, options=job.training, rank=world.rank, world=world.size, trackers=trackers
-        )
+        session = Session(plan=plan, options=job.training, rank=world.rank, world=world.size, trackers=trackers)
         with report.phase("train"):
             training = session.run(trainer)
         with report.phase("save"):
@@ -142,9 +140,7 @@ def _train(
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
     policy = precision(job.precision)
-    shard = dataclasses.replace(
-        job.shard, mixed_precision=job.shard.mixed_precision or policy.mixed_precision()
-    )
+    shard = dataclasses.replace(job.shard, mixed_precision=job.shard.mixed_precision or policy.mixed_precision())
     return qlora(
         checkpoint,
         quant=job.quant,

@@ -106,9 +106,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
-        return StepMetrics(
-            step=step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=batch.tokens, seconds=seconds
-        )
+        return StepMetrics(step=step + 1, loss=loss, lr=lr, grad_norm=norm, tokens=batch.tokens, seconds=seconds)
 
     def _accumulate(self, batch: GlobalBatch) -> float:
         """Gradients of the mean loss over the global batch, and that loss."""

@@ -48,9 +48,7 @@ class DataOptions:
         if self.evaluation is not None and self.evaluation_fraction is not None:
             raise ConfigError("expected an evaluation file or an evaluation fraction, found both; give one")
         if self.evaluation_fraction is not None and not 0 < self.evaluation_fraction < 1:
-            raise ConfigError(
-                f"expected an evaluation fraction between 0 and 1, found {self.evaluation_fraction}"
-            )
+            raise ConfigError(f"expected an evaluation fraction between 0 and 1, found {self.evaluation_fraction}")
 
     @property
     def has_evaluation(self) -> bool:
@@ -90,9 +88,7 @@ class TrainingOptions:
         for name in ("warmup_steps", "weight_decay", "seed"):
             _at_least(name, getattr(self, name), 0)
         if self.clip is not None and not self.clip > 0:
-            raise ConfigError(
-                f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}"
-            )
+            raise ConfigError(f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}")
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ConfigError(
                 "activation offload needs activation checkpointing (reentrant or non-reentrant): without it the "
@@ -171,9 +167,7 @@ class Job:
         parse_placement(self.placement)
         require_loggers(self.loggers)
         if self.training.evaluate_every is not None and not self.data.has_evaluation:
-            raise ConfigError(
-                "evaluating every so many steps needs an evaluation file or an evaluation fraction"
-            )
+            raise ConfigError("evaluating every so many steps needs an evaluation file or an evaluation fraction")
         if not self.overwrite:
             self._refuse_existing_adapter()
 

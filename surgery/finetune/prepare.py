@@ -68,12 +68,8 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
     )
     options = job.training
     batch = options.batch_size * options.accumulation * world
-    steps = steps_in(
-        len(dataset.train), size=batch, epochs=options.epochs_to_run, max_steps=options.max_steps
-    )
-    schedule = Schedule(
-        name=options.schedule, peak=options.lr, steps=steps, warmup_steps=options.warmup_steps
-    )
+    steps = steps_in(len(dataset.train), size=batch, epochs=options.epochs_to_run, max_steps=options.max_steps)
+    schedule = Schedule(name=options.schedule, peak=options.lr, steps=steps, warmup_steps=options.warmup_steps)
     _make_folder(job.output)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(dataset=dataset, batch=batch, schedule=schedule, pad=pad or 0)

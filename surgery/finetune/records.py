@@ -164,9 +164,7 @@ def _string(value: object, name: str, at: Location, *, may_be_empty: bool = Fals
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         # JSON can spell half of a surrogate pair; no tokenizer can encode it.
-        raise at.error(
-            f"expected {name!r} to be valid Unicode, found a lone surrogate at {error.start}"
-        ) from error
+        raise at.error(f"expected {name!r} to be valid Unicode, found a lone surrogate at {error.start}") from error
     return value
 
 

@@ -53,10 +53,7 @@ class Summary:
         """One object: the fields, with those of `training` beside them, and `patches_left`."""
         fields = dataclasses.asdict(self)
         training = fields.pop("training")
-        return (
-            json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str)
-            + "\n"
-        )
+        return json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str) + "\n"
 
     def text(self) -> str:
         """For people: evaluations, memory per rank, patches."""

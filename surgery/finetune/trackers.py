@@ -44,9 +44,7 @@ class JsonlTracker:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("w", encoding="utf-8")
         except OSError as error:
-            raise ConfigError(
-                f"the metrics file {path} cannot be written: {error.strerror or error}"
-            ) from error
+            raise ConfigError(f"the metrics file {path} cannot be written: {error.strerror or error}") from error
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Write a line."""
@@ -123,9 +121,7 @@ def require_loggers(names: Sequence[str]) -> None:
         if name not in known:
             raise ConfigError(f"expected loggers among {', '.join(known)}; found {name!r}")
         if find_spec(name) is None:
-            raise ConfigError(
-                f"logging to {name} needs a package that is missing; install it: pip install {name}"
-            )
+            raise ConfigError(f"logging to {name} needs a package that is missing; install it: pip install {name}")
 
 
 def open_trackers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,16 +19,16 @@ __all__ = ["Adapt", "check_targets"]
 
 
 def check_targets(model: nn.Module, lora: LoraConfig) -> None:
-    """Raise `SelectorError` if PEFT would find no module for `lora` in `model`. Works on meta, before anything is read."""
+    """Raise `SelectorError` if PEFT would find no module for `lora` in `model`, which may be on meta."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    config = copy.deepcopy(lora)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if config.target_modules is None and not config.target_parameters:
-        config.target_modules = set(DEFAULTS.get(model_type, ()))
-    if config.target_parameters:
+    if lora.target_parameters:
         return
+    config: Any = copy.deepcopy(lora)
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        config.target_modules = set(DEFAULTS.get(model_type, ()))
     config = _maybe_include_all_linear_layers(config, model)
     names = [name for name, _ in model.named_modules() if name]
     if any(check_target_module_exists(config, name) for name in names):

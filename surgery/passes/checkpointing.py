@@ -46,8 +46,12 @@ def _innermost(module: nn.Module) -> nn.Module:
 
 
 def _embeddings(model: nn.Module) -> nn.Module:
-    return next(module for module in model.modules() if hasattr(module, "get_input_embeddings")).get_input_embeddings()
+    owners: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
+    if not owners:
+        raise ConfigError(f"{type(model).__name__} has no get_input_embeddings: use non-reentrant checkpointing")
+    embeddings: nn.Module = owners[0].get_input_embeddings()
+    return embeddings
 
 
-def _require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.requires_grad_(True)
+def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -118,4 +118,5 @@ class Load(Pass):
         for alias in (name, *self.tied.get(name, ())):
             owner, leaf = split(alias)
             module = self.model.get_submodule(owner)
-            (module._parameters if is_parameter else module._buffers)[leaf] = tensor
+            tensors: Any = module._parameters if is_parameter else module._buffers
+            tensors[leaf] = tensor

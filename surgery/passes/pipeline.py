@@ -19,7 +19,7 @@ def _nothing() -> None:
     """The default checkpoint between layers."""
 
 
-def _no_layers(model: nn.Module) -> tuple[Layer, ...]:
+def _no_layers(_model: nn.Module) -> tuple[Layer, ...]:
     """The default for a pipeline without layer passes."""
     return ()
 
@@ -57,7 +57,7 @@ class Pipeline:
     def _run_model(self, model: nn.Module, steps: tuple[ModelPass, ...]) -> nn.Module:
         for step in steps:
             self.between()
-            with self.report.phase(step.name), _named(step.name, "the model"):
+            with self.report.phase(step.name), _Named(step.name, "the model"):
                 model = step.run(model)
         return model
 
@@ -66,12 +66,12 @@ class Pipeline:
             for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
                 self.between()
                 for step in steps:
-                    with _named(step.name, layer.fqn):
+                    with _Named(step.name, layer.fqn):
                         step.run_layer(layer)
         return model
 
 
-class _named:
+class _Named:
     """Turns an exception inside the block into a `PassError` that says where it happened."""
 
     def __init__(self, pass_name: str, fqn: str) -> None:

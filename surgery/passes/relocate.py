@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from surgery.passes.base import Layer, Pass
 from surgery.placement import Residence
-from surgery.quantizers.bnb import as_params4bit
 from surgery.quantizers.base import Quantizer
+from surgery.quantizers.bnb import as_params4bit
 
 __all__ = ["Relocate"]
 
@@ -31,11 +31,11 @@ class Relocate(Pass):
     def run_layer(self, layer: Layer) -> None:
         """Move the packed weights of `layer`."""
         for site in layer.sites:
-            module = site.module
+            module: Any = site.module
             if not self.quantizer.is_quantized(module):
                 continue
-            data = module.weight.data  # type: ignore[union-attr]  # a tensor, which nn.Module cannot promise
+            data = module.weight.data
             if data.device == self.residence.data_device:
                 continue
             moved = data.to(self.residence.data_device)
-            module.weight = as_params4bit(moved, module, module.quant_state)  # type: ignore[arg-type]
+            module.weight = as_params4bit(moved, module, module.quant_state)

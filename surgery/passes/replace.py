@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from surgery.match import match_any, require_matches
 from surgery.passes.base import Pass
 from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
-from surgery.walk import Site, replace_module, sites, tied_parameters
+from surgery.walk import Site, replace_module, sites
 
 __all__ = ["Replace", "quantizable", "transposed"]
 
@@ -29,8 +30,8 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
     chosen = [s for s in candidates if s.fqn not in keep and not match_any(s.fqn, skip_modules)]
     if not chosen:
         raise SelectorError(
-            f"{type(model).__name__} has no linear module to quantize: {len(candidates)} are there, all of them the "
-            "output head, tied, or in skip_modules",
+            f"{type(model).__name__} has no linear module to quantize: of {len(candidates)} torch.nn.Linear all are "
+            "the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and stay)",
             patterns=skip_modules,
         )
     return chosen
@@ -38,10 +39,14 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
 
 def _kept_whole(model: nn.Module) -> set[str]:
     """FQNs of modules that transformers too leaves unquantized: the output head, and modules with tied weights."""
-    tied = {name for first, aliases in tied_parameters(model).items() if aliases for name in (first, *aliases)}
-    keep = {name.rpartition(".")[0] for name in tied}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return keep | {site.fqn for site in sites(model) if head is not None and site.module is head}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    every = list(sites(model))
+    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
+    for site in every:
+        for parameter in site.module.parameters(recurse=False):
+            owners[parameter].add(site.module)
+    tied = {module for modules in owners.values() if len(modules) > 1 for module in modules}
+    return {site.fqn for site in every if site.module in tied or site.module is head}
 
 
 def transposed(chosen: list[Site]) -> frozenset[str]:

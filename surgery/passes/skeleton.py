@@ -32,14 +32,14 @@ class Skeleton(Pass):
     dtype: torch.dtype
     device: torch.device
 
-    def run(self, model: nn.Module | None = None) -> nn.Module:
-        """The new model; `model` is not looked at, since this pass comes first."""
+    def build_on_meta(self) -> nn.Module:
+        """The new model."""
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
             skeleton = self.build()
-        if hasattr(skeleton, "tie_weights"):  # registering on meta made one parameter of each name
-            skeleton.tie_weights()
+        # Registering on meta has made one parameter of every name.
+        getattr(skeleton, "tie_weights", lambda: None)()
         for parameter in skeleton.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
@@ -84,7 +84,8 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).train()
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return model.train()
 
     return build
 

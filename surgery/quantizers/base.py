@@ -22,5 +22,5 @@ class Quantizer(Protocol):
         ...
 
     def quantize(self, module: nn.Module, weight: torch.Tensor, *, device: torch.device, keep_packed: bool) -> None:
-        """Give `module` the quantized form of `weight` (logical shape); without `keep_packed` the packed data is on meta."""
+        """Give `module` the quantized form of `weight`, `(out, in)`; without `keep_packed`, packed data on meta."""
         ...

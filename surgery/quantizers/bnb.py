@@ -1,4 +1,4 @@
-"""4-bit weights of bitsandbytes: packed shapes, quantization in runs of whole blocks, `Params4bit` and `quant_state`."""
+"""4-bit weights of bitsandbytes: packed shapes, quantization in runs of whole blocks, `Params4bit`, `quant_state`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["BnbQuantizer", "as_params4bit", "is_linear_like", "linear4bits", "packed_shape", "quantize_in_runs"]
+__all__ = [
+    "BnbQuantizer",
+    "as_params4bit",
+    "is_linear_like",
+    "linear4bits",
+    "packed_shape",
+    "quantize_in_runs",
+]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 16 MiB and one launch for all but the largest weights.
@@ -56,14 +63,22 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
 
 
 def quantize_in_runs(
-    weight: torch.Tensor, quant: Quant, *, storage: torch.dtype, dtype: torch.dtype, device: torch.device, keep_packed: bool = True
+    weight: torch.Tensor,
+    quant: Quant,
+    *,
+    storage: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_packed: bool = True,
 ) -> tuple[torch.Tensor, QuantState]:
     """Quantize `weight`, bit-identically to `quantize_4bit(weight.to(device, dtype))`, a run of whole blocks at a time.
 
     Args:
         weight: logical shape, any floating dtype, contiguous, on any device but meta.
+        quant: type, blocksize and double quantization; its storage is not looked at.
         storage: dtype of the packed result.
         dtype: what the weight is cast to before it is quantized; becomes `quant_state.dtype`.
+        device: where it is quantized, and where the results are.
         keep_packed: False gives the packed tensor on meta; its bytes are dropped run by run.
 
     Returns:
@@ -89,7 +104,9 @@ def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, tor
     """`(packed bytes, float32 absmax)` of a flat run of whole blocks (the last one of a weight may be partial)."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, state = quantize_4bit(run, blocksize=quant.blocksize, quant_type=quant.quant_type, quant_storage=torch.uint8)
+    packed, state = quantize_4bit(
+        run, blocksize=quant.blocksize, quant_type=quant.quant_type, quant_storage=torch.uint8
+    )
     return packed.reshape(-1), state.absmax
 
 
@@ -140,7 +157,7 @@ class BnbQuantizer:
     dtype: torch.dtype
     compute_dtype: torch.dtype | None
 
-    def replacement(self, linear: nn.Module) -> nn.Module:
+    def replacement(self, linear: Any) -> nn.Module:
         """A frozen `Linear4bit` on meta for an `nn.Linear` or `Conv1D`; its bias takes the dtype of the storage."""
         from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -172,7 +189,7 @@ class BnbQuantizer:
             bias_dtype = storage if storage.is_floating_point else bias.dtype
             new.bias = nn.Parameter(torch.empty(bias.shape, dtype=bias_dtype, device="meta"))
         new.train(linear.training)
-        return new.requires_grad_(False)
+        return new.requires_grad_(requires_grad=False)
 
     def is_quantized(self, module: nn.Module) -> bool:
         """Whether `module` is a `Linear4bit`."""

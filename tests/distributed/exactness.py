@@ -11,10 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from surgery.config import Placement
+
 STEPS = 8
 GLOBAL_BATCH = 12
 LENGTH = 16
 LEARNING_RATE = 0.01
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Case:
     quant: dict[str, Any] = field(default_factory=dict)
     shard: dict[str, Any] = field(default_factory=dict)
     checkpointing: str | None = None
-    placement: str = "rank0-cpu"
+    placement: Placement = "rank0-cpu"
 
 
 @dataclass
@@ -57,18 +60,19 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def stock(checkpoint: Path, case: Case) -> nn.Module:
+def stock(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
     """The same model made by upstream alone: transformers loads, bitsandbytes quantizes, PEFT adapts. No patch."""
     from bitsandbytes.nn import Linear4bit, Params4bit
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.to(device)
     storage = case.quant.get("quant_storage", torch.float32)
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or name == "lm_head":
             continue
-        new = Linear4bit(
+        new: Any = Linear4bit(
             module.in_features,
             module.out_features,
             bias=module.bias is not None,
@@ -78,19 +82,24 @@ def stock(checkpoint: Path, case: Case) -> nn.Module:
             quant_storage=storage,
         )
         new.weight = Params4bit(
-            module.weight.data, False, blocksize=case.quant.get("blocksize", 64), quant_storage=storage, module=new,
-            quant_type=new.weight.quant_type, compress_statistics=new.weight.compress_statistics,
+            module.weight.data,
+            False,
+            blocksize=case.quant.get("blocksize", 64),
+            quant_storage=storage,
+            module=new,
+            quant_type=new.weight.quant_type,
+            compress_statistics=new.weight.compress_statistics,
         )
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.data.to(storage), requires_grad=False)
-        model.set_submodule(name, new.to("cpu"))
+        model.set_submodule(name, new.to(device))
     model.is_loaded_in_4bit = True
     torch.manual_seed(0)
     return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
 
 
-def ours(checkpoint: Path, case: Case) -> nn.Module:
-    """The model of this project, on this rank."""
+def ours(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
+    """The model of this project, on this rank; a context manager that releases it."""
     import surgery
 
     torch.manual_seed(0)
@@ -101,6 +110,7 @@ def ours(checkpoint: Path, case: Case) -> nn.Module:
         placement=case.placement,
         shard=surgery.FSDP1(**case.shard) if dist.is_initialized() else None,
         dtype=torch.float32,
+        device=device,
         report=surgery.Report(),
     )
     if case.checkpointing:
@@ -108,12 +118,12 @@ def ours(checkpoint: Path, case: Case) -> nn.Module:
     return model
 
 
-def train(model: nn.Module) -> Result:
-    """Eight steps of SGD on this rank's part of every global batch."""
+def train(model: nn.Module, device: torch.device = CPU) -> Result:
+    """Eight steps of SGD on this rank's part of every global batch; the result is on the CPU."""
     from bitsandbytes.nn import Linear4bit
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    layers: dict[str, Any] = {_plain(name): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda m, _, name=name: seen.__setitem__(name, m.weight.detach().clone()))
@@ -122,37 +132,37 @@ def train(model: nn.Module) -> Result:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     losses, gradients = [], []
     for step in range(STEPS):
-        ids = batch(step).chunk(world)[rank]
+        ids = batch(step).chunk(world)[rank].to(device)
         loss = loss_of(model, ids)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
         total = loss.detach()
         if world > 1:
             dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
             total = total if dist.get_backend() == "nccl" else total / world
         losses.append(total.item())
-        gradients.append(adapter_gradients(model))
+        gradients.append({name: grad.cpu() for name, grad in adapter_gradients(model, device).items()})
         optimizer.step()
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
-    states = {name: layer.quant_state.as_dict() for name, layer in layers.items()}
+    states = {name: _on_cpu(layer.quant_state.as_dict()) for name, layer in layers.items()}
     packed = {name: _bytes(weight) for name, weight in seen.items()}
     return Result(losses=losses, gradients=gradients, packed=packed, quant_states=states)
 
 
-def adapter_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole gradients of all adapter parameters, by plain name, gathered from the shards."""
+def adapter_gradients(model: nn.Module, device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    """Whole gradients of all adapter parameters, by plain name, gathered from the shards through `device`."""
     units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel) and m._handle is not None]
     if not units:
-        return {_plain(n): p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return {_plain(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found: dict[str, torch.Tensor] = {}
     for prefix, unit in model.named_modules():
         if unit in units:
-            found.update(_unit_gradients(prefix, unit))
+            found.update(_unit_gradients(prefix, unit, device))
     return found
 
 
-def _unit_gradients(prefix: str, unit: Any) -> dict[str, torch.Tensor]:
+def _unit_gradients(prefix: str, unit: Any, device: torch.device) -> dict[str, torch.Tensor]:
     flat, handle = unit._handle.flat_param, unit._handle
     grad = handle.sharded_grad if handle.uses_sharded_strategy else flat.grad
     if handle._use_orig_params and handle.uses_sharded_strategy:
@@ -160,6 +170,7 @@ def _unit_gradients(prefix: str, unit: Any) -> dict[str, torch.Tensor]:
     if grad is None or not flat.requires_grad:
         return {}
     if handle.uses_sharded_strategy:
+        grad = grad.to(device)
         pieces = [torch.empty_like(grad) for _ in range(handle.process_group.size())]
         dist.all_gather(pieces, grad.contiguous(), group=handle.process_group)
         grad = torch.cat(pieces)
@@ -185,10 +196,38 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8).cpu()
 
 
-def run_cases(checkpoints: dict[str, Path], cases: list[Case]) -> dict[str, Result]:
+def _on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+
+def run_cases(checkpoints: dict[str, Path], cases: list[Case], device: torch.device = CPU) -> dict[str, Result]:
     """Every case on this rank, in one process: results by name."""
     results = {}
     for case in cases:
-        with ours(checkpoints[case.model], case) as model:
-            results[case.name] = train(model)
+        with ours(checkpoints[case.model], case, device) as model:
+            results[case.name] = train(model, device)
     return results
+
+
+def require_equal(found: Result, expected: Result) -> None:
+    """Bits of the base model exactly; losses and gradients within 1e-5 relative. Raises `AssertionError`."""
+    assert found.packed.keys() == expected.packed.keys()
+    assert len(found.packed) == 14, f"{len(found.packed)} quantized layers"
+    for name, packed in expected.packed.items():
+        assert torch.equal(found.packed[name], packed), f"packed bytes of {name}"
+        _require_same_state(found.quant_states[name], expected.quant_states[name], name)
+    torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(expected.losses), rtol=1e-5, atol=0)
+    assert expected.losses[-1] != expected.losses[0], "nothing was learned"
+    for got, wanted in zip(found.gradients, expected.gradients, strict=True):
+        assert got.keys() == wanted.keys()
+        assert len(got) == 28, f"{len(got)} gradients"
+        for name, gradient in wanted.items():
+            error = (got[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, f"gradient of {name}: relative error {error:.2e}"
+
+
+def _require_same_state(found: dict[str, Any], expected: dict[str, Any], name: str) -> None:
+    assert found.keys() == expected.keys(), f"keys of the quant_state of {name}"
+    for key, value in expected.items():
+        same = torch.equal(found[key], value) if isinstance(value, torch.Tensor) else found[key] == value
+        assert same, f"{key} of {name}"

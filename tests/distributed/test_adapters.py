@@ -60,18 +60,25 @@ def train_and_save(checkpoint: Path, output: Path, shard: dict[str, Any], checkp
 
 
 @pytest.mark.parametrize(("name", "checkpointing"), [*((n, False) for n in SHARDS), ("units", True)])
-def test_saved_adapter_has_every_key_and_loads_with_plain_peft(
-    tmp_path: Path, name: str, checkpointing: bool
-) -> None:
+def test_saved_adapter_has_every_key_and_loads_with_plain_peft(tmp_path: Path, name: str, checkpointing: bool) -> None:
     base = save_tiny(tmp_path / "base")
     output = tmp_path / "adapter"
     on_rank0, on_rank1 = run_ranks(train_and_save, 2, base, output, SHARDS[name], checkpointing)
-    assert len(on_rank0) == 28 and on_rank1 == {}
+    assert len(on_rank0) == 28
+    assert on_rank1 == {}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RELOAD, str(base), str(output)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", RELOAD, str(base), str(output)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     loaded = json.loads(done.stdout.partition("LOADED ")[2])
     assert loaded == pytest.approx(on_rank0)
     assert all(value > 0 for value in loaded.values())
-    assert sorted(file.name for file in output.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in output.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []

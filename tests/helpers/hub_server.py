@@ -59,9 +59,7 @@ class HubServer:
     `hold`: an event that file downloads wait for, or None.
     """
 
-    def __init__(
-        self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None
-    ) -> None:
+    def __init__(self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None) -> None:
         self._repositories = repositories
         self._hold = hold
         self._lock = threading.Lock()

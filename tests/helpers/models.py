@@ -29,7 +29,12 @@ def tiny_config(model_type: str = "llama", **changes: Any) -> Any:
 
 
 def save_tiny(
-    directory: Path, model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, shard_size: str = "50KB",
+    directory: Path,
+    model_type: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    shard_size: str = "50KB",
     **changes: Any,
 ) -> Path:
     """A sharded safetensors checkpoint, written by transformers, of a tiny model with random weights."""

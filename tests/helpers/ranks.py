@@ -21,7 +21,7 @@ import torch.distributed as dist
 PRELOAD = ["torch", "torch.distributed.fsdp", "bitsandbytes", "transformers", "peft", "accelerate", "surgery"]
 
 
-class RanksFailed(AssertionError):
+class RanksFailedError(AssertionError):
     """At least one rank raised, died, or did not finish; the message has every traceback there is."""
 
 
@@ -35,11 +35,11 @@ class Outcome:
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """`function(*args)` on every rank; the results by rank. Raises `RanksFailed` unless all return."""
+    """`function(*args)` on every rank; the results by rank. Raises `RanksFailedError` unless all return."""
     outcomes = try_ranks(function, world_size, *args, timeout=timeout)
     failures = [f"--- rank {rank} ---\n{o.failure}" for rank, o in enumerate(outcomes) if o.failure]
     if failures:
-        raise RanksFailed("\n".join(failures))
+        raise RanksFailedError("\n".join(failures))
     return [outcome.result for outcome in outcomes]
 
 
@@ -51,7 +51,7 @@ def try_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     start = time.monotonic()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(target=_rank_main, args=(function, args, rank, world_size, port, sender), daemon=True)
+        context.Process(target=_rank_main, args=(function, args, rank, (world_size, port), sender), daemon=True)
         for rank, (_, sender) in enumerate(pipes)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -86,11 +86,17 @@ def _collect(receivers: list[Connection], start: float, timeout: float) -> list[
 
 
 def _rank_main(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, sender: Connection
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: tuple[int, int], sender: Connection
 ) -> None:
+    """`world` is the world size, and the port where rank 0 listens."""
+    world_size, port = world
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
@@ -98,7 +104,7 @@ def _rank_main(
         dist.barrier()
         dist.destroy_process_group()
         _send(sender, (result, None))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # brought back to the test, whatever it is
         _send(sender, (None, traceback.format_exc()))
 
 

@@ -22,9 +22,7 @@ class Snapshot:
         for owner, before in self._taken:
             for name in vars(owner).keys() - before.keys():
                 delattr(owner, name)
-            for name in (
-                name for name, value in before.items() if vars(owner).get(name, _MISSING) is not value
-            ):
+            for name in (name for name, value in before.items() if vars(owner).get(name, _MISSING) is not value):
                 setattr(owner, name, before[name])
 
     def differences(self) -> list[str]:

@@ -22,9 +22,7 @@ def run(*arguments: str) -> Result:
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> None:
     scale = f"{FUNCTIONS}:scale"
-    patches.register(
-        declare("cli-needed", scale, upstream="https://example.org/1", requires={"wrapt": ">=1"})
-    )
+    patches.register(declare("cli-needed", scale, upstream="https://example.org/1", requires={"wrapt": ">=1"}))
     patches.register(declare("cli-obsolete", scale, probe=lambda: False))
     patches.register(declare("cli-unknown", scale, requires={"wrapt": "<1"}))
     patches.register(declare("cli-incompatible", f"{FUNCTIONS}:gone"))
@@ -33,9 +31,7 @@ def registered() -> None:
 def test_list_shows_every_id_without_importing_any() -> None:
     program = "import sys; from patches.cli import app; app(['list', '--json'], standalone_mode=False); "
     program += "assert not {'torch', 'bitsandbytes', 'peft'} & sys.modules.keys()"
-    ran = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
-    )
+    ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
     assert set(BUILTIN) <= {row["id"] for row in json.loads(ran.stdout)}
 
 
@@ -120,9 +116,7 @@ def test_a_wrong_argument_exits_with_2_and_says_why(arguments: tuple[str, ...], 
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--help",), ("list", "--help"), ("check", "--help"), ("audit", "--help")]
-)
+@pytest.mark.parametrize("arguments", [("--help",), ("list", "--help"), ("check", "--help"), ("audit", "--help")])
 def test_help_teaches(arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert ran.exit_code == 0

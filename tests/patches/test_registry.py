@@ -128,9 +128,7 @@ def test_every_builtin_patch_has_its_file() -> None:
     from patches.builtin import BUILTIN
 
     root = Path(patches.__file__).parent.parent
-    missing = [
-        module for module in BUILTIN.values() if not (root / f"{module.replace('.', '/')}.py").is_file()
-    ]
+    missing = [module for module in BUILTIN.values() if not (root / f"{module.replace('.', '/')}.py").is_file()]
     assert missing == []
 
 
@@ -142,7 +140,5 @@ def test_importing_the_package_imports_no_library_that_is_patched() -> None:
         "import sys, wrapt; before = {*sys.modules}; import patches;"
         f"print({{*{HEAVY}}} & ({{*sys.modules}} - before))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", program], check=True, timeout=60, capture_output=True, text=True)
     assert ran.stdout.strip() == "set()"

@@ -8,7 +8,6 @@ import weakref
 import pytest
 
 import patches
-from patches.activation import ACTIVATIONS
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import functions, layers
 
@@ -59,9 +58,7 @@ def test_the_scope_of_a_transaction_is_for_items_without_their_own() -> None:
 
 
 def test_a_class_can_be_the_instance_of_a_classmethod() -> None:
-    with patches.transaction(
-        patches.on(declare("a", f"{LAYERS}:Base.build"), [layers.Derived]), reason="a test"
-    ):
+    with patches.transaction(patches.on(declare("a", f"{LAYERS}:Base.build"), [layers.Derived]), reason="a test"):
         assert layers.Derived.build(1) == ("a", ("Derived", 1))
         assert layers.Base.build(1) == ("Base", 1)
 
@@ -69,9 +66,7 @@ def test_a_class_can_be_the_instance_of_a_classmethod() -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_subject_decides_for_functions(traced: bool) -> None:
     covered, other = layers.Base(), layers.Base()
-    patch = declare(
-        "a", f"{FUNCTIONS}:describe", traced=traced, subject=lambda instance, args, kwargs: args[0]
-    )
+    patch = declare("a", f"{FUNCTIONS}:describe", traced=traced, subject=lambda instance, args, kwargs: args[0])
     with patches.transaction(patches.on(patch, [covered]), reason="a test"):
         assert functions.describe(covered) == ("a", "Base")
         assert functions.describe(other) == "Base"
@@ -121,15 +116,42 @@ def test_instances_in_a_reference_cycle_end_too() -> None:
     assert tx.receipts[0].state == "reverted"
 
 
-def test_an_instance_that_dies_during_an_operation_is_dealt_with_after_it() -> None:
-    one = layers.Base()
-    with patches.transaction(patches.on(declare("a", FORWARD), [one]), reason="a test") as tx:
+class Letting(type):
+    """Classes that let go of an object while they are patched."""
+
+    kept: list[object]
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        type.__setattr__(cls, name, value)
+        Letting.kept.clear()
+
+
+class Thing(metaclass=Letting):
+    def run(self) -> int:
+        return 1
+
+
+def test_an_instance_that_dies_while_something_is_changed_is_dealt_with_afterwards() -> None:
+    Letting.kept = [layers.Base()]
+    with patches.transaction(declare("a", FORWARD), reason="a test", on=Letting.kept) as tx:
         tx.commit()
-    (receipt,) = tx.receipts
-    with ACTIVATIONS.operation():
-        del one
-        assert receipt.state == "active"
-    assert receipt.state == "reverted"
+    with patches.transaction(declare("b", f"{__name__}:Thing.run"), reason="a test"):
+        assert Letting.kept == []
+        assert [receipt.id for receipt in patches.active()] == ["fake.b"]
+    assert (tx.receipts[0].state, tx.receipts[0].note) == ("reverted", "every instance is gone")
+
+
+def test_a_finalizer_may_revert_while_something_is_changed() -> None:
+    with patches.transaction(declare("a", f"{FUNCTIONS}:scale"), reason="a test") as tx:
+        tx.commit()
+    owner = layers.Base()
+    weakref.finalize(owner, patches.revert, *tx.receipts)
+    Letting.kept = [owner]
+    del owner
+    with patches.transaction(declare("b", f"{__name__}:Thing.run"), reason="a test"):
+        assert Thing().run() == ("b", 1)
+        assert functions.scale(2) == 4
+    assert tx.receipts[0].state == "reverted"
 
 
 def test_a_new_object_with_the_id_of_a_dead_one_is_not_covered() -> None:

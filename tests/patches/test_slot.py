@@ -42,9 +42,7 @@ def expected(name: str, cls: type, *tags: str) -> object:
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("cls", [layers.Base, layers.Derived])
 @pytest.mark.parametrize("name", ["forward", "build", "add", "size"])
-def test_every_kind_of_target_is_wrapped_and_restored(
-    name: str, cls: type, traced: bool, unchanged: Snapshot
-) -> None:
+def test_every_kind_of_target_is_wrapped_and_restored(name: str, cls: type, traced: bool, unchanged: Snapshot) -> None:
     target = f"{LAYERS}:{cls.__name__}.{name}"
     one, two = declare("one", target, traced=traced), declare("two", target)
     with patches.transaction(one, two, reason="a test"):
@@ -196,9 +194,7 @@ def bury(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["wraps", "closure", "default", "wrapt", "partial"])
-def test_a_foreign_object_around_ours_is_left_there_and_ours_lets_calls_through(
-    how: str, unchanged: Snapshot
-) -> None:
+def test_a_foreign_object_around_ours_is_left_there_and_ours_lets_calls_through(how: str, unchanged: Snapshot) -> None:
     with patches.transaction(declare("a", SCALE), reason="a test") as tx:
         tx.commit()
     ours = functions.scale

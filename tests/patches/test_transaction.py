@@ -27,9 +27,7 @@ def test_the_block_has_the_patch_and_afterwards_nothing_has(unchanged: Snapshot)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_whatever_the_block_raises_everything_is_undone(
-    unchanged: Snapshot, error: type[BaseException]
-) -> None:
+def test_whatever_the_block_raises_everything_is_undone(unchanged: Snapshot, error: type[BaseException]) -> None:
     with (
         pytest.raises(error),
         patches.transaction(declare("a", SCALE), declare("b", FORWARD), reason="a test"),

@@ -153,9 +153,7 @@ def test_cause_that_the_message_already_tells_is_not_repeated(capsys: pytest.Cap
     assert capsys.readouterr().err == "error: cannot write: the disk is full\n"
 
 
-def test_other_ranks_say_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_ranks_say_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(typer.Exit):
         raised(ConfigError("no\nlonger"))()

@@ -92,9 +92,7 @@ def test_tensors_of_one_shape_differ_and_have_the_stated_distribution(tmp_path: 
     assert tensors["model.norm.weight"].mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "gigabytes"), [("llama-1gb", 1.14), ("llama-8b", 14.48), ("llama-70b", 137.95)]
-)
+@pytest.mark.parametrize(("name", "gigabytes"), [("llama-1gb", 1.14), ("llama-8b", 14.48), ("llama-70b", 137.95)])
 def test_shapes_have_the_sizes_that_they_are_named_for(name: str, gigabytes: float) -> None:
     checkpoint = SyntheticCheckpoint(shape=SHAPES[name])
     assert checkpoint.total_bytes / 1e9 == pytest.approx(gigabytes, abs=0.01)

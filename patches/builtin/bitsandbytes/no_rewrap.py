@@ -33,9 +33,7 @@ def check_recovers_in_place() -> None:
     recover_in_place(recover, None, (layer,), {})
     recovered = getattr(before, "quant_state", None) is layer.quant_state
     if layer._parameters["weight"] is not before or not recovered:
-        raise RuntimeError(
-            "recovering the quant_state replaced module.weight, or did not set its quant_state"
-        )
+        raise RuntimeError("recovering the quant_state replaced module.weight, or did not set its quant_state")
 
 
 def _module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

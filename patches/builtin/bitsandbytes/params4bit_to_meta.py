@@ -27,9 +27,7 @@ def check_keeps_quant_state() -> None:
     layer = packed_linear4bit()
     moved = keep_quant_state(layer.weight.to, layer.weight, ("meta",), {})
     if not moved.is_meta or moved.quant_state is not layer.quant_state or layer.quant_state.absmax.is_meta:
-        raise RuntimeError(
-            "Params4bit.to('meta') did not give a meta weight that shares an untouched quant_state"
-        )
+        raise RuntimeError("Params4bit.to('meta') did not give a meta weight that shares an untouched quant_state")
 
 
 @REGISTRY.register(

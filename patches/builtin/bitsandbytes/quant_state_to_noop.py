@@ -21,9 +21,7 @@ def peft_sends_quant_state_to_meta() -> bool:
     from peft import LoraConfig, get_peft_model
 
     with torch.random.fork_rng(devices=()):  # adapters are initialized at random
-        return sends_quant_state_to_meta(
-            lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["proj"]))
-        )
+        return sends_quant_state_to_meta(lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["proj"])))
 
 
 def sends_quant_state_to_meta(rebuild: Callable[[Any], object]) -> bool:
@@ -56,9 +54,7 @@ def check_stays_put() -> None:
     probe=peft_sends_quant_state_to_meta,
     verify=check_stays_put,
 )
-def stay_put(
-    _wrapped: Callable[..., None], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
-) -> None:
+def stay_put(_wrapped: Callable[..., None], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     """`QuantState.to` that does nothing, for any arguments.
 
     Meant for the quant states of one model (`patches.on`) and for no longer than PEFT takes to rebuild it: a

@@ -40,13 +40,9 @@ def keys_are_lost_under_wrapper() -> bool:
 
 def check_finds_keys_under_wrapper() -> None:
     """Raises RuntimeError where the wrapper leaves out a prefix."""
-    found = add_unwrapped_prefixes(
-        lambda: {"a._fsdp_wrapped_module.b._checkpoint_wrapped_module.c"}, None, (), {}
-    )
+    found = add_unwrapped_prefixes(lambda: {"a._fsdp_wrapped_module.b._checkpoint_wrapped_module.c"}, None, (), {})
     if "a.b.c" not in found:
-        raise RuntimeError(
-            f"expected 'a.b.c' among the prefixes of the adapter's keys, found {sorted(found)}"
-        )
+        raise RuntimeError(f"expected 'a.b.c' among the prefixes of the adapter's keys, found {sorted(found)}")
 
 
 @REGISTRY.register(

@@ -30,9 +30,7 @@ def check_keeps_parameter_class() -> None:
     stock = type(module)._apply.__get__(module)
     keep_parameter_class(stock, module, (lambda tensor: tensor.to("meta"),), {})
     if not (module.weight.is_meta and _is_subclass(module.weight) and module.weight.note == "kept"):
-        raise RuntimeError(
-            f"moving to meta gave {module.weight!r}, without the class or the attributes it had"
-        )
+        raise RuntimeError(f"moving to meta gave {module.weight!r}, without the class or the attributes it had")
 
 
 @REGISTRY.register(

@@ -21,7 +21,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 import patches
-from tests.helpers.ranks import RanksFailed, run_ranks
+from tests.helpers.ranks import RanksFailedError, run_ranks
 
 from .four_bit import dequantized, on_meta, quantized, unchanged
 
@@ -133,9 +133,7 @@ def fsdp1_without_rewrap(strategy: ShardingStrategy, item: Any) -> None:
     model.base.weight = nn.Parameter(stored.data, requires_grad=False)
     items = [SYNC] if item is None else [SYNC, patches.on(item, [model.base])]
     with with_patches(*items):
-        wrapped = FullyShardedDataParallel(
-            model, sharding_strategy=strategy, use_orig_params=True, device_id=CPU
-        )
+        wrapped = FullyShardedDataParallel(model, sharding_strategy=strategy, use_orig_params=True, device_id=CPU)
         before = len(list(wrapped.parameters()))
         assert train(wrapped) == pytest.approx(expected, rel=1e-6)
         assert len(list(wrapped.parameters())) == before
@@ -177,7 +175,7 @@ def test_fsdp1_finds_the_tensors_that_it_put_there(strategy: ShardingStrategy) -
 
 
 def test_stock_fsdp1_refuses_the_parameter_that_forward_registers() -> None:
-    with pytest.raises(RanksFailed, match="changing the parameters between forward and backward"):
+    with pytest.raises(RanksFailedError, match="changing the parameters between forward and backward"):
         run_ranks(fsdp1_without_rewrap, 2, ShardingStrategy.SHARD_GRAD_OP, None, timeout=120)
 
 
@@ -189,7 +187,5 @@ def test_fsdp1_trains_where_forward_replaces_nothing(strategy: ShardingStrategy,
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_fsdp2_reads_params4bit_when_unsharded_and_dtensor_when_sharded(
-    world_size: int, storage: torch.dtype
-) -> None:
+def test_fsdp2_reads_params4bit_when_unsharded_and_dtensor_when_sharded(world_size: int, storage: torch.dtype) -> None:
     run_ranks(fsdp2_reads, world_size, storage, timeout=120)

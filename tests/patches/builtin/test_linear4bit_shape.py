@@ -193,9 +193,7 @@ def test_merge_by_peft() -> None:
         model: Any = nn.Module()
         model.config, model.is_loaded_in_4bit = {"model_type": "custom"}, True
         model.proj = quantized()
-        adapted: Any = get_peft_model(
-            model, LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False)
-        )
+        adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["proj"], init_lora_weights=False))
         layer = adapted.base_model.model.proj
         base = with_plain_weight(layer.base_layer) if plain else layer.base_layer
         with reading(base), pytest.warns(UserWarning, match="rounding errors"):

@@ -30,9 +30,7 @@ def test_meta_weight_has_every_attribute_and_the_original_is_untouched() -> None
     assert type(moved) is Params4bit
     assert moved.is_meta
     assert moved.shape == covered.weight.shape
-    assert {name: value is attributes[name] for name, value in vars(moved).items()} == dict.fromkeys(
-        attributes, True
-    )
+    assert {name: value is attributes[name] for name, value in vars(moved).items()} == dict.fromkeys(attributes, True)
     assert torch.equal(covered.weight.data, before)
     assert vars(covered.weight) == attributes
     assert not covered.quant_state.absmax.is_meta

@@ -54,9 +54,7 @@ def test_repr_says_what_it_is(folder: Path) -> None:
     assert message.endswith(("bfloat16, float32>", "float32, bfloat16>"))
 
 
-def test_a_relative_folder_survives_a_change_of_directory(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_folder_survives_a_change_of_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     checkpoint = Checkpoint.open(folder.name)
     monkeypatch.chdir("/")

@@ -76,9 +76,7 @@ def test_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
             None,
             id="huge header",
         ),
-        pytest.param(
-            pickled({"a": torch.ones(3)}), "not a valid safetensors file", None, id="a renamed pickle"
-        ),
+        pytest.param(pickled({"a": torch.ones(3)}), "not a valid safetensors file", None, id="a renamed pickle"),
         pytest.param(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull", None, id="LFS pointer"),
         pytest.param(assemble(b"{not json"), "not valid JSON", None, id="not JSON"),
         pytest.param(assemble(b"\xff\xfe"), "not valid JSON", None, id="not UTF-8"),
@@ -93,21 +91,15 @@ def test_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
         pytest.param(assemble({"a": tensor(shape=[True])}, bytes(4)), "shape", "a", id="boolean size"),
         pytest.param(assemble({"a": tensor(shape=None)}, bytes(4)), "shape", "a", id="no shape"),
         pytest.param(assemble({"a": tensor(4, 0)}, bytes(4)), "data_offsets", "a", id="reversed"),
-        pytest.param(
-            assemble({"a": tensor(data_offsets=[0])}, bytes(4)), "data_offsets", "a", id="one offset"
-        ),
-        pytest.param(
-            assemble({"a": tensor(shape=[2])}, bytes(4)), "4 bytes, F32 of shape [2] needs 8", "a", id="size"
-        ),
+        pytest.param(assemble({"a": tensor(data_offsets=[0])}, bytes(4)), "data_offsets", "a", id="one offset"),
+        pytest.param(assemble({"a": tensor(shape=[2])}, bytes(4)), "4 bytes, F32 of shape [2] needs 8", "a", id="size"),
         pytest.param(assemble({"a": tensor()}, bytes(3)), "truncated", "a", id="data beyond the end"),
         pytest.param(assemble({"a": tensor(), "b": tensor(2, 6)}, bytes(6)), "overlap", "b", id="overlap"),
         pytest.param(assemble({"a": tensor(), "b": tensor(6, 10)}, bytes(10)), "no tensor", "b", id="hole"),
         pytest.param(assemble({"a": tensor()}, bytes(6)), "2 bytes at its end", None, id="bytes left over"),
     ],
 )
-def test_a_bad_file_is_named_with_its_tensor(
-    tmp_path: Path, content: bytes, problem: str, name: str | None
-) -> None:
+def test_a_bad_file_is_named_with_its_tensor(tmp_path: Path, content: bytes, problem: str, name: str | None) -> None:
     file = tmp_path / "bad.safetensors"
     file.write_bytes(content)
 
@@ -132,9 +124,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     flips=st.dictionaries(st.integers(0, len(VALID) - 1), st.integers(0, 255), max_size=8),
     length=st.integers(0, len(VALID)),
 )
-def test_damaged_files_raise_nothing_but_checkpoint_error(
-    tmp_path: Path, flips: dict[int, int], length: int
-) -> None:
+def test_damaged_files_raise_nothing_but_checkpoint_error(tmp_path: Path, flips: dict[int, int], length: int) -> None:
     damaged = bytearray(VALID)
     for position, value in flips.items():
         damaged[position] = value

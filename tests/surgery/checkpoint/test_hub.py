@@ -93,9 +93,7 @@ class Client:
     def start(
         self, *openings: Mapping[str, Any], cwd: Path | None = None, env: Mapping[str, str] = NOTHING
     ) -> subprocess.Popen[str]:
-        inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
-        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         environment = {
             **inherited,
             "HF_HOME": str(self.folder / "home"),

@@ -154,9 +154,7 @@ def test_a_range_outside_the_tensor_is_refused(index: Index, start: int, stop: i
     ],
     ids=["dtype", "device", "strides", "past the end", "before the beginning"],
 )
-def test_a_destination_that_does_not_fit_is_refused(
-    index: Index, out: torch.Tensor, start: int, problem: str
-) -> None:
+def test_a_destination_that_does_not_fit_is_refused(index: Index, out: torch.Tensor, start: int, problem: str) -> None:
     with Reader(index) as reader, pytest.raises(ValueError, match=problem):
         reader.read_into("F32", out, start=start)
 

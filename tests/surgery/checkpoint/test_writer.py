@@ -57,9 +57,7 @@ def test_what_is_written_is_read_back(
 ) -> None:
     tensors = {f"t{number}": (torch.rand(size) * 9).to(dtype) for number, size in enumerate(sizes)}
 
-    index = write_checkpoint(
-        tmp_path_factory.mktemp("written"), tensors.items(), max_shard_bytes=max_shard_bytes
-    )
+    index = write_checkpoint(tmp_path_factory.mktemp("written"), tensors.items(), max_shard_bytes=max_shard_bytes)
 
     assert set(index) == set(tensors)
     with Reader(index) as reader:

@@ -71,9 +71,7 @@ def test_ranks_divide_a_global_batch(count: int, batch_size: int, accumulation: 
     assert len({len(micros) for micros in shares}) == 1
     assert len(shares[0]) <= accumulation
     assert all(len(micro) <= batch_size for micros in shares for micro in micros)
-    assert shares[0][-1], (
-        "rank 0 takes what is left over, so a round in which nobody has a sample does not exist"
-    )
+    assert shares[0][-1], "rank 0 takes what is left over, so a round in which nobody has a sample does not exist"
 
 
 def test_collate_pads_on_the_right_and_shifts_the_targets() -> None:

@@ -33,9 +33,7 @@ def test_samples_cut_off_before_anything_to_learn_are_dropped_and_counted() -> N
 
 
 def test_nothing_to_learn_at_all_is_an_error() -> None:
-    with pytest.raises(
-        DataError, match=r"data\.jsonl: none of the 1 samples has a token to learn within the first 16"
-    ):
+    with pytest.raises(DataError, match=r"data\.jsonl: none of the 1 samples has a token to learn within the first 16"):
         build([LONG_PROMPT])
     with pytest.raises(DataError, match="none of the 1 samples"):
         build([SHORT], evaluation=[LONG_PROMPT])
@@ -49,9 +47,7 @@ def test_evaluation_file_is_kept_apart() -> None:
 def test_fraction_divides_the_samples_in_file_order_and_by_seed() -> None:
     dataset = build(numbered(100), evaluation_fraction=0.05)
     decode = tiny_tokenizer().decode
-    train, held_out = (
-        [int(decode(s.ids[:-1])) for s in part] for part in (dataset.train, dataset.evaluation)
-    )
+    train, held_out = ([int(decode(s.ids[:-1])) for s in part] for part in (dataset.train, dataset.evaluation))
     assert len(held_out) == 5
     assert sorted(train + held_out) == list(range(100))
     assert train == sorted(train)

@@ -21,9 +21,7 @@ def encode(record: Record, tokenizer: Any, *, max_length: int = 512) -> Sample:
 
 
 def learnt_text(sample: Sample, tokenizer: Any) -> str:
-    return tokenizer.decode(
-        [token for token, learnt in zip(sample.ids, sample.learnt, strict=True) if learnt]
-    )
+    return tokenizer.decode([token for token, learnt in zip(sample.ids, sample.learnt, strict=True) if learnt])
 
 
 def conversation(*turns: tuple[str, str]) -> Conversation:
@@ -54,9 +52,7 @@ def test_end_token_that_the_tokenizer_adds_is_not_doubled() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 2)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
     sample = encode(Text(text="the cat", at=AT), tokenizer)
     assert tokenizer.decode(sample.ids) == "the cat</s>"
     assert sample.learnt[-1] == 1
@@ -99,20 +95,14 @@ def test_generation_prompt_that_answers_do_not_keep_leaves_the_header_in() -> No
 def test_template_that_rewrites_earlier_turns_is_refused() -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.last else m.content | upper }}{% endfor %}"
     tokenizer = tiny_tokenizer(chat_template=template)
-    with pytest.raises(
-        DataError, match=r"data\.jsonl:7: the chat template renders messages\[2\] differently"
-    ):
+    with pytest.raises(DataError, match=r"data\.jsonl:7: the chat template renders messages\[2\] differently"):
         encode(CHAT, tokenizer)
 
 
 @pytest.mark.parametrize("marker", ["", "{% generation %}{% endgeneration %}"])
 def test_messages_that_the_template_refuses(marker: str) -> None:
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + marker
-    )
-    with pytest.raises(
-        DataError, match=r"data\.jsonl:7: the chat template refuses these messages: no system role"
-    ):
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + marker
+    with pytest.raises(DataError, match=r"data\.jsonl:7: the chat template refuses these messages: no system role"):
         encode(CHAT, tiny_tokenizer(chat_template=template))
 
 
@@ -121,9 +111,7 @@ def test_truncation_comes_after_the_end_token() -> None:
     whole = encode(Text(text="the cat sat", at=AT), tokenizer)
     cut = encode(Text(text="the cat sat", at=AT), tokenizer, max_length=3)
     assert list(cut.ids) == list(whole.ids)[:3]
-    assert (
-        encode(Completion(prompt="the cat sat", completion="!", at=AT), tokenizer, max_length=3).targets == 0
-    )
+    assert encode(Completion(prompt="the cat sat", completion="!", at=AT), tokenizer, max_length=3).targets == 0
 
 
 def test_truncation_saved_with_the_tokenizer_is_not_obeyed() -> None:
@@ -137,9 +125,7 @@ def test_mixed_shapes_keep_their_order_across_chunks() -> None:
     chat = conversation(("user", "q"), ("assistant", "a"))
     records = [chat if index % 3 else Text(text=str(index), at=AT) for index in range(1200)]
     texts = [tokenizer.decode(sample.ids) for sample in encode_records(records, tokenizer, max_length=64)]
-    assert texts == [
-        "<|user|>q</s><|assistant|>a</s>" if index % 3 else f"{index}</s>" for index in range(1200)
-    ]
+    assert texts == ["<|user|>q</s><|assistant|>a</s>" if index % 3 else f"{index}</s>" for index in range(1200)]
 
 
 def test_first_token_never_counts() -> None:

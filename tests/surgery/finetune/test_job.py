@@ -34,9 +34,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(
-        tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY, max_position_embeddings=128
-    )
+    folder = save_tiny(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY, max_position_embeddings=128)
     tiny_tokenizer(bos=True).save_pretrained(folder)
     return folder
 
@@ -58,9 +56,7 @@ def job(checkpoint: Path, tmp_path: Path) -> Job:
         output=tmp_path / "adapter",
         metrics=tmp_path / "metrics.jsonl",
         precision="fp32",
-        training=TrainingOptions(
-            max_steps=STEPS, batch_size=4, optimizer="sgd", lr=1.0, clip=None, evaluate_every=4
-        ),
+        training=TrainingOptions(max_steps=STEPS, batch_size=4, optimizer="sgd", lr=1.0, clip=None, evaluate_every=4),
         lora=LoraOptions(r=4, alpha=8, init="gaussian"),
     )
 
@@ -215,9 +211,7 @@ def test_ranks_with_other_data_refuse(job: Job) -> None:
 
 def torchrun(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
     arguments = [job.model, "--data", job.data.train, "--output", job.output, "--max-steps", "2", *options]
-    environment = {
-        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "surgery",
          "finetune", *map(str, arguments)],

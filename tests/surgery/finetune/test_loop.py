@@ -38,9 +38,7 @@ class TinyLM(nn.Module):
         self.calls: list[dict[str, Any]] = []
 
     def forward(self, input_ids: torch.Tensor, **options: Any) -> Output:
-        self.calls.append(
-            {"training": self.training, "autocast": torch.is_autocast_enabled("cpu"), **options}
-        )
+        self.calls.append({"training": self.training, "autocast": torch.is_autocast_enabled("cpu"), **options})
         hidden = self.embed(input_ids)
         counts = torch.arange(1, hidden.shape[1] + 1).view(1, -1, 1)
         return Output(logits=self.head(hidden + hidden.cumsum(1) / counts))

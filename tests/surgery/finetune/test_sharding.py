@@ -54,9 +54,7 @@ def train_sharded(strategy: str, use_orig_params: bool, batch_size: int, scaler:
         sharding_strategy=ShardingStrategy[strategy],
         use_orig_params=use_orig_params,
     )
-    results = train(
-        model, batch_size=batch_size, rank=dist.get_rank(), world=dist.get_world_size(), scaler=scaler
-    )
+    results = train(model, batch_size=batch_size, rank=dist.get_rank(), world=dist.get_world_size(), scaler=scaler)
     with FullyShardedDataParallel.summon_full_params(model):
         return *results, {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
 

@@ -123,9 +123,7 @@ def test_failure_is_told_and_closes_what_was_open(tmp_path: Path, recorders: lis
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_shows_every_number(terminal: bool) -> None:
     out = StringIO()
-    tracker = ProgressTracker(
-        Console(file=out, force_terminal=terminal, width=200), steps=4, memory=lambda: 3 * 2**29
-    )
+    tracker = ProgressTracker(Console(file=out, force_terminal=terminal, width=200), steps=4, memory=lambda: 3 * 2**29)
     tracker.on_evaluation(0, 2.0)
     tracker.on_step(metrics(2))
     tracker.close(failed=False)

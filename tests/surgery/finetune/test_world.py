@@ -42,9 +42,7 @@ def test_one_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> 
         ({"WORLD_SIZE": "2", "RANK": "0"}, "LOCAL_RANK to be a number, found None"),
     ],
 )
-def test_incomplete_environment(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
-) -> None:
+def test_incomplete_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,0 +1,179 @@
+"""Checkpoints that must be refused, as data: what was done to a good one, and what the error has to say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgery.errors import CheckpointError, ConfigError, SurgeryError, WeightsMismatchError
+
+__all__ = ["DAMAGES", "Damage", "edit_config", "edit_tensors"]
+
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+#: What remote code would do if anything imported it.
+REMOTE_CODE = "import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """`apply(folder)` spoils a sharded checkpoint of a tiny llama; the error is of `kind` and has all of `says`."""
+
+    name: str
+    apply: Callable[[Path], Any]
+    kind: type[SurgeryError] = CheckpointError
+    says: tuple[str, ...]
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Set keys of config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Write the tensors again, into one file, after `change` has had its way with them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(shard))
+        shard.unlink()
+    (folder / INDEX).unlink(missing_ok=True)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _shard_of(folder: Path, tensor: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def _point_outside(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][Q_PROJ] = "../elsewhere.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def _truncate(folder: Path) -> None:
+    shard = _shard_of(folder, Q_PROJ)
+    shard.write_bytes(shard.read_bytes()[:-8])
+
+
+def _overlap(folder: Path) -> None:
+    """Corrupt the header: one tensor's bytes begin one element early, inside its neighbour's."""
+    shard = _shard_of(folder, Q_PROJ)
+    content = shard.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    header[Q_PROJ]["data_offsets"][0] += 2
+    spoiled = json.dumps(header).encode().ljust(size)
+    shard.write_bytes(struct.pack("<Q", len(spoiled)) + spoiled + content[8 + size :])
+
+
+def _leave_pickles_only(folder: Path) -> None:
+    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def _add_remote_code(folder: Path) -> None:
+    (folder / "modeling_other.py").write_text(REMOTE_CODE)
+    auto_map = {"AutoConfig": "modeling_other.OtherConfig", "AutoModelForCausalLM": "modeling_other.Other"}
+    edit_config(folder, model_type="other", auto_map=auto_map)
+
+
+def _all() -> Iterator[Damage]:
+    yield Damage(name="missing-directory", apply=shutil.rmtree, says=("no checkpoint at",))
+    yield Damage(
+        name="missing-shard",
+        apply=lambda folder: _shard_of(folder, Q_PROJ).unlink(),
+        says=("model-0000", ".safetensors", "missing"),
+    )
+    yield Damage(name="index-outside", apply=_point_outside, says=("../elsewhere.safetensors", Q_PROJ))
+    yield Damage(name="truncated", apply=_truncate, says=("model-0000", "v_proj", "the file has"))
+    yield Damage(name="corrupt", apply=_overlap, says=("model-0000", Q_PROJ))
+    yield Damage(
+        name="wrong-shape",
+        apply=lambda folder: edit_tensors(folder, lambda t: t.update({Q_PROJ: torch.zeros(64, 32)})),
+        kind=WeightsMismatchError,
+        says=(Q_PROJ, "(64, 64)", "(64, 32)", "model.safetensors"),
+    )
+    for dtype in (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn):
+        yield Damage(
+            name=f"wrong-dtype-{dtype}".replace("torch.", ""),
+            apply=lambda folder, dtype=dtype: edit_tensors(folder, lambda t: t.update({Q_PROJ: t[Q_PROJ].to(dtype)})),
+            kind=WeightsMismatchError,
+            says=(Q_PROJ, str(dtype), "bfloat16", "model.safetensors"),
+        )
+    yield Damage(
+        name="missing-key",
+        apply=lambda folder: edit_tensors(folder, lambda t: t.pop(Q_PROJ)),
+        kind=WeightsMismatchError,
+        says=("1 parameters no tensor fills", Q_PROJ),
+    )
+    yield Damage(
+        name="unexpected-key",
+        apply=lambda folder: edit_tensors(folder, lambda t: t.update({"model.extra.weight": torch.zeros(2)})),
+        kind=WeightsMismatchError,
+        says=("1 tensors that fit nowhere", "model.extra.weight"),
+    )
+    yield Damage(
+        name="more-layers-than-the-config",
+        apply=lambda folder: edit_config(folder, num_hidden_layers=1),
+        kind=WeightsMismatchError,
+        says=("9 tensors that fit nowhere", "model.layers.1."),
+    )
+    yield Damage(name="pickle-only", apply=_leave_pickles_only, says=("pytorch_model.bin", "safetensors"))
+    yield Damage(
+        name="quantized-by-config",
+        apply=lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
+        says=("quantized already", "gptq"),
+    )
+    yield Damage(
+        name="quantized-by-name",
+        apply=lambda folder: edit_tensors(folder, lambda t: t.update({f"{Q_PROJ}.absmax": torch.zeros(2)})),
+        says=("quantized already", f"{Q_PROJ}.absmax"),
+    )
+    yield Damage(
+        name="torn-config",
+        apply=lambda folder: (folder / "config.json").write_text('{"model_type": "lla'),
+        says=("config.json",),
+    )
+    yield Damage(
+        name="no-config", apply=lambda folder: (folder / "config.json").unlink(), says=("has no config.json",)
+    )
+    yield Damage(
+        name="unknown-architecture",
+        apply=lambda folder: edit_config(folder, model_type="no-such-model"),
+        kind=ConfigError,
+        says=("no-such-model", "transformers cannot use"),
+    )
+    yield Damage(
+        name="no-decoder",
+        apply=lambda folder: edit_config(folder, model_type="t5"),
+        kind=ConfigError,
+        says=("'t5' has no causal language model",),
+    )
+    yield Damage(name="remote-code", apply=_add_remote_code, kind=ConfigError, says=("transformers cannot use",))
+    yield Damage(
+        name="impossible-config",
+        apply=lambda folder: edit_config(folder, num_attention_heads="four"),
+        kind=ConfigError,
+        says=("config.json", "num_attention_heads"),
+    )
+    yield Damage(
+        name="attention-from-the-hub",
+        apply=lambda folder: edit_config(folder, _attn_implementation="nobody/kernels"),
+        kind=ConfigError,
+        says=("config.json", "nobody/kernels"),
+    )
+
+
+DAMAGES = tuple(_all())

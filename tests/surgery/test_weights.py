@@ -1,0 +1,105 @@
+"""Checkpoints that are broken, or of another model, are refused before a byte of weights is read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import patches
+import surgery
+from surgery.checkpoint import Checkpoint
+from surgery.errors import PassError, WeightsMismatchError
+from surgery.passes.skeleton import Skeleton, causal_lm
+from surgery.weights import Assignment, plan_weights
+from tests.helpers.damage import DAMAGES, Damage, edit_tensors
+from tests.helpers.models import save_tiny
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name)
+def test_damage_is_refused_before_weights_are_read(
+    tmp_path: Path, tiny: Path, reads: list[str], damage: Damage
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    damage.apply(folder)
+    with pytest.raises(damage.kind) as caught:
+        surgery.qlora(folder, report=surgery.Report())
+    for text in damage.says:
+        assert text in str(caught.value)
+    assert reads == []
+    assert patches.active() == []
+    assert not (folder / "executed").exists()
+
+
+def test_reads_are_seen(tiny: Path, reads: list[str]) -> None:
+    """The other tests here assert that nothing was read: this one, that they would notice."""
+    with surgery.qlora(tiny, report=surgery.Report()):
+        assert sorted(reads) == sorted(Checkpoint.open(tiny).names())
+
+
+def plan(folder: Path) -> tuple[Assignment, ...]:
+    checkpoint = Checkpoint.open(folder)
+    skeleton = Skeleton(
+        build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    return plan_weights(skeleton.build_on_meta(), checkpoint.index)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_floating_weights_of_any_width_fit(tmp_path: Path, dtype: torch.dtype) -> None:
+    assignments = plan(save_tiny(tmp_path, dtype=dtype))
+    assert all(len(assignment.sources) == len(assignment.targets) == 1 for assignment in assignments)
+    assert len(assignments) == 21
+
+
+def test_mismatch_says_which_keys(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    edit_tensors(folder, lambda tensors: tensors.update({"model.typo.weight": tensors.pop("model.norm.weight")}))
+    with pytest.raises(WeightsMismatchError) as caught:
+        plan(folder)
+    assert caught.value.missing == ("model.norm.weight",)
+    assert caught.value.unexpected == ("model.typo.weight",)
+
+
+def test_many_lost_keys_are_counted_and_some_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path)
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "layers.0" in name])
+    with pytest.raises(WeightsMismatchError, match=r"9 parameters no tensor fills: .*, \.\.\.") as caught:
+        plan(folder)
+    assert len(caught.value.missing) == 9
+
+
+def saved_twice(folder: Path, *, differing: bool) -> Path:
+    """A tied llama whose checkpoint holds the tied tensor under both names."""
+    save_tiny(folder, tie_word_embeddings=True)
+
+    def repeat(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][5, 7] += differing
+
+    edit_tensors(folder, repeat)
+    return folder
+
+
+def test_tensor_saved_again_under_a_tied_name_is_accepted(tmp_path: Path) -> None:
+    with surgery.qlora(saved_twice(tmp_path, differing=False), report=surgery.Report()) as model:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+
+
+def test_tensor_saved_again_with_other_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PassError, match=r"lm_head\.weight and .* differ.*tie_word_embeddings") as caught:
+        surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
+    assert isinstance(caught.value.__cause__, WeightsMismatchError)
+    assert patches.active() == []
+
+
+def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: list[str]) -> None:
+    folder = saved_twice(tmp_path, differing=False)
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(96, 32)}))
+    with pytest.raises(WeightsMismatchError, match=r"lm_head\.weight with shape \(96, 32\)"):
+        surgery.qlora(folder, report=surgery.Report())
+    assert reads == []
+

@@ -1,0 +1,83 @@
+"""Evaluate a saved adapter with transformers and PEFT alone, as anyone who downloads it would.
+
+    python tools/demo_reload.py MODEL ADAPTER DATA.jsonl --max-length 256
+
+Nothing of this project is imported. What is printed, as JSON, is the mean loss of the assistant's tokens,
+without the adapter and with it: on the model as it is (`plain`), and with the weights of its adapted layers
+rounded to what 4 bits can hold (`rounded`), as they were in training. Both are computed in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+IGNORED = -100
+
+Example = tuple[torch.Tensor, torch.Tensor]
+
+
+def _examples(data: Path, tokenizer: Any, max_length: int) -> Iterator[Example]:
+    """`(input ids, labels)` of each conversation, both `(1, length)`; what the user says is no label."""
+    for line in data.read_text(encoding="utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        question = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = torch.tensor([encoding["input_ids"][:max_length]])
+        ends = torch.tensor([[end for _, end in encoding["offset_mapping"][:max_length]]])
+        yield ids, ids.masked_fill(ends <= len(question), IGNORED)
+
+
+@torch.inference_mode()
+def _mean_loss(model: torch.nn.Module, examples: list[Example]) -> float:
+    total, tokens = 0.0, 0
+    for ids, labels in examples:
+        logits, targets = model(input_ids=ids).logits[0, :-1], labels[0, 1:]
+        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+        total += loss.item()
+        tokens += int((targets != IGNORED).sum())
+    return total / tokens
+
+
+def _losses(model: PeftModel, examples: list[Example]) -> dict[str, float]:
+    with model.disable_adapter():
+        base = _mean_loss(model, examples)
+    return {"base": base, "adapter": _mean_loss(model, examples)}
+
+
+@torch.no_grad()
+def _round_adapted(model: PeftModel) -> None:
+    """Replace the weight under every adapter by its nearest in 4 bits: NF4, from bfloat16, as in training."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("base_layer.weight"):
+            packed, state = quantize_4bit(parameter.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)
+            parameter.copy_(dequantize_4bit(packed, state))
+
+
+def main(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    data: Annotated[Path, typer.Argument(help='JSONL file of {"messages"} that end with the assistant.')],
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens a conversation; the rest is cut off.")] = 256,
+) -> None:
+    """Evaluate a saved adapter with transformers and PEFT alone."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, adapter).eval()
+    examples = list(_examples(data, AutoTokenizer.from_pretrained(model), max_length))
+    plain = _losses(adapted, examples)
+    _round_adapted(adapted)
+    typer.echo(json.dumps({"plain": plain, "rounded": _losses(adapted, examples)}))
+
+
+if __name__ == "__main__":
+    typer.run(main)

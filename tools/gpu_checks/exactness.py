@@ -1,0 +1,59 @@
+"""The cases of the exactness tests, on the devices of this job."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import patches
+from gpu_checks.findings import Findings, attempt
+from gpu_checks.job import Job, Ranks
+from tests.distributed.cases import CASES, OFFLOADED, save_models
+from tests.distributed.exactness import Case, Result, ours, require_equal, stock, train
+
+__all__ = ["check_exactness", "write_reference"]
+
+REFERENCE = "reference.pt"
+
+
+def _cases(job: Job) -> list[Case]:
+    """Moving parameters to the CPU and back needs another place for them to be."""
+    return [*CASES, *(OFFLOADED if job.on_cuda else ())]
+
+
+def write_reference(job: Job) -> dict[str, Any]:
+    """Tiny checkpoints, and what upstream alone makes of them in one process, for all ranks to read.
+
+    To be called on rank 0 before there is a process group, of which upstream's training would become a part.
+    """
+    with torch.random.fork_rng(devices=[]):
+        checkpoints = save_models(job.work / "exactness")
+    expected = {case.name: train(stock(checkpoints[case.model], case, job.device), job.device) for case in _cases(job)}
+    torch.save((checkpoints, expected), job.work / REFERENCE)
+    return {"cases": len(expected)}
+
+
+def check_exactness(job: Job, ranks: Ranks, findings: Findings) -> None:
+    """Train every case on all ranks; each compares what it saw with the reference, made on the same kind of device."""
+    checkpoints, expected = torch.load(job.work / REFERENCE, weights_only=False)
+    for case in _cases(job):
+        outcome = attempt(partial(_compare, job, checkpoints[case.model], case, expected[case.name]))
+        findings.add("exactness", case.name, ranks.gather(outcome))
+
+
+def _compare(job: Job, checkpoint: Path, case: Case, expected: Result) -> dict[str, float]:
+    with ours(checkpoint, case, job.device) as model:
+        found = train(model, job.device)
+    if patches.active():
+        raise AssertionError(f"patches are left: {patches.active()}")
+    require_equal(found, expected)
+    losses = zip(found.losses, expected.losses, strict=True)
+    gradients = (
+        (got[name] - wanted[name]).norm() / wanted[name].norm()
+        for got, wanted in zip(found.gradients, expected.gradients, strict=True)
+        for name in wanted
+    )
+    return {"loss_error": max(abs(a - b) / abs(b) for a, b in losses), "gradient_error": float(max(gradients))}

@@ -1,0 +1,58 @@
+"""This rank, what it was asked to do, and its place among the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Job", "Ranks", "joined"]
+
+#: A rank that waits longer than this for another is alone. Rank 0 computes the reference before it joins.
+TIMEOUT = timedelta(minutes=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one rank does. work: a folder that all ranks see. small: tiny models only, for a machine without a GPU."""
+
+    rank: int
+    world: int
+    device: torch.device
+    work: Path
+    small: bool
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether there is device memory to measure."""
+        return self.device.type == "cuda"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """All ranks, through a group of their own: a part that failed may have left the device's group out of step."""
+
+    group: dist.ProcessGroup
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank."""
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
+
+
+@contextlib.contextmanager
+def joined(job: Job) -> Iterator[Ranks]:
+    """The process group of the device, for the block."""
+    device = job.device if job.on_cuda else None
+    dist.init_process_group("nccl" if job.on_cuda else "gloo", timeout=TIMEOUT, device_id=device)
+    try:
+        yield Ranks(group=dist.new_group(backend="gloo", timeout=TIMEOUT))
+    finally:
+        dist.destroy_process_group()
