@@ -15,6 +15,7 @@ from surgery import guards
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, Placement, Quant, parse_placement
 from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, everyone
+from surgery.errors import ConfigError
 from surgery.lifetime import as_context_manager, keep
 from surgery.passes.adapt import Adapt, check_targets
 from surgery.passes.load import Load, group_into_layers
@@ -113,6 +114,8 @@ def qlora(
 
 def _launched_world_size() -> int | None:
     value = os.environ.get("WORLD_SIZE")
+    if value and not value.isdigit():
+        raise ConfigError(f"expected WORLD_SIZE to be a number, as launchers set it, found {value!r}: unset or correct it")
     return int(value) if value else None
 
 

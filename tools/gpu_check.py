@@ -52,7 +52,7 @@ def main() -> int:
             findings.add(part, WHOLE, ranks.gather(outcome))
     if job.rank == 0:
         findings.print_summary()
-    return 1 if findings.errors() else 0
+    return 1 if findings.failures() else 0
 
 
 def _parse() -> argparse.Namespace:

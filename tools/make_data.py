@@ -128,7 +128,7 @@ def _write(file: Path, records: Iterable[Record]) -> None:
 def main(
     train_file: Annotated[Path, typer.Argument(help="JSONL file to write for training.")],
     held_out_file: Annotated[Path, typer.Argument(help="JSONL file to write for evaluation.")],
-    held_out: Annotated[int, typer.Option(min=1, help="Keep at most this many held-out records.")] = 24,
+    held_out: Annotated[int, typer.Option(min=1, help="Keep at most this many held-out records.")] = 16,
 ) -> None:
     """Make instruction data from the help texts of Python itself."""
     train, evaluation = split(passages(topics.topics))

@@ -19,6 +19,7 @@ _IDS: Final = (
     "bitsandbytes.params4bit-to-meta",
     "bitsandbytes.quant-state-to-noop",
     "peft.adapter-keys-under-wrappers",
+    "torch.fsdp1-raw-reads",
     "torch.fsdp1-sync-on-cpu",
     "torch.meta-param-replacement",
 )

@@ -106,7 +106,7 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
         yield
     except PeerError as error:
         failure = error
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # raised below, once the others are told
         ranks.raise_alarm(error)
         failure = error
     if failure is not None:

@@ -115,8 +115,7 @@ def share(
     """One rank's share of a global batch of `samples[indices]`, padded with the token `pad`."""
     mine = micro_batches(indices, batch_size=batch_size, world=world, rank=rank)
     return GlobalBatch(
-        # A rank without samples still runs the model, or the others would wait for it in a collective for
-        # ever.
+        # A rank without samples still runs the model, or the others would wait for it in a collective.
         micro_batches=tuple(
             collate([samples[index] for index in micro], pad=pad) if micro else idle(samples[indices[0]])
             for micro in mine

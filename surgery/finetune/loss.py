@@ -24,8 +24,7 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_scale(*, targets: int, averaged_over: int) -> float:
-    """What to multiply a rank's summed loss by, so that gradients are those of the mean over the global
-    batch.
+    """What to multiply a rank's summed loss by, so that gradients are those of the mean over the batch.
 
     `targets` is the number of tokens that count in the whole global batch; `averaged_over` is the number of
     ranks over which gradients are averaged (not summed) when they are exchanged, 1 where they are not.

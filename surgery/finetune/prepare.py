@@ -76,11 +76,9 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
 
 
 def check_same_data(dataset: Dataset) -> None:
-    """Raise `DataError` on every rank if ranks have different samples; collective where there is a process
-    group.
+    """Raise `DataError` on every rank if ranks have different samples; collective if there is a process group.
 
-    Ranks divide the samples, and count the tokens of a step, each for itself from the whole: they must agree
-        on it.
+    Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
     """
     if not dist.is_initialized():
         return
@@ -100,8 +98,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(checkpoint.path)
-    # What a missing or broken tokenizer raises depends on its class: OSError, ValueError, KeyError,
-    # ImportError ...
+    # What a missing or broken tokenizer raises depends on its class: OSError, ValueError, ImportError ...
     except Exception as error:
         raise ConfigError(
             f"{checkpoint.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "

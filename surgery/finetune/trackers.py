@@ -82,9 +82,7 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A Weights & Biases run with the same scalars; its project and mode come from its own environment
-    variables.
-    """
+    """A Weights & Biases run with the same scalars; its project and mode come from its own environment."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._run: Any = importlib.import_module("wandb").init(config=dict(config))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
 def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Module]:
     """A builder of the decoder-only transformers model that `checkpoint.config` describes.
 
-    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model.
+    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model; what is built
+    may turn out to be impossible, which is a `ConfigError` too. Code that the checkpoint brings or asks for is not run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -69,25 +71,44 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             "that builds the nn.Module",
             path=checkpoint.path,
         )
-    try:
+    with _blaming_the_config(checkpoint):
         config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
         )
+    _refuse_hub_kernels(config, checkpoint)
     config._name_or_path = str(checkpoint.source)
     config.use_cache = False
 
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
 
-        with no_init_weights():
+        with _blaming_the_config(checkpoint), no_init_weights():
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         return model.train()
 
     return build
+
+
+@contextlib.contextmanager
+def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turns whatever a config class or a model's constructor raises, each its own kind, into a `ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
+
+
+def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:
+    """A config can name a hub repository whose compiled attention kernels transformers would download and call."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        asked = getattr(part, "_attn_implementation", None)
+        if isinstance(asked, str) and "/" in asked:
+            raise ConfigError(
+                f"{checkpoint.path}: config.json asks for attention code from the hub ({asked}), which is not run on a "
+                "checkpoint's word: remove _attn_implementation from it"
+            )
 
 
 def _folder(checkpoint: Checkpoint) -> Path:

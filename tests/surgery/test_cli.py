@@ -98,10 +98,11 @@ def test_checkpoint_that_is_missing(data: Path, tmp_path: Path) -> None:
         (["--target-modules", "nowhere"], "'nowhere' matches no module"),
     ],
 )
-def test_options_that_cannot_work(
-    checkpoint: Path, data: Path, tmp_path: Path, options: list[str], expected: str
+def test_options_that_cannot_work(  # noqa: PLR0917  # fixtures
+    checkpoint: Path, data: Path, tmp_path: Path, reads: list[str], options: list[str], expected: str
 ) -> None:
     assert expected in refused(checkpoint, "--data", data, "--output", tmp_path / "out", *options)
+    assert reads == [], "refused only after weights were read"
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -42,9 +42,7 @@ def test_reads_are_seen(tiny: Path, reads: list[str]) -> None:
 
 def plan(folder: Path) -> tuple[Assignment, ...]:
     checkpoint = Checkpoint.open(folder)
-    skeleton = Skeleton(
-        build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu")
-    )
+    skeleton = Skeleton(build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu"))
     return plan_weights(skeleton.build_on_meta(), checkpoint.index)
 
 
@@ -90,7 +88,7 @@ def test_tensor_saved_again_under_a_tied_name_is_accepted(tmp_path: Path) -> Non
 
 
 def test_tensor_saved_again_with_other_values_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PassError, match=r"lm_head\.weight and .* differ.*tie_word_embeddings") as caught:
+    with pytest.raises(PassError, match=r"lm_head\.weight differ .*tie_word_embeddings") as caught:
         surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
     assert isinstance(caught.value.__cause__, WeightsMismatchError)
     assert patches.active() == []
@@ -102,4 +100,3 @@ def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: lis
     with pytest.raises(WeightsMismatchError, match=r"lm_head\.weight with shape \(96, 32\)"):
         surgery.qlora(folder, report=surgery.Report())
     assert reads == []
-

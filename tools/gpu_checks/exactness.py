@@ -29,8 +29,8 @@ def write_reference(job: Job) -> dict[str, Any]:
 
     To be called on rank 0 before there is a process group, of which upstream's training would become a part.
     """
-    with torch.random.fork_rng(devices=[]):
-        checkpoints = save_models(job.work / "exactness")
+    (job.work / REFERENCE).unlink(missing_ok=True)
+    checkpoints = save_models(job.work / "exactness")
     expected = {case.name: train(stock(checkpoints[case.model], case, job.device), job.device) for case in _cases(job)}
     torch.save((checkpoints, expected), job.work / REFERENCE)
     return {"cases": len(expected)}

@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["WHOLE", "Findings", "Outcome", "attempt"]
 
-#: `error` is None or what went wrong; `seconds` how long it took; the rest is the part's own.
+#: `error` is None or what went wrong, with its `traceback`; `seconds` how long it took; the rest is the part's own.
 Outcome = dict[str, Any]
 
 #: The name under which a part that ran to its end, or did not, is recorded.
@@ -27,8 +27,7 @@ def attempt(function: Callable[[], dict[str, Any] | None]) -> Outcome:
     try:
         outcome = {"error": None, **(function() or {})}
     except Exception as error:  # noqa: BLE001  # whatever it is: it is reported, and the next part runs
-        traceback.print_exc()
-        outcome = {"error": f"{type(error).__name__}: {error}"}
+        outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {**outcome, "seconds": round(time.perf_counter() - start, 3)}
 
 
@@ -51,23 +50,32 @@ class Findings:
         verdict = "FAILED" if any(outcome["error"] for outcome in outcomes) else "ok"
         print(f"{part:12} {name:28} {verdict:6} {max(outcome['seconds'] for outcome in outcomes):8.2f} s", flush=True)
 
-    def errors(self) -> list[str]:
-        """One line for everything that failed on any rank."""
-        return [
-            f"{part} {name}, rank {rank}: {outcome['error']}"
+    def failures(self) -> dict[str, Outcome]:
+        """Everything that failed, by part, name and rank."""
+        return {
+            f"{part} {name}, rank {rank}": outcome
             for part, by_name in self.parts.items()
             for name, outcomes in by_name.items()
             for rank, outcome in enumerate(outcomes)
             if outcome["error"]
-        ]
+        }
 
     def print_summary(self) -> None:
         """Environment, the worst errors of exactness, a line a rank of training, and what failed."""
         print("\n" + json.dumps(self.environment))
         self._print_exactness()
         self._print_training()
-        for error in self.errors():
-            print(f"FAILED {error:.600}")
+        self._print_failures()
+
+    def _print_failures(self) -> None:
+        """Every error once, with where it was raised; every other traceback is in the file."""
+        alike: dict[str, list[str]] = {}
+        for where, outcome in self.failures().items():
+            alike.setdefault(outcome["error"], []).append(where)
+        for error, places in alike.items():
+            others = f" and {len(places) - 3} more" if len(places) > 3 else ""
+            print(f"FAILED {'; '.join(places[:3])}{others}\n       {error:.500}")
+            print("".join(self.failures()[places[0]]["traceback"].splitlines(keepends=True)[-6:]))
 
     def _print_exactness(self) -> None:
         by_name = self.parts.get("exactness", {})

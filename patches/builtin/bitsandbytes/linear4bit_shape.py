@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from patches.builtin.torch.fsdp1_raw_reads import reading_raw
 from patches.registry import REGISTRY
 
 from ._packing import as_params4bit, is_quantized, packed_shape
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from bitsandbytes.nn.modules import Linear4bit
 
 __all__ = ["read_as_params4bit"]
-
-_THIS_PACKAGE: Final = __name__.partition(".")[0]
 
 
 def weight_loses_its_class() -> bool:
@@ -62,7 +59,7 @@ def _identity(tensor: torch.Tensor) -> torch.Tensor:
     ),
     upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/pull/970",
     requires={"bitsandbytes": ">=0.43"},
-    needs=("bitsandbytes.linear4bit-apply",),
+    needs=("bitsandbytes.linear4bit-apply", "torch.fsdp1-raw-reads"),
     probe=weight_loses_its_class,
     verify=check_reads_as_params4bit,
 )
@@ -79,6 +76,7 @@ def read_as_params4bit(
     packed shape first, and is stored so. A Parameter becomes the Params4bit itself, in place and for good;
     for a plain tensor, each read makes one. Everything else is returned as it is: a Params4bit that has its
     quant_state, a DTensor, FSDP1's one-dimensional shard, and any weight of a module that is not quantized.
+    FSDP1 itself, comparing the plain tensor that it stored, reads that one.
     """
     import torch
 
@@ -86,19 +84,6 @@ def read_as_params4bit(
     quant_state = getattr(instance, "quant_state", None)
     if stored is None or quant_state is None:
         return stored
-    if type(stored) is torch.Tensor and _fsdp1_is_reading():
+    if reading_raw() and type(stored) is torch.Tensor:
         return stored
     return as_params4bit(instance, stored, quant_state)
-
-
-def _fsdp1_is_reading() -> bool:
-    """Whether the attribute is read by the code of FSDP1 that put a plain tensor there.
-
-    With `use_orig_params=True` and SHARD_GRAD_OP it looks, before backward, whether what it reads is the very
-    tensor that it stored, and refuses to go on if not. It is the only reader that may not be given a
-    Params4bit instead, and nothing that a module or a tensor holds tells it from the others.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _THIS_PACKAGE:
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == "torch.distributed.fsdp._flat_param"

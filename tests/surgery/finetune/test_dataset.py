@@ -60,7 +60,7 @@ def test_split_holds_out_at_least_one_and_leaves_at_least_one() -> None:
     samples = build(numbered(2)).train
     train, held_out = split(samples, fraction=0.01, seed=0)
     assert (len(train), len(held_out)) == (1, 1)
-    with pytest.raises(DataError, match="holding out 0.01 of 1 usable samples for evaluation leaves none"):
+    with pytest.raises(DataError, match=r"holding out 0\.01 of 1 usable samples for evaluation leaves none"):
         split(samples[:1], fraction=0.01, seed=0)
 
 

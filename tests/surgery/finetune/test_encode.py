@@ -150,5 +150,5 @@ def test_tokenizer_without_offsets() -> None:
     class Slow(PreTrainedTokenizerBase):
         is_fast = False
 
-    with pytest.raises(ConfigError, match="character offsets .* found Slow"):
+    with pytest.raises(ConfigError, match=r"character offsets .* found Slow"):
         encode(Text(text="a", at=AT), Slow())

@@ -127,7 +127,7 @@ def test_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_deep_nesting_is_refused_and_not_a_crash(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nested too deeply|expected a JSON object"):
+    with pytest.raises(DataError, match=r"nested too deeply|expected a JSON object"):
         read_records(write(tmp_path, "[" * 200_000 + "]" * 200_000))
 
 
@@ -143,8 +143,7 @@ keys = st.sampled_from(["text", "prompt", "completion", "messages", "other"])
 def test_any_json_is_a_record_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = write(tmp_path_factory.mktemp("any"), json.dumps(value))
     try:
-        (record,) = read_records(path)
-    except DataError as error:
-        assert error.line == 1
-    else:
-        assert isinstance(record, Text | Completion | Conversation)
+        records = read_records(path)
+    except DataError:
+        return
+    assert [type(record) in (Text, Completion, Conversation) for record in records] == [True]

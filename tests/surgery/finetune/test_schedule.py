@@ -58,7 +58,7 @@ def test_peak_out_of_range(peak: float) -> None:
 
 
 def test_more_warmup_than_steps() -> None:
-    with pytest.raises(ConfigError, match="between 0 and 3 warmup steps .* found 4"):
+    with pytest.raises(ConfigError, match=r"between 0 and 3 warmup steps .* found 4"):
         Schedule(name="cosine", peak=1.0, steps=3, warmup_steps=4)
 
 

@@ -42,7 +42,7 @@ def test_one_json_object_a_step(tmp_path: Path) -> None:
 
 def test_metrics_file_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="the metrics file .* cannot be written"):
+    with pytest.raises(ConfigError, match=r"the metrics file .* cannot be written"):
         JsonlTracker(tmp_path / "file" / "metrics.jsonl")
 
 
@@ -114,8 +114,8 @@ def test_all_trackers_are_opened_told_and_closed(tmp_path: Path, recorders: list
 
 def test_failure_is_told_and_closes_what_was_open(tmp_path: Path, recorders: list[Recorder]) -> None:
     stack = ExitStack()
+    open_trackers(metrics=None, loggers=["wandb"], output=tmp_path, config={}, stack=stack)
     with pytest.raises(KeyboardInterrupt), stack:
-        open_trackers(metrics=None, loggers=["wandb"], output=tmp_path, config={}, stack=stack)
         raise KeyboardInterrupt
     assert recorders[0].calls[-1] == 1
 

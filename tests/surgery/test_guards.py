@@ -1,0 +1,193 @@
+"""Options that cannot work are refused before anything is opened; what an upstream library would do is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch.distributed.fsdp import MixedPrecision
+
+import patches
+import surgery
+from surgery.config import FSDP1, Quant
+from surgery.errors import ConfigError, PassError, SelectorError
+from surgery.guards import WEIGHT_DERIVED, check_precision, check_units
+
+#: Opening it would be a CheckpointError: a ConfigError proves that it was not tried.
+NOWHERE = Path("/no/such/checkpoint")
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "target_modules": "all-linear", **changes})
+
+
+def refused(*says: str, **options: Any) -> None:
+    """`surgery.qlora` with `options` raises a ConfigError that has all of `says`, and leaves no patch."""
+    with pytest.raises(ConfigError) as caught:
+        surgery.qlora(NOWHERE, report=surgery.Report(), **options)
+    for text in says:
+        assert text in str(caught.value)
+    assert patches.active() == []
+
+
+def test_sharding_without_a_process_group() -> None:
+    refused("FSDP1", "process group", "torchrun", shard=FSDP1())
+
+
+@pytest.mark.parametrize("promised", ["2", "8"])
+def test_launcher_without_a_process_group(monkeypatch: pytest.MonkeyPatch, promised: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", promised)
+    refused(f"started {promised} processes", "no process group", "init_process_group")
+
+
+def test_launcher_that_says_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    refused("WORLD_SIZE", "'two'")
+
+
+def test_launcher_of_one_is_one_process(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with surgery.qlora(tiny, report=surgery.Report()) as model:
+        assert isinstance(model, torch.nn.Module)
+
+
+def test_unknown_placement() -> None:
+    refused("placement", "rank0-cpu, replicated", "'everywhere'", placement="everywhere")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_dtype_that_adapters_cannot_have(dtype: torch.dtype) -> None:
+    refused("float32, bfloat16 or float16", str(dtype), dtype=dtype)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "PiSSA", "eva", "corda", "loftq", "lora_ga"])
+def test_initialization_from_weights_that_are_not_kept(init: str) -> None:
+    config = lora()
+    config.init_lora_weights = init  # type: ignore[assignment]  # PEFT wants more options with some, on construction
+    refused(f"init_lora_weights={init!r}", "unquantized", lora=config)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
+def test_initialization_that_needs_no_weights(tiny: Path, init: bool | str) -> None:
+    config = lora(init_lora_weights=init)
+    with surgery.qlora(tiny, lora=config, report=surgery.Report()) as model:
+        assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_every_derived_initialization_is_one_that_peft_knows() -> None:
+    """A name that PEFT no longer has would be a guard that guards nothing."""
+    import inspect
+
+    from peft.tuners.lora import layer
+
+    source = inspect.getsource(layer.LoraLayer)
+    assert [name for name in WEIGHT_DERIVED if f'"{name}"' not in source] == []
+
+
+def test_quant_options() -> None:
+    with pytest.raises(ConfigError, match="quant_type must be one of nf4, fp4; got 'int4'"):
+        Quant("int4")  # type: ignore[arg-type]  # refused
+    with pytest.raises(ConfigError, match="blocksize must be one of 32, .*; got 100"):
+        Quant(blocksize=100)
+    with pytest.raises(ConfigError, match="quant_storage must be one of .*; got torch.int32"):
+        Quant(quant_storage=torch.int32)
+    with pytest.raises(ConfigError, match=r"skip_modules: '\(' is not a regular expression"):
+        Quant(skip_modules=("(",))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"strategy": "zero-3"}, "strategy must be one of full-shard, .*; got 'zero-3'"),
+        ({"units": "layer"}, "units must be one of auto, block; got 'layer'"),
+        ({"strategy": "hybrid-shard"}, r"hybrid-shard needs mesh=\(replicate, shard\)"),
+        ({"mesh": (2, 2)}, r"mesh is for strategy hybrid-shard; got mesh=\(2, 2\) with full-shard"),
+        ({"strategy": "hybrid-shard", "mesh": (4, 1)}, r"mesh=\(4, 1\) has a shard dimension of 1: .* says nothing"),
+        ({"strategy": "hybrid-shard", "mesh": (0, 2)}, r"two positive integers; got \(0, 2\)"),
+        ({"strategy": "hybrid-shard", "mesh": (8,)}, r"two positive integers; got \(8,\)"),
+    ],
+)
+def test_fsdp1_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        FSDP1(**options)
+
+
+def test_precision_name() -> None:
+    with pytest.raises(ConfigError, match="precision must be one of bf16, fp32, bf16-autocast, fp16-autocast; got 'int8'"):
+        surgery.precision("int8")
+
+
+STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+CASTS = (None, torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("cast", CASTS)
+def test_fsdp1_never_casts_packed_weights(storage: torch.dtype, cast: torch.dtype | None) -> None:
+    """Of all combinations, those pass in which FSDP1 flattens the storage and leaves its bits alone."""
+    shard = FSDP1(mixed_precision=None if cast is None else MixedPrecision(param_dtype=cast))
+    quant = Quant(quant_storage=storage)
+    if storage.is_floating_point and cast in (None, storage):
+        check_precision(quant, shard, torch.float32)
+        return
+    with pytest.raises(ConfigError, match=f"quant_storage={storage}"):
+        check_precision(quant, shard, torch.float32)
+
+
+@pytest.mark.parametrize("name", surgery.PRECISIONS)
+def test_every_precision_policy_fits_its_own_storage(name: str) -> None:
+    policy = surgery.precision(name)
+    check_precision(Quant(), FSDP1(mixed_precision=policy.mixed_precision()), policy.dtype)
+    check_units(Quant(), lora(), FSDP1(units="block", use_orig_params=True), policy.dtype)
+
+
+def test_uint8_storage_is_fine_in_one_process(tiny: Path) -> None:
+    quant = Quant(quant_storage=torch.uint8)
+    with surgery.qlora(tiny, quant=quant, lora=lora(), report=surgery.Report()) as model:
+        logits = model(input_ids=torch.arange(8).view(1, 8)).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (["nowhere", "neither"], "'neither', 'nowhere' matches no module of LlamaForCausalLM.*q_proj"),
+        (r".*\.nowhere", "nowhere' matches no module"),
+    ],
+)
+def test_target_modules_that_match_nothing(tiny: Path, reads: list[str], target: Any, says: str) -> None:
+    with pytest.raises(SelectorError, match=says):
+        surgery.qlora(tiny, lora=lora(target_modules=target), report=surgery.Report())
+    assert reads == []
+    assert patches.active() == []
+
+
+@pytest.mark.parametrize("patterns", [("nowhere",), ("^lm_head$", "nowhere")])
+def test_skip_modules_that_match_nothing(tiny: Path, reads: list[str], patterns: tuple[str, ...]) -> None:
+    with pytest.raises(SelectorError, match="skip_modules: 'nowhere' matches no module") as caught:
+        surgery.qlora(tiny, quant=Quant(skip_modules=patterns), report=surgery.Report())
+    assert caught.value.patterns == ("nowhere",)
+    assert reads == []
+
+
+def test_skipping_everything(tiny: Path, reads: list[str]) -> None:
+    with pytest.raises(SelectorError, match="no linear module to quantize"):
+        surgery.qlora(tiny, quant=Quant(skip_modules=("proj",)), report=surgery.Report())
+    assert reads == []
+
+
+def test_weight_that_storage_cannot_hold(tmp_path: Path, reads: list[str]) -> None:
+    from safetensors.torch import save_file
+
+    weight = torch.zeros(3, 3)
+    save_file({"0.weight": weight, "0.bias": weight[0].clone()}, tmp_path / "model.safetensors")
+
+    def model() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(3, 3))
+
+    with pytest.raises(PassError, match=r"shape \(3, 3\) packs into 5 bytes, which torch.float32 .*skip_modules"):
+        surgery.qlora(tmp_path, model=model, dtype=torch.float32, report=surgery.Report())
+    assert reads == []
