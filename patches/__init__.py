@@ -14,14 +14,24 @@ exactly.
 
 from __future__ import annotations
 
+from .aliases import Alias, aliases
 from .audit import Audit, Row, audit
+from .bundle import BUNDLES, Bundle
+from .deferred import Deferred, defer
+from .digest import active_set, digest
 from .errors import (
     ApplyError,
     ConflictError,
     CycleError,
+    DeferredPatchWarning,
     DefinitionError,
+    DriftError,
+    DriftWarning,
     DuplicatePatchError,
+    ForeignError,
     IncompatibleError,
+    JournalError,
+    ManifestError,
     NotActiveError,
     OverwrittenError,
     PatchError,
@@ -34,31 +44,52 @@ from .errors import (
     VerifyError,
     WrapperError,
 )
+from .foreign import ChangedFile, Foreign, ForeignPatch, changed_files, foreign
 from .ledger import LEDGER, Entry, Ledger, Receipt, State
+from .manifest import manifest, replay, replay_from_environment
 from .patch import Patch
-from .plan import verdict
+from .plan import Plan, fingerprint_of, plan, verdict
+from .processes import Difference, Process, Processes, read_journals
+from .reapply import reapply
 from .registry import REGISTRY
 from .scope import Scoped, on
+from .select import select
 from .transaction import Savepoint, Transaction, transaction
-from .undo import active, revert
+from .undo import active, disable, enable, revert
 from .verdict import Verdict, VerdictKind
 
 __all__ = [
     "LEDGER",
+    "Alias",
     "ApplyError",
     "Audit",
+    "Bundle",
+    "ChangedFile",
     "ConflictError",
     "CycleError",
+    "Deferred",
+    "DeferredPatchWarning",
     "DefinitionError",
+    "Difference",
+    "DriftError",
+    "DriftWarning",
     "DuplicatePatchError",
     "Entry",
+    "Foreign",
+    "ForeignError",
+    "ForeignPatch",
     "IncompatibleError",
+    "JournalError",
     "Ledger",
+    "ManifestError",
     "NotActiveError",
     "OverwrittenError",
     "Patch",
     "PatchError",
+    "Plan",
     "ProbeError",
+    "Process",
+    "Processes",
     "Receipt",
     "Row",
     "Savepoint",
@@ -75,12 +106,29 @@ __all__ = [
     "VerifyError",
     "WrapperError",
     "active",
+    "active_set",
+    "aliases",
     "audit",
+    "bundle",
+    "changed_files",
+    "defer",
+    "digest",
+    "disable",
+    "enable",
+    "fingerprint_of",
+    "foreign",
     "get",
     "ids",
+    "manifest",
     "on",
+    "plan",
+    "read_journals",
+    "reapply",
     "register",
+    "replay",
+    "replay_from_environment",
     "revert",
+    "select",
     "transaction",
     "verdict",
 ]
@@ -88,3 +136,4 @@ __all__ = [
 register = REGISTRY.register
 get = REGISTRY.get
 ids = REGISTRY.ids
+bundle = BUNDLES.register

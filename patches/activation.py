@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .errors import OverwrittenError, TargetError
+from .compiled import drop_stale_graphs
+from .copies import Copies
+from .errors import OverwrittenError
 from .ledger import LEDGER, Ledger, Receipt, State
 from .order import in_order, refuse_conflicts
 from .patch import Patch
+from .pending import Pending
 from .slot import Slot
-from .target import Place, describe, locate
+from .target import Place, accept, describe, locate, rehearse
 
 __all__ = ["ACTIVATIONS", "Activations"]
 
@@ -35,6 +38,10 @@ class Activations:
         # Whose last instance is gone, while somebody, perhaps this very thread, was changing something.
         self._expired: deque[Receipt] = deque()
         self._changing = False
+        self.pending = Pending()
+        """What waits for its module."""
+        self._failed: list[Receipt] = []
+        self._stale = False
 
     def catch_up(self) -> None:
         """Undo what has no instance left, and finish earlier undoing where nothing is in the way any more."""
@@ -53,10 +60,25 @@ class Activations:
         """The receipts that were undone but could not be taken away, oldest first."""
         return list(self._left_behind)
 
+    def in_force(self) -> list[Receipt]:
+        """The receipts that are applied, and those that wait for their modules, oldest first."""
+        return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
+
+    def failed(self) -> list[Receipt]:
+        """The receipts that were to be applied when their modules came, and could not be, oldest first."""
+        return list(self._failed)
+
+    def installed(self) -> list[object]:
+        """What is live and ours, one object for each place that is intact."""
+        return [slot.live for slot in self._slots.values() if slot.links and slot.condition == State.ACTIVE]
+
     def condition(self, receipt: Receipt) -> State:
         """What is live at the place of a receipt that is active; for any other, what the ledger says."""
         slot = self._held.get(receipt)
-        return receipt.state if slot is None else slot.condition
+        if slot is None:
+            return receipt.state
+        found = slot.condition
+        return State.DISABLED if found == State.ACTIVE and receipt.disabled else found
 
     def place(self, target: str, kind: str) -> Place:
         """Resolve a target to its place as it was before any patch of ours. Raises TargetError."""
@@ -64,10 +86,14 @@ class Activations:
         slot = self._slots.get((id(owner), name))
         if slot is None or not slot.links:
             return describe(target, owner, name, kind)
-        if kind not in ("auto", slot.place.kind):
-            why = f"its kind is {slot.place.kind.value!r}, and the patch says {kind!r}"
-            raise TargetError(f"cannot patch {target!r}: {why}", target=target, why=why)
+        accept(target, slot.place, kind)
         return slot.place
+
+    def copies(self, target: str, kind: str) -> Copies:
+        """The other bindings of what a target leads to. Raises TargetError."""
+        owner, name = locate(target)
+        slot = self._slots.get((id(owner), name))
+        return Copies(self.place(target, kind)) if slot is None or not slot.links else slot.copies
 
     def check(self, patches: Sequence[Patch]) -> list[Place]:
         """The places of these patches, if all can be applied to what is live. Changes nothing."""
@@ -78,6 +104,8 @@ class Activations:
         for place in places:
             if place.key in self._slots:
                 self._slots[place.key].refuse_overwritten()
+            else:
+                rehearse(place)
         return places
 
     def apply(self, receipt: Receipt, place: Place) -> None:
@@ -89,11 +117,58 @@ class Activations:
         self._changing = True
         try:
             slot.add(receipt)
+            self._stale = self._stale or slot.is_traced
             self.ledger.record(receipt, State.ACTIVE)
         finally:
             self._changing = False
         if receipt.scope is not None:
             receipt.scope.when_empty(lambda: self._expire_soon(receipt))
+
+    def pend(self, receipt: Receipt, modules: frozenset[str], when_ready: Callable[[Receipt], None]) -> None:
+        """Let the receipt wait for these modules; `when_ready` is called without the lock."""
+        self.ledger.record(receipt, State.PENDING, f"waits for {', '.join(sorted(modules))}")
+        self.pending.add(receipt, modules, when_ready)
+
+    def fail(self, receipt: Receipt, note: str) -> None:
+        """Take back what a receipt that waited may have changed, and remember that it failed."""
+        self.pending.take(receipt)
+        self.undo_all([receipt], note)
+        self.ledger.record(receipt, State.FAILED, note)
+        self._failed.append(receipt)
+
+    def held_with(self, receipt: Receipt) -> list[Receipt]:
+        """The receipts that hold the same place, oldest first; none where the receipt is not active."""
+        slot = self._held.get(receipt)
+        return [other for other, held in self._held.items() if held is slot] if slot is not None else []
+
+    def reapply(self, receipts: Sequence[Receipt]) -> None:
+        """Move the receipts of one place from what was there before a reload to what the target leads to now.
+
+        Changes nothing where the new definitions cannot be patched. Raises TargetError, OverwrittenError.
+        """
+        places = [describe(receipt.target, *locate(receipt.target), receipt.patch.kind) for receipt in receipts]
+        for place in places:
+            rehearse(place)
+        for receipt in receipts:
+            self.undo(receipt, "to be applied again after a reload")
+        for receipt, place in zip(receipts, places, strict=True):
+            self.apply(receipt, place)
+
+    def switch(self, receipt: Receipt, *, disabled: bool) -> None:
+        """Take the effect from a receipt that is held, or give it back; nothing is undone.
+
+        Raises OverwrittenError where somebody else has replaced a value.
+        """
+        if receipt.disabled is disabled or receipt not in self._held:
+            return
+        receipt.disabled = disabled
+        self._changing = True
+        try:
+            self._held[receipt].refresh()
+            self._stale = self._stale or self._held[receipt].is_traced
+        finally:
+            self._changing = False
+        self.ledger.record(receipt, State.DISABLED if disabled else State.ACTIVE)
 
     def undo(self, receipt: Receipt, note: str = "") -> None:
         """Take back what a receipt changed; one that is undone already is no error.
@@ -102,8 +177,10 @@ class Activations:
         """
         slot = self._held.get(receipt) or self._left_behind.get(receipt)
         if slot is None:
+            self._undo_unapplied(receipt, note)
             return
         self._changing = True
+        self._stale = self._stale or slot.is_traced
         try:
             slot.remove(receipt)
         except OverwrittenError as error:
@@ -132,9 +209,24 @@ class Activations:
                 errors.append(error)
         return errors
 
+    def _undo_unapplied(self, receipt: Receipt, note: str) -> None:
+        if self.pending.take(receipt):
+            self.ledger.record(receipt, State.REVERTED, note or "cancelled before its module was imported")
+        if receipt in self._failed:
+            self._failed.remove(receipt)
+            self.ledger.record(receipt, State.REVERTED, note)
+
     def _forget_unused(self, slot: Slot) -> None:
         if not slot.links and self._slots.get(slot.place.key) is slot:
             del self._slots[slot.place.key]
+
+    def drop_stale_graphs(self) -> None:
+        """Make torch.compile trace anew, if anything that it sees has changed since. To be called without the lock,
+        which another thread that is compiling may be waiting for.
+        """
+        if self._stale:
+            self._stale = False
+            drop_stale_graphs()
 
     def _expire_soon(self, receipt: Receipt) -> None:
         # The callback of a weak reference. It runs in the middle of anything: a change that this very thread is
@@ -149,11 +241,14 @@ class Activations:
             self.lock.release()
 
     def _expire(self, receipt: Receipt) -> None:
+        stale = self._stale
         try:
             self.undo(receipt, "every instance is gone")
         except OverwrittenError:
             # Nobody called, so nobody could handle it: the ledger has it, and the audit shows it.
             return
+        finally:
+            self._stale = stale  # other instances never went through the patch, in no graph
 
 
 ACTIVATIONS: Final = Activations(LEDGER)

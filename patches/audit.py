@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Final, overload
 
 from .activation import ACTIVATIONS
+from .aliases import unpatched_copies
 from .ledger import LEDGER, Receipt, State
 from .table import aligned
 
@@ -31,10 +32,14 @@ class Row:
     verdict: str
     owner: str
     note: str
+    calls: int | None = None
+    """How many calls went through the patch; None where nobody counts."""
+    aliases: tuple[str, ...] = ()
+    """Copies of the target that still hold the original, so that calls pass by the patch; only if asked for."""
 
 
 # The owner and the note make lines too long to read; they are in the JSON.
-_COLUMNS: Final = tuple(field.name for field in fields(Row) if field.name not in ("owner", "note"))
+_COLUMNS: Final = tuple(field.name for field in fields(Row) if field.name not in ("owner", "note", "calls", "aliases"))
 
 
 class Audit(Sequence[Row]):
@@ -59,30 +64,36 @@ class Audit(Sequence[Row]):
     def __str__(self) -> str:
         if not self._rows:
             return "no patch is active"
-        return aligned(_COLUMNS, [[str(getattr(row, name)) for name in _COLUMNS] for row in self._rows])
+        columns = (*_COLUMNS, "calls") if any(row.calls is not None for row in self._rows) else _COLUMNS
+        table = aligned(columns, [[_text(getattr(row, name)) for name in columns] for row in self._rows])
+        passing = [f"calls pass by {row.id} through {', '.join(row.aliases)}" for row in self._rows if row.aliases]
+        return "\n".join((table, *passing))
 
     def to_json(self) -> str:
         """A JSON array with one object a row."""
         return json.dumps([asdict(row) for row in self._rows], indent=2)
 
 
-def audit(*, include_reverted: bool = False) -> Audit:
+def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     """Every patch that is active, and every one that was undone but left something behind; as found now.
 
     With `include_reverted`, everything that was ever applied in this process, and what was skipped as
-    obsolete.
+    obsolete. With `aliases`, every loaded module is searched for copies of the targets, some tenths of a second
+    for each patch.
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        listed = {*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()}
-        return Audit([_row(receipt) for receipt in LEDGER.receipts if include_reverted or receipt in listed])
+        listed = {*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()}
+        receipts = [receipt for receipt in LEDGER.receipts if include_reverted or receipt in listed]
+        return Audit([_row(receipt, aliases=aliases) for receipt in receipts])
 
 
-def _row(receipt: Receipt) -> Row:
+def _row(receipt: Receipt, *, aliases: bool) -> Row:
+    state = ACTIVATIONS.condition(receipt)
     return Row(
         id=receipt.id,
         target=receipt.target,
-        state=ACTIVATIONS.condition(receipt),
+        state=state,
         scope=receipt.scope_text,
         since=receipt.since.isoformat(timespec="seconds"),
         by=receipt.by,
@@ -90,4 +101,10 @@ def _row(receipt: Receipt) -> Row:
         verdict=str(receipt.verdict),
         owner=receipt.owner,
         note=receipt.note,
+        calls=receipt.calls,
+        aliases=unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else (),
     )
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

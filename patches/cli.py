@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any, Final
 
 import typer
 
-from .audit import audit as take_audit
+from .aliases import aliases as find_aliases
+from .cli_audit import audit, import_first
+from .cli_new import new
 from .errors import PatchError
 from .patch import Patch
-from .plan import verdict
+from .plan import fingerprint_of, is_seen_when_compiled, verdict
+from .plan import plan as make_plan
 from .registry import REGISTRY
+from .select import select
 from .table import aligned
 from .verdict import Verdict, VerdictKind
 
@@ -31,14 +35,21 @@ app = typer.Typer(
     "the installed versions need. Applying is done in Python: `with patches.transaction(ID, reason=...):`.",
 )
 
-_Ids = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Every known patch if none is given.")]
+_SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
+_Selectors = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SELECTOR]...", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+]
+_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR...", help=_SELECTORS_HELP)]
+_Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
+_Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
+_Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `package.module:name`.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, and so see what it patches. Repeatable."),
 ]
-_All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
 
 
 @app.command("list")
@@ -49,10 +60,17 @@ def list_patches(as_json: _AsJson = False) -> None:
 
 
 @app.command()
-def show(patch_id: _Id, as_json: _AsJson = False) -> None:
-    """Show everything about one patch, its verdict included. Imports the library that it patches."""
+def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint = False) -> None:
+    """Show everything about one patch, its verdict included. Imports the library that it patches.
+
+    With --fingerprint, print that of the upstream source as it is installed now, for the patch's declaration.
+    """
     patch = REGISTRY.get(patch_id)
-    facts = {**_facts(patch), **_judgement(verdict(patch))}
+    if only_fingerprint:
+        typer.echo(fingerprint_of(patch))
+        return
+    found = verdict(patch)
+    facts = {**_facts(patch), **_judgement(found), **_under_compile(patch, found)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -60,30 +78,52 @@ def show(patch_id: _Id, as_json: _AsJson = False) -> None:
 
 
 @app.command()
-def check(patch_ids: _Ids = None, as_json: _AsJson = False) -> None:
+def check(selectors: _Selectors = None, as_json: _AsJson = False) -> None:
     """Say of each patch whether the installed versions need it.
 
     needed: the defect is there. obsolete: it is not; a transaction skips the patch. unknown: the versions are
-    outside the window, or the probe raised. incompatible: a library is missing, or the target is gone.
+    outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
+    probe raised. incompatible: a library is missing, or the target is gone.
 
     Exits with 1 where a patch is unknown or incompatible.
     """
-    verdicts = {patch_id: verdict(patch_id) for patch_id in patch_ids or REGISTRY.ids()}
-    _print([{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()], as_json=as_json)
+    verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
+    rows = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
+    if as_json:
+        details = [_details(patch_id, found) for patch_id, found in verdicts.items()]
+        typer.echo(json.dumps([{**row, **more} for row, more in zip(rows, details, strict=True)], indent=2))
+    else:
+        _print(rows, as_json=False)
     if any(found.kind in _UNTRUSTED for found in verdicts.values()):
         raise typer.Exit(1)
 
 
-@app.command()
-def audit(modules: _Import = None, as_json: _AsJson = False, everything: _All = False) -> None:
-    """Show what is patched in this process: what, in which scope, since when, by whom, why, and its state.
+app.command()(audit)
+app.command()(new)
 
-    A process of its own has nothing patched, so name what patches: `patches audit --import mypackage`.
+
+@app.command()
+def aliases(patch: _Patch, modules: _Import = None, as_json: _AsJson = False) -> None:
+    """List the copies of a target that other modules hold, as `from x import f` makes them.
+
+    A patch does not reach a copy that holds the original, unless it says aliases="rewrite".
     """
     for module in modules or ():
-        _import(module)
-    found = take_audit(include_reverted=everything)
-    typer.echo(found.to_json() if as_json else str(found))
+        import_first(module)
+    found = [asdict(alias) for alias in find_aliases(patch)]
+    if as_json or found:
+        _print(found, as_json=as_json)
+    else:
+        typer.echo("no copy in any module that is loaded")
+
+
+@app.command()
+def plan(selectors: _Planned, force: _Force = False) -> None:
+    """Show what a transaction would apply, in which order, and on which grounds. Changes nothing.
+
+    What others need comes with them. Exits with 2 where the transaction would be refused, and says why.
+    """
+    typer.echo(make_plan(*selectors, force=force).explain())
 
 
 def main() -> None:
@@ -93,13 +133,6 @@ def main() -> None:
     except PatchError as error:
         typer.echo(f"patches: {error}", err=True)
         sys.exit(2)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise typer.BadParameter(f"{module!r} cannot be imported: {error}", param_hint="--import") from error
 
 
 def _facts(patch: Patch) -> dict[str, Any]:
@@ -115,12 +148,28 @@ def _facts(patch: Patch) -> dict[str, Any]:
         "needs": patch.needs,
         "conflicts": patch.conflicts,
         "tags": patch.tags,
+        "fingerprint": patch.fingerprint,
+        "signature": patch.signature,
+        "on_drift": patch.on_drift,
+        "on_foreign": patch.on_foreign,
         "wrapper": patch.claimant,
     }
 
 
 def _judgement(found: Verdict) -> dict[str, str]:
     return {"verdict": str(found), "why": found.why}
+
+
+def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
+    compiled = _under_compile(REGISTRY.get(patch_id), found)
+    return {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
+
+
+def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
+    if found.kind == VerdictKind.INCOMPATIBLE:
+        return {}
+    seen = "traced" if is_seen_when_compiled(patch) else "passed by: declare it traced=True if that compiles its target"
+    return {"torch.compile": seen}
 
 
 def _text(value: object) -> str:

@@ -1,25 +1,28 @@
 """Composition: the one object that is installed at a place for a chain of links, the last link outermost.
 
-Three forms. wrapt's `FunctionWrapper` for what is called; plain functions for what Dynamo traces, since it
+Four forms. wrapt's `FunctionWrapper` for what is called; plain functions for what Dynamo traces, since it
 silently passes over wrapt's objects; a `property` for what is read, since wrapt's wrapper has no effect on a
-property.
+property; for a value, what the wrappers return.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, TypeAlias, cast
 
 import wrapt
 
 from .link import Link
+from .patch import Patch
 from .stored import StoredAttribute
 from .target import MISSING, Kind, Place
 
-__all__ = ["compose"]
+__all__ = ["compose", "is_traced"]
 
 Getter: TypeAlias = Callable[[Any], Any]
+Setter: TypeAlias = Callable[[Any, Any], None]
 
 
 def compose(place: Place, links: Sequence[Link]) -> object:
@@ -29,9 +32,17 @@ def compose(place: Place, links: Sequence[Link]) -> object:
         return _stored_property(place, links)
     if place.kind == Kind.PROPERTY:
         return _property(place, links)
-    if any(link.patch.traced for link in links):
+    if place.kind in (Kind.VALUE, Kind.CLASS):
+        return _value(place, links)
+    if is_traced(place, [link.patch for link in links]):
         return _closures(place, links)
     return functools.reduce(_wrap, links, _innermost(place))
+
+
+def is_traced(place: Place, patches: Iterable[Patch]) -> bool:
+    """Whether torch.compile sees what is composed for these patches; it looks through what wrapt makes."""
+    called = place.kind in (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
+    return not called or any(patch.traced for patch in patches)
 
 
 def _wrap(inner: Any, link: Link) -> Any:
@@ -40,6 +51,8 @@ def _wrap(inner: Any, link: Link) -> Any:
 
 def _selective(link: Link) -> Callable[..., Any]:
     wrapper, subject_of = link.patch.wrapper, link.patch.subject
+    if link.counter is not None:
+        wrapper = link.counter.around(wrapper, traced=link.patch.traced)
 
     def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if link.everyone or link.covers(instance):
@@ -102,8 +115,13 @@ def _around_method(inner: Any, link: Link) -> Any:
 
 def _property(place: Place, links: Sequence[Link]) -> property:
     own: property = _innermost(place)
-    assert own.fget is not None, "a property without a getter is refused as a target"
-    return own.getter(functools.reduce(_around_getter, links, own.fget))
+    readers = [link for link in links if link.patch.kind != Kind.SETTER]
+    writers = [link for link in links if link.patch.kind == Kind.SETTER]
+    if readers:
+        own = own.getter(functools.reduce(_around_getter, readers, cast("Getter", own.fget)))
+    if writers:
+        own = own.setter(functools.reduce(_around_setter, writers, cast("Setter", own.fset)))
+    return own
 
 
 def _stored_property(place: Place, links: Sequence[Link]) -> property:
@@ -122,12 +140,33 @@ def _around_getter(inner: Getter, link: Link) -> Getter:
     return patched
 
 
+def _around_setter(inner: Setter, link: Link) -> Setter:
+    call = _selective(link)
+
+    def patched(instance: Any, value: Any) -> None:
+        call(functools.partial(inner, instance), instance, (value,), {})
+
+    return patched
+
+
+def _value(place: Place, links: Sequence[Link]) -> object:
+    value = _innermost(place)
+    for link in links:
+        if link.everyone:
+            value = link.value_over(value)
+        if place.kind == Kind.CLASS and not isinstance(value, type):
+            raise TypeError(f"the wrapper of {link.patch.id!r} must return a class, and returned {value!r}")
+    return value
+
+
 def _innermost(place: Place) -> Any:
     """What the chain ends in: the original; if inherited, whatever the bases have at the time."""
     if place.own is not MISSING:
         return place.own
-    if not isinstance(place.owner, type):
+    if place.kind in (Kind.VALUE, Kind.CLASS) or isinstance(place.owner, ModuleType):
         return place.found
+    if not isinstance(place.owner, type):
+        return _method_of_object(place.owner, place.name, place.found)
     return _INHERITED[place.kind](place.owner, place.name, place.found)
 
 
@@ -158,7 +197,20 @@ def _inherited_property(owner: type, name: str, found: property) -> property:
     def inherited(self: Any) -> Any:
         return getattr(super(owner, self), name)
 
-    return found.getter(inherited)
+    def inherited_setter(self: Any, value: Any) -> None:
+        getattr(super(owner, type(self)), name).fset(self, value)
+
+    own = found if found.fget is None else found.getter(inherited)
+    return own if found.fset is None else own.setter(inherited_setter)
+
+
+def _method_of_object(owner: Any, name: str, found: Any) -> Any:
+    @functools.wraps(found)
+    def inherited(*args: Any, **kwargs: Any) -> Any:
+        method = next(vars(base)[name] for base in type(owner).__mro__ if name in vars(base))
+        return method.__get__(owner, type(owner))(*args, **kwargs)
+
+    return inherited
 
 
 _INHERITED = {

@@ -8,9 +8,15 @@ __all__ = [
     "ApplyError",
     "ConflictError",
     "CycleError",
+    "DeferredPatchWarning",
     "DefinitionError",
+    "DriftError",
+    "DriftWarning",
     "DuplicatePatchError",
+    "ForeignError",
     "IncompatibleError",
+    "JournalError",
+    "ManifestError",
     "NotActiveError",
     "OverwrittenError",
     "PatchError",
@@ -39,7 +45,9 @@ class DefinitionError(PatchError, ValueError):
 
 
 class UnknownPatchError(PatchError, LookupError):
-    """No patch of this id is registered, built in, or offered by an installed distribution."""
+    """No patch of this id is registered, built in, or offered by an installed distribution; or no patch is what a
+    selector asks for.
+    """
 
     def __init__(self, message: str, *, patch_id: str, suggestions: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -89,6 +97,14 @@ class CycleError(PatchError):
         self.cycle = tuple(cycle)
 
 
+class ForeignError(PatchError):
+    """What others have patched cannot be told; `why` is the bare cause."""
+
+    def __init__(self, message: str, *, why: str) -> None:
+        super().__init__(message)
+        self.why = why
+
+
 class IncompatibleError(PatchError):
     """A patch that cannot be applied to what is installed."""
 
@@ -96,6 +112,36 @@ class IncompatibleError(PatchError):
         super().__init__(message)
         self.patch_id = patch_id
         self.why = why
+
+
+class DriftError(IncompatibleError):
+    """A target that is not what the patch was written for, or that somebody else has patched; see `on_drift`."""
+
+
+class DriftWarning(UserWarning):
+    """A patch was applied to a target that is not what it was written for, since it says so."""
+
+
+class DeferredPatchWarning(UserWarning):
+    """A patch that waited for its module could not be applied when that was imported; the audit says why."""
+
+
+class JournalError(PatchError):
+    """A folder without a journal, or a file in it that is not one; `path` names it."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class ManifestError(PatchError):
+    """A manifest that cannot be read, or whose patches this process would apply otherwise; `differences` has a line
+    for each way in which it differs.
+    """
+
+    def __init__(self, message: str, *, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
 
 
 class ProbeError(PatchError):

@@ -6,10 +6,12 @@ import enum
 import itertools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from .counting import CallCounter
+from .journal import Journal
 from .patch import Patch
 from .scope import Scope
 from .verdict import Verdict
@@ -24,12 +26,18 @@ class State(enum.StrEnum):
     """What has become of one application."""
 
     ACTIVE = "active"
+    DISABLED = "disabled"
+    """Applied, and without effect until it is enabled."""
     BURIED = "buried"
     """Somebody has put an object of theirs around ours."""
     OVERWRITTEN = "overwritten"
     """Somebody has replaced ours."""
     RELOADED = "reloaded"
     """The module was executed again, and its new definition replaced ours."""
+    PENDING = "pending"
+    """Not applied yet: it waits for its module to be imported."""
+    FAILED = "failed"
+    """Not applied: something was raised when its module had been imported."""
     REVERTED = "reverted"
     SKIPPED = "skipped"
     """Never applied: obsolete."""
@@ -39,11 +47,20 @@ class Receipt:
     """One application of one patch. Compares by identity, and keeps no patched object alive."""
 
     __slots__ = (
-        "__weakref__", "by", "note", "patch", "pid", "reason", "scope", "serial", "since", "state", "verdict"
+        "__weakref__", "by", "calls_before", "count_calls", "counter", "disabled", "note", "patch", "pid", "reason",
+        "scope", "serial", "since", "state", "verdict"
     )  # fmt: skip
 
     def __init__(
-        self, *, serial: int, patch: Patch, scope: Scope | None, reason: str, by: str, verdict: Verdict
+        self,
+        *,
+        serial: int,
+        patch: Patch,
+        scope: Scope | None,
+        reason: str,
+        by: str,
+        verdict: Verdict,
+        count_calls: bool = False,
     ) -> None:
         self.serial = serial
         self.patch = patch
@@ -56,6 +73,19 @@ class Receipt:
         self.state = State.SKIPPED
         """As of the ledger's latest entry, which alone writes it; `audit()` compares it with what is live."""
         self.note = ""
+        self.disabled = False
+        """Applied, without effect until it is enabled again."""
+        self.count_calls = count_calls
+        self.counter: CallCounter | None = None
+        self.calls_before = 0
+
+    @property
+    def calls(self) -> int | None:
+        """How many calls have gone through the wrapper since this was applied; None where nobody counts.
+
+        Where several receipts hold one patch at one place, each sees the calls of all.
+        """
+        return None if self.counter is None else self.counter.calls - self.calls_before
 
     @property
     def id(self) -> str:
@@ -112,6 +142,7 @@ class Ledger:
         self._entries: list[Entry] = []
         self._receipts: list[Receipt] = []
         self._serials = itertools.count(1)
+        self._journal = Journal(lambda: map(_line, self._entries.copy()))
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -123,10 +154,26 @@ class Ledger:
         """Every receipt, oldest first."""
         return tuple(self._receipts)
 
-    def open(self, patch: Patch, *, scope: Scope | None, reason: str, by: str, verdict: Verdict) -> Receipt:
+    def open(
+        self,
+        patch: Patch,
+        *,
+        scope: Scope | None,
+        reason: str,
+        by: str,
+        verdict: Verdict,
+        count_calls: bool = False,
+    ) -> Receipt:
         """A new receipt, of which nothing has been recorded yet."""
-        serial = next(self._serials)
-        receipt = Receipt(serial=serial, patch=patch, scope=scope, reason=reason, by=by, verdict=verdict)
+        receipt = Receipt(
+            serial=next(self._serials),
+            patch=patch,
+            scope=scope,
+            reason=reason,
+            by=by,
+            verdict=verdict,
+            count_calls=count_calls,
+        )
         self._receipts.append(receipt)
         return receipt
 
@@ -149,6 +196,12 @@ class Ledger:
             note=note,
         )
         self._entries.append(entry)
+        self._journal.write(_line(entry))
+
+
+def _line(entry: Entry) -> dict[str, object]:
+    """An entry as the journal has it."""
+    return {**asdict(entry), "time": entry.time.isoformat()}
 
 
 def caller() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
+from .counting import CallCounter
 from .ledger import Receipt
 from .patch import Patch
 
@@ -19,11 +21,14 @@ class Link:
     never taken back.
     """
 
-    __slots__ = ("_receipts", "everyone", "patch", "scopes")
+    __slots__ = ("_made", "_receipts", "counter", "everyone", "patch", "scopes")
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
         self._receipts: tuple[Receipt, ...] = ()
+        self._made: tuple[object, object] | None = None
+        self.counter: CallCounter | None = None
+        """Counts the calls, once a receipt has asked for that."""
         self.everyone = False
         """Some receipt covers every subject."""
         self.scopes: tuple[Mapping[int, object], ...] = ()
@@ -31,6 +36,12 @@ class Link:
 
     def __bool__(self) -> bool:
         return bool(self._receipts)
+
+    def value_over(self, inner: object) -> object:
+        """What the wrapper makes of a value: called once, so that a class it makes stays the same class."""
+        if self._made is None or self._made[0] is not inner:
+            self._made = inner, self.patch.wrapper(lambda: inner, None, (), {})
+        return self._made[1]
 
     def covers(self, subject: object) -> bool:
         """Whether a call that is about `subject` goes through the wrapper."""
@@ -44,6 +55,10 @@ class Link:
 
     def hold(self, receipt: Receipt) -> None:
         """Be active for this receipt as well."""
+        if receipt.count_calls and self.counter is None:
+            self.counter = CallCounter()
+        if receipt.count_calls:
+            receipt.counter, receipt.calls_before = self.counter, cast("CallCounter", self.counter).calls
         self._set((*self._receipts, receipt))
 
     def drop(self, receipt: Receipt) -> bool:
@@ -52,9 +67,14 @@ class Link:
         self._set(tuple(other for other in self._receipts if other is not receipt))
         return held
 
+    def refresh(self) -> None:
+        """Take notice of receipts that were disabled or enabled."""
+        self._set(self._receipts)
+
     def _set(self, receipts: tuple[Receipt, ...]) -> None:
         # New tuples, never changed in place: other threads are iterating over the old ones. The receipts come
         # last, so that dropping one once more completes what an interrupt has cut short.
-        self.scopes = tuple(receipt.scope.ids for receipt in receipts if receipt.scope is not None)
-        self.everyone = any(receipt.scope is None for receipt in receipts)
+        enabled = [receipt for receipt in receipts if not receipt.disabled]
+        self.scopes = tuple(receipt.scope.ids for receipt in enabled if receipt.scope is not None)
+        self.everyone = any(receipt.scope is None for receipt in enabled)
         self._receipts = receipts

@@ -54,7 +54,8 @@ def _cycle(waiting: dict[str, Patch]) -> CycleError:
     while path[-1] not in path[:-1]:
         path.append(min(_before(waiting[path[-1]], frozenset(waiting))))
     cycle = path[path.index(path[-1]) :][::-1]
+    claims = " before ".join(f"{patch_id} ({waiting[patch_id].claimant})" for patch_id in cycle)
     return CycleError(
-        f"no order satisfies these patches: {' before '.join(cycle)}; remove one `after` or `needs`",
+        f"no order satisfies these patches: {claims}; remove one `after` or `needs`",
         cycle=cycle,
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any, Final
 
-from .target import Place, parse
+from .target import Place
 
-__all__ = ["is_orphaned", "is_redefinition", "leads_to"]
+__all__ = ["is_redefinition", "leads_to"]
 
 _MAX_DEPTH: Final = 8
 _LINKS: Final = ("__wrapped__", "__func__", "fget", "fset", "fdel")
@@ -39,6 +38,8 @@ def _referred(value: object) -> Iterator[object]:
             yield linked
     if isinstance(value, functools.partial):
         yield value.func
+    if isinstance(value, type):
+        yield from value.__bases__
     # `type`, not isinstance: a wrapt proxy passes for a function, and only its `__wrapped__` is of interest.
     if type(value) is FunctionType:
         yield from _referred_by_function(value)
@@ -57,8 +58,10 @@ def _referred_by_function(function: FunctionType) -> Iterator[object]:
 
 
 def is_redefinition(found: Any, place: Place) -> bool:
-    """Whether `found` is the original function, defined once more by the same file: a reloaded module."""
+    """Whether `found` is the original function or class, defined once more by the same file: a reloaded module."""
     original = place.own
+    if isinstance(found, type) and isinstance(original, type) and found is not original:
+        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
     if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
         return False
     return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
@@ -67,11 +70,3 @@ def is_redefinition(found: Any, place: Place) -> bool:
         original.__code__.co_filename,
     )
 
-
-def is_orphaned(place: Place) -> bool:
-    """Whether the target's text now leads to another owner: the module was reloaded, and has a new class."""
-    target = parse(place.target)
-    found: Any = sys.modules.get(target.module)
-    for part in target.path[:-1]:
-        found = getattr(found, part, None)
-    return found is not place.owner

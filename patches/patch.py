@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from .errors import DefinitionError, TargetError
+from .signature import parse_signature
 from .target import Kind, parse
 from .versions import parse_specifier
 
@@ -26,6 +27,9 @@ Verify: TypeAlias = Callable[[], None]
 
 _ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]*(?:\.[a-z0-9][a-z0-9_-]*)+")
 _KINDS: Final = ("auto", *Kind)
+_ON_DRIFT: Final = ("error", "warn", "skip")
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
+_ALIASES: Final = ("report", "rewrite", "ignore")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +55,10 @@ class Patch:
     themselves.
     """
     traced: bool = False
-    """torch.compile traces the target: install plain functions, since Dynamo ignores wrapt's objects."""
+    """torch.compile traces the target: install plain functions. Without it, a compiled region runs the stock code of
+    a function or method as if there were no patch, for Dynamo looks through wrapt's objects without a word;
+    `patches show` says so. Properties, attributes and values are traced either way.
+    """
     subject: Subject | None = None
     """`(instance, args, kwargs) -> object`: what decides whether a call is in scope. None: the instance."""
     after: tuple[str, ...] = ()
@@ -65,6 +72,23 @@ class Patch:
     verify: Verify | None = None
     """Raises where the applied patch does not have its effect."""
     tags: tuple[str, ...] = ()
+    """Words to select it by: `tag:word`."""
+    fingerprint: str | tuple[str, ...] = ()
+    """Of the upstream source that the patch was written for, as `patches show --fingerprint ID` prints it; several
+    for several versions.
+    """
+    signature: str = ""
+    """What the target takes, as it is written: `(self, x, *, by=2)`. Names, kinds and which have a default must
+    be the same.
+    """
+    on_drift: str = "error"
+    """What to do where the source or the signature is another: "error", "warn" and apply, or "skip"."""
+    on_foreign: str = "allow"
+    """What to do where somebody else has patched the target already: "allow", "error", "warn" or "skip"."""
+    aliases: str = "report"
+    """What becomes of copies that `from x import f` has made of the target: "report" names them in
+    `patches audit`, "rewrite" patches and restores them too, "ignore" knows that they do not matter.
+    """
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -73,10 +97,13 @@ class Patch:
             raise self._refuse("reason", "it is empty; say which defect the patch is for")
         if self.kind not in _KINDS:
             raise self._refuse("kind", f"{self.kind!r} is not one of {', '.join(_KINDS)}")
+        if self.aliases not in _ALIASES:
+            raise self._refuse("aliases", f"{self.aliases!r} is not one of {', '.join(_ALIASES)}")
         self._check_target()
         self._check_wrapper()
         self._check_ids()
         self._check_requires()
+        self._check_drift()
 
     def _check_target(self) -> None:
         try:
@@ -95,10 +122,10 @@ class Patch:
             return
 
     def _check_ids(self) -> None:
-        for name in ("after", "needs", "conflicts"):
+        for name in ("after", "needs", "conflicts", "tags"):
             # A string is a sequence of strings, so `needs="a.b"` would ask for "a", "." and "b".
             if isinstance(getattr(self, name), str):
-                raise self._refuse(name, f"expected a tuple of ids, got the string {getattr(self, name)!r}")
+                raise self._refuse(name, f"expected a tuple, got the string {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
             if self.id in getattr(self, name):
                 raise self._refuse(name, "it names the patch itself")
@@ -110,6 +137,20 @@ class Patch:
             except ValueError as error:
                 raise self._refuse("requires", f"{distribution}: {error}") from error
         object.__setattr__(self, "requires", MappingProxyType(dict(self.requires)))
+
+    def _check_drift(self) -> None:
+        given = self.fingerprint
+        object.__setattr__(self, "fingerprint", (given,) if isinstance(given, str) else tuple(given))
+        for value in self.fingerprint:
+            if not _FINGERPRINT.fullmatch(value):
+                raise self._refuse("fingerprint", f"{value!r} is not 16 hexadecimal digits")
+        for name, policies in (("on_drift", _ON_DRIFT), ("on_foreign", ("allow", *_ON_DRIFT))):
+            if getattr(self, name) not in policies:
+                raise self._refuse(name, f"{getattr(self, name)!r} is not one of {', '.join(policies)}")
+        try:
+            parse_signature(self.signature or "()")
+        except ValueError as error:
+            raise self._refuse("signature", str(error)) from error
 
     def _refuse(self, name: str, why: str) -> DefinitionError:
         return DefinitionError(f"patch {self.id!r}, field {name!r}: {why}", patch_id=self.id, field=name)

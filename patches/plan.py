@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TypeAlias
 
 from .activation import ACTIVATIONS
-from .errors import IncompatibleError, ProbeError, ScopeError
+from .address import refuse
+from .compose import is_traced
+from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError
+from .ledger import caller
 from .order import in_order, refuse_conflicts
 from .patch import Patch
 from .registry import REGISTRY
 from .scope import Scope, Scoped
 from .scope import on as limit
+from .select import is_pattern, select
+from .source import NoSourceError, fingerprint
+from .table import aligned
 from .target import Kind, Place, locate
 from .verdict import Verdict, VerdictKind, judge
 
-__all__ = ["Item", "Plan", "Step", "make_plan", "verdict"]
+__all__ = [
+    "Item",
+    "Plan",
+    "Step",
+    "acceptable",
+    "expand",
+    "is_left_out",
+    "is_seen_when_compiled",
+    "make_plan",
+    "plan",
+    "resolve",
+    "verdict",
+]
 
 Item: TypeAlias = str | Patch | Scoped
-"""What a transaction takes: an id, a patch, or either limited to instances by `on`."""
+"""What a transaction takes: an id, a bundle, a selector (`patches.select`), a patch, or any limited by `on`."""
 
 _Request: TypeAlias = tuple[Patch, tuple[object, ...] | None]
 
@@ -35,15 +55,33 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Steps in the order of application, and what is left out because it is obsolete."""
+    """Steps in the order of application, and what is left out because it is obsolete, or says so itself."""
 
     steps: tuple[Step, ...]
     skipped: tuple[Step, ...]
 
+    def explain(self) -> str:
+        """A table: what would be applied, in this order, to what, and on which grounds; then what would not."""
+        if not self.steps and not self.skipped:
+            return "nothing to apply"
+        rows = [_explained(str(number), step) for number, step in enumerate(self.steps, start=1)]
+        rows += [_explained("skip", step) for step in self.skipped]
+        return aligned(("step", "id", "target", "scope", "verdict", "why"), rows)
+
 
 def verdict(patch: str | Patch) -> Verdict:
     """What the installed versions, the target and the probe say of a patch. Applies nothing."""
-    return judge(_patch(patch), _resolve)
+    return judge(_patch(patch), resolve)
+
+
+def fingerprint_of(patch: str | Patch) -> str:
+    """The fingerprint of the source that is installed at a patch's target. Raises TargetError where it has none."""
+    declared = _patch(patch)
+    place = resolve(declared.target, declared.kind)
+    try:
+        return fingerprint(place)
+    except NoSourceError as error:
+        raise refuse(declared.target, f"it has no fingerprint: {error}") from error
 
 
 def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, force: bool = False) -> Plan:
@@ -52,27 +90,55 @@ def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, forc
     `on` limits every item that is not limited itself. `force` keeps obsolete patches, and those whose probe
     raised. Raises UnknownPatchError, ConflictError, CycleError, IncompatibleError, ProbeError, ScopeError.
     """
-    requests = _with_needs([_request(item, on) for item in items])
+    requests = expand(items, on)
     patches = [patch for patch, _ in requests]
     refuse_conflicts(patches)
     rank = {patch_id: position for position, patch_id in enumerate(in_order(patches))}
-    verdicts = {patch.id: _acceptable(patch, force=force) for patch in patches}
+    verdicts = {patch.id: acceptable(patch, force=force) for patch in patches}
     steps = [
         Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
     ]
     return Plan(
-        steps=tuple(step for step in steps if force or not _obsolete(step)),
-        skipped=tuple(step for step in steps if not force and _obsolete(step)),
+        steps=tuple(step for step in steps if force or not is_left_out(step.patch, step.verdict)),
+        skipped=tuple(step for step in steps if not force and is_left_out(step.patch, step.verdict)),
     )
 
 
-def _request(item: Item, on: Sequence[object] | None) -> _Request:
-    if isinstance(item, Scoped):
-        return _patch(item.patch), item.instances
-    if on is None:
-        return _patch(item), None
-    return _request(limit(item, on), None)
+def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_Request]:
+    """The patches that these items stand for, with what they need, each with what it is limited to.
+
+    Imports no target.
+    """
+    return _with_needs(_requests(items, on))
+
+
+def plan(*items: Item, on: Iterable[object] | None = None, force: bool = False) -> Plan:
+    """What `transaction` would do with these now: `print(patches.plan("a.b", "qlora-low-memory").explain())`.
+
+    Changes nothing; probes run, and the libraries are imported. Raises what the transaction would raise before its
+    first change.
+    """
+    made = make_plan(items, on=None if on is None else tuple(on), force=force)
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
+        ACTIVATIONS.check([step.patch for step in made.steps])
+    return made
+
+
+def _requests(items: Iterable[Item], on: Sequence[object] | None) -> list[_Request]:
+    """Patches and the instances they are limited to; what several selectors find is in it once."""
+    requests: list[_Request] = []
+    for item in items:
+        limited = item if isinstance(item, Scoped) or on is None else limit(item, on)
+        selected = limited.patch if isinstance(limited, Scoped) else limited
+        instances = limited.instances if isinstance(limited, Scoped) else None
+        patches = [selected] if isinstance(selected, Patch) else [REGISTRY.get(found) for found in select(selected)]
+        for patch in patches:
+            overlaps = isinstance(selected, str) and is_pattern(selected)
+            if not (overlaps and any(other is patch and covered is instances for other, covered in requests)):
+                requests.append((patch, instances))
+    return requests
 
 
 def _patch(patch: str | Patch) -> Patch:
@@ -90,7 +156,8 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
     return complete
 
 
-def _acceptable(patch: Patch, *, force: bool) -> Verdict:
+def acceptable(patch: Patch, *, force: bool) -> Verdict:
+    """The verdict on a patch that may be applied, or left out. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
     if found.kind == VerdictKind.INCOMPATIBLE:
         raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
@@ -100,17 +167,48 @@ def _acceptable(patch: Patch, *, force: bool) -> Verdict:
             "correct the probe, or pass force=True",
             patch_id=patch.id,
         ) from found.probe_error
+    if "error" in _policies(patch, found) and not force:
+        raise DriftError(
+            f"{patch.id!r} was not applied: {found.why}; adapt the patch to it, say on_drift or on_foreign in its "
+            "declaration, or pass force=True",
+            patch_id=patch.id,
+            why=found.why,
+        )
+    if "warn" in _policies(patch, found):
+        file, _, line = caller().rpartition(":")
+        warnings.warn_explicit(f"{patch.id!r} is applied, although {found.why}", DriftWarning, file, int(line))
     return found
 
 
-def _obsolete(step: Step) -> bool:
-    return step.verdict.kind == VerdictKind.OBSOLETE
+def _policies(patch: Patch, found: Verdict) -> set[str]:
+    """What the patch says should be done about what its verdict has found."""
+    return {policy for policy, lines in ((patch.on_drift, found.drift), (patch.on_foreign, found.foreign)) if lines}
+
+
+def is_seen_when_compiled(patch: Patch) -> bool:
+    """Whether the patch has its effect in a region that torch.compile has traced. Raises TargetError."""
+    return is_traced(resolve(patch.target, patch.kind), [patch])
+
+
+def is_left_out(patch: Patch, found: Verdict) -> bool:
+    """Whether a patch with this verdict is not applied, without that being an error."""
+    return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found)
+
+
+def _explained(number: str, step: Step) -> tuple[str, ...]:
+    scope = "process" if step.scope is None else str(step.scope)
+    return number, step.patch.id, step.patch.target, scope, str(step.verdict), step.verdict.why
 
 
 def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
     if instances is None:
         return None
-    kind = _resolve(patch.target, patch.kind).kind
+    kind = resolve(patch.target, patch.kind).kind
+    if kind in (Kind.VALUE, Kind.CLASS):
+        raise ScopeError(
+            f"{patch.id!r} cannot be limited to instances: {patch.target!r} is a {kind}, which all read alike",
+            patch_id=patch.id,
+        )
     if patch.subject is None and kind in (Kind.FUNCTION, Kind.STATICMETHOD):
         raise ScopeError(
             f"{patch.id!r} cannot be limited to instances: {patch.target!r} is a {kind}, which is called "
@@ -120,9 +218,12 @@ def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
     return Scope(instances, patch_id=patch.id)
 
 
-def _resolve(target: str, kind: str) -> Place:
+def resolve(target: str, kind: str) -> Place:
+    """The place of a target, as it was before any patch of ours; imports its module. Raises TargetError."""
     # Outside the lock the target's module is imported, which may take long, or wait for another thread.
     # Inside, it is there already.
-    locate(target)
+    owner, name = locate(target)
+    if isinstance(owner, ModuleType):
+        getattr(owner, name, None)  # which may import too, where the module does that on access
     with ACTIVATIONS.lock:
         return ACTIVATIONS.place(target, kind)

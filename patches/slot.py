@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
-from .compose import compose
+from .compose import compose, is_traced
+from .copies import Copies
 from .errors import OverwrittenError, TargetError
 from .ledger import Receipt, State
 from .link import Link
 from .order import in_order
-from .overlay import is_orphaned, is_redefinition, leads_to
-from .target import MISSING, Place, read_own
+from .overlay import is_redefinition, leads_to
+from .target import Kind, Place, is_orphaned
 
 __all__ = ["Slot"]
 
@@ -27,11 +29,18 @@ class Slot:
         # What may be found at the place and is ours. Two objects while one is being replaced by the other, so
         # that an interrupt at any point leaves neither looking foreign.
         self._ours: tuple[object, ...] = ()
+        self.copies = Copies(place)
+        self._spec = _spec(place)
 
     @property
     def live(self) -> Any:
         """What is at the place now."""
-        return read_own(self.place.owner, self.place.name)
+        return self.place.cell.read()
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether torch.compile sees what is installed."""
+        return is_traced(self.place, [link.patch for link in self.links])
 
     @property
     def condition(self) -> State:
@@ -42,9 +51,7 @@ class Slot:
             return State.ACTIVE
         if leads_to(self.live, self._ours):
             return State.BURIED
-        if is_redefinition(self.live, self.place):
-            return State.RELOADED
-        return State.OVERWRITTEN
+        return State.RELOADED if self._is_redefined() else State.OVERWRITTEN
 
     def refuse_overwritten(self) -> None:
         """Raise OverwrittenError where somebody else has changed the place since something was installed."""
@@ -55,13 +62,27 @@ class Slot:
         """Make `receipt` hold its patch here, and install what follows from that."""
         link = next((link for link in self.links if link.patch is receipt.patch), None)
         if link is not None:
+            counting = link.counter
             link.hold(receipt)
+            if link.counter is not counting:  # or it is composed as it was
+                self._install()
             return
         link = Link(receipt.patch)
         link.hold(receipt)
         by_id = {other.patch.id: other for other in (*self.links, link)}
         self.links = tuple(by_id[key] for key in in_order(other.patch for other in by_id.values()))
         self._install()
+
+    def refresh(self) -> None:
+        """Take notice of receipts that were disabled or enabled.
+
+        What is called looks at its links on each call. A value is replaced; raises OverwrittenError where somebody
+        else has replaced it.
+        """
+        for link in self.links:
+            link.refresh()
+        if self.place.kind in (Kind.VALUE, Kind.CLASS) and not self.settle():
+            raise self._overwritten("it was left as found")
 
     def remove(self, receipt: Receipt) -> None:
         """Take back what `receipt` changed here, if anything.
@@ -81,8 +102,16 @@ class Slot:
         if self._is_intact():
             self._install()
             return True
+        if not self.links:
+            self.copies.restore(self.place.own)
         # Restored by somebody else, or defined anew by a reload: nothing of ours is there to take away.
-        return self.live is self.place.own or is_redefinition(self.live, self.place)
+        return self.live is self.place.own or self._is_redefined()
+
+    def _is_redefined(self) -> bool:
+        """Whether a reload has put a new definition here: told by the function or class, or else by the module,
+        which gets a new spec; a decorated function, say, tells nothing of where it comes from.
+        """
+        return is_redefinition(self.live, self.place) or _spec(self.place) is not self._spec
 
     def _is_intact(self) -> bool:
         live = self.live
@@ -92,15 +121,21 @@ class Slot:
         wanted = compose(self.place, self.links) if self.links else self.place.own
         self._ours = (*self._ours, wanted)
         self._write(wanted)
+        self._follow(wanted)
         self._ours = (wanted,)
+
+    def _follow(self, installed: object) -> None:
+        if not any(link.patch.aliases == "rewrite" for link in self.links):
+            self.copies.restore(installed)
+            self.copies.note(installed)
+            return
+        # Whoever declares a patch may have copied the original in order to call it.
+        self.copies.rewrite(installed, spared=frozenset(link.patch.module for link in self.links))
 
     def _write(self, value: object) -> None:
         if self.live is value:
             return
-        if value is MISSING:
-            delattr(self.place.owner, self.place.name)
-        else:
-            setattr(self.place.owner, self.place.name, value)
+        self.place.cell.write(value)
         if self.live is not value:
             why = f"setting it had no effect; expected {value!r} there, found {self.live!r}"
             raise TargetError(f"cannot patch {self.place.target!r}: {why}", target=self.place.target, why=why)
@@ -113,3 +148,7 @@ class Slot:
             state=state.value,
             found=found,
         )
+
+
+def _spec(place: Place) -> object:
+    return vars(place.owner).get("__spec__") if isinstance(place.owner, ModuleType) else None

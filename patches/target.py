@@ -1,35 +1,34 @@
-"""Targets: the text `package.module:Class.attribute`, the place it names, whether that can be patched."""
+"""Targets: the place that the text `package.module:Class.attribute` names, and whether it can be patched."""
 
 from __future__ import annotations
 
 import enum
 import importlib
-import re
+import sys
+from collections.abc import MutableMapping, MutableSequence
 from dataclasses import dataclass
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Final
 
-from .errors import TargetError
+from .address import Target, parse, refuse
+from .cell import MISSING, AttributeCell, Cell, DefaultCell, ItemCell, Missing, has_default
 
-__all__ = ["MISSING", "Kind", "Missing", "Place", "Target", "describe", "locate", "parse", "read_own"]
-
-_DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
-_TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})")
+__all__ = [
+    "MISSING",
+    "Kind",
+    "Missing",
+    "Place",
+    "Target",
+    "accept",
+    "describe",
+    "is_orphaned",
+    "locate",
+    "parse",
+    "rehearse",
+]
 
 # CPython refuses to set attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, most C types.
 _IMMUTABLE_TYPE: Final = 1 << 8
-
-
-class Missing(enum.Enum):
-    """The type of `MISSING`, which stands for an attribute that is in no `__dict__` (None is a value)."""
-
-    MISSING = "missing"
-
-    def __repr__(self) -> str:
-        return "<missing>"
-
-
-MISSING: Final = Missing.MISSING
 
 
 class Kind(enum.StrEnum):
@@ -40,31 +39,35 @@ class Kind(enum.StrEnum):
     CLASSMETHOD = "classmethod"
     STATICMETHOD = "staticmethod"
     PROPERTY = "property"
+    """Reads of a property."""
+    SETTER = "setter"
+    """Writes of a property: the wrapper gets `(value,)`. Never chosen by "auto"."""
     ATTRIBUTE = "attribute"
     """Values that instances store under this name; nothing needs to be on the class."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A parsed target: the module, and the path to the attribute inside it."""
-
-    module: str
-    path: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.module}:{'.'.join(self.path)}"
+    VALUE = "value"
+    """What is stored, replaced as it is: a constant, an item, a default argument. The wrapper is called once,
+    when the patch is applied, with nothing but `wrapped()`, which gives the value in place; what it returns is
+    put there. "auto" chooses it for default arguments alone, since wrappers of other kinds run on each call.
+    """
+    CLASS = "class"
+    """As VALUE, for a class: the wrapper returns another class, usually a subclass of `wrapped()`. Instances
+    that exist, and subclasses, keep theirs; to change those too, patch its methods.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """Where a target lives: one attribute of one module or class, as it is now."""
+    """Where a target lives, and what is there now."""
 
     target: str
-    owner: ModuleType | type
+    owner: Any
+    """The module, class or other object; of an item its container, of a default argument its function."""
     name: str
     kind: Kind
+    """Never SETTER: getter and setter of a property are one place, of kind PROPERTY."""
+    cell: Cell
     own: Any
-    """What `owner.__dict__` holds, descriptors not bound; MISSING for an inherited or absent attribute."""
+    """What the cell holds, descriptors not bound; MISSING for an inherited or absent attribute."""
     found: Any
     """What the attribute is, looked up in the bases too, descriptors not bound; MISSING if absent."""
 
@@ -74,107 +77,184 @@ class Place:
         return id(self.owner), self.name
 
 
-def parse(text: str) -> Target:
-    """Split `package.module:Class.attribute`; raises TargetError where `text` is not of that form."""
-    match = _TARGET.fullmatch(text)
-    if match is None:
-        raise _refuse(text, "it is not of the form 'package.module:Class.attribute'")
-    return Target(module=match[1], path=tuple(match[2].split(".")))
+def locate(text: str) -> tuple[Any, str]:
+    """Import the target's module and find the owner of what is patched, and its name there.
 
-
-def read_own(owner: ModuleType | type, name: str) -> Any:
-    """`owner.__dict__[name]`, or MISSING: never bound, never inherited, no `__getattr__`."""
-    return owner.__dict__.get(name, MISSING)
-
-
-def locate(text: str) -> tuple[ModuleType | type, str]:
-    """Import the target's module and find the owner of the attribute, and its name there.
-
-    Raises TargetError where the target does not lead to a module or class that Python lets attributes be set
-    on.
+    Raises TargetError where the target does not lead to something that Python lets be changed.
     """
     target = parse(text)
-    owner = _find_owner(target)
-    if isinstance(owner, type) and owner.__flags__ & _IMMUTABLE_TYPE:
-        raise _refuse(text, f"{_name(owner)} is an immutable type; patch what calls it instead")
-    return owner, target.path[-1]
+    try:
+        module = importlib.import_module(target.module)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise refuse(text, f"importing {target.module!r} raised {error!r}") from error
+    return _owner(text, target, module), target.name
 
 
-def describe(text: str, owner: ModuleType | type, name: str, kind: str = "auto") -> Place:
+def is_orphaned(place: Place) -> bool:
+    """Whether the target's text now leads to another owner: the module was reloaded, and has a new class."""
+    target = parse(place.target)
+    module = sys.modules.get(target.module)
+    try:
+        return module is None or _owner(place.target, target, module) is not place.owner
+    except Exception:  # noqa: BLE001 - as when it was located; whatever is there now is not the owner
+        return True
+
+
+def describe(text: str, owner: Any, name: str, kind: str = "auto") -> Place:
     """What is at the place that `text` leads to. `kind` is "auto" or the `Kind` that the caller expects.
 
-    Raises TargetError where the attribute does not exist, is of another kind, or cannot be wrapped. Changes
-    nothing.
+    Raises TargetError where there is nothing, where it is of another kind, or cannot be wrapped. Changes nothing.
     """
+    target = parse(text)
+    cell, found = _cell(target, owner, name), _find(target, owner, name)
     if kind == Kind.ATTRIBUTE:
-        return _attribute_place(text, owner, name)
-    found = _find(owner, name)
-    if found is MISSING:
-        raise _refuse(text, f"{_name(owner)} has no attribute {name!r}")
-    actual = _kind_of(text, owner, name, found)
-    if kind not in ("auto", actual):
-        raise _refuse(text, f"its kind is {actual.value!r}, and the patch says {kind!r}")
-    return Place(target=text, owner=owner, name=name, kind=actual, own=read_own(owner, name), found=found)
+        _check_attribute(text, owner, found)
+    elif found is MISSING:
+        missing = f"attribute {name!r}" if target.key is MISSING else f"item {name}"
+        raise refuse(text, f"{_name(owner)} has no {missing}")
+    actual = _kind_of(text, target, owner, found, kind)
+    place = Place(target=text, owner=owner, name=name, kind=actual, cell=cell, own=cell.read(), found=found)
+    accept(text, place, kind)
+    return place
 
 
-def _find_owner(target: Target) -> ModuleType | type:
-    try:
-        found: Any = importlib.import_module(target.module)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise _refuse(str(target), f"importing {target.module!r} raised {error!r}") from error
-    for part in target.path[:-1]:
+def accept(text: str, place: Place, kind: str) -> None:
+    """Raise TargetError where a patch of this kind cannot be at the place, be it patched already or not."""
+    expected = Kind.PROPERTY if kind == Kind.SETTER else kind
+    implied = place.kind not in (Kind.VALUE, Kind.CLASS, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
+    if expected != place.kind and not (expected == "auto" and implied):
+        raise refuse(text, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
+    if place.kind != Kind.PROPERTY:
+        return
+    if kind == Kind.SETTER and place.found.fset is None:
+        raise refuse(text, "it is a property without a setter, so no write can be wrapped")
+    if kind != Kind.SETTER and place.found.fget is None:
+        raise refuse(text, "it is a property without a getter, so no read can be wrapped")
+
+
+def _owner(text: str, target: Target, module: ModuleType) -> Any:
+    found: Any = module
+    for part in target.owner_path:
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise _refuse(str(target), f"{_name(found)} has no attribute {part!r}") from error
-    if not isinstance(found, ModuleType | type):
-        raise _refuse(str(target), f"{_name(found)} is neither a module nor a class")
+            raise refuse(text, f"{_name(found)} has no attribute {part!r}") from error
+    if target.parameter is not None:
+        return _function_with_default(text, found, target.parameter)
+    if target.key is not MISSING:
+        return _container(text, found)
+    if isinstance(found, type) and found.__flags__ & _IMMUTABLE_TYPE:
+        raise refuse(text, f"{_name(found)} is an immutable type; patch what calls it instead")
+    if not hasattr(found, "__dict__"):
+        why = "is neither a module nor a class, and has no __dict__ to set an attribute in"
+        raise refuse(text, f"{_name(found)} {why}")
     return found
 
 
-def _find(owner: ModuleType | type, name: str) -> Any:
+def _container(text: str, found: Any) -> Any:
+    if not isinstance(found, MutableMapping | MutableSequence):
+        raise refuse(text, f"{_name(found)} is not a dictionary or list whose items can be set")
+    return found
+
+
+def _function_with_default(text: str, found: Any, parameter: str) -> FunctionType:
+    inner = found
+    while inner is not None:  # through what is around it, our own patches among that
+        if type(inner) is FunctionType and has_default(inner, parameter):
+            return inner
+        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "__func__", None)
+    raise refuse(text, f"{_name(found)} is not a Python function with a default for {parameter!r}")
+
+
+def _cell(target: Target, owner: Any, name: str) -> Cell:
+    if target.parameter is not None:
+        return DefaultCell(owner, target.parameter)
+    return AttributeCell(owner, name) if target.key is MISSING else ItemCell(owner, target.key)
+
+
+def _find(target: Target, owner: Any, name: str) -> Any:
+    if target.owner_path == target.path:
+        return _cell(target, owner, name).read()
     if isinstance(owner, type):
         return next((vars(base)[name] for base in owner.__mro__ if name in vars(base)), MISSING)
-    # Modules may create attributes on first access (PEP 562), usually storing them: ask before looking.
+    # Modules may create attributes on first access (PEP 562), usually storing them: ask before looking. A method
+    # of another object comes out bound.
     return getattr(owner, name, MISSING)
 
 
-def _attribute_place(text: str, owner: ModuleType | type, name: str) -> Place:
+def _check_attribute(text: str, owner: Any, found: Any) -> None:
     if not isinstance(owner, type):
-        raise _refuse(text, "kind 'attribute' is for what instances of a class store, and this is a module")
+        what = "a module" if isinstance(owner, ModuleType) else "no class"
+        raise refuse(text, f"kind 'attribute' is for what instances of a class store, and this is {what}")
     if owner.__dictoffset__ == 0:
-        raise _refuse(text, f"instances of {_name(owner)} have no __dict__ to store an attribute in")
-    found = _find(owner, name)
+        raise refuse(text, f"instances of {_name(owner)} have no __dict__ to store an attribute in")
     if hasattr(type(found), "__set__"):
-        raise _refuse(text, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
-    own = read_own(owner, name)
-    return Place(target=text, owner=owner, name=name, kind=Kind.ATTRIBUTE, own=own, found=found)
+        raise refuse(text, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
 
 
-def _kind_of(text: str, owner: ModuleType | type, name: str, found: Any) -> Kind:
+def _kind_of(text: str, target: Target, owner: Any, found: Any, kind: str) -> Kind:
+    if not isinstance(owner, type | ModuleType) and target.owner_path != target.path:
+        _check_object(text, target, owner)
+    if target.parameter is not None or kind in (Kind.ATTRIBUTE, Kind.VALUE):
+        return Kind.VALUE if kind != Kind.ATTRIBUTE else Kind.ATTRIBUTE
+    if kind == Kind.CLASS and not isinstance(found, type):
+        raise refuse(text, f"it is an object of type {type(found).__name__!r}, and the patch says 'class'")
+    if isinstance(found, type):
+        if kind == Kind.CLASS:
+            return Kind.CLASS
+        raise refuse(text, 'it is a class; patch its methods, __init__ or __new__ instead, or say kind="class"')
+    if isinstance(owner, type):
+        return _kind_in_class(text, owner, target.path[-1], found)
+    if callable(found):
+        return Kind.FUNCTION
+    why = "which cannot be called and so cannot be wrapped"
+    raise refuse(text, f'it is a {type(found).__name__}, {why}; to replace it, say kind="value"')
+
+
+def _kind_in_class(text: str, owner: type, name: str, found: Any) -> Kind:
     if name in ("__new__", "__init__") and found is vars(object)[name]:
         # object's own refuse arguments as soon as a class has one of the two, or has had a __new__.
-        raise _refuse(text, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
-    if isinstance(found, type):
-        raise _refuse(text, "it is a class; patch its methods, __init__ or __new__ instead")
-    if isinstance(owner, ModuleType):
-        if callable(found):
-            return Kind.FUNCTION
-        raise _refuse(text, f"it is a {type(found).__name__}, which cannot be called and so cannot be wrapped")
+        raise refuse(text, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
     # Subclasses of these may bind in ways of their own, which rebuilding them would lose. `__class__`, not
     # `type`: a wrapt proxy around a classmethod, ours or somebody else's, answers as what it wraps.
     for kind, builtin in _DESCRIPTORS.items():
         if found.__class__ is builtin:
-            return _readable(text, kind, found)
+            return kind
     if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, _DESCRIPTOR_TYPES):
         return Kind.METHOD
-    raise _refuse(text, f"it is a {type(found).__name__}, neither a method nor a plain property")
+    why = f'it is a {type(found).__name__}, neither a method nor a plain property; to replace it, say kind="value"'
+    raise refuse(text, why)
 
 
-def _readable(text: str, kind: Kind, found: Any) -> Kind:
-    if kind == Kind.PROPERTY and found.fget is None:
-        raise _refuse(text, "it is a property without a getter, so no read can be wrapped")
-    return kind
+def _check_object(text: str, target: Target, owner: Any) -> None:
+    """Refuse an attribute that would not be stored in the `__dict__` of an object, were it set."""
+    name = target.path[-1]
+    on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
+    if hasattr(type(on_class), "__set__"):
+        raise refuse(text, f"it is a {type(on_class).__name__} of {_name(type(owner))}; patch it there")
+    if on_class is MISSING and name not in vars(owner):
+        raise refuse(text, f"it is neither in the __dict__ of {_name(owner)} nor on its class")
+
+
+def rehearse(place: Place) -> None:
+    """Raise TargetError where the owner's own `__setattr__`, such as that of a metaclass, is in the way.
+
+    It is asked to set what is there already; a plain `__setattr__` is not asked.
+    """
+    setter: object = type(place.owner).__setattr__
+    plain = setter in (type.__setattr__, object.__setattr__, ModuleType.__setattr__)
+    if plain or place.found is MISSING or not isinstance(place.cell, AttributeCell):
+        return
+    try:
+        place.cell.write(place.found)
+        stored = place.cell.read()
+        if place.own is MISSING and stored is not MISSING:
+            place.cell.write(MISSING)
+    except Exception as error:  # whatever a foreign `__setattr__` raises
+        why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
+        raise refuse(place.target, why) from error
+    if stored is not place.found:
+        raise refuse(place.target, f"{type(place.owner).__qualname__}.__setattr__ stores it elsewhere")
 
 
 _DESCRIPTORS: Final = {
@@ -183,10 +263,6 @@ _DESCRIPTORS: Final = {
     Kind.PROPERTY: property,
 }
 _DESCRIPTOR_TYPES: Final = tuple(_DESCRIPTORS.values())
-
-
-def _refuse(text: str, why: str) -> TargetError:
-    return TargetError(f"cannot patch {text!r}: {why}", target=text, why=why)
 
 
 def _name(value: object) -> str:

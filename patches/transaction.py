@@ -5,16 +5,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Final, NoReturn, Self
 
 from .activation import ACTIVATIONS
+from .arrival import postpone, split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State, caller
+from .patch import Patch
 from .plan import Item, Step, make_plan
 from .undo import report, undo_past_interrupts
-from .verdict import Verdict
+from .verdict import Verdict, VerdictKind
 
 __all__ = ["Savepoint", "Transaction", "transaction"]
+
+
+_NOT_IMPORTED: Final = Verdict(kind=VerdictKind.UNKNOWN, why="its module is not imported yet")
 
 
 class _Phase(enum.StrEnum):
@@ -35,7 +40,15 @@ class Transaction:
     """
 
     def __init__(
-        self, items: Sequence[Item], *, reason: str, by: str, on: Sequence[object] | None, force: bool
+        self,
+        items: Sequence[Item],
+        *,
+        reason: str,
+        by: str,
+        on: Sequence[object] | None,
+        force: bool,
+        count_calls: bool = False,
+        deferred: bool = False,
     ) -> None:
         self.reason = reason
         self.by = by
@@ -43,11 +56,15 @@ class Transaction:
         """Everything that was applied, in order; `receipt.state` tells what has become of it."""
         self.skipped: list[Receipt] = []
         """What was not applied because it is obsolete; `receipt.verdict.why` tells the grounds."""
+        self.deferred: list[Receipt] = []
+        """What was to wait for its module; `receipt.state` tells whether it still does."""
         self.verdicts: dict[str, Verdict] = {}
         """id -> verdict, of everything that was planned."""
         self._items: tuple[Item, ...] = tuple(items)
         self._on = on
         self._force = force
+        self._count_calls = count_calls
+        self._deferred = deferred
         self._phase = _Phase.NEW
         self._cause: BaseException | None = None
         self._pending: list[Receipt] = []
@@ -84,10 +101,14 @@ class Transaction:
         self._expect(_Phase.OPEN)
         made: list[Receipt] = []
         try:
-            plan = make_plan(items, on=None if on is None else tuple(on), force=self._force)
+            instances = None if on is None else tuple(on)
+            now, later = split(items, instances) if self._deferred else (items, ())
+            plan = make_plan(now, on=instances, force=self._force)
             self._install(plan.steps, made)
+            ACTIVATIONS.drop_stale_graphs()
             _verify(made)
             self._record_skipped(plan.skipped)
+            self._postpone(later, made)
             return made  # noqa: TRY300 - as in __enter__
         except BaseException as error:
             self._phase, self._cause = _Phase.FAILED, error
@@ -128,6 +149,14 @@ class Transaction:
                 except Exception as error:  # noqa: BLE001 - foreign `__setattr__`
                     _raise_from(ApplyError, "could not be applied", made, receipt, error)
 
+    def _postpone(self, later: Iterable[Patch], made: list[Receipt]) -> None:
+        for patch in later:
+            receipt = self._open(Step(patch=patch, scope=None, verdict=_NOT_IMPORTED))
+            made.append(receipt)
+            self._pending.append(receipt)
+            self.deferred.append(receipt)
+            postpone(receipt, force=self._force)
+
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:
             for step in steps:
@@ -137,7 +166,14 @@ class Transaction:
 
     def _open(self, step: Step) -> Receipt:
         self.verdicts[step.patch.id] = step.verdict
-        return LEDGER.open(step.patch, scope=step.scope, reason=self.reason, by=self.by, verdict=step.verdict)
+        return LEDGER.open(
+            step.patch,
+            scope=step.scope,
+            reason=self.reason,
+            by=self.by,
+            verdict=step.verdict,
+            count_calls=self._count_calls,
+        )
 
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
@@ -190,17 +226,30 @@ class Savepoint:
             self.rollback()
 
 
-def transaction(*items: Item, reason: str, on: Iterable[object] | None = None, force: bool = False) -> Transaction:
+def transaction(
+    *items: Item,
+    reason: str,
+    on: Iterable[object] | None = None,
+    force: bool = False,
+    count_calls: bool = False,
+    deferred: bool = False,
+) -> Transaction:
     """Apply patches for the length of a `with` block, or beyond it if committed.
 
     An item is an id, a Patch, or `patches.on(either, instances)`; `on` limits every other item to these
     instances. Obsolete patches are skipped and listed in `.skipped`, unless `force`. Independent of any
-    transaction around it: what is committed inside stays when the outer one is undone.
+    transaction around it: what is committed inside stays when the outer one is undone. With `count_calls`,
+    `receipt.calls` and the audit tell how many calls went through each patch; uncounted calls cost nothing.
+
+    With `deferred`, nothing is imported: a patch whose module is not there yet waits, and is applied when somebody
+    imports that; one that then fails is `failed` in the audit. Leaving the block cancels what still waits.
     """
     if not reason.strip():
         raise TransactionError("expected a reason for the ledger, got an empty one", state=_Phase.NEW.value)
     instances = None if on is None else tuple(on)
-    return Transaction(items, reason=reason, by=caller(), on=instances, force=force)
+    return Transaction(
+        items, reason=reason, by=caller(), on=instances, force=force, count_calls=count_calls, deferred=deferred
+    )
 
 
 def _verify(receipts: Sequence[Receipt]) -> None:

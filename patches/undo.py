@@ -8,8 +8,9 @@ from typing import Final
 from .activation import ACTIVATIONS
 from .errors import NotActiveError, UndoError
 from .ledger import Receipt, caller
+from .select import is_pattern, select
 
-__all__ = ["active", "report", "revert", "undo_past_interrupts"]
+__all__ = ["active", "disable", "enable", "report", "revert", "undo_past_interrupts"]
 
 _PATIENCE: Final = 5
 """After so many interrupts while undoing, to get out matters more than to have undone everything."""
@@ -35,13 +36,53 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
     return chosen
 
 
+def disable(*patches: str | Receipt) -> list[Receipt]:
+    """Take the effect from these without undoing them, until `enable`; returns the receipts that changed.
+
+    They stay in force as far as order and conflicts go, and the audit shows them as disabled. Where another
+    receipt of the same patch covers a call, the patch still acts. Raises as `revert`.
+    """
+    return _switch(patches, disabled=True)
+
+
+def enable(*patches: str | Receipt) -> list[Receipt]:
+    """Give back their effect to receipts that were disabled; returns the receipts that changed."""
+    return _switch(patches, disabled=False)
+
+
+def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt]:
+    problems: list[BaseException] = []
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
+        held = {receipt: None for patch in patches for receipt in _chosen(patch)}
+        chosen = [receipt for receipt in held if receipt.disabled is not disabled and not receipt.left_behind]
+        for receipt in chosen:
+            try:
+                ACTIVATIONS.switch(receipt, disabled=disabled)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
+                problems.append(error)
+    ACTIVATIONS.drop_stale_graphs()
+    report(problems, None)
+    return chosen
+
+
 def _chosen(patch: str | Receipt) -> list[Receipt]:
-    known = [*ACTIVATIONS.active(), *ACTIVATIONS.left_behind()]
+    known = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
     if isinstance(patch, Receipt):
         return [patch] if patch in known else []
+    if is_pattern(patch):
+        return _selected(patch, known)
     chosen = [receipt for receipt in known if receipt.id == patch]
     if not chosen:
         raise NotActiveError(f"{patch!r} is not active; active: {_ids(known)}", patch_id=patch)
+    return chosen
+
+
+def _selected(selector: str, known: Sequence[Receipt]) -> list[Receipt]:
+    wanted = set(select(selector))
+    chosen = [receipt for receipt in known if receipt.id in wanted]
+    if not chosen:
+        raise NotActiveError(f"nothing of {selector!r} is active; active: {_ids(known)}", patch_id=selector)
     return chosen
 
 
@@ -51,7 +92,9 @@ def undo_past_interrupts(receipts: Sequence[Receipt], note: str) -> list[BaseExc
     while len(interrupts) < _PATIENCE:
         try:
             with ACTIVATIONS.lock:
-                return [*interrupts, *ACTIVATIONS.undo_all(receipts, note)]
+                problems = ACTIVATIONS.undo_all(receipts, note)
+            ACTIVATIONS.drop_stale_graphs()
+            return [*interrupts, *problems]  # noqa: TRY300 - an interrupt here must not lose the problems
         except BaseException as interrupt:  # noqa: BLE001 - raised again by who called, once all is undone
             interrupts.append(interrupt)
     return interrupts

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["Window", "compare", "installed_version", "owner_of", "parse_specifier"]
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+__all__ = ["Window", "compare", "distributions_of", "installed_version", "owner_of", "parse_specifier"]
 
 
 # A version that was once found stays: what was imported from it does not change either.
@@ -24,6 +27,8 @@ class Window:
     """One line for each distribution whose version is outside its window: name, version, window."""
     inside: tuple[str, ...] = ()
     """One line for each distribution whose version is inside its window."""
+    since: str = ""
+    """The first distribution that is past the upper end of its window, and the version of that end."""
 
 
 def installed_version(distribution: str) -> str | None:
@@ -53,7 +58,10 @@ def compare(requires: Mapping[str, str]) -> Window:
     """Hold every distribution against its window. Pre-releases and local versions count too."""
     from packaging.specifiers import SpecifierSet
 
-    missing, outside, inside = [], [], []
+    missing: list[str] = []
+    outside: list[str] = []
+    inside: list[str] = []
+    since = ""
     for distribution, window in requires.items():
         version = installed_version(distribution)
         if version is None:
@@ -62,7 +70,16 @@ def compare(requires: Mapping[str, str]) -> Window:
             inside.append(f"{distribution} {version} is in {window or 'any version'}")
         else:
             outside.append(f"{distribution} {version} is not in {window}")
-    return Window(missing=tuple(missing), outside=tuple(outside), inside=tuple(inside))
+            since = since or _past(distribution, version, SpecifierSet(window))
+    return Window(missing=tuple(missing), outside=tuple(outside), inside=tuple(inside), since=since)
+
+
+def _past(distribution: str, version: str, window: SpecifierSet) -> str:
+    """Which end of the window the version is past, or nothing: `peft 0.12`, or `the version after peft 0.12`."""
+    for end in window:
+        if end.operator in ("<", "<=") and not end.contains(version, prereleases=True):
+            return f"{'' if end.operator == '<' else 'a version after '}{distribution} {end.version}"
+    return ""
 
 
 @cache
@@ -70,10 +87,15 @@ def owner_of(module: str) -> str:
     """Who a module belongs to: "distribution version", or its own name where no distribution has it."""
     from importlib import metadata
 
-    distributions = _distributions_by_package().get(module.partition(".")[0], ())
+    distributions = distributions_of(module.partition(".")[0])
     if not distributions:
         return module
     return f"{distributions[0]} {metadata.version(distributions[0])}"
+
+
+def distributions_of(package: str) -> Sequence[str]:
+    """The names of the installed distributions that a top-level package or module comes from."""
+    return _distributions_by_package().get(package, ())
 
 
 @cache

@@ -1,22 +1,32 @@
-"""Build, quantize, adapt and shard models one layer at a time: QLoRA for models whose 4-bit weights exceed one GPU."""
+"""Build, quantize, adapt and shard models one layer at a time: QLoRA for models whose 4-bit weights exceed one GPU.
 
-from surgery.adapters import adapter_state, save_adapter
-from surgery.checkpoint import Checkpoint
-from surgery.config import FSDP1, PRECISIONS, Precision, Quant, precision
-from surgery.errors import (
-    AdapterError,
-    CheckpointError,
-    ConfigError,
-    DataError,
-    PassError,
-    SelectorError,
-    SurgeryError,
-    WeightsMismatchError,
-)
-from surgery.lifetime import release
-from surgery.passes.checkpointing import checkpoint_activations
-from surgery.recipe import qlora
-from surgery.report import Report
+Names are imported on first use, so that `surgery --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.adapters import adapter_state, save_adapter
+    from surgery.checkpoint import Checkpoint
+    from surgery.config import FSDP1, PRECISIONS, Precision, Quant, precision
+    from surgery.distributed.exchange import PeerError
+    from surgery.errors import (
+        AdapterError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        PassError,
+        SelectorError,
+        SurgeryError,
+        WeightsMismatchError,
+    )
+    from surgery.lifetime import release
+    from surgery.passes.checkpointing import checkpoint_activations
+    from surgery.recipe import qlora
+    from surgery.report import Report
 
 __all__ = [
     "FSDP1",
@@ -27,6 +37,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "PassError",
+    "PeerError",
     "Precision",
     "Quant",
     "Report",
@@ -40,3 +51,26 @@ __all__ = [
     "release",
     "save_adapter",
 ]
+
+_MODULES = {
+    "surgery.adapters": ("adapter_state", "save_adapter"),
+    "surgery.checkpoint": ("Checkpoint",),
+    "surgery.config": ("FSDP1", "PRECISIONS", "Precision", "Quant", "precision"),
+    "surgery.distributed.exchange": ("PeerError",),
+    "surgery.errors": tuple(name for name in __all__ if name.endswith("Error") and name != "PeerError"),
+    "surgery.lifetime": ("release",),
+    "surgery.passes.checkpointing": ("checkpoint_activations",),
+    "surgery.recipe": ("qlora",),
+    "surgery.report": ("Report",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -94,13 +94,18 @@ def _write(model: PeftModel, state: dict[str, torch.Tensor], directory: Path) ->
             file.replace(directory / file.name)
 
 
+def _keys(name: str) -> tuple[str, str]:
+    """How PEFT may call a trainable parameter in a file: without the adapter's name; a DoRA vector without `weight`."""
+    key = name.replace(f".{ADAPTER}", "").replace(".modules_to_save", "")
+    return key, key.removesuffix(".weight")
+
+
 def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as saved:
         sizes = {key: torch.Size(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118  # no iterator
-    wanted = {name.replace(f".{ADAPTER}", "").replace(".modules_to_save", ""): name for name in state}
-    missing = [name for key, name in wanted.items() if sizes.get(key) != state[name].shape]
+    missing = [name for name, tensor in state.items() if tensor.shape not in (sizes.get(key) for key in _keys(name))]
     if state and not missing:
         return
     raise AdapterError(

@@ -94,8 +94,8 @@ def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtyp
         )
 
 
-def check_adapter(lora: LoraConfig | None, placement: Placement, world_size: int) -> None:
-    """What PEFT can initialize from a 4-bit weight, and from one on meta."""
+def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | None, world_size: int) -> None:
+    """What PEFT can initialize from a 4-bit weight, and from one on meta; what it reads while adapters run."""
     if lora is None:
         return
     init = lora.init_lora_weights
@@ -108,4 +108,9 @@ def check_adapter(lora: LoraConfig | None, placement: Placement, world_size: int
         raise ConfigError(
             "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta under "
             "placement rank0-cpu: use placement='replicated', or use_dora=False"
+        )
+    if lora.use_dora and shard is not None and not shard.use_orig_params:
+        raise ConfigError(
+            "use_dora=True reads the base weight while the adapter runs, but without use_orig_params adapters are "
+            "FSDP1 units of their own, and the weight is freed by then: use use_orig_params=True, or use_dora=False"
         )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,21 +15,18 @@ import patches
 __all__ = ["as_context_manager", "keep", "release"]
 
 _resident: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., nn.Module]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
 
 
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
-    with _lock:
-        _resident[model] = weakref.finalize(model, patches.revert, *receipts)
+    _resident[model] = weakref.finalize(model, patches.revert, *receipts)
 
 
 def release(model: nn.Module) -> None:
     """Undo the resident patches of `model`, which cannot run sharded 4-bit layers after that. Twice is harmless."""
-    with _lock:
-        undo = _resident.pop(model, None)
+    undo = _resident.pop(model, None)
     if undo is not None:
-        undo()
+        undo()  # of several threads, one does it
 
 
 class _Releasing:
@@ -47,7 +43,7 @@ class _Releasing:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy or a pickle is of the class as upstream has it: the patches belong to this very model. In the form of
         # protocol 1, since pickle wants what later ones make to be of the class that it was asked to pickle.
-        constructor, arguments, *state = super().__reduce_ex__(1)
+        constructor, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(1))
         plain = tuple(type(self).__mro__[2] if argument is type(self) else argument for argument in arguments)
         return (constructor, plain, *state)
 

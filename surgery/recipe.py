@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ import patches
 from surgery import guards
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, Placement, Quant, parse_placement
-from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, everyone
+from surgery.distributed.exchange import (
+    Ranks,
+    broadcast_from_rank0,
+    collective,
+    current_ranks,
+    everyone,
+    same_patches,
+)
 from surgery.errors import ConfigError
 from surgery.lifetime import as_context_manager, keep
 from surgery.passes.adapt import Adapt, check_targets
@@ -109,13 +117,13 @@ def qlora(
         report=report or Report(show_progress=ranks.rank == 0, device=device),
     )
     recipe.check()
-    return recipe.run(checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint))
+    return recipe.run(checkpoint)
 
 
 def _launched_world_size() -> int | None:
     value = os.environ.get("WORLD_SIZE")
     if value and not value.isdigit():
-        raise ConfigError(f"expected WORLD_SIZE to be a number, as launchers set it, found {value!r}: unset or correct it")
+        raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r}: correct or unset it")
     return int(value) if value else None
 
 
@@ -140,18 +148,24 @@ class QLoRA:
         guards.check_sharding(self.shard, self.placement, self.ranks.world_size, self.device)
         guards.check_precision(self.quant, self.shard, self.dtype)
         guards.check_units(self.quant, self.lora, self.shard, self.dtype)
-        guards.check_adapter(self.lora, self.placement, self.ranks.world_size)
+        guards.check_adapter(self.lora, self.placement, self.shard, self.ranks.world_size)
 
-    def run(self, checkpoint: Checkpoint) -> nn.Module:
+    def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
+        same_patches(self.ranks, device=self.device)
         with everyone(self.ranks, device=self.device):
+            if not isinstance(checkpoint, Checkpoint):
+                # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
+                checkpoint = Checkpoint.open(checkpoint)
             model = self._load(checkpoint)
         model = self._adapt_and_shard(model)
         layers = linear4bits(model)
         with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a 4-bit model runs on these layers") as resident:
+            keep(model, resident.receipts)
+            as_context_manager(model)
+            # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
             resident.commit()
-        keep(model, resident.receipts)
-        return as_context_manager(model)
+        return model
 
     @property
     def _residence(self) -> Residence:
@@ -193,27 +207,31 @@ class QLoRA:
             ).run(model)
 
     def _adapt_and_shard(self, model: nn.Module) -> nn.Module:
-        quant_states = [module.quant_state for module in linear4bits(model)]
+        with contextlib.ExitStack() as undo:
+            with everyone(self.ranks, device=self.device):
+                # A rank where a patch cannot be applied must not leave the others waiting either.
+                undo.enter_context(self._build_patches(model))
+                model = self._adapt(model)
+            with collective(self.ranks):
+                return self._shard(model)
+
+    def _build_patches(self, model: nn.Module) -> patches.Transaction:
         on_cpu = ("torch.fsdp1-sync-on-cpu",) if self.shard is not None and self.device.type == "cpu" else ()
-        with patches.transaction(
-            patches.on("bitsandbytes.quant-state-to-noop", quant_states),
+        return patches.transaction(
+            patches.on("bitsandbytes.quant-state-to-noop", [module.quant_state for module in linear4bits(model)]),
             *BUILD_PATCHES,
             *on_cpu,
             reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta",
-        ):
-            if self.lora is not None:
-                model = self._adapt(model, self.lora)
-            if self.shard is None:
-                return model
-            shard = Shard(config=self.shard, device=self.device)
-            return Pipeline(passes=(shard,), given=Relocate.ensures, report=self.report).run(model)
+        )
 
-    def _adapt(self, model: nn.Module, lora: LoraConfig) -> nn.Module:
-        with everyone(self.ranks, device=self.device):
-            adapt = Adapt(lora=lora, dtype=self.dtype)
-            model = Pipeline(passes=(adapt,), given=Relocate.ensures, report=self.report).run(model)
+    def _adapt(self, model: nn.Module) -> nn.Module:
+        passes = () if self.lora is None else (Adapt(lora=self.lora, dtype=self.dtype),)
+        return Pipeline(passes=passes, given=Relocate.ensures, report=self.report).run(model)
+
+    def _shard(self, model: nn.Module) -> nn.Module:
         synced = self.shard is not None and self.shard.sync_module_states
         if self.ranks.world_size > 1 and not synced:
             # Every rank has initialized adapters of its own, and no broadcast follows.
             broadcast_from_rank0((p for p in model.parameters() if p.requires_grad), device=self.device)
-        return model
+        passes = () if self.shard is None else (Shard(config=self.shard, device=self.device),)
+        return Pipeline(passes=passes, given=Relocate.ensures, report=self.report).run(model)

@@ -68,22 +68,31 @@ def _finetune(model: Path, train: Path, held_out: Path, output: Path) -> dict[st
     job = ["-m", "surgery", "finetune", str(model), "--data", str(train), "--eval-data", str(held_out)]
     saving = ["--output", str(output), "--overwrite", "--metrics", str(output.with_suffix(".metrics.jsonl"))]
     training = [word for option in TRAINING.items() for word in option]
-    subprocess.run([*torchrun, *job, *saving, *training, "--low-memory"], env=_environment(), check=True)
+    subprocess.run([*torchrun, *job, *saving, *training, "--low-memory"], env=_environment(processes=RANKS), check=True)
     summary: dict[str, Any] = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 
-def _environment() -> dict[str, str]:
-    """One rank must not take the cores of the other."""
-    threads = max(1, (os.cpu_count() or 1) // RANKS)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+def _environment(*, processes: int) -> dict[str, str]:
+    """For each of several processes: no GPU, its share of the cores, and threads that do not spin while waiting.
+
+    On a busy machine spinning takes the core from the very thread that is waited for, and several times as long.
+    """
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def _reload(model: Path, adapter: Path, held_out: Path) -> tuple[Losses, Losses]:
     """The losses as a fresh process finds them with plain transformers and PEFT: `(plain, rounded)`."""
     arguments = [str(model), str(adapter), str(held_out), "--max-length", str(MAX_LENGTH)]
     command = [sys.executable, str(RELOAD), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    environment = _environment(processes=1)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return Losses(**found["plain"]), Losses(**found["rounded"])
 

@@ -6,6 +6,7 @@ a copy of the checkpoint. `preadv` into a tensor that is there already costs the
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import Counter
@@ -19,6 +20,9 @@ from surgery.checkpoint.index import Index, TensorEntry
 from surgery.errors import CheckpointError
 
 __all__ = ["Reader"]
+
+#: From this size on, in bytes, a tensor gets pages of its own.
+OWN_PAGES = 1 << 20
 
 
 class Reader:
@@ -47,8 +51,7 @@ class Reader:
             raise ValueError(
                 f"Expected 0 <= start <= stop <= {entry.numel} for {entry.name!r}, found start={start}, stop={stop}."
             )
-        # The device is named because the caller may be under `with torch.device("meta")`.
-        out = torch.empty(stop - start, dtype=entry.dtype, device="cpu")
+        out = _empty(stop - start, entry.dtype)
         self.read_into(entry, out, start=start)
         return out
 
@@ -125,6 +128,21 @@ class Reader:
                 raise _unreadable(entry, error) from error
             self._descriptors[entry.file] = descriptor
             return descriptor
+
+
+def _empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A 1-D tensor on the CPU, whose memory goes back to the system as soon as it is freed.
+
+    malloc would keep what it is given back: after the first large tensors, glibc serves those of up to 32 MiB from its
+    heap, and holds up to twice that for the next.
+    """
+    size = numel * dtype.itemsize
+    if size < OWN_PAGES:
+        # The device is named because the caller may be under `with torch.device("meta")`.
+        return torch.empty(numel, dtype=dtype, device="cpu")
+    # Private, as malloc's are: shared pages would outlive a fork, and count as another kind of memory.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _check_destination(entry: TensorEntry, out: torch.Tensor, *, start: int) -> None:

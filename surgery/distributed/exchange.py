@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+import patches
 from surgery.errors import ConfigError, SurgeryError
 
-__all__ = ["PeerError", "Ranks", "broadcast_from_rank0", "collective", "current_ranks", "everyone"]
+__all__ = ["PeerError", "Ranks", "broadcast_from_rank0", "collective", "current_ranks", "everyone", "same_patches"]
 
 
 class PeerError(SurgeryError):
@@ -52,14 +53,17 @@ class Ranks:
             rank, _, message = alarm.partition("\n")
             raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
 
-    def meet(self, device: torch.device) -> None:
-        """Wait for the other ranks, on the `device` that their group speaks. `PeerError` if one of them is gone."""
+    def meet(self, device: torch.device, *, failed: bool = False) -> bool:
+        """Wait for the other ranks, on the `device` that their group speaks; whether any of them came having `failed`.
+
+        Raises `PeerError` if one is gone.
+        """
         if self.world_size == 1:
-            return
-        arrived = torch.ones(1, device=device)
+            return failed
+        failures = torch.tensor([float(failed)], device=device)
         try:
-            dist.all_reduce(arrived)
-            arrived.item()  # a GPU is only told to wait, above
+            dist.all_reduce(failures)
+            return failures.item() > 0
         except RuntimeError as error:
             raise _gone() from error
 
@@ -111,10 +115,12 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
         failure = error
     if failure is not None:
         with contextlib.suppress(PeerError):  # a rank that is gone is no news to one that has failed itself
-            ranks.meet(device)
+            ranks.meet(device, failed=True)
         raise failure
-    ranks.meet(device)
-    ranks.check_alarm()
+    # Asked only if there was a failure: by now the alarm may be one from after this block, which another rank has left.
+    if ranks.meet(device):
+        ranks.check_alarm()
+        raise _gone()
 
 
 @contextlib.contextmanager
@@ -142,3 +148,40 @@ def broadcast_from_rank0(tensors: Iterable[torch.Tensor], *, device: torch.devic
         sent = tensor.detach().to(device)
         dist.broadcast(sent, src=0)
         tensor.data.copy_(sent)
+
+
+_comparisons = itertools.count()
+
+
+def same_patches(ranks: Ranks, *, device: torch.device) -> None:
+    """Raise `ConfigError` on every rank unless all have the same patches active; to be called on all ranks alike.
+
+    Compared is what acts on the whole process: ids, targets, versions (`patches.digest`). A patch that one rank lacks
+    would make it compute something else without a word.
+    """
+    comparison = next(_comparisons)
+    if ranks.world_size == 1:
+        return
+    key = f"{ranks.alarm}/patches/{comparison}"
+    with everyone(ranks, device=device):
+        _store().set(f"{key}/{ranks.rank}", "\n".join(patches.active_set()))
+        alike = f"{key}/{patches.digest()}"
+        _store().add(alike, 1)
+    # Every rank has counted itself now, so all come to the same conclusion, usually with this one request.
+    if _store().add(alike, 0) == ranks.world_size:
+        return
+    active = {rank: _store().get(f"{key}/{rank}").decode().splitlines() for rank in range(ranks.world_size)}
+    raise ConfigError(
+        f"the ranks have different patches active: {_difference(active)}; apply the same on every rank before the "
+        "model is built, for example with patches.replay_from_environment()"
+    )
+
+
+def _difference(active: Mapping[int, Sequence[str]]) -> str:
+    """Which lines of `patches.active_set` are on some ranks only."""
+    ranks_of: dict[str, list[int]] = {}
+    for rank, lines in active.items():
+        for line in lines:
+            ranks_of.setdefault(line, []).append(rank)
+    partial = {line: ranks for line, ranks in sorted(ranks_of.items()) if len(ranks) < len(active)}
+    return "; ".join(f"{line} on rank {', '.join(map(str, ranks))} only" for line, ranks in partial.items())

@@ -14,6 +14,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.config import FSDP1, Units
 from surgery.errors import ConfigError
+from surgery.fqn import join
 
 __all__ = ["materializer", "plan_units", "wrap"]
 
@@ -67,7 +68,7 @@ def _leaves(root: nn.Module, *, outside: set[nn.Module]) -> Iterator[tuple[str, 
         seen.add(module)
         if any(True for _ in module.parameters(recurse=False)) or _holds_loose_parameters(module):
             yield name or type(root).__name__, module
-        stack.extend((f"{name}.{child_name}".strip("."), child) for child_name, child in module.named_children())
+        stack.extend((join(name, child_name), child) for child_name, child in module.named_children())
 
 
 def _holds_loose_parameters(module: nn.Module) -> bool:
@@ -122,21 +123,26 @@ def _check_ties(model: nn.Module, units: set[nn.Module]) -> None:
     """A parameter shared by two units would be sharded twice, apart."""
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
-
-    def visit(module: nn.Module, unit: nn.Module, prefix: str) -> None:
-        for name, parameter in module.named_parameters(recurse=False):
-            owners[parameter].add(unit)
-            names[parameter].append(f"{prefix}{name}")
-        for name, child in module.named_children():
-            visit(child, child if child in units else unit, f"{prefix}{name}.")
-
-    visit(model, model, "")
+    for name, parameter, unit in _owned_parameters(model, units):
+        owners[parameter].add(unit)
+        names[parameter].append(name)
     for parameter, found in owners.items():
         if len(found) > 1:
             raise ConfigError(
                 f"{' and '.join(names[parameter])} are one tied parameter, but would go to {len(found)} FSDP units: "
                 "leave them out of target_modules and modules_to_save, or use strategy no-shard"
             )
+
+
+def _owned_parameters(model: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """`(name, parameter, unit)` of every place that holds a parameter, shared ones as often as they are held."""
+    stack: list[tuple[str, nn.Module, nn.Module]] = [("", model, model)]
+    while stack:
+        prefix, module, unit = stack.pop()
+        yield from ((join(prefix, name), p, unit) for name, p in module.named_parameters(recurse=False))
+        stack.extend(
+            (join(prefix, name), child, child if child in units else unit) for name, child in module.named_children()
+        )
 
 
 def materializer(device: torch.device) -> Callable[[nn.Module], None]:

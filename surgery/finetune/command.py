@@ -148,7 +148,7 @@ def finetune(
         bool,
         typer.Option(
             "--dora",
-            help="Weight-decomposed adapters; on several ranks with --no-low-memory.",
+            help="Weight-decomposed adapters; several ranks need --no-low-memory and --use-orig-params.",
             rich_help_panel=_ADAPTER,
         ),
     ] = False,

@@ -16,7 +16,6 @@ from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, precision
 from surgery.distributed.exchange import current_ranks, everyone
 from surgery.errors import ConfigError
-from surgery.finetune.activations import checkpoint_activations
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.options import Job
@@ -27,6 +26,7 @@ from surgery.finetune.sharding import sharding_of
 from surgery.finetune.summary import Summary, gather_phases, patch_rows, versions, write_summary
 from surgery.finetune.trackers import Tracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
+from surgery.passes.checkpointing import checkpoint_activations
 from surgery.report import Report, anonymous_memory
 
 __all__ = ["run"]
@@ -91,6 +91,11 @@ def _check_world(job: Job, world: World) -> None:
         raise ConfigError(
             f"expected more than one rank for {job.shard}, found a single process; start it with "
             "torchrun --nproc-per-node N -m surgery finetune ..., or leave out the options of sharding"
+        )
+    if world.size > 1 and job.lora.dora and not job.shard.use_orig_params:
+        raise ConfigError(
+            "DoRA reads the base weight while the adapter runs, but with flat parameters adapters are FSDP1 units of "
+            "their own and the base weight is already freed: add --use-orig-params, or leave out --dora"
         )
 
 

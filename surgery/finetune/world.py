@@ -15,6 +15,8 @@ from surgery.errors import ConfigError
 
 __all__ = ["World", "join_world"]
 
+_LAUNCH = "start several ranks with: torchrun --nproc-per-node N -m surgery finetune ..."
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -52,9 +54,11 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
         return
     rank, device = _environment("RANK"), _device(_environment("LOCAL_RANK"))
     is_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None
-    )
+    backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if is_cuda else None)
+    except (ValueError, dist.DistError) as error:
+        raise ConfigError(f"expected {size} ranks to form a process group, found: {error}; {_LAUNCH}") from error
     try:
         yield World(rank=rank, size=size, device=device)
     except BaseException:
@@ -66,10 +70,7 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 def _environment(name: str, *, default: str | None = None) -> int:
     value = os.environ.get(name, default)
     if value is None or not value.lstrip("-").isdigit():
-        raise ConfigError(
-            f"expected the environment variable {name} to be a number, found {value!r}; "
-            "start several ranks with: torchrun --nproc-per-node N -m surgery finetune ..."
-        )
+        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r}; {_LAUNCH}")
     return int(value)
 
 

@@ -1,8 +1,9 @@
-"""Activation checkpointing of the decoder blocks, before or after sharding."""
+"""Recompute the activations of decoder blocks in backward; what is still kept may wait on the CPU."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
     checkpoint_wrapper,
+    offload_wrapper,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import ConfigError
 from surgery.walk import decoder_blocks
@@ -19,39 +23,58 @@ from surgery.walk import decoder_blocks
 __all__ = ["checkpoint_activations"]
 
 
-def checkpoint_activations(model: nn.Module, *, reentrant: bool = False) -> nn.Module:
-    """Recompute every decoder block of `model` in backward instead of keeping its activations; changes it in place.
+def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload: bool = False) -> nn.Module:
+    """Wrap every decoder block of `model` in place, inside the FSDP unit around it; returns `model`.
 
-    Non-reentrant checkpointing is torch's recommendation. The reentrant kind sees gradients only through its inputs,
-    so the output of the input embeddings is made to require one, as PEFT does. Raises `ConfigError` if `model` has no
-    repeated blocks.
+    Non-reentrant checkpointing is what torch recommends. The reentrant kind sees gradients through its inputs
+    alone, so the output of the input embeddings is made to require one. With `offload`, a block's input, the one
+    thing that a checkpointed block keeps, waits on the CPU for backward.
+
+    Raises `ConfigError` for a model in which no decoder block, or no embedding that is needed, is found.
     """
-    blocks = {_innermost(site.module) for site in decoder_blocks(model)}
+    blocks = {_inside_fsdp(site.module) for site in decoder_blocks(model)}
     if not blocks:
-        raise ConfigError(f"{type(model).__name__} has no repeated blocks (a ModuleList) to checkpoint")
+        raise ConfigError(
+            "activation checkpointing needs decoder blocks, but the model has no ModuleList of blocks; "
+            "use activation checkpointing none"
+        )
+    wrap = partial(_wrap, reentrant=reentrant, offload=offload)
+    apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrap, check_fn=lambda module: module in blocks)
     if reentrant:
+        # A reentrant checkpoint records nothing unless an input needs a gradient; embeddings give none.
         _embeddings(model).register_forward_hook(_require_grad)
-    implementation = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=implementation),
-        check_fn=lambda module: module in blocks,
-    )
     return model
 
 
-def _innermost(module: nn.Module) -> nn.Module:
-    """The block itself, inside of what FSDP put around it: recomputing must not gather the parameters again."""
-    return getattr(module, "_fsdp_wrapped_module", module)
+def _inside_fsdp(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, FullyShardedDataParallel) else module
+
+
+def _wrap(module: nn.Module, *, reentrant: bool, offload: bool) -> nn.Module:
+    wrapped = checkpoint_wrapper(
+        module,
+        checkpoint_impl=CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT,
+        checkpoint_fn=partial(_checkpoint, use_reentrant=reentrant),
+    )
+    return offload_wrapper(wrapped) if offload else wrapped
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool, **kwargs: Any) -> Any:
+    # In evaluation there is no backward to recompute for, and a reentrant checkpoint would warn of that.
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    return checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
 
 
 def _embeddings(model: nn.Module) -> nn.Module:
-    owners: list[Any] = [module for module in model.modules() if hasattr(module, "get_input_embeddings")]
-    if not owners:
-        raise ConfigError(f"{type(model).__name__} has no get_input_embeddings: use non-reentrant checkpointing")
-    embeddings: nn.Module = owners[0].get_input_embeddings()
+    find = getattr(model, "get_input_embeddings", None)
+    found = find() if find is not None else None
+    embeddings = found or next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embeddings is None:
+        raise ConfigError("reentrant activation checkpointing needs an embedding layer; use non-reentrant")
     return embeddings
 
 
-def _require_grad(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-    return output.requires_grad_()
+def _require_grad(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
+    # `detach` first: under FSDP the output may be a view made in no-grad mode, which can need no gradient.
+    return output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()

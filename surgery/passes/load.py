@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from surgery.checkpoint import Index, Reader
+from surgery.checkpoint import Index, Reader, TensorEntry
 from surgery.errors import WeightsMismatchError
 from surgery.fqn import split
 from surgery.passes.base import Layer, Pass
@@ -19,6 +19,9 @@ from surgery.walk import Site
 from surgery.weights import Assignment
 
 __all__ = ["Load", "group_into_layers"]
+
+#: Elements of a tensor that are read at a time to be compared with another.
+COMPARED_AT_ONCE = 1 << 22
 
 
 def group_into_layers(model: nn.Module, assignments: Iterable[Assignment]) -> list[Layer]:
@@ -90,7 +93,7 @@ class Load(Pass):
     def _check_duplicates(self, assignment: Assignment, tensors: Mapping[str, torch.Tensor]) -> None:
         """Tensors saved once more under a tied name must say the same: one of them would be lost without a word."""
         for name in assignment.duplicates:
-            if torch.equal(self.reader.read(self.index[name]), tensors[assignment.targets[0]]):
+            if self._holds(self.index[name], tensors[assignment.targets[0]]):
                 continue
             raise WeightsMismatchError(
                 f"{name} and {assignment.sources[0]} differ in the checkpoint, but the model ties them "
@@ -98,10 +101,21 @@ class Load(Pass):
                 tensor=name,
             )
 
+    def _holds(self, entry: TensorEntry, tensor: torch.Tensor) -> bool:
+        """Whether the checkpoint has `tensor` at `entry`: compared in runs, so that it is not in memory twice."""
+        if entry.dtype != tensor.dtype or entry.shape != tuple(tensor.shape):
+            return False
+        flat = tensor.reshape(-1)
+        for start in range(0, entry.numel, COMPARED_AT_ONCE):
+            run = flat[start : start + COMPARED_AT_ONCE]
+            if not torch.equal(self.reader.read_range(entry, start, start + run.numel()), run):
+                return False
+        return True
+
     def _fill(self, name: str, tensor: torch.Tensor) -> None:
         if self._is_quantized(name):
-            whole = tensor.t().contiguous() if name in self.transposed else tensor
-            self._set(name, nn.Parameter(whole, requires_grad=False))
+            logical = tensor.t() if name in self.transposed else tensor
+            self._set(name, nn.Parameter(logical, requires_grad=False))
             return
         if tensor.is_floating_point():
             owner, leaf = split(name)

@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
-#: almost none: 16 MiB and one launch for all but the largest weights.
-RUN_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 28}
+#: almost none: 4 MiB, no slower than more; and one launch for all but the largest weights.
+RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], storage: torch.dtype) -> tuple[int, int]:
@@ -74,7 +74,7 @@ def quantize_in_runs(
     """Quantize `weight`, bit-identically to `quantize_4bit(weight.to(device, dtype))`, a run of whole blocks at a time.
 
     Args:
-        weight: logical shape, any floating dtype, contiguous, on any device but meta.
+        weight: logical shape `(out, in)`, any floating dtype, strides and device but meta.
         quant: type, blocksize and double quantization; its storage is not looked at.
         storage: dtype of the packed result.
         dtype: what the weight is cast to before it is quantized; becomes `quant_state.dtype`.
@@ -87,17 +87,25 @@ def quantize_in_runs(
     Blocks are independent, so runs of them are too; the absmax values of all runs are quantized together at the end,
     because double quantization subtracts their common mean.
     """
-    flat = weight.detach().reshape(-1)
+    weight = weight.detach()
     run = max(RUN_ELEMENTS.get(device.type, 1 << 24) // quant.blocksize, 1) * quant.blocksize
     packed = torch.empty(packed_shape(weight.shape, storage), dtype=storage, device=device if keep_packed else "meta")
     out = packed.reshape(-1).view(torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // quant.blocksize), dtype=torch.float32, device=device)
-    for start in range(0, flat.numel(), run):
-        piece, stats = _quantize_blocks(flat[start : start + run].to(device, dtype), quant)
+    absmax = torch.empty(-(-weight.numel() // quant.blocksize), dtype=torch.float32, device=device)
+    for start in range(0, weight.numel(), run):
+        stop = min(start + run, weight.numel())
+        piece, stats = _quantize_blocks(_elements(weight, start, stop).to(device, dtype), quant)
         absmax[start // quant.blocksize :][: stats.numel()] = stats
         if keep_packed:
             out[start // 2 :][: piece.numel()] = piece
     return packed, _quant_state(absmax, weight.shape, dtype, quant)
+
+
+def _elements(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Elements `start` to `stop` of the flattened `weight`; copies the rows that they are in if it is transposed."""
+    columns = weight.shape[1]
+    first, last = start // columns, -(-stop // columns)
+    return weight[first:last].reshape(-1)[start - first * columns : stop - first * columns]
 
 
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,9 +146,7 @@ def _all() -> Iterator[Damage]:
         apply=lambda folder: (folder / "config.json").write_text('{"model_type": "lla'),
         says=("config.json",),
     )
-    yield Damage(
-        name="no-config", apply=lambda folder: (folder / "config.json").unlink(), says=("has no config.json",)
-    )
+    yield Damage(name="no-config", apply=lambda folder: (folder / "config.json").unlink(), says=("has no config.json",))
     yield Damage(
         name="unknown-architecture",
         apply=lambda folder: edit_config(folder, model_type="no-such-model"),

@@ -55,7 +55,7 @@ def test_json_has_every_field() -> None:
     assert row["state"] == "active"
     assert row["owner"]
     assert set(row) == {
-        "id", "target", "state", "scope", "since", "by", "reason", "verdict", "owner", "note"
+        "id", "target", "state", "scope", "since", "by", "reason", "verdict", "owner", "note", "calls", "aliases"
     }  # fmt: skip
 
 

@@ -121,3 +121,12 @@ def test_help_teaches(arguments: tuple[str, ...]) -> None:
     ran = run(*arguments)
     assert ran.exit_code == 0
     assert len(ran.stdout) > 200
+
+
+@pytest.mark.parametrize(("traced", "told"), [(True, "traced"), (False, "passed by")])
+def test_what_torch_compile_makes_of_a_patch_is_told(traced: bool, told: str) -> None:
+    patch_id = f"fake.cli-traced-{traced}".lower()
+    patches.register(declare(f"cli-traced-{traced}".lower(), f"{FUNCTIONS}:scale", traced=traced))
+    assert told in json.loads(run("show", patch_id, "--json").stdout)["torch.compile"]
+    (row,) = json.loads(run("check", patch_id, "--json").stdout)
+    assert told in row["torch.compile"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import patches
-from tests.helpers.declare import FUNCTIONS, LAYERS, declare
-from tests.helpers.fake_upstream import functions, layers
+from tests.helpers.declare import LAYERS, declare
+from tests.helpers.fake_upstream import brittle
+from tests.helpers.law_targets import LAW_OWNERS, LAW_TARGETS, replace_class, tags, write_tagged
 from tests.helpers.snapshot import Snapshot
-from tests.patches.conftest import OWNERS
 
 # HYPOTHESIS_PROFILE=nightly python -m pytest tests/patches/test_laws.py
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
@@ -32,52 +32,27 @@ class VerifyError(Exception):
     pass
 
 
-TARGETS: dict[str, dict[str, Any]] = {
-    f"{FUNCTIONS}:scale": {},
-    f"{FUNCTIONS}:lazy": {},
-    f"{LAYERS}:Base.forward": {},
-    f"{LAYERS}:Base.build": {},
-    f"{LAYERS}:Base.add": {},
-    f"{LAYERS}:Base.size": {},
-    f"{LAYERS}:Derived.forward": {},
-    f"{LAYERS}:Derived.size": {},
-    f"{LAYERS}:Holder.weight": {"kind": "attribute"},
-    f"{LAYERS}:Leaf.scale": {"kind": "attribute"},
-}
+TARGETS = sorted(LAW_TARGETS)
 
 
 def failing_verify() -> None:
     raise VerifyError
 
 
-def read(target: str, instance: Any) -> Any:
-    """What the target gives now, so that what is active can be seen in the tags around the result."""
-    calls: dict[str, Callable[[], Any]] = {
-        "scale": lambda: instance.scale if instance is not None else functions.scale(2),
-        "lazy": lambda: functions.lazy(2),
-        "forward": lambda: instance.forward(1),
-        "build": lambda: type(instance).build(1),
-        "add": lambda: instance.add(1, 2),
-        "size": lambda: instance.size,
-        "weight": lambda: instance.weight,
-    }
-    return calls[target.rpartition(":")[2].rpartition(".")[2]]()
+@contextmanager
+def refusing_later(name: str) -> Iterator[Callable[[], None]]:
+    """Gives a function that makes Fragile refuse to have its attribute `name` changed."""
+    try:
+        yield lambda: brittle.Brittle.refusing.add(name)
+    finally:
+        brittle.Brittle.refusing.clear()
 
 
-def tags(result: Any) -> set[str]:
-    found = set()
-    while isinstance(result, tuple) and str(result[0]).startswith("law"):
-        found.add(result[0])
-        result = result[1]
-    return found
-
-
-INSTANCES: dict[str, Callable[[], Any]] = {
-    "Base": layers.Base,
-    "Derived": layers.Derived,
-    "Holder": lambda: layers.Holder(1),
-    "Leaf": lambda: layers.Leaf(1),
-}
+@contextmanager
+def refusing(name: str) -> Iterator[None]:
+    with refusing_later(name) as refuse:
+        refuse()
+        yield
 
 
 class Programs(RuleBasedStateMachine):
@@ -87,21 +62,25 @@ class Programs(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.before = Snapshot(*OWNERS)
+        self.before = Snapshot(*LAW_OWNERS)
         self.open: list[patches.Transaction] = []
         self.count = 0
 
-    @initialize(target=patches_made, at=st.sampled_from(sorted(TARGETS)))
+    @initialize(target=patches_made, at=st.sampled_from(TARGETS))
     def first(self, at: str) -> patches.Patch:
         return self._declare(at)
 
-    @rule(target=patches_made, at=st.sampled_from(sorted(TARGETS)), traced=st.booleans())
+    @rule(target=patches_made, at=st.sampled_from(TARGETS), traced=st.booleans())
     def declare(self, at: str, traced: bool) -> patches.Patch:
         return self._declare(at, traced=traced)
 
     def _declare(self, at: str, **fields: Any) -> patches.Patch:
         self.count += 1
-        return declare(f"law{self.count}", at, **TARGETS[at], **fields)
+        kind = LAW_TARGETS[at].fields.get("kind")
+        special = {"class": replace_class, "setter": write_tagged}.get(kind)
+        if special is not None:
+            fields["wrapper"] = special(f"law{self.count}")
+        return declare(f"law{self.count}", at, **LAW_TARGETS[at].fields, **fields)
 
     @rule(chosen=st.lists(patches_made, max_size=3))
     def enter(self, chosen: list[patches.Patch]) -> None:
@@ -109,7 +88,7 @@ class Programs(RuleBasedStateMachine):
         tx.__enter__()
         self.open.append(tx)
 
-    @rule(chosen=st.lists(patches_made, max_size=3), at=st.sampled_from(sorted(TARGETS)), last=st.booleans())
+    @rule(chosen=st.lists(patches_made, max_size=3), at=st.sampled_from(TARGETS), last=st.booleans())
     def fail_to_verify(self, chosen: list[patches.Patch], at: str, last: bool) -> None:
         """Fails after everything was applied; nothing of it may stay, and nothing else may go."""
         active = patches.active()
@@ -121,7 +100,7 @@ class Programs(RuleBasedStateMachine):
 
     @rule(chosen=st.lists(patches_made, max_size=3))
     def fail_to_resolve(self, chosen: list[patches.Patch]) -> None:
-        active, now = patches.active(), Snapshot(*OWNERS)
+        active, now = patches.active(), Snapshot(*LAW_OWNERS)
         bad = declare("law0", f"{LAYERS}:Base.gone")
         with pytest.raises(patches.IncompatibleError):
             patches.transaction(*chosen, bad, reason="a law").__enter__()
@@ -157,26 +136,49 @@ class Programs(RuleBasedStateMachine):
         chosen = data.draw(st.sampled_from(patches.active()))
         patches.revert(chosen if data.draw(st.booleans()) else chosen.id)
 
+    @precondition(lambda self: patches.active())
+    @rule(data=st.data(), disable=st.booleans())
+    def switch(self, data: st.DataObject, disable: bool) -> None:
+        chosen = data.draw(st.sampled_from(patches.active()))
+        (patches.disable if disable else patches.enable)(chosen)
+
+    @rule(chosen=st.lists(patches_made, max_size=3), last=st.booleans())
+    def fail_to_apply(self, chosen: list[patches.Patch], last: bool) -> None:
+        active = patches.active()
+        bad = declare("law0", f"{brittle.__name__}:Fragile.one")
+        with refusing("one"), pytest.raises(patches.ApplyError, match="one is refused"):
+            patches.transaction(*([*chosen, bad] if last else [bad, *chosen]), reason="a law").__enter__()
+        assert patches.active() == active
+
+    @rule(chosen=st.lists(patches_made, max_size=3))
+    def fail_to_undo(self, chosen: list[patches.Patch]) -> None:
+        """What could not be undone stays active, and can be undone later; all else is undone."""
+        active = patches.active()
+        bad = declare("law0", f"{brittle.__name__}:Fragile.one")
+        tx = patches.transaction(bad, *chosen, reason="a law")
+        with refusing_later("one") as refuse, pytest.raises(patches.UndoError), tx:
+            refuse()
+        assert patches.active() == [*active, tx.receipts[0]]
+        patches.revert(tx.receipts[0])
+        assert patches.active() == active
+
     @invariant()
     def what_runs_is_what_is_active(self) -> None:
         active: dict[str, set[str]] = {}
         for receipt in patches.active():
-            active.setdefault(receipt.target, set()).add(receipt.id.removeprefix("fake."))
-        for target in TARGETS:
-            owner = target.rpartition(":")[2].partition(".")[0]
-            instance = INSTANCES[owner]() if owner in INSTANCES else None
+            if not receipt.disabled:
+                active.setdefault(receipt.target, set()).add(receipt.id.removeprefix("fake."))
+        for name, target in LAW_TARGETS.items():
             # A base that is patched as well shows through what a class inherits.
-            inherited = active.get(target.replace("Derived", "Base"), set()) if owner == "Derived" else set()
-            assert tags(read(target, instance)) == active.get(target, set()) | inherited
+            assert tags(target.read()) == active.get(name, set()) | active.get(target.base, set())
 
     @invariant()
     def unpatched_places_are_as_they_were(self) -> None:
-        patched = {receipt.target.replace(":", ".") for receipt in patches.active()}
-        differing = {
-            name if "." in name and name.startswith("tests") else f"{LAYERS}.{name}"
-            for name in self.before.differences()
-        }
-        assert differing == patched
+        patched = {LAW_TARGETS[receipt.target].differs for receipt in patches.active()}
+        # All that is active at a value may be disabled: then what is there is what was there.
+        enabled = {LAW_TARGETS[receipt.target].differs for receipt in patches.active() if not receipt.disabled}
+        differing = set(self.before.differences())
+        assert enabled <= differing <= patched
 
     def teardown(self) -> None:
         for tx in self.open:

@@ -235,7 +235,7 @@ class Brittle(type):
     broken: str | None = None
 
     def __setattr__(cls, name: str, value: object) -> None:
-        if name == Brittle.broken:
+        if name == Brittle.broken and value is not vars(cls)[name]:
             raise RuntimeError("refused")
         super().__setattr__(name, value)
 

@@ -90,9 +90,9 @@ def test_every_derived_initialization_is_one_that_peft_knows() -> None:
 def test_quant_options() -> None:
     with pytest.raises(ConfigError, match="quant_type must be one of nf4, fp4; got 'int4'"):
         Quant("int4")  # type: ignore[arg-type]  # refused
-    with pytest.raises(ConfigError, match="blocksize must be one of 32, .*; got 100"):
+    with pytest.raises(ConfigError, match=r"blocksize must be one of 32, .*; got 100"):
         Quant(blocksize=100)
-    with pytest.raises(ConfigError, match="quant_storage must be one of .*; got torch.int32"):
+    with pytest.raises(ConfigError, match=r"quant_storage must be one of .*; got torch\.int32"):
         Quant(quant_storage=torch.int32)
     with pytest.raises(ConfigError, match=r"skip_modules: '\(' is not a regular expression"):
         Quant(skip_modules=("(",))
@@ -116,7 +116,7 @@ def test_fsdp1_options(options: dict[str, Any], says: str) -> None:
 
 
 def test_precision_name() -> None:
-    with pytest.raises(ConfigError, match="precision must be one of bf16, fp32, bf16-autocast, fp16-autocast; got 'int8'"):
+    with pytest.raises(ConfigError, match=r"precision must be one of bf16, .*; got 'int8'"):
         surgery.precision("int8")
 
 

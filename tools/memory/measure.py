@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,9 +68,16 @@ class Measured:
         """The highest peak of the named phases, or of all."""
         return max(phase.peak for name, phase in self.phases.items() if names is None or name in names)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Measured:
+        """What `as_dict` gave."""
+        phases = {name: Phase(**phase) for name, phase in values["phases"].items()}
+        sizes = None if values["sizes"] is None else Sizes(**values["sizes"])
+        return cls(**{**values, "phases": phases, "sizes": sizes})
 
 
 def _load_ours(checkpoint: Path, report: Report) -> Sizes:
@@ -89,7 +97,7 @@ def _load_ours(checkpoint: Path, report: Report) -> Sizes:
 
 
 def _sizes(model: torch.nn.Module, checkpoint: surgery.Checkpoint) -> Sizes:
-    states = [layer.quant_state for layer in linear4bits(model)]
+    states = [layer.quant_state for layer in linear4bits(model) if layer.quant_state is not None]
     elements = [state.shape.numel() for state in states]
     statistics = [value for state in states for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
     unquantized = sum(entry.nbytes for entry in checkpoint.index.values())
@@ -130,8 +138,6 @@ def measure(way: str, checkpoint: Path) -> Measured:
     return Measured(
         imports=imports,
         resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        phases={
-            phase.name: Phase(seconds=phase.seconds, peak=phase.host_peak - imports) for phase in report.phases
-        },
+        phases={phase.name: Phase(seconds=phase.seconds, peak=phase.host_peak - imports) for phase in report.phases},
         sizes=sizes,
     )

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 
 def compute() -> int:
     return 1
+
+
+@functools.cache
+def cached() -> int:
+    return 3
 
 
 class Thing:

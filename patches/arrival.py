@@ -1,0 +1,134 @@
+"""Arrival: a patch whose module was not imported is applied as soon as it is."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from .activation import ACTIVATIONS
+from .address import parse
+from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
+from .ledger import LEDGER, Receipt, State
+from .order import in_order, refuse_conflicts
+from .patch import Patch
+from .plan import Item, acceptable, expand, is_left_out
+from .scope import Scoped
+from .verdict import Verdict
+
+__all__ = ["postpone", "split"]
+
+_PATIENCE: Final = 60.0
+"""Seconds to wait for other threads. One that waits, in turn, for the import that called us would wait for ever."""
+
+
+def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item], list[Patch]]:
+    """What can be applied now, and the patches to wait with, in the order of application; imports no target.
+
+    Raises ScopeError for a patch that is to be limited to instances, which its module would have to be there for.
+    """
+    now: list[Item] = []
+    later: dict[str, Patch] = {}
+    for patch, instances in expand(items, on):
+        if not _missing(patch):
+            now.append(patch if instances is None else Scoped(patch=patch, instances=instances))
+        elif instances is not None:
+            raise ScopeError(
+                f"{patch.id!r} cannot be limited to instances yet: {parse(patch.target).module!r} is not imported",
+                patch_id=patch.id,
+            )
+        else:
+            later[patch.id] = patch
+    return now, [later[patch_id] for patch_id in in_order(later.values())]
+
+
+def postpone(receipt: Receipt, *, force: bool) -> None:
+    """Let the receipt wait for the modules that its patch is missing, or apply it if they have come meanwhile.
+
+    It is applied in the thread that imports the last of them. Whatever is raised then neither fails the import nor
+    keeps others from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is given.
+    """
+
+    def apply(ready: Receipt) -> None:
+        _apply_or_fail(ready, force=force)
+
+    with ACTIVATIONS.lock:
+        refuse_conflicts([*(other.patch for other in ACTIVATIONS.in_force()), receipt.patch])
+        missing = _missing(receipt.patch)
+        ACTIVATIONS.pend(receipt, missing, apply)
+    # Imported between the two: the hook was not there yet.
+    if not _missing(receipt.patch) and receipt in ACTIVATIONS.pending:
+        apply(receipt)
+
+
+def _missing(patch: Patch) -> frozenset[str]:
+    """What has to be imported before the patch can be applied.
+
+    A probe tries the library out, so a patch with one waits for the whole package; without one, for the module, so
+    that the rest of the package copies what is patched already.
+    """
+    waited: set[str] = set()
+    for needed, _ in expand([patch]):
+        module = parse(needed.target).module
+        waited.add(module)
+        if needed.probe is not None:
+            waited.add(module.partition(".")[0])
+    return frozenset(waited - sys.modules.keys())
+
+
+def _apply_or_fail(receipt: Receipt, *, force: bool) -> None:
+    try:
+        found = acceptable(receipt.patch, force=force)
+        _refuse_failed_needs(receipt.patch)
+        _apply(receipt, found, force=force)
+    except Exception as error:  # noqa: BLE001 - somebody else's import must not fail for it
+        _fail(receipt, error)
+    except BaseException as interrupt:
+        _fail(receipt, interrupt)
+        raise
+
+
+def _apply(receipt: Receipt, found: Verdict, *, force: bool) -> None:
+    _acquire(receipt)
+    try:
+        if not ACTIVATIONS.pending.take(receipt):
+            return  # cancelled meanwhile
+        receipt.verdict = found
+        if is_left_out(receipt.patch, found) and not force:
+            LEDGER.record(receipt, State.SKIPPED, found.why)
+            return
+        (place,) = ACTIVATIONS.check([receipt.patch])
+        ACTIVATIONS.apply(receipt, place)
+    finally:
+        ACTIVATIONS.lock.release()
+    ACTIVATIONS.drop_stale_graphs()
+    if receipt.patch.verify is not None:
+        receipt.patch.verify()
+
+
+def _fail(receipt: Receipt, error: BaseException) -> None:
+    if ACTIVATIONS.lock.acquire(timeout=_PATIENCE):
+        try:
+            ACTIVATIONS.fail(receipt, repr(error))
+        finally:
+            ACTIVATIONS.lock.release()
+    try:
+        message = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed: {error!r}"
+        warnings.warn(message, DeferredPatchWarning, stacklevel=2)
+    except DeferredPatchWarning:
+        return  # warnings are errors here, and the import is not to fail; the ledger has it
+
+
+def _acquire(receipt: Receipt) -> None:
+    if not ACTIVATIONS.lock.acquire(timeout=_PATIENCE):
+        raise ApplyError(
+            f"{receipt.id!r} was not applied: another thread has been changing patches for {_PATIENCE:.0f} s",
+            patch_id=receipt.id,
+        )
+
+
+def _refuse_failed_needs(patch: Patch) -> None:
+    failed = {receipt.id for receipt in ACTIVATIONS.failed()} & set(patch.needs)
+    if failed - {receipt.id for receipt in ACTIVATIONS.active()}:
+        raise PatchError(f"{patch.id!r} was not applied: it needs {', '.join(sorted(failed))}, which failed")

@@ -1,0 +1,31 @@
+"""The bundles that come with this package: name -> what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+__all__ = ["BUNDLES"]
+
+BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        # Needed while PEFT and FSDP rebuild a 4-bit model that is partly on meta. The first is to be limited to the
+        # quant_states of that model.
+        "qlora-build": ("bitsandbytes.quant-state-to-noop", "torch.meta-param-replacement"),
+        # Needed for a sharded 4-bit model to run; to be limited to its layers.
+        "qlora-resident": (
+            "bitsandbytes.linear4bit-shape",
+            "bitsandbytes.linear4bit-apply",
+            "bitsandbytes.no-rewrap",
+            "bitsandbytes.keep-packing",
+        ),
+        # All that building, running and saving one takes, on GPUs or without.
+        "qlora-low-memory": (
+            "qlora-build",
+            "qlora-resident",
+            "torch.fsdp1-sync-on-cpu",
+            "peft.adapter-keys-under-wrappers",
+        ),
+    }
+)

@@ -1,0 +1,8 @@
+"""What others have patched: in this process, and in the files of an installed distribution."""
+
+from __future__ import annotations
+
+from .compare import Foreign, ForeignPatch, foreign
+from .disk import ChangedFile, changed_files
+
+__all__ = ["ChangedFile", "Foreign", "ForeignPatch", "changed_files", "foreign"]

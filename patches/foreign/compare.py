@@ -1,0 +1,192 @@
+"""What others have patched in this process: what is loaded here, held against a clean process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Final, overload
+
+from patches.activation import ACTIVATIONS
+from patches.errors import ForeignError
+from patches.ledger import State
+from patches.table import aligned
+from patches.target import MISSING
+
+from .classify import how_of, kind_of
+from .clean import Baseline, CleanProcess
+from .dependencies import dependencies_first
+from .describe import DATA, describe
+from .origin import Origin, origins
+from .walk import Spot, spots
+
+__all__ = ["Foreign", "ForeignPatch", "foreign"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignPatch:
+    """One place that holds other code than it does in a clean process."""
+
+    target: str
+    """`package.module:Class.attribute`; `...[key]` for an item of a dictionary."""
+    kind: str
+    """What is there in a clean process: function, method, class, item, ...; attribute, where nothing is."""
+    how: str
+    """What is there now: function, lambda, wraps, wrapt, partial, mock, class, ...; or what became of it: defaults
+    (other default arguments), moved (code of the same package, from elsewhere in it), value, removed.
+    """
+    defined_at: tuple[str, ...]
+    """`file:line` of every piece of code that is there now and was not, outermost first."""
+    owner: str
+    """The distribution and version that the outermost one belongs to; empty where none has it."""
+    was: str
+    now: str
+
+
+class Foreign(Sequence[ForeignPatch]):
+    """What was found, in the order of import. `str()` is a table."""
+
+    def __init__(self, found: Sequence[ForeignPatch], unchecked: dict[str, str]) -> None:
+        self._found = tuple(found)
+        self.unchecked = unchecked
+        """Modules that are loaded here and could not be imported in a clean process -> why."""
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @overload
+    def __getitem__(self, index: int) -> ForeignPatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[ForeignPatch]: ...
+    def __getitem__(self, index: int | slice) -> ForeignPatch | Sequence[ForeignPatch]:
+        return self._found[index]
+
+    def __str__(self) -> str:
+        lines = [f"not compared: {module}: {why}" for module, why in self.unchecked.items()]
+        if not self._found:
+            return "\n".join(["nobody else has patched anything", *lines])
+        rows = [(one.target, one.kind, one.how, ", ".join(one.defined_at), one.owner) for one in self._found]
+        return "\n".join([aligned(_HEADER, rows), *lines])
+
+    def to_json(self) -> str:
+        """A JSON object: `patches`, with one object each, and `unchecked`."""
+        found = [asdict(one) for one in self._found]
+        return json.dumps({"patches": found, "unchecked": self.unchecked}, indent=2)
+
+
+_INTACT: Final = (State.ACTIVE, State.DISABLED)
+_HEADER: Final = ("target", "kind", "how", "defined at", "owner")
+
+
+def foreign(*packages: str, timeout: float = 120) -> Foreign:
+    """What others have patched in these packages, as far as they are loaded in this process.
+
+    The same modules are imported in a clean process, within `timeout` seconds, and everything that holds code is
+    compared: functions, methods, properties, classes, items of dictionaries, wrappers, default arguments. Imports
+    nothing here. Not listed: what this package has installed (`patches.audit()` has that), what a package wraps around
+    its own code, what it loads lazily, and values without code.
+
+    Raises ForeignError where a package is not imported, or the clean process fails.
+    """
+    if not packages:
+        raise _refuse("expected the names of packages, got none")
+    for package in packages:
+        if package not in sys.modules:
+            raise _refuse(f"{package!r} is not imported in this process, so there is nothing to look at")
+    ordered = dependencies_first(packages)
+    clean = CleanProcess(ordered, timeout=timeout)
+    try:
+        here = {package: _look(package) for package in ordered}
+        baselines = clean.baselines()
+    finally:
+        clean.stop()
+    found = [one for package in ordered for one in _compare(package, here[package], baselines[package])]
+    unchecked = {module: why for baseline in baselines.values() for module, why in baseline.failed.items()}
+    return Foreign(found, unchecked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What a package holds here: each spot with its description."""
+
+    spots: Sequence[tuple[Spot, str]]
+    ours: frozenset[int]
+    """`id` of what this package has installed, and the paths of the spots below, where that is not the spot itself."""
+    targets: frozenset[str]
+
+
+def _look(package: str) -> _Look:
+    with ACTIVATIONS.lock:
+        active = [receipt for receipt in ACTIVATIONS.active() if ACTIVATIONS.condition(receipt) in _INTACT]
+        return _Look(
+            spots=[(spot, describe(spot.value)) for spot in spots(package)],
+            ours=frozenset(id(ours) for ours in ACTIVATIONS.installed() if describe(ours) != DATA),
+            # Up to a parenthesis: the spot of a default argument is its function.
+            targets=frozenset(receipt.target.partition("(")[0] for receipt in active),
+        )
+
+
+def _compare(package: str, here: _Look, baseline: Baseline) -> Iterator[ForeignPatch]:
+    for spot, now in here.spots:
+        if id(spot.value) in here.ours or spot.path in here.targets:
+            continue
+        stock = baseline.descriptions.get(spot.path)
+        if stock is None and (spot.is_item or spot.owner not in baseline.owners):
+            continue  # registries are made to be added to, and of the others there is nothing to compare with
+        if now not in (stock or (DATA,)):
+            yield from _judge(package, spot, now, stock or (DATA,))
+    yield from _removed(here, baseline)
+
+
+def _judge(package: str, spot: Spot, now: str, stock: Sequence[str]) -> Iterator[ForeignPatch]:
+    fresh = [origin for origin in origins(spot.value) if not any(origin.at in before for before in stock)]
+    outside = [origin for origin in fresh if not origin.is_in(package)]
+    held_code = any(before != DATA for before in stock)
+    if not outside and not held_code:
+        return  # the package's own, loaded lazily
+    if not held_code and now.startswith("module "):
+        return  # imported since
+    if not outside and _wraps(now, stock):
+        return  # as torch._dynamo does, once it is loaded, to what it cannot trace
+    yield _found(spot, now=now, stock=stock, origins=outside or fresh or list(origins(spot.value)), moved=not outside)
+
+
+def _wraps(now: str, stock: Sequence[str]) -> bool:
+    return any(before != DATA and before in now and not now.startswith(before) for before in stock)
+
+
+def _found(spot: Spot, *, now: str, stock: Sequence[str], origins: Sequence[Origin], moved: bool) -> ForeignPatch:
+    return ForeignPatch(
+        target=spot.path,
+        kind=kind_of(spot, stock[0]),
+        how=how_of(spot.value, now=now, stock=stock, moved=moved),
+        defined_at=tuple(dict.fromkeys(origin.at for origin in origins)),
+        owner=origins[0].owner if origins else "",
+        was=" or ".join(stock),
+        now=now,
+    )
+
+
+def _removed(here: _Look, baseline: Baseline) -> Iterator[ForeignPatch]:
+    present = {spot.path for spot, _ in here.spots}
+    owners = {spot.owner for spot, _ in here.spots if spot.name}
+    for path, stock in baseline.descriptions.items():
+        owner, name = _split(path)
+        if path in present or owner not in owners or not any(stock):
+            continue
+        spot = Spot(owner=owner, name=name, value=MISSING, in_class=":" in owner)
+        yield _found(spot, now="", stock=stock, origins=(), moved=False)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The owner and the name in the path of a spot; an owner that nobody is, for an item."""
+    module, _, inner = path.partition(":")
+    if "[" in inner or not inner:
+        return path, ""
+    outer, _, name = inner.rpartition(".")
+    return (f"{module}:{outer}" if outer else module), name
+
+
+def _refuse(why: str) -> ForeignError:
+    return ForeignError(f"cannot tell what others have patched: {why}", why=why)

@@ -1,0 +1,85 @@
+"""The files of an installed distribution, compared with the RECORD that it was installed with.
+
+RECORD has a hash and a size for every file:
+https://packaging.python.org/en/latest/specifications/recording-installed-packages/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patches.errors import ForeignError
+from patches.versions import distributions_of
+
+if TYPE_CHECKING:
+    from importlib import metadata
+
+__all__ = ["ChangedFile", "changed_files"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedFile:
+    """One file that is not as it was installed."""
+
+    distribution: str
+    """Name and version."""
+    path: str
+    """As in RECORD: relative to the folder that the distribution is installed in."""
+    state: str
+    """modified, or missing."""
+
+
+def changed_files(*packages: str) -> list[ChangedFile]:
+    """The files of the distributions that these packages come from which are not as installed.
+
+    Reads all of them: seconds for a gigabyte. Bytecode and files without a hash are not compared. Raises ForeignError
+    for a package that no distribution owns, or whose distribution has no RECORD.
+    """
+    from importlib import metadata
+
+    names = dict.fromkeys(name for package in packages for name in _expect(package))
+    return [changed for name in names for changed in _changed(metadata.distribution(name))]
+
+
+def _expect(package: str) -> Iterable[str]:
+    names = distributions_of(package)
+    if not names:
+        why = f"no installed distribution owns {package!r}; it may be Python's own, or found through PYTHONPATH"
+        raise ForeignError(f"cannot compare files: {why}", why=why)
+    return names
+
+
+def _changed(distribution: metadata.Distribution) -> Iterator[ChangedFile]:
+    name = f"{distribution.metadata['Name']} {distribution.version}"
+    files = distribution.files
+    if distribution.read_text("RECORD") is None or files is None:
+        why = f"{name} has no RECORD: it was not installed from a wheel"
+        raise ForeignError(f"cannot compare files: {why}", why=why)
+    for file in files:
+        if file.hash is None:
+            continue
+        state = _state(Path(str(file.locate())), file)
+        if state:
+            yield ChangedFile(distribution=name, path=str(file), state=state)
+
+
+def _state(path: Path, recorded: metadata.PackagePath) -> str:
+    # Imported here, as subprocess is for the clean process: `import patches` is to cost little.
+    import base64
+    import hashlib
+
+    assert recorded.hash is not None
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return "missing"
+    if recorded.size is not None and size != recorded.size:
+        return "modified"
+    with path.open("rb") as opened:
+        digest = hashlib.file_digest(opened, recorded.hash.mode).digest()
+    # URL-safe, and without padding.
+    found = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    return "" if found == recorded.hash.value.rstrip("=") else "modified"

@@ -1,0 +1,52 @@
+"""`--patches-bisect`: which active patch breaks a test that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from .reduce import smallest_cause
+from .rerun import Rerun, RerunError
+from .session import SessionPatches
+
+__all__ = ["Bisection", "explain"]
+
+
+class Bisection:
+    """Collects the tests that fail, and runs each again under fewer patches once all are done."""
+
+    def __init__(self, session_patches: SessionPatches, rerun: Rerun) -> None:
+        self._session_patches = session_patches
+        self._rerun = rerun
+        self._failed: dict[str, None] = {}
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember a test that has failed, in whichever phase."""
+        if report.failed:
+            self._failed[report.nodeid] = None
+
+    @pytest.hookimpl
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Find the cause of each failure, and say it."""
+        if not self._failed:
+            return
+        terminalreporter.section("patches bisect")
+        for nodeid in self._failed:
+            before = self._rerun.count
+            found = explain(self._session_patches.ids, lambda ids, test=nodeid: self._rerun.fails(test, ids))
+            terminalreporter.line(f"{nodeid}: {found} ({self._rerun.count - before} runs)")
+
+
+def explain(ids: Sequence[str], fails: Callable[[tuple[str, ...]], bool]) -> str:
+    """Why a test fails that failed under `ids`, given whether it fails under any part of them; in words."""
+    try:
+        if fails(()):
+            return "fails without any patch too"
+        if not ids or not fails(tuple(ids)):
+            return "passes when it runs alone under the same patches: its order or another test matters"
+        cause = smallest_cause(ids, fails)
+    except RerunError as error:
+        return f"could not be bisected: {error}"
+    return f"broken by {cause[0]}" if len(cause) == 1 else f"broken by {' and '.join(cause)} together"

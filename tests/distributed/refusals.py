@@ -1,0 +1,121 @@
+"""Options that two ranks cannot work with, and what a rank does to find out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import MixedPrecision
+
+__all__ = ["REFUSALS", "Refusal", "refused_on_this_rank"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Arguments of `surgery.FSDP1` (None: no sharding), `surgery.Quant`, `peft.LoraConfig` and `surgery.qlora`."""
+
+    name: str
+    shard: dict[str, Any] | None = field(default_factory=dict)
+    quant: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    world_size: str | None = None
+    says: tuple[str, ...]
+
+
+def _cast(dtype: torch.dtype) -> dict[str, Any]:
+    return {"mixed_precision": MixedPrecision(param_dtype=dtype)}
+
+
+REFUSALS = (
+    Refusal(name="not-sharded", shard=None, says=("1 of 2 ranks on meta", "shard=FSDP1()", "replicated")),
+    Refusal(
+        name="mesh",
+        shard={"strategy": "hybrid-shard", "mesh": (2, 2)},
+        says=("mesh=(2, 2) needs 4 ranks", "there are 2"),
+    ),
+    Refusal(name="more-promised", world_size="3", says=("started 3 processes", "a process group of 2")),
+    Refusal(name="fewer-promised", world_size="1", says=("started 1 processes", "a process group of 2")),
+    Refusal(name="no-sync", shard={"sync_module_states": False}, says=("sync_module_states", "uninitialized")),
+    Refusal(name="offload-to-where-it-is", shard={"cpu_offload": True}, says=("cpu_offload", "only a CPU")),
+    Refusal(name="uint8", quant={"quant_storage": torch.uint8}, says=("uint8", "FSDP1", "torch.bfloat16")),
+    Refusal(name="fp16-over-bf16", shard=_cast(torch.float16), says=("float16", "bfloat16", "garbage")),
+    Refusal(name="fp32-over-bf16", shard=_cast(torch.float32), says=("float32", "bfloat16", "garbage")),
+    Refusal(
+        name="bf16-over-fp32",
+        shard=_cast(torch.bfloat16),
+        options={"dtype": torch.float32},
+        says=("float32", "bfloat16", "garbage"),
+    ),
+    Refusal(
+        name="norms-of-another-dtype",
+        shard={"units": "block", "use_orig_params": True},
+        quant={"quant_storage": torch.float32},
+        says=("norms", "bfloat16", "float32", "units='auto'"),
+    ),
+    Refusal(name="trainable-among-frozen", shard={"units": "block"}, says=("adapters", "use_orig_params=True")),
+    Refusal(name="dora", lora={"use_dora": True}, says=("use_dora", "meta", "replicated")),
+    Refusal(
+        name="dora-in-its-own-unit",
+        lora={"use_dora": True},
+        options={"placement": "replicated"},
+        says=("use_dora", "use_orig_params=True"),
+    ),
+    Refusal(name="pissa", lora={"init_lora_weights": "pissa"}, says=("'pissa'", "16-bit")),
+    Refusal(name="olora", lora={"init_lora_weights": "olora"}, says=("'olora'", "16-bit")),
+    Refusal(name="no-target", lora={"target_modules": ["nowhere"]}, says=("'nowhere'", "q_proj")),
+    Refusal(name="no-skip", quant={"skip_modules": ("nowhere",)}, says=("'nowhere'", "q_proj")),
+)
+
+
+def refused_on_this_rank(checkpoint: Path) -> dict[str, str]:
+    """What every refusal says here, after none of them has read a weight; then the same ranks build and run a model."""
+    import surgery
+    from surgery.checkpoint import Reader
+    from tests.helpers.reads import count_reads
+
+    reads, Reader.read_into = count_reads()  # type: ignore[method-assign]  # of this process alone
+    messages = {refusal.name: _message(checkpoint, refusal) for refusal in REFUSALS}
+    if reads:
+        raise AssertionError(f"weights were read: {reads}")
+    with surgery.qlora(checkpoint, shard=surgery.FSDP1(), report=surgery.Report()) as model:
+        messages["loss"] = str(model(input_ids=torch.arange(8).view(1, 8)).logits.float().logsumexp(-1).mean().item())
+    return messages
+
+
+def _message(checkpoint: Path, refusal: Refusal) -> str:
+    from peft import LoraConfig
+
+    import patches
+    import surgery
+
+    lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **refusal.lora})
+    shard = None if refusal.shard is None else surgery.FSDP1(**refusal.shard)
+    try:
+        with _promised(refusal.world_size):
+            surgery.qlora(
+                checkpoint,
+                quant=surgery.Quant(**refusal.quant),
+                lora=lora,
+                shard=shard,
+                report=surgery.Report(),
+                **refusal.options,
+            )
+    except surgery.ConfigError as error:
+        return f"{error} {patches.active() or ''}".strip()
+    raise AssertionError(f"{refusal.name} was not refused")
+
+
+@contextlib.contextmanager
+def _promised(world_size: str | None) -> Iterator[None]:
+    before = os.environ["WORLD_SIZE"]
+    os.environ["WORLD_SIZE"] = world_size or before
+    try:
+        yield
+    finally:
+        os.environ["WORLD_SIZE"] = before

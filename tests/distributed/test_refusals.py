@@ -1,0 +1,30 @@
+"""Two ranks refuse alike what they cannot do, before weights are read, and can still work together after it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.refusals import REFUSALS, Refusal, refused_on_this_rank
+from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_ranks(refused_on_this_rank, 2, save_tiny(tmp_path_factory.mktemp("checkpoint")), timeout=120)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+def test_every_rank_says_what_cannot_work(refusal: Refusal, said: list[dict[str, str]]) -> None:
+    on_rank0, on_rank1 = (messages[refusal.name] for messages in said)
+    assert on_rank0 == on_rank1
+    for text in refusal.says:
+        assert text in on_rank0
+    assert "Receipt" not in on_rank0
+
+
+def test_ranks_are_still_in_step(said: list[dict[str, str]]) -> None:
+    assert said[0]["loss"] == said[1]["loss"]
+    assert float(said[0]["loss"]) == pytest.approx(4.56, abs=0.5)

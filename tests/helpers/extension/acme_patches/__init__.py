@@ -1,0 +1,1 @@
+"""Two patches: one registered when its module is imported, one that the entry point names."""

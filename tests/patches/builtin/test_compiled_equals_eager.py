@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import patches
+from patches.builtin import BUILTIN
+
+from .four_bit import dequantized, quantized, with_plain_weight
+
+X = torch.linspace(-1, 1, 128).view(2, 64)
+
+
+class Block(torch.nn.Module):
+    """Two 4-bit layers, of which a patch may cover one, with something to trace around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = quantized(64, 32)
+        self.down = quantized(32, 64, seed=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x))) + x
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def block() -> Block:
+    return Block().train()  # in eval mode, stock layers repack their weights on some CPUs
+
+
+def stock_output(model: Block) -> torch.Tensor:
+    hidden = torch.relu(X @ dequantized(model.up).T)
+    return hidden @ dequantized(model.down).T + X
+
+
+def compiled(model: torch.nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="aot_eager", **options)
+
+
+def graph_breaks(model: torch.nn.Module) -> tuple[int, int]:
+    explained = torch._dynamo.explain(model)(X)
+    return explained.graph_count, explained.graph_break_count
+
+
+@pytest.mark.parametrize("patch_id", sorted(BUILTIN))
+def test_each_patch(patch_id: str) -> None:
+    model = block()
+    expected = model(X)
+    breaks = graph_breaks(model)
+    torch.compiler.reset()
+    with patches.transaction(patch_id, reason="a test", force=True):
+        assert torch.equal(model(X), expected)
+        assert graph_breaks(model) == breaks
+        torch.compiler.reset()
+        assert torch.equal(compiled(model)(X), expected)
+    assert torch.equal(compiled(model)(X), expected)
+
+
+LAYER_PATCHES = ("bitsandbytes.linear4bit-shape", "bitsandbytes.no-rewrap", "bitsandbytes.keep-packing")
+
+
+@pytest.mark.parametrize("covered", ["all", "up", "none"])
+def test_the_patches_of_a_layer_together_in_one_graph(covered: str) -> None:
+    model, elsewhere = block(), quantized(seed=2)
+    layers = {"all": [model.up, model.down], "up": [model.up], "none": [elsewhere]}[covered]
+    expected = model(X)
+    with patches.transaction(*LAYER_PATCHES, reason="a test", on=layers, force=True):
+        assert torch.equal(model(X), expected)
+        assert torch.equal(compiled(model, fullgraph=True)(X), expected)
+    torch.testing.assert_close(expected, stock_output(model))
+
+
+def test_evaluation_of_a_covered_and_of_another_layer() -> None:
+    covered, other, same_as_other = (quantized().eval() for _ in range(3))
+    with patches.transaction("bitsandbytes.keep-packing", reason="a test", on=[covered], force=True), torch.no_grad():
+        packed = dequantized(covered)
+        assert torch.equal(compiled(covered)(X), covered(X))
+        assert torch.equal(dequantized(covered), packed)
+        # Stock behaviour, whatever that is on this CPU: on some, the two repack their weights.
+        assert torch.equal(compiled(other)(X), same_as_other(X))
+
+
+def test_a_weight_that_lost_its_class_is_recovered_in_the_graph_as_in_eager() -> None:
+    model = block()
+    expected = model(X)
+    for layer in (model.up, model.down):
+        with_plain_weight(layer)
+    with patches.transaction(*LAYER_PATCHES, reason="a test", on=[model.up, model.down], force=True):
+        assert torch.equal(compiled(model)(X), expected)
+        assert torch.equal(model(X), expected)
+
+
+def test_applied_after_compilation() -> None:
+    model = block()
+    run = compiled(model)
+    expected = run(X)
+    with patches.transaction(*LAYER_PATCHES, reason="a test", on=[model.up], force=True):
+        assert torch.equal(run(X), expected)
+    assert torch.equal(run(X), expected)

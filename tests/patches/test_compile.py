@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import patches
+from tests.helpers.declare import declare
+
+pytestmark = pytest.mark.usefixtures("unchanged")
+
+X = torch.arange(4.0)
+
+
+def halve(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+class Child(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 3
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child()
+        self.offset = 5.0
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @classmethod
+    def shifted(cls, x: torch.Tensor) -> torch.Tensor:
+        return x - 1
+
+    @staticmethod
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @property
+    def factor(self) -> float:
+        return 7.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.child(self.doubled(self.shifted(self.inner(halve(x))))) * self.factor + self.offset
+
+
+def tenfold(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(*args, **kwargs) * 10
+
+
+TARGETS = ["halve", "Model.inner", "Model.shifted", "Model.doubled", "Model.factor", "Model.offset", "Child.forward"]
+
+
+def patch_of(target: str, model: Model, *, scoped: bool) -> tuple[patches.Patch, list[Any] | None]:
+    """The patch, and the instances to limit it to."""
+    owned = target not in ("halve", "Model.shifted", "Model.doubled")
+    decides = model.child if target == "Child.forward" else model
+    patch = declare(
+        "a",
+        f"{__name__}:{target}",
+        wrapper=tenfold,
+        traced=True,
+        kind="attribute" if target == "Model.offset" else "auto",
+        subject=None if owned else (lambda instance, args, kwargs: model),
+    )
+    return patch, [decides] if scoped else None
+
+
+def compiled(model: Model) -> Any:
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_graphs() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled_equals_eager(target: str, scoped: bool) -> None:
+    model, other = Model(), Model()
+    stock = model(X)
+    patch, on = patch_of(target, model, scoped=scoped)
+    with patches.transaction(patch, reason="a test", on=on):
+        patched = model(X)
+        assert not torch.equal(patched, stock)
+        assert torch.equal(compiled(model)(X), patched)
+        # Where the subject is always `model`, what others call is in scope too.
+        expected = other(X)
+        assert torch.equal(compiled(other)(X), expected)
+        assert torch.equal(expected, stock) == (scoped and patch.subject is None)
+
+
+@pytest.mark.parametrize("scoped", [False, True])
+@pytest.mark.parametrize("target", TARGETS)
+def test_applied_and_undone_after_compilation(target: str, scoped: bool) -> None:
+    model = Model()
+    run = compiled(model)
+    stock = run(X)
+    patch, on = patch_of(target, model, scoped=scoped)
+    for _ in range(2):
+        with patches.transaction(patch, reason="a test", on=on) as tx:
+            assert torch.equal(run(X), model(X))
+            assert not torch.equal(run(X), stock)
+            patches.disable("fake.a")
+            assert torch.equal(run(X), stock)
+            patches.enable("fake.a")
+            assert not torch.equal(run(X), stock)
+            tx.commit()
+        patches.revert("fake.a")
+        assert torch.equal(run(X), stock)
+
+
+def test_a_second_scope_is_traced_too() -> None:
+    first, second = Model(), Model()
+    patch, _ = patch_of("Model.inner", first, scoped=True)
+    run = compiled(second)
+    with patches.transaction(patch, reason="a test", on=[first]):
+        stock = run(X)
+        with patches.transaction(patch, reason="a test", on=[second]):
+            assert torch.equal(run(X), first(X))
+        assert torch.equal(run(X), stock)
+
+
+def test_a_copy_rewritten_after_compilation_is_traced_anew() -> None:
+    patch = declare("a", f"{__name__}:halve", wrapper=tenfold, traced=True, aliases="rewrite")
+    model = Model()
+    run = compiled(model)
+    stock = run(X)
+    with patches.transaction(patch, reason="a test"):
+        assert torch.equal(run(X), model(X))
+        assert not torch.equal(run(X), stock)
+    assert torch.equal(run(X), stock)
+
+
+def count_compilations(change: Any) -> int:
+    model, graphs = Model(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(model, backend=backend)
+    run(X)
+    change(model)
+    run(X)
+    return len(graphs)
+
+
+def test_graphs_are_kept_where_nothing_that_they_see_changes() -> None:
+    def apply_untraced(model: Model) -> None:
+        with patches.transaction(declare("a", f"{__name__}:Unrelated.run"), reason="a test"):
+            pass
+
+    assert count_compilations(apply_untraced) == 1
+
+
+def test_graphs_are_dropped_where_it_does() -> None:
+    def apply_traced(model: Model) -> None:
+        with patches.transaction(patch_of("Model.inner", model, scoped=False)[0], reason="a test"):
+            pass
+
+    assert count_compilations(apply_traced) == 2
+
+
+class Unrelated:
+    def run(self) -> int:
+        return 1
+
+
+WITHOUT_DYNAMO = """
+import sys, patches
+from patches.compiled import drop_stale_graphs
+drop_stale_graphs()
+patch = patches.Patch(id="a.b", target="json:dumps", wrapper=lambda w, i, a, k: "!", reason="a test", traced=True)
+with patches.transaction(patch, reason="a test"):
+    import json
+    assert json.dumps(1) == "!"
+assert not [name for name in sys.modules if name.partition(".")[0] == "torch"]
+"""
+
+
+def test_torch_is_not_imported_for_it() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DYNAMO], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr

@@ -1,0 +1,130 @@
+"""Disabling without undoing, and counting calls."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+import patches
+from tests.helpers.declare import FUNCTIONS, LAYERS, declare
+from tests.helpers.fake_upstream import functions, layers, values
+from tests.helpers.snapshot import Snapshot
+
+SCALE = f"{FUNCTIONS}:scale"
+
+pytestmark = pytest.mark.usefixtures("unchanged")
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_disabled_patch_stays_where_it_is_and_lets_calls_through(traced: bool, unchanged: Snapshot) -> None:
+    with patches.transaction(declare("a", SCALE, traced=traced), declare("b", SCALE), reason="a test") as tx:
+        installed = functions.scale
+        assert patches.disable("fake.a") == tx.receipts[:1]
+        assert functions.scale is installed
+        assert functions.scale(2) == ("b", 4)
+        assert [(row.id, row.state) for row in patches.audit()] == [("fake.a", "disabled"), ("fake.b", "active")]
+        assert patches.active() == tx.receipts
+        assert patches.disable("fake.a") == []
+        assert patches.enable("fake.a") == tx.receipts[:1]
+        assert functions.scale(2) == ("b", ("a", 4))
+        assert tx.receipts[0].state == "active"
+    assert unchanged.differences() == []
+
+
+def test_one_receipt_of_two_can_be_disabled() -> None:
+    patch, one, two = declare("a", f"{LAYERS}:Base.forward"), layers.Base(), layers.Base()
+    with (
+        patches.transaction(patches.on(patch, [one]), reason="a") as first,
+        patches.transaction(patches.on(patch, [two]), reason="b"),
+    ):
+        patches.disable(*first.receipts)
+        assert one.forward(1) == ("Base", 1)
+        assert two.forward(1) == ("a", ("Base", 1))
+
+
+def test_a_disabled_value_is_back_until_it_is_enabled() -> None:
+    with patches.transaction(declare("a", f"{values.__name__}:LIMIT", kind="value"), reason="a test"):
+        patches.disable("fake.a")
+        assert values.LIMIT == 3
+        patches.enable("fake.a")
+        assert values.LIMIT == ("a", 3)
+        patches.disable("fake.a")
+    assert values.LIMIT == 3
+
+
+def test_a_value_that_somebody_else_has_replaced_cannot_be_disabled() -> None:
+    with patches.transaction(declare("a", f"{values.__name__}:LIMIT", kind="value"), reason="a test") as tx:
+        ours, values.LIMIT = values.LIMIT, 99
+        with pytest.raises(patches.UndoError):
+            patches.disable(*tx.receipts)
+        assert values.LIMIT == 99
+        values.LIMIT = ours
+        patches.enable(*tx.receipts)
+        assert values.LIMIT == ("a", 3)
+
+
+def test_what_is_not_active_cannot_be_disabled() -> None:
+    with pytest.raises(patches.NotActiveError, match="active: none"):
+        patches.disable("fake.a")
+
+
+def test_the_ledger_has_it() -> None:
+    before = len(patches.LEDGER.entries)
+    with patches.transaction(declare("a", SCALE), reason="a test"):
+        patches.disable("fake.a")
+    assert [entry.state for entry in patches.LEDGER.entries[before:]] == ["active", "disabled", "reverted"]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_calls_are_counted_if_asked_for(traced: bool) -> None:
+    patch, covered = declare("a", f"{LAYERS}:Base.forward", traced=traced), layers.Base()
+    with patches.transaction(patch, reason="a", on=[covered]) as plain:
+        with patches.transaction(patch, reason="b", on=[covered], count_calls=True) as counting:
+            for instance in (covered, covered, layers.Base()):
+                instance.forward(1)
+            patches.disable("fake.a")
+            covered.forward(1)
+            assert (plain.receipts[0].calls, counting.receipts[0].calls) == (None, 2)
+            assert [row.calls for row in patches.audit()] == [None, 2]
+            assert str(patches.audit()).splitlines()[0].split()[-1] == "calls"
+    assert counting.receipts[0].calls == 2
+
+
+def test_a_second_count_starts_at_nought() -> None:
+    patch = declare("a", SCALE)
+    with patches.transaction(patch, reason="a", count_calls=True) as first:
+        functions.scale(1)
+        with patches.transaction(patch, reason="b", count_calls=True) as second:
+            functions.scale(1)
+        assert (first.receipts[0].calls, second.receipts[0].calls) == (2, 1)
+
+
+def test_no_call_from_a_thread_is_lost() -> None:
+    def call() -> None:
+        for _ in range(2000):
+            functions.scale(1)
+
+    with patches.transaction(declare("a", SCALE), reason="a test", count_calls=True) as tx:
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert tx.receipts[0].calls == 8000
+
+
+def test_uncounted_calls_run_the_wrapper_itself() -> None:
+    seen: list[Any] = []
+
+    def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        import sys
+
+        seen.append(sys._getframe(1).f_code.co_name)
+        return wrapped(*args, **kwargs)
+
+    for count in (False, True):
+        with patches.transaction(declare("a", SCALE, wrapper=wrapper), reason="a test", count_calls=count):
+            functions.scale(1)
+    assert seen == ["call", "counted"]

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import patches
+from patches.cli import app
+from tests.helpers.declare import FUNCTIONS, LAYERS, declare
+from tests.helpers.fake_upstream import layers
+
+WORKER = f"""
+import os, sys
+import patches
+from tests.helpers.declare import declare
+chosen = [declare(tag, "{FUNCTIONS}:" + name) for tag, name in (argument.split("=") for argument in sys.argv[1:])]
+with patches.transaction(*chosen, reason="work") as tx:
+    tx.commit()
+"""
+
+
+def run_worker(folder: Path, *arguments: str, program: str = WORKER, **environment: str) -> None:
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        check=True,
+        timeout=60,
+        env={**os.environ, "PATCHES_JOURNAL": str(folder), **environment},
+    )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def audit(folder: Path, *arguments: str) -> tuple[int, str]:
+    ran = CliRunner().invoke(app, ["audit", "--journal", str(folder), *arguments])
+    return ran.exit_code, ran.stdout
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "not" / "there" / "yet"
+    monkeypatch.setenv("PATCHES_JOURNAL", str(folder))
+    return folder
+
+
+def test_every_change_of_state_is_a_line(journal: Path) -> None:
+    assert not journal.exists()
+    with patches.transaction(declare("noted", f"{FUNCTIONS}:scale"), reason="a test"):
+        patches.disable("fake.noted")
+    (file,) = journal.iterdir()
+    assert file.name.endswith(f"-{os.getpid()}.jsonl")
+    written = lines(file)
+    assert [line["state"] for line in written] == ["active", "disabled", "reverted"]
+    assert {(line["id"], line["reason"], line["scope"]) for line in written} == {("fake.noted", "a test", "process")}
+    assert len({line["session"] for line in written}) == 1
+
+
+def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PATCHES_JOURNAL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with patches.transaction(declare("silent", f"{FUNCTIONS}:scale"), reason="a test"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    journal = patches.journal.Journal(list)
+    monkeypatch.setenv("PATCHES_JOURNAL", str(tmp_path / "file" / "folder"))
+    with caplog.at_level(logging.WARNING):
+        journal.write({})
+        journal.write({})
+    assert [record.name for record in caplog.records] == ["patches.journal"]
+    assert "not in the journal" in caplog.text
+
+
+def test_a_forked_child_has_a_file_of_its_own_with_what_it_inherited(tmp_path: Path) -> None:
+    program = WORKER + (
+        "child = os.fork()\nif child == 0:\n    patches.revert('fake.a')\n    os._exit(0)\nos.waitpid(child, 0)\n"
+    )
+    run_worker(tmp_path, "a=scale", "b=describe", program=program)
+    files = sorted(tmp_path.iterdir(), key=lambda file: len(lines(file)))
+    assert [[(line["id"], line["state"]) for line in lines(file)] for file in files] == [
+        [("fake.a", "active"), ("fake.b", "active")],
+        [("fake.a", "active"), ("fake.b", "active"), ("fake.a", "reverted")],
+    ]
+    code, text = audit(tmp_path)
+    assert code == 1
+    assert "fake.a differs" in text
+    assert "fake.b differs" not in text
+
+
+def test_processes_that_patch_the_same_are_alike(tmp_path: Path) -> None:
+    run_worker(tmp_path, "a=scale", "b=describe", RANK="0", WORLD_SIZE="2")
+    run_worker(tmp_path, "b=describe", "a=scale", RANK="1", WORLD_SIZE="2")
+    code, text = audit(tmp_path)
+    assert code == 0
+    header, *rows = text.splitlines()
+    assert header.index("rank 0") < header.index("rank 1")
+    assert [row.split()[0] for row in rows] == ["fake.a", "fake.b"]
+    assert all(row.count("active (process)") == 2 for row in rows)
+
+
+def test_processes_that_differ_are_named(tmp_path: Path) -> None:
+    run_worker(tmp_path, "a=scale", "b=describe", RANK="0", WORLD_SIZE="2")
+    run_worker(tmp_path, "a=scale", RANK="1", WORLD_SIZE="2")
+    code, text = audit(tmp_path)
+    assert code == 1
+    (difference,) = [line for line in text.splitlines() if "differs" in line]
+    assert difference.startswith("fake.b differs: active, process, needed")
+    assert "not active in rank 1" in difference
+    code, text = audit(tmp_path, "--json")
+    assert code == 1
+    facts = json.loads(text)
+    assert [process["rank"] for process in facts["processes"]] == [0, 1]
+    assert [difference["id"] for difference in facts["differences"]] == ["fake.b"]
+
+
+def test_a_rank_that_wrote_nothing_is_missed(tmp_path: Path) -> None:
+    run_worker(tmp_path, "a=scale", RANK="0", WORLD_SIZE="2")
+    code, text = audit(tmp_path)
+    assert code == 1
+    assert "no journal in rank 1" in text
+
+
+def test_how_many_instances_there_are_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patch = declare("some", f"{LAYERS}:Base.forward")
+    for host, count in (("one", 1), ("two", 2)):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setenv("PATCHES_JOURNAL", str(tmp_path))
+        instances = [layers.Base() for _ in range(count)]
+        with patches.transaction(patch, reason="a test", on=instances):
+            monkeypatch.delenv("PATCHES_JOURNAL")
+    code, text = audit(tmp_path)
+    assert "active (instances)" in text
+    assert code == 0
+
+
+def test_of_two_processes_with_one_id_the_last_counts(tmp_path: Path) -> None:
+    run_worker(tmp_path, "old=scale")
+    (file,) = tmp_path.iterdir()
+    old = lines(file)[0]
+    with file.open("a") as appended:
+        appended.write(json.dumps({**old, "session": "later", "id": "fake.new"}) + "\n")
+    text = audit(tmp_path)[1]
+    assert "fake.new" in text
+    assert "fake.old" not in text
+
+
+def test_a_line_cut_short_is_left_out_and_a_broken_one_is_refused(tmp_path: Path) -> None:
+    run_worker(tmp_path, "a=scale")
+    (file,) = tmp_path.iterdir()
+    whole = file.read_text()
+    file.write_text(whole + whole[:40])
+    assert "fake.a" in audit(tmp_path)[1]
+    file.write_text(whole[:40] + "\n" + whole)
+    with pytest.raises(patches.JournalError, match=r"jsonl:1 is not a line of a journal"):
+        patches.read_journals(tmp_path)
+
+
+def test_a_folder_without_a_journal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(patches.JournalError, match="PATCHES_JOURNAL="):
+        patches.read_journals(tmp_path)

@@ -1,0 +1,94 @@
+"""A library's own tests, run in a process of their own, and what became of each."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .releases import environment
+
+__all__ = ["Suite", "SuiteError", "differences", "extract", "run"]
+
+
+class SuiteError(Exception):
+    """pytest wrote no results, or the tests could not be extracted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """The outcomes of one run."""
+
+    outcomes: Mapping[str, str]
+    """Test -> passed, failed, error or skipped."""
+    header: tuple[str, ...]
+    """What the run said about patches."""
+
+    def __str__(self) -> str:
+        found = list(self.outcomes.values())
+        counts = ", ".join(f"{found.count(word)} {word}" for word in sorted(set(found)))
+        return f"{len(found)} tests: {counts or 'none ran'}"
+
+
+def extract(source: Path, ref: str, folder: Path) -> Path:
+    """The folder below `folder` with `tests/` of a git repository (with or without a work tree) as of `ref`.
+
+    The tests alone: beside them the library's source, not built, would be imported in place of the installed one.
+    """
+    place = folder / f"{source.resolve().name}-tests-{ref.replace('/', '-')}"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    git = ["git", "-C", str(source), "archive", ref, "tests"]
+    ran = subprocess.run(git, capture_output=True)
+    if ran.returncode:
+        raise SuiteError(f"{source} has no tests as of {ref}: {ran.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(ran.stdout)) as archive:
+        archive.extractall(place, filter="data")
+    # Makes this the root, and replaces options of the library's own that need plugins or a coverage tool.
+    (place / "pytest.ini").write_text("[pytest]\n")
+    return place
+
+
+def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: Iterable[Path]) -> Suite:
+    """Run pytest in `place`, under these patches if any; what is in the folders `beside` can be imported too.
+
+    Raises SuiteError where there is no result for any test.
+    """
+    report = place.resolve() / f"{'patched' if ids else 'stock'}.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--verbosity=0", "-p", "no:cacheprovider", *arguments]
+    command += ["--junit-xml", str(report), "--patches", ",".join(ids)]
+    ran = subprocess.run(command, cwd=place, env=environment(beside), capture_output=True, text=True)
+    if not report.exists():
+        raise SuiteError(f"pytest exited with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}")
+    header = tuple(line for line in ran.stdout.splitlines() if line.startswith("patches: "))
+    return Suite(outcomes=_outcomes(report), header=header)
+
+
+def differences(stock: Suite, patched: Suite) -> list[tuple[str, str, str]]:
+    """`(test, outcome without patches, outcome with them)` wherever the two are not the same."""
+    tests = sorted(stock.outcomes.keys() | patched.outcomes.keys())
+    pairs = [(test, stock.outcomes.get(test, "absent"), patched.outcomes.get(test, "absent")) for test in tests]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _outcomes(report: Path) -> dict[str, str]:
+    # Python's expat refuses entity bombs since 2.4.1, and pytest has written the file a moment ago.
+    root = ET.parse(report).getroot()  # noqa: S314
+    found: dict[str, str] = {}
+    for case in root.iter("testcase"):
+        test = f"{case.get('classname')}::{case.get('name')}"
+        words = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
+        # A test that fails and then fails again in its teardown is listed twice.
+        found[test] = "+".join(filter(None, (found.get(test), _word(words)))) if test in found else _word(words)
+    return found
+
+
+def _word(tags: Sequence[str]) -> str:
+    return {"failure": "failed"}.get(tags[0], tags[0]) if tags else "passed"

@@ -1,0 +1,81 @@
+"""What `patches check` says under one combination of releases, asked in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .releases import Release, environment
+
+__all__ = ["Outcome", "check"]
+
+_TIMEOUT: Final = 600
+
+# The library's own exception, rather than what becomes of it in some probe.
+_IMPORT: Final = """
+import importlib, sys
+try:
+    importlib.import_module(sys.argv[1])
+except Exception as error:
+    print(f"{type(error).__name__}: {error}".splitlines()[0])
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The verdicts under one combination, or why there are none."""
+
+    releases: tuple[Release, ...]
+    verdicts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """id -> {"verdict", "why"}."""
+    not_importable: Mapping[str, str] = field(default_factory=dict)
+    """Distribution -> the exception that importing it raises."""
+    failure: str = ""
+    """Why `patches check` gave no verdicts at all: a fault of ours, whatever the releases are."""
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.releases))
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The distributions that the combination chooses."""
+        return frozenset(release.name for release in self.releases)
+
+    def version(self, name: str) -> str:
+        """The version of a distribution in this combination."""
+        return next(release.version for release in self.releases if release.name == name)
+
+
+def check(releases: Sequence[Release], folders: Iterable[Path], ids: Sequence[str]) -> Outcome:
+    """Run `patches check --json` for these ids where `folders` come before what is installed."""
+    variables = environment(folders)
+    broken = {release.name: _import_error(release.name, variables) for release in releases}
+    broken = {name: error for name, error in broken.items() if error}
+    ran = _run(["-m", "patches", "check", *ids, "--json"], variables)
+    if ran.returncode not in (0, 1):  # 1: some verdict is not to be trusted, which is what we are here to see
+        failure = f"exit code {ran.returncode}: {ran.stderr.strip()[-500:]}"
+        return Outcome(releases=tuple(releases), not_importable=broken, failure=failure)
+    return Outcome(releases=tuple(releases), not_importable=broken, verdicts=_by_id(ran.stdout))
+
+
+def _import_error(name: str, variables: Mapping[str, str]) -> str:
+    ran = _run(["-c", _IMPORT, name], variables)
+    if ran.returncode:
+        return f"the interpreter exits with {ran.returncode}"
+    return ran.stdout.strip().split("\n")[-1]
+
+
+def _by_id(text: str) -> dict[str, dict[str, str]]:
+    # bitsandbytes 0.43 to 0.45 print a warning on standard output when they are imported without a GPU.
+    rows: list[dict[str, Any]] = json.loads(text[text.index("[\n") :])
+    return {row["id"]: {"verdict": row["verdict"], "why": row["why"]} for row in rows}
+
+
+def _run(arguments: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_TIMEOUT)

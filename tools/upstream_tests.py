@@ -1,0 +1,64 @@
+"""Run a library's own tests twice, as they are and with every built-in patch active, and compare test by test.
+
+    git clone https://github.com/huggingface/peft build/peft
+    python tools/upstream_tests.py build/peft v0.20.0 -- tests/test_custom_models.py -k "Vanilla and LoRA"
+
+What follows `--` goes to pytest. Only `tests/` of the repository is used, as of the given tag or commit, on the installed
+release. What these tests import and this project does not can be put into folders of their own (`--beside`). The exit
+code is 1 where any test ends differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from patches.builtin import BUILTIN
+from upstream.suites import Suite, differences, extract, run
+
+_FOLDER: Final = Path("build/upstream")
+
+
+def main() -> int:
+    """Run, compare, print; returns the exit code."""
+    options = _parse()
+    place = extract(options.source, options.ref, _FOLDER)
+    stock = _timed("stock", place, options, ids=())
+    patched = _timed("patched", place, options, ids=options.ids)
+    print("\n".join(patched.header))
+    found = differences(stock, patched)
+    for test, without, under in found:
+        print(f"DIFFERS {test}: {without} without patches, {under} with them")
+    print(f"{len(found)} of {len(stock.outcomes.keys() | patched.outcomes.keys())} tests end differently")
+    return 1 if found or not stock.outcomes else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a git repository, with or without a work tree")
+    parser.add_argument("ref", help="the tag or commit whose tests to run")
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="a folder to import from; repeatable")
+    parser.add_argument("--ids", nargs="+", default=list(BUILTIN), help="patches, if not every built-in one")
+    # argparse gives a positional argument nothing once options have come between it and the others.
+    ours, for_pytest = _partition(sys.argv[1:], "--")
+    return parser.parse_args(ours, argparse.Namespace(pytest=for_pytest))
+
+
+def _partition(arguments: list[str], separator: str) -> tuple[list[str], list[str]]:
+    position = arguments.index(separator) if separator in arguments else len(arguments)
+    return arguments[:position], arguments[position + 1 :]
+
+
+def _timed(name: str, place: Path, options: argparse.Namespace, *, ids: Sequence[str]) -> Suite:
+    began = time.monotonic()
+    suite = run(place, options.pytest, ids=ids, beside=options.beside)
+    print(f"{name}: {suite} ({time.monotonic() - began:.0f} s)", flush=True)
+    return suite
+
+
+if __name__ == "__main__":
+    sys.exit(main())
