@@ -48,7 +48,7 @@ _Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `p
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
-    typer.Option("--import", metavar="MODULE", help="Import this first, and so see what it patches. Repeatable."),
+    typer.Option("--import", metavar="MODULE", help="Import this first, for what it patches or registers. Repeatable."),
 ]
 
 
@@ -78,8 +78,10 @@ def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint
 
 
 @app.command()
-def check(selectors: _Selectors = None, as_json: _AsJson = False) -> None:
+def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJson = False) -> None:
     """Say of each patch whether the installed versions need it.
+
+    A patch that no entry point offers is known once its module is imported: `--import my_project.patches`.
 
     needed: the defect is there. obsolete: it is not; a transaction skips the patch. unknown: the versions are
     outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
@@ -87,6 +89,8 @@ def check(selectors: _Selectors = None, as_json: _AsJson = False) -> None:
 
     Exits with 1 where a patch is unknown or incompatible.
     """
+    for module in modules or ():
+        import_first(module)
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
     rows = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
     if as_json:

@@ -36,7 +36,7 @@ def find_foreign(place: Place) -> tuple[str, ...]:
         return ()
     file, path = _origin(place)
     try:
-        defined = definitions(file, path) if file else []
+        defined = definitions(file, path) if file else ()
     except NoSourceError:
         return ()
     links = chain(place.own)
@@ -72,14 +72,14 @@ def _compare_signature(patch: Patch, place: Place) -> Sequence[str]:
     return (f"its signature has changed: it is {found}, expected {patch.signature}",)
 
 
-def _origin(place: Place) -> tuple[str, list[str]]:
+def _origin(place: Place) -> tuple[str, tuple[str, ...]]:
     """The source file that defines the owner, and the path to the target inside it; no file where none does."""
     if isinstance(place.owner, ModuleType):
-        return _file_of(place.owner), [place.name]
+        return _file_of(place.owner), (place.name,)
     if not isinstance(place.owner, type) or "<locals>" in place.owner.__qualname__:
-        return "", []
+        return "", ()
     module = sys.modules.get(place.owner.__module__)
-    return _file_of(module), [*place.owner.__qualname__.split("."), place.name]
+    return _file_of(module), (*place.owner.__qualname__.split("."), place.name)
 
 
 def _file_of(module: ModuleType | None) -> str:

@@ -6,7 +6,7 @@ import enum
 import itertools
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -201,7 +201,7 @@ class Ledger:
 
 def _line(entry: Entry) -> dict[str, object]:
     """An entry as the journal has it."""
-    return {**asdict(entry), "time": entry.time.isoformat()}
+    return {**vars(entry), "time": entry.time.isoformat()}
 
 
 def caller() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 __all__ = ["parse_signature", "same_parameters"]
 
 
+@functools.cache
 def parse_signature(text: str) -> inspect.Signature:
     """`(self, x, *, by=2)`, parsed without evaluating anything: a default is there or not, whatever it is.
 

@@ -6,7 +6,7 @@ import ast
 import functools
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -58,16 +58,18 @@ def fingerprint(place: Place) -> str:
         raise NoSourceError(f"{subject!r} has no Python source") from error
 
 
-def definitions(file: str, path: Sequence[str]) -> list[ast.AST]:
-    """Every definition of `path` (`["Class", "method"]`) in a source file, such as one a branch of an `if`.
+@functools.cache
+def definitions(file: str, path: tuple[str, ...]) -> tuple[ast.AST, ...]:
+    """Every definition of `path` (`("Class", "method")`) in a source file, such as one a branch of an `if`.
 
-    Functions and classes; the statements that import it or assign to it too. Raises NoSourceError.
+    Functions and classes; the statements that import it or assign to it too. Kept for each file and path. Raises
+    NoSourceError.
     """
     scopes: list[ast.AST] = [_parse_file(file)]
     for name in path[:-1]:
         inner = [node for scope in scopes for node in _statements(scope) if name in _names(node)]
         scopes = [node for node in inner if isinstance(node, ast.ClassDef)]
-    return [node for scope in scopes for node in _statements(scope) if path[-1] in _names(node)]
+    return tuple(node for scope in scopes for node in _statements(scope) if path[-1] in _names(node))
 
 
 def _next(found: Any) -> Any:

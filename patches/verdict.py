@@ -24,13 +24,13 @@ class VerdictKind(enum.StrEnum):
     NEEDED = "needed"
     """The defect is there: the probe sees it inside the window, or there is no probe and it is inside."""
     OBSOLETE = "obsolete"
-    """The probe does not see the defect."""
+    """The probe does not see the defect; or the target does not exist, in a version outside the window."""
     UNKNOWN = "unknown"
     """Outside the window, and neither a probe nor the fingerprint of the source can say more; or the probe raised;
     or the source or the signature is another; or somebody else's patch is there, and the patch does not allow it.
     """
     INCOMPATIBLE = "incompatible"
-    """A distribution is not installed, or the target does not resolve."""
+    """A distribution is not installed; or the target does not resolve, in a version that the patch is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ def judge(patch: Patch, resolve: Callable[[str, str], Place]) -> Verdict:
     try:
         place = resolve(patch.target, patch.kind)
     except TargetError as error:
-        return Verdict(kind=VerdictKind.INCOMPATIBLE, why=str(error))
+        # Code that is not there has no defect, in a version that was never known to have it.
+        kind = VerdictKind.OBSOLETE if window.outside else VerdictKind.INCOMPATIBLE
+        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
     seen = None if patch.probe is None else _run_probe(patch)
     drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else find_foreign(place)
     if seen is not False and (drift or foreign):

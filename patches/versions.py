@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
+from typing import Final
 
 __all__ = ["Window", "compare", "distributions_of", "installed_version", "owner_of", "parse_specifier"]
 
@@ -56,8 +53,6 @@ def parse_specifier(window: str) -> None:
 
 def compare(requires: Mapping[str, str]) -> Window:
     """Hold every distribution against its window. Pre-releases and local versions count too."""
-    from packaging.specifiers import SpecifierSet
-
     missing: list[str] = []
     outside: list[str] = []
     inside: list[str] = []
@@ -66,17 +61,26 @@ def compare(requires: Mapping[str, str]) -> Window:
         version = installed_version(distribution)
         if version is None:
             missing.append(distribution)
-        elif SpecifierSet(window).contains(version, prereleases=True):
+        elif _contains(window, version):
             inside.append(f"{distribution} {version} is in {window or 'any version'}")
         else:
             outside.append(f"{distribution} {version} is not in {window}")
-            since = since or _past(distribution, version, SpecifierSet(window))
+            since = since or _past(distribution, version, window)
     return Window(missing=tuple(missing), outside=tuple(outside), inside=tuple(inside), since=since)
 
 
-def _past(distribution: str, version: str, window: SpecifierSet) -> str:
-    """Which end of the window the version is past, or nothing: `peft 0.12`, or `the version after peft 0.12`."""
-    for end in window:
+@cache
+def _contains(window: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(window).contains(version, prereleases=True)
+
+
+def _past(distribution: str, version: str, window: str) -> str:
+    """Which end of the window the version is past, or nothing: `peft 0.12`, or `a version after peft 0.12`."""
+    from packaging.specifiers import SpecifierSet
+
+    for end in SpecifierSet(window):
         if end.operator in ("<", "<=") and not end.contains(version, prereleases=True):
             return f"{'' if end.operator == '<' else 'a version after '}{distribution} {end.version}"
     return ""

@@ -9,7 +9,7 @@ from typing import ParamSpec
 
 import typer
 
-from patches.errors import PatchError
+from patches import PatchError
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune

@@ -6,6 +6,7 @@ of the library and what to choose instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from surgery.errors import ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["check_adapter", "check_precision", "check_sharding", "check_units", "check_world"]
+__all__ = ["check_adapter", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
 
 #: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
 WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
@@ -75,6 +76,22 @@ def check_precision(quant: Quant, shard: FSDP1 | None, dtype: torch.dtype) -> No
         f"mixed_precision.param_dtype={cast} with quant_storage={storage}: FSDP1 would cast packed 4-bit data as if it "
         f"were numbers, and training would go on with garbage. Use param_dtype=None, or quant_storage={cast}"
     )
+
+
+def check_ties(shard: FSDP1 | None, tied: Mapping[str, tuple[str, ...]], world_size: int) -> None:
+    """FSDP1 loses track of a tied parameter from the second forward on, where it keeps parameters and shards nothing.
+
+    `tied` is first FQN -> aliases, of the whole model. One rank is as unsharded as strategy no-shard.
+    """
+    names = [name for name, aliases in tied.items() if aliases]
+    if shard is None or not shard.use_orig_params or not names:
+        return
+    if shard.strategy == "no-shard" or world_size == 1:
+        raise ConfigError(
+            f"{names[0]} is tied to {tied[names[0]][0]}, which FSDP1 cannot handle with use_orig_params=True while it "
+            f"shards nothing ({'strategy no-shard' if world_size > 1 else 'one rank'}): its second forward fails. Use "
+            "use_orig_params=False, or a sharding strategy on two ranks or more"
+        )
 
 
 def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtype: torch.dtype) -> None:

@@ -180,6 +180,8 @@ class QLoRA:
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
             assignments = plan_weights(model, checkpoint.index)
             chosen = quantizable(model, self.quant.skip_modules)
+            tied = tied_parameters(model)
+            guards.check_ties(self.shard, tied, self.ranks.world_size)
             if self.lora is not None:
                 check_targets(model, self.lora)
         quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
@@ -190,7 +192,7 @@ class QLoRA:
                 reader=reader,
                 quantizer=quantizer,
                 residence=self._residence,
-                tied=tied_parameters(model),
+                tied=tied,
                 transposed=transposed(chosen),
             )
             return Pipeline(

@@ -125,7 +125,9 @@ def measure_calls() -> list[Row]:
             ],
             CALLS,
         )
-    unchanged = all(one is other for one, other in zip(original, (vars(Traced)["run"], vars(Wrapped)["run"]), strict=True))
+    unchanged = all(
+        one is other for one, other in zip(original, (vars(Traced)["run"], vars(Wrapped)["run"]), strict=True)
+    )
     return [
         _ratio("traced patch / closure by hand", ours_traced, closure, stock, 1.3),
         _ratio("wrapt patch / bare FunctionWrapper", ours_wrapt, bare_wrapt, stock, 1.2),
@@ -165,7 +167,9 @@ def measure_import() -> Row:
             taken.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     wrapt_alone, both = (1000 * statistics.median(taken) for taken in samples.values())
     against = f"{both:.0f} and {wrapt_alone:.0f} ms"
-    return Row(what="import patches above import wrapt", value=both - wrapt_alone, unit=" ms", against=against, limit=60)
+    return Row(
+        what="import patches above import wrapt", value=both - wrapt_alone, unit=" ms", against=against, limit=60
+    )
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
@@ -176,7 +180,9 @@ def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instea
     else:
         for row in rows:
             mark = "ok  " if row.within else "OVER"
-            print(f"{mark}  {row.what:40}  {row.value:6.2f}{row.unit:3}  limit {row.limit:g}{row.unit:3}  {row.against}")
+            print(
+                f"{mark}  {row.what:40}  {row.value:6.2f}{row.unit:3}  limit {row.limit:g}{row.unit:3}  {row.against}"
+            )
     if not all(row.within for row in rows):
         raise typer.Exit(1)
 

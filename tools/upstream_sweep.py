@@ -3,9 +3,9 @@
     python tools/upstream_sweep.py                                         # the whole sweep: docs/compatibility.md
     python tools/upstream_sweep.py --pair 0.11.1 0.43.0 --output -         # one combination: peft, bitsandbytes
 
-Releases are installed below `build/upstream`, without their dependencies, and stay there: 5 GB for the whole sweep, most
-of it bitsandbytes. A combination takes about 15 seconds. The exit code is 1 where `patches check` failed, or where a
-probe sees a defect that the version window of its patch leaves out.
+Releases are installed below `build/upstream`, without their dependencies, and stay there: 3 GB for the whole sweep,
+most of it bitsandbytes. A combination takes about 15 seconds. The exit code is 1 where `patches check` failed, or
+where a probe sees a defect that the version window of its patch leaves out.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from upstream.report import contradictions, page
 from upstream.verdicts import Outcome, check
 
 # The last release of each minor version, and both sides of every change that a window is drawn at.
+# fmt: off
 PEFT: Final = (
-    ("0.6.2", "0.7.0", "0.9.0", "0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0", "0.15.2", "0.16.0", "0.17.1")
-    + ("0.18.1", "0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2")
-)  # fmt: skip
+    "0.6.2", "0.7.0", "0.9.0", "0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0", "0.15.2", "0.16.0", "0.17.1", "0.18.1",
+    "0.19.1", "0.20.0", "0.21.0", "0.21.1", "0.21.2",
+)
 BITSANDBYTES: Final = (
-    ("0.43.0", "0.43.3", "0.44.1", "0.45.5", "0.46.1", "0.47.0", "0.48.2", "0.49.0", "0.49.2", "0.50.0", "0.50.2")
-)  # fmt: skip
+    "0.43.0", "0.43.3", "0.44.1", "0.45.5", "0.46.1", "0.47.0", "0.48.2", "0.49.0", "0.49.2", "0.50.0", "0.50.2",
+)
+# fmt: on
 OLD_PAIRS: Final = (("0.7.0", "0.43.0"), ("0.11.1", "0.43.0"), ("0.11.1", "0.47.0"), ("0.12.0", "0.46.1"))
 
 # PEFT 0.16 and 0.17 import names that transformers 5 no longer has. It needs its own hub client.

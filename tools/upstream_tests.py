@@ -3,9 +3,9 @@
     git clone https://github.com/huggingface/peft build/peft
     python tools/upstream_tests.py build/peft v0.20.0 -- tests/test_custom_models.py -k "Vanilla and LoRA"
 
-What follows `--` goes to pytest. Only `tests/` of the repository is used, as of the given tag or commit, on the installed
-release. What these tests import and this project does not can be put into folders of their own (`--beside`). The exit
-code is 1 where any test ends differently.
+What follows `--` goes to pytest. Only `tests/` of the repository is used, as of the given tag or commit, on the
+installed release. What these tests import and this project does not can be put into folders of their own (`--beside`).
+The exit code is 1 where any test ends differently.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
@@ -35,7 +36,7 @@ class Bisection:
         terminalreporter.section("patches bisect")
         for nodeid in self._failed:
             before = self._rerun.count
-            found = explain(self._session_patches.ids, lambda ids, test=nodeid: self._rerun.fails(test, ids))
+            found = explain(self._session_patches.ids, partial(self._rerun.fails, nodeid))
             terminalreporter.line(f"{nodeid}: {found} ({self._rerun.count - before} runs)")
 
 

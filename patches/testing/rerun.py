@@ -39,7 +39,13 @@ class Rerun:
         where = self._config.invocation_params.dir
         try:
             ran = subprocess.run(  # noqa: S603 - the command that runs already, again
-                command, cwd=where, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=_TIMEOUT, check=False
+                command,
+                cwd=where,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=_TIMEOUT,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise RerunError(f"it took longer than {_TIMEOUT} seconds") from error

@@ -40,6 +40,7 @@ class Ranks:
             return
         with contextlib.suppress(RuntimeError):
             _store().set(self.alarm, f"{self.rank}\n{type(error).__name__}: {error}")
+            _store().check([self.alarm])  # what is set is on its way; an answer means that it has arrived
 
     def check_alarm(self) -> None:
         """Raise `PeerError` if another rank has raised the alarm. Costs a round trip to the store."""

@@ -23,7 +23,7 @@ def check_targets(model: nn.Module, lora: LoraConfig) -> None:
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-    if lora.target_parameters:
+    if getattr(lora, "target_parameters", None):  # since peft 0.17
         return
     config: Any = copy.deepcopy(lora)
     if config.target_modules is None:

@@ -19,14 +19,18 @@ class InjectedError(Exception):
     """Raised by the tests."""
 
 
+def fail_at_once(fails: bool) -> None:
+    if fails:
+        raise InjectedError("at once")
+
+
 def blocks_left(ranks: Ranks) -> list[str]:
     """How this rank leaves a block in which nothing fails, and the next, in which rank 1 fails at once."""
     left = []
     for fails in (False, True):
         try:
             with everyone(ranks, device=CPU):
-                if fails and ranks.rank == 1:
-                    raise InjectedError("at once")
+                fail_at_once(fails and ranks.rank == 1)
         except (InjectedError, PeerError) as error:
             left.append(str(error))
         else:

@@ -93,9 +93,7 @@ LAW_TARGETS: dict[str, LawTarget] = {
     f"{VALUES}:resize(mode)": LawTarget(read=lambda: values.resize("")[2], differs="resize.__defaults__"),
     f"{VALUES}:resize(pad)": LawTarget(read=lambda: values.resize("")[3], differs="resize.(pad)"),
     f"{VALUES}:OPTIONS.level": LawTarget(read=lambda: values.OPTIONS.level, differs="Options.level", fields=_VALUE),
-    f"{VALUES}:OPTIONS.describe": LawTarget(
-        read=lambda: values.OPTIONS.describe(1), differs="Options.describe"
-    ),
+    f"{VALUES}:OPTIONS.describe": LawTarget(read=lambda: values.OPTIONS.describe(1), differs="Options.describe"),
     f"{VALUES}:Box.content": LawTarget(read=_written, differs="Box.content", fields={"kind": "setter"}),
     f"{VALUES}:Case": LawTarget(read=lambda: values.Case, differs=f"{VALUES}.Case", fields={"kind": "class"}),
 }

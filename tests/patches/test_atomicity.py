@@ -43,9 +43,7 @@ def unchanged() -> Iterator[None]:
 @pytest.mark.parametrize("failing", NAMES)
 def test_nothing_is_changed(failing: str, stage: str) -> None:
     fields, kind, message = STAGES[stage]
-    made = [
-        declare(name, **{"target": f"{TARGET}.{name}", **(fields if name == failing else {})}) for name in NAMES
-    ]
+    made = [declare(name, **{"target": f"{TARGET}.{name}", **(fields if name == failing else {})}) for name in NAMES]
     if stage == "apply":
         Brittle.refusing.add(failing)
     with pytest.raises(kind, match=message) as caught:

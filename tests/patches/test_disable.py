@@ -80,15 +80,17 @@ def test_the_ledger_has_it() -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_calls_are_counted_if_asked_for(traced: bool) -> None:
     patch, covered = declare("a", f"{LAYERS}:Base.forward", traced=traced), layers.Base()
-    with patches.transaction(patch, reason="a", on=[covered]) as plain:
-        with patches.transaction(patch, reason="b", on=[covered], count_calls=True) as counting:
-            for instance in (covered, covered, layers.Base()):
-                instance.forward(1)
-            patches.disable("fake.a")
-            covered.forward(1)
-            assert (plain.receipts[0].calls, counting.receipts[0].calls) == (None, 2)
-            assert [row.calls for row in patches.audit()] == [None, 2]
-            assert str(patches.audit()).splitlines()[0].split()[-1] == "calls"
+    with (
+        patches.transaction(patch, reason="a", on=[covered]) as plain,
+        patches.transaction(patch, reason="b", on=[covered], count_calls=True) as counting,
+    ):
+        for instance in (covered, covered, layers.Base()):
+            instance.forward(1)
+        patches.disable("fake.a")
+        covered.forward(1)
+        assert (plain.receipts[0].calls, counting.receipts[0].calls) == (None, 2)
+        assert [row.calls for row in patches.audit()] == [None, 2]
+        assert str(patches.audit()).splitlines()[0].split()[-1] == "calls"
     assert counting.receipts[0].calls == 2
 
 
@@ -128,3 +130,22 @@ def test_uncounted_calls_run_the_wrapper_itself() -> None:
         with patches.transaction(declare("a", SCALE, wrapper=wrapper), reason="a test", count_calls=count):
             functions.scale(1)
     assert seen == ["call", "counted"]
+
+
+def test_compiled_code_sees_a_patch_being_disabled() -> None:
+    import torch
+
+    scale = declare("a", SCALE, traced=True, wrapper=lambda wrapped, _, args, kwargs: wrapped(*args, **kwargs) + 100)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return functions.scale(x)
+
+    one = torch.ones(())
+    with patches.transaction(scale, reason="a test", count_calls=True) as tx:
+        assert compiled(one).item() == 102
+        patches.disable("fake.a")
+        assert compiled(one).item() == 2
+        patches.enable("fake.a")
+        assert compiled(one).item() == 102
+        assert tx.receipts[0].calls == 2

@@ -45,6 +45,14 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Mo
     return make
 
 
+def around(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def foreign(*args: Any, **kwargs: Any) -> Any:
+        return stock(*args, **kwargs)
+
+    return foreign
+
+
 def fingerprint(module: ModuleType, path: str = "f", **fields: Any) -> str:
     return patches.fingerprint_of(declare("x", f"{module.__name__}:{path}", **fields))
 
@@ -132,20 +140,19 @@ def test_every_kind_has_one_and_a_wrapper_in_place_does_not_hide_it(
 @pytest.mark.parametrize("how", ["wraps", "wrapt", "partial"])
 def test_a_wrapper_of_somebody_else_does_not_hide_it(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, before = functions.scale, fingerprint(functions, "scale")
-    around = {
-        "wraps": functools.wraps(stock)(lambda *args: stock(*args)),
+    foreign = {
+        "wraps": around(stock),
         "wrapt": wrapt.FunctionWrapper(stock, declare("x", SCALE).wrapper),
         "partial": functools.partial(stock, by=3),
     }
-    monkeypatch.setattr(functions, "scale", around[how])
+    monkeypatch.setattr(functions, "scale", foreign[how])
     assert fingerprint(functions, "scale") == before
 
 
 @pytest.mark.parametrize("path", ["floor", "missing"])
 def test_what_has_no_source_has_no_fingerprint(path: str) -> None:
-    with pytest.raises(patches.TargetError, match="has no fingerprint|no attribute"):
+    with pytest.raises(patches.TargetError, match=r"has no fingerprint|no attribute"):
         fingerprint(functions, path)
-
 
 
 def right() -> str:
@@ -251,8 +258,8 @@ def test_obsolete_says_since_when(window: str, since: str) -> None:
 def replacements() -> dict[str, Any]:
     stock = functions.scale
     return {
-        "closure": lambda x, by=2: stock(x, by=by),
-        "wraps": functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs)),
+        "closure": lambda x, by=2: stock(x, by=by) + 0,
+        "wraps": around(stock),
         "wrapt": wrapt.FunctionWrapper(stock, declare("x", SCALE).wrapper),
         "partial": functools.partial(stock),
         "mock": mock.MagicMock(wraps=stock),
@@ -342,9 +349,9 @@ def test_what_upstream_itself_has_put_around_is_its_own(path: str, write: Callab
 @pytest.mark.parametrize("path", ["once", "branch", "C.static"])
 def test_one_more_wrapper_than_upstream_has_is_foreign(path: str, write: Callable[[str], ModuleType]) -> None:
     module = write(DECORATED)
-    owner = functools.reduce(getattr, path.split(".")[:-1], module)
-    stock = getattr(owner, path.split(".")[-1])
-    setattr(owner, path.split(".")[-1], functools.wraps(stock)(lambda *args: stock(*args)))
+    *parents, name = path.split(".")
+    owner = functools.reduce(getattr, parents, module)
+    setattr(owner, name, around(getattr(owner, name)))
     assert patches.verdict(declare("a", f"{module.__name__}:{path}", on_foreign="error")).foreign
 
 

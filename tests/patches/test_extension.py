@@ -21,7 +21,9 @@ def install(folder: Path, name: str = "acme-patches", version: str = "1.2") -> P
     source, wheels, site = (folder / part for part in ("source", "wheels", "site"))
     shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__"))
     project = source / "pyproject.toml"
-    text = project.read_text().replace('"acme-patches"', f'"{name}"').replace('version = "1.2"', f'version = "{version}"')
+    text = (
+        project.read_text().replace('"acme-patches"', f'"{name}"').replace('version = "1.2"', f'version = "{version}"')
+    )
     project.write_text(text)
     offline = ["--no-index", "--no-deps"]
     subprocess.run([*PIP, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, source], check=True)

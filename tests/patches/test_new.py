@@ -93,7 +93,9 @@ def test_nothing_is_written_over_and_nothing_is_written_in_part(project: Path) -
         ("my_project", "json.strict", "json:JSONEncoder", "json:JSONEncoder"),
     ],
 )
-def test_what_cannot_be_patched_is_refused(project: Path, package: str, patch_id: str, target: str, message: str) -> None:
+def test_what_cannot_be_patched_is_refused(
+    project: Path, package: str, patch_id: str, target: str, message: str
+) -> None:
     arguments = ["new", package, "--id", patch_id, "--target", target, "--root", str(project)]
     made = CliRunner().invoke(app, arguments)
     assert isinstance(made.exception, patches.PatchError)

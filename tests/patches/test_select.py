@@ -81,7 +81,7 @@ def test_a_bundle_in_itself_is_refused(registry: Registry, bundles: Bundles) -> 
 
 def test_a_name_has_one_meaning(bundles: Bundles) -> None:
     assert bundles.register("quick", ["fast.*"]) == bundles.get("quick")
-    with pytest.raises(patches.DuplicatePatchError, match="for fast.*, and for slow.c") as caught:
+    with pytest.raises(patches.DuplicatePatchError, match=r"for fast\.\*, and for slow\.c") as caught:
         bundles.register("quick", ["slow.c"])
     assert caught.value.claimants == ("fast.*", "slow.c")
 

@@ -14,7 +14,7 @@ import patches
 import surgery
 from surgery.config import FSDP1, Quant
 from surgery.errors import ConfigError, PassError, SelectorError
-from surgery.guards import WEIGHT_DERIVED, check_precision, check_units
+from surgery.guards import WEIGHT_DERIVED, check_precision, check_ties, check_units
 
 #: Opening it would be a CheckpointError: a ConfigError proves that it was not tried.
 NOWHERE = Path("/no/such/checkpoint")
@@ -191,3 +191,13 @@ def test_weight_that_storage_cannot_hold(tmp_path: Path, reads: list[str]) -> No
     with pytest.raises(PassError, match=r"shape \(3, 3\) packs into 5 bytes, which torch.float32 .*skip_modules"):
         surgery.qlora(tmp_path, model=model, dtype=torch.float32, report=surgery.Report())
     assert reads == []
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("no-shard", 2), ("full-shard", 1)])
+def test_ties_that_fsdp1_would_lose(strategy: Any, world_size: int) -> None:
+    tied = {"embed.weight": ("head.weight",), "norm.weight": ()}
+    with pytest.raises(ConfigError, match=r"embed\.weight is tied to head\.weight.*use_orig_params=False"):
+        check_ties(FSDP1(strategy=strategy, use_orig_params=True), tied, world_size)
+    check_ties(FSDP1(strategy=strategy), tied, world_size)
+    check_ties(FSDP1(strategy=strategy, use_orig_params=True), {"norm.weight": ()}, world_size)
+    check_ties(FSDP1(use_orig_params=True), tied, 2)

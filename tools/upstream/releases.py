@@ -42,7 +42,9 @@ def install(release: Release, folder: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
     what = [f"{release.name}=={release.version}", *release.with_also]
-    ran = subprocess.run([*pip, "--no-deps", "--no-compile", "--target", part, *what], capture_output=True, text=True)
+    ran = subprocess.run(
+        [*pip, "--no-deps", "--no-compile", "--target", part, *what], capture_output=True, text=True, check=False
+    )
     if ran.returncode:
         raise InstallError(f"{release} could not be installed: {ran.stderr.strip()[-500:]}")
     part.rename(place)

@@ -15,12 +15,14 @@ __all__ = ["contradictions", "page"]
 _INTRODUCTION: Final = """\
 # Compatibility
 
-What `patches check` says of every built-in patch under released versions of PEFT and bitsandbytes. `tools/upstream_sweep.py`
-installs each release into a folder of its own, asks in a fresh process, and writes this page; do not edit it.
+What `patches check` says of every built-in patch under released versions of PEFT and bitsandbytes.
+`tools/upstream_sweep.py` installs each release into a folder of its own, asks in a fresh process, and writes this page;
+do not edit it.
 
-`needed`: the probe tried the defect and saw it. `obsolete`: it tried, and the defect is not there, so a transaction skips
-the patch. `unknown`: the versions are outside the window that the patch declares although the defect is there, or the
-probe could not be run. `incompatible`: the target does not exist in that release.
+- `needed`: the probe tried the defect and saw it.
+- `obsolete`: it tried, and the defect is not there, so a transaction skips the patch.
+- `unknown`: the defect is there, outside the window of versions that the patch declares; or the probe could not be run.
+- `incompatible`: the target does not exist in that release.
 """
 
 
@@ -34,7 +36,9 @@ def page(outcomes: Sequence[Outcome], installed: Mapping[str, str]) -> str:
         if not row:
             continue
         parts.append(f"## By release of {swept}, with {fixed} {installed[fixed]}\n")
-        parts.append(_table(("patch", "verdicts"), [(f"`{patch_id}`", _runs(row, swept, patch_id)) for patch_id in ids]))
+        parts.append(
+            _table(("patch", "verdicts"), [(f"`{patch_id}`", _runs(row, swept, patch_id)) for patch_id in ids])
+        )
     parts.extend(_combinations(outcomes, ids))
     parts.extend(_imports(outcomes))
     parts.extend(_contradictions(outcomes))

@@ -16,13 +16,14 @@ __all__ = ["Outcome", "check"]
 
 _TIMEOUT: Final = 600
 
+_MARK: Final = "cannot be imported: "
 # The library's own exception, rather than what becomes of it in some probe.
-_IMPORT: Final = """
+_IMPORT: Final = f"""
 import importlib, sys
 try:
     importlib.import_module(sys.argv[1])
 except Exception as error:
-    print(f"{type(error).__name__}: {error}".splitlines()[0])
+    print("{_MARK}" + type(error).__name__ + ": " + (str(error).splitlines() or [""])[0])
 """
 
 
@@ -67,15 +68,17 @@ def _import_error(name: str, variables: Mapping[str, str]) -> str:
     ran = _run(["-c", _IMPORT, name], variables)
     if ran.returncode:
         return f"the interpreter exits with {ran.returncode}"
-    return ran.stdout.strip().split("\n")[-1]
+    # Old bitsandbytes has things to say of its own, on standard output, when it finds no GPU.
+    found = [line for line in ran.stdout.splitlines() if line.startswith(_MARK)]
+    return found[0].removeprefix(_MARK) if found else ""
 
 
 def _by_id(text: str) -> dict[str, dict[str, str]]:
-    # bitsandbytes 0.43 to 0.45 print a warning on standard output when they are imported without a GPU.
+    # As above: the list begins on a line of its own.
     rows: list[dict[str, Any]] = json.loads(text[text.index("[\n") :])
     return {row["id"]: {"verdict": row["verdict"], "why": row["why"]} for row in rows}
 
 
 def _run(arguments: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_TIMEOUT)
+    return subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_TIMEOUT, check=False)

@@ -57,7 +57,7 @@ def test_options_from_the_configuration_are_overridden(pytester: pytest.Pytester
     result = run(pytester, SUITE, "-k", "test_one")
     result.stdout.fnmatch_lines(["test_suite.py::test_one: broken by lib.plus-one (* runs)"])
     assert "test_one" in (pytester.path / "report.xml").read_text()
-    assert "failures=\"1\"" in (pytester.path / "report.xml").read_text()
+    assert 'failures="1"' in (pytester.path / "report.xml").read_text()
 
 
 def test_nothing_is_said_where_nothing_fails(pytester: pytest.Pytester) -> None:

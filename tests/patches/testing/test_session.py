@@ -28,7 +28,9 @@ def test_a_suite_runs_under_patches_from_before_collection(pytester: pytest.Pyte
     run(pytester, STOCK).assert_outcomes(passed=2)
     result = run(pytester, STOCK, "--patches", "lib.plus-one, lib.obsolete")
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["patches: lib.plus-one", "patches: lib.obsolete skipped, *", "*assert (5, 5) == (4, 4)"])
+    result.stdout.fnmatch_lines(
+        ["patches: lib.plus-one", "patches: lib.obsolete skipped, *", "*assert (5, 5) == (4, 4)"]
+    )
 
 
 def test_an_id_that_nobody_knows_is_a_usage_error(pytester: pytest.Pytester) -> None:
