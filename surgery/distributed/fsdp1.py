@@ -145,23 +145,32 @@ def _owned_parameters(model: nn.Module, units: set[nn.Module]) -> Iterator[tuple
         )
 
 
-def materializer(device: torch.device) -> Callable[[nn.Module], None]:
+def materializer(
+    device: torch.device, made: dict[nn.Parameter, nn.Parameter], shared: set[nn.Parameter]
+) -> Callable[[nn.Module], None]:
     """A `param_init_fn`: gives meta parameters of a module uninitialized memory on `device`, for a broadcast to fill.
 
-    Each parameter once, however many modules share it, so that ties survive; what is not on meta is left alone (FSDP
-    calls this for every module of a unit, also for those with real buffers).
+    Each of the `shared` ones once, so that ties survive: `made` remembers it, and keeps it alive until it is cleared.
+    What is not on meta is left alone (FSDP calls this for every module of a unit, also for those with real buffers).
     """
-    memo: dict[nn.Parameter, nn.Parameter] = {}
 
     def materialize(module: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
-            if parameter not in memo:
-                memo[parameter] = _empty(parameter, module, device)
-            module._parameters[name] = memo[parameter]
+            new = made.get(parameter)
+            if new is None:
+                new = _empty(parameter, module, device)
+            if parameter in shared:
+                made[parameter] = new
+            module._parameters[name] = new
 
     return materialize
+
+
+def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
+    places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in places.items() if count > 1}
 
 
 def _empty(parameter: nn.Parameter, module: nn.Module, device: torch.device) -> nn.Parameter:
@@ -178,15 +187,16 @@ def _empty(parameter: nn.Parameter, module: nn.Module, device: torch.device) -> 
 def wrap(model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torch.device) -> FullyShardedDataParallel:
     """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike."""
     options: dict[str, Any] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     if config.mesh is not None:
         options["device_mesh"] = init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
-    return FullyShardedDataParallel(
+    wrapped = FullyShardedDataParallel(
         model,
         sharding_strategy=STRATEGIES[config.strategy],
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
         cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
         mixed_precision=config.mixed_precision,
-        param_init_fn=materializer(device),
+        param_init_fn=materializer(device, made, _shared_parameters(model)),
         device_id=device,
         sync_module_states=config.sync_module_states,
         use_orig_params=config.use_orig_params,
@@ -194,3 +204,5 @@ def wrap(model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torc
         limit_all_gathers=config.limit_all_gathers,
         **options,
     )
+    made.clear()  # FSDP keeps the function that fills it, and whole parameters would stay beside their shards
+    return wrapped
