@@ -134,7 +134,7 @@ def _write(checkpoint: SyntheticCheckpoint, folder: Path, *, processes: int) -> 
 def _done(out: Path, recipe: Recipe, *, force: bool) -> bool:
     if force or not is_complete(out, recipe):
         return False
-    console.print(f"{out} is up to date")
+    console.print(f"{out} is up to date", soft_wrap=True)
     return True
 
 
