@@ -12,7 +12,7 @@ import typer
 from .aliases import aliases as find_aliases
 from .cli_audit import audit, import_first
 from .cli_new import new
-from .errors import PatchError
+from .errors import PatchError, TargetError
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
@@ -172,8 +172,11 @@ def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
     if found.kind == VerdictKind.INCOMPATIBLE:
         return {}
-    seen = "traced" if is_seen_when_compiled(patch) else "passed by: declare it traced=True if that compiles its target"
-    return {"torch.compile": seen}
+    try:
+        seen = is_seen_when_compiled(patch)
+    except TargetError:  # an obsolete patch, of code that this release does not have
+        return {}
+    return {"torch.compile": "traced" if seen else "passed by: declare it traced=True if that compiles its target"}
 
 
 def _text(value: object) -> str:

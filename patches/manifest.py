@@ -47,8 +47,8 @@ def replay(manifest: Mapping[str, Any]) -> Transaction:
     """Apply and commit what a manifest lists, all of it or nothing; returns the transaction.
 
     What is applied already, as in a forked child, is not applied again. Where an id is not known yet, the module that
-    defines the wrapper is imported, which is to register it. Raises ManifestError, before anything is changed, where a version, a target, or a
-    verdict is not what it was.
+    defines the wrapper is imported, which is to register it. Raises ManifestError, before anything is changed, where a
+    version, a target, or a verdict is not what it was.
     """
     entries = _read(manifest)
     known = {receipt.id for receipt in process_wide()}

@@ -64,9 +64,10 @@ def is_redefinition(found: Any, place: Place) -> bool:
         return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
     if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
         return False
+    if "<locals>" in found.__code__.co_qualname:  # made by a function, which may well make several alike
+        return False
     return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
         original.__module__,
         original.__qualname__,
         original.__code__.co_filename,
     )
-

@@ -99,10 +99,10 @@ def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, forc
         Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
     ]
-    return Plan(
-        steps=tuple(step for step in steps if force or not is_left_out(step.patch, step.verdict)),
-        skipped=tuple(step for step in steps if not force and is_left_out(step.patch, step.verdict)),
-    )
+    applied = tuple(step for step in steps if force or not is_left_out(step.patch, step.verdict))
+    for step in applied:
+        _refuse_to_limit(step)
+    return Plan(steps=applied, skipped=tuple(step for step in steps if step not in applied))
 
 
 def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_Request]:
@@ -201,8 +201,14 @@ def _explained(number: str, step: Step) -> tuple[str, ...]:
 
 
 def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
-    if instances is None:
-        return None
+    return None if instances is None else Scope(instances, patch_id=patch.id)
+
+
+def _refuse_to_limit(step: Step) -> None:
+    """Raise ScopeError where the patch is limited to instances and its target has none."""
+    patch = step.patch
+    if step.scope is None:
+        return
     kind = resolve(patch.target, patch.kind).kind
     if kind in (Kind.VALUE, Kind.CLASS):
         raise ScopeError(
@@ -215,7 +221,6 @@ def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
             "without one; give the patch a `subject` that picks the deciding object from the arguments",
             patch_id=patch.id,
         )
-    return Scope(instances, patch_id=patch.id)
 
 
 def resolve(target: str, kind: str) -> Place:

@@ -62,10 +62,10 @@ class Slot:
         """Make `receipt` hold its patch here, and install what follows from that."""
         link = next((link for link in self.links if link.patch is receipt.patch), None)
         if link is not None:
-            counting = link.counter
+            counter, everyone = link.counter, link.everyone
             link.hold(receipt)
-            if link.counter is not counting:  # or it is composed as it was
-                self._install()
+            if link.counter is not counter or (self._is_value and link.everyone is not everyone):
+                self._install()  # or it is composed as it was
             return
         link = Link(receipt.patch)
         link.hold(receipt)
@@ -81,7 +81,14 @@ class Slot:
         """
         for link in self.links:
             link.refresh()
-        if self.place.kind in (Kind.VALUE, Kind.CLASS) and not self.settle():
+        self._refresh_value()
+
+    @property
+    def _is_value(self) -> bool:
+        return self.place.kind in (Kind.VALUE, Kind.CLASS)
+
+    def _refresh_value(self) -> None:
+        if self._is_value and not self.settle():
             raise self._overwritten("it was left as found")
 
     def remove(self, receipt: Receipt) -> None:
@@ -91,8 +98,9 @@ class Slot:
         what was installed has no more effect, wherever it is.
         """
         held = next((link for link in self.links if link.drop(receipt)), None)
-        if held:
-            return  # by another receipt too
+        if held:  # by another receipt too, which may be disabled
+            self._refresh_value()
+            return
         self.links = tuple(link for link in self.links if link)
         if not self.settle():
             raise self._overwritten("it was left as found; what was installed lets every call through")

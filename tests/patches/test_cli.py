@@ -26,6 +26,7 @@ def registered() -> None:
     patches.register(declare("cli-obsolete", scale, probe=lambda: False))
     patches.register(declare("cli-unknown", scale, requires={"wrapt": "<1"}))
     patches.register(declare("cli-incompatible", f"{FUNCTIONS}:gone"))
+    patches.register(declare("cli-absent", f"{FUNCTIONS}:gone", requires={"wrapt": "<1"}))
 
 
 def test_list_shows_every_id_without_importing_any() -> None:
@@ -56,6 +57,7 @@ def test_show_has_every_fact() -> None:
     [
         ("fake.cli-needed", "needed", 0),
         ("fake.cli-obsolete", "obsolete", 0),
+        ("fake.cli-absent", "obsolete", 0),
         ("fake.cli-unknown", "unknown", 1),
         ("fake.cli-incompatible", "incompatible", 1),
     ],

@@ -54,6 +54,15 @@ def test_a_disabled_value_is_back_until_it_is_enabled() -> None:
     assert values.LIMIT == 3
 
 
+def test_a_value_follows_whichever_receipt_is_enabled() -> None:
+    patch = declare("a", f"{values.__name__}:LIMIT", kind="value")
+    with patches.transaction(patch, reason="a") as first:
+        patches.disable(*first.receipts)
+        with patches.transaction(patch, reason="b"):
+            assert values.LIMIT == ("a", 3)
+        assert values.LIMIT == 3
+
+
 def test_a_value_that_somebody_else_has_replaced_cannot_be_disabled() -> None:
     with patches.transaction(declare("a", f"{values.__name__}:LIMIT", kind="value"), reason="a test") as tx:
         ours, values.LIMIT = values.LIMIT, 99

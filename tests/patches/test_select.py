@@ -100,13 +100,6 @@ def test_every_builtin_bundle_holds_known_patches_that_may_be_together() -> None
         assert not conflicts & set(chosen)
 
 
-def test_the_bundle_of_the_recipe_has_what_the_recipe_uses() -> None:
-    from surgery.recipe import BUILD_PATCHES, RESIDENT_PATCHES
-
-    used = {*BUILD_PATCHES, *RESIDENT_PATCHES, "torch.fsdp1-sync-on-cpu", "peft.adapter-keys-under-wrappers"}
-    assert used <= set(select("qlora-low-memory"))
-
-
 def test_only_ids_have_a_dot() -> None:
     assert not is_pattern("a.b")
     assert all(map(is_pattern, ("bundle", "a.*", "tag:a.b", "a.[bc]")))

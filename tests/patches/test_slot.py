@@ -283,3 +283,20 @@ def test_a_reloaded_module_is_seen_and_keeps_its_new_definitions() -> None:
     assert module.compute is fresh
     assert (module.compute(), module.Thing().run()) == (1, 2)
     assert len(patches.audit()) == 0
+
+
+def test_two_wrappers_from_one_factory_are_not_taken_for_a_reload(unchanged: Snapshot) -> None:
+    original = functions.scale
+    bury("wraps")
+    first = functions.scale
+    with patches.transaction(declare("a", SCALE), reason="a test") as tx:
+        tx.commit()
+    ours = functions.scale
+    bury("wraps")
+    with pytest.raises(patches.UndoError):
+        patches.revert("fake.a")
+    assert [row.state for row in patches.audit()] == ["buried"]
+    functions.scale = ours
+    assert len(patches.audit()) == 0
+    assert functions.scale is first
+    functions.scale = original

@@ -7,6 +7,7 @@ import pytest
 import patches
 from patches.patch import Probe
 from tests.helpers.declare import FUNCTIONS, declare
+from tests.helpers.fake_upstream import layers
 
 SCALE = f"{FUNCTIONS}:scale"
 INSIDE = {"wrapt": ">=1", "packaging": ">=1"}
@@ -74,6 +75,13 @@ def test_an_obsolete_patch_is_skipped_and_the_ledger_says_so() -> None:
     entry = patches.LEDGER.entries[-1]
     assert (entry.id, entry.state) == ("fake.a", "skipped")
     assert "does not see the defect" in entry.note
+
+
+def test_an_obsolete_patch_of_code_that_is_gone_is_skipped_in_any_scope() -> None:
+    layer = layers.Base()
+    patch = declare("a", f"{FUNCTIONS}:gone", requires=OUTSIDE)
+    with patches.transaction(patch, on=[layer], reason="a test") as tx:
+        assert [(receipt.id, receipt.scope_text) for receipt in tx.skipped] == [("fake.a", "1 instance")]
 
 
 def test_force_applies_an_obsolete_patch() -> None:

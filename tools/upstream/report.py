@@ -20,9 +20,9 @@ What `patches check` says of every built-in patch under released versions of PEF
 do not edit it.
 
 - `needed`: the probe tried the defect and saw it.
-- `obsolete`: it tried, and the defect is not there, so a transaction skips the patch.
+- `obsolete`: the defect is not there, or not even the code that has it elsewhere; a transaction skips the patch.
 - `unknown`: the defect is there, outside the window of versions that the patch declares; or the probe could not be run.
-- `incompatible`: the target does not exist in that release.
+- `incompatible`: the target is missing, in a release that is inside the window.
 """
 
 
