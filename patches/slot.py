@@ -113,7 +113,12 @@ class Slot:
         if not self.links:
             self.copies.restore(self.place.own)
         # Restored by somebody else, or defined anew by a reload: nothing of ours is there to take away.
-        return self.live is self.place.own or self._is_redefined()
+        return self.live is self.place.own or self._is_redefined() or self._is_absent()
+
+    def _is_absent(self) -> bool:
+        """Whether nothing of ours was in place when somebody else came, nor is to be: a value that was disabled."""
+        wanted = any(link.everyone for link in self.links)
+        return self._is_value and not wanted and all(ours is self.place.own for ours in self._ours)
 
     def _is_redefined(self) -> bool:
         """Whether a reload has put a new definition here: told by the function or class, or else by the module,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from patches.builtin import BUILTIN
+
 ROOT = Path(__file__).parents[2]
 PAGES = ("writing-a-patch.md",)
 
@@ -74,3 +76,8 @@ def test_a_page_has_what_is_to_be_run(page: str) -> None:
     assert {block.language for block in found} >= {"python", "console"}
     assert all(block.language in ("python", "console", "toml") for block in found)
     assert (ROOT / "docs" / page).read_text().count("```") == 2 * len(found)
+
+
+def test_the_sweep_has_asked_every_patch() -> None:
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    assert [patch_id for patch_id in BUILTIN if f"| `{patch_id}` |" not in text] == []

@@ -74,6 +74,17 @@ def test_a_value_that_somebody_else_has_replaced_cannot_be_disabled() -> None:
         assert values.LIMIT == ("a", 3)
 
 
+def test_what_somebody_else_does_to_a_disabled_value_leaves_nothing_to_undo() -> None:
+    foreign = ["theirs"]
+    values.LIMIT = foreign
+    with patches.transaction(declare("a", f"{values.__name__}:LIMIT", kind="value"), reason="a test") as tx:
+        patches.disable(*tx.receipts)
+        assert values.LIMIT is foreign
+        values.LIMIT = 3
+    assert values.LIMIT == 3
+    assert len(patches.audit()) == 0
+
+
 def test_what_is_not_active_cannot_be_disabled() -> None:
     with pytest.raises(patches.NotActiveError, match="active: none"):
         patches.disable("fake.a")

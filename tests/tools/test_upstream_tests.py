@@ -89,6 +89,12 @@ def test_options_reach_pytest(tmp_path: Path, upstream: Path, beside: Path) -> N
     assert "0 of 2 tests end differently" in ran.stdout
 
 
+def test_tests_that_cannot_be_collected_are_no_agreement(tmp_path: Path, upstream: Path, beside: Path) -> None:
+    ran = run(tmp_path, upstream, beside, "tests/test_json.py", "-k", "no_such_test")
+    assert ran.returncode == 1
+    assert "SuiteError: pytest exited with 5" in ran.stderr
+
+
 def test_tests_that_are_not_there_are_said(tmp_path: Path, upstream: Path) -> None:
     with pytest.raises(SuiteError, match="has no tests as of no-such-tag"):
         extract(upstream, "no-such-tag", tmp_path / "out")

@@ -68,7 +68,6 @@ def test_what_cannot_be_restored_at_the_end_fails_the_run(pytester: pytest.Pytes
 
 
 def test_workers_of_xdist_have_them_too(pytester: pytest.Pytester) -> None:
-    pytest.importorskip("xdist")
     result = run(pytester, STOCK, "--patches", "lib.negated", "-p", "xdist", "-n", "1")
     result.assert_outcomes(passed=1, failed=1)
 
