@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.adapters import adapter_state, save_adapter
     from surgery.checkpoint import Checkpoint
-    from surgery.config import FSDP1, PRECISIONS, Precision, Quant, precision
+    from surgery.config import FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
     from surgery.distributed.exchange import PeerError
     from surgery.errors import (
         AdapterError,
@@ -21,15 +21,18 @@ if TYPE_CHECKING:
         PassError,
         SelectorError,
         SurgeryError,
+        TraceError,
         WeightsMismatchError,
     )
     from surgery.lifetime import release
     from surgery.passes.checkpointing import checkpoint_activations
     from surgery.recipe import qlora
     from surgery.report import Report
+    from surgery.tracing.recorder import trace
 
 __all__ = [
     "FSDP1",
+    "FSDP2",
     "PRECISIONS",
     "AdapterError",
     "Checkpoint",
@@ -43,6 +46,7 @@ __all__ = [
     "Report",
     "SelectorError",
     "SurgeryError",
+    "TraceError",
     "WeightsMismatchError",
     "adapter_state",
     "checkpoint_activations",
@@ -50,18 +54,20 @@ __all__ = [
     "qlora",
     "release",
     "save_adapter",
+    "trace",
 ]
 
 _MODULES = {
     "surgery.adapters": ("adapter_state", "save_adapter"),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("FSDP1", "PRECISIONS", "Precision", "Quant", "precision"),
+    "surgery.config": ("FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.distributed.exchange": ("PeerError",),
     "surgery.errors": tuple(name for name in __all__ if name.endswith("Error") and name != "PeerError"),
     "surgery.lifetime": ("release",),
     "surgery.passes.checkpointing": ("checkpoint_activations",),
     "surgery.recipe": ("qlora",),
     "surgery.report": ("Report",),
+    "surgery.tracing.recorder": ("trace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 import patches
 from surgery.distributed.exchange import current_ranks, everyone
@@ -43,6 +44,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
     state: dict[str, torch.Tensor] = {}
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return _gathered_state(model)
     units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
     if not units:
         return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
@@ -57,6 +60,21 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
                     for name, p in _own_parameters(unit)
                     if p.requires_grad
                 )
+    return state
+
+
+def _gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same under FSDP2: one parameter at a time is whole on the device."""
+    state: dict[str, torch.Tensor] = {}
+    on_rank0 = torch.distributed.get_rank() == 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = parameter.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        if on_rank0:
+            state[clean(name)] = whole.cpu().clone()
     return state
 
 

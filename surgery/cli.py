@@ -13,6 +13,8 @@ from patches import PatchError
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune
+from surgery.tracing.command import EPILOG as TRACE_EPILOG
+from surgery.tracing.command import trace
 
 __all__ = ["app", "main"]
 
@@ -76,6 +78,7 @@ def _say(message: str) -> None:
 
 
 app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
 
 
 def main() -> None:

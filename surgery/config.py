@@ -8,13 +8,23 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import torch
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from surgery.errors import ConfigError
 
-__all__ = ["FSDP1", "PRECISIONS", "Placement", "Precision", "Quant", "parse_placement", "precision"]
+__all__ = [
+    "FSDP1",
+    "FSDP2",
+    "PRECISIONS",
+    "Placement",
+    "Precision",
+    "Quant",
+    "default_placement",
+    "parse_placement",
+    "precision",
+]
 
-Placement = Literal["rank0-cpu", "replicated"]
+Placement = Literal["sharded", "rank0-cpu", "replicated"]
 Strategy = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
 Units = Literal["auto", "block"]
 
@@ -67,6 +77,11 @@ class Quant:
         return dtype if self.quant_storage is None else self.quant_storage
 
 
+def _check_mesh(mesh: tuple[int, int]) -> None:
+    if len(tuple(mesh)) != 2 or min(mesh) < 1:
+        raise ConfigError(f"mesh must be (replicate, shard), two positive integers; got {mesh}")
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
@@ -87,6 +102,8 @@ class FSDP1:
     mixed_precision: handed to FSDP after a check that it never casts packed weights.
     cpu_offload: parameters and gradients on the CPU between uses (needs an accelerator).
     sync_module_states: broadcast rank 0's values while wrapping. Placement `rank0-cpu` cannot work without it.
+
+    Placement `sharded` is for FSDP2: FSDP1 makes its shards itself.
     """
 
     strategy: Strategy = "full-shard"
@@ -108,13 +125,43 @@ class FSDP1:
             raise ConfigError(f"mesh is for strategy hybrid-shard; got mesh={self.mesh} with {self.strategy}")
         if self.mesh is None:
             return
-        if len(tuple(self.mesh)) != 2 or min(self.mesh) < 1:
-            raise ConfigError(f"mesh must be (replicate, shard), two positive integers; got {self.mesh}")
+        _check_mesh(self.mesh)
         if self.mesh[1] == 1:
             raise ConfigError(
                 f"mesh={self.mesh} has a shard dimension of 1: FSDP1 then neither broadcasts the weights nor reduces "
                 "the gradients, and says nothing. Use a shard dimension of 2 or more, or strategy no-shard"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDP2:
+    """Sharding by `torch.distributed.fsdp.fully_shard`: every parameter along dimension 0, over a device mesh.
+
+    A decoder block and its adapters are one group; the embedding is another, and the last norm with the output head;
+    the root takes the rest. Works with every `quant_storage`, since nothing is flattened (uint8 from torch 2.13 on).
+
+    mesh: `(replicate, shard)` for hybrid sharding; their product is the world size. None shards over all ranks.
+    reshard_after_forward: free gathered blocks after forward, and gather them again for backward; an integer reshards
+        to groups of that many ranks (see `fully_shard`).
+    mixed_precision: handed to `fully_shard` after a check that it never casts packed weights.
+    cpu_offload: shards wait on the CPU between uses.
+    """
+
+    mesh: tuple[int, int] | None = None
+    reshard_after_forward: bool | int = True
+    mixed_precision: MixedPrecisionPolicy | None = None
+    cpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            _check_mesh(self.mesh)
+
+
+def default_placement(shard: FSDP1 | FSDP2 | None) -> Placement:
+    """Where weights wait to be sharded, where the user does not say."""
+    if isinstance(shard, FSDP1):
+        return "rank0-cpu"
+    return "replicated" if shard is None else "sharded"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +184,11 @@ class Precision:
         """What FSDP1 is told: never a cast of parameters, since packed weights are among them; gradients of 16-bit
         adapters are reduced in float32.
         """
-        if self.dtype == torch.float32:
-            return None
-        return MixedPrecision(reduce_dtype=torch.float32)
+        return None if self.dtype == torch.float32 else MixedPrecision(reduce_dtype=torch.float32)
+
+    def mixed_precision_policy(self) -> MixedPrecisionPolicy | None:
+        """The same for FSDP2."""
+        return None if self.dtype == torch.float32 else MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 
 PRECISIONS: Mapping[str, Precision] = {

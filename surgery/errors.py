@@ -13,6 +13,7 @@ __all__ = [
     "PassError",
     "SelectorError",
     "SurgeryError",
+    "TraceError",
     "WeightsMismatchError",
 ]
 
@@ -83,3 +84,11 @@ class PassError(SurgeryError, RuntimeError):
         super().__init__(message)
         self.pass_name = pass_name
         self.fqn = fqn
+
+
+class TraceError(SurgeryError, ValueError):
+    """A trace that cannot be written, read or drawn; `path` is its folder or the file at fault."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)

@@ -10,20 +10,25 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
 
-from surgery.config import FSDP1, Placement, Quant
+from surgery.config import FSDP1, FSDP2, Placement, Quant
 from surgery.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+
 __all__ = ["check_adapter", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
+
+#: The first torch whose FSDP2 shards parameters of an integer dtype.
+FSDP2_SHARDS_INTEGERS = (2, 13)
 
 #: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
 WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
 
-def check_world(shard: FSDP1 | None, placement: Placement, world_size: int) -> None:
+def check_world(shard: FSDP1 | FSDP2 | None, placement: Placement, world_size: int) -> None:
     """The ranks that there are against what is asked of them."""
     if shard is None and placement == "rank0-cpu" and world_size > 1:
         raise ConfigError(
@@ -34,7 +39,7 @@ def check_world(shard: FSDP1 | None, placement: Placement, world_size: int) -> N
         return
     if not torch.distributed.is_initialized():
         raise ConfigError(
-            "shard=FSDP1() needs a process group: start with torchrun and call "
+            f"shard={type(shard).__name__}() needs a process group: start with torchrun and call "
             "torch.distributed.init_process_group() first, or pass shard=None for a single process"
         )
     if shard.mesh is not None and shard.mesh[0] * shard.mesh[1] != world_size:
@@ -44,10 +49,24 @@ def check_world(shard: FSDP1 | None, placement: Placement, world_size: int) -> N
         )
 
 
-def check_sharding(shard: FSDP1 | None, placement: Placement, world_size: int, device: torch.device) -> None:
-    """FSDP1's own conditions."""
-    if shard is None:
-        return
+def check_sharding(shard: FSDP1 | FSDP2 | None, placement: Placement, world_size: int, device: torch.device) -> None:
+    """Each sharding's own conditions."""
+    if placement == "sharded" and not isinstance(shard, FSDP2):
+        wanted = "FSDP1 makes its shards itself" if shard is not None else "without shard there is none to keep"
+        raise ConfigError(
+            f"placement sharded keeps each rank's shard alone, but {wanted}: use shard=FSDP2(), or placement="
+            f"{'rank0-cpu' if shard is not None else 'replicated'!r}"
+        )
+    if placement == "rank0-cpu" and isinstance(shard, FSDP2):
+        raise ConfigError(
+            "placement rank0-cpu waits for FSDP1 to broadcast rank 0's weights, which FSDP2 does not do: use placement="
+            "'sharded', where no rank holds more than its shard, or shard=FSDP1()"
+        )
+    if isinstance(shard, FSDP1):
+        _check_fsdp1(shard, placement, world_size, device)
+
+
+def _check_fsdp1(shard: FSDP1, placement: Placement, world_size: int, device: torch.device) -> None:
     if placement == "rank0-cpu" and not shard.sync_module_states and world_size > 1:
         raise ConfigError(
             "placement rank0-cpu with sync_module_states=False: the ranks other than 0 would train on uninitialized "
@@ -57,34 +76,47 @@ def check_sharding(shard: FSDP1 | None, placement: Placement, world_size: int, d
         raise ConfigError("cpu_offload moves parameters between an accelerator and the CPU; here there is only a CPU")
 
 
-def check_precision(quant: Quant, shard: FSDP1 | None, dtype: torch.dtype) -> None:
-    """The packed storage against what FSDP1 flattens and casts."""
+def check_precision(quant: Quant, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> None:
+    """The packed storage against what FSDP flattens, casts and gathers."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {dtype}")
     if shard is None:
         return
     storage = quant.storage_for(dtype)
     if not storage.is_floating_point:
-        raise ConfigError(
-            f"quant_storage={storage} cannot be sharded by FSDP1, which flattens floating-point tensors only: use "
-            f"quant_storage={dtype} (the same bytes under another name), or leave it None"
-        )
+        _check_integer_storage(storage, shard, dtype)
+        return
     cast = shard.mixed_precision.param_dtype if shard.mixed_precision is not None else None
     if cast is None or cast == storage:
         return
     raise ConfigError(
-        f"mixed_precision.param_dtype={cast} with quant_storage={storage}: FSDP1 would cast packed 4-bit data as if it "
-        f"were numbers, and training would go on with garbage. Use param_dtype=None, or quant_storage={cast}"
+        f"mixed_precision.param_dtype={cast} with quant_storage={storage}: {type(shard).__name__} would cast packed "
+        "4-bit data as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
+        f"quant_storage={cast}"
     )
 
 
-def check_ties(shard: FSDP1 | None, tied: Mapping[str, tuple[str, ...]], world_size: int) -> None:
+def _check_integer_storage(storage: torch.dtype, shard: FSDP1 | FSDP2, dtype: torch.dtype) -> None:
+    if isinstance(shard, FSDP1):
+        raise ConfigError(
+            f"quant_storage={storage} cannot be sharded by FSDP1, which flattens floating-point tensors only: use "
+            f"quant_storage={dtype} (the same bytes under another name), or leave it None"
+        )
+    if Version(torch.__version__).release < FSDP2_SHARDS_INTEGERS:
+        raise ConfigError(
+            f"quant_storage={storage} cannot be sharded by FSDP2 of torch {torch.__version__}, which makes parameters "
+            f"that require gradients of it: use torch {'.'.join(map(str, FSDP2_SHARDS_INTEGERS))} or later, or "
+            f"quant_storage={dtype} (the same bytes under another name)"
+        )
+
+
+def check_ties(shard: FSDP1 | FSDP2 | None, tied: Mapping[str, tuple[str, ...]], world_size: int) -> None:
     """FSDP1 loses track of a tied parameter from the second forward on, where it keeps parameters and shards nothing.
 
     `tied` is first FQN -> aliases, of the whole model. One rank is as unsharded as strategy no-shard.
     """
     names = [name for name, aliases in tied.items() if aliases]
-    if shard is None or not shard.use_orig_params or not names:
+    if not isinstance(shard, FSDP1) or not shard.use_orig_params or not names:
         return
     if shard.strategy == "no-shard" or world_size == 1:
         raise ConfigError(
@@ -94,9 +126,9 @@ def check_ties(shard: FSDP1 | None, tied: Mapping[str, tuple[str, ...]], world_s
         )
 
 
-def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtype: torch.dtype) -> None:
+def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> None:
     """Whether a whole decoder block fits one flat parameter, where `units="block"` asks for that."""
-    if shard is None or shard.units != "block":
+    if not isinstance(shard, FSDP1) or shard.units != "block":
         return
     storage = quant.storage_for(dtype)
     if storage != dtype:
@@ -111,7 +143,7 @@ def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | None, dtyp
         )
 
 
-def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | None, world_size: int) -> None:
+def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | FSDP2 | None, world_size: int) -> None:
     """What PEFT can initialize from a 4-bit weight, and from one on meta; what it reads while adapters run."""
     if lora is None:
         return
@@ -121,13 +153,30 @@ def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | 
             f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
             "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
         )
+    if placement == "sharded":
+        _check_sharded_adapter(lora)
     if lora.use_dora and placement == "rank0-cpu" and world_size > 1:
         raise ConfigError(
             "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta under "
             "placement rank0-cpu: use placement='replicated', or use_dora=False"
         )
-    if lora.use_dora and shard is not None and not shard.use_orig_params:
+    if lora.use_dora and isinstance(shard, FSDP1) and not shard.use_orig_params:
         raise ConfigError(
             "use_dora=True reads the base weight while the adapter runs, but without use_orig_params adapters are "
             "FSDP1 units of their own, and the weight is freed by then: use use_orig_params=True, or use_dora=False"
         )
+
+
+def _check_sharded_adapter(lora: LoraConfig) -> None:
+    """With placement sharded the model is adapted before any rank has a weight, and none ever has a whole one."""
+    reads = {
+        "use_dora": "computes its magnitudes from the base weight",
+        "trainable_token_indices": "starts from rows of the embedding",
+        "target_parameters": "wraps parameters that are shards by the time they are used",
+    }
+    for name, what in reads.items():
+        if getattr(lora, name, None):
+            raise ConfigError(
+                f"{name} {what}, but with placement sharded no rank holds a whole weight: use placement='replicated', "
+                f"or leave {name} out"
+            )

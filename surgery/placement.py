@@ -13,7 +13,7 @@ __all__ = ["Residence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Residence:
-    """What this rank keeps, and where.
+    """Where this rank computes, and where it keeps what it keeps.
 
     compute_device: where weights are quantized, and where every `quant_state` lives, on every rank.
     data_device: where weights, packed or not, wait; `meta` on a rank that keeps none.
@@ -23,11 +23,16 @@ class Residence:
     data_device: torch.device
 
     @classmethod
-    def of(cls, placement: Placement, *, rank: int, compute_device: torch.device) -> Residence:
-        """`rank0-cpu`: rank 0 keeps all weights on its CPU, the others none. `replicated`: every rank keeps all."""
-        if placement == "replicated":
-            return cls(compute_device=compute_device, data_device=compute_device)
-        return cls(compute_device=compute_device, data_device=torch.device("cpu" if rank == 0 else "meta"))
+    def of(
+        cls, placement: Placement, *, rank: int, compute_device: torch.device, cpu_offload: bool = False
+    ) -> Residence:
+        """`rank0-cpu`: rank 0 keeps all weights on its CPU, the others none. `sharded`, `replicated`: on the device, or
+        on the CPU where shards are to wait there.
+        """
+        if placement == "rank0-cpu":
+            return cls(compute_device=compute_device, data_device=torch.device("cpu" if rank == 0 else "meta"))
+        on_cpu = placement == "sharded" and cpu_offload
+        return cls(compute_device=compute_device, data_device=torch.device("cpu") if on_cpu else compute_device)
 
     @property
     def keeps_data(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,34 +14,44 @@ from torch import nn
 
 import patches
 from surgery import guards
-from surgery.checkpoint import Checkpoint
-from surgery.config import FSDP1, Placement, Quant, parse_placement
+from surgery.checkpoint import Checkpoint, Prefetch
+from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
+from surgery.distributed import fsdp2
 from surgery.distributed.exchange import (
     Ranks,
     broadcast_from_rank0,
     collective,
     current_ranks,
     everyone,
+    rank0_rng_state,
     same_patches,
 )
+from surgery.distributed.nodes import Node
 from surgery.errors import ConfigError
+from surgery.install import install
 from surgery.lifetime import as_context_manager, keep
-from surgery.passes.adapt import Adapt, check_targets
-from surgery.passes.load import Load, group_into_layers
+from surgery.loading import Staging, in_background
+from surgery.parts import Parts
+from surgery.passes.adapt import Adapt, check_targets, needs_weights
+from surgery.passes.base import Layer, Pass, group_into_layers
+from surgery.passes.exchange import Exchange
+from surgery.passes.load import Load, requests
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.quantize import Quantize
-from surgery.passes.relocate import Relocate
+from surgery.passes.place import Place
 from surgery.passes.replace import Replace, quantizable, transposed
-from surgery.passes.shard import Shard
+from surgery.passes.shard import FullyShard, Wrap
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
+from surgery.slices import Division
+from surgery.targets import find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["BUILD_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
 
@@ -55,6 +66,9 @@ RESIDENT_PATCHES = (
     "bitsandbytes.keep-packing",
 )
 
+#: Needed, beside those, where FSDP2 gathers packed weights.
+FSDP2_PATCHES = ("torch.fsdp2-bit-exact-gather",)
+
 
 def default_device() -> torch.device:
     """This rank's accelerator (`LOCAL_RANK`), or the CPU."""
@@ -68,8 +82,8 @@ def qlora(
     *,
     quant: Quant = Quant(),  # noqa: B008  # frozen
     lora: LoraConfig | None = None,
-    placement: Placement = "rank0-cpu",
-    shard: FSDP1 | None = None,
+    placement: Placement | None = None,
+    shard: FSDP1 | FSDP2 | None = None,
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     model: Callable[[], nn.Module] | None = None,
@@ -78,16 +92,18 @@ def qlora(
 ) -> nn.Module:
     """Build a 4-bit model with LoRA adapters from `checkpoint`, sharded; to be called on all ranks alike.
 
-    No rank ever holds more than one unquantized layer. Nothing of bitsandbytes, PEFT or torch is changed but by
-    patches: those that are needed to build are undone on return, those that the model needs to run act on its layers
+    Each rank reads a part of every weight, and quantizes it; no other rank reads that part. Under FSDP2 it is the part
+    that the rank keeps, and no rank ever holds the whole packed model. Nothing of bitsandbytes, PEFT or torch is changed
+    but by patches: those that are needed to build are undone on return, those that the model needs to run act on its layers
     alone, until `surgery.release(model)`, the end of `with surgery.qlora(...) as model:`, or its collection.
 
     Args:
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
         quant: how linear weights are quantized (https://arxiv.org/abs/2305.14314).
         lora: the adapters; None adds none.
-        placement: `rank0-cpu` keeps packed weights on rank 0's CPU, and on meta elsewhere, until FSDP broadcasts them;
-            `replicated` keeps all of them on every rank's device. Without `shard` the one process keeps all it loads.
+        placement: `sharded` (FSDP2's default) keeps on every rank its shard and nothing else; `rank0-cpu` (FSDP1's)
+            keeps weights on rank 0's CPU, and on meta elsewhere, until FSDP1 broadcasts them; `replicated` keeps all of
+            them on every rank's device, and is what a model without `shard` has.
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
         compute_dtype: in which 4-bit layers multiply; None means `dtype`.
@@ -107,7 +123,7 @@ def qlora(
     recipe = QLoRA(
         quant=quant,
         lora=lora,
-        placement=parse_placement(placement),
+        placement=parse_placement(placement) if placement is not None else default_placement(shard),
         shard=shard,
         dtype=dtype,
         compute_dtype=compute_dtype or dtype,
@@ -134,7 +150,7 @@ class QLoRA:
     quant: Quant
     lora: LoraConfig | None
     placement: Placement
-    shard: FSDP1 | None
+    shard: FSDP1 | FSDP2 | None
     dtype: torch.dtype
     compute_dtype: torch.dtype
     build: Callable[[], nn.Module] | None
@@ -153,29 +169,40 @@ class QLoRA:
     def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
         same_patches(self.ranks, device=self.device)
-        with everyone(self.ranks, device=self.device):
+        with collective(self.ranks):
+            meeting = self._meet()
+        with everyone(self.ranks, device=self.device), self._build_patches():
             if not isinstance(checkpoint, Checkpoint):
                 # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
                 checkpoint = Checkpoint.open(checkpoint)
-            model = self._load(checkpoint)
-        model = self._adapt_and_shard(model)
-        layers = linear4bits(model)
-        with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a 4-bit model runs on these layers") as resident:
+            model = self._load(self._prepare(checkpoint), meeting)
+        with collective(self.ranks):
+            model = self._finish(model, meeting)
+        layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
+        with patches.transaction(
+            *RESIDENT_PATCHES, *fsdp2_only, on=layers, reason="a 4-bit model runs on these layers"
+        ) as resident:
             keep(model, resident.receipts)
             as_context_manager(model)
             # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
             resident.commit()
         return model
 
-    @property
-    def _residence(self) -> Residence:
-        # Unsharded, nothing would move the weights from a CPU to the device later.
-        placement = self.placement if self.shard is not None else "replicated"
-        return Residence.of(placement, rank=self.ranks.rank, compute_device=self.device)
+    def _meet(self) -> _Meeting:
+        """What takes a collective to set up, before ranks go their own ways."""
+        return _Meeting(
+            node=Node.of(self.ranks.rank, self.ranks.world_size),
+            mesh=fsdp2.make_mesh(self.shard, device=self.device) if isinstance(self.shard, FSDP2) else None,
+            rng_state=rank0_rng_state(self.ranks),
+        )
 
-    def _load(self, checkpoint: Checkpoint) -> nn.Module:
-        """The model, quantized and placed. Every check that needs no weight comes before the first is read."""
+    def _prepare(self, checkpoint: Checkpoint) -> _Prepared:
+        """The model on meta, with quantized modules, and all that is to be loaded for it.
+
+        Every check that needs no weight is here, before the first is read.
+        """
         build = self.build or causal_lm(checkpoint, self.dtype)
+        quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
             assignments = plan_weights(model, checkpoint.index)
@@ -184,56 +211,141 @@ class QLoRA:
             guards.check_ties(self.shard, tied, self.ranks.world_size)
             if self.lora is not None:
                 check_targets(model, self.lora)
-        quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
-        with checkpoint.reader() as reader:
-            load = Load(
-                model=model,
-                index=checkpoint.index,
-                reader=reader,
-                quantizer=quantizer,
-                residence=self._residence,
-                tied=tied,
-                transposed=transposed(chosen),
+        replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
+        model = Pipeline(passes=(replace,), given=Skeleton.ensures, report=self.report).run(model)
+        targets = find_targets(
+            model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+        )
+        staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
+        return _Prepared(
+            checkpoint=checkpoint,
+            model=model,
+            quantizer=quantizer,
+            staging=staging,
+            layers=group_into_layers(targets, elements=staging.layer_elements * self.ranks.world_size),
+        )
+
+    def _load(self, prepared: _Prepared, meeting: _Meeting) -> nn.Module:
+        """The model with all its weights: read, quantized and exchanged in one thread, adapted meanwhile in this one.
+
+        With placement `sharded` it is sharded before it is filled.
+        """
+        stop = threading.Event()
+        mesh = self.shard.mesh if isinstance(self.shard, FSDP2) else None
+        division = Division.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
+        rank, staging = self.ranks.rank, prepared.staging
+        parts = Parts(quantizer=prepared.quantizer, division=division, residence=self._residence, rank=rank)
+        with contextlib.ExitStack() as stack:
+            reader = stack.enter_context(prepared.checkpoint.reader(on_read=self.report.count_bytes))
+            prefetch = Prefetch(
+                reader,
+                requests(prepared.layers, division, rank),
+                chunk_elements=staging.elements,
+                buffers=staging.buffers,
+                threads=staging.threads,
+                pin=self.device.type == "cuda",
             )
-            return Pipeline(
-                passes=(
-                    Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules),
-                    load,
-                    Quantize(quantizer=quantizer, residence=self._residence),
-                    Relocate(quantizer=quantizer, residence=self._residence),
+            stack.enter_context(prefetch)
+            passes = (
+                Load(index=prepared.checkpoint.index, reader=reader, prefetch=prefetch, parts=parts, node=meeting.node),
+                Exchange(
+                    parts=parts,
+                    ranks=self.ranks,
+                    node=meeting.node,
+                    stop=stop,
+                    replicas=fsdp2.replicas_of(meeting.mesh) if meeting.mesh is not None else None,
                 ),
-                given=Skeleton.ensures,
-                layers=lambda model: group_into_layers(model, assignments),
+                Place(parts=parts),
+            )
+            pipeline = Pipeline(
+                passes=passes,
+                given=Replace.ensures,
+                layers=lambda _: prepared.layers,
                 report=self.report,
                 between=self.ranks.check_alarm,
-            ).run(model)
+            )
+            loading = stack.enter_context(
+                in_background(lambda: pipeline.run(prepared.model), stop=stop, device=self.device)
+            )
+            before, after = self._around_install(meeting)
+            model = self._pipeline(before, Replace.ensures).run(prepared.model)
+            loading.wait()
+            with self.report.phase("install"):
+                install(model, parts)
+            return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
 
-    def _adapt_and_shard(self, model: nn.Module) -> nn.Module:
-        with contextlib.ExitStack() as undo:
-            with everyone(self.ranks, device=self.device):
-                # A rank where a patch cannot be applied must not leave the others waiting either.
-                undo.enter_context(self._build_patches(model))
-                model = self._adapt(model)
-            with collective(self.ranks):
-                return self._shard(model)
+    def _around_install(self, meeting: _Meeting) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+        """The passes that need no weights, to run while these are loaded, and those that do."""
+        adapt: tuple[Pass, ...] = ()
+        if self.lora is not None:
+            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state),)
+        if self.placement == "sharded":
+            assert isinstance(self.shard, FSDP2)
+            assert meeting.mesh is not None
+            return (*adapt, FullyShard(config=self.shard, mesh=meeting.mesh)), ()
+        if self.lora is not None and needs_weights(self.lora):
+            return (), adapt
+        return adapt, ()
 
-    def _build_patches(self, model: nn.Module) -> patches.Transaction:
-        on_cpu = ("torch.fsdp1-sync-on-cpu",) if self.shard is not None and self.device.type == "cpu" else ()
+    def _finish(self, model: nn.Module, meeting: _Meeting) -> nn.Module:
+        """Shard what is not sharded yet, and make adapters the same on all ranks that have them whole or twice."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.shard is None:
+            for parameter in trainable:  # FSDP moves them itself
+                parameter.data = parameter.data.to(self.device)
+        passes: tuple[Pass, ...] = ()
+        if isinstance(self.shard, FSDP1):
+            passes = (Wrap(config=self.shard, device=self.device),)
+        if isinstance(self.shard, FSDP2) and self.placement != "sharded":
+            assert meeting.mesh is not None
+            passes = (FullyShard(config=self.shard, mesh=meeting.mesh),)
+        synced = isinstance(self.shard, FSDP1) and self.shard.sync_module_states
+        if self.ranks.world_size > 1 and not synced and self.placement != "sharded":
+            broadcast_from_rank0(trainable, device=self.device)
+        with self._rebuild_patches(model):
+            model = self._pipeline(passes, frozenset({"quantized-modules", "filled", "adapted"})).run(model)
+        if self.placement == "sharded" and meeting.mesh is not None:
+            fsdp2.share_among_replicas(trainable, meeting.mesh, device=self.device)
+        return model
+
+    def _pipeline(self, passes: tuple[Pass, ...], given: frozenset[str]) -> Pipeline:
+        return Pipeline(passes=passes, given=given, report=self.report)  # type: ignore[arg-type]
+
+    @property
+    def _residence(self) -> Residence:
+        # Unsharded, nothing would move the weights from a CPU to the device later.
+        placement = self.placement if self.shard is not None else "replicated"
+        offload = self.shard is not None and self.shard.cpu_offload
+        return Residence.of(placement, rank=self.ranks.rank, compute_device=self.device, cpu_offload=offload)
+
+    def _build_patches(self) -> patches.Transaction:
+        return patches.transaction(*BUILD_PATCHES, reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta")
+
+    def _rebuild_patches(self, model: nn.Module) -> patches.Transaction:
+        fsdp1_on_cpu = isinstance(self.shard, FSDP1) and self.device.type == "cpu"
         return patches.transaction(
             patches.on("bitsandbytes.quant-state-to-noop", [module.quant_state for module in linear4bits(model)]),
             *BUILD_PATCHES,
-            *on_cpu,
-            reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta",
+            *(("torch.fsdp1-sync-on-cpu",) if fsdp1_on_cpu else ()),
+            reason="FSDP rebuilds a 4-bit model that is partly on meta",
         )
 
-    def _adapt(self, model: nn.Module) -> nn.Module:
-        passes = () if self.lora is None else (Adapt(lora=self.lora, dtype=self.dtype),)
-        return Pipeline(passes=passes, given=Relocate.ensures, report=self.report).run(model)
 
-    def _shard(self, model: nn.Module) -> nn.Module:
-        synced = self.shard is not None and self.shard.sync_module_states
-        if self.ranks.world_size > 1 and not synced:
-            # Every rank has initialized adapters of its own, and no broadcast follows.
-            broadcast_from_rank0((p for p in model.parameters() if p.requires_grad), device=self.device)
-        passes = () if self.shard is None else (Shard(config=self.shard, device=self.device),)
-        return Pipeline(passes=passes, given=Relocate.ensures, report=self.report).run(model)
+@dataclass(frozen=True, kw_only=True)
+class _Meeting:
+    """What ranks have set up together. rng_state: rank 0's, from which all draw the adapters' initial values."""
+
+    node: Node
+    mesh: DeviceMesh | None
+    rng_state: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A model on meta, and what is to be loaded for it."""
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    quantizer: BnbQuantizer
+    staging: Staging
+    layers: list[Layer]

@@ -1,4 +1,4 @@
-"""What happened while a model was built: seconds and peak memory per phase, and a progress bar on rank 0."""
+"""What happened while a model was built: seconds, bytes read and memory per phase, and a progress bar on rank 0."""
 
 from __future__ import annotations
 
@@ -7,85 +7,85 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Phase", "Report", "anonymous_memory", "sample_peak"]
+from surgery.measurements import History, Phase, Prediction, Sample
+from surgery.sampling import anonymous_memory, sampled
+
+__all__ = ["Phase", "Report", "anonymous_memory"]
 
 T = TypeVar("T")
-
-#: Seconds between two looks at the process's memory. A layer takes milliseconds to seconds.
-SAMPLE_PERIOD = 0.005
-
-
-def anonymous_memory() -> int:
-    """Bytes of resident memory of this process that no file backs (`RssAnon`); 0 where the kernel does not say."""
-    try:
-        with Path("/proc/self/status").open(encoding="ascii") as status:
-            lines = [line for line in status if line.startswith("RssAnon:")]
-    except OSError:
-        return 0
-    return int(lines[0].split()[1]) * 1024 if lines else 0
-
-
-@dataclass(kw_only=True)
-class Phase:
-    """One phase, in bytes and seconds. Host memory is anonymous memory, device memory what torch has allocated."""
-
-    name: str
-    seconds: float = 0.0
-    host_before: int = 0
-    host_peak: int = 0
-    device_peak: int = 0
-
-
-@contextlib.contextmanager
-def sample_peak(phase: Phase) -> Iterator[None]:
-    """Keep `phase.host_peak` at the highest anonymous memory seen while the block runs, from a thread."""
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.wait(SAMPLE_PERIOD):
-            phase.host_peak = max(phase.host_peak, anonymous_memory())
-
-    thread = threading.Thread(target=look, name="surgery-memory", daemon=True)
-    phase.host_before = phase.host_peak = anonymous_memory()
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        phase.host_peak = max(phase.host_peak, anonymous_memory())
 
 
 @dataclass(kw_only=True)
 class Report:
-    """Phases in the order in which they ended. `show_progress` draws a bar for layer loops: for rank 0."""
+    """Measurements of one rank, from when it is made. Any thread may use it.
+
+    show_progress: draw a bar for layer loops: for rank 0.
+    phases: in the order in which they ended.
+    predictions: what a plan expects, by the group of phases; see `predict`.
+    history: memory over time, while `recording`; otherwise empty.
+    bytes_read: from checkpoints so far; see `count_bytes`.
+    """
 
     show_progress: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     phases: list[Phase] = field(default_factory=list)
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    bytes_read: int = 0
+    _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
+    _running: list[Phase] = field(default_factory=list, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    @property
+    def seconds(self) -> float:
+        """Since the report was made."""
+        return time.perf_counter() - self._began
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Phase]:
-        """Measure a block. Phases do not nest."""
-        phase = Phase(name=name)
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.perf_counter()
+    def phase(self, name: str, *, group: str = "load") -> Iterator[Phase]:
+        """Measure a block.
+
+        Phases of one thread do not nest. Those of two threads may overlap: memory and bytes read are the process's, so
+        that each then has those of both.
+        """
+        phase = Phase(name=name, group=group, start=self.seconds, host_before=anonymous_memory())
+
+        def look() -> None:
+            phase.host_peak = max(phase.host_peak, anonymous_memory())
+
+        self._begin(phase)
         try:
-            with sample_peak(phase):
+            with sampled(look):
                 yield phase
         finally:
-            if on_cuda:
-                torch.cuda.synchronize(self.device)
-                phase.device_peak = torch.cuda.max_memory_allocated(self.device)
-            phase.seconds = time.perf_counter() - start
-            self.phases.append(phase)
+            self._end(phase)
+
+    def count_bytes(self, count: int) -> None:
+        """Say that `count` more bytes have been read from a checkpoint."""
+        with self._lock:
+            self.bytes_read += count
+            for phase in self._running:
+                phase.bytes_read += count
+
+    def predict(self, group: str, *, host: int | None = None, device: int | None = None) -> None:
+        """Note the peaks that a plan expects of the phases of `group`, in bytes above what is held now."""
+        self.predictions[group] = Prediction(
+            host=host, device=device, host_before=anonymous_memory(), device_before=self._device_memory()[0]
+        )
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[History]:
+        """Fill `history` while the block runs, between phases too."""
+
+        def look() -> None:
+            self.history.add(Sample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
+
+        with sampled(look):
+            yield self.history
 
     def track(self, items: Sequence[T], *, describe: Callable[[T], str]) -> Iterator[T]:
         """The items, with a progress bar that names the current one."""
@@ -100,13 +100,52 @@ class Report:
                 yield item
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """`{phase: {seconds, host_before, host_peak, device_peak}}`, bytes."""
+        """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes."""
         return {
             phase.name: {
+                "start": round(phase.start, 3),
                 "seconds": round(phase.seconds, 3),
+                "bytes_read": phase.bytes_read,
                 "host_before": phase.host_before,
                 "host_peak": phase.host_peak,
                 "device_peak": phase.device_peak,
             }
             for phase in self.phases
         }
+
+    def _begin(self, phase: Phase) -> None:
+        with self._lock:
+            self._note_device_peak()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._running.append(phase)
+
+    def _end(self, phase: Phase) -> None:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # raises what an earlier kernel has failed with
+        finally:
+            with self._lock:
+                self._note_device_peak()
+                self._running = [each for each in self._running if each is not phase]
+                phase.seconds = self.seconds - phase.start
+                self.phases.append(phase)
+
+    def _note_device_peak(self) -> None:
+        """Give the peak so far to the phases that run: torch has one for the process, which the next phase resets."""
+        if self.device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated(self.device)
+        for phase in self._running:
+            phase.device_peak = max(phase.device_peak, peak)
+
+    def _device_memory(self) -> tuple[int, int]:
+        """Bytes that torch has allocated on the device now, and that it has reserved; 0 without a GPU."""
+        if self.device.type != "cuda":
+            return 0, 0
+        # One call for both figures; the functions for single ones flatten and sort all that there are.
+        statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
+        if not statistics:
+            return 0, 0  # CUDA has not been used yet
+        allocated, reserved = statistics["allocated_bytes"], statistics["reserved_bytes"]
+        return int(allocated["all"]["current"]), int(reserved["all"]["current"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.fqn import join, split
 
-__all__ = ["Site", "decoder_blocks", "own_tensors", "replace_module", "sites", "tied_parameters"]
+__all__ = ["Site", "decoder_blocks", "ends_of", "own_tensors", "replace_module", "sites", "tied_parameters"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,3 +82,33 @@ def _repeats(module: nn.Module) -> bool:
     if len({type(child) for child in children}) != 1 and not isinstance(module, nn.ModuleList):
         return False
     return bool(children) and all(any(True for _ in child.parameters()) for child in children)
+
+
+def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
+    """What comes before the `blocks` of a language model, and what comes after: `(embedding, (last norm, head))`.
+
+    The embedding is None if there is none, or if the head shares its weight: then it is among the others. The last norm
+    is found by its place, beside the blocks and after them. What a model does not have is left out.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    norm = _after(model, blocks)
+    if embedding is not None and head is not None and _share(embedding, head):
+        return None, tuple(module for module in (norm, embedding, head) if module is not None)
+    return embedding, tuple(module for module in (norm, head) if module is not None)
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    return not set(one.parameters()).isdisjoint(other.parameters())
+
+
+def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
+    """The last module with parameters of its own beside the container of the last block, and after it."""
+    if not blocks:
+        return None
+    container = split(blocks[-1].fqn)[0]
+    parent, name = split(container)
+    siblings = dict(model.get_submodule(parent).named_children())
+    later = list(siblings)[list(siblings).index(name) + 1 :]
+    plain = [siblings[each] for each in later if siblings[each]._parameters]
+    return next((module for module in reversed(plain) if all(p.dim() == 1 for p in module.parameters())), None)

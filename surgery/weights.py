@@ -29,6 +29,7 @@ class Assignment:
     targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
     duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
     converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
+    dtypes: of the targets as the checkpoint has them.
     """
 
     targets: tuple[str, ...]
@@ -36,6 +37,7 @@ class Assignment:
     duplicates: tuple[str, ...] = ()
     converter: Any = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
 
     def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`{target: tensor}` from `{source: tensor}`; meta tensors give the targets' shapes."""
@@ -173,6 +175,7 @@ def _finish(model: nn.Module, index: Index, group: _Group) -> Assignment:
         duplicates=assignment.duplicates,
         converter=assignment.converter,
         patterns=assignment.patterns,
+        dtypes=tuple(tensor.dtype for tensor in dry.values()),
     )
 
 

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
     ("errors", "fqn"),
-    ("config", "match", "walk", "placement", "report"),
+    ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
     ("checkpoint",),
-    ("weights", "quantizers"),
-    ("distributed",),
-    ("guards", "lifetime", "passes", "adapters"),
+    ("slices", "weights", "quantizers", "targets", "parts"),
+    ("distributed", "loading"),
+    ("guards", "lifetime", "passes", "install", "adapters"),
     ("recipe",),
+    ("tracing",),
     ("",),  # the package itself: its public names
     ("finetune",),
     ("integrations", "cli", "__main__"),

@@ -1,4 +1,4 @@
-"""Check this project on real GPUs: exactness against upstream, then an 8B model loaded and trained.
+"""Check this project on real GPUs: exactness against upstream, an 8B model loaded and trained, FSDP2's all-gather.
 
     PYTHONPATH=. torchrun --nproc-per-node 2 tools/gpu_check.py --work /dev/shm/gpu_check --json gpu.json
     PYTHONPATH=. torchrun --nproc-per-node 2 tools/gpu_check.py --device cpu --small
@@ -24,10 +24,11 @@ import torch
 
 from gpu_checks.exactness import check_exactness, write_reference
 from gpu_checks.findings import WHOLE, Findings, Outcome, attempt
+from gpu_checks.gather import check_gather
 from gpu_checks.job import Job, joined
 from gpu_checks.training import check_training
 
-PARTS = {"exactness": check_exactness, "training": check_training}
+PARTS = {"exactness": check_exactness, "training": check_training, "gather": check_gather}
 UPSTREAM = ("bitsandbytes", "transformers", "peft", "accelerate")
 
 

@@ -5,7 +5,9 @@
 
 What follows `--` goes to pytest. Only `tests/` of the repository is used, as of the given tag or commit, on the
 installed release. What these tests import and this project does not can be put into folders of their own (`--beside`).
-The exit code is 1 where any test ends differently.
+
+Where a test ends differently, all are run once more as they are. One that differs between those two runs is unstable,
+and says nothing of patches; the exit code is 1 where any other differs.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ def main() -> int:
     patched = _timed("patched", place, options, ids=options.ids)
     print("\n".join(patched.header))
     found = differences(stock, patched)
+    again = _timed("stock again", place, options, ids=()) if found else stock
+    unstable = {test for test, _, _ in differences(stock, again)}
     for test, without, under in found:
-        print(f"DIFFERS {test}: {without} without patches, {under} with them")
-    print(f"{len(found)} of {len(stock.outcomes.keys() | patched.outcomes.keys())} tests end differently")
-    return 1 if found or not stock.outcomes else 0
+        word = "UNSTABLE" if test in unstable else "DIFFERS"
+        print(f"{word} {test}: {without} without patches, {under} with them")
+    differing = [test for test, _, _ in found if test not in unstable]
+    total = len(stock.outcomes.keys() | patched.outcomes.keys())
+    print(f"{len(differing)} of {total} tests end differently" + (f"; {len(unstable)} unstable" if unstable else ""))
+    return 1 if differing or not stock.outcomes else 0
 
 
 def _parse() -> argparse.Namespace:

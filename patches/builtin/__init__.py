@@ -21,6 +21,7 @@ _IDS: Final = (
     "peft.adapter-keys-under-wrappers",
     "torch.fsdp1-raw-reads",
     "torch.fsdp1-sync-on-cpu",
+    "torch.fsdp2-bit-exact-gather",
     "torch.meta-param-replacement",
 )
 

@@ -19,6 +19,7 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "bitsandbytes.linear4bit-apply",
             "bitsandbytes.no-rewrap",
             "bitsandbytes.keep-packing",
+            "torch.fsdp2-bit-exact-gather",
         ),
         # All that building, running and saving one takes, on GPUs or without.
         "qlora-low-memory": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,9 @@ class Checkpoint:
         """Where the tensor `name` lies. Raises `WeightsMismatchError` if the checkpoint does not hold it."""
         return self.index.entry(name)
 
-    def reader(self) -> Reader:
-        """A new reader, to be used as a context manager."""
-        return Reader(self.index)
+    def reader(self, *, on_read: Callable[[int], None] | None = None) -> Reader:
+        """A new reader, to be used as a context manager; `on_read` is told how many bytes each read has brought."""
+        return Reader(self.index, on_read=on_read)
 
     def __contains__(self, name: object) -> bool:
         return name in self.index

@@ -10,6 +10,7 @@ import mmap
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,11 +30,13 @@ class Reader:
     """Reads from the files of a checkpoint, each opened once, on first use; closes them as a context manager.
 
     A tensor is given by its name in `index` or by its entry. Any number of threads may read at the same time;
-    close the reader after the last one has finished.
+    close the reader after the last one has finished. `on_read` is told of every number of bytes, by the thread that
+    has read them.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, *, on_read: Callable[[int], None] | None = None) -> None:
         self._index = index
+        self._on_read = on_read
         self._descriptors: dict[Path, int] = {}
         self._bytes_read: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -114,6 +117,8 @@ class Reader:
             raise _file_too_short(entry, offset=offset)
         with self._lock:
             self._bytes_read[entry.name] += count
+        if self._on_read is not None:
+            self._on_read(count)
         return count
 
     def _descriptor(self, entry: TensorEntry) -> int:

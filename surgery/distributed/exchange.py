@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,25 @@ import torch.distributed as dist
 import patches
 from surgery.errors import ConfigError, SurgeryError
 
-__all__ = ["PeerError", "Ranks", "broadcast_from_rank0", "collective", "current_ranks", "everyone", "same_patches"]
+__all__ = [
+    "PeerError",
+    "Ranks",
+    "StoppedError",
+    "broadcast_from_rank0",
+    "collective",
+    "current_ranks",
+    "everyone",
+    "rank0_rng_state",
+    "same_patches",
+]
+
+
+#: Seconds between two looks at a gate that has been closed for longer than that.
+GATE_PAUSE = 0.005
+
+
+class StoppedError(SurgeryError):
+    """This rank itself stopped the work of this thread, because of a failure that is raised elsewhere."""
 
 
 class PeerError(SurgeryError):
@@ -53,6 +72,26 @@ class Ranks:
         if alarm is not None:
             rank, _, message = alarm.partition("\n")
             raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
+
+    def gate(self, name: str, *, stop: threading.Event) -> None:
+        """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
+
+        Raises `PeerError` if another rank has raised the alarm instead, and `StoppedError` once `stop` is set.
+        """
+        if self.world_size == 1:
+            return
+        key, pause = f"{self.alarm}/gate/{name}", 1e-5
+        try:
+            arrived = _store().add(key, 1)
+            while arrived < self.world_size:
+                if pause > GATE_PAUSE:
+                    self.check_alarm()
+                if stop.wait(min(pause, GATE_PAUSE)):
+                    raise StoppedError("stopped while waiting for the other ranks")
+                pause *= 2
+                arrived = _store().add(key, 0)
+        except RuntimeError as error:
+            raise _gone() from error
 
     def meet(self, device: torch.device, *, failed: bool = False) -> bool:
         """Wait for the other ranks, on the `device` that their group speaks; whether any of them came having `failed`.
@@ -149,6 +188,18 @@ def broadcast_from_rank0(tensors: Iterable[torch.Tensor], *, device: torch.devic
         sent = tensor.detach().to(device)
         dist.broadcast(sent, src=0)
         tensor.data.copy_(sent)
+
+
+def rank0_rng_state(ranks: Ranks) -> torch.Tensor:
+    """The state of rank 0's CPU generator; to be called on all ranks alike."""
+    state = torch.get_rng_state()
+    if ranks.world_size == 1:
+        return state
+    key = f"{ranks.alarm}/rng"
+    if ranks.rank == 0:
+        _store().set(key, state.numpy().tobytes())
+        return state
+    return torch.frombuffer(bytearray(_store().get(key)), dtype=torch.uint8)
 
 
 _comparisons = itertools.count()

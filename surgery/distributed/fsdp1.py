@@ -160,7 +160,7 @@ def materializer(
                 continue
             new = made.get(parameter)
             if new is None:
-                new = _empty(parameter, module, device)
+                new = _empty(parameter, device)
             if parameter in shared:
                 made[parameter] = new
             module._parameters[name] = new
@@ -173,14 +173,13 @@ def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, count in places.items() if count > 1}
 
 
-def _empty(parameter: nn.Parameter, module: nn.Module, device: torch.device) -> nn.Parameter:
+def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """An uninitialized parameter like `parameter`, of the same class, with the same `quant_state` if it has one."""
-    from surgery.quantizers.bnb import as_params4bit
+    from surgery.quantizers.bnb import with_data
 
     data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-    quant_state = getattr(parameter, "quant_state", None)
-    if quant_state is not None:
-        return as_params4bit(data, module, quant_state)  # type: ignore[arg-type]  # only a Linear4bit's has one
+    if getattr(parameter, "quant_state", None) is not None:
+        return with_data(parameter, data)
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 

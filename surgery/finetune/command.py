@@ -84,6 +84,14 @@ def finetune(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what every rank did to this folder: trace.html shows memory over time, phases, bytes read.",
+            metavar="DIR",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     log: Annotated[
         str,
         typer.Option(help="Comma-separated: tensorboard, wandb.", rich_help_panel=_OUTPUT, show_default="none"),
@@ -258,6 +266,7 @@ def finetune(
         output=output,
         overwrite=overwrite,
         metrics=metrics,
+        trace=trace,
         loggers=cast("tuple[LoggerName, ...]", parse_list(log)),  # the job checks the names
         timeout=parse_timeout(timeout),
     )

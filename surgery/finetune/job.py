@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import patches
-from surgery import qlora, release, save_adapter
+from surgery import qlora, release, save_adapter, trace
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, precision
 from surgery.distributed.exchange import current_ranks, everyone
@@ -28,6 +28,7 @@ from surgery.finetune.trackers import Tracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
 from surgery.passes.checkpointing import checkpoint_activations
 from surgery.report import Report, anonymous_memory
+from surgery.tracing.folder import PAGE, start_afresh
 
 __all__ = ["run"]
 
@@ -48,27 +49,30 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
     earlier = len(patches.audit(include_reverted=True))
     with join_world(timeout=job.timeout) as world:
         checkpoint, plan = _prepare(job, world)
-        report = Report(show_progress=world.is_main, device=world.device)
-        with _trackers(job, plan, world, console) as trackers:
-            training = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
-        summary = Summary(
-            config=job,
-            device=str(world.device),
-            world_size=world.size,
-            samples={
-                "train": len(plan.dataset.train),
-                "evaluation": len(plan.dataset.evaluation),
-                "dropped": plan.dataset.dropped,
-            },
-            training=training,
-            memory=gather_phases(report.as_dict()),
-            patches=patch_rows(since=earlier),
-            versions=versions(),
-        )
+        with _report(job, world) as report:
+            with _trackers(job, plan, world, console) as trackers:
+                training = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
+            summary = Summary(
+                config=job,
+                device=str(world.device),
+                world_size=world.size,
+                samples={
+                    "train": len(plan.dataset.train),
+                    "evaluation": len(plan.dataset.evaluation),
+                    "dropped": plan.dataset.dropped,
+                },
+                training=training,
+                memory=gather_phases(report.as_dict()),
+                patches=patch_rows(since=earlier),
+                versions=versions(),
+            )
+            if world.is_main:
+                write_summary(summary, job.output / "summary.json")
     if world.is_main:
-        write_summary(summary, job.output / "summary.json")
         _say(console, summary.text())
         _say(console, f"Adapter and summary: {job.output}")
+        if job.trace is not None:
+            _say(console, f"Trace: {job.trace / PAGE}")
     return summary
 
 
@@ -76,6 +80,8 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     """The open checkpoint and the plan; if one rank cannot have them, all raise."""
     with everyone(current_ranks(), device=world.device):
         _check_world(job, world)
+        if job.trace is not None:
+            start_afresh(job.trace, rank=world.rank, world_size=world.size)
         # Before the checkpoint, which may have to be downloaded, and the tokenizer, which takes seconds.
         records = read_data(job.data)
     with everyone(current_ranks(), device=world.device):
@@ -97,6 +103,13 @@ def _check_world(job: Job, world: World) -> None:
             "DoRA reads the base weight while the adapter runs, but with flat parameters adapters are FSDP1 units of "
             "their own and the base weight is already freed: add --use-orig-params, or leave out --dora"
         )
+
+
+def _report(job: Job, world: World) -> AbstractContextManager[Report]:
+    """What is measured of this rank; left in the folder of the trace, if there is to be one."""
+    if job.trace is not None:
+        return trace(job.trace, device=world.device)
+    return nullcontext(Report(show_progress=world.is_main, device=world.device))
 
 
 @contextmanager
@@ -134,9 +147,9 @@ def _train(
         torch.manual_seed(job.training.seed + world.rank)
         trainer = _trainer(job, model, plan, world)
         session = Session(plan=plan, options=job.training, rank=world.rank, world=world.size, trackers=trackers)
-        with report.phase("train"):
+        with report.phase("train", group="train"):
             training = session.run(trainer)
-        with report.phase("save"):
+        with report.phase("save", group="save"):
             save_adapter(model, job.output)
     finally:
         release(model)

@@ -144,7 +144,8 @@ class Job:
     output: the folder for the adapter and `summary.json`; one that holds an adapter is refused unless
         `overwrite`.
     shard: how to shard where there is more than one rank; in one process nothing is.
-    metrics: a JSONL file, replaced. timeout: bounds every wait for another rank.
+    metrics: a JSONL file, replaced. trace: a folder for what every rank did, see `surgery.trace`.
+    timeout: bounds every wait for another rank.
     """
 
     model: str
@@ -158,6 +159,7 @@ class Job:
     placement: Placement = "rank0-cpu"
     shard: FSDP1 = field(default_factory=FSDP1)
     metrics: Path | None = None
+    trace: Path | None = None
     loggers: tuple[LoggerName, ...] = ()
     overwrite: bool = False
     timeout: timedelta = timedelta(minutes=10)

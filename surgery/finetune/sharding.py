@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
 
-__all__ = ["Fsdp1", "Sharding", "Unsharded", "sharding_of"]
+__all__ = ["Fsdp1", "Fsdp2", "Sharding", "Unsharded", "sharding_of"]
 
 
 class Sharding(Protocol):
@@ -103,8 +104,46 @@ class Fsdp1:
         return value
 
 
+class Fsdp2:
+    """A model that `fully_shard` was applied to, `root` last."""
+
+    def __init__(self, root: FSDPModule, model: nn.Module, device: torch.device) -> None:
+        self._root = root
+        self._model = model
+        self._device = device
+
+    @property
+    def averaged_over(self) -> int:
+        """All ranks, in a mesh of two dimensions too."""
+        return dist.get_world_size()
+
+    @contextmanager
+    def micro_step(self, *, is_last: bool) -> Iterator[None]:
+        """Gradients add up on each rank, whole, and are exchanged in the last backward."""
+        self._root.set_requires_gradient_sync(is_last)
+        yield
+
+    def clip(self, max_norm: float | None) -> torch.Tensor:
+        """By the norm over all shards; what is returned is whole."""
+        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trainable, _limit(max_norm))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """The plain scaler: what it finds in a sharded gradient it finds on all ranks."""
+        return torch.amp.GradScaler(self._device.type, enabled=enabled)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks."""
+        dist.all_reduce(value)
+        return value
+
+
 def sharding_of(model: nn.Module, device: torch.device) -> Sharding:
     """How `model` is sharded, as found in its modules."""
+    fully_sharded = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+    if fully_sharded is not None:
+        return Fsdp2(fully_sharded, model, device)
     root = next((module for module in model.modules() if isinstance(module, FullyShardedDataParallel)), None)
     return Unsharded(model, device) if root is None else Fsdp1(root, device)
 

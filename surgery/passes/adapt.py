@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,11 +13,12 @@ from torch import nn
 
 from surgery.errors import SelectorError
 from surgery.passes.base import Pass
+from surgery.quantizers.bnb import is_params4bit, with_data
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Adapt", "check_targets"]
+__all__ = ["Adapt", "check_targets", "drawing_from", "needs_weights"]
 
 
 def check_targets(model: nn.Module, lora: LoraConfig) -> None:
@@ -42,20 +45,72 @@ def check_targets(model: nn.Module, lora: LoraConfig) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+def needs_weights(lora: LoraConfig) -> bool:
+    """Whether PEFT reads base weights to make these adapters, so that the model cannot be adapted on meta."""
+    names = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
+    return any(getattr(lora, name, None) for name in names)
+
+
+@contextlib.contextmanager
+def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
+    """A block in which torch's CPU generator goes on from `rng_state`.
+
+    If that is its own state, it goes on from there after the block too; otherwise it is as it was.
+    """
+    own = torch.get_rng_state()
+    if torch.equal(own, rng_state):
+        yield
+        return
+    torch.set_rng_state(rng_state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(own)
+
+
+@contextlib.contextmanager
+def appearing_real(model: nn.Module) -> Iterator[None]:
+    """A block in which every parameter on meta looks as if it were on the CPU; it takes no memory.
+
+    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
+    """
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = stand_ins.setdefault(parameter, _stand_in(parameter))
+    originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name, found in module._parameters.items():
+                if found in originals:
+                    module._parameters[name] = originals[found].requires_grad_(found.requires_grad)
+
+
+def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
+    """One element in memory, shown as often as the shape says."""
+    data = torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
+    if is_params4bit(parameter):
+        return with_data(parameter, data)
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Adapt(Pass):
     """Wraps the model by `peft.get_peft_model`; adapters are in `dtype`, base weights are frozen.
 
-    Adapters live on the device of their base weight, so on meta where that is: rank 0's values come with the
-    broadcast that FSDP does while wrapping.
+    Adapters live on the device of their base weight, or on the CPU where that is on meta. Their initial values are drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
     """
 
     name: ClassVar[str] = "adapt"
-    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    requires: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
     ensures: ClassVar[frozenset[str]] = frozenset({"adapted"})
 
     lora: LoraConfig
     dtype: torch.dtype
+    rng_state: torch.Tensor
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""
@@ -63,7 +118,8 @@ class Adapt(Pass):
 
         # What transformers sets on a model that it loads in 4 bits, and what PEFT looks at to choose its LoRA layer.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
-        adapted = get_peft_model(model, copy.deepcopy(self.lora), autocast_adapter_dtype=False)
+        with drawing_from(self.rng_state), appearing_real(model):
+            adapted = get_peft_model(model, copy.deepcopy(self.lora), autocast_adapter_dtype=False)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)

@@ -6,31 +6,43 @@ an earlier pass before it runs the first one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
-from surgery.walk import Site
-from surgery.weights import Assignment
+from surgery.fqn import split
+from surgery.targets import Target
 
-__all__ = ["Layer", "LayerPass", "ModelPass", "Pass"]
+__all__ = ["Layer", "LayerPass", "ModelPass", "Pass", "group_into_layers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """What is read, quantized and placed together: the sites that one set of checkpoint tensors fills.
+    """What is read, quantized and exchanged together: targets that follow each other, of one module at least."""
 
-    Nearly always one module. Several where upstream's conversion splits a tensor among modules.
-    """
-
-    sites: tuple[Site, ...]
-    assignments: tuple[Assignment, ...]
+    number: int
+    targets: tuple[Target, ...]
 
     @property
     def fqn(self) -> str:
-        """The name of its first site."""
-        return self.sites[0].fqn
+        """The module of its first target."""
+        return split(self.targets[0].fqn)[0]
+
+
+def group_into_layers(targets: Iterable[Target], *, elements: int) -> list[Layer]:
+    """Layers of at most so many `elements`, unless one assignment alone has more. The same on every rank."""
+    groups: list[list[Target]] = []
+    size = 0
+    for target in targets:
+        same = bool(groups) and groups[-1][-1].assignment is target.assignment
+        if not same and (not groups or size + target.form.numel > elements):
+            groups.append([])
+            size = 0
+        groups[-1].append(target)
+        size += target.form.numel
+    return [Layer(number=number, targets=tuple(group)) for number, group in enumerate(groups)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,5 +76,5 @@ class LayerPass(Protocol):
     ensures: ClassVar[frozenset[str]]
 
     def run_layer(self, layer: Layer) -> None:
-        """Change the modules of `layer` in place."""
+        """Work on the targets of `layer`."""
         ...

@@ -1,136 +1,109 @@
-"""Read a layer's tensors from the checkpoint and set them."""
+"""Read this rank's part of a layer from the checkpoint, and quantize it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import groupby
+from typing import ClassVar
 
 import torch
-from torch import nn
 
-from surgery.checkpoint import Index, Reader, TensorEntry
+from surgery.checkpoint import Chunk, Index, Prefetch, Reader, Request
+from surgery.distributed.nodes import Node
 from surgery.errors import WeightsMismatchError
-from surgery.fqn import split
+from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Pass
-from surgery.placement import Residence
-from surgery.quantizers.base import Quantizer
-from surgery.walk import Site
+from surgery.slices import Division
 from surgery.weights import Assignment
 
-__all__ = ["Load", "group_into_layers"]
-
-#: Elements of a tensor that are read at a time to be compared with another.
-COMPARED_AT_ONCE = 1 << 22
+__all__ = ["Load", "requests"]
 
 
-def group_into_layers(model: nn.Module, assignments: Iterable[Assignment]) -> list[Layer]:
-    """One layer per module that is filled, in the order of `assignments`; modules that share an assignment together."""
-    layer_of: dict[str, tuple[list[str], list[Assignment]]] = {}
-    for assignment in assignments:
-        owners = list(dict.fromkeys(split(target)[0] for target in assignment.targets))
-        fqns, members = _merged(layer_of, owners)
-        members.append(assignment)
-        for fqn in fqns:
-            layer_of[fqn] = (fqns, members)
-    unique = {id(members): (fqns, members) for fqns, members in layer_of.values()}
-    return [
-        Layer(
-            sites=tuple(Site(fqn=fqn, module=model.get_submodule(fqn)) for fqn in fqns),
-            assignments=tuple(members),
-        )
-        for fqns, members in unique.values()
-    ]
-
-
-def _merged(
-    layer_of: dict[str, tuple[list[str], list[Assignment]]], owners: list[str]
-) -> tuple[list[str], list[Assignment]]:
-    """The one group of all `owners`, made of the groups that they are in already."""
-    groups = {id(layer_of[fqn][1]): layer_of[fqn] for fqn in owners if fqn in layer_of}
-    fqns = list(dict.fromkeys([fqn for group in groups.values() for fqn in group[0]] + owners))
-    return fqns, [assignment for group in groups.values() for assignment in group[1]]
+def requests(layers: Iterable[Layer], division: Division, rank: int) -> Iterator[Request]:
+    """The ranges that `rank` reads of the tensors that map to one target each, in the order in which it uses them."""
+    for layer in layers:
+        for target in layer.targets:
+            elements = division.slice(target.form, rank).elements
+            if target.source is not None and elements:
+                yield Request(entry=target.source, start=elements.start, stop=elements.stop)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load(Pass):
-    """Reads each source once and fills its targets.
+    """After: of every target the part that this rank reads, quantized if that is what the target is.
 
-    After: a weight that will be quantized is a plain parameter on the CPU, in the checkpoint's dtype and in logical
-    shape, on every rank; everything else is in the dtype that it had on meta, on the rank's data device, and stays on
-    meta, unread, on ranks that keep no data.
-
-    tied: first FQN -> aliases, of the whole model. transposed: weights that the checkpoint holds as `(in, out)`.
+    A tensor that upstream's conversion merges or splits, or that the checkpoint holds transposed, is no range of a
+    file: one rank of each node reads and converts it, and the next pass hands out its parts.
     """
 
     name: ClassVar[str] = "load"
     requires: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"loaded"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"parts"})
 
-    model: nn.Module = field(repr=False)
     index: Index = field(repr=False)
-    reader: Reader
-    quantizer: Quantizer
-    residence: Residence
-    tied: Mapping[str, tuple[str, ...]] = field(repr=False)
-    transposed: frozenset[str] = field(default=frozenset(), repr=False)
+    reader: Reader = field(repr=False)
+    prefetch: Prefetch = field(repr=False)
+    parts: Parts
+    node: Node
 
     def run_layer(self, layer: Layer) -> None:
-        """Fill the sites of `layer`."""
-        for assignment in layer.assignments:
-            wanted = [name for name in assignment.targets if self.residence.keeps_data or self._is_quantized(name)]
-            if not wanted:
-                continue
-            tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
-            self._check_duplicates(assignment, tensors)
-            for name in wanted:
-                self._fill(name, tensors.pop(name))
+        """Fill the parts of `layer`."""
+        for assignment, group in groupby(layer.targets, lambda target: target.assignment):
+            targets = list(group)
+            parts = [self.parts.begin(target) for target in targets]
+            if targets[0].source is not None:
+                self._stream(parts[0], assignment)
+            elif self.node.converter(targets, self.parts.division) == self.parts.rank:
+                self._convert(parts, assignment)
 
-    def _is_quantized(self, name: str) -> bool:
-        owner, leaf = split(name)
-        return leaf == "weight" and self.quantizer.is_quantized(self.model.get_submodule(owner))
+    def _stream(self, part: Part, assignment: Assignment) -> None:
+        position = part.slice.elements.start
+        while position < part.slice.elements.stop:
+            chunk = self.prefetch.next()
+            for duplicate in assignment.duplicates:
+                self._check_same(chunk, duplicate, assignment)
+            self.parts.fill(part, chunk.start, chunk.data)
+            position = chunk.start + chunk.data.numel()
+            chunk.release(_recorded(self.parts.residence.compute_device))
 
-    def _check_duplicates(self, assignment: Assignment, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word."""
+    def _convert(self, parts: list[Part], assignment: Assignment) -> None:
+        tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
         for name in assignment.duplicates:
-            if self._holds(self.index[name], tensors[assignment.targets[0]]):
-                continue
-            raise WeightsMismatchError(
-                f"{name} and {assignment.sources[0]} differ in the checkpoint, but the model ties them "
-                f"({assignment.targets[0]}): set tie_word_embeddings to false in config.json if they are two",
-                tensor=name,
-            )
+            self._check_whole(self.reader.read(self.index[name]), tensors, name, assignment)
+        for part in parts:
+            tensor = tensors[part.target.fqn]
+            part.converted = (tensor.t() if part.target.is_transposed else tensor).reshape(-1)
 
-    def _holds(self, entry: TensorEntry, tensor: torch.Tensor) -> bool:
-        """Whether the checkpoint has `tensor` at `entry`: compared in runs, so that it is not in memory twice."""
-        if entry.dtype != tensor.dtype or entry.shape != tuple(tensor.shape):
-            return False
-        flat = tensor.reshape(-1)
-        for start in range(0, entry.numel, COMPARED_AT_ONCE):
-            run = flat[start : start + COMPARED_AT_ONCE]
-            if not torch.equal(self.reader.read_range(entry, start, start + run.numel()), run):
-                return False
-        return True
+    def _check_same(self, chunk: Chunk, name: str, assignment: Assignment) -> None:
+        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word."""
+        entry = self.index[name]
+        if entry.dtype == chunk.data.dtype:
+            other = self.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())
+            if torch.equal(other, chunk.data):
+                return
+        raise _differ(name, assignment)
 
-    def _fill(self, name: str, tensor: torch.Tensor) -> None:
-        if self._is_quantized(name):
-            logical = tensor.t() if name in self.transposed else tensor
-            self._set(name, nn.Parameter(logical, requires_grad=False))
-            return
-        if tensor.is_floating_point():
-            owner, leaf = split(name)
-            tensor = tensor.to(getattr(self.model.get_submodule(owner), leaf).dtype)
-        self._set(name, tensor.to(self.residence.data_device))
+    def _check_whole(
+        self, other: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, assignment: Assignment
+    ) -> None:
+        tensor = tensors[assignment.targets[0]]
+        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+            raise _differ(name, assignment)
 
-    def _set(self, name: str, tensor: torch.Tensor) -> None:
-        """Put `tensor` at `name` and at every alias, as the one object that it was on meta."""
-        owner, leaf = split(name)
-        old = getattr(self.model.get_submodule(owner), leaf)
-        is_parameter = isinstance(old, nn.Parameter)
-        if is_parameter and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        for alias in (name, *self.tied.get(name, ())):
-            owner, leaf = split(alias)
-            module = self.model.get_submodule(owner)
-            tensors: Any = module._parameters if is_parameter else module._buffers
-            tensors[leaf] = tensor
+
+def _recorded(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind all copies that were asked for so far; None where copies are done when they return."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # no annotation upstream
+    event.record()
+    return event
+
+
+def _differ(name: str, assignment: Assignment) -> WeightsMismatchError:
+    return WeightsMismatchError(
+        f"{name} and {assignment.sources[0]} differ in the checkpoint, but the model ties them "
+        f"({assignment.targets[0]}): set tie_word_embeddings to false in config.json if they are two",
+        tensor=name,
+    )

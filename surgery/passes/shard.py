@@ -1,4 +1,4 @@
-"""Shard the model over the ranks."""
+"""Shard the model."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from surgery.config import FSDP1
-from surgery.distributed.fsdp1 import plan_units, wrap
+from surgery.config import FSDP1, FSDP2
+from surgery.distributed import fsdp1, fsdp2
 from surgery.passes.base import Pass
 from surgery.walk import decoder_blocks
 
-__all__ = ["Shard"]
+__all__ = ["FullyShard", "Wrap"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard(Pass):
-    """Wraps the model as `config` says. After: every rank holds its shard, on `device`, with rank 0's values."""
+class Wrap(Pass):
+    """FSDP1: wraps the model as `config` says. After: every rank holds its shard, on `device`, with rank 0's values."""
 
     name: ClassVar[str] = "shard"
-    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
+    requires: ClassVar[frozenset[str]] = frozenset({"filled"})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded"})
 
     config: FSDP1
@@ -30,5 +31,24 @@ class Shard(Pass):
     def run(self, model: nn.Module) -> nn.Module:
         """The `FullyShardedDataParallel` around `model`."""
         blocks = [site.module for site in decoder_blocks(model)]
-        units = plan_units(model, blocks, use_orig_params=self.config.use_orig_params, policy=self.config.units)
-        return wrap(model, units, self.config, device=self.device)
+        units = fsdp1.plan_units(model, blocks, use_orig_params=self.config.use_orig_params, policy=self.config.units)
+        return fsdp1.wrap(model, units, self.config, device=self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullyShard(Pass):
+    """FSDP2: shards the model in place, over `mesh`. What is on meta stays there, as shards, to be filled; the rest is
+    this rank's shard of what it was.
+    """
+
+    name: ClassVar[str] = "shard"
+    requires: ClassVar[frozenset[str]] = frozenset({"adapted"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"sharded"})
+
+    config: FSDP2
+    mesh: DeviceMesh
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """`model` itself."""
+        fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh)
+        return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,16 +11,46 @@ __all__ = ["Quantizer"]
 
 
 class Quantizer(Protocol):
-    """Replaces linear modules by quantized ones on meta, and fills them weight by weight."""
+    """Replaces linear modules by quantized ones on meta, and makes what fills them, range by range."""
+
+    @property
+    def blocksize(self) -> int:
+        """Elements that share one statistic."""
+        ...
+
+    def run_elements(self, device: torch.device) -> int:
+        """How many elements to quantize at once on `device`: whole blocks."""
+        ...
 
     def replacement(self, linear: nn.Module) -> nn.Module:
-        """A quantized module for `linear`, on meta, in its logical shape."""
+        """A quantized module for `linear`, on meta, its weight in the shape and dtype in which it will be stored."""
         ...
 
     def is_quantized(self, module: nn.Module) -> bool:
         """Whether `module` is one of ours, and its `weight` is to be quantized."""
         ...
 
-    def quantize(self, module: nn.Module, weight: torch.Tensor, *, device: torch.device, keep_packed: bool) -> None:
-        """Give `module` the quantized form of `weight`, `(out, in)`; without `keep_packed`, packed data on meta."""
+    def logical(self, module: nn.Module) -> torch.Size:
+        """The shape of the weight of a quantized `module` before it was quantized."""
+        ...
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(packed uint8, float32 statistics)` of a flat run of whole blocks, in any floating dtype, on its device.
+
+        Only the last block of a weight may be partial.
+        """
+        ...
+
+    def state(self, statistics: torch.Tensor, shape: torch.Size) -> Any:
+        """What belongs to the packed data of a whole weight of logical `shape`, from the statistics of all its
+        blocks, float32, in order; on their device.
+        """
+        ...
+
+    def parameter(self, module: nn.Module, packed: torch.Tensor, state: Any) -> nn.Parameter:
+        """The frozen parameter of `module` over `packed`; `state` is what `state` gave."""
+        ...
+
+    def set_state(self, module: nn.Module, state: Any) -> None:
+        """Give the module its state, which it keeps whatever becomes of the parameter."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,15 @@ __all__ = [
     "BnbQuantizer",
     "as_params4bit",
     "is_linear_like",
+    "is_params4bit",
     "linear4bits",
     "packed_shape",
-    "quantize_in_runs",
+    "with_data",
 ]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
-#: almost none: 4 MiB, no slower than more; and one launch for all but the largest weights.
-RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 28}
+#: almost none: 4 MiB, no slower than more; and on a GPU 16 MiB of a 16-bit weight, enough for the copy engine.
+RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], storage: torch.dtype) -> tuple[int, int]:
@@ -62,71 +64,22 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
-def quantize_in_runs(
-    weight: torch.Tensor,
-    quant: Quant,
-    *,
-    storage: torch.dtype,
-    dtype: torch.dtype,
-    device: torch.device,
-    keep_packed: bool = True,
-) -> tuple[torch.Tensor, QuantState]:
-    """Quantize `weight`, bit-identically to `quantize_4bit(weight.to(device, dtype))`, a run of whole blocks at a time.
-
-    Args:
-        weight: logical shape `(out, in)`, any floating dtype, strides and device but meta.
-        quant: type, blocksize and double quantization; its storage is not looked at.
-        storage: dtype of the packed result.
-        dtype: what the weight is cast to before it is quantized; becomes `quant_state.dtype`.
-        device: where it is quantized, and where the results are.
-        keep_packed: False gives the packed tensor on meta; its bytes are dropped run by run.
-
-    Returns:
-        The packed tensor, `packed_shape(weight.shape, storage)`, and its `QuantState`, both on `device`.
-
-    Blocks are independent, so runs of them are too; the absmax values of all runs are quantized together at the end,
-    because double quantization subtracts their common mean.
-    """
-    weight = weight.detach()
-    run = max(RUN_ELEMENTS.get(device.type, 1 << 24) // quant.blocksize, 1) * quant.blocksize
-    packed = torch.empty(packed_shape(weight.shape, storage), dtype=storage, device=device if keep_packed else "meta")
-    out = packed.reshape(-1).view(torch.uint8)
-    absmax = torch.empty(-(-weight.numel() // quant.blocksize), dtype=torch.float32, device=device)
-    for start in range(0, weight.numel(), run):
-        stop = min(start + run, weight.numel())
-        piece, stats = _quantize_blocks(_elements(weight, start, stop).to(device, dtype), quant)
-        absmax[start // quant.blocksize :][: stats.numel()] = stats
-        if keep_packed:
-            out[start // 2 :][: piece.numel()] = piece
-    return packed, _quant_state(absmax, weight.shape, dtype, quant)
-
-
-def _elements(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Elements `start` to `stop` of the flattened `weight`; copies the rows that they are in if it is transposed."""
-    columns = weight.shape[1]
-    first, last = start // columns, -(-stop // columns)
-    return weight[first:last].reshape(-1)[start - first * columns : stop - first * columns]
-
-
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
     """`(packed bytes, float32 absmax)` of a flat run of whole blocks (the last one of a weight may be partial)."""
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(
-        run, blocksize=quant.blocksize, quant_type=quant.quant_type, quant_storage=torch.uint8
-    )
-    return packed.reshape(-1), state.absmax
+    # The operator under `functional.quantize_4bit`, which also copies a table of codes to the device, and waits for it.
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(run, quant.blocksize, quant.quant_type, torch.uint8)
+    return packed.reshape(-1), absmax
 
 
 def _quant_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype, quant: Quant) -> QuantState:
     """The `QuantState` that `quantize_4bit` would build from these statistics."""
-    from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
+    from bitsandbytes.functional import QuantState, quantize_blockwise
 
     common: dict[str, Any] = {
         "shape": shape,
         "dtype": dtype,
         "blocksize": quant.blocksize,
-        "code": get_4bit_type(quant.quant_type, device=absmax.device),
+        "code": _code(quant.quant_type, absmax.device),
         "quant_type": quant.quant_type,
     }
     if not quant.double_quant:
@@ -136,19 +89,54 @@ def _quant_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype, qu
     return QuantState(absmax=quantized, offset=offset, state2=state2, **common)
 
 
-def as_params4bit(data: torch.Tensor, module: Linear4bit, quant_state: QuantState) -> nn.Parameter:
-    """A quantized, frozen `Params4bit` over `data` (packed shape, any device), belonging to `module`."""
+@functools.cache
+def _code(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code: torch.Tensor = get_4bit_type(quant_type, device=device)
+    return code
+
+
+def as_params4bit(
+    data: torch.Tensor, module: Linear4bit, quant: Quant, quant_state: QuantState | None = None
+) -> nn.Parameter:
+    """A frozen `Params4bit` over `data` (packed shape, any device), belonging to `module`; it counts as quantized."""
     from bitsandbytes.nn import Params4bit
 
     return Params4bit(
         data,
         requires_grad=False,
         quant_state=quant_state,
-        blocksize=quant_state.blocksize,
-        compress_statistics=quant_state.nested,
-        quant_type=quant_state.quant_type,
+        blocksize=quant.blocksize,
+        compress_statistics=quant.double_quant,
+        quant_type=quant.quant_type,
         quant_storage=module.quant_storage,
         module=module,
+        bnb_quantized=True,
+    )
+
+
+def is_params4bit(parameter: torch.Tensor) -> bool:
+    """Whether `parameter` is bitsandbytes' own kind, which carries how it is quantized."""
+    from bitsandbytes.nn import Params4bit
+
+    return isinstance(parameter, Params4bit)
+
+
+def with_data(parameter: Any, data: torch.Tensor) -> nn.Parameter:
+    """A `Params4bit` like `parameter`, with the same `quant_state`, over `data`."""
+    from bitsandbytes.nn import Params4bit
+
+    return Params4bit(
+        data,
+        requires_grad=False,
+        quant_state=parameter.quant_state,
+        blocksize=parameter.blocksize,
+        compress_statistics=parameter.compress_statistics,
+        quant_type=parameter.quant_type,
+        quant_storage=parameter.quant_storage,
+        module=parameter.module,
         bnb_quantized=True,
     )
 
@@ -165,13 +153,25 @@ class BnbQuantizer:
     dtype: torch.dtype
     compute_dtype: torch.dtype | None
 
+    @property
+    def blocksize(self) -> int:
+        """Elements that share one absmax."""
+        return self.quant.blocksize
+
+    def run_elements(self, device: torch.device) -> int:
+        """Whole blocks; every block size is a power of two, and divides these."""
+        return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
+
     def replacement(self, linear: Any) -> nn.Module:
-        """A frozen `Linear4bit` on meta for an `nn.Linear` or `Conv1D`; its bias takes the dtype of the storage."""
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        """A frozen `Linear4bit` on meta, its weight in packed shape, for an `nn.Linear` or `Conv1D`.
+
+        Its bias takes the dtype of the storage.
+        """
+        from bitsandbytes.nn import Linear4bit
 
         out_features, in_features = linear.weight.shape[:: -1 if is_conv1d(linear) else 1]
         storage = self.quant.storage_for(self.dtype)
-        packed_shape((out_features, in_features), storage)
+        packed = packed_shape((out_features, in_features), storage)
         bias = getattr(linear, "bias", None)
         new = Linear4bit(
             in_features,
@@ -183,15 +183,7 @@ class BnbQuantizer:
             quant_storage=storage,
             device="meta",
         )
-        new.weight = Params4bit(
-            linear.weight.new_empty((out_features, in_features), device="meta"),
-            requires_grad=False,
-            blocksize=self.quant.blocksize,
-            compress_statistics=self.quant.double_quant,
-            quant_type=self.quant.quant_type,
-            quant_storage=storage,
-            module=new,
-        )
+        new.weight = as_params4bit(torch.empty(packed, dtype=storage, device="meta"), new, self.quant)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
             bias_dtype = storage if storage.is_floating_point else bias.dtype
@@ -205,15 +197,25 @@ class BnbQuantizer:
 
         return isinstance(module, Linear4bit)
 
-    def quantize(self, module: nn.Module, weight: torch.Tensor, *, device: torch.device, keep_packed: bool) -> None:
-        """Set `module.weight` (on `device`, or on meta) and `module.quant_state` (on `device`) from `weight`."""
-        packed, quant_state = quantize_in_runs(
-            weight,
-            self.quant,
-            storage=module.quant_storage,  # type: ignore[arg-type]  # a Linear4bit attribute, unknown to nn.Module
-            dtype=self.dtype,
-            device=device,
-            keep_packed=keep_packed,
-        )
-        module.weight = as_params4bit(packed, module, quant_state)  # type: ignore[arg-type]
-        module.quant_state = quant_state  # type: ignore[assignment]
+    def logical(self, module: Any) -> torch.Size:
+        """`(out, in)`."""
+        return torch.Size((module.out_features, module.in_features))
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """By the same kernel as `bitsandbytes.functional.quantize_4bit`, which makes a table of codes each time too."""
+        return _quantize_blocks(run.to(self.dtype), self.quant)
+
+    def state(self, statistics: torch.Tensor, shape: torch.Size) -> QuantState:
+        """The `QuantState` that `quantize_4bit` would have made of the whole weight.
+
+        With double quantization the statistics are quantized too, all together, because their mean is taken off first.
+        """
+        return _quant_state(statistics, shape, self.dtype, self.quant)
+
+    def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
+        """A `Params4bit`."""
+        return as_params4bit(packed, module, self.quant, state)
+
+    def set_state(self, module: Any, state: QuantState) -> None:
+        """As `module.quant_state`, where bitsandbytes looks for it when a parameter has lost its own."""
+        module.quant_state = state

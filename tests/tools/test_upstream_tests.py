@@ -32,6 +32,24 @@ def compact(wrapped, instance, args, kwargs):
 """
 
 
+# The three runs are one after the other in the same folder: as it is, patched, as it is.
+UNSTABLE = """
+from pathlib import Path
+
+def test_first_run_only():
+    seen = Path(__file__).with_name("seen")
+    first = not seen.exists()
+    seen.touch()
+    assert first
+"""
+
+OVERWRITES = """
+import json
+
+def test_overwrites(): json.dumps = print
+"""
+
+
 @pytest.fixture
 def upstream(tmp_path: Path) -> Path:
     """A repository whose tests are committed, beside a package that must not be imported."""
@@ -39,6 +57,8 @@ def upstream(tmp_path: Path) -> Path:
     (repository / "tests").mkdir(parents=True)
     (repository / "tests" / "__init__.py").touch()
     (repository / "tests" / "test_json.py").write_text(SUITE)
+    (repository / "tests" / "test_unstable.py").write_text(UNSTABLE)
+    (repository / "tests" / "test_overwrites.py").write_text(OVERWRITES)
     (repository / "json.py").write_text("raise ImportError('the source was imported')")
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "tests"]):
@@ -74,13 +94,29 @@ def run(tmp_path: Path, upstream: Path, beside: Path, *options: str) -> subproce
 
 
 def test_a_test_that_ends_differently_is_named(tmp_path: Path, upstream: Path, beside: Path) -> None:
-    ran = run(tmp_path, upstream, beside)
+    ran = run(tmp_path, upstream, beside, "tests/test_json.py")
     assert ran.returncode == 1
     assert "stock: 5 tests: 1 failed, 3 passed, 1 skipped" in ran.stdout
     assert "patched: 5 tests: 3 failed, 1 passed, 1 skipped" in ran.stdout
     assert "patches: fake.compact" in ran.stdout
     assert "DIFFERS tests.test_json::test_text[1]: passed without patches, failed with them" in ran.stdout
     assert "2 of 5 tests end differently" in ran.stdout
+
+
+def test_a_test_that_differs_without_patches_too_is_unstable(tmp_path: Path, upstream: Path, beside: Path) -> None:
+    ran = run(tmp_path, upstream, beside, "tests/test_unstable.py")
+    assert ran.returncode == 0, ran.stderr
+    assert "stock again: 1 tests: 1 failed" in ran.stdout
+    assert (
+        "UNSTABLE tests.test_unstable::test_first_run_only: passed without patches, failed with them" in ran.stdout
+    )
+    assert "0 of 1 tests end differently; 1 unstable" in ran.stdout
+
+
+def test_a_suite_that_overwrites_a_patch_is_said(tmp_path: Path, upstream: Path, beside: Path) -> None:
+    ran = run(tmp_path, upstream, beside, "tests/test_overwrites.py")
+    assert ran.returncode == 1
+    assert "fake.compact" in ran.stderr
 
 
 def test_options_reach_pytest(tmp_path: Path, upstream: Path, beside: Path) -> None:

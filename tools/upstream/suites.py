@@ -11,14 +11,17 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from .releases import environment
 
 __all__ = ["Suite", "SuiteError", "differences", "extract", "run"]
 
+_NOT_RESTORED: Final = "not restored at the end of the run: "  # how the plugin says it
+
 
 class SuiteError(Exception):
-    """pytest did not get as far as running all tests, or they could not be extracted."""
+    """The tests could not be extracted, pytest did not get as far as running all, or a patch was not undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ def extract(source: Path, ref: str, folder: Path) -> Path:
 def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: Iterable[Path]) -> Suite:
     """Run pytest in `place`, under these patches if any; what is in the folders `beside` can be imported too.
 
-    Raises SuiteError where pytest could not collect them all.
+    Raises SuiteError where pytest could not collect them all, or a patch could not be undone at the end.
     """
     report = place.resolve() / f"{'patched' if ids else 'stock'}.xml"
     report.unlink(missing_ok=True)
@@ -67,6 +70,9 @@ def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: It
     ran = subprocess.run(command, cwd=place, env=environment(beside), capture_output=True, text=True, check=False)
     if ran.returncode not in (0, 1):  # not even a test that fails: nothing collected, or not everything
         raise SuiteError(f"pytest exited with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}")
+    left = [line for line in ran.stdout.splitlines() if line.startswith(_NOT_RESTORED)]
+    if left:
+        raise SuiteError("; ".join(left))
     header = tuple(line for line in ran.stdout.splitlines() if line.startswith("patches: "))
     return Suite(outcomes=_outcomes(report), header=header)
 

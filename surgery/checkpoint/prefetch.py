@@ -1,0 +1,122 @@
+"""Read ranges of tensors ahead of whoever uses them: several threads, a bounded number of buffers, results in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.checkpoint.header import TensorEntry
+from surgery.checkpoint.reader import Reader
+
+__all__ = ["Chunk", "Prefetch", "Request"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Elements `start` to `stop` (exclusive) of the flattened tensor `entry`; at least one."""
+
+    entry: TensorEntry
+    start: int
+    stop: int
+
+
+@dataclass(kw_only=True, eq=False)
+class Chunk:
+    """What was read: `data` (1-D, in the dtype of the file) begins at element `start` of its tensor.
+
+    The memory is used again once `release` was called, and the caller's `until` (an event of the device that still
+    copies from it) has happened.
+    """
+
+    start: int
+    data: torch.Tensor
+    release: Callable[..., None] = field(repr=False)
+
+
+class Prefetch:
+    """Reads `requests`, each in chunks of at most `chunk_elements`, in order; a context manager that ends its threads.
+
+    A rank that asks for chunk after chunk finds them read: `buffers` of them at most are in memory, on pages that
+    `pin` locks for the copy engine of a GPU. Buffers are made when they are first read into, each by the thread that
+    does. Chunks of a request begin at multiples of `chunk_elements` from its start.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        requests: Iterable[Request],
+        *,
+        chunk_elements: int,
+        buffers: int,
+        threads: int,
+        pin: bool = False,
+    ) -> None:
+        self._reader = reader
+        self._waiting = _chunks(requests, chunk_elements)
+        self._chunk_elements = chunk_elements
+        self._pin = pin
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="surgery-read")
+        self._reading: deque[Future[Chunk]] = deque()
+        for _ in range(buffers):
+            self._read_next(_Buffer())
+
+    def next(self) -> Chunk:
+        """The next chunk, in the order of the requests. Raises what reading it raised; IndexError after the last."""
+        return self._reading.popleft().result()
+
+    def close(self) -> None:
+        """Read nothing more, and wait for what is being read."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_next(self, buffer: _Buffer, until: torch.cuda.Event | None = None) -> None:
+        request = next(self._waiting, None)
+        if request is not None:
+            self._reading.append(self._pool.submit(self._read, request, buffer, until))
+
+    def _read(self, request: Request, buffer: _Buffer, until: torch.cuda.Event | None) -> Chunk:
+        if until is not None:
+            until.synchronize()
+        data = buffer.take(request.stop - request.start, request.entry.dtype, self._chunk_elements, pin=self._pin)
+        self._reader.read_into(request.entry, data, start=request.start)
+
+        def release(until: torch.cuda.Event | None = None) -> None:
+            self._read_next(buffer, until)
+
+        return Chunk(start=request.start, data=data, release=release)
+
+
+class _Buffer:
+    """Memory for one chunk of any dtype, made on first use and again only if a wider dtype comes."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def take(self, numel: int, dtype: torch.dtype, capacity: int, *, pin: bool) -> torch.Tensor:
+        """A view of `numel` elements of `dtype`; there will be at most `capacity`."""
+        if self._bytes.numel() < numel * dtype.itemsize:
+            self._bytes = torch.empty(capacity * dtype.itemsize, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        return self._bytes[: numel * dtype.itemsize].view(dtype)
+
+
+def _chunks(requests: Iterable[Request], size: int) -> Iterator[Request]:
+    return itertools.chain.from_iterable(_split(request, size) for request in requests)
+
+
+def _split(request: Request, size: int) -> Iterator[Request]:
+    for start in range(request.start, request.stop, size):
+        yield Request(entry=request.entry, start=start, stop=min(start + size, request.stop))

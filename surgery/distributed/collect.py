@@ -1,0 +1,94 @@
+"""What ranks send each other while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
+
+Everything travels as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+__all__ = ["all_gather_flat", "gather_parts", "gather_to_rank0", "scatter_parts"]
+
+#: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank.
+RUN_BYTES = 16 << 20
+
+
+def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """`(ranks, max(sizes))`: row i begins with the 1-D tensor of rank i, which has `sizes[i]` elements."""
+    longest = max(sizes)
+    padded = mine.new_zeros(longest)
+    padded[: mine.numel()] = mine
+    out = mine.new_empty(len(sizes) * longest)
+    dist.all_gather_into_tensor(_bytes(out), _bytes(padded))
+    return out.view(len(sizes), longest)
+
+
+def gather_parts(
+    whole: torch.Tensor, parts: Sequence[range], position: int, *, group: dist.ProcessGroup | None
+) -> None:
+    """Fill the 1-D `whole` on every rank of `group`: rank i of it has the elements `parts[i]`, as `torch.chunk` makes
+    them; `whole` has room for as many more elements as the last parts lack, and they are undefined afterwards.
+    """
+    longest = len(parts[0])
+    everything = whole[: len(parts) * longest]
+    start = position * longest
+    mine = everything[start : start + longest]
+    # NCCL gathers in place; gloo does not promise to.
+    sent = mine if mine.is_cuda else mine.clone()
+    dist.all_gather_into_tensor(_bytes(everything), _bytes(sent), group=group)
+
+
+def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None) -> None:
+    """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
+
+    A bounded run at a time, so that the device of rank 0 never holds more than one run of each rank.
+    """
+    run = max(RUN_BYTES // mine.element_size(), 1)
+    longest = max(len(part) for part in parts)
+    for start in range(0, longest, run):
+        length = min(run, longest - start)
+        padded = mine.new_zeros(length)
+        piece = mine[start : start + length]
+        padded[: piece.numel()] = piece
+        if out is None:
+            dist.gather(_bytes(padded), dst=0)
+            continue
+        received = [torch.empty_like(padded) for _ in parts]
+        dist.gather(_bytes(padded), [_bytes(tensor) for tensor in received], dst=0)
+        for part, tensor in zip(parts, received, strict=True):
+            wanted = part[start : start + length]
+            out[wanted.start : wanted.stop] = tensor[: len(wanted)]
+
+
+def scatter_parts(
+    whole: torch.Tensor | None,
+    parts: Sequence[range],
+    position: int,
+    *,
+    like: torch.Tensor,
+    source: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """This rank's elements, `parts[position]`, of a flat tensor that the rank `source` alone has, passed as `whole`.
+
+    `parts` are those of the ranks of `group`, in its order; `source` is a rank of the whole job. `like` is any tensor
+    of the dtype and on the device of what is received.
+    """
+    longest = max(len(part) for part in parts)
+    received = like.new_empty(longest)
+    sent = None
+    if whole is not None:
+        sent = [like.new_zeros(longest) for _ in parts]
+        for buffer, part in zip(sent, parts, strict=True):
+            buffer[: len(part)] = whole[part.start : part.stop]
+    dist.scatter(_bytes(received), None if sent is None else [_bytes(b) for b in sent], src=source, group=group)
+    return received[: len(parts[position])]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, so that no backend takes packed bits for numbers."""
+    return tensor.view(torch.uint8)

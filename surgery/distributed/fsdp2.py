@@ -1,0 +1,65 @@
+"""FSDP2 around a 4-bit model: which modules make a group, and sharding it while it is on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from surgery.config import FSDP2
+from surgery.walk import Site, ends_of
+
+__all__ = ["make_mesh", "replicas_of", "shard", "share_among_replicas"]
+
+
+def make_mesh(config: FSDP2, *, device: torch.device) -> DeviceMesh:
+    """The mesh of `config`: `(shard,)`, or `(replicate, shard)`; to be called on all ranks alike."""
+    if config.mesh is None:
+        return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
+
+
+def replicas_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of the ranks that keep the same shards as this one; None in a mesh of one dimension."""
+    return mesh.get_group("replicate") if mesh.ndim > 1 else None
+
+
+def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceMesh) -> None:
+    """Shard `model` in place; what is on meta stays there, as the shard of a meta tensor.
+
+    Groups, as accelerate makes them: every block; the embedding; the last norm with the output head, which is used
+    at the end of forward and at the start of backward, and so not freed between; and the root with the rest. A tied
+    embedding goes with the head, since one parameter cannot be in two groups.
+    """
+    options: dict[str, Any] = {"mesh": mesh}
+    if config.mixed_precision is not None:
+        options["mp_policy"] = config.mixed_precision
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    for site in blocks:
+        fully_shard(site.module, reshard_after_forward=config.reshard_after_forward, **options)
+    embedding, tail = ends_of(model, blocks)
+    if embedding is not None:
+        fully_shard(embedding, reshard_after_forward=config.reshard_after_forward, **options)
+    if tail:
+        fully_shard(list(tail), reshard_after_forward=False, **options)
+    fully_shard(model, **options)
+
+
+def share_among_replicas(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, device: torch.device) -> None:
+    """Give every replica the first one's values of sharded `parameters`, in place; collective."""
+    group = replicas_of(mesh)
+    if group is None:
+        return
+    for parameter in parameters:
+        assert isinstance(parameter, DTensor)
+        local = parameter.to_local().detach()
+        sent = local.to(device)
+        dist.broadcast(sent, group=group, group_src=0)
+        local.copy_(sent)

@@ -1,0 +1,87 @@
+"""Put loaded tensors into the model that they belong to, as it is by then: adapted, maybe sharded on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from surgery.parts import Part, Parts
+
+__all__ = ["install"]
+
+
+def install(model: nn.Module, parts: Parts) -> None:
+    """Give every module of `model` what was loaded for it, and empty `parts`.
+
+    A parameter that is sharded on meta becomes the same shard over the loaded memory; another one becomes what the
+    quantizer makes of it, or a plain parameter. Tied ones stay tied, and `requires_grad` stays what it is. Copies that
+    PEFT has made of modules (`modules_to_save`) get copies of the same values.
+    """
+    copies = _copies(model)
+    while parts.found:
+        _, part = parts.found.popitem()
+        _set_state(part, parts)
+        new: torch.Tensor | None = None
+        for module, leaf in part.target.places:
+            if new is None:
+                new = _made(module, leaf, part, parts)
+            _put(module, leaf, new)
+            for copy in copies.get(module, ()):
+                _put(copy, leaf, _made(copy, leaf, part, parts, clone=True))
+
+
+def _set_state(part: Part, parts: Parts) -> None:
+    if part.target.is_quantized:
+        for module, _ in part.target.places:
+            parts.quantizer.set_state(module, part.state)
+
+
+def _made(module: nn.Module, leaf: str, part: Part, parts: Parts, *, clone: bool = False) -> torch.Tensor:
+    """What `module` is to hold, in the place and in the form of what it holds now."""
+    old = _held(module, leaf)
+    data = part.tensor().clone() if clone else part.tensor()
+    if isinstance(old, DTensor):
+        shard = DTensor.from_local(
+            data, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
+        return nn.Parameter(shard, requires_grad=old.requires_grad)
+    if not isinstance(old, nn.Parameter):
+        return data
+    if part.target.is_quantized:
+        return parts.quantizer.parameter(module, data, part.state)
+    return nn.Parameter(data, requires_grad=old.requires_grad)
+
+
+def _held(module: nn.Module, leaf: str) -> torch.Tensor:
+    found = module._parameters.get(leaf)
+    return module._buffers[leaf] if found is None else found  # type: ignore[return-value]  # what a checkpoint fills
+
+
+def _put(module: nn.Module, leaf: str, tensor: torch.Tensor) -> None:
+    tensors: Any = module._parameters if leaf in module._parameters else module._buffers
+    tensors[leaf] = tensor
+
+
+def _copies(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Modules -> the trainable copies that PEFT keeps beside them."""
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for wrapper in model.modules():
+        original, saved = getattr(wrapper, "original_module", None), getattr(wrapper, "modules_to_save", None)
+        if not isinstance(original, nn.Module) or not isinstance(saved, nn.ModuleDict):
+            continue
+        for copy in saved.values():
+            for module, twin in _pairs(original, copy):
+                found.setdefault(module, []).append(twin)
+    return found
+
+
+def _pairs(original: nn.Module, copy: nn.Module) -> Iterable[tuple[nn.Module, nn.Module]]:
+    twins: dict[str, nn.Module] = dict(copy.named_modules())
+    pairs: Iterator[tuple[nn.Module, nn.Module]] = (
+        (module, twins[name]) for name, module in original.named_modules() if name in twins
+    )
+    return pairs

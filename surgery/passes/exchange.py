@@ -1,0 +1,119 @@
+"""Send each other what one rank has and others need: parts of converted tensors, statistics, replicas."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+
+from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_parts
+from surgery.distributed.exchange import Ranks
+from surgery.distributed.nodes import Node
+from surgery.parts import Part, Parts
+from surgery.passes.base import Layer, Pass
+from surgery.slices import chunk
+from surgery.targets import Target
+
+__all__ = ["Exchange"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange(Pass):
+    """After: every part is full, and every quantized one has the state of the whole weight.
+
+    Collective. All ranks wait for each other before a layer, so that one that has failed leaves none in a collective.
+
+    stop: set when this rank has failed elsewhere. replicas: the group of the ranks that keep the same shards, None
+    where that is all ranks or this one alone.
+    """
+
+    name: ClassVar[str] = "exchange"
+    requires: ClassVar[frozenset[str]] = frozenset({"parts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"full-parts"})
+
+    parts: Parts
+    ranks: Ranks
+    node: Node
+    stop: threading.Event = field(repr=False)
+    replicas: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    def run_layer(self, layer: Layer) -> None:
+        """Complete the parts of `layer`."""
+        self.ranks.gate(str(layer.number), stop=self.stop)
+        for _, group in groupby(layer.targets, lambda target: target.assignment):
+            targets = list(group)
+            if targets[0].source is None:
+                self._hand_out(targets)
+        parts = self.parts.of(layer.targets)
+        quantized = [part for part in parts if part.statistics is not None]
+        for part, statistics in zip(quantized, self._statistics(quantized), strict=True):
+            assert part.target.logical is not None
+            part.state = self.parts.quantizer.state(statistics, part.target.logical)
+            part.statistics = None
+        for part in parts:
+            self._gather_replicas(part)
+
+    def _hand_out(self, targets: Sequence[Target]) -> None:
+        """Give each rank of the node its elements of tensors that one of them has converted."""
+        converter = self.node.converter(targets, self.parts.division)
+        for part in self.parts.of(targets):
+            takers = self.node.takers(part.target, self.parts.division)
+            if takers in ([], [converter]):
+                values = part.converted
+            else:
+                assert converter is not None
+                values = self._scatter(part, converter)
+            part.converted = None
+            if values is not None and part.slice.elements:
+                self.parts.fill(part, part.slice.elements.start, values)
+
+    def _scatter(self, part: Part, converter: int) -> torch.Tensor:
+        slices = self.parts.division.slices(part.target.form)
+        return scatter_parts(
+            part.converted,
+            [slices[rank].elements for rank in self.node.ranks],
+            self.node.ranks.index(self.parts.rank),
+            like=torch.empty(0, dtype=part.target.read_as, device=self.parts.residence.compute_device),
+            source=converter,
+            group=self.node.group,
+        )
+
+    def _statistics(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """The statistics of all blocks of each of `parts`, float32, in order."""
+        mine = [part.statistics for part in parts if part.statistics is not None]
+        if self.ranks.world_size == 1 or not mine:
+            return mine
+        blocks = [[share.blocks for share in self.parts.division.slices(part.target.form)] for part in parts]
+        ends = [[0, *accumulate(len(of[rank]) for of in blocks)] for rank in range(self.ranks.world_size)]
+        rows = all_gather_flat(torch.cat(mine), [last for *_, last in ends])
+        return [
+            torch.cat([rows[rank, ends[rank][number] : ends[rank][number + 1]] for rank in _in_order(of)])
+            for number, of in enumerate(blocks)
+        ]
+
+    def _gather_replicas(self, part: Part) -> None:
+        """Fill the rows that this rank keeps and others have read."""
+        grid = self.parts.division.grid_of(part.target.form)
+        if grid.replicas == 1:
+            return
+        rows = range(len(part.slice.keeps))
+        gather_parts(
+            part.data,
+            [_scaled(chunk(rows, grid.replicas, replica), part.row) for replica in range(grid.replicas)],
+            self.parts.rank // grid.shards,
+            group=self.replicas if grid.shards > 1 else None,
+        )
+
+
+def _in_order(blocks: Sequence[range]) -> list[int]:
+    """The ranks that have blocks, first blocks first."""
+    return sorted((rank for rank, of in enumerate(blocks) if of), key=lambda rank: blocks[rank].start)
+
+
+def _scaled(rows: range, row: int) -> range:
+    return range(rows.start * row, rows.stop * row)

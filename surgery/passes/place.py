@@ -1,0 +1,48 @@
+"""Move parts to where they wait until the model takes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from surgery.distributed.collect import gather_to_rank0
+from surgery.parts import Part, Parts
+from surgery.passes.base import Layer, Pass
+
+__all__ = ["Place"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Pass):
+    """After: every part is on the rank's data device. `quant_state` stays on the compute device.
+
+    Collective where rank 0 keeps everything: the others send it what they have quantized, and keep shapes on meta.
+    """
+
+    name: ClassVar[str] = "place"
+    requires: ClassVar[frozenset[str]] = frozenset({"full-parts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"placed"})
+
+    parts: Parts
+
+    def run_layer(self, layer: Layer) -> None:
+        """Move the parts of `layer`."""
+        for part in self.parts.of(layer.targets):
+            if self.parts.division.rank0_only:
+                self._send_to_rank0(part)
+            elif part.data.device != self.parts.residence.data_device:
+                part.data = part.data.to(self.parts.residence.data_device)
+
+    def _send_to_rank0(self, part: Part) -> None:
+        numel = part.target.shape.numel()
+        keeps = self.parts.residence.keeps_data
+        if part.target.is_quantized:
+            whole = torch.empty(numel, dtype=part.target.dtype) if keeps else None
+            rows = [share.reads for share in self.parts.division.slices(part.target.form)]
+            gather_to_rank0(part.read_rows(), rows, out=whole)  # a row of a packed weight is one element
+        else:
+            whole = part.data if keeps else None
+        part.data = torch.empty(numel, dtype=part.target.dtype, device="meta") if whole is None else whole
+        part.is_whole = True

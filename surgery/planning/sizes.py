@@ -1,0 +1,36 @@
+"""Sizes in bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from surgery.errors import ConfigError
+
+__all__ = ["parse_size", "say_size"]
+
+_BINARY = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BY_UNIT = {unit.lower(): size for unit, size in (_BINARY | _DECIMAL).items()}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """`24GiB`, `80 GB` or `512MiB` in bytes, at least one. Raises `ConfigError` for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    unit = _BY_UNIT.get(found[2].lower()) if found else None
+    if found is None or unit is None:
+        raise ConfigError(f"expected a size such as 24GiB or 80GB, found {text!r}; units: {', '.join(_BINARY | _DECIMAL)}")
+    size = int(float(found[1]) * unit)
+    if size < 1:
+        raise ConfigError(f"expected a size above 0, found {text!r}")
+    return size
+
+
+def say_size(size: int) -> str:
+    """In the largest binary unit of which there is at least one, with three digits or more."""
+    unit, divisor = next(
+        ((name, value) for name, value in reversed(_BINARY.items()) if size >= value and name != "TiB"), ("B", 1)
+    )
+    value = size / divisor
+    digits = 0 if value >= 100 or unit == "B" else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} {unit}"

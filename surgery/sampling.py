@@ -1,0 +1,46 @@
+"""The memory of this process, looked at again and again from a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+__all__ = ["anonymous_memory", "sampled"]
+
+#: Seconds between two looks at the process's memory. A layer takes milliseconds to seconds.
+SAMPLE_PERIOD = 0.005
+
+
+def anonymous_memory() -> int:
+    """Bytes of resident memory of this process that no file backs (`RssAnon`); 0 where the kernel does not say."""
+    try:
+        with Path("/proc/self/status").open(encoding="ascii") as status:
+            lines = [line for line in status if line.startswith("RssAnon:")]
+    except OSError:
+        return 0
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+@contextlib.contextmanager
+def sampled(look: Callable[[], None], *, period: float = SAMPLE_PERIOD) -> Iterator[None]:
+    """Call `look` when the block begins, every `period` seconds from a thread while it runs, and when it ends.
+
+    Calls never overlap. What lasts for less than `period` may go unseen.
+    """
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(period):
+            look()
+
+    thread = threading.Thread(target=repeat, name="surgery-memory", daemon=True)
+    look()
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()

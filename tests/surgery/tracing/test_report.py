@@ -1,0 +1,144 @@
+"""What a report measures: known allocations, overlapping phases, bytes counted by many threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from surgery.report import Report
+from surgery.sampling import anonymous_memory
+
+SIZE = 64 * 2**20
+
+#: The allocator's and the interpreter's own comings and goings.
+SLACK = 8 * 2**20
+
+
+def allocate() -> torch.Tensor:
+    return torch.ones(SIZE // 4, dtype=torch.float32)
+
+
+def test_an_allocation_is_in_its_phase_and_in_the_samples_of_its_time() -> None:
+    report = Report()
+    with report.recording() as history:
+        with report.phase("before") as before:
+            time.sleep(0.03)
+        with report.phase("holding") as holding:
+            held = allocate()
+            allocated = report.seconds
+            time.sleep(0.03)
+        del held
+        with report.phase("after") as after:
+            time.sleep(0.03)
+
+    assert SIZE <= holding.host_peak - holding.host_before < SIZE + SLACK
+    assert before.host_peak - before.host_before < SLACK
+    during = [sample.host for sample in history.samples if allocated < sample.seconds < holding.start + holding.seconds]
+    later = [sample.host for sample in history.samples if sample.seconds > after.start]
+    assert min(during) >= holding.host_before + SIZE - SLACK
+    assert max(later) <= holding.host_before + SLACK
+
+
+def test_samples_cover_the_time_between_phases_too() -> None:
+    report = Report()
+    with report.recording() as history:
+        held = allocate()
+        time.sleep(0.05)
+        del held
+    assert history.samples[0].seconds <= 0.05
+    assert history.samples[-1].seconds >= 0.05
+    assert len(history.samples) >= 5
+    assert max(sample.host for sample in history.samples) >= history.samples[0].host + SIZE - SLACK
+    assert report.phases == []
+
+
+def test_nothing_is_recorded_unasked() -> None:
+    report = Report()
+    with report.phase("one"):
+        time.sleep(0.02)
+    assert report.history.samples == []
+
+
+def test_phases_of_two_threads_have_the_memory_and_the_bytes_of_both() -> None:
+    report = Report()
+    started, counted = threading.Event(), threading.Event()
+
+    def load() -> None:
+        with report.phase("load"):
+            report.count_bytes(5)
+            started.set()
+            assert counted.wait(10)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    assert started.wait(10)
+    with report.phase("adapt"):
+        report.count_bytes(7)
+        held = allocate()
+    del held
+    counted.set()
+    thread.join()
+    report.count_bytes(11)
+
+    adapt, loading = report.phases
+    assert (adapt.name, loading.name) == ("adapt", "load")
+    assert loading.start <= adapt.start
+    assert loading.start + loading.seconds >= adapt.start + adapt.seconds
+    assert loading.bytes_read == 12
+    assert adapt.bytes_read == 7
+    assert report.bytes_read == 23
+    assert loading.host_peak >= loading.host_before + SIZE - SLACK
+
+
+def test_bytes_of_many_threads_all_count() -> None:
+    report = Report()
+    with report.phase("load") as phase:
+        threads = [threading.Thread(target=lambda: [report.count_bytes(3) for _ in range(2000)]) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert report.bytes_read == phase.bytes_read == 8 * 2000 * 3
+
+
+def fail_in_a_phase(report: Report) -> None:
+    with report.phase("load"):
+        report.count_bytes(1)
+        raise ZeroDivisionError
+
+
+def test_a_phase_that_raises_is_kept_and_ended() -> None:
+    report = Report()
+    with pytest.raises(ZeroDivisionError):
+        fail_in_a_phase(report)
+    report.count_bytes(1)
+    assert report.as_dict()["load"]["bytes_read"] == 1
+    assert "surgery-memory" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_prediction_counts_from_what_is_held_when_it_is_made() -> None:
+    report = Report()
+    held = allocate()
+    before = anonymous_memory()
+    report.predict("load", host=100, device=200)
+    del held
+    prediction = report.predictions["load"]
+    assert (prediction.host, prediction.device, prediction.device_before) == (100, 200, 0)
+    assert abs(prediction.host_before - before) < SLACK
+
+
+def test_as_dict_has_every_figure_of_every_phase() -> None:
+    report = Report()
+    with report.phase("one"):
+        time.sleep(0.01)
+    with report.phase("two", group="train"):
+        report.count_bytes(9)
+    figures = report.as_dict()
+    assert list(figures) == ["one", "two"]
+    assert set(figures["two"]) == {"start", "seconds", "bytes_read", "host_before", "host_peak", "device_peak"}
+    assert figures["two"]["start"] >= figures["one"]["start"] + 0.01
+    assert figures["two"]["bytes_read"] == 9
+    assert [phase.group for phase in report.phases] == ["load", "train"]

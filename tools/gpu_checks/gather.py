@@ -1,0 +1,219 @@
+"""FSDP2's all-gather of packed 4-bit weights: the words that it changes without the patch, and what the patch costs."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import patches
+from gpu_checks.findings import Findings, attempt
+from gpu_checks.job import Job, Ranks
+from tests.helpers.models import tiny_config
+
+__all__ = ["check_gather"]
+
+PATCH = "torch.fsdp2-bit-exact-gather"
+
+#: Of the model that is not `small`.
+SIZES: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+}
+TOKENS, FEW_TOKENS = 1024, 64
+LORA_RANK = 16
+BATCHES = 4
+
+#: Rounds of steps with the patch, and as many without; the first steps of a round are not counted.
+ROUNDS, FEW_ROUNDS = 10, 2
+STEPS, SETTLING = 6, 3
+
+
+def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
+    """Shard a model packed as bfloat16 with stock FSDP2, then compare it with itself unsharded, and time its steps.
+
+    Fails where stock FSDP2 is exact though the probe sees the defect, or the other way round; and where a word, or
+    the last bit of a loss, is another with the patch.
+    """
+    built = attempt(lambda: {"model": _model(job)})
+    model = built.pop("model", None)
+    findings.add("gather", "model", ranks.gather(built))
+    if any(outcome["error"] for outcome in findings.parts["gather"]["model"]):
+        return
+    layers = _layers(model)
+    exactness = ranks.gather(attempt(partial(_compare_with_unsharded, job, model, layers)))
+    findings.add("gather", "exactness", exactness)
+    times = ranks.gather(attempt(partial(_time_steps, job, model, layers)))
+    findings.add("gather", "step-time", times)
+    if job.rank == 0:
+        print(f"gather: {exactness[0]}\n        {times[0]}")
+
+
+def _model(job: Job) -> nn.Module:
+    """A Llama with random weights, the same on every rank, in bfloat16 throughout: 4-bit layers, adapters, norms."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config() if job.small else tiny_config(**SIZES)
+    with job.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            model.set_submodule(name, _quantized(module, job.device))
+    model.is_loaded_in_4bit = True
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model.train(), lora, autocast_adapter_dtype=False)
+
+
+def _quantized(linear: nn.Linear, device: torch.device) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    layer = Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        quant_storage=torch.bfloat16,
+    )
+    layer.weight = Params4bit(
+        linear.weight.data, requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16, module=layer
+    )
+    return layer.to(device)  # where it is quantized
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, "quant_state", None) is not None]
+
+
+def _shard(job: Job, model: nn.Module) -> None:
+    """By decoder block, as accelerate does."""
+    mesh = init_device_mesh(job.device.type, (job.world,))
+    for module in model.modules():
+        if type(module).__name__ == "LlamaDecoderLayer":
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
+    """Changed words in one forward, and losses; shards `model`."""
+    packed = {layer: _words(layer).clone() for layer in layers}
+    expected = _losses(job, model)
+    _shard(job, model)
+    verdict = patches.verdict(PATCH)
+    with _counting_changes(packed) as stock_changes:
+        stock = _losses(job, model)
+    with _patched(layers) as tx, _counting_changes(packed) as changes:
+        losses = _losses(job, model)
+    found = {
+        "verdict": str(verdict),
+        "words": sum(words.numel() for words in packed.values()),
+        "changed_stock": int(stock_changes) // BATCHES,
+        "changed_patched": int(changes) // BATCHES,
+        "losses_unsharded": expected,
+        "losses_stock": stock,
+        "losses_patched": losses,
+        "gathers_patched": tx.receipts[0].calls,
+    }
+    # On one rank FSDP2 gathers nothing.
+    if job.world > 1 and bool(found["changed_stock"]) != (found["verdict"] == "needed"):
+        raise AssertionError(f"the verdict of the patch does not tell what stock FSDP2 does: {found}")
+    if found["changed_patched"] or losses != expected:
+        raise AssertionError(f"with the patch, expected no changed word and the losses of the unsharded model: {found}")
+    if job.world > 1 and not found["gathers_patched"]:
+        raise AssertionError(f"the patch was never called: {found}")
+    return found
+
+
+def _words(layer: nn.Module) -> torch.Tensor:
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]  # of a 4-bit layer
+    return weight.detach().view(-1).view(torch.int16)
+
+
+@contextlib.contextmanager
+def _counting_changes(packed: dict[nn.Module, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The number of words, over all forwards of the block, that are not as packed; it grows as they run."""
+    device = next(iter(packed.values())).device
+    changes = torch.zeros((), dtype=torch.int64, device=device)
+
+    def compare(layer: nn.Module, _inputs: object) -> None:
+        changes.add_((_words(layer) != packed[layer]).sum())
+
+    hooks = [layer.register_forward_pre_hook(compare) for layer in packed]
+    try:
+        yield changes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _patched(layers: list[nn.Module]) -> patches.Transaction:
+    """Forced, so that the patch also runs where it is not needed, on a CPU."""
+    return patches.transaction(PATCH, on=layers, reason="a check on this device", force=True, count_calls=True)
+
+
+def _batch(job: Job, model: Any, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(job.rank + job.world * number)
+    shape = (1, FEW_TOKENS if job.small else TOKENS)
+    return torch.randint(3, model.config.vocab_size, shape, generator=generator).to(job.device)
+
+
+def _losses(job: Job, model: nn.Module) -> list[float]:
+    """Of batches that are this rank's own; forward alone, since some backward kernels add up in any order."""
+    with torch.no_grad():
+        batches = [_batch(job, model, number) for number in range(BATCHES)]
+        return [model(input_ids=ids, labels=ids).loss.item() for ids in batches]
+
+
+def _time_steps(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
+    """Medians of training steps with and without the patch: A B B A, so that a drift meets both alike."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = _batch(job, model, 0)
+    step = partial(_seconds_of_a_step, job, model, optimizer, ids)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for number in range(2 * (FEW_ROUNDS if job.small else ROUNDS)):
+        patched = number % 4 in (1, 2)
+        with _patched(layers) if patched else contextlib.nullcontext():
+            seconds[patched] += [step() for _ in range(SETTLING + STEPS)][SETTLING:]
+    stock, patched_median = (statistics.median(seconds[patched]) for patched in (False, True))
+    return {
+        "stock_ms": round(1000 * stock, 3),
+        "patched_ms": round(1000 * patched_median, 3),
+        "ratio": round(patched_median / stock, 4),
+        "quartiles_ms": {
+            name: [round(1000 * value, 3) for value in statistics.quantiles(seconds[patched], n=4)]
+            for name, patched in (("stock", False), ("patched", True))
+        },
+        "steps": len(seconds[True]),
+    }
+
+
+def _seconds_of_a_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:
+    dist.barrier()
+    _wait(job)
+    start = time.perf_counter()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    _wait(job)
+    return time.perf_counter() - start
+
+
+def _wait(job: Job) -> None:
+    if job.on_cuda:
+        torch.cuda.synchronize(job.device)
