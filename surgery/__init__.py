@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     )
     from surgery.lifetime import release
     from surgery.passes.checkpointing import checkpoint_activations
+    from surgery.planning.plan import MemoryPlan, plan
+    from surgery.planning.setting import Training
     from surgery.recipe import qlora
     from surgery.report import Report
     from surgery.tracing.recorder import trace
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "MemoryPlan",
     "PassError",
     "PeerError",
     "Precision",
@@ -47,9 +50,11 @@ __all__ = [
     "SelectorError",
     "SurgeryError",
     "TraceError",
+    "Training",
     "WeightsMismatchError",
     "adapter_state",
     "checkpoint_activations",
+    "plan",
     "precision",
     "qlora",
     "release",
@@ -65,6 +70,8 @@ _MODULES = {
     "surgery.errors": tuple(name for name in __all__ if name.endswith("Error") and name != "PeerError"),
     "surgery.lifetime": ("release",),
     "surgery.passes.checkpointing": ("checkpoint_activations",),
+    "surgery.planning.plan": ("MemoryPlan", "plan"),
+    "surgery.planning.setting": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.report": ("Report",),
     "surgery.tracing.recorder": ("trace",),

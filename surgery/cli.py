@@ -13,6 +13,8 @@ from patches import PatchError
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune
+from surgery.planning.command import EPILOG as PLAN_EPILOG
+from surgery.planning.command import plan
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
 from surgery.tracing.command import trace
 
@@ -78,6 +80,7 @@ def _say(message: str) -> None:
 
 
 app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
 app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 
 from surgery.distributed.exchange import StoppedError
 
-__all__ = ["Background", "Staging", "in_background"]
+__all__ = ["Background", "Staging", "garbage_uncollected", "in_background"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,20 @@ class Background:
         self._thread.join()
         if self._failure is not None:
             raise self._failure
+
+
+@contextmanager
+def garbage_uncollected() -> Iterator[None]:
+    """A block in which Python looks for no reference cycles, as it does again and again while a model is built: each
+    look is at every object there is, and takes longer than what is built between two of them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from surgery.distributed.nodes import Node
 from surgery.errors import ConfigError
 from surgery.install import install
 from surgery.lifetime import as_context_manager, keep
-from surgery.loading import Staging, in_background
+from surgery.loading import Staging, garbage_uncollected, in_background
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, needs_weights
 from surgery.passes.base import Layer, Pass, group_into_layers
@@ -171,7 +171,7 @@ class QLoRA:
         same_patches(self.ranks, device=self.device)
         with collective(self.ranks):
             meeting = self._meet()
-        with everyone(self.ranks, device=self.device), self._build_patches():
+        with everyone(self.ranks, device=self.device), self._build_patches(), garbage_uncollected():
             if not isinstance(checkpoint, Checkpoint):
                 # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
                 checkpoint = Checkpoint.open(checkpoint)

@@ -122,7 +122,8 @@ class Report:
 
     def _end(self, phase: Phase) -> None:
         try:
-            if self.device.type == "cuda":
+            # Not while another phase runs: its thread would go on giving the device work, and this one would wait for it.
+            if self.device.type == "cuda" and len(self._running) == 1:
                 torch.cuda.synchronize(self.device)  # raises what an earlier kernel has failed with
         finally:
             with self._lock:

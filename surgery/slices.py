@@ -103,8 +103,8 @@ class Division:
         return _slice(self, form, rank)
 
     def grid_of(self, form: Form) -> Grid:
-        """`grid`, but for buffers, which every rank keeps."""
-        return Grid(replicas=self.grid.world_size) if form.is_buffer else self.grid
+        """`grid`, but for buffers that every rank keeps."""
+        return Grid(replicas=self.grid.world_size) if form.is_buffer and not self.rank0_only else self.grid
 
     def capacity(self, form: Form, rank: int) -> int:
         """Rows that `rank` needs memory for: as many as the rank with most, because FSDP2 pads the others to that, and

@@ -16,7 +16,7 @@ from surgery.checkpoint.prequantized import require_unquantized
 from surgery.checkpoint.reader import Reader
 from surgery.errors import CheckpointError
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "read_config"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -48,7 +48,7 @@ class Checkpoint:
         """
         found = resolve(path_or_hub_id, revision=revision, token=token)
         folder = found.path if found.path.is_dir() else found.path.parent
-        config = _read_config(folder)
+        config = read_config(folder)
         index = Index.open(found.path)
         require_unquantized(index, config, path=found.path)
         return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
@@ -77,7 +77,8 @@ class Checkpoint:
         )
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """`config.json` of `folder`, None where there is none. Raises `CheckpointError` for one that is no JSON object."""
     file = folder / "config.json"
     if not file.is_file():
         return None

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from surgery.checkpoint.hub_errors import explain
 from surgery.checkpoint.layout import INDEX_NAME, read_weight_map
 from surgery.checkpoint.meeting import Meeting, is_node_leader, meet
 from surgery.errors import CheckpointError
 
-__all__ = ["Resolved", "resolve"]
+__all__ = ["ANY_WEIGHTS", "FOREIGN_WEIGHTS", "Resolved", "can_be_hub_id", "exists", "no_weights", "resolve"]
 
 # What a model and its tokenizer are made of, apart from the weights. No pickle, and no code.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 # Folders of a repository hold other things than the model: other formats, other frameworks, training states.
 _IGNORED = ("*/*",)
 # Without an index, every safetensors file may be the model, but the format of Mistral's own loader never is.
-_ANY_WEIGHTS = ("*.safetensors",)
-_FOREIGN_WEIGHTS = ("consolidated*",)
+ANY_WEIGHTS = ("*.safetensors",)
+FOREIGN_WEIGHTS = ("consolidated*",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +63,11 @@ def resolve(
     name = os.fspath(source)
     if not name:
         raise CheckpointError("Expected a path or a hub id, found an empty string.")
-    if isinstance(source, os.PathLike) or not _can_be_hub_id(name):
+    if isinstance(source, os.PathLike) or not can_be_hub_id(name):
         return _local(Path(name), revision)
     with meet() as meeting:
         # Asked of all ranks first: a folder that only some of them see must not leave the others waiting.
-        found = meeting.gather(_exists(Path(name)))
+        found = meeting.gather(exists(Path(name)))
         if all(found):
             return _local(Path(name), revision)
         if any(found):
@@ -79,13 +80,14 @@ def resolve(
         return _resolve_together(meeting, request)
 
 
-def _can_be_hub_id(name: str) -> bool:
+def can_be_hub_id(name: str) -> bool:
     """Whether `name` has the form `name` or `owner/name`, which a relative path may have as well."""
     parts = name.split("/")
     return len(parts) <= 2 and all(part and not part.startswith((".", "~")) for part in parts)
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is anything at `path`."""
     # `Path.exists` raises for a name that the file system cannot have, such as one of 300 characters.
     try:
         return path.exists()
@@ -94,7 +96,7 @@ def _exists(path: Path) -> bool:
 
 
 def _local(path: Path, revision: str | None) -> Resolved:
-    if not _exists(path):
+    if not exists(path):
         raise CheckpointError(
             f"There is no checkpoint at {path}. Expected an existing path, or a hub id such as owner/name.",
             path=path,
@@ -132,15 +134,19 @@ def _snapshot(request: _Request) -> Path:
         # Only the shards that belong to the model: some repositories hold a second copy under other names.
         shards = sorted(set(read_weight_map(folder).values()))
         return _fetch(pinned, allow=[glob.escape(shard) for shard in shards], ignore=())
-    _fetch(pinned, allow=_ANY_WEIGHTS, ignore=_IGNORED + _FOREIGN_WEIGHTS)
+    _fetch(pinned, allow=ANY_WEIGHTS, ignore=_IGNORED + FOREIGN_WEIGHTS)
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"The hub repository {request.repo_id!r} has no safetensors weights at commit {folder.name}. "
-            "Pickles are not downloaded, because loading one can run any code. Choose another repository or "
-            "revision, or have it converted: https://huggingface.co/spaces/safetensors/convert.",
-            path=folder,
-        )
+        raise no_weights(request.repo_id, commit=folder.name)
     return folder
+
+
+def no_weights(repo_id: str, *, commit: str) -> CheckpointError:
+    """The error for a repository that has no safetensors file for a model."""
+    return CheckpointError(
+        f"The hub repository {repo_id!r} has no safetensors weights at commit {commit}. Pickles are not downloaded, "
+        "because loading one can run any code. Choose another repository or revision, or have it converted: "
+        "https://huggingface.co/spaces/safetensors/convert."
+    )
 
 
 def _fetch(request: _Request, *, allow: Sequence[str], ignore: Sequence[str]) -> Path:
@@ -158,54 +164,6 @@ def _fetch(request: _Request, *, allow: Sequence[str], ignore: Sequence[str]) ->
         )
     # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
     except Exception as error:
-        raise CheckpointError(_explain(error, request)) from error
+        message = explain(error, request.repo_id, revision=request.revision, local_files_only=request.local_files_only)
+        raise CheckpointError(message) from error
     return Path(folder)
-
-
-def _explain(error: Exception, request: _Request) -> str:
-    """Say what happened and what to do; the more special kinds of error first."""
-    from huggingface_hub import constants, errors
-
-    repo, where = request.repo_id, constants.ENDPOINT
-    if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is neither an existing path nor a valid hub id: {error}"
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"Access to the hub repository {repo!r} is restricted. Accept its conditions at {where}/{repo}, "
-            "then log in with `hf auth login`, or give a token that may read it (HF_TOKEN, or token=)."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        wanted = request.revision
-        return f"The hub repository {repo!r} has no revision {wanted!r}. Give a branch, a tag or a commit."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"There is no folder {repo!r} here and no such repository at {where}. Check the spelling; if the "
-            "repository is private, log in with `hf auth login` or give a token (HF_TOKEN, or token=)."
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _explain_not_cached(error, request)
-    return (
-        f"The download of {repo!r} from {where} failed: {type(error).__name__}: {error}. "
-        "Start again: files that are complete are kept."
-    )
-
-
-def _explain_not_cached(error: Exception, request: _Request) -> str:
-    from huggingface_hub import constants
-
-    subject = f"{request.repo_id!r} (revision {request.revision or constants.DEFAULT_REVISION})"
-    place = f"the cache at {constants.HF_HUB_CACHE}"
-    if constants.HF_HUB_OFFLINE:
-        return (
-            f"{subject} is not complete in {place}, and HF_HUB_OFFLINE forbids to download it. Unset "
-            f"HF_HUB_OFFLINE, or run `hf download {request.repo_id}` where there is a network."
-        )
-    if request.local_files_only:
-        return (
-            f"{subject} is not complete in {place}. If ranks on several nodes share no cache, set LOCAL_RANK "
-            "so that one rank of each node downloads; else open it once without local_files_only."
-        )
-    return (
-        f"{subject} is not complete in {place}, and {constants.ENDPOINT} cannot be reached "
-        f"({error.__cause__ or error}). Check the network and HF_ENDPOINT."
-    )

@@ -37,7 +37,11 @@ class Index(Mapping[str, TensorEntry]):
         Raises `CheckpointError` if anything is missing, malformed, contradictory, or in a pickle.
         """
         layout = find_layout(path)
-        headers = {file: read_header(file) for file in layout.files}
+        return cls.join(layout, {file: read_header(file) for file in layout.files})
+
+    @classmethod
+    def join(cls, layout: Layout, headers: Mapping[Path, Header]) -> Index:
+        """The index of the files of `layout`, by their `headers`. Raises `CheckpointError` if they contradict."""
         entries = _unique_entries(headers)
         _check_weight_map(layout, entries)
         metadata: dict[str, str] = {}

@@ -6,12 +6,22 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import QuantStorageName
+from surgery.finetune.choices import FsdpVersion, QuantStorageName, StrategyName
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["parse_list", "parse_mesh", "parse_storage", "parse_targets", "parse_timeout"]
+    from surgery.config import FSDP1, FSDP2
+
+__all__ = ["parse_list", "parse_mesh", "parse_shard", "parse_storage", "parse_targets", "parse_timeout"]
+
+#: What FSDP2 has for each strategy of FSDP1.
+OF_FSDP2: dict[StrategyName, str] = {
+    "full-shard": "leave it out, since that is what FSDP2 does",
+    "shard-grad-op": "use --no-reshard-after-forward",
+    "hybrid-shard": "leave it out, since --mesh alone makes FSDP2 hybrid",
+    "no-shard": "use --mesh Nx1 on N ranks, where each keeps everything",
+}
 
 
 def parse_list(value: str) -> tuple[str, ...]:
@@ -45,6 +55,42 @@ def parse_mesh(value: str | None) -> tuple[int, int] | None:
     if not (separator and replicate.isdecimal() and shard.isdecimal()):
         raise ConfigError(f"expected --mesh as REPLICATExSHARD, such as 2x4, found {value!r}")
     return int(replicate), int(shard)
+
+
+def parse_shard(
+    fsdp: FsdpVersion,
+    *,
+    mesh: tuple[int, int] | None = None,
+    cpu_offload: bool = False,
+    sharding: StrategyName | None = None,
+    use_orig_params: bool | None = None,
+    reshard_after_forward: bool | None = None,
+) -> FSDP1 | FSDP2:
+    """How to shard; None is what was not given. Raises `ConfigError` for what the other FSDP alone has."""
+    from surgery.config import FSDP1, FSDP2
+
+    if fsdp == "2":
+        _refuse_options_of_fsdp1(sharding=sharding, use_orig_params=use_orig_params)
+        return FSDP2(mesh=mesh, reshard_after_forward=reshard_after_forward is not False, cpu_offload=cpu_offload)
+    if reshard_after_forward is not None:
+        instead = "leave it out" if reshard_after_forward else "use --sharding shard-grad-op"
+        raise ConfigError(f"--reshard-after-forward and its opposite are FSDP2's: with --fsdp 1, {instead}")
+    return FSDP1(
+        strategy=sharding or ("full-shard" if mesh is None else "hybrid-shard"),
+        mesh=mesh,
+        use_orig_params=bool(use_orig_params),
+        cpu_offload=cpu_offload,
+    )
+
+
+def _refuse_options_of_fsdp1(*, sharding: StrategyName | None, use_orig_params: bool | None) -> None:
+    if sharding is not None:
+        raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
+    if use_orig_params is not None:
+        raise ConfigError(
+            "--use-orig-params and its opposite are FSDP1's: FSDP2 always keeps each parameter, so leave it out; or "
+            "use --fsdp 1"
+        )
 
 
 def parse_timeout(minutes: float) -> timedelta:

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 __all__ = [
     "ActivationCheckpointing",
+    "FsdpVersion",
     "LoggerName",
     "LoraInit",
     "OptimizerName",
@@ -17,6 +18,7 @@ __all__ = [
 ]
 
 ActivationCheckpointing: TypeAlias = Literal["none", "reentrant", "non-reentrant"]
+FsdpVersion: TypeAlias = Literal["1", "2"]
 LoggerName: TypeAlias = Literal["tensorboard", "wandb"]
 # pissa and olora are refused, with the reason: they need the unquantized weights.
 LoraInit: TypeAlias = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]

@@ -7,9 +7,10 @@ from typing import Annotated, cast
 
 import typer
 
-from surgery.finetune.arguments import parse_list, parse_mesh, parse_storage, parse_targets, parse_timeout
+from surgery.finetune.arguments import parse_list, parse_mesh, parse_shard, parse_storage, parse_targets, parse_timeout
 from surgery.finetune.choices import (
     ActivationCheckpointing,
+    FsdpVersion,
     LoggerName,
     LoraInit,
     OptimizerName,
@@ -156,7 +157,7 @@ def finetune(
         bool,
         typer.Option(
             "--dora",
-            help="Weight-decomposed adapters; several ranks need --no-low-memory and --use-orig-params.",
+            help="Weight-decomposed adapters; several ranks need --no-low-memory (FSDP1: and --use-orig-params).",
             rich_help_panel=_ADAPTER,
         ),
     ] = False,
@@ -177,27 +178,37 @@ def finetune(
             help="Dtype that packs the 4-bit weights; auto fits the precision.", rich_help_panel=_QUANTIZATION
         ),
     ] = "auto",
-    sharding: Annotated[
-        StrategyName, typer.Option(help="FSDP's strategy on several ranks.", rich_help_panel=_SHARDING)
-    ] = "full-shard",
+    fsdp: Annotated[
+        FsdpVersion,
+        typer.Option(help="Which FSDP shards the model on several ranks.", rich_help_panel=_SHARDING),
+    ] = "2",
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            help="Load on each rank its shard alone (FSDP1: all on rank 0's CPU); else all on every device.",
+            rich_help_panel=_SHARDING,
+        ),
+    ] = True,
     mesh: Annotated[
         str | None,
         typer.Option(
-            help="REPLICATExSHARD for hybrid-shard, such as 2x4 on 8 ranks.",
+            help="REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice.",
             rich_help_panel=_SHARDING,
             metavar="RxS",
         ),
     ] = None,
+    reshard_after_forward: Annotated[
+        bool | None,
+        typer.Option(help="FSDP2: gather a block again for backward, or keep it.", rich_help_panel=_SHARDING),
+    ] = None,
+    sharding: Annotated[
+        StrategyName | None,
+        typer.Option(help="FSDP1: its strategy.", rich_help_panel=_SHARDING, show_default="full-shard"),
+    ] = None,
     use_orig_params: Annotated[
-        bool, typer.Option(help="FSDP keeps each parameter instead of flat ones.", rich_help_panel=_SHARDING)
-    ] = False,
-    low_memory: Annotated[
-        bool,
-        typer.Option(
-            help="Keep the packed model on rank 0's CPU until FSDP shards it; else on every device.",
-            rich_help_panel=_SHARDING,
-        ),
-    ] = True,
+        bool | None,
+        typer.Option(help="FSDP1: keep each parameter, or make flat ones.", rich_help_panel=_SHARDING),
+    ] = None,
     activation_checkpointing: Annotated[
         ActivationCheckpointing,
         typer.Option(help="Recompute activations in backward.", rich_help_panel=_SHARDING),
@@ -217,7 +228,7 @@ def finetune(
     timeout: Annotated[float, typer.Option(help="Minutes to wait for another rank.", rich_help_panel=_SHARDING)] = 10.0,
 ) -> None:
     """Fine-tune MODEL with QLoRA: 4-bit weights, LoRA adapters, sharded by FSDP under torchrun."""
-    from surgery.config import FSDP1, Quant
+    from surgery.config import Quant
     from surgery.finetune.job import run
     from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 
@@ -256,12 +267,14 @@ def finetune(
             quant_storage=parse_storage(quant_storage),
         ),
         precision=precision,
-        placement="rank0-cpu" if low_memory else "replicated",
-        shard=FSDP1(
-            strategy=sharding,
+        placement=None if low_memory else "replicated",
+        shard=parse_shard(
+            fsdp,
             mesh=parse_mesh(mesh),
-            use_orig_params=use_orig_params,
             cpu_offload=cpu_offload,
+            sharding=sharding,
+            use_orig_params=use_orig_params,
+            reshard_after_forward=reshard_after_forward,
         ),
         output=output,
         overwrite=overwrite,

@@ -13,7 +13,7 @@ from torch import nn
 import patches
 from surgery import qlora, release, save_adapter, trace
 from surgery.checkpoint import Checkpoint
-from surgery.config import FSDP1, precision
+from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
 from surgery.distributed.exchange import current_ranks, everyone
 from surgery.errors import ConfigError
 from surgery.finetune.loop import Trainer
@@ -56,6 +56,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 config=job,
                 device=str(world.device),
                 world_size=world.size,
+                sharding=type(job.shard).__name__ if world.size > 1 else None,
+                placement=_placement(job, world),
                 samples={
                     "train": len(plan.dataset.train),
                     "evaluation": len(plan.dataset.evaluation),
@@ -93,16 +95,30 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
 
 
 def _check_world(job: Job, world: World) -> None:
-    if world.size == 1 and job.shard != FSDP1():
+    if world.size == 1 and job.shard not in (FSDP1(), FSDP2()):
         raise ConfigError(
             f"expected more than one rank for {job.shard}, found a single process; start it with "
             "torchrun --nproc-per-node N -m surgery finetune ..., or leave out the options of sharding"
         )
-    if world.size > 1 and job.lora.dora and not job.shard.use_orig_params:
+    if world.size == 1 or not job.lora.dora:
+        return
+    if isinstance(job.shard, FSDP1) and not job.shard.use_orig_params:
         raise ConfigError(
             "DoRA reads the base weight while the adapter runs, but with flat parameters adapters are FSDP1 units of "
             "their own and the base weight is already freed: add --use-orig-params, or leave out --dora"
         )
+    if _placement(job, world) != "replicated":
+        raise ConfigError(
+            "DoRA computes its magnitudes from whole base weights, which ranks do not have with --low-memory: add "
+            "--no-low-memory, or leave out --dora"
+        )
+
+
+def _placement(job: Job, world: World) -> Placement:
+    """One process has everything."""
+    if world.size == 1:
+        return "replicated"
+    return job.placement or default_placement(job.shard)
 
 
 def _report(job: Job, world: World) -> AbstractContextManager[Report]:
@@ -158,18 +174,27 @@ def _train(
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
     policy = precision(job.precision)
-    shard = dataclasses.replace(job.shard, mixed_precision=job.shard.mixed_precision or policy.mixed_precision())
     return qlora(
         checkpoint,
         quant=job.quant,
         lora=job.lora.config(),
-        placement=job.placement,
-        shard=shard if world.size > 1 else None,
+        placement=_placement(job, world),
+        shard=_shard(job) if world.size > 1 else None,
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=world.device,
         report=report,
     )
+
+
+def _shard(job: Job) -> FSDP1 | FSDP2:
+    """As the job says; where it says nothing of mixed precision, as its precision policy does."""
+    if job.shard.mixed_precision is not None:
+        return job.shard
+    policy = precision(job.precision)
+    if isinstance(job.shard, FSDP1):
+        return dataclasses.replace(job.shard, mixed_precision=policy.mixed_precision())
+    return dataclasses.replace(job.shard, mixed_precision=policy.mixed_precision_policy())
 
 
 def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:

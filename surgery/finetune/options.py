@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.config import FSDP1, Placement, Quant, parse_placement, precision
+from surgery.config import FSDP1, FSDP2, Placement, Quant, parse_placement, precision
 from surgery.errors import ConfigError
 from surgery.finetune.choices import (
     ActivationCheckpointing,
@@ -143,7 +143,8 @@ class Job:
     model: a folder, or a hub id with its `revision`.
     output: the folder for the adapter and `summary.json`; one that holds an adapter is refused unless
         `overwrite`.
-    shard: how to shard where there is more than one rank; in one process nothing is.
+    shard: how to shard where there is more than one rank; in one process nothing is. placement: None is the default of
+        that sharding; see `surgery.qlora`.
     metrics: a JSONL file, replaced. trace: a folder for what every rank did, see `surgery.trace`.
     timeout: bounds every wait for another rank.
     """
@@ -156,8 +157,8 @@ class Job:
     lora: LoraOptions = field(default_factory=LoraOptions)
     quant: Quant = field(default_factory=Quant)
     precision: PrecisionName = "bf16"
-    placement: Placement = "rank0-cpu"
-    shard: FSDP1 = field(default_factory=FSDP1)
+    placement: Placement | None = None
+    shard: FSDP1 | FSDP2 = field(default_factory=FSDP2)
     metrics: Path | None = None
     trace: Path | None = None
     loggers: tuple[LoggerName, ...] = ()
@@ -166,7 +167,8 @@ class Job:
 
     def __post_init__(self) -> None:
         precision(self.precision)
-        parse_placement(self.placement)
+        if self.placement is not None:
+            parse_placement(self.placement)
         require_loggers(self.loggers)
         if self.training.evaluate_every is not None and not self.data.has_evaluation:
             raise ConfigError("evaluating every so many steps needs an evaluation file or an evaluation fraction")

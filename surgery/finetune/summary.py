@@ -30,6 +30,7 @@ Phases: TypeAlias = Mapping[str, Mapping[str, float]]
 class Summary:
     """A finished run; the same on every rank.
 
+    sharding: `FSDP1` or `FSDP2`; None in one process. placement: see `surgery.qlora`.
     memory: phases of each rank, in the order of ranks.
     patches: one row for each time that a patch was applied, or skipped because the installed versions do not
         need it.
@@ -38,6 +39,8 @@ class Summary:
     config: Job
     device: str
     world_size: int
+    sharding: str | None
+    placement: str
     samples: Mapping[str, int]
     training: Training
     memory: tuple[Phases, ...]

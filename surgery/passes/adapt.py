@@ -85,8 +85,13 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
     finally:
         for module in model.modules():
             for name, found in module._parameters.items():
-                if found in originals:
-                    module._parameters[name] = originals[found].requires_grad_(found.requires_grad)
+                if found is not None and found in originals:
+                    module._parameters[name] = _like(originals[found], found)
+
+
+def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
+    original.requires_grad = stand_in.requires_grad
+    return original
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
@@ -101,7 +106,8 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
 class Adapt(Pass):
     """Wraps the model by `peft.get_peft_model`; adapters are in `dtype`, base weights are frozen.
 
-    Adapters live on the device of their base weight, or on the CPU where that is on meta. Their initial values are drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
+    Adapters live on the device of their base weight, or on the CPU where that is on meta. Their initial values are
+    drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
     """
 
     name: ClassVar[str] = "adapt"

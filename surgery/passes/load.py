@@ -96,7 +96,7 @@ def _recorded(device: torch.device) -> torch.cuda.Event | None:
     """An event behind all copies that were asked for so far; None where copies are done when they return."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # no annotation upstream
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # no annotation upstream
     event.record()
     return event
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 __all__ = [
-    "ADAPTED_MODULE_BYTES",
+    "ADAPTER_OBJECT_BYTES",
     "CPU_QUANTIZE_BYTES",
     "CUDA_QUANTIZE_BYTES",
     "GATHERED_BLOCKS",
     "HOST_BYTES",
     "LOSS_COPIES",
-    "MODULE_BYTES",
     "NORM_COPIES",
     "OUTSIDE_ALLOCATOR",
     "STATE_BYTES",
+    "TARGET_OBJECT_BYTES",
 ]
 
 MIB = 1 << 20
@@ -21,13 +21,13 @@ MIB = 1 << 20
 #: back, code and tables that are made on first use.
 HOST_BYTES = 24 * MIB
 
-#: Python objects of one decoder layer's linear module, and of its adapter.
-MODULE_BYTES = 20 << 10
-ADAPTED_MODULE_BYTES = 60 << 10
+#: Python objects for each tensor of the checkpoint (module, plan, part), and for each of an adapter (PEFT's, FSDP's).
+TARGET_OBJECT_BYTES = 20 << 10
+ADAPTER_OBJECT_BYTES = 30 << 10
 
-#: Temporary bytes for each element that is being quantized, beyond the element itself.
+#: Temporary bytes for each element that is being quantized, where it is quantized: on a GPU the element itself is one.
 CPU_QUANTIZE_BYTES = 16.0
-CUDA_QUANTIZE_BYTES = 0.57
+CUDA_QUANTIZE_BYTES = 2.57
 
 #: What belongs to a quant_state beside its statistics: tables of codes, offset, in blocks of the CUDA allocator.
 STATE_BYTES = 2048

@@ -9,21 +9,16 @@ __all__ = ["Memory", "RankPlan", "Step"]
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Of host and device: what is held at the end of loading, and the peak before. With a CPU for device, all is host's."""
+    """What is held at the end of loading, and the peak before. With a CPU for device, all is the host's."""
 
     host_held: int
     host_peak: int
     device_held: int
     device_peak: int
 
-    def on_cpu(self) -> Memory:
-        """The same where the device is the CPU."""
-        return Memory(
-            host_held=self.host_held + self.device_held,
-            host_peak=self.host_peak + self.device_peak,
-            device_held=0,
-            device_peak=0,
-        )
+    def on_cpu(self, *, peak: int) -> Memory:
+        """The same where the device is the CPU, and `peak` is of both together."""
+        return Memory(host_held=self.host_held + self.device_held, host_peak=peak, device_held=0, device_peak=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +55,6 @@ class RankPlan:
     bytes_read: int
     load: Memory
     train: Step | None
-    on_cpu: bool = False
 
     @property
     def device_peak(self) -> int:

@@ -138,7 +138,7 @@ def _unit_of(model: nn.Module, blocks: Sequence[Site]) -> dict[nn.Module, str]:
 
 
 def _features(module: nn.Module) -> int:
-    """What goes into `module` and comes out, if it is a linear layer; of fused experts, what those that are active do."""
+    """What goes into a linear layer and comes out, for a token; of fused experts, into those that are active."""
     if isinstance(module, nn.Linear):
         return module.in_features + module.out_features
     config = getattr(module, "config", None)

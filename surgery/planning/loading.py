@@ -1,107 +1,114 @@
-"""What one rank reads, holds and peaks at while it loads: a walk through the layers, as the passes go."""
+"""What one rank holds and peaks at while it loads: a walk through the layers, as the passes go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from surgery.distributed.collect import RUN_BYTES
 from surgery.loading import Staging
 from surgery.passes.base import Layer
-from surgery.planning.adapted import adapter_host_peak, adapter_shards
+from surgery.planning.adapted import adapters_as_made, adapters_held, adapters_whole
 from surgery.planning.allowances import (
-    ADAPTED_MODULE_BYTES,
+    ADAPTER_OBJECT_BYTES,
     CPU_QUANTIZE_BYTES,
     CUDA_QUANTIZE_BYTES,
     HOST_BYTES,
-    MODULE_BYTES,
+    TARGET_OBJECT_BYTES,
 )
 from surgery.planning.figures import Memory
 from surgery.planning.inventory import Inventory, row_bytes
+from surgery.planning.peaks import Peaks
 from surgery.planning.setting import Setting
 from surgery.planning.statistics import STATISTIC_BYTES, quant_state_bytes
-from surgery.planning.wrapping import wrap
+from surgery.planning.wrapping import held_when_sharded, wrap
 from surgery.slices import Slice
 from surgery.targets import Target
 
-__all__ = ["bytes_read", "plan_load", "read_once_per_node"]
-
-
-def read_once_per_node(inventory: Inventory) -> tuple[str, ...]:
-    """Checkpoint keys that upstream's conversion merges or splits, or that are held transposed, in order."""
-    found = (key for target in inventory.targets if target.source is None for key in target.assignment.sources)
-    return tuple(dict.fromkeys(found))
-
-
-def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    """What `rank` reads of tensors that map to one parameter each; a copy under a tied name is read to be compared."""
-    total = 0
-    for target in inventory.targets:
-        if target.source is not None:
-            elements = setting.loading.slice(target.form, rank).elements
-            total += len(elements) * target.source.dtype.itemsize * (1 + len(target.assignment.duplicates))
-    return total
+__all__ = ["plan_load"]
 
 
 def plan_load(
-    inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], rank: int
+    inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], *, rank: int
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
-    walk = _Walk(inventory=inventory, setting=setting, staging=staging, rank=rank)
+    staged, objects = _staging_bytes(inventory, staging), _object_bytes(inventory)
+    walk = _Walk(setting=setting, staging=staging, rank=rank, always=HOST_BYTES + objects + staged)
+    walk.note(host_more=adapters_as_made(inventory))
+    if setting.placement != "sharded":  # adapters wait to be sharded, or moved, as whole as the weights
+        walk.always += adapters_whole(inventory, setting)
+    else:
+        walk.hold(adapters_held(inventory, setting))
     for layer in layers:
         walk.visit(layer)
-    return walk.finish()
+    walk.always -= staged
+    return walk.finish(inventory)
+
+
+def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
+    """Of all buffers that are read into, in the widest dtype."""
+    return (
+        staging.buffers * staging.elements * max((target.read_as.itemsize for target in inventory.targets), default=0)
+    )
+
+
+def _object_bytes(inventory: Inventory) -> int:
+    adapters = sum(len(unit.adapters) for unit in inventory.units)
+    return len(inventory.targets) * TARGET_OBJECT_BYTES + adapters * ADAPTER_OBJECT_BYTES
 
 
 @dataclass(kw_only=True)
 class _Walk:
-    """device, host: bytes of parts held so far, by where they wait."""
+    """host, device: bytes of parts held so far, by where they wait. state: of quant_state, on the device."""
 
-    inventory: Inventory
     setting: Setting
     staging: Staging
     rank: int
-    device: int = 0
+    always: int  # on the host, whatever else happens
     host: int = 0
+    device: int = 0
     state: int = 0
-    device_peak: int = 0
-    host_peak: int = 0
+    peaks: Peaks = field(default_factory=Peaks)
+
+    def note(self, *, host_more: int = 0, device_more: int = 0) -> None:
+        """A moment with so much beside what is held."""
+        self.peaks.note(host=self.always + self.host + host_more, device=self.device + self.state + device_more)
+
+    def hold(self, size: int) -> None:
+        """From now on, where shards wait."""
+        if self.setting.cpu_offload:
+            self.host += size
+        else:
+            self.device += size
 
     def visit(self, layer: Layer) -> None:
         """Load, exchange, place."""
-        made = 0
-        for target in layer.targets:
-            size = self._capacity(target)
-            if self._is_made_on_host(target):
-                self.host += size
-            else:
-                made += size
+        on_host = [target for target in layer.targets if self._is_made_on_host(target)]
+        made = sum(self._capacity(target) for target in layer.targets) - sum(map(self._capacity, on_host))
+        self.host += sum(map(self._capacity, on_host))
         quantized = [target for target in layer.targets if target.is_quantized]
-        self._note(made + self._filling(layer), converted=self._converted(layer))
-        self._note(made + self._exchanging(quantized))
+        self.note(device_more=made + self._filling(quantized), host_more=self._converting(layer))
+        self.note(device_more=made + self._exchanging(quantized))
         self.state += quant_state_bytes(quantized, self.setting.quant)
         self._place(made, quantized)
 
-    def finish(self) -> Memory:
-        """After the last layer: adapters are there, and what FSDP makes of all of it."""
-        setting, inventory = self.setting, self.inventory
-        staged = _staging_bytes(self.staging, inventory)
-        objects = HOST_BYTES + _object_bytes(inventory)
-        adapters_held = adapter_shards(inventory, setting, self.rank)
-        wrapped = wrap(inventory, setting, rank=self.rank, loaded=self.device + self.host)
-        offloaded = wrapped.held if setting.cpu_offload else 0
-        return Memory(
-            host_held=objects + offloaded + (adapters_held if setting.cpu_offload else 0),
-            host_peak=objects + max(staged + adapter_host_peak(inventory, setting) + self.host_peak, wrapped.host_peak),
-            device_held=wrapped.held - offloaded + self.state + (0 if setting.cpu_offload else adapters_held),
-            device_peak=max(self.device_peak, self.state + wrapped.device_peak)
-            + (0 if setting.cpu_offload else adapters_held),
+    def finish(self, inventory: Inventory) -> Memory:
+        """After the last layer: what FSDP makes of all of it."""
+        setting = self.setting
+        held = self.host + self.device
+        if setting.placement != "sharded":
+            wrap(inventory, setting, self.peaks, rank=self.rank, host=self.always, device=self.state)
+            held = adapters_held(inventory, setting)
+            held += held_when_sharded(inventory, setting) if setting.shard is not None else self.device
+        offloaded = held if setting.cpu_offload else 0
+        memory = Memory(
+            host_held=HOST_BYTES + _object_bytes(inventory) + offloaded,
+            host_peak=self.peaks.host,
+            device_held=held - offloaded + self.state,
+            device_peak=self.peaks.device,
         )
-
-    def _note(self, more: int, *, converted: int = 0) -> None:
-        self.device_peak = max(self.device_peak, self.device + self.state + more)
-        self.host_peak = max(self.host_peak, self.host + converted)
+        return memory.on_cpu(peak=self.peaks.both) if setting.on_cpu else memory
 
     def _slice(self, target: Target) -> Slice:
         return self.setting.loading.slice(target.form, self.rank)
@@ -110,60 +117,42 @@ class _Walk:
         return self.setting.loading.capacity(target.form, self.rank) * row_bytes(target)
 
     def _is_made_on_host(self, target: Target) -> bool:
-        return not self.setting.keeps_data and not target.is_quantized and self.setting.loading.rank0_only
+        return self.setting.loading.rank0_only and not target.is_quantized
 
-    def _filling(self, layer: Layer) -> int:
+    def _filling(self, quantized: Sequence[Target]) -> int:
         """This rank's statistics, and a chunk that is being quantized."""
-        statistics = sum(len(self._slice(target).blocks) for target in layer.targets) * STATISTIC_BYTES
-        longest = max((len(self._slice(target).elements) for target in layer.targets if target.is_quantized), default=0)
-        chunk = min(longest, self.staging.elements)
-        on_cpu = self.setting.on_cpu
-        each = CPU_QUANTIZE_BYTES if on_cpu else CUDA_QUANTIZE_BYTES + self.setting.dtype.itemsize
-        return statistics + int(chunk * each)
+        statistics = sum(len(self._slice(target).blocks) for target in quantized) * STATISTIC_BYTES
+        longest = max((len(self._slice(target).elements) for target in quantized), default=0)
+        each = CPU_QUANTIZE_BYTES if self.setting.on_cpu else CUDA_QUANTIZE_BYTES
+        return statistics + int(min(longest, self.staging.elements) * each)
 
     def _exchanging(self, quantized: Sequence[Target]) -> int:
         """Statistics: this rank's, everyone's as they arrive, everyone's by weight."""
-        division = self.setting.loading
         mine = sum(len(self._slice(target).blocks) for target in quantized) * STATISTIC_BYTES
         if self.setting.world_size == 1:
             return mine + max((target.form.blocks for target in quantized), default=0) * STATISTIC_BYTES
-        all_of_them = sum(target.form.blocks for target in quantized) * STATISTIC_BYTES
+        division = self.setting.loading
+        everyones = sum(target.form.blocks for target in quantized) * STATISTIC_BYTES
         longest = sum(len(division.slice(target.form, 0).blocks) for target in quantized) * STATISTIC_BYTES
-        arriving = self.setting.world_size * longest
-        return mine + arriving + max(mine + longest, all_of_them)
+        return mine + self.setting.world_size * longest + max(mine + longest, everyones)
 
-    def _converted(self, layer: Layer) -> int:
-        """What the rank that converts has on its CPU: the sources of one parameter, and the result."""
-        sizes = []
+    def _converting(self, layer: Layer) -> int:
+        """What the rank that converts has on its CPU: the sources of one assignment, and what becomes of them."""
+        found = [0]
         for assignment, group in groupby(layer.targets, lambda target: target.assignment):
             targets = list(group)
             if targets[0].source is None:
-                whole = sum(target.form.numel * target.read_as.itemsize for target in targets)
-                sizes.append(whole * (1 if len(assignment.sources) == 1 else 2))
-        return max(sizes, default=0)
+                size = sum(target.form.numel * target.read_as.itemsize for target in targets)
+                found.append(size if assignment.converter is None else 2 * size)
+        return max(found)
 
     def _place(self, made: int, quantized: Sequence[Target]) -> None:
-        if self.setting.keeps_data:
-            self.device += made
+        """Where shards wait on the device, that is all; else they go to the CPU of this rank, or to that of rank 0."""
+        if self.setting.placement != "rank0-cpu" or self.setting.shard is None:
+            self.hold(made)
             return
-        longest = max((self._capacity(target) for target in quantized), default=0)
-        run = min(longest, RUN_BYTES)
-        self._note(made + run * (1 + self.setting.world_size if self.rank == 0 else 1))
+        run = min(max(map(self._capacity, quantized), default=0), RUN_BYTES)
         if self.rank == 0:
             self.host += sum(target.nbytes for target in quantized)
-            self._note(0)
-
-
-def _staging_bytes(staging: Staging, inventory: Inventory) -> int:
-    """Of the buffers that are read into: all of them, as wide as the widest dtype."""
-    widest = max((target.read_as.itemsize for target in inventory.targets), default=0)
-    return staging.buffers * staging.elements * widest
-
-
-def _object_bytes(inventory: Inventory) -> int:
-    return sum(_objects(inventory))
-
-
-def _objects(inventory: Inventory) -> Iterator[int]:
-    yield len(inventory.targets) * MODULE_BYTES
-    yield sum(len(unit.adapters) for unit in inventory.units) * ADAPTED_MODULE_BYTES // 2
+            run *= 1 + self.setting.world_size
+        self.note(device_more=made + run)

@@ -80,7 +80,7 @@ class Setting:
         mesh = self.mesh
         if mesh is not None and mesh[0] * mesh[1] != self.world_size:
             raise ConfigError(
-                f"mesh={mesh} needs {mesh[0] * mesh[1]} ranks (replicate x shard), but the plan is for {self.world_size}"
+                f"mesh={mesh} needs {mesh[0] * mesh[1]} ranks (replicate x shard), but there are {self.world_size}"
             )
 
     @property

@@ -19,7 +19,9 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     unit = _BY_UNIT.get(found[2].lower()) if found else None
     if found is None or unit is None:
-        raise ConfigError(f"expected a size such as 24GiB or 80GB, found {text!r}; units: {', '.join(_BINARY | _DECIMAL)}")
+        raise ConfigError(
+            f"expected a size such as 24GiB or 80GB, found {text!r}; units: {', '.join(_BINARY | _DECIMAL)}"
+        )
     size = int(float(found[1]) * unit)
     if size < 1:
         raise ConfigError(f"expected a size above 0, found {text!r}")

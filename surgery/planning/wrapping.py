@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from surgery.config import FSDP1
 from surgery.planning.inventory import Inventory
+from surgery.planning.peaks import Peaks
 from surgery.planning.setting import Setting
 
-__all__ = ["Wrapped", "wrap"]
+__all__ = ["fsdp1_units", "held_when_sharded", "wrap"]
 
 #: FSDP1 broadcasts the tensors of a unit in flat buffers of at most so many bytes.
 BROADCAST_BYTES = 250 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wrapped:
-    """held: shards, on the device. host_peak: beside what the device holds."""
-
-    held: int
-    host_peak: int
-    device_peak: int
-
-
-def wrap(inventory: Inventory, setting: Setting, *, rank: int, loaded: int) -> Wrapped:
-    """From `loaded` bytes of parts to what the sharded model holds of them."""
-    shards = setting.sharding.shards
-    if setting.shard is None or setting.placement == "sharded":
-        return Wrapped(held=loaded, host_peak=0, device_peak=loaded)
-    if not isinstance(setting.shard, FSDP1):  # parameter by parameter, each freed when it is sharded
-        held = sum(unit.weight_bytes(shards) for unit in inventory.units)
-        return Wrapped(held=held, host_peak=0, device_peak=loaded)
-    units = fsdp1_units(inventory)
-    waits_on_host = setting.placement == "rank0-cpu"
-    host = device = held = 0
-    left = sum(units) if rank == 0 or not waits_on_host else 0
-    for unit in units:
-        shard = -(-unit // shards)
-        is_here = not waits_on_host or (setting.on_cpu and rank == 0)
-        arrives = 0 if is_here else unit  # meta parameters get memory, or come from the CPU of this rank
-        waiting = left if not waits_on_host else 0
-        host = max(host, left if waits_on_host else 0)
-        device = max(device, held + waiting + arrives + max(min(unit, BROADCAST_BYTES), unit + shard))
-        held += shard
-        left = max(left - unit, 0)
-    return Wrapped(held=held, host_peak=host, device_peak=device)
+def held_when_sharded(inventory: Inventory, setting: Setting) -> int:
+    """Bytes of the frozen weights that a rank keeps, padded to what the rank with most has."""
+    return sum(unit.weight_bytes(setting.sharding.shards) for unit in inventory.units)
 
 
 def fsdp1_units(inventory: Inventory) -> Sequence[int]:
     """Bytes of the frozen weights of each unit, in the order in which they are wrapped: every block, then the root."""
     in_blocks = [unit.weight_bytes() for unit in inventory.blocks]
     return [*in_blocks, sum(unit.weight_bytes() for unit in inventory.units) - sum(in_blocks)]
+
+
+def wrap(inventory: Inventory, setting: Setting, peaks: Peaks, *, rank: int, host: int, device: int) -> None:
+    """Note the moments of sharding, beside `host` and `device` bytes of other things."""
+    if setting.shard is None or setting.placement == "sharded":
+        return
+    units = fsdp1_units(inventory)
+    if not isinstance(setting.shard, FSDP1):  # one parameter after another, each freed when it is sharded
+        peaks.note(host=host, device=device + sum(units))
+        return
+    wraps_from_host = setting.placement == "rank0-cpu"
+    has_weights = rank == 0 or not wraps_from_host
+    left, held = sum(units) if has_weights else 0, 0
+    for unit in units:
+        shard = -(-unit // setting.sharding.shards)
+        # Memory for the unit's parameters where there is none yet; then a flat copy; then this rank's shard of that.
+        is_here = has_weights and (setting.on_cpu or not wraps_from_host)
+        work = held + (0 if is_here else unit) + max(min(unit, BROADCAST_BYTES), unit + shard)
+        peaks.note(
+            host=host + (left if wraps_from_host else 0),
+            device=device + work + (0 if wraps_from_host else left),
+        )
+        held += shard
+        left -= unit if has_weights else 0

@@ -29,8 +29,8 @@ def bytes_read(count: float) -> str:
 
 
 def rate(count: float, seconds: float) -> str:
-    """Gigabytes a second; nothing where nothing was read."""
-    return f"{count / seconds / 1e9:.2f} GB/s" if count and seconds else ""
+    """Bytes of files a second; nothing where nothing was read."""
+    return f"{bytes_read(count / seconds)}/s" if count and seconds else ""
 
 
 def duration(seconds: float) -> str:

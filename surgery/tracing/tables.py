@@ -38,13 +38,15 @@ def predictions_table(trace: RankTrace) -> Element | None:
 
 
 def _rank_row(trace: RankTrace, kinds: Sequence[Kind]) -> Sequence[Cell]:
-    reading = sum(phase.seconds for phase in trace.phases if phase.bytes_read)
+    # Phases that overlap are told of the same bytes: neither those nor their seconds may be added up.
+    reading = [(phase.start, phase.start + phase.seconds) for phase in trace.phases if phase.bytes_read]
+    seconds = max((end for _, end in reading), default=0.0) - min((start for start, _ in reading), default=0.0)
     return (
         element("a", str(trace.rank), href=f"#rank-{trace.rank}"),
         trace.device,
         measured(trace.seconds, figures.duration(trace.seconds)),
         measured(trace.bytes_read, figures.bytes_read(trace.bytes_read)),
-        figures.rate(trace.bytes_read, reading),
+        figures.rate(trace.bytes_read, seconds),
         *(_memory(max(map(kind.peak, trace.phases), default=0)) for kind in kinds),
         trace.error or "done",
     )

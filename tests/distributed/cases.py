@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from surgery.config import FSDP2
+from surgery.guards import FSDP2_SHARDS_INTEGERS
 from tests.distributed.exactness import Case
 from tests.helpers.models import save_tiny
 
-__all__ = ["CASES", "HYBRID", "OFFLOADED", "save_models"]
+__all__ = ["CASES", "OFFLOADED", "ON_FOUR", "ON_ONE", "ON_TWO", "save_models"]
 
 #: Dimensions that neither two nor three ranks divide: heads of 14, an inner size of 102.
 ODD: dict[str, Any] = {"hidden_size": 56, "intermediate_size": 102, "head_dim": 14, "vocab_size": 97}
@@ -22,7 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "odd": ("llama", ODD),
 }
 
-CASES = [
+FSDP1_CASES = [
     Case(name="plain"),
     Case(name="fp4", quant={"quant_type": "fp4"}),
     Case(name="single-quant", quant={"double_quant": False}),
@@ -51,15 +55,103 @@ CASES = [
     Case(name="checkpointing-orig-params", checkpointing="non-reentrant", shard={"use_orig_params": True}),
     Case(name="checkpointing-reentrant", checkpointing="reentrant"),
     Case(name="replicated", placement="replicated"),
+    Case(name="accumulation", accumulation=2),
 ]
 
-#: For four ranks.
-HYBRID = [
+FSDP2_CASES = [
+    Case(name="fsdp2", kind=FSDP2),
+    Case(name="fsdp2-fp4", kind=FSDP2, quant={"quant_type": "fp4"}),
+    Case(name="fsdp2-single-quant", kind=FSDP2, quant={"double_quant": False}),
+    Case(name="fsdp2-blocksize-128", kind=FSDP2, quant={"blocksize": 128}),
+    Case(
+        name="fsdp2-fp4-single-128",
+        kind=FSDP2,
+        quant={"quant_type": "fp4", "double_quant": False, "blocksize": 128},
+    ),
+    Case(name="fsdp2-storage-bf16", kind=FSDP2, quant={"quant_storage": torch.bfloat16}),
+    Case(name="fsdp2-storage-fp16", kind=FSDP2, quant={"quant_storage": torch.float16}),
+    Case(name="fsdp2-biased", kind=FSDP2, model="biased"),
+    Case(name="fsdp2-biased-storage-bf16", kind=FSDP2, model="biased", quant={"quant_storage": torch.bfloat16}),
+    Case(name="fsdp2-tied", kind=FSDP2, model="tied"),
+    Case(name="fsdp2-odd", kind=FSDP2, model="odd"),
+    Case(name="fsdp2-odd-storage-bf16", kind=FSDP2, model="odd", quant={"quant_storage": torch.bfloat16}),
+    Case(name="fsdp2-kept-after-forward", kind=FSDP2, shard={"reshard_after_forward": False}),
+    Case(name="fsdp2-checkpointing", kind=FSDP2, checkpointing="non-reentrant"),
+    Case(name="fsdp2-checkpointing-reentrant", kind=FSDP2, checkpointing="reentrant"),
+    Case(
+        name="fsdp2-checkpointing-kept",
+        kind=FSDP2,
+        checkpointing="non-reentrant",
+        shard={"reshard_after_forward": False},
+    ),
+    Case(name="fsdp2-replicated", kind=FSDP2, placement="replicated"),
+    Case(name="fsdp2-replicated-tied", kind=FSDP2, model="tied", placement="replicated"),
+    Case(name="fsdp2-accumulation", kind=FSDP2, accumulation=2),
+    Case(
+        name="fsdp2-mixed-precision",
+        kind=FSDP2,
+        quant={"quant_storage": torch.bfloat16},
+        shard={"mixed_precision": MixedPrecisionPolicy(reduce_dtype=torch.float32)},
+    ),
+    Case(name="fsdp2-cpu-offload", kind=FSDP2, shard={"cpu_offload": True}),
+    Case(
+        name="fsdp2-cpu-offload-storage-bf16",
+        kind=FSDP2,
+        quant={"quant_storage": torch.bfloat16},
+        shard={"cpu_offload": True},
+    ),
+    Case(name="fsdp2-cpu-offload-tied", kind=FSDP2, model="tied", shard={"cpu_offload": True}),
+    Case(name="fsdp2-cpu-offload-replicated", kind=FSDP2, placement="replicated", shard={"cpu_offload": True}),
+]
+
+#: What FSDP2 of an older torch refuses to shard.
+INTEGER_CASES = [
+    Case(name="fsdp2-storage-uint8", kind=FSDP2, quant={"quant_storage": torch.uint8}),
+    Case(name="fsdp2-biased-storage-uint8", kind=FSDP2, model="biased", quant={"quant_storage": torch.uint8}),
+    Case(name="fsdp2-odd-storage-uint8", kind=FSDP2, model="odd", quant={"quant_storage": torch.uint8}),
+    Case(
+        name="fsdp2-replicated-storage-uint8",
+        kind=FSDP2,
+        quant={"quant_storage": torch.uint8},
+        placement="replicated",
+    ),
+]
+
+CASES = [
+    *FSDP1_CASES,
+    *FSDP2_CASES,
+    *(INTEGER_CASES if Version(torch.__version__).release >= FSDP2_SHARDS_INTEGERS else ()),
+]
+
+#: Also on one rank, where a process group gathers from nobody.
+ON_ONE = [case for case in CASES if case.kind is FSDP2 and case.model in ("tied", "odd")]
+
+#: Meshes of one shard.
+ON_TWO = [
+    Case(name="fsdp2-replicas", kind=FSDP2, shard={"mesh": (2, 1)}),
+    Case(name="fsdp2-replicas-odd", kind=FSDP2, model="odd", shard={"mesh": (2, 1)}),
+]
+
+ON_FOUR = [
     Case(name="hybrid", shard={"strategy": "hybrid-shard", "mesh": (2, 2)}),
     Case(name="hybrid-orig-params", shard={"strategy": "hybrid-shard", "mesh": (2, 2), "use_orig_params": True}),
+    Case(name="fsdp2-four", kind=FSDP2),
+    Case(name="fsdp2-four-odd", kind=FSDP2, model="odd", quant={"quant_storage": torch.bfloat16}),
+    Case(name="fsdp2-hybrid", kind=FSDP2, shard={"mesh": (2, 2)}),
+    Case(
+        name="fsdp2-hybrid-odd",
+        kind=FSDP2,
+        model="odd",
+        quant={"quant_storage": torch.bfloat16},
+        shard={"mesh": (2, 2)},
+    ),
+    Case(name="fsdp2-hybrid-tied", kind=FSDP2, model="tied", shard={"mesh": (2, 2)}),
+    Case(name="fsdp2-hybrid-replicated", kind=FSDP2, placement="replicated", shard={"mesh": (2, 2)}),
+    Case(name="fsdp2-hybrid-accumulation", kind=FSDP2, shard={"mesh": (2, 2)}, accumulation=3),
+    Case(name="fsdp2-resharded-to-two", kind=FSDP2, shard={"reshard_after_forward": 2}),
 ]
 
-#: Parameters move between an accelerator and the CPU.
+#: FSDP1 moves parameters between an accelerator and the CPU, and there has to be one.
 OFFLOADED = [
     Case(name="cpu-offload", shard={"cpu_offload": True}),
     Case(name="cpu-offload-orig-params", shard={"cpu_offload": True, "use_orig_params": True}),

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
-from surgery.config import Placement
+from surgery.config import FSDP1, FSDP2, Placement
 
 STEPS = 8
 GLOBAL_BATCH = 12
@@ -22,14 +23,24 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One variation. `quant` and `shard` are arguments of `surgery.Quant` and `surgery.FSDP1`."""
+    """One variation. `quant` and `shard` are arguments of `surgery.Quant` and of `kind`.
+
+    placement: None is that sharding's own. accumulation: micro-batches that a rank makes of its part of a batch.
+    """
 
     name: str
     model: str = "llama"
     quant: dict[str, Any] = field(default_factory=dict)
+    kind: type[FSDP1 | FSDP2] = FSDP1
     shard: dict[str, Any] = field(default_factory=dict)
     checkpointing: str | None = None
-    placement: Placement = "rank0-cpu"
+    placement: Placement | None = None
+    accumulation: int = 1
+
+    @property
+    def base(self) -> str:
+        """What decides the stock model's result: cases of the same base have the same."""
+        return f"{self.model} {sorted(self.quant.items())}"
 
 
 @dataclass
@@ -91,14 +102,15 @@ def stock(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
             compress_statistics=new.weight.compress_statistics,
         )
         if module.bias is not None:
-            new.bias = nn.Parameter(module.bias.data.to(storage), requires_grad=False)
+            bias_dtype = storage if storage.is_floating_point else module.bias.dtype
+            new.bias = nn.Parameter(module.bias.data.to(bias_dtype), requires_grad=False)
         model.set_submodule(name, new.to(device))
     model.is_loaded_in_4bit = True
     torch.manual_seed(0)
     return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
 
 
-def ours(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
+def ours(checkpoint: Path, case: Case, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
     """The model of this project, on this rank; a context manager that releases it."""
     import surgery
 
@@ -108,8 +120,8 @@ def ours(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
         quant=surgery.Quant(**case.quant),
         lora=lora(),
         placement=case.placement,
-        shard=surgery.FSDP1(**case.shard) if dist.is_initialized() else None,
-        dtype=torch.float32,
+        shard=case.kind(**case.shard) if dist.is_initialized() else None,
+        dtype=dtype,
         device=device,
         report=surgery.Report(),
     )
@@ -118,11 +130,10 @@ def ours(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
     return model
 
 
-def train(model: nn.Module, device: torch.device = CPU) -> Result:
+def train(model: nn.Module, device: torch.device = CPU, *, accumulation: int = 1) -> Result:
     """Eight steps of SGD on this rank's part of every global batch; the result is on the CPU."""
     from bitsandbytes.nn import Linear4bit
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     layers: dict[str, Any] = {_plain(name): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     seen: dict[str, torch.Tensor] = {}
     hooks = [
@@ -132,14 +143,7 @@ def train(model: nn.Module, device: torch.device = CPU) -> Result:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     losses, gradients = [], []
     for step in range(STEPS):
-        ids = batch(step).chunk(world)[rank].to(device)
-        loss = loss_of(model, ids)
-        loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
-        total = loss.detach()
-        if world > 1:
-            dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
-            total = total if dist.get_backend() == "nccl" else total / world
-        losses.append(total.item())
+        losses.append(_mean(_accumulate(model, step, accumulation, device)))
         gradients.append({name: grad.cpu() for name, grad in adapter_gradients(model, device).items()})
         optimizer.step()
         optimizer.zero_grad()
@@ -150,16 +154,46 @@ def train(model: nn.Module, device: torch.device = CPU) -> Result:
     return Result(losses=losses, gradients=gradients, packed=packed, quant_states=states)
 
 
+def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
+    """The gradients of this rank's part of the batch, and its mean loss."""
+    from surgery.finetune.sharding import sharding_of
+
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = batch(step).chunk(world)[rank].to(device).chunk(micro_batches)
+    sharding, total = sharding_of(model, device), torch.zeros((), device=device)
+    for number, ids in enumerate(parts, start=1):
+        with sharding.micro_step(is_last=number == len(parts)):
+            loss = loss_of(model, ids) / len(parts)
+            loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+        total += loss.detach()
+    return total
+
+
+def _mean(value: torch.Tensor) -> float:
+    """Over the ranks."""
+    if not dist.is_initialized():
+        return value.item()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
 def adapter_gradients(model: nn.Module, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     """Whole gradients of all adapter parameters, by plain name, gathered from the shards through `device`."""
     units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel) and m._handle is not None]
     if not units:
-        return {_plain(n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return {_plain(n): _whole(p.grad, device) for n, p in model.named_parameters() if p.grad is not None}
     found: dict[str, torch.Tensor] = {}
     for prefix, unit in model.named_modules():
         if unit in units:
             found.update(_unit_gradients(prefix, unit, device))
     return found
+
+
+def _whole(gradient: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy; FSDP2's shards may be on the CPU, and meet on `device`."""
+    if isinstance(gradient, DTensor):
+        return gradient.to(device).full_tensor()  # type: ignore[no-untyped-call]  # no annotation upstream
+    return gradient.clone()
 
 
 def _unit_gradients(prefix: str, unit: Any, device: torch.device) -> dict[str, torch.Tensor]:
@@ -205,7 +239,7 @@ def run_cases(checkpoints: dict[str, Path], cases: list[Case], device: torch.dev
     results = {}
     for case in cases:
         with ours(checkpoints[case.model], case, device) as model:
-            results[case.name] = train(model, device)
+            results[case.name] = train(model, device, accumulation=case.accumulation)
     return results
 
 

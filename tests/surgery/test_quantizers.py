@@ -1,9 +1,10 @@
-"""Quantizing in runs gives the bits that bitsandbytes gives for the whole tensor."""
+"""Ranges that are quantized apart, and joined, have the bits that bitsandbytes gives for the whole tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from surgery.config import Quant
+from surgery.checkpoint import TensorEntry
+from surgery.config import BLOCKSIZES, STORAGE_DTYPES, Placement, Quant
 from surgery.errors import ConfigError
+from surgery.parts import Part, Parts
+from surgery.placement import Residence
 from surgery.quantizers import bnb
-from surgery.quantizers.bnb import BnbQuantizer, packed_shape, quantize_in_runs
+from surgery.quantizers.bnb import BnbQuantizer, packed_shape
+from surgery.slices import Division, chunk
+from surgery.targets import Target, find_targets
+from surgery.weights import Assignment
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-STORAGES = (torch.uint8, *FLOATS)
 
 #: What a block is multiplied by: nothing left of it, float32 that bfloat16 just holds, and numbers that vanish.
 SCALES = (0.0, 1.0, 1e-3, 1e4, 1e-30, 1e30)
@@ -29,8 +35,15 @@ SCALES = (0.0, 1.0, 1e-3, 1e4, 1e-30, 1e30)
 quants = st.builds(
     Quant,
     st.sampled_from(("nf4", "fp4")),
-    blocksize=st.sampled_from((32, 64, 128, 1024)),
+    blocksize=st.sampled_from(BLOCKSIZES),
     double_quant=st.booleans(),
+    quant_storage=st.sampled_from(STORAGE_DTYPES),
+)
+
+#: One to four ranks in every arrangement, for each placement.
+worlds: st.SearchStrategy[tuple[Placement, tuple[int, int]]] = st.tuples(
+    st.sampled_from(("sharded", "rank0-cpu", "replicated")),
+    st.sampled_from(((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (2, 2))),
 )
 
 
@@ -53,6 +66,41 @@ def runs_of(elements: int) -> Iterator[None]:
         yield
 
 
+def target_of(weight: torch.Tensor, quantizer: BnbQuantizer) -> Target:
+    """The target of a model with one linear layer, whose weight the checkpoint has as `weight`."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    entry = TensorEntry(
+        name="weight", file=Path("w"), dtype=weight.dtype, shape=tuple(weight.shape), start=0, end=weight.nbytes
+    )
+    assignment = Assignment(targets=("weight",), sources=("weight",), dtypes=(weight.dtype,))
+    index: Any = {"weight": entry}
+    (target,) = find_targets(quantizer.replacement(linear), [assignment], index, quantizer, tied={})
+    return target
+
+
+def filled(target: Target, parts: Parts, flat: torch.Tensor, step: int) -> Part:
+    """The part of one rank, given what it reads of `flat` in chunks of `step`."""
+    part = parts.begin(target)
+    part.data.view(torch.uint8).fill_(0xA5)  # what is not written would show
+    wanted = part.slice.elements
+    for start in range(wanted.start, wanted.stop, step):
+        parts.fill(part, start, flat[start : min(start + step, wanted.stop)])
+    return part
+
+
+def state_of(parts: Sequence[Part], quantizer: BnbQuantizer, shape: torch.Size) -> QuantState:
+    """The state of the whole, from the statistics of all ranks."""
+    in_order = sorted(parts, key=lambda part: (part.slice.blocks.start, part.slice.blocks.stop))
+    return quantizer.state(torch.cat([p.statistics for p in in_order if p.statistics is not None]), shape)
+
+
+def joined(parts: Sequence[Part]) -> torch.Tensor:
+    """The packed rows that all ranks have made, in the order of the ranks, which is that of the rows here."""
+    in_order = sorted(parts, key=lambda part: (part.slice.reads.start, part.slice.reads.stop))
+    return torch.cat([part.read_rows() for part in in_order])
+
+
 def assert_same_state(found: QuantState, expected: QuantState) -> None:
     found_dict, expected_dict = found.as_dict(), expected.as_dict()
     assert found_dict.keys() == expected_dict.keys()
@@ -68,63 +116,133 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-@settings(deadline=None, max_examples=300)
-@given(
-    weight=weights(),
-    quant=quants,
-    storage=st.sampled_from(STORAGES),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-    run=st.sampled_from((1, 64, 100, 256, 4096)),
-)
-def test_runs_give_the_bits_of_the_whole(
-    weight: torch.Tensor, quant: Quant, storage: torch.dtype, dtype: torch.dtype, run: int
-) -> None:
-    if ((weight.numel() + 1) // 2) % storage.itemsize:
-        with pytest.raises(ConfigError, match="packs into"):
-            packed_shape(weight.shape, storage)
-        return
-    expected, expected_state = quantize_4bit(
+def whole(weight: torch.Tensor, quant: Quant, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
+    """What bitsandbytes makes of it."""
+    packed, state = quantize_4bit(
         weight.to(dtype).contiguous(),
         blocksize=quant.blocksize,
         compress_statistics=quant.double_quant,
         quant_type=quant.quant_type,
-        quant_storage=storage,
+        quant_storage=quant.quant_storage,
     )
-    with runs_of(run):
-        packed, state = quantize_in_runs(weight, quant, storage=storage, dtype=dtype, device=CPU)
-        dropped, same_state = quantize_in_runs(
-            weight, quant, storage=storage, dtype=dtype, device=CPU, keep_packed=False
-        )
-    assert packed.shape == packed_shape(weight.shape, storage)
-    assert packed.dtype == storage
-    assert torch.equal(as_bytes(packed), as_bytes(expected))
-    assert_same_state(state, expected_state)
-    assert dropped.is_meta
-    assert (dropped.shape, dropped.dtype) == (packed.shape, storage)
-    assert_same_state(same_state, expected_state)
+    return packed, state
+
+
+def division_of(world: tuple[Placement, tuple[int, int]]) -> Division:
+    placement, mesh = world
+    return Division.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)
+
+
+def parts_of_all_ranks(
+    target: Target, quantizer: BnbQuantizer, division: Division, flat: torch.Tensor, step: int
+) -> list[Part]:
+    residence = Residence(compute_device=CPU, data_device=CPU)
+    each = [
+        Parts(quantizer=quantizer, division=division, residence=residence, rank=rank)
+        for rank in range(division.grid.world_size)
+    ]
+    return [filled(target, parts, flat, step) for parts in each]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    weight=weights(),
+    quant=quants,
+    world=worlds,
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    blocks=st.tuples(st.integers(1, 8), st.integers(1, 4)),
+)
+def test_parts_of_all_ranks_join_to_the_bits_of_the_whole(
+    weight: torch.Tensor,
+    quant: Quant,
+    world: tuple[Placement, tuple[int, int]],
+    dtype: torch.dtype,
+    blocks: tuple[int, int],
+) -> None:
+    """`blocks`: read at a time, and quantized at a time."""
+    quantizer = BnbQuantizer(quant=quant, dtype=dtype, compute_dtype=dtype)
+    storage = quant.storage_for(dtype)
+    if ((weight.numel() + 1) // 2) % storage.itemsize:
+        with pytest.raises(ConfigError, match="packs into"):
+            packed_shape(weight.shape, storage)
+        return
+    target, step = target_of(weight, quantizer), blocks[0] * quant.blocksize
+    with runs_of(blocks[1] * quant.blocksize):
+        parts = parts_of_all_ranks(target, quantizer, division_of(world), weight.reshape(-1), step)
+    expected, expected_state = whole(weight, quant, dtype)
+    assert target.shape == expected.shape
+    assert target.dtype == expected.dtype == joined(parts).dtype
+    assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))
+    assert_same_state(state_of(parts, quantizer, weight.shape), expected_state)
+
+
+@settings(deadline=None)
+@given(weight=weights(), shards=st.integers(1, 4), blocksize=st.sampled_from(BLOCKSIZES))
+def test_a_part_is_the_shard_of_fsdp2(weight: torch.Tensor, shards: int, blocksize: int) -> None:
+    quant = Quant(blocksize=blocksize, quant_storage=torch.uint8)
+    quantizer = BnbQuantizer(quant=quant, dtype=torch.float32, compute_dtype=None)
+    division = Division.of("sharded", world_size=shards)
+    parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.reshape(-1), blocksize)
+    expected, _ = whole(weight, quant, torch.float32)
+    for rank, part in enumerate(parts):
+        rows = chunk(range(len(expected)), shards, rank)
+        assert torch.equal(part.tensor(), expected[rows.start : rows.stop])
+        assert part.data.numel() == -(-len(expected) // shards), "FSDP2 pads every shard to the largest"
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 7), max_size=3),
+    dtype=st.sampled_from(FLOATS),
+    world=worlds,
+    step=st.integers(1, 20),
+)
+def test_parts_that_are_not_quantized_are_the_tensor_in_its_dtype(
+    shape: list[int], dtype: torch.dtype, world: tuple[Placement, tuple[int, int]], step: int
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    module, empty = nn.Module(), torch.empty(shape, dtype=dtype, device="meta")
+    if shape:
+        module.p = nn.Parameter(empty)
+    else:
+        module.register_buffer("p", empty)  # FSDP2 refuses scalar parameters
+    entry = TensorEntry(name="p", file=Path("p"), dtype=tensor.dtype, shape=tuple(tensor.shape), start=0, end=0)
+    assignment, index = Assignment(targets=("p",), sources=("p",), dtypes=(tensor.dtype,)), {"p": entry}
+    quantizer = BnbQuantizer(quant=Quant(), dtype=dtype, compute_dtype=None)
+    (target,) = find_targets(module, [assignment], index, quantizer, tied={})  # type: ignore[arg-type]  # as a mapping
+    parts = parts_of_all_ranks(target, quantizer, division_of(world), tensor.reshape(-1), step)
+    assert torch.equal(joined(parts), tensor.reshape(-1).to(dtype))
+    assert all(part.tensor().dim() == tensor.dim() for part in parts if part.slice.keeps)
 
 
 def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
     elements = bnb.RUN_ELEMENTS["cpu"]
     weight = torch.randn(3, elements // 2 + 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected, expected_state = quantize_4bit(
-        weight, blocksize=64, compress_statistics=True, quant_type="nf4", quant_storage=torch.bfloat16
-    )
-    packed, state = quantize_in_runs(weight, Quant(), storage=torch.bfloat16, dtype=torch.bfloat16, device=CPU)
-    assert torch.equal(as_bytes(packed), as_bytes(expected))
-    assert_same_state(state, expected_state)
+    quant = Quant(quant_storage=torch.bfloat16)
+    quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    division = Division.of("sharded", world_size=1)
+    parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.view(-1), 2 * elements)
+    expected, expected_state = whole(weight, quant, torch.bfloat16)
+    assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))
+    assert_same_state(state_of(parts, quantizer, weight.shape), expected_state)
+
+
+def test_runs_are_of_whole_blocks() -> None:
+    quantizer = BnbQuantizer(quant=Quant(), dtype=torch.bfloat16, compute_dtype=None)
+    for device in (CPU, torch.device("cuda", 0), torch.device("xpu")):
+        assert all(quantizer.run_elements(device) % blocksize == 0 for blocksize in BLOCKSIZES)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("blocksize", [64, 128])
-@pytest.mark.parametrize("storage", STORAGES, ids=str)
+@pytest.mark.parametrize("storage", STORAGE_DTYPES, ids=str)
 def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     quant_type: Any, double_quant: bool, blocksize: int, storage: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 40, bias=False, dtype=torch.bfloat16)
-    stock = Linear4bit(96, 40, bias=False, quant_storage=storage)
+    stock: Any = Linear4bit(96, 40, bias=False, quant_storage=storage)
     stock.weight = Params4bit(
         linear.weight.data.clone(),
         requires_grad=False,
@@ -138,10 +256,23 @@ def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     quant = Quant(quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=storage)
     quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
     ours: Any = quantizer.replacement(linear)
+    assert quantizer.is_quantized(ours)
+    assert not quantizer.is_quantized(linear)
+    assert quantizer.logical(ours) == linear.weight.shape
     assert ours.weight.is_meta
-    with runs_of(1000):
-        quantizer.quantize(ours, linear.weight.detach(), device=CPU, keep_packed=True)
-    assert ours.weight.shape == stock.weight.shape
-    assert torch.equal(as_bytes(ours.weight.data), as_bytes(stock.weight.data))
-    assert_same_state(ours.quant_state, stock.weight.quant_state)
-    assert ours.weight.quant_state is ours.quant_state
+    packed, statistics = quantizer.quantize(linear.weight.detach().view(-1))
+    state = quantizer.state(statistics, quantizer.logical(ours))
+    ours.weight = quantizer.parameter(ours, packed.view(storage).view(ours.weight.shape), state)
+    quantizer.set_state(ours, state)
+    assert_same_parameter(ours.weight, stock.weight)
+    assert ours.weight.module is ours
+    assert ours.quant_state is ours.weight.quant_state is state
+
+
+def assert_same_parameter(found: Any, expected: Any) -> None:
+    assert type(found) is type(expected)
+    assert (found.shape, found.requires_grad) == (expected.shape, expected.requires_grad)
+    assert torch.equal(as_bytes(found.data), as_bytes(expected.data))
+    assert_same_state(found.quant_state, expected.quant_state)
+    for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized"):
+        assert getattr(found, name) == getattr(expected, name), name

@@ -11,7 +11,7 @@ import torch
 import patches
 from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
-from tests.distributed.cases import CASES, OFFLOADED, save_models
+from tests.distributed.cases import CASES, OFFLOADED, ON_TWO, save_models
 from tests.distributed.exactness import Case, Result, ours, require_equal, stock, train
 
 __all__ = ["check_exactness", "write_reference"]
@@ -26,7 +26,7 @@ NOT_ON_ONE_RANK = {"tied-orig-params"}
 
 def _cases(job: Job) -> list[Case]:
     """Those that this job can run: moving parameters to the CPU and back needs another place for them to be."""
-    cases = [*CASES, *(OFFLOADED if job.on_cuda else ())]
+    cases = [*CASES, *(OFFLOADED if job.on_cuda else ()), *(ON_TWO if job.world == 2 else ())]
     return [case for case in cases if job.world > 1 or case.name not in NOT_ON_ONE_RANK]
 
 
@@ -37,22 +37,25 @@ def write_reference(job: Job) -> dict[str, Any]:
     """
     (job.work / REFERENCE).unlink(missing_ok=True)
     checkpoints = save_models(job.work / "exactness")
-    expected = {case.name: train(stock(checkpoints[case.model], case, job.device), job.device) for case in _cases(job)}
+    bases = {case.base: case for case in _cases(job)}
+    expected = {
+        base: train(stock(checkpoints[case.model], case, job.device), job.device) for base, case in bases.items()
+    }
     torch.save((checkpoints, expected), job.work / REFERENCE)
-    return {"cases": len(expected)}
+    return {"cases": len(_cases(job)), "bases": len(expected)}
 
 
 def check_exactness(job: Job, ranks: Ranks, findings: Findings) -> None:
     """Train every case on all ranks; each compares what it saw with the reference, made on the same kind of device."""
     checkpoints, expected = torch.load(job.work / REFERENCE, weights_only=False)
     for case in _cases(job):
-        outcome = attempt(partial(_compare, job, checkpoints[case.model], case, expected[case.name]))
+        outcome = attempt(partial(_compare, job, checkpoints[case.model], case, expected[case.base]))
         findings.add("exactness", case.name, ranks.gather(outcome))
 
 
 def _compare(job: Job, checkpoint: Path, case: Case, expected: Result) -> dict[str, float]:
     with ours(checkpoint, case, job.device) as model:
-        found = train(model, job.device)
+        found = train(model, job.device, accumulation=case.accumulation)
     if patches.active():
         raise AssertionError(f"patches are left: {patches.active()}")
     require_equal(found, expected)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -38,9 +39,12 @@ TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
 BATCHES = 4
 
-#: Rounds of steps with the patch, and as many without; the first steps of a round are not counted.
-ROUNDS, FEW_ROUNDS = 10, 2
-STEPS, SETTLING = 6, 3
+#: In every round each arm is timed some times, of which the first are not counted; "again" is stock once more, and
+#: shows how far apart two arms are that do the same.
+ARMS = ("stock", "patched", "again")
+ROUNDS, FEW_ROUNDS = 12, 2
+STEPS, SETTLING = 6, 2
+GATHERS = 50
 
 
 def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
@@ -57,10 +61,12 @@ def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
     layers = _layers(model)
     exactness = ranks.gather(attempt(partial(_compare_with_unsharded, job, model, layers)))
     findings.add("gather", "exactness", exactness)
-    times = ranks.gather(attempt(partial(_time_steps, job, model, layers)))
-    findings.add("gather", "step-time", times)
+    gathers = ranks.gather(attempt(partial(_time_gathers, job, model, layers)))
+    findings.add("gather", "gather-time", gathers)
+    steps = ranks.gather(attempt(partial(_time_steps, job, model, layers)))
+    findings.add("gather", "step-time", steps)
     if job.rank == 0:
-        print(f"gather: {exactness[0]}\n        {times[0]}")
+        print("\n".join(f"gather: {outcome[0]}" for outcome in (exactness, gathers, steps)))
 
 
 def _model(job: Job) -> nn.Module:
@@ -104,10 +110,14 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _shard(job: Job, model: nn.Module) -> None:
     """By decoder block, as accelerate does."""
     mesh = init_device_mesh(job.device.type, (job.world,))
-    for module in model.modules():
-        if type(module).__name__ == "LlamaDecoderLayer":
-            fully_shard(module, mesh=mesh)
+    for block in filter(_is_block, model.modules()):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _is_block(module: nn.Module) -> bool:
+    # By its ending: FSDP2 puts a word before the name of the class.
+    return type(module).__name__.endswith("LlamaDecoderLayer")
 
 
 def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
@@ -180,27 +190,44 @@ def _losses(job: Job, model: nn.Module) -> list[float]:
         return [model(input_ids=ids, labels=ids).loss.item() for ids in batches]
 
 
+def _time_gathers(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
+    """Unsharding one block again and again, which is steadier than a step of which it is a small part."""
+    block = next(module for module in model.modules() if _is_block(module))
+    return _compare_arms(job, layers, partial(_seconds_of_a_gather, job, block))
+
+
 def _time_steps(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
-    """Medians of training steps with and without the patch: A B B A, so that a drift meets both alike."""
+    """Steps of training; the whole model, on one batch of this rank's own."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = _batch(job, model, 0)
-    step = partial(_seconds_of_a_step, job, model, optimizer, ids)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(2 * (FEW_ROUNDS if job.small else ROUNDS)):
-        patched = number % 4 in (1, 2)
-        with _patched(layers) if patched else contextlib.nullcontext():
-            seconds[patched] += [step() for _ in range(SETTLING + STEPS)][SETTLING:]
-    stock, patched_median = (statistics.median(seconds[patched]) for patched in (False, True))
+    return _compare_arms(job, layers, partial(_seconds_of_a_step, job, model, optimizer, _batch(job, model, 0)))
+
+
+def _compare_arms(job: Job, layers: list[nn.Module], seconds: Callable[[], float]) -> dict[str, Any]:
+    """Medians, interleaved; ratios are of arms of the same round, since machines drift."""
+    orders = list(itertools.permutations(ARMS))
+    rounds = []
+    for number in range(FEW_ROUNDS if job.small else ROUNDS):
+        medians = {}
+        for arm in orders[number % len(orders)]:
+            with _patched(layers) if arm == "patched" else contextlib.nullcontext():
+                medians[arm] = statistics.median([seconds() for _ in range(SETTLING + STEPS)][SETTLING:])
+        rounds.append(medians)
     return {
-        "stock_ms": round(1000 * stock, 3),
-        "patched_ms": round(1000 * patched_median, 3),
-        "ratio": round(patched_median / stock, 4),
-        "quartiles_ms": {
-            name: [round(1000 * value, 3) for value in statistics.quantiles(seconds[patched], n=4)]
-            for name, patched in (("stock", False), ("patched", True))
-        },
-        "steps": len(seconds[True]),
+        **{f"{arm}_ms": round(1000 * statistics.median(found[arm] for found in rounds), 4) for arm in ARMS},
+        "ratio": round(statistics.median(found["patched"] / found["stock"] for found in rounds), 4),
+        "ratio_of_stock_to_itself": round(statistics.median(found["again"] / found["stock"] for found in rounds), 4),
     }
+
+
+def _seconds_of_a_gather(job: Job, block: Any) -> float:
+    dist.barrier()
+    _wait(job)
+    start = time.perf_counter()
+    for _ in range(GATHERS):
+        block.unshard()
+        block.reshard()
+    _wait(job)
+    return (time.perf_counter() - start) / GATHERS
 
 
 def _seconds_of_a_step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ def gather_as_bytes(
         return wrapped(*args, **kwargs)
     # First, so that no version of the copy has an empty tensor at the end of its list.
     mixed = [_NoBytes(group[0].device), *group]
-    result = wrapped(mixed, *args[1:], **{name: value for name, value in kwargs.items() if name != "fsdp_params"})
+    result = wrapped(mixed, *args[1:], **kwargs) if args else wrapped(**{**kwargs, "fsdp_params": mixed})
     return _as_stock(result)
 
 
@@ -109,9 +110,9 @@ def _as_stock(result: AllGatherResult) -> AllGatherResult:
     """
     dtypes, numels = result.param_all_gather_input_dtypes[1:], result.param_all_gather_input_numels[1:]
     buffer, sizes = result.all_gather_output, result.all_gather_input_split_sizes[1:]
-    of_group = {dtype for of_parameter in dtypes for dtype in of_parameter}
+    of_group = {*chain.from_iterable(dtypes)}
     if len(of_group) == 1:
-        buffer, sizes = buffer.view(*of_group), [numel for of_parameter in numels for numel in of_parameter]
+        buffer, sizes = buffer.view(*of_group), [*chain.from_iterable(numels)]
     return result._replace(
         all_gather_output=buffer,
         param_all_gather_input_dtypes=dtypes,
@@ -159,7 +160,7 @@ def _copy_in(fsdp_params: list[Any]) -> AllGatherResult:
 
     inputs = stock._get_param_all_gather_inputs(fsdp_params)
     dtypes, numels, dtype = stock._get_all_gather_input_metadatas(inputs)
-    tensors = [tensor.view(dtype) for of_parameter in inputs for tensor in of_parameter]
+    tensors = [tensor.view(dtype) for tensor in chain.from_iterable(inputs)]
     sizes = [tensor.numel() for tensor in tensors]
     buffer = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device)
     torch._foreach_copy_(torch.split(buffer, sizes), tensors)

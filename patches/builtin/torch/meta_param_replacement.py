@@ -42,6 +42,7 @@ def check_keeps_parameter_class() -> None:
     ),
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py",
     requires={"torch": ">=2.1"},
+    signature="(self, fn, recurse=True)",
     probe=to_meta_fails_for_subclass,
     verify=check_keeps_parameter_class,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._comm_hooks.default_hooks import DefaultState, reduce_scatter_hook
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from surgery.errors import DataError
 from surgery.finetune.batches import global_batches, share
 from surgery.finetune.dataset import Dataset
 from surgery.finetune.encode import Sample
 from surgery.finetune.prepare import check_same_data
-from surgery.finetune.sharding import Fsdp1, Unsharded, sharding_of
+from surgery.finetune.sharding import Fsdp1, Fsdp2, Unsharded, sharding_of
 from tests.helpers.ranks import run_ranks
 from tests.surgery.finetune.test_loop import CPU, TinyLM, trainer
 
@@ -83,6 +87,75 @@ def test_ranks_equal_one_process(
         torch.testing.assert_close(found[3], reference.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def fully_sharded(mesh: tuple[int, ...]) -> TinyLM:
+    """FSDP2, each layer a group, and the root."""
+    device_mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
+    model = TinyLM()
+    for module in (model.embed, model.head, model):
+        fully_shard(module, mesh=device_mesh)
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train_fully_sharded(mesh: tuple[int, ...], batch_size: int, scaler: bool) -> Any:
+    model = fully_sharded(mesh)
+    results = train(model, batch_size=batch_size, rank=dist.get_rank(), world=dist.get_world_size(), scaler=scaler)
+    return *results, {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("mesh", "batch_size", "scaler"),
+    [((2,), 3, False), ((2,), 1, True), ((3,), 2, False), ((2, 2), 1, True)],
+)
+def test_ranks_of_fsdp2_equal_one_process(mesh: tuple[int, ...], batch_size: int, scaler: bool) -> None:
+    reference = TinyLM()
+    losses, norms, evaluation = train(reference, batch_size=SIZE, rank=0, world=1)
+    for found in run_ranks(train_fully_sharded, math.prod(mesh), mesh, batch_size, scaler):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(norms, rel=1e-5)
+        assert found[2] == pytest.approx(evaluation, rel=1e-5)
+        torch.testing.assert_close(found[3], reference.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def overflow_on_one_rank(kind: str) -> tuple[bool, float, float]:
+    """An infinite gradient in one shard: whether the step is skipped here, the norm, and the scale after it."""
+    model = fully_sharded((2,)) if kind == "fsdp2" else FullyShardedDataParallel(TinyLM(), device_id=CPU)
+    subject = trainer(model, max_norm=1.0)
+    scaler = subject.sharding.grad_scaler(enabled=True)
+    before = [local(parameter).clone() for parameter in model.parameters()]
+    batch = share(SAMPLES, range(4), batch_size=2, world=2, rank=dist.get_rank(), pad=0).micro_batches[0]
+    loss = model(input_ids=batch.ids).logits.sum()
+    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+    if dist.get_rank() == 1:
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        local(gradient).view(-1)[0] = torch.inf
+    scaler.unscale_(subject.optimizer)
+    norm = subject.sharding.clip(1.0).item()
+    scaler.step(subject.optimizer)
+    scale = scaler.get_scale()
+    scaler.update()
+    same = all(torch.equal(local(p), old) for p, old in zip(model.parameters(), before, strict=True))
+    return same, norm, scaler.get_scale() / scale
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found.detach()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_overflow_on_one_rank_skips_the_step_on_all(kind: str) -> None:
+    for skipped, norm, factor in run_ranks(overflow_on_one_rank, 2, kind):
+        assert skipped
+        assert not math.isfinite(norm)
+        assert factor == 0.5
+
+
 def count_exchanges() -> list[int]:
     """How often gradients were exchanged: after a step of three micro-batches, and after another of one."""
     model = FullyShardedDataParallel(TinyLM(), device_id=CPU)
@@ -106,13 +179,31 @@ def test_gradients_are_exchanged_once_a_step() -> None:
     assert run_ranks(count_exchanges, 2) == [[1, 2], [1, 2]]
 
 
+def count_exchanges_of_fsdp2() -> list[int]:
+    """Of a step of three micro-batches, and of another of one."""
+    model = fully_sharded((2,))
+    counts = []
+    for batch_size in (2, 6):
+        batch = share(SAMPLES, range(12), batch_size=batch_size, world=2, rank=dist.get_rank(), pad=0)
+        with CommDebugMode() as seen:
+            list(trainer(model).train([batch]))
+        counts.append(seen.get_comm_counts()[torch.ops.c10d._reduce_scatter_base_])
+    return counts
+
+
+@pytest.mark.distributed
+def test_fsdp2_exchanges_the_gradients_of_each_group_once_a_step() -> None:
+    assert run_ranks(count_exchanges_of_fsdp2, 2) == [[2, 2], [2, 2]]
+
+
 def test_sharding_is_found_in_the_model() -> None:
     assert isinstance(sharding_of(TinyLM(), CPU), Unsharded)
 
 
-def find_nested() -> bool:
-    model = nn.Sequential(FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU))
-    return isinstance(sharding_of(model, CPU), Fsdp1)
+def find_nested() -> tuple[bool, bool]:
+    fsdp1 = nn.Sequential(FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU))
+    fsdp2 = nn.Sequential(fully_sharded((2,)))
+    return isinstance(sharding_of(fsdp1, CPU), Fsdp1), isinstance(sharding_of(fsdp2, CPU), Fsdp2)
 
 
 def compare_data(differ: bool) -> str:
@@ -133,4 +224,4 @@ def test_ranks_see_that_they_have_other_data() -> None:
 
 @pytest.mark.distributed
 def test_fsdp_is_found_below_the_root() -> None:
-    assert run_ranks(find_nested, 2) == [True, True]
+    assert run_ranks(find_nested, 2) == [(True, True)] * 2

@@ -52,9 +52,11 @@ def test_every_rank_and_every_figure(world_size: int) -> None:
 
 def test_rates_and_ratios() -> None:
     page = page_of(trace_of())
-    assert page.rows("of-phases")[0][0][4] == "0.00 GB/s"
+    assert page.rows("of-phases")[0][0][4] == "2.00 MB/s"
     fast = replace(trace_of().phases[0], bytes_read=5_000_000_000)
     assert page_of(trace_of(phases=(fast,))).rows("of-phases")[0][0][4] == "2.50 GB/s"
+    both = tuple(replace(phase, bytes_read=6_000_000) for phase in trace_of().phases[:2])  # 2 s and 0.5 s, overlapping
+    assert page_of(trace_of(phases=both, bytes_read=6_000_000)).rows("of-ranks")[0][0][4] == "3.00 MB/s"
     (predictions,) = page.rows("of-predictions")
     assert predictions == [["load", "host", str(50 * MIB), str(70 * MIB), "1.40"]]
 

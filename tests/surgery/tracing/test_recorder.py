@@ -109,21 +109,23 @@ def build(checkpoint: Path, folder: Path) -> dict[str, dict[str, float]]:
 
 @pytest.mark.distributed
 def test_ranks_leave_what_their_reports_say(tmp_path: Path) -> None:
-    reports = run_ranks(build, 2, save_tiny(tmp_path / "model"), tmp_path / "trace")
+    model = save_tiny(tmp_path / "model")
+    reports = run_ranks(build, 2, model, tmp_path / "trace")
     traces = read_ranks(tmp_path / "trace")
     assert [trace.rank for trace in traces] == [0, 1]
     for rank, (trace, report) in enumerate(zip(traces, reports, strict=True)):
-        assert [phase.name for phase in trace.phases] == list(report)
-        assert {phase.name for phase in trace.phases} >= BUILDING
+        assert report.keys() >= BUILDING
         assert {phase.name: phase.host_peak for phase in trace.phases} == {
             name: figures["host_peak"] for name, figures in report.items()
         }
-        assert trace.bytes_read >= 1000 + rank
-        last = trace.phases[-1]
+        assert trace.bytes_read - sum(phase.bytes_read for phase in trace.phases) >= 1000 + rank  # told after them
+        ended = max(phase.start + phase.seconds for phase in trace.phases)
         assert trace.samples[0].seconds <= trace.phases[0].start
-        assert last.start + last.seconds <= trace.samples[-1].seconds + 0.01 <= trace.seconds + 0.02
+        assert ended <= trace.samples[-1].seconds + 0.01 <= trace.seconds + 0.02
+    assert sum(trace.bytes_read for trace in traces) - 2001 >= surgery.Checkpoint.open(model).index.total_bytes
     page = Page.read(tmp_path / "trace" / "trace.html")
-    assert [[row[0] for row in table] for table in page.rows("of-phases")] == [list(report) for report in reports]
+    for table, trace in zip(page.rows("of-phases"), traces, strict=True):
+        assert [row[0] for row in table] == [phase.name for phase in trace.phases]
 
 
 def fail_on_one(checkpoint: Path, folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""What ranks tell each other to attest a model. All functions are collective, on one rank too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from surgery.attestation.differences import Difference
+from surgery.attestation.digest import on_cpu, page_count, pages_between
+from surgery.attestation.record import Record, Sums
+from surgery.attestation.shards import Shard
+
+__all__ = ["add_up", "complete", "fingerprint", "gather_whole", "of_all_ranks", "rank", "spread", "state_disagreements"]
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def of_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """`value` of every rank of `group` (None: of all)."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered  # type: ignore[return-value]  # each rank has filled its own
+
+
+def add_up(
+    vectors: Sequence[torch.Tensor], *, device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[torch.Tensor]:
+    """The sums over the ranks of `group` of int64 `vectors`, modulo 2**64, on the CPU; `device` is what it speaks."""
+    if not dist.is_initialized() or not vectors:
+        return list(vectors)
+    together = torch.cat(list(vectors)).to(device)
+    dist.all_reduce(together, group=group)
+    return on_cpu(list(together.split([each.numel() for each in vectors])))
+
+
+def spread(own: Sums, nbytes: int) -> torch.Tensor:
+    """Sums of a part as sums of the whole, the rest of it counted as zeros; `(pages,)` int64 on the CPU."""
+    whole = torch.zeros(page_count(nbytes), dtype=torch.int64)
+    pages = pages_between(own.start, own.stop)
+    whole[pages.start : pages.stop] = own.pages
+    return whole
+
+
+def complete(records: Sequence[Record]) -> None:
+    """Let every rank know the page sums of whole weights, from what each of them has made; once."""
+    waiting = [each for each in records if each.whole is None]
+    if not waiting:
+        return
+    vectors = [spread(each.own, each.nbytes) for each in waiting]
+    for each, whole in zip(waiting, add_up(vectors, device=waiting[0].device), strict=True):
+        each.whole = whole
+
+
+def state_disagreements(records: Sequence[Record]) -> list[Difference]:
+    """Layers of which a rank has computed another `quant_state` than rank 0; the same list on every rank.
+
+    All have computed it from the same statistics; on devices of different kinds it could differ all the same.
+    """
+    mine = {each.fqn: _state_digest(each) for each in records}
+    if len(set(of_all_ranks(_hash(digest.encode() for digest in mine.values())))) == 1:
+        return []
+    by_rank = of_all_ranks(mine)
+    return [
+        Difference(layer=fqn, where="quant_state", ranks=(number,), what="as quantized is not what rank 0 has quantized")
+        for number, found in enumerate(by_rank)
+        for fqn, digest in found.items()
+        if digest != by_rank[0][fqn]
+    ]
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Of the layers as they were quantized: 16 hexadecimal digits."""
+    found = ((each.fqn, _bytes(each.whole), _state_digest(each)) for each in records if each.whole is not None)
+    return _hash(part for fqn, whole, state in found for part in (fqn.encode(), whole, state.encode()))
+
+
+def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Tensor:
+    """The packed weight that `shard` is a part of, `(nbytes,)` uint8 on the CPU; as bytes all the way."""
+    mine = shard.piece.data.detach().reshape(-1).view(torch.uint8)
+    if shard.group is None:
+        return mine.cpu()
+    ranges = of_all_ranks((shard.piece.start, shard.piece.stop), shard.group)
+    longest = max(stop - start for start, stop in ranges)
+    sent = torch.zeros(longest, dtype=torch.uint8, device=device)
+    sent[: mine.numel()] = mine
+    received = torch.empty(len(ranges) * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(received, sent, group=shard.group)
+    whole = torch.zeros(nbytes, dtype=torch.uint8)
+    for (start, stop), part in zip(ranges, received.cpu().split(longest), strict=True):
+        whole[start:stop] = part[: stop - start]
+    return whole
+
+
+def _state_digest(record: Record) -> str:
+    tensors = (part for name, sums in record.states.items() for part in (name.encode(), _bytes(sums)))
+    return _hash([*tensors, *(f"{name} {text}".encode() for name, text in record.settings.items())])
+
+
+def _bytes(sums: torch.Tensor) -> bytes:
+    return sums.numpy().tobytes()
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What the errors of `huggingface_hub` mean for the user."""
+
+from __future__ import annotations
+
+__all__ = ["explain"]
+
+
+def explain(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool = False) -> str:
+    """Say what happened and what to do; the more special kinds of error first."""
+    from huggingface_hub import constants, errors
+
+    repo, where = repo_id, constants.ENDPOINT
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is neither an existing path nor a valid hub id: {error}"
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"Access to the hub repository {repo!r} is restricted. Accept its conditions at {where}/{repo}, "
+            "then log in with `hf auth login`, or give a token that may read it (HF_TOKEN, or token=)."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"The hub repository {repo!r} has no revision {revision!r}. Give a branch, a tag or a commit."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"There is no folder {repo!r} here and no such repository at {where}. Check the spelling; if the "
+            "repository is private, log in with `hf auth login` or give a token (HF_TOKEN, or token=)."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _explain_not_cached(error, repo_id, revision=revision, local_files_only=local_files_only)
+    return (
+        f"The download of {repo!r} from {where} failed: {type(error).__name__}: {error}. "
+        "Start again: files that are complete are kept."
+    )
+
+
+def _explain_not_cached(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
+    from huggingface_hub import constants
+
+    subject = f"{repo_id!r} (revision {revision or constants.DEFAULT_REVISION})"
+    place = f"the cache at {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"{subject} is not complete in {place}, and HF_HUB_OFFLINE forbids to download it. Unset "
+            f"HF_HUB_OFFLINE, or run `hf download {repo_id}` where there is a network."
+        )
+    if local_files_only:
+        return (
+            f"{subject} is not complete in {place}. If ranks on several nodes share no cache, set LOCAL_RANK "
+            "so that one rank of each node downloads; else open it once without local_files_only."
+        )
+    return (
+        f"{subject} is not complete in {place}, and {constants.ENDPOINT} cannot be reached "
+        f"({error.__cause__ or error}). Check the network and HF_ENDPOINT."
+    )

@@ -1,0 +1,172 @@
+"""Open a checkpoint to look at it: of a hub id, the headers of its files are fetched by range, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from surgery.checkpoint.checkpoint import Checkpoint, read_config
+from surgery.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
+from surgery.checkpoint.hub import ANY_WEIGHTS, FOREIGN_WEIGHTS, can_be_hub_id, exists, no_weights
+from surgery.checkpoint.hub_errors import explain
+from surgery.checkpoint.index import Index
+from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout, read_weight_map
+from surgery.checkpoint.prequantized import require_unquantized
+from surgery.errors import CheckpointError
+
+__all__ = ["peek"]
+
+#: Fetched of each file at first: the header of a shard of a large model has some 20 KiB.
+FIRST_BYTES = 1 << 16
+
+#: Connections at a time.
+THREADS = 8
+
+
+def peek(
+    path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
+) -> Checkpoint:
+    """Like `Checkpoint.open`, but weights of a hub id are not downloaded, and so cannot be read from what it returns.
+
+    `config.json` and the index file go to the cache of `huggingface_hub`; of each weight file the header is fetched
+    by an HTTP range. Offline (`HF_HUB_OFFLINE`) the repository has to be in the cache. Not collective.
+    Raises `CheckpointError` for whatever would make the checkpoint unusable.
+    """
+    name = os.fspath(path_or_hub_id)
+    if isinstance(path_or_hub_id, os.PathLike) or not can_be_hub_id(name) or exists(Path(name)):
+        return Checkpoint.open(path_or_hub_id, revision=revision, token=token)
+    # Imported here: it takes its settings from the environment on import.
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return Checkpoint.open(name, revision=revision, token=token)
+    try:
+        return _Repository.find(name, revision=revision, token=token).checkpoint()
+    except CheckpointError:
+        raise
+    # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
+    except Exception as error:
+        raise CheckpointError(_explain(error, name, revision)) from error
+
+
+def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError)):
+        return explain(error, repo_id, revision=revision)
+    return (
+        f"{repo_id!r} is no folder here, and {constants.ENDPOINT} cannot be reached to look there "
+        f"({type(error).__name__}: {error}). Check the network and HF_ENDPOINT, or give a folder."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Repository:
+    """A hub repository at one commit. `files`: all of them, by name."""
+
+    repo_id: str
+    commit: str
+    token: str | bool | None
+    files: tuple[str, ...]
+
+    @classmethod
+    def find(cls, repo_id: str, *, revision: str | None, token: str | bool | None) -> _Repository:
+        from huggingface_hub import HfApi
+
+        found = HfApi(token=token).model_info(repo_id, revision=revision)
+        names = tuple(sibling.rfilename for sibling in found.siblings or ())
+        return cls(repo_id=repo_id, commit=str(found.sha), token=token, files=names)
+
+    def checkpoint(self) -> Checkpoint:
+        """Its model, with entries in files that are not there."""
+        config = self._download("config.json")
+        folder = config.parent if config is not None else Path(self.repo_id)
+        layout = self._layout(folder)
+        with ThreadPoolExecutor(THREADS) as pool:
+            headers = dict(zip(layout.files, pool.map(self._header, layout.files), strict=True))
+        index = Index.join(layout, headers)
+        content = read_config(folder) if config is not None else None
+        require_unquantized(index, content, path=folder)
+        return Checkpoint(source=self.repo_id, path=folder, revision=self.commit, index=index, config=content)
+
+    def _download(self, name: str) -> Path | None:
+        if name not in self.files:
+            return None
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(self.repo_id, name, revision=self.commit, token=self.token))
+
+    def _layout(self, folder: Path) -> Layout:
+        """What a download of the repository would be opened as."""
+        index = self._download(INDEX_NAME)
+        if index is not None:
+            weight_map = {tensor: folder / name for tensor, name in read_weight_map(index.parent).items()}
+            return Layout(files=tuple(dict.fromkeys(weight_map.values())), weight_map=weight_map)
+        found = _plain_weights(self.files)
+        if SINGLE_NAME in found:
+            return Layout(files=(folder / SINGLE_NAME,))
+        if len(found) == 1:
+            return Layout(files=(folder / found[0],))
+        if not found:
+            raise no_weights(self.repo_id, commit=self.commit)
+        raise CheckpointError(
+            f"The hub repository {self.repo_id!r} holds {len(found)} safetensors files at commit {self.commit} and no "
+            f"{INDEX_NAME} that says how they belong together. Choose another repository or revision."
+        )
+
+    def _header(self, file: Path) -> Header:
+        start, size = self._range(file.name, 0, FIRST_BYTES)
+        length = int.from_bytes(start[:LENGTH_BYTES], "little")
+        if len(start) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+            raise CheckpointError(
+                f"The file {file.name} of {self.repo_id!r} is not a valid safetensors file: it has {size} bytes and "
+                f"announces a header of {length}. Choose another repository or revision.",
+                path=file,
+            )
+        raw = start[LENGTH_BYTES : LENGTH_BYTES + length]
+        if len(raw) < length:
+            raw += self._range(file.name, len(start), LENGTH_BYTES + length)[0]
+        return parse_header(raw, file=file, file_size=size)
+
+    def _range(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
+        """The bytes `start` to `stop` of a file, as far as it has them, and its size; no more is fetched."""
+        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in __all__
+
+        url = hf_hub_url(self.repo_id, name, revision=self.commit)
+        headers = {
+            **build_hf_headers(token=self.token),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            if response.status_code >= 400:
+                response.read()  # the error is said in the body too
+            hf_raise_for_status(response)
+            skip = 0 if response.status_code == 206 else start
+            content = b""
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) >= skip + stop - start:
+                    break
+            return content[skip : skip + stop - start], _file_size(response.headers)
+
+
+def _file_size(headers: Mapping[str, str]) -> int:
+    """Of the whole file: behind the slash of `Content-Range` where a part was sent, else the length of what was."""
+    return int(headers.get("Content-Range", "").rpartition("/")[2] or headers["Content-Length"])
+
+
+def _plain_weights(names: Iterable[str]) -> list[str]:
+    """The safetensors files that a download would bring where no index lists them."""
+    return [
+        name
+        for name in names
+        if "/" not in name
+        and any(fnmatch(name, pattern) for pattern in ANY_WEIGHTS)
+        and not any(fnmatch(name, pattern) for pattern in FOREIGN_WEIGHTS)
+    ]

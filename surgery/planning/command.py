@@ -1,0 +1,190 @@
+"""The command `surgery plan`: a table of what every rank would need. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from surgery.finetune.arguments import parse_mesh, parse_storage, parse_targets
+from surgery.finetune.choices import OptimizerName, PrecisionName, QuantStorageName, QuantType
+
+if TYPE_CHECKING:
+    from surgery.config import FSDP1, FSDP2
+    from surgery.planning.plan import MemoryPlan
+
+__all__ = ["EPILOG", "plan"]
+
+DOES_NOT_FIT = 1
+
+EPILOG = """
+[bold]Examples[/bold]
+
+Does a 70B model fit two GPUs of 24 GiB? If not, what would make it fit?
+
+  surgery plan meta-llama/Llama-3.1-70B --world 2 --gpu-memory 24GiB
+
+With activations recomputed in backward, as the answer may be:
+
+  surgery plan meta-llama/Llama-3.1-70B --world 2 --gpu-memory 24GiB --activation-checkpointing
+
+FSDP1 in its low-memory mode, and what rank 0's host must have for it:
+
+  surgery plan ./model --world 8 --fsdp 1 --placement rank0-cpu
+
+Of a hub id only the headers of the files are fetched; no weight is downloaded or read. Sizes are above what a process
+holds before it loads; the driver, cuBLAS and NCCL take their part of --gpu-memory too, and that is counted.
+
+[bold]Exit codes[/bold]: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
+to change).
+"""
+
+_TRAINING = "Training"
+_ADAPTER = "Adapter"
+_QUANTIZATION = "Quantization and precision"
+_SHARDING = "Ranks and sharding"
+
+FsdpVersion = Literal["1", "2"]
+PlacementName = Literal["sharded", "rank0-cpu", "replicated"]
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A folder with a safetensors checkpoint, or a hub id.", show_default=False
+        ),
+    ],
+    *,
+    world: Annotated[int, typer.Option(help="Number of ranks.", rich_help_panel=_SHARDING)] = 1,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(help="Of each GPU, such as 24GiB: says whether it fits.", rich_help_panel=_SHARDING),
+    ] = None,
+    fsdp: Annotated[FsdpVersion, typer.Option(help="Which FSDP, on several ranks.", rich_help_panel=_SHARDING)] = "2",
+    placement: Annotated[
+        PlacementName | None,
+        typer.Option(
+            help="Where weights wait to be sharded.",
+            rich_help_panel=_SHARDING,
+            show_default="sharded; rank0-cpu with --fsdp 1",
+        ),
+    ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="REPLICATExSHARD, for hybrid sharding.", rich_help_panel=_SHARDING, metavar="RxS"),
+    ] = None,
+    cpu_offload: Annotated[
+        bool, typer.Option("--cpu-offload", help="Keep shards on the CPU between uses.", rich_help_panel=_SHARDING)
+    ] = False,
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="What ranks compute on.", rich_help_panel=_SHARDING)
+    ] = "cuda",
+    seq: Annotated[int, typer.Option(help="Tokens a sample.", rich_help_panel=_TRAINING)] = 1024,
+    batch: Annotated[
+        int, typer.Option(help="Samples a rank puts through the model at once.", rich_help_panel=_TRAINING)
+    ] = 1,
+    optimizer: Annotated[OptimizerName, typer.Option(help="The optimizer.", rich_help_panel=_TRAINING)] = "adamw",
+    activation_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--activation-checkpointing", help="Recompute activations in backward.", rich_help_panel=_TRAINING
+        ),
+    ] = False,
+    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=_ADAPTER)] = 16,
+    target_modules: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = "all-linear",
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="Dtype of what is not quantized, and how it computes.", rich_help_panel=_QUANTIZATION),
+    ] = "bf16",
+    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit data type.", rich_help_panel=_QUANTIZATION)] = "nf4",
+    blocksize: Annotated[
+        int, typer.Option(help="Weights that share one statistic.", rich_help_panel=_QUANTIZATION)
+    ] = 64,
+    double_quant: Annotated[
+        bool, typer.Option(help="Quantize the block statistics too.", rich_help_panel=_QUANTIZATION)
+    ] = True,
+    quant_storage: Annotated[
+        QuantStorageName,
+        typer.Option(
+            help="Dtype that packs the 4-bit weights; auto fits the precision.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+) -> None:
+    """Plan the memory of fine-tuning MODEL: what every rank would read, hold and peak at, before anything is loaded."""
+    import torch
+
+    from surgery.checkpoint.peek import peek
+    from surgery.config import Quant, default_placement
+    from surgery.config import precision as policy_of
+    from surgery.finetune.options import LoraOptions
+    from surgery.planning.plan import make_plan
+    from surgery.planning.setting import Setting, Training
+    from surgery.planning.sizes import parse_size
+    from surgery.planning.survey import survey
+
+    memory = parse_size(gpu_memory) if gpu_memory is not None else None
+    policy = policy_of(precision)
+    shard = _sharding(fsdp, world=world, mesh=parse_mesh(mesh), cpu_offload=cpu_offload)
+    setting = Setting(
+        world_size=world,
+        placement=placement or default_placement(shard),
+        shard=shard,
+        quant=Quant(
+            quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=parse_storage(quant_storage)
+        ),
+        lora=LoraOptions(r=lora_r, target_modules=parse_targets(target_modules)).config(),
+        dtype=policy.dtype,
+        compute_dtype=policy.compute_dtype,
+        device=torch.device(device),
+    )
+    training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
+    made = make_plan(survey(peek(model, revision=revision), setting, build=None), setting, training)
+    _say(made, model, memory, as_json=as_json)
+
+
+def _sharding(
+    version: FsdpVersion, *, world: int, mesh: tuple[int, int] | None, cpu_offload: bool
+) -> FSDP1 | FSDP2 | None:
+    from surgery.config import FSDP1, FSDP2
+    from surgery.errors import ConfigError
+
+    if world == 1 and (mesh is not None or cpu_offload):
+        raise ConfigError(
+            "expected --world of 2 or more with --mesh or --cpu-offload, found 1: one rank is not sharded"
+        )
+    if world == 1:
+        return None
+    if version == "2":
+        return FSDP2(mesh=mesh, cpu_offload=cpu_offload)
+    return FSDP1(strategy="hybrid-shard" if mesh is not None else "full-shard", mesh=mesh, cpu_offload=cpu_offload)
+
+
+def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
+    """Print the plan and the verdict; exit 1 if it does not fit."""
+    import json
+
+    from rich.console import Console
+
+    from surgery.planning.fitting import fits_gpu
+    from surgery.planning.table import headline, notes, render
+    from surgery.planning.verdict import as_dict, say
+
+    if as_json:
+        typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory)}, indent=1))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(headline(made, model), markup=False)
+        console.print(render(made))
+        for line in (*notes(made), *say(made, memory)):
+            console.print(line, markup=False)
+    if memory is not None and not fits_gpu(made, memory):
+        raise typer.Exit(DOES_NOT_FIT)

@@ -1,0 +1,151 @@
+"""A memory plan: what every rank of a job reads, holds and peaks at, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.peek import peek
+from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement
+from surgery.loading import Staging
+from surgery.passes.base import group_into_layers
+from surgery.planning.figures import RankPlan
+from surgery.planning.groups import RankClass, classify
+from surgery.planning.inventory import Inventory
+from surgery.planning.loading import plan_load
+from surgery.planning.reading import bytes_read, read_once_per_node
+from surgery.planning.setting import Setting, Training
+from surgery.planning.survey import survey
+from surgery.planning.training import plan_step
+from surgery.quantizers.bnb import RUN_ELEMENTS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["MemoryPlan", "make_plan", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Figures for every rank of a job, in bytes above what a process holds before it begins to load.
+
+    classes: ranks that are alike, with the figures of one of them. read_once_per_node: checkpoint keys that upstream's
+    conversion merges or splits: one rank of each node reads them for the others, beside its `bytes_read`.
+    training: None if only loading was planned.
+    """
+
+    setting: Setting
+    training: Training | None
+    classes: tuple[tuple[RankClass, RankPlan], ...]
+    read_once_per_node: tuple[str, ...] = ()
+    inventory: Inventory = field(repr=False)
+
+    def of_rank(self, rank: int) -> RankPlan:
+        """The figures of `rank`; of what it reads, to within a block a tensor. Raises `IndexError` if there is none."""
+        for ranks, figures in self.classes:
+            if rank in ranks.ranks:
+                return figures
+        raise IndexError(f"expected a rank below {self.setting.world_size}, found {rank}")
+
+    @property
+    def device_peak(self) -> int:
+        """Of the rank with most, loading and training."""
+        return max(figures.device_peak for _, figures in self.classes)
+
+    @property
+    def host_peak(self) -> int:
+        """Of the rank with most, loading and training."""
+        return max(figures.host_peak for _, figures in self.classes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, sizes in bytes."""
+        return {
+            "world_size": self.setting.world_size,
+            "placement": self.setting.placement,
+            "sharding": None if self.setting.shard is None else type(self.setting.shard).__name__,
+            "device": self.setting.device.type,
+            "parameters": self.inventory.parameters,
+            "training": None if self.training is None else asdict(self.training),
+            "read_once_per_node": list(self.read_once_per_node),
+            "ranks": [
+                {"label": ranks.label, "count": len(ranks.ranks), **asdict(plan)} for ranks, plan in self.classes
+            ],
+        }
+
+
+def make_plan(inventory: Inventory, setting: Setting, training: Training | None) -> MemoryPlan:
+    """The plan for a model of which `inventory` was taken. Pure arithmetic."""
+    staging = Staging.on(setting.device, run_elements=RUN_ELEMENTS[setting.device.type])
+    layers = group_into_layers(inventory.targets, elements=staging.layer_elements * setting.world_size)
+    classes = []
+    for ranks in classify(inventory, setting):
+        figures = RankPlan(
+            bytes_read=bytes_read(inventory, setting, ranks.typical),
+            load=plan_load(inventory, setting, staging, layers, rank=ranks.typical),
+            train=plan_step(inventory, setting, training, rank=ranks.typical) if training is not None else None,
+        )
+        classes.append((ranks, figures))
+    return MemoryPlan(
+        setting=setting,
+        training=training,
+        classes=tuple(classes),
+        read_once_per_node=read_once_per_node(inventory),
+        inventory=inventory,
+    )
+
+
+def plan(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    world_size: int,
+    quant: Quant = Quant(),  # noqa: B008  # frozen
+    lora: LoraConfig | None = None,
+    placement: Placement | None = None,
+    shard: FSDP1 | FSDP2 | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
+    model: Callable[[], nn.Module] | None = None,
+    device: str = "cuda",
+    training: Training | None = Training(),  # noqa: B008  # frozen
+) -> MemoryPlan:
+    """What every rank would read, hold and peak at, if `surgery.qlora` were called like this on `world_size` ranks.
+
+    Needs no process group and no GPU, and reads no weight: of a hub id it fetches the headers of the files, and
+    downloads none of them.
+
+    Args:
+        checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
+        world_size: number of ranks.
+        quant: as in `surgery.qlora`, like `lora`, `placement`, `dtype`, `compute_dtype` and `model`.
+        lora: the adapters; None plans without any.
+        placement: None means the default of `shard`.
+        shard: None means FSDP2 on several ranks.
+        dtype: of everything unquantized.
+        compute_dtype: None means `dtype`.
+        model: builds the module; None builds what the checkpoint's config.json describes.
+        device: the kind that the ranks compute on, `cuda` or `cpu`.
+        training: None plans loading alone.
+
+    Raises:
+        ConfigError: options that cannot work together.
+        CheckpointError: a checkpoint that is broken, or not of this model.
+    """
+    shard = FSDP2() if shard is None and world_size > 1 else shard
+    setting = Setting(
+        world_size=world_size,
+        placement=placement or default_placement(shard),
+        shard=shard,
+        quant=quant,
+        lora=lora,
+        dtype=dtype,
+        compute_dtype=compute_dtype or dtype,
+        device=torch.device(device),
+    )
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else peek(checkpoint)
+    return make_plan(survey(opened, setting, model), setting, training)

@@ -1,0 +1,38 @@
+"""The inventory of a checkpoint's model: built on meta, its weights matched, its linear layers replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from surgery import guards
+from surgery.checkpoint import Checkpoint
+from surgery.passes.adapt import check_targets
+from surgery.passes.replace import Replace, quantizable, transposed
+from surgery.passes.skeleton import Skeleton, causal_lm
+from surgery.planning.inventory import Inventory, take_inventory
+from surgery.planning.setting import Setting
+from surgery.quantizers.bnb import BnbQuantizer
+from surgery.targets import find_targets
+from surgery.walk import tied_parameters
+from surgery.weights import plan_weights
+
+__all__ = ["survey"]
+
+
+def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Module] | None) -> Inventory:
+    """Reads no weight. Raises what `surgery.qlora` raises before it reads one, so that what is planned can be done."""
+    build = build or causal_lm(checkpoint, setting.dtype)
+    model = Skeleton(build=build, dtype=setting.dtype, device=torch.device("cpu")).build_on_meta()
+    assignments = plan_weights(model, checkpoint.index)
+    chosen = quantizable(model, setting.quant.skip_modules)
+    tied = tied_parameters(model)
+    guards.check_ties(setting.shard, tied, setting.world_size)
+    if setting.lora is not None:
+        check_targets(model, setting.lora)
+    quantizer = BnbQuantizer(quant=setting.quant, dtype=setting.dtype, compute_dtype=setting.compute_dtype)
+    replaced = Replace(quantizer=quantizer, skip_modules=setting.quant.skip_modules).run(model)
+    targets = find_targets(replaced, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen))
+    return take_inventory(replaced, targets, setting.lora)

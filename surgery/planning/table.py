@@ -1,0 +1,121 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.table import Table
+
+from surgery.config import FSDP1
+from surgery.planning.figures import RankPlan, Step
+from surgery.planning.groups import RankClass
+from surgery.planning.plan import MemoryPlan
+from surgery.planning.setting import Setting, Training
+from surgery.planning.sizes import say_size
+
+__all__ = ["headline", "notes", "render"]
+
+#: Kinds of ranks shown side by side; those that need most.
+COLUMNS = 4
+
+#: Checkpoint keys named of those that are read once per node.
+NAMES = 3
+
+Row = tuple[str, Callable[[RankPlan], int]]
+
+
+def headline(plan: MemoryPlan, source: str) -> str:
+    """What the plan is of, in a line."""
+    setting, inventory = plan.setting, plan.inventory
+    stored = sum(target.form.numel * target.read_as.itemsize for target in inventory.targets)
+    shard = "unsharded" if setting.shard is None else f"FSDP{1 if isinstance(setting.shard, FSDP1) else 2}"
+    return (
+        f"{source}: {inventory.parameters / 1e9:,.1f} B parameters, {say_size(stored)}; {setting.world_size} "
+        f"rank{'s' if setting.world_size > 1 else ''}, {shard}, placement {setting.placement}, "
+        f"{setting.quant.quant_type} in blocks of {setting.quant.blocksize}"
+    )
+
+
+def render(plan: MemoryPlan) -> Table:
+    """A column for every kind of ranks, a row for every figure."""
+    shown = _shown(plan)
+    table = Table(highlight=False)
+    table.add_column("each rank", no_wrap=True)
+    for ranks, _ in shown:
+        table.add_column(ranks.label, justify="right", no_wrap=True)
+    for title, rows in _sections(plan.setting, plan.training):
+        table.add_section()
+        table.add_row(f"[bold]{title}[/bold]")
+        for name, figure in rows:
+            table.add_row(f"  {name}", *(say_size(figure(figures)) for _, figures in shown))
+    return table
+
+
+def notes(plan: MemoryPlan) -> Iterator[str]:
+    """What the table does not say, a line each."""
+    hidden = len(plan.classes) - COLUMNS
+    if hidden > 0:
+        yield f"{hidden} more kinds of ranks are not shown: they need no more than these."
+    if plan.training is not None:
+        moment = max((f for _, f in plan.classes if f.train), key=lambda f: f.device_peak or f.host_peak).train
+        assert moment is not None
+        yield (
+            "Activations and logits are an estimate, from the shapes of linear layers, for attention that keeps no "
+            f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
+        )
+    keys = plan.read_once_per_node
+    if keys:
+        more = f" and {len(keys) - NAMES} more" if len(keys) > NAMES else ""
+        yield (
+            f"{len(keys)} tensors are no ranges of what fills the model, since it merges, splits or transposes them: "
+            f"read once per node, beside the above: {', '.join(keys[:NAMES])}{more}."
+        )
+
+
+def _at(step: Step) -> str:
+    return "at the loss" if step.moment == "loss" else "in backward"
+
+
+def _shown(plan: MemoryPlan) -> Sequence[tuple[RankClass, RankPlan]]:
+    by_need = sorted(plan.classes, key=lambda found: -max(found[1].device_peak, found[1].host_peak))[:COLUMNS]
+    return [found for found in plan.classes if found in by_need]
+
+
+def _sections(setting: Setting, training: Training | None) -> Iterator[tuple[str, Sequence[Row]]]:
+    yield "Load", [("read from the checkpoint", lambda f: f.bytes_read), *_load_rows(setting)]
+    if training is None:
+        return
+    recomputed = ", activations recomputed" if training.checkpointing else ""
+    yield f"Train, {training.batch} x {training.seq} tokens a step{recomputed}", _train_rows(setting)
+
+
+def _load_rows(setting: Setting) -> Iterator[Row]:
+    yield "host, held", lambda f: f.load.host_held
+    yield "host, peak", lambda f: f.load.host_peak
+    if not setting.on_cpu:
+        yield "device, held", lambda f: f.load.device_held
+        yield "device, peak", lambda f: f.load.device_peak
+
+
+def _train_rows(setting: Setting) -> list[Row]:
+    rows = [
+        _row("weights, packed and not", lambda s: s.weights),
+        _row("quant_state", lambda s: s.quant_state),
+        _row("adapters", lambda s: s.adapters),
+        _row("gradients", lambda s: s.gradients),
+        _row("optimizer", lambda s: s.optimizer),
+        _row("gathered by FSDP", lambda s: s.gathered),
+        _row("dequantized layer", lambda s: s.dequantized),
+        _row("activations (estimate)", lambda s: s.activations),
+        _row("logits (estimate)", lambda s: s.logits),
+    ]
+    if setting.cpu_offload:
+        rows.append(_row("of these on the CPU", lambda s: s.on_host))
+    rows.append(_row("host, peak", lambda s: s.host_peak))
+    if not setting.on_cpu:
+        rows.append(_row("device, peak", lambda s: s.device_peak))
+    return rows
+
+
+def _row(name: str, figure: Callable[[Step], int]) -> Row:
+    return name, lambda plan: figure(plan.train) if plan.train is not None else 0

@@ -1,0 +1,34 @@
+"""Everything that any way imports, imported before anything is measured."""
+
+from __future__ import annotations
+
+import importlib
+
+__all__ = ["import_upstream"]
+
+#: Packages import much of themselves only when it is used; these are the parts that some way uses.
+MODULES = (
+    "accelerate",
+    "accelerate.utils.fsdp_utils",
+    "bitsandbytes",
+    "peft",
+    "peft.tuners.lora.bnb",
+    "safetensors.torch",
+    "surgery.recipe",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "transformers",
+    "transformers.integrations.bitsandbytes",
+    "transformers.models.llama.modeling_llama",
+    "transformers.quantizers.quantizer_bnb_4bit",
+)
+
+
+def import_upstream() -> None:
+    """Import `MODULES`, and keep transformers from drawing progress bars."""
+    for name in MODULES:
+        importlib.import_module(name)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

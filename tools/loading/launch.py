@@ -1,0 +1,100 @@
+"""Start torchrun for the turns of a benchmark, and gather what its ranks have written down."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from loading.options import Options, cores_per_rank
+from loading.outcome import Outcome, collect
+from loading.results import Results, environment
+
+__all__ = ["compare"]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "bench_load.py"
+
+#: Left to others of the log of a run that has ended badly.
+LOG_LINES = 12
+
+
+def compare(options: Options, parsed: argparse.Namespace) -> Results:
+    """All turns of all ways, each in processes of its own unless `parsed.together`; ways take turns."""
+    starts = [options] if parsed.together else list(_single(options))
+    outcomes: list[Outcome] = []
+    turns: dict[str, int] = {}
+    for start in starts:
+        found = _start(start, ranks=parsed.ranks, limit=parsed.limit)
+        if not parsed.together:
+            turn = turns.setdefault(start.ways[0], 0)
+            turns[start.ways[0]] += 1
+            found = [replace(outcome, turn=turn) for outcome in found]
+        outcomes += found
+        Results(options=options, environment={}, outcomes=tuple(outcomes)).write(json_file=parsed.json)
+    return Results(
+        options=options, environment=environment(options, ranks=parsed.ranks), outcomes=tuple(outcomes)
+    )
+
+
+def _single(options: Options) -> Iterator[Options]:
+    """One turn of one way each; training in the last turn alone."""
+    for turn in range(options.repeats):
+        is_last = turn == options.repeats - 1
+        for way in options.ways:
+            yield replace(options, ways=(way,), repeats=1, steps=options.steps if is_last else 0)
+
+
+def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
+    print(f"{', '.join(options.ways)}: {ranks} ranks", file=sys.stderr, flush=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with tempfile.TemporaryDirectory() as into:
+        log = Path(into, "log")
+        with log.open("w", encoding="utf-8") as stream:
+            child = subprocess.Popen(
+                [*torchrun, str(SCRIPT), "run", "--into", into, *options.arguments()],
+                env=_environment(options, ranks),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            failure = _wait(child, limit)
+        found = collect(Path(into))
+        if failure is not None:
+            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+            print("\n".join(tail), file=sys.stderr)
+        return [*found, *_silent(options, found, ranks, failure or "ended without a word")]
+
+
+def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        code = child.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        return f"stopped after {limit} s"
+    return f"torchrun ended with {code}" if code else None
+
+
+def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) -> Iterator[Outcome]:
+    """Outcomes for ranks that have left none: another one has failed, or all were stopped."""
+    known = {(outcome.way, outcome.rank) for outcome in found}
+    for way in options.ways:
+        for rank in range(ranks):
+            if (way, rank) not in known:
+                yield Outcome(way=way, turn=0, rank=rank, error=failure)
+
+
+def _environment(options: Options, ranks: int) -> dict[str, str]:
+    """A share of the cores for each rank. Threads that spin while they wait would take the core of whom they wait for."""
+    values = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(cores_per_rank(ranks))}
+    if options.device == "cpu":
+        values |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
+    return values

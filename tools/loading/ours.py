@@ -1,0 +1,70 @@
+"""This project's own ways: one loader, under every placement, and the training loop of `surgery finetune`."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import torch
+from torch import nn
+
+import surgery
+from loading.case import LEARNING_RATE, MAX_NORM, SEED, Case, Trainee
+from surgery.config import FSDP1, FSDP2, Placement, precision
+from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
+from surgery.finetune.loop import Trainer
+from surgery.finetune.optimizer import build_optimizer
+from surgery.finetune.schedule import Schedule
+from surgery.finetune.sharding import sharding_of
+
+__all__ = ["load_ours"]
+
+POLICY = precision("bf16")
+
+
+def load_ours(case: Case, placement: Placement, *, fsdp: int) -> Trainee:
+    """What a user of `surgery.qlora` gets, and of `surgery finetune` from there."""
+    torch.manual_seed(SEED)
+    shard: FSDP1 | FSDP2 = FSDP1(mixed_precision=POLICY.mixed_precision())
+    if fsdp == 2:
+        shard = FSDP2(mixed_precision=POLICY.mixed_precision_policy())
+    model = surgery.qlora(
+        case.options.checkpoint,
+        lora=case.lora(),
+        placement=placement,
+        shard=shard,
+        dtype=POLICY.dtype,
+        device=case.device,
+        report=case.report,
+    )
+    if case.options.activation_checkpointing:
+        surgery.checkpoint_activations(model)
+    trainer = _trainer(model, case)
+    steps = trainer.train(itertools.repeat(_batch(model, case)))
+    return Trainee(step=lambda: next(steps).loss, close=partial(surgery.release, model))
+
+
+def _trainer(model: nn.Module, case: Case) -> Trainer:
+    sharding = sharding_of(model, case.device)
+    return Trainer(
+        model=model,
+        optimizer=build_optimizer(model, "adamw", lr=LEARNING_RATE),
+        sharding=sharding,
+        schedule=Schedule(name="constant", peak=LEARNING_RATE, steps=1),
+        scaler=sharding.grad_scaler(enabled=POLICY.grad_scaler),
+        device=case.device,
+        autocast=POLICY.autocast,
+        max_norm=MAX_NORM,
+    )
+
+
+def _batch(model: nn.Module, case: Case) -> GlobalBatch:
+    ids = case.tokens(model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # a transformers model has one
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :-1] = ids[:, 1:]
+    world = case.world.size
+    return GlobalBatch(
+        micro_batches=(MicroBatch(ids=ids, targets=targets, mask=None),),
+        targets=world * (ids.numel() - 1),
+        tokens=world * ids.numel(),
+    )

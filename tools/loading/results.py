@@ -1,0 +1,72 @@
+"""All that a benchmark has found: as JSON, tables and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loading.chart import chart
+from loading.options import Options
+from loading.outcome import Outcome
+from loading.summary import Summary, summarize
+from loading.tables import tables
+
+__all__ = ["Results", "environment"]
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
+
+
+def environment(options: Options, *, ranks: int) -> dict[str, Any]:
+    """On what it ran."""
+    on_cuda = options.device == "cuda"
+    return {
+        "ranks": ranks,
+        "device": torch.cuda.get_device_name() if on_cuda else "CPU",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What every rank has found of every turn of every way."""
+
+    options: Options
+    environment: dict[str, Any]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every way has given figures, or failed for want of memory, which is one too."""
+        return all(each.error in (None, "out of memory") for each in self.summaries())
+
+    def summaries(self) -> list[Summary]:
+        """One for each way that has had a turn, in their order."""
+        had_turn = {outcome.way for outcome in self.outcomes}
+        return [summarize(way, self.outcomes) for way in self.options.ways if way in had_turn]
+
+    def markdown(self) -> str:
+        """What it ran on, and the tables."""
+        ran_on = ", ".join(f"{name} {value}" for name, value in self.environment.items())
+        return "\n\n".join([ran_on, *tables(self.summaries())])
+
+    def write(self, *, json_file: Path | None = None, markdown: Path | None = None, svg: Path | None = None) -> None:
+        """Each file that is asked for."""
+        values = {
+            "environment": self.environment,
+            "options": self.options.as_dict(),
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+        }
+        contents = ((json_file, lambda: json.dumps(values, indent=1)), (markdown, self.markdown))
+        for file, content in (*contents, (svg, lambda: chart(self.summaries()))):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(content() + "\n", encoding="utf-8")

@@ -1,0 +1,88 @@
+"""What the ranks and turns of one way come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from loading.outcome import Load, Outcome, Training
+
+__all__ = ["Summary", "summarize"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One way. Of ranks the worst counts, but for losses, which are averaged; of turns the median, but for memory.
+
+    ready: seconds, of each turn. phases: name -> seconds, of the last rank in the median turn.
+    host, pinned, device, held: the most of any rank and turn, in bytes; `host` by rank too, since rank 0 may differ.
+    """
+
+    way: str
+    error: str | None
+    ready: tuple[float, ...] = ()
+    phases: dict[str, float] | None = None
+    hosts: tuple[int, ...] = ()
+    pinned: int = 0
+    device: int = 0
+    held: int = 0
+    late_imports: int = 0
+    first_step: float | None = None
+    median_step: float | None = None
+    train_device: int = 0
+    losses: tuple[float, ...] = ()
+
+    @property
+    def seconds(self) -> float | None:
+        """Until ready, in the median turn."""
+        return median(self.ready) if self.ready else None
+
+
+def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
+    """The summary of what concerns `way`."""
+    mine = [outcome for outcome in outcomes if outcome.way == way]
+    error = next((outcome.error for outcome in _most_telling(mine) if outcome.error), None)
+    loads = [(outcome, outcome.load) for outcome in mine if outcome.load is not None]
+    if not loads:
+        return Summary(way=way, error=error)
+    turns = sorted({outcome.turn for outcome in mine})
+    by_turn = {turn: [load for outcome, load in loads if outcome.turn == turn] for turn in turns}
+    ready = {turn: max(load.ready for load in of) for turn, of in by_turn.items() if of}
+    middle = sorted(ready, key=lambda turn: ready[turn])[(len(ready) - 1) // 2]
+    slowest = max(by_turn[middle], key=lambda load: load.seconds)
+    return Summary(
+        way=way,
+        error=error,
+        ready=tuple(ready.values()),
+        phases={name: seconds for name, (_, seconds) in slowest.phases.items()},
+        hosts=tuple(
+            max(load.host for outcome, load in loads if outcome.rank == rank)
+            for rank in sorted({outcome.rank for outcome, _ in loads})
+        ),
+        pinned=_most(loads, lambda load: load.pinned),
+        device=_most(loads, lambda load: load.device),
+        held=_most(loads, lambda load: load.held),
+        late_imports=_most(loads, lambda load: load.late_imports),
+        **_of_training([outcome.training for outcome in mine if outcome.training is not None]),
+    )
+
+
+def _most(loads: Sequence[tuple[Outcome, Load]], value: Callable[[Load], int]) -> int:
+    return max(value(load) for _, load in loads)
+
+
+def _most_telling(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """A rank that knows what went wrong before those that were only stopped."""
+    return sorted(outcomes, key=lambda outcome: "torchrun" in (outcome.error or "torchrun"))
+
+
+def _of_training(trainings: Sequence[Training]) -> dict[str, object]:
+    if not trainings:
+        return {}
+    return {
+        "first_step": max(training.first for training in trainings),
+        "median_step": max(training.median for training in trainings),
+        "train_device": max(training.device for training in trainings),
+        "losses": tuple(fmean(losses) for losses in zip(*(training.losses for training in trainings), strict=True)),
+    }

@@ -1,0 +1,29 @@
+"""The ways of loading that are compared, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from loading.bare import read_bytes
+from loading.case import Case, Trainee
+from loading.options import WAYS
+from loading.ours import load_ours
+from loading.seed import load_seed
+from loading.stock import load_stock
+
+__all__ = ["LOADERS"]
+
+#: Way -> the function that loads, and returns what trains (nothing for the bare read).
+LOADERS: Mapping[str, Callable[[Case], Trainee | None]] = {
+    "read": read_bytes,
+    "sharded": partial(load_ours, placement="sharded", fsdp=2),
+    "rank0-cpu": partial(load_ours, placement="rank0-cpu", fsdp=1),
+    "replicated": partial(load_ours, placement="replicated", fsdp=1),
+    "replicated-fsdp2": partial(load_ours, placement="replicated", fsdp=2),
+    "seed": load_seed,
+    "accelerate-fsdp1": partial(load_stock, fsdp=1),
+    "accelerate-fsdp2": partial(load_stock, fsdp=2),
+}
+
+assert tuple(LOADERS) == WAYS

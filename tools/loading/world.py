@@ -1,0 +1,95 @@
+"""This rank among the others, and moments at which all are."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["World", "joined"]
+
+#: A rank that waits longer than this for another is alone: with a large model some load for minutes.
+TIMEOUT = timedelta(minutes=8)
+
+#: How long ranks wait for each other after a way has failed on one of them.
+PATIENCE = timedelta(seconds=90)
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This rank. `aside` is a group of its own for what concerns no way, which may leave the default one in disorder."""
+
+    rank: int
+    size: int
+    device: torch.device
+    aside: dist.ProcessGroup
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether there is device memory to measure."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait for this rank's device."""
+        if self.on_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def meet(self) -> None:
+        """Wait for all ranks and their devices."""
+        self.synchronize()
+        dist.all_reduce(torch.ones(1, device=self.device))
+        self.synchronize()
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.aside)
+        return any(found)
+
+    def clear(self) -> None:
+        """Give back all memory that nobody uses: of the device, of pinned pages, and of malloc's heap."""
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_host_memory_stats()
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def joined(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
+    """The world that torchrun describes; the device and its process group have been used once when the block begins.
+
+    memory_cap: GiB that torch may take of a GPU.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if device_type == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if memory_cap is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_cap * GIB / total, device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    world = World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        aside=dist.new_group(backend="gloo", timeout=PATIENCE),
+    )
+    world.meet()
+    yield world
+    dist.destroy_process_group()
