@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgery.adapters import adapter_state, save_adapter
+    from surgery.attestation.attest import attest
+    from surgery.attestation.forward import attesting
     from surgery.checkpoint import Checkpoint
     from surgery.config import FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
     from surgery.distributed.exchange import PeerError
     from surgery.errors import (
         AdapterError,
+        AttestationError,
         CheckpointError,
         ConfigError,
         DataError,
@@ -37,6 +40,7 @@ __all__ = [
     "FSDP2",
     "PRECISIONS",
     "AdapterError",
+    "AttestationError",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
@@ -53,6 +57,8 @@ __all__ = [
     "Training",
     "WeightsMismatchError",
     "adapter_state",
+    "attest",
+    "attesting",
     "checkpoint_activations",
     "plan",
     "precision",
@@ -64,6 +70,8 @@ __all__ = [
 
 _MODULES = {
     "surgery.adapters": ("adapter_state", "save_adapter"),
+    "surgery.attestation.attest": ("attest",),
+    "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
     "surgery.config": ("FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.distributed.exchange": ("PeerError",),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import patches
@@ -44,11 +44,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
     state: dict[str, torch.Tensor] = {}
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return _gathered_state(model)
+    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if groups:
+        return _gathered_state(model, groups)
     units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
     if not units:
-        return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        return {clean(n): p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
     on_rank0 = torch.distributed.get_rank() == 0
     for prefix, unit in units:
         if not any(p.requires_grad for _, p in _own_parameters(unit)):
@@ -63,19 +64,28 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def _gathered_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def _gathered_state(model: nn.Module, groups: Iterable[FSDPModule]) -> dict[str, torch.Tensor]:
     """The same under FSDP2: one parameter at a time is whole on the device."""
+    for group in groups:
+        group.reshard()  # a forward without a backward, in evaluation, may have left it whole
     state: dict[str, torch.Tensor] = {}
     on_rank0 = torch.distributed.get_rank() == 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        whole = parameter.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
+        whole = _whole(parameter.detach())
         if on_rank0:
             state[clean(name)] = whole.cpu().clone()
     return state
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Shards that wait on the CPU meet on the device of the mesh, whose backend all process groups have.
+    moved: Any = tensor.to(tensor.device_mesh.device_type)
+    whole: torch.Tensor = moved.full_tensor()
+    return whole
 
 
 def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ import torch
 
 from surgery.distributed.exchange import StoppedError
 
-__all__ = ["Background", "Staging", "garbage_uncollected", "in_background"]
+__all__ = ["Background", "Staging", "in_background", "undisturbed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +61,23 @@ class Background:
 
 
 @contextmanager
-def garbage_uncollected() -> Iterator[None]:
-    """A block in which Python looks for no reference cycles, as it does again and again while a model is built: each
-    look is at every object there is, and takes longer than what is built between two of them.
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """A block that builds a model in this thread while others read for it.
+
+    Python looks for no reference cycles in it: it would do so again and again, and each look, at every object there is,
+    takes longer than what is built between two of them. And where a GPU quantizes, this thread computes alone: a team
+    of threads would wait for its members, which the reading threads keep from their cores (3.0 s instead of 1.0 for 8B
+    on 16 cores).
     """
-    was_enabled = gc.isenabled()
+    collects, threads = gc.isenabled(), torch.get_num_threads()
     gc.disable()
+    if device.type != "cpu":
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        if was_enabled:
+        torch.set_num_threads(threads)
+        if collects:
             gc.enable()
 
 

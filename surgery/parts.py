@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,9 @@ from surgery.slices import Division, Slice
 from surgery.targets import Target
 
 __all__ = ["Part", "Parts"]
+
+#: What torch's CUDA allocator rounds sizes up to, in bytes.
+ROUNDING = 512
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,6 +65,22 @@ class Parts:
     residence: Residence
     rank: int
     found: dict[str, Part] = field(default_factory=dict, repr=False)
+
+    def reserve(self, targets: Iterable[Target]) -> None:
+        """Have the GPU's memory for all parts in torch's allocator, at once: one by one they would each wait for the
+        driver. Where it is not to be had, nothing happens; the part that does not fit will say so.
+        """
+        device = self.residence.compute_device
+        if device.type != "cuda":
+            return
+        size = sum(self._nbytes(target) for target in targets if self._made_on(target) == device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _nbytes(self, target: Target) -> int:
+        """Of a part, as the allocator rounds it up."""
+        rows = self.division.capacity(target.form, self.rank)
+        return -(-rows * target.shape[1:].numel() * target.dtype.itemsize // ROUNDING) * ROUNDING
 
     def begin(self, target: Target) -> Part:
         """An empty part, on the device where it is made."""

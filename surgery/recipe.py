@@ -27,10 +27,11 @@ from surgery.distributed.exchange import (
     same_patches,
 )
 from surgery.distributed.nodes import Node
+from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
 from surgery.install import install
 from surgery.lifetime import as_context_manager, keep
-from surgery.loading import Staging, garbage_uncollected, in_background
+from surgery.loading import Staging, in_background, undisturbed
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, needs_weights
 from surgery.passes.base import Layer, Pass, group_into_layers
@@ -38,6 +39,7 @@ from surgery.passes.exchange import Exchange
 from surgery.passes.load import Load, requests
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.place import Place
+from surgery.passes.remember import Remember
 from surgery.passes.replace import Replace, quantizable, transposed
 from surgery.passes.shard import FullyShard, Wrap
 from surgery.passes.skeleton import Skeleton, causal_lm
@@ -75,6 +77,12 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` as the GPU that is current in this thread: another thread may have another one."""
+    index: int | None = device.index  # which upstream declares to be there always
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and index is None else device
 
 
 def qlora(
@@ -118,7 +126,7 @@ def qlora(
         PassError: a pass failed; names the pass and the FQN.
         PeerError: it did on another rank.
     """
-    device = device or default_device()
+    device = _with_index(device or default_device())
     ranks = current_ranks(_launched_world_size())
     recipe = QLoRA(
         quant=quant,
@@ -171,7 +179,12 @@ class QLoRA:
         same_patches(self.ranks, device=self.device)
         with collective(self.ranks):
             meeting = self._meet()
-        with everyone(self.ranks, device=self.device), self._build_patches(), garbage_uncollected():
+        with (
+            beating(self.ranks),
+            everyone(self.ranks, device=self.device),
+            self._build_patches(),
+            undisturbed(self.device),
+        ):
             if not isinstance(checkpoint, Checkpoint):
                 # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
                 checkpoint = Checkpoint.open(checkpoint)
@@ -235,6 +248,7 @@ class QLoRA:
         division = Division.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
         rank, staging = self.ranks.rank, prepared.staging
         parts = Parts(quantizer=prepared.quantizer, division=division, residence=self._residence, rank=rank)
+        parts.reserve(target for layer in prepared.layers for target in layer.targets)
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(prepared.checkpoint.reader(on_read=self.report.count_bytes))
             prefetch = Prefetch(
@@ -255,7 +269,8 @@ class QLoRA:
                     stop=stop,
                     replicas=fsdp2.replicas_of(meeting.mesh) if meeting.mesh is not None else None,
                 ),
-                Place(parts=parts),
+                Remember(parts=parts),
+                Place(parts=parts, ranks=self.ranks),
             )
             pipeline = Pipeline(
                 passes=passes,

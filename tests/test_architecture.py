@@ -20,7 +20,7 @@ LAYERS = (
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
     ("distributed", "loading"),
-    ("guards", "lifetime", "passes", "install", "adapters"),
+    ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
     ("planning",),
     ("recipe",),
     ("tracing",),

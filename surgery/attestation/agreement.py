@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from surgery.attestation.differences import Difference
-from surgery.attestation.digest import on_cpu, page_count, pages_between
+from surgery.attestation.digest import cut, page_count, pages_between
 from surgery.attestation.record import Record, Sums
 from surgery.attestation.shards import Shard
 
@@ -41,7 +41,7 @@ def add_up(
         return list(vectors)
     together = torch.cat(list(vectors)).to(device)
     dist.all_reduce(together, group=group)
-    return on_cpu(list(together.split([each.numel() for each in vectors])))
+    return cut(together.cpu(), [each.numel() for each in vectors])
 
 
 def spread(own: Sums, nbytes: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def complete(records: Sequence[Record]) -> None:
 
 
 def state_disagreements(records: Sequence[Record]) -> list[Difference]:
-    """Layers of which a rank has computed another `quant_state` than rank 0; the same list on every rank.
+    """Layers of which a rank has computed another `quant_state` than rank 0, which says so for all; others say nothing.
 
     All have computed it from the same statistics; on devices of different kinds it could differ all the same.
     """
@@ -71,8 +71,11 @@ def state_disagreements(records: Sequence[Record]) -> list[Difference]:
     if len(set(of_all_ranks(_hash(digest.encode() for digest in mine.values())))) == 1:
         return []
     by_rank = of_all_ranks(mine)
+    if rank() != 0:
+        return []
+    what = "as quantized is not what rank 0 has quantized"
     return [
-        Difference(layer=fqn, where="quant_state", ranks=(number,), what="as quantized is not what rank 0 has quantized")
+        Difference(layer=fqn, where="quant_state", ranks=(number,), what=what)
         for number, found in enumerate(by_rank)
         for fqn, digest in found.items()
         if digest != by_rank[0][fqn]
@@ -97,7 +100,7 @@ def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Te
     received = torch.empty(len(ranges) * longest, dtype=torch.uint8, device=device)
     dist.all_gather_into_tensor(received, sent, group=shard.group)
     whole = torch.zeros(nbytes, dtype=torch.uint8)
-    for (start, stop), part in zip(ranges, received.cpu().split(longest), strict=True):
+    for (start, stop), part in zip(ranges, received.cpu().view(-1, longest), strict=True):
         whole[start:stop] = part[: stop - start]
     return whole
 

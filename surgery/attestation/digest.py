@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["PAGE", "Piece", "on_cpu", "page_count", "page_sums", "pages_between"]
+__all__ = ["PAGE", "Piece", "cut", "on_cpu", "page_count", "page_sums", "pages_between"]
 
 #: Bytes of a page, which has one sum: small enough to tell where a difference is, and 8,192 times the size of the sum.
 PAGE = 1 << 16
 WORDS = PAGE // 4
 
-#: Bytes taken at a time. On their way they become words of 64 bits, so that temporaries are three times as large: what a
-#: CPU keeps in its cache (four times as fast), and on a GPU enough for its kernels to be busy.
+#: Bytes taken at a time. On their way they become words of 64 bits, so that temporaries are three times as large: what
+#: a CPU keeps in its cache (four times as fast), and on a GPU enough for its kernels to be busy.
 RUN_BYTES = {"cpu": 1 << 18, "cuda": 1 << 23}
 
 
@@ -64,14 +64,19 @@ def page_sums(pieces: Sequence[Piece]) -> list[torch.Tensor]:
         return []
     sums = [_sums(run) for run in _runs(pieces)]
     together = torch.cat(sums) if sums else torch.empty(0, dtype=torch.int64, device=pieces[0].data.device)
-    return list(together.split([len(piece.pages) for piece in pieces]))
+    return cut(together, [len(piece.pages) for piece in pieces])
 
 
 def on_cpu(sums: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same sums on the CPU, brought there together, because each transfer waits for the device."""
     if not sums:
         return []
-    return list(torch.cat(list(sums)).cpu().split([each.numel() for each in sums]))
+    return cut(torch.cat(list(sums)).cpu(), [each.numel() for each in sums])
+
+
+def cut(together: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The 1-D tensor `together` in parts of `sizes` elements."""
+    return list(together.split(list(sizes)))  # type: ignore[no-untyped-call]  # no annotation upstream
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[torch.Tensor]]:
@@ -80,7 +85,7 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[torch.Tensor]]:
     run: list[torch.Tensor] = []
     room = size
     for segment in itertools.chain.from_iterable(map(_segments, pieces)):
-        for part in _cut(segment, room, size):
+        for part in _divide(segment, room, size):
             run.append(part)
             room -= part.numel()
             if not room:
@@ -99,7 +104,7 @@ def _segments(piece: Piece) -> list[torch.Tensor]:
     return [zeros[: piece.start % PAGE], data, zeros[: -piece.stop % PAGE]]
 
 
-def _cut(segment: torch.Tensor, first: int, size: int) -> Iterator[torch.Tensor]:
+def _divide(segment: torch.Tensor, first: int, size: int) -> Iterator[torch.Tensor]:
     """`segment` in parts: at most `first` bytes, then at most `size` each."""
     if segment.numel():
         yield segment[:first]
@@ -107,7 +112,7 @@ def _cut(segment: torch.Tensor, first: int, size: int) -> Iterator[torch.Tensor]
         yield segment[start : start + size]
 
 
-def _sums(run: Sequence[torch.Tensor]) -> torch.Tensor:
+def _sums(run: list[torch.Tensor]) -> torch.Tensor:
     words = torch.cat(run) if len(run) > 1 or run[0].storage_offset() % 4 else run[0]
     return (words.view(torch.int32).view(-1, WORDS) * _factors(words.device)).sum(dim=1)
 

@@ -94,9 +94,8 @@ def records_of(model: nn.Module) -> dict[nn.Module, Record]:
     unknown = [layer for layer in layers if layer not in _records]
     if not layers or unknown:
         raise ConfigError(
-            f"expected a model whose 4-bit layers were quantized by surgery.qlora, found {len(layers)} layers, "
-            f"{len(unknown)} of which nothing was recorded when they were quantized: attest the model that surgery.qlora "
-            "returned, not a copy of it"
+            f"expected a model whose 4-bit layers surgery.qlora has quantized, found {len(layers)} layers, of "
+            f"{len(unknown)} of which nothing was recorded then: attest what surgery.qlora returned, not a copy"
         )
     return {layer: _records[layer] for layer in layers}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,8 @@ from torch import nn
 from surgery.attestation import states
 from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
 from surgery.attestation.differences import Difference
-from surgery.attestation.digest import Piece, on_cpu, page_count, page_sums
-from surgery.attestation.record import Records, Sums
+from surgery.attestation.digest import Piece, on_cpu, page_count, page_sums, pages_between
+from surgery.attestation.record import Record, Records, Sums
 from surgery.attestation.shards import Shard
 
 __all__ = ["shard_differences", "state_differences"]
@@ -52,78 +53,118 @@ def _differing(one: torch.Tensor, other: torch.Tensor) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Held:
-    """What this rank holds of one layer. is_known: of bytes that it has vouched for, so that it is compared alone."""
+    """What this rank holds of one layer. is_known: these are the bytes that it has vouched for, or none at all."""
 
-    layer: nn.Module
+    record: Record
     shard: Shard
     sums: Sums
     is_known: bool
+
+    def differing(self) -> list[int]:
+        """Of bytes that are known, the pages that are not as they were."""
+        return _differing(self.sums.pages, self.record.own.pages) if self.sums.pages.numel() else []
 
 
 def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> list[Difference]:
     """Where packed weights on this rank are not what they were; collective. `records` are complete.
 
     A rank that holds the bytes that it has vouched for compares them by itself. Where the sharding has cut elsewhere,
-    sums are added up over the ranks that hold a weight among them; of a page that is wrong, and that several hold bytes
-    of, no one can say whose they are. Bytes found right are vouched for from then on.
+    sums are added up over the ranks that hold a weight among them. Of a page that is wrong, and that several of them
+    hold bytes of, nobody can say whose they are; but bytes that were found right are vouched for from then on.
     """
     sums = on_cpu(page_sums([shards[layer].piece for layer in records]))
-    held = [
-        _held(records[layer].own, layer, shards[layer], pages) for layer, pages in zip(records, sums, strict=True)
-    ]
-    found = [difference for each in held if each.is_known for difference in _own_difference(records, each)]
-    if not all(of_all_ranks(all(each.is_known for each in held))):
-        found += _shared_differences(records, held, guilty={each.layer for each in found})
-    return found
+    held = [_held(record, shards[layer], pages) for (layer, record), pages in zip(records.items(), sums, strict=True)]
+    own = {each.record.fqn: pages for each in held if each.is_known and (pages := each.differing())}
+    if all(of_all_ranks(all(each.is_known for each in held))):
+        return [_at_rest(each.record, (rank(),), own[each.record.fqn]) for each in held if each.record.fqn in own]
+    return _shared_differences(held, own)
 
 
-def _held(own: Sums, layer: nn.Module, shard: Shard, pages: torch.Tensor) -> _Held:
+def _held(record: Record, shard: Shard, pages: torch.Tensor) -> _Held:
     piece = shard.piece
-    is_known = (piece.start, piece.stop) == (own.start, own.stop) or not piece.data.numel()
     return _Held(
-        layer=layer,
+        record=record,
         shard=shard,
         sums=Sums(start=piece.start, stop=piece.stop, pages=pages),
-        is_known=is_known,
+        is_known=(piece.start, piece.stop) == (record.own.start, record.own.stop) or not piece.data.numel(),
     )
 
 
-def _own_difference(records: Records, held: _Held) -> list[Difference]:
-    record = records[held.layer]
-    if not held.sums.pages.numel():
-        return []
-    pages = _differing(held.sums.pages, record.own.pages)
-    return [_at_rest(record.fqn, (rank(),), len(pages), page_count(record.nbytes))] if pages else []
+def _at_rest(record: Record, ranks: tuple[int, ...], pages: Sequence[int]) -> Difference:
+    of_pages = page_count(record.nbytes)
+    return Difference(layer=record.fqn, where="at rest", ranks=ranks, pages=len(pages), of_pages=of_pages)
 
 
-def _at_rest(fqn: str, ranks: tuple[int, ...], pages: int, of_pages: int) -> Difference:
-    return Difference(layer=fqn, where="at rest", ranks=ranks, pages=pages, of_pages=of_pages)
+def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]]) -> list[Difference]:
+    """Of weights whose parts do not add up; vouches for the parts of those that do. `own`: pages known to differ."""
+    wrong = _not_adding_up(held)
+    for each in held:
+        if each.record.fqn not in wrong:
+            each.record.own = each.sums
+    anywhere = {fqn for of_rank in of_all_ranks(list(wrong)) for fqn in of_rank}
+    claims = of_all_ranks(
+        {fqn: _claim(each, adds_up=fqn not in wrong) for each in held if (fqn := each.record.fqn) in anywhere}
+    )
+    found = []
+    for each in held:
+        pages = wrong.get(each.record.fqn, [])
+        suspects = _suspects(each, claims, pages) if pages else ()
+        if suspects[:1] == (rank(),):  # one speaks for all
+            found.append(_at_rest(each.record, suspects, own.get(each.record.fqn, pages)))
+    return found
 
 
-def _shared_differences(records: Records, held: list[_Held], *, guilty: set[str]) -> list[Difference]:
-    """Of the weights whose parts do not add up; vouches for those that do. `guilty`: layers that this rank has named."""
-    wrong: dict[str, list[int]] = {}
-    for group, members in _by_group(held).items():
-        for each, total in zip(members, _totals(records, members, group), strict=True):
-            record = records[each.layer]
-            pages = _differing(total, record.whole) if record.whole is not None else []
-            if pages:
-                wrong[record.fqn] = pages
-            else:
-                record.own = each.sums
-    ...
-    return []
+class _Claim(NamedTuple):
+    """What a rank says of its part of a weight that is wrong somewhere; `is_right` is None if it does not know."""
+
+    start: int
+    stop: int
+    sums: list[int]
+    is_right: bool | None
+
+    def judged_by(self, others: Iterable[_Claim]) -> bool | None:
+        """Whether it is right, by those who have the same bytes and know; None if none of them does."""
+        if self.is_right is not None:
+            return self.is_right
+        same = (other for other in others if (other.start, other.stop) == (self.start, self.stop))
+        return next((other.sums == self.sums for other in same if other.is_right), None)
 
 
-def _by_group(held: list[_Held]) -> dict[dist.ProcessGroup | None, list[_Held]]:
+def _claim(held: _Held, *, adds_up: bool) -> _Claim:
+    """`adds_up`: the parts that ranks of this group hold make the right whole."""
+    is_right = not held.differing() if held.is_known else (adds_up or None)
+    return _Claim(held.sums.start, held.sums.stop, held.sums.pages.tolist(), is_right)
+
+
+def _suspects(held: _Held, claims: Sequence[Mapping[str, _Claim]], pages: Sequence[int]) -> tuple[int, ...]:
+    """The ranks of this group that are wrong; or, if it is none for certain, all that hold bytes of wrong `pages`."""
+    group = held.shard.group
+    members = (rank(),) if group is None else tuple(sorted(dist.get_process_group_ranks(group)))
+    of_layer = [by_layer[held.record.fqn] for by_layer in claims]
+    verdicts = {member: of_layer[member].judged_by(of_layer) for member in members}
+    wrong = tuple(member for member, is_right in verdicts.items() if is_right is False)
+    return wrong or tuple(
+        member
+        for member, is_right in verdicts.items()
+        if is_right is None and not set(pages).isdisjoint(pages_between(*of_layer[member][:2]))
+    )
+
+
+def _not_adding_up(held: Sequence[_Held]) -> dict[str, list[int]]:
+    """FQN -> pages that differ, of the weights whose parts do not add up in the group of this rank."""
     groups: dict[dist.ProcessGroup | None, list[_Held]] = {}
     for each in held:
         groups.setdefault(each.shard.group, []).append(each)
-    return groups
+    wrong = {}
+    for group, members in groups.items():
+        for each, total in zip(members, _totals(members, group), strict=True):
+            assert each.record.whole is not None
+            wrong[each.record.fqn] = _differing(total, each.record.whole)
+    return {fqn: pages for fqn, pages in wrong.items() if pages}
 
 
-def _totals(records: Records, members: list[_Held], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    vectors = [spread(each.sums, records[each.layer].nbytes) for each in members]
-    if group is None:
+def _totals(members: Sequence[_Held], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    vectors = [spread(each.sums, each.record.nbytes) for each in members]
+    if group is None:  # nothing to add: this rank holds everything
         return vectors
-    return add_up(vectors, device=records[members[0].layer].device, group=group)
+    return add_up(vectors, device=members[0].record.device, group=group)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -58,8 +57,8 @@ def _sharded_along_rows(weight: DTensor) -> Shard:
         return Shard(piece=Piece(data=local))
     if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
         raise ConfigError(
-            f"expected packed weights to be sharded along dimension 0 of one mesh dimension, found {weight.placements}: "
-            "shard the model with surgery.FSDP1 or surgery.FSDP2"
+            f"expected packed weights to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
     rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
     start = rows.start * weight.shape[1:].numel() * weight.element_size()

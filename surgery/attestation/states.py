@@ -11,7 +11,7 @@ __all__ = ["settings", "state_of", "tensors"]
 
 
 def state_of(module: nn.Module) -> Any:
-    """The state that the forward of a 4-bit `module` uses: its parameter's, or its own where sharding took that away."""
+    """The state that forward of a 4-bit `module` uses: its parameter's, or its own where sharding took that away."""
     weight = module._parameters.get("weight")
     state = getattr(weight, "quant_state", None)
     return module.quant_state if state is None else state

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+__all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_rank0", "scatter_parts"]
 
-__all__ = ["all_gather_flat", "gather_parts", "gather_to_rank0", "scatter_parts"]
+#: The name since torch 2.13, where the older one warns.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 #: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank.
 RUN_BYTES = 16 << 20
@@ -23,7 +25,7 @@ def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     out = mine.new_empty(len(sizes) * longest)
-    dist.all_gather_into_tensor(_bytes(out), _bytes(padded))
+    all_gather_single(_bytes(out), _bytes(padded))
     return out.view(len(sizes), longest)
 
 
@@ -39,7 +41,7 @@ def gather_parts(
     mine = everything[start : start + longest]
     # NCCL gathers in place; gloo does not promise to.
     sent = mine if mine.is_cuda else mine.clone()
-    dist.all_gather_into_tensor(_bytes(everything), _bytes(sent), group=group)
+    all_gather_single(_bytes(everything), _bytes(sent), group=group)
 
 
 def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "StoppedError",
     "broadcast_from_rank0",
     "collective",
+    "counter",
     "current_ranks",
     "everyone",
     "rank0_rng_state",
@@ -30,6 +31,9 @@ __all__ = [
 
 #: Seconds between two looks at a gate that has been closed for longer than that.
 GATE_PAUSE = 0.005
+
+#: What a gate has counted once a rank has shut it; ranks that come later do not make up for that.
+SHUT = -(1 << 40)
 
 
 class StoppedError(SurgeryError):
@@ -52,13 +56,21 @@ class Ranks:
     world_size: int = 1
     #: A key of the job's store that a rank in trouble sets, and that the others look at between layers.
     alarm: str = field(default="surgery/alarm", repr=False)
+    #: Set once a rank has failed among collectives, or will not wait: the others cannot meet it any more.
+    apart: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
-    def raise_alarm(self, error: BaseException) -> None:
-        """Tell the other ranks, without waiting for them. Never fails: a store that is gone has nobody to tell."""
+    def raise_alarm(self, error: BaseException, *, of: int | None = None, apart: bool = False) -> None:
+        """Tell the other ranks, without waiting for them. Never fails: a store that is gone has nobody to tell.
+
+        of: the rank that failed, if it is another one. apart: it does not come to where all ranks meet.
+        """
+        if apart:
+            self.apart.set()
         if self.world_size == 1:
             return
         with contextlib.suppress(RuntimeError):
-            _store().set(self.alarm, f"{self.rank}\n{type(error).__name__}: {error}")
+            failed = self.rank if of is None else of
+            _store().set(self.alarm, f"{failed}\n{int(apart)}\n{type(error).__name__}: {error}")
             _store().check([self.alarm])  # what is set is on its way; an answer means that it has arrived
 
     def check_alarm(self) -> None:
@@ -69,9 +81,12 @@ class Ranks:
             alarm = _store().get(self.alarm).decode() if _store().check([self.alarm]) else None
         except RuntimeError as error:
             raise _gone() from error
-        if alarm is not None:
-            rank, _, message = alarm.partition("\n")
-            raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
+        if alarm is None:
+            return
+        rank, apart, message = alarm.split("\n", 2)
+        if int(apart):
+            self.apart.set()
+        raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
 
     def gate(self, name: str, *, stop: threading.Event) -> None:
         """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
@@ -82,16 +97,26 @@ class Ranks:
             return
         key, pause = f"{self.alarm}/gate/{name}", 1e-5
         try:
-            arrived = _store().add(key, 1)
-            while arrived < self.world_size:
-                if pause > GATE_PAUSE:
-                    self.check_alarm()
-                if stop.wait(min(pause, GATE_PAUSE)):
-                    raise StoppedError("stopped while waiting for the other ranks")
+            arrived = 0 if stop.is_set() else counter(key, 1)
+            while arrived != self.world_size:
+                reason = self._reason_to_leave(stop, pause)
+                if reason is not None and _shut(key, self.world_size):
+                    raise reason
                 pause *= 2
-                arrived = _store().add(key, 0)
+                arrived = counter(key, 0)
         except RuntimeError as error:
             raise _gone() from error
+
+    def _reason_to_leave(self, stop: threading.Event, pause: float) -> SurgeryError | None:
+        """Why not to wait at a gate any longer, after another `pause` seconds there."""
+        if stop.wait(min(pause, GATE_PAUSE)):
+            return StoppedError("stopped while waiting for the other ranks")
+        try:
+            if pause > GATE_PAUSE:
+                self.check_alarm()
+        except PeerError as error:
+            return error
+        return None
 
     def meet(self, device: torch.device, *, failed: bool = False) -> bool:
         """Wait for the other ranks, on the `device` that their group speaks; whether any of them came having `failed`.
@@ -110,6 +135,21 @@ class Ranks:
 
 def _gone() -> PeerError:
     return PeerError("another rank has ended without a word: its own output, or the kernel's log, says why", rank=None)
+
+
+def _shut(key: str, world_size: int) -> bool:
+    """Shut a gate. False if all ranks have come to it: then some may have passed, and none may stay behind."""
+    arrived = counter(key, 0)
+    while 0 <= arrived < world_size:
+        if _store().compare_set(key, str(arrived), str(SHUT)) == str(SHUT).encode():
+            return True
+        arrived = counter(key, 0)
+    return arrived < 0
+
+
+def counter(key: str, more: int) -> int:
+    """The value of a counter that all ranks share, after `more` was added to it."""
+    return int(_store().add(key, more))
 
 
 def _store() -> Any:
@@ -153,6 +193,11 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001  # raised below, once the others are told
         ranks.raise_alarm(error)
         failure = error
+    except BaseException as error:  # an interrupt waits for nobody
+        ranks.raise_alarm(error, apart=True)
+        raise
+    if failure is not None and ranks.apart.is_set():
+        raise failure
     if failure is not None:
         with contextlib.suppress(PeerError):  # a rank that is gone is no news to one that has failed itself
             ranks.meet(device, failed=True)
@@ -178,7 +223,7 @@ def collective(ranks: Ranks) -> Iterator[None]:
         except PeerError as peer:
             if peer.rank is not None:
                 raise peer from error
-        ranks.raise_alarm(error)
+        ranks.raise_alarm(error, apart=True)
         raise
 
 
@@ -218,9 +263,9 @@ def same_patches(ranks: Ranks, *, device: torch.device) -> None:
     with everyone(ranks, device=device):
         _store().set(f"{key}/{ranks.rank}", "\n".join(patches.active_set()))
         alike = f"{key}/{patches.digest()}"
-        _store().add(alike, 1)
+        counter(alike, 1)
     # Every rank has counted itself now, so all come to the same conclusion, usually with this one request.
-    if _store().add(alike, 0) == ranks.world_size:
+    if counter(alike, 0) == ranks.world_size:
         return
     active = {rank: _store().get(f"{key}/{rank}").decode().splitlines() for rank in range(ranks.world_size)}
     raise ConfigError(

@@ -13,6 +13,7 @@ from torch import nn
 
 from surgery.errors import SurgeryError
 from surgery.finetune.batches import GlobalBatch, MicroBatch
+from surgery.finetune.garbage import collecting_between_steps
 from surgery.finetune.loss import gradient_scale, token_loss
 from surgery.finetune.schedule import Schedule
 from surgery.finetune.sharding import Sharding
@@ -74,8 +75,10 @@ class Trainer:
         step.
         """
         self.model.train()
-        for step, batch in enumerate(batches):
-            yield self._step(step, batch)
+        with collecting_between_steps() as collect:
+            for step, batch in enumerate(batches):
+                yield self._step(step, batch)
+                collect(step + 1)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[GlobalBatch]) -> float:

@@ -20,6 +20,10 @@ from torch.distributed.tensor import DTensor
 __all__ = ["Fsdp1", "Fsdp2", "Sharding", "Unsharded", "sharding_of"]
 
 
+#: What torch.nn.utils adds to the norm that it divides by.
+CLIP_EPSILON = 1e-6
+
+
 class Sharding(Protocol):
     """How gradients of one model are exchanged, clipped and scaled."""
 
@@ -111,6 +115,8 @@ class Fsdp2:
         self._root = root
         self._model = model
         self._device = device
+        mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+        self._shards = mesh.get_group(mesh.ndim - 1)  # replicas have the same gradients
 
     @property
     def averaged_over(self) -> int:
@@ -124,10 +130,16 @@ class Fsdp2:
         yield
 
     def clip(self, max_norm: float | None) -> torch.Tensor:
-        """By the norm over all shards; what is returned is whole."""
-        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        norm = nn.utils.clip_grad_norm_(trainable, _limit(max_norm))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        """By the norm over all shards, in float32, on this rank's own parts of them: torch.nn.utils would ask of each
+        gradient, in each of its operations, how it is sharded (13 ms a step for the adapters of an 8B model).
+        """
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+        dist.all_reduce(squares, group=self._shards)
+        norm = squares.sqrt()
+        torch._foreach_mul_(local, (_limit(max_norm) / (norm + CLIP_EPSILON)).clamp(max=1.0))
+        return norm
 
     def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
         """The plain scaler: what it finds in a sharded gradient it finds on all ranks."""

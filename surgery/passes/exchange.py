@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_parts
-from surgery.distributed.exchange import Ranks
+from surgery.distributed.exchange import Ranks, collective
 from surgery.distributed.nodes import Node
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Pass
@@ -45,6 +45,10 @@ class Exchange(Pass):
     def run_layer(self, layer: Layer) -> None:
         """Complete the parts of `layer`."""
         self.ranks.gate(str(layer.number), stop=self.stop)
+        with collective(self.ranks):
+            self._complete(layer)
+
+    def _complete(self, layer: Layer) -> None:
         for _, group in groupby(layer.targets, lambda target: target.assignment):
             targets = list(group)
             if targets[0].source is None:

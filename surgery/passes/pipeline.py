@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from surgery.distributed.exchange import PeerError, StoppedError
 from surgery.errors import ConfigError, PassError
 from surgery.passes.base import Layer, LayerPass, ModelPass
 from surgery.report import Report
@@ -72,7 +73,9 @@ class Pipeline:
 
 
 class _Named:
-    """Turns an exception inside the block into a `PassError` that says where it happened."""
+    """Turns an exception inside the block into a `PassError` that says where it happened, unless it came from outside:
+    another rank has failed, or this one elsewhere.
+    """
 
     def __init__(self, pass_name: str, fqn: str) -> None:
         self.pass_name, self.fqn = pass_name, fqn
@@ -80,7 +83,7 @@ class _Named:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, PassError):
+        if isinstance(error, Exception) and not isinstance(error, (PassError, PeerError, StoppedError)):
             raise PassError(
                 f"pass {self.pass_name} failed at {self.fqn}: {type(error).__name__}: {error}",
                 pass_name=self.pass_name,

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from surgery.distributed.collect import gather_to_rank0
+from surgery.distributed.exchange import Ranks, collective
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Pass
 
@@ -26,14 +27,19 @@ class Place(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     parts: Parts
+    ranks: Ranks
 
     def run_layer(self, layer: Layer) -> None:
         """Move the parts of `layer`."""
-        for part in self.parts.of(layer.targets):
-            if self.parts.division.rank0_only:
-                self._send_to_rank0(part)
-            elif part.data.device != self.parts.residence.data_device:
-                part.data = part.data.to(self.parts.residence.data_device)
+        with collective(self.ranks):
+            for part in self.parts.of(layer.targets):
+                self._move(part)
+
+    def _move(self, part: Part) -> None:
+        if self.parts.division.rank0_only:
+            self._send_to_rank0(part)
+        elif part.data.device != self.parts.residence.data_device:
+            part.data = part.data.to(self.parts.residence.data_device)
 
     def _send_to_rank0(self, part: Part) -> None:
         numel = part.target.shape.numel()

@@ -42,7 +42,7 @@ class FullyShard(Pass):
     """
 
     name: ClassVar[str] = "shard"
-    requires: ClassVar[frozenset[str]] = frozenset({"adapted"})
+    requires: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
     ensures: ClassVar[frozenset[str]] = frozenset({"sharded"})
 
     config: FSDP2

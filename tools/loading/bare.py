@@ -57,7 +57,7 @@ def _read(ranges: list[_Range], case: Case) -> None:
         for each in ranges:
             _fill(hosts[0], each)
         return
-    stream = torch.cuda.Stream(case.device)
+    stream = torch.cuda.Stream(case.device)  # type: ignore[no-untyped-call]
     events = [torch.cuda.Event() for _ in hosts]  # type: ignore[no-untyped-call]  # no annotation upstream
     target = torch.empty(CHUNK, dtype=torch.uint8, device=case.device)
     with torch.cuda.stream(stream):

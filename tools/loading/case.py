@@ -40,9 +40,7 @@ class Case:
         """Adapters on all linear layers."""
         from peft import LoraConfig
 
-        return LoraConfig(
-            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def tokens(self, vocabulary: int) -> torch.Tensor:
         """This rank's sequence, `(1, length)` int64 on the device, the same for every step and way."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+import patches
+
 __all__ = ["import_upstream"]
 
 #: Packages import much of themselves only when it is used; these are the parts that some way uses.
@@ -13,6 +15,7 @@ MODULES = (
     "bitsandbytes",
     "peft",
     "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
     "safetensors.torch",
     "surgery.recipe",
     "torch._dynamo",
@@ -25,9 +28,13 @@ MODULES = (
 
 
 def import_upstream() -> None:
-    """Import `MODULES`, and keep transformers from drawing progress bars."""
+    """Import `MODULES` and patches, and keep transformers from drawing progress bars."""
     for name in MODULES:
         importlib.import_module(name)
+    from surgery.recipe import BUILD_PATCHES, FSDP2_PATCHES, RESIDENT_PATCHES
+
+    for patch_id in (*BUILD_PATCHES, *FSDP2_PATCHES, *RESIDENT_PATCHES, "torch.fsdp1-sync-on-cpu"):
+        patches.get(patch_id)  # each is a module
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -38,9 +38,7 @@ def compare(options: Options, parsed: argparse.Namespace) -> Results:
             found = [replace(outcome, turn=turn) for outcome in found]
         outcomes += found
         Results(options=options, environment={}, outcomes=tuple(outcomes)).write(json_file=parsed.json)
-    return Results(
-        options=options, environment=environment(options, ranks=parsed.ranks), outcomes=tuple(outcomes)
-    )
+    return Results(options=options, environment=environment(options, ranks=parsed.ranks), outcomes=tuple(outcomes))
 
 
 def _single(options: Options) -> Iterator[Options]:
@@ -93,8 +91,9 @@ def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) ->
 
 
 def _environment(options: Options, ranks: int) -> dict[str, str]:
-    """A share of the cores for each rank. Threads that spin while they wait would take the core of whom they wait for."""
-    values = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(cores_per_rank(ranks))}
+    """A share of the cores for each rank. On CPUs, threads that spin would take the core of whom they wait for."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(cores_per_rank(ranks))}
     if options.device == "cpu":
         values |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     return values

@@ -64,9 +64,7 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _load(
-    loader: Callable[[Case], Trainee | None], options: Options, world: World
-) -> tuple[Load, Trainee | None]:
+def _load(loader: Callable[[Case], Trainee | None], options: Options, world: World) -> tuple[Load, Trainee | None]:
     world.clear()
     report = Report(device=world.device)
     modules = len(sys.modules)

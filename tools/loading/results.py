@@ -60,13 +60,19 @@ class Results:
 
     def write(self, *, json_file: Path | None = None, markdown: Path | None = None, svg: Path | None = None) -> None:
         """Each file that is asked for."""
-        values = {
-            "environment": self.environment,
-            "options": self.options.as_dict(),
-            "outcomes": [asdict(outcome) for outcome in self.outcomes],
-        }
-        contents = ((json_file, lambda: json.dumps(values, indent=1)), (markdown, self.markdown))
-        for file, content in (*contents, (svg, lambda: chart(self.summaries()))):
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(content() + "\n", encoding="utf-8")
+        if json_file is not None:
+            _write(json_file, json.dumps(self.as_dict(), indent=1))
+        if markdown is not None:
+            _write(markdown, self.markdown())
+        if svg is not None:
+            _write(svg, chart(self.summaries()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: everything, so that tables and plot can be made from it."""
+        outcomes = [asdict(outcome) for outcome in self.outcomes]
+        return {"environment": self.environment, "options": self.options.as_dict(), "outcomes": outcomes}
+
+
+def _write(file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content + "\n", encoding="utf-8")

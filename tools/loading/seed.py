@@ -47,7 +47,7 @@ def load_seed(case: Case) -> Trainee:
         model = _wrapped(model, case)
     if case.options.activation_checkpointing:
         surgery.checkpoint_activations(model)
-    ids = case.tokens(model.config.vocab_size)  # type: ignore[arg-type]
+    ids = case.tokens(model.config.vocab_size)
     return Trainee(step=plain_step(model, adamw(model), ids, clip=model.clip_grad_norm_), close=lambda: None)
 
 
@@ -102,8 +102,8 @@ def _quantize_and_place(
     if not isinstance(old, Params4bit):
         module._parameters[leaf] = nn.Parameter(value.to(device=keeps, dtype=POLICY.dtype), requires_grad=False)
         return
-    # Moving it to a device is what quantizes it.
-    new = Params4bit(value.to(device=device, dtype=POLICY.dtype), **vars(old)).to(device)
+    new: Any = Params4bit(value.to(device=device, dtype=POLICY.dtype), **vars(old))
+    new = new.to(device)  # which quantizes it
     module.quant_state = new.quant_state
     module.weight = Params4bit(new.data.to(keeps), **vars(new))
 
@@ -112,7 +112,7 @@ def _adapted(model: nn.Module, case: Case) -> nn.Module:
     from peft import get_peft_model
 
     torch.manual_seed(SEED)
-    adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(POLICY.dtype)

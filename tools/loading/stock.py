@@ -33,8 +33,8 @@ def load_stock(case: Case, *, fsdp: int) -> Trainee:
         if accelerator is None:
             model, optimizer = _prepare_on_cpu(model, case, fsdp)
         else:
-            model, optimizer = accelerator.prepare(model, adamw(model))
-    ids = case.tokens(model.config.vocab_size)  # type: ignore[arg-type]
+            model, optimizer = _prepare(accelerator, model, fsdp)
+    ids = case.tokens(model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # a transformers model has one
     if accelerator is None:
         clip = getattr(model, "clip_grad_norm_", lambda limit: nn.utils.clip_grad_norm_(model.parameters(), limit))
         return Trainee(step=plain_step(model, optimizer, ids, clip=clip), close=_forget)
@@ -42,9 +42,7 @@ def load_stock(case: Case, *, fsdp: int) -> Trainee:
     def clip_all(limit: float) -> object:
         return accelerator.clip_grad_norm_(model.parameters(), limit)
 
-    return Trainee(
-        step=plain_step(model, optimizer, ids, clip=clip_all, backward=accelerator.backward), close=_forget
-    )
+    return Trainee(step=plain_step(model, optimizer, ids, clip=clip_all, backward=accelerator.backward), close=_forget)
 
 
 def _plugin(case: Case, fsdp: int) -> Any:
@@ -67,8 +65,17 @@ def _accelerator(case: Case, fsdp: int) -> Any:
     return Accelerator(fsdp_plugin=_plugin(case, fsdp))
 
 
+def _prepare(accelerator: Any, model: nn.Module, fsdp: int) -> tuple[nn.Module, Any]:
+    """FSDP2 exchanges the parameters of an optimizer that it is given; for FSDP1 the model comes first."""
+    if fsdp == 2:
+        model, optimizer = accelerator.prepare(model, adamw(model))
+        return model, optimizer
+    wrapped: nn.Module = accelerator.prepare(model)
+    return wrapped, accelerator.prepare(adamw(wrapped))
+
+
 def _forget() -> None:
-    """accelerate keeps its state in classes and in the environment; the next way is not to find it."""
+    """What accelerate keeps is in classes and in the environment; the next way is not to find it."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,12 +104,10 @@ def _adapted(model: nn.Module, case: Case) -> nn.Module:
 
     torch.manual_seed(SEED)
     # Adapters in the dtype of the rest, which FSDP1 needs in order to flatten them together.
-    adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(DTYPE)
-        elif parameter.is_floating_point() and not parameter.requires_grad:
-            assert parameter.dtype == DTYPE, f"expected {DTYPE} everywhere, found {parameter.dtype}"
     return adapted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Any
 
 from loading.outcome import Load, Outcome, Training
 
@@ -49,6 +50,7 @@ def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
     turns = sorted({outcome.turn for outcome in mine})
     by_turn = {turn: [load for outcome, load in loads if outcome.turn == turn] for turn in turns}
     ready = {turn: max(load.ready for load in of) for turn, of in by_turn.items() if of}
+    training = _of_training([outcome.training for outcome in mine if outcome.training is not None])
     middle = sorted(ready, key=lambda turn: ready[turn])[(len(ready) - 1) // 2]
     slowest = max(by_turn[middle], key=lambda load: load.seconds)
     return Summary(
@@ -64,7 +66,7 @@ def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
         device=_most(loads, lambda load: load.device),
         held=_most(loads, lambda load: load.held),
         late_imports=_most(loads, lambda load: load.late_imports),
-        **_of_training([outcome.training for outcome in mine if outcome.training is not None]),
+        **training,
     )
 
 
@@ -77,7 +79,7 @@ def _most_telling(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: "torchrun" in (outcome.error or "torchrun"))
 
 
-def _of_training(trainings: Sequence[Training]) -> dict[str, object]:
+def _of_training(trainings: Sequence[Training]) -> dict[str, Any]:
     if not trainings:
         return {}
     return {

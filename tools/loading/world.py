@@ -27,7 +27,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank. `aside` is a group of its own for what concerns no way, which may leave the default one in disorder."""
+    """This rank. `aside` is a group for what concerns no way: one that fails may leave the other in disorder."""
 
     rank: int
     size: int

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 import patches
 from patches.builtin.torch.fsdp2_bit_exact_gather import (
     _copy_in,
-    check_gathers_as_bytes,
+    check_gathers_exactly,
     copying_changes_bits,
-    gather_as_bytes,
+    gather_as_integers,
 )
 from tests.helpers.rewritten_nans import HALF, nan_words, rewritten_nans
 
@@ -35,16 +36,18 @@ class Layer:
 FOUR_BIT, PLAIN = Layer(), SimpleNamespace()
 
 
-def parameter(*inputs: torch.Tensor, module: Any = PLAIN, declared: torch.dtype | None = None) -> Any:
+def parameter(*inputs: torch.Tensor, module: Any = PLAIN, declared: torch.dtype | None = None, **differs: Any) -> Any:
     """As much of an FSDPParam as is asked for; `inputs` is what this rank contributes."""
-    return SimpleNamespace(
-        param_dtype=None,
-        orig_dtype=declared or inputs[0].dtype,
-        offload_to_cpu=False,
-        device=inputs[0].device,
-        all_gather_inputs=list(inputs),
-        _module_info=SimpleNamespace(module=module),
-    )
+    plain = {
+        "param_dtype": None,
+        "orig_dtype": declared or inputs[0].dtype,
+        "offload_to_cpu": False,
+        "sharded_state": ShardedState.SHARDED,
+        "_sharded_param_data": inputs[0],
+        "all_gather_inputs": list(inputs),
+        "_module_info": SimpleNamespace(module=module),
+    }
+    return SimpleNamespace(**plain | differs)
 
 
 def packed(dtype: torch.dtype = BF16, count: int = 300) -> Any:
@@ -57,7 +60,7 @@ def other(dtype: torch.dtype = BF16, count: int = 7) -> Any:
 
 def gathered(*group: Any) -> Any:
     with rewritten_nans():
-        return gather_as_bytes(_copy_in, None, (list(group),), {})
+        return gather_as_integers(_copy_in, None, (list(group),), {})
 
 
 def bits(*group: Any) -> torch.Tensor:
@@ -104,33 +107,45 @@ def test_where_copies_rewrite_nans_the_patch_is_needed_applied_verified_and_undo
         assert _fsdp_param_group.foreach_all_gather is _fsdp_collectives.foreach_all_gather
 
 
-def test_the_verification_fails_where_groups_of_several_dtypes_are_no_longer_copied_as_bytes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def of_the_last(inputs: list[list[torch.Tensor]]) -> Any:
-        return [[t.dtype for t in ts] for ts in inputs], [[t.numel() for t in ts] for ts in inputs], inputs[-1][0].dtype
-
+def test_the_verification_fails_where_integers_are_not_copied_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     with rewritten_nans():
-        check_gathers_as_bytes()
-        monkeypatch.setattr(_fsdp_collectives, "_get_all_gather_input_metadatas", of_the_last)
-        with pytest.raises(RuntimeError, match=r"stored as torch\.bfloat16 are still copied as numbers"):
-            check_gathers_as_bytes()
+        check_gathers_exactly()
+        as_on_cuda = torch._foreach_copy_
+
+        def rewrite_zeros(targets: Any, sources: Any) -> None:
+            as_on_cuda(targets, sources)
+            for target in targets:
+                target[target == 0] = 1
+
+        monkeypatch.setattr(torch, "_foreach_copy_", rewrite_zeros)
+        with pytest.raises(RuntimeError, match=r"stored as torch\.bfloat16 are still changed"):
+            check_gathers_exactly()
 
 
 def test_probe_and_verification_take_no_random_numbers() -> None:
     before = torch.random.get_rng_state()
     copying_changes_bits()
-    check_gathers_as_bytes()
+    check_gathers_exactly()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def assert_as_stock(*group: Any) -> None:
+    """What is returned has the fields and dtypes of stock, and the bytes that went in."""
+    found, stock = gathered(*group), _copy_in(list(group))
+    assert found._replace(all_gather_output=None) == stock._replace(all_gather_output=None)
+    assert found.all_gather_output.dtype == stock.all_gather_output.dtype
+    assert torch.equal(found.all_gather_output.view(torch.uint8), bits(*group))
 
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_every_pattern_comes_back_and_the_result_is_as_stock(dtype: torch.dtype) -> None:
-    group = [other(dtype), packed(dtype), packed(dtype, 2), other(dtype, 0)]
-    found, stock = gathered(*group), _copy_in(group)
-    assert found._replace(all_gather_output=None) == stock._replace(all_gather_output=None)
-    assert found.all_gather_output.dtype == dtype
-    assert torch.equal(found.all_gather_output.view(torch.uint8), bits(*group))
+    assert_as_stock(other(dtype, 8), packed(dtype), packed(dtype, 2), other(dtype, 0))
+    assert gathered(packed(dtype)).all_gather_output.dtype == dtype
+
+
+def test_shards_that_are_no_whole_number_of_words_or_begin_within_one() -> None:
+    assert_as_stock(packed(count=301), other())
+    assert_as_stock(packed(), parameter(torch.arange(9).to(BF16)[1:]))
 
 
 def test_without_the_patch_the_stand_in_changes_words() -> None:
@@ -141,20 +156,27 @@ def test_without_the_patch_the_stand_in_changes_words() -> None:
 
 
 def test_a_group_of_several_dtypes_stays_one_of_bytes() -> None:
-    group = [packed(), other(FP32), packed(FP16)]
-    found, stock = gathered(*group), _copy_in(group)
-    assert found._replace(all_gather_output=None) == stock._replace(all_gather_output=None)
-    assert torch.equal(found.all_gather_output, bits(*group))
+    assert_as_stock(packed(), other(FP32), packed(FP16))
+    assert_as_stock(packed(), other(FP32), packed(FP16, 3))
+    assert gathered(packed(), other(FP32)).all_gather_output.dtype == torch.uint8
 
 
-def test_what_counts_is_the_dtype_that_an_extension_gathers_and_not_the_one_it_declares() -> None:
+def test_what_counts_is_what_an_extension_gathers_and_not_the_dtype_that_it_declares() -> None:
     """`fsdp_pre_all_gather` of a tensor subclass may give several tensors, of other dtypes than the parameter's."""
-    in_bytes = parameter(torch.arange(6, dtype=torch.uint8), torch.ones(3), declared=BF16)
-    of_one_type = parameter(torch.ones(4, dtype=BF16), torch.ones(5, dtype=BF16), declared=FP32)
-    for group in ([packed(), in_bytes], [packed(), of_one_type]):
-        found, stock = gathered(*group), _copy_in(group)
-        assert found._replace(all_gather_output=None) == stock._replace(all_gather_output=None)
-        assert torch.equal(found.all_gather_output.view(torch.uint8), bits(*group))
+    in_bytes = (torch.arange(6, dtype=torch.uint8), torch.ones(3))
+    of_one_type = (torch.ones(4, dtype=BF16), torch.ones(5, dtype=BF16))
+    assert_as_stock(packed(), parameter(*in_bytes, declared=BF16, _extensions_data="there"))
+    assert_as_stock(packed(), parameter(*of_one_type, declared=FP32, _extensions_data="there"))
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [{"offload_to_cpu": True}, {"sharded_state": ShardedState.SHARDED_POST_FORWARD}],
+    ids=lambda d: next(iter(d)),
+)
+def test_what_is_not_gathered_as_it_is_held_is_taken_from_fsdp2(differs: dict[str, Any]) -> None:
+    held_elsewhere = parameter(nan_words(BF16, 300), module=FOUR_BIT, _sharded_param_data=None, **differs)
+    assert_as_stock(held_elsewhere, parameter(torch.ones(4, dtype=BF16), _sharded_param_data=None, **differs))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +192,7 @@ def test_other_groups_are_left_to_stock(group: list[Any]) -> None:
     def stock(*args: Any, **kwargs: Any) -> Any:
         calls.append((args, kwargs))
 
-    gather_as_bytes(stock, None, (group, "more"), {"by": "name"})
+    gather_as_integers(stock, None, (group, "more"), {"by": "name"})
     assert calls == [((group, "more"), {"by": "name"})]
     assert calls[0][0][0] is group
 
@@ -178,7 +200,7 @@ def test_other_groups_are_left_to_stock(group: list[Any]) -> None:
 def test_the_group_may_be_given_by_name() -> None:
     group = [packed(), other()]
     with rewritten_nans():
-        found = gather_as_bytes(_copy_in, None, (), {"fsdp_params": group})
+        found = gather_as_integers(_copy_in, None, (), {"fsdp_params": group})
     assert torch.equal(found.all_gather_output.view(torch.uint8), bits(*group))
 
 

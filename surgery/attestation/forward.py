@@ -1,0 +1,141 @@
+"""Attest weights as forward sees them: gathered."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.attestation.agreement import fingerprint, gather_whole, of_all_ranks, rank
+from surgery.attestation.attest import chosen_records, raise_any, rest_differences
+from surgery.attestation.differences import Attestation, Difference
+from surgery.attestation.digest import Piece, page_count, page_sums
+from surgery.attestation.record import Record, Records
+from surgery.attestation.shards import shards_of
+from surgery.errors import AttestationError
+
+__all__ = ["Watch", "attesting"]
+
+#: Weights that are wrong are kept, for as many layers, until their words can be counted. Of others pages are counted.
+KEPT = 4
+
+
+@dataclass(kw_only=True, eq=False)
+class Watch:
+    """What `attesting` yields. calls: of forward so far, on this rank. attestation: set at the end of the block."""
+
+    calls: int = 0
+    attestation: Attestation | None = None
+    _seen: dict[nn.Module, _Seen] = field(default_factory=dict, init=False, repr=False)
+
+    def _look(self, layer: Any, record: Record) -> None:
+        """Compare the weight that `layer` is about to use; waits for the device."""
+        weight = layer.weight.detach().reshape(-1)
+        sums = page_sums([Piece(data=weight)])[0].cpu()
+        self.calls += 1
+        assert record.whole is not None
+        if layer in self._seen or torch.equal(sums, record.whole):
+            return
+        pages = int((sums != record.whole).sum()) if sums.shape == record.whole.shape else len(record.whole)
+        kept = sum(seen.weight is not None for seen in self._seen.values())
+        self._seen[layer] = _Seen(pages=pages, weight=weight.view(torch.uint8).cpu() if kept < KEPT else None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """A weight that forward used and that is not what was quantized, the first time: how many pages, and its bytes."""
+
+    pages: int
+    weight: torch.Tensor | None
+
+
+@contextlib.contextmanager
+def attesting(model: nn.Module, layers: int | Sequence[str] | None = None, *, seed: int = 0) -> Iterator[Watch]:
+    """A block in which `model` runs, and each of `layers` is compared as its forward uses it; collective at both ends.
+
+    Nothing is raised in forward, where other ranks would wait for this one for ever: a difference is counted, and at
+    the end of the block all ranks raise what any of them found. Differences of shards and quant_state of the same
+    layers are among them. Every forward of these layers waits for the device, so sample them where time matters.
+
+    Args:
+        model: as for `surgery.attest`.
+        layers: as for `surgery.attest`.
+        seed: as for `surgery.attest`.
+
+    Raises:
+        AttestationError: at the end, on every rank; `words` counts exactly how many 16-bit words differ from the
+            shards, for the first layers on each rank. Also if no layer ran on any rank.
+        ConfigError: the model has 4-bit layers that `surgery.qlora` did not quantize, or none.
+    """
+    start = time.perf_counter()
+    records = chosen_records(model, layers, seed=seed)
+    watch = Watch()
+    with contextlib.ExitStack() as hooks:
+        for layer, record in records.items():
+            hook = layer.register_forward_pre_hook(_looking(watch, record))
+            hooks.callback(hook.remove)
+        yield watch
+    with torch.no_grad():
+        _judge(model, records, watch)
+    found = list(records.values())
+    watch.attestation = Attestation(
+        where="in forward",
+        layers=tuple(each.fqn for each in found),
+        nbytes=sum(each.nbytes for each in found),
+        digest=fingerprint(found),
+        seconds=time.perf_counter() - start,
+        calls=watch.calls,
+    )
+
+
+def _looking(watch: Watch, record: Record) -> Any:
+    @torch.no_grad()
+    def look(layer: nn.Module, _inputs: object) -> None:
+        watch._look(layer, record)
+
+    return look
+
+
+def _judge(model: nn.Module, records: Records, watch: Watch) -> None:
+    """Raise on every rank what any of them has seen."""
+    if not any(of_all_ranks(watch.calls)):
+        raise AttestationError(
+            f"none of {len(records)} layers ran in the block, so that nothing was attested: run the model in it. A "
+            "compiled model keeps the hooks that it had when it was compiled; attest it before"
+        )
+    bad = {name for of_rank in of_all_ranks([records[layer].fqn for layer in watch._seen]) for name in of_rank}
+    shards = shards_of(model, records)
+    found = []
+    for layer, record in records.items():
+        if record.fqn in bad:
+            whole = gather_whole(shards[layer], record.nbytes, device=record.device)
+            found += [_difference(record, seen, whole) for seen in (watch._seen.get(layer),) if seen is not None]
+    raise_any([*found, *rest_differences(model, records)], layers=len(records))
+
+
+def _difference(record: Record, seen: _Seen, whole: torch.Tensor) -> Difference:
+    return Difference(
+        layer=record.fqn,
+        where="in forward",
+        ranks=(rank(),),
+        pages=seen.pages,
+        of_pages=page_count(record.nbytes),
+        words=None if seen.weight is None else _differing_words(seen.weight, whole),
+        of_words=-(-record.nbytes // 2),
+    )
+
+
+def _differing_words(one: torch.Tensor, other: torch.Tensor) -> int:
+    """16-bit words that two rows of bytes do not have in common, place by place."""
+    words, others = _words(one), _words(other)
+    common = min(len(words), len(others))
+    return int((words[:common] != others[:common]).sum()) + max(len(words), len(others)) - common
+
+
+def _words(data: torch.Tensor) -> torch.Tensor:
+    return torch.cat([data, data.new_zeros(data.numel() % 2)]).view(torch.int16)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Compare ways of loading on the GPUs of this machine; installs nothing. Each call ends within 10 minutes.
+#
+#   tools/gpu_load.sh OUT 8b [RANKS]    every way, in processes of its own, with training and profiles
+#   tools/gpu_load.sh OUT loads [RANKS] three turns of each with the same model, in the same processes, loading alone
+#   tools/gpu_load.sh OUT 70b           on two GPUs as if they had 24 GiB each, with activation checkpointing
+#   tools/gpu_load.sh OUT tiny [RANKS]  all of this with a tiny model on CPUs: whether it runs
+#
+# Checkpoints are made in WORK (default /dev/shm; 15 GB and 138 GB) and kept for the next call. PYTHON names the
+# interpreter. OUT gets JSON, Markdown and SVG of each comparison, and a folder of profiles.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ $# -lt 2 || ! $2 =~ ^(8b|loads|70b|tiny)$ ]]; then
+  echo "usage: $0 OUT 8b|loads|70b|tiny [RANKS]" >&2
+  exit 2
+fi
+out=$(realpath -m "$1")
+size=$2
+ranks=${3:-2}
+work=${WORK:-/dev/shm}
+python=${PYTHON:-python3}
+device=cuda
+processes=4
+length=1024
+model=llama-$size
+if [[ $size == tiny ]]; then
+  device=cpu processes=1 length=64
+elif [[ $size == loads ]]; then
+  model=llama-8b
+fi
+checkpoint=$work/$model
+
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+started=$SECONDS
+"$python" tools/make_checkpoint.py synthetic "$checkpoint" --shape "$model" --device "$device" \
+  --processes "$processes"
+echo "checkpoint: $((SECONDS - started)) s"
+
+# compare NAME OPTION...: a failing way is in the results, so the next comparison runs all the same.
+compare() {
+  local name=$1
+  shift
+  "$python" tools/bench_load.py compare --checkpoint "$checkpoint" --device "$device" --ranks "$ranks" \
+    --length "$length" --json "$out/$name.json" --markdown "$out/$name.md" --svg "$out/$name.svg" "$@" ||
+    echo "$name: some ways gave no figures" >&2
+}
+
+training() { compare "$size-x$ranks" --steps 12 --profile "$out/profiles-$size-x$ranks" --limit 120; }
+loads() { compare "$size-x$ranks-loads" --together --repeats 3 --steps 0 --limit 400; }
+capped() {
+  compare "$size-x$ranks-capped" --ways sharded,rank0-cpu,seed,accelerate-fsdp2 --memory-cap 24 \
+    --activation-checkpointing --steps 3 --limit 200
+}
+
+case $size in
+  8b) training ;;
+  loads) loads ;;
+  70b) capped ;;
+  tiny) training && loads && capped ;;
+esac
