@@ -31,13 +31,13 @@ class Staging:
 
     @classmethod
     def on(cls, device: torch.device, *, run_elements: int) -> Staging:
-        """A GPU is fed by as many threads as there are cores for it, up to 16: one copies some 2 GB/s out of the page
-        cache, and 16 fill the copy engine. A CPU quantizes more slowly than one thread reads.
+        """A GPU is fed by as many threads as there are cores for it, up to 12: one copies some 3 GB/s out of the page
+        cache, and 12 keep ahead of quantizing. A CPU quantizes more slowly than one thread reads.
         """
         if device.type == "cpu":
             return cls(elements=run_elements, buffers=4, threads=1, layer_elements=1 << 23)
-        threads = max(1, min(16, cores() // max(torch.cuda.device_count(), 1)))
-        return cls(elements=run_elements, buffers=threads + 8, threads=threads, layer_elements=1 << 27)
+        threads = max(1, min(12, cores() // max(torch.cuda.device_count(), 1)))
+        return cls(elements=run_elements, buffers=threads + 4, threads=threads, layer_elements=1 << 27)
 
 
 def cores() -> int:

@@ -71,7 +71,7 @@ class Parts:
         driver. Where it is not to be had, nothing happens; the part that does not fit will say so.
         """
         device = self.residence.compute_device
-        if device.type != "cuda":
+        if device.type != "cuda" or self.division.rank0_only:
             return
         size = sum(self._nbytes(target) for target in targets if self._made_on(target) == device)
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -98,7 +98,7 @@ class Parts:
 
     def _made_on(self, target: Target) -> torch.device:
         """The compute device, but for what rank 0 alone keeps as it is read."""
-        if self.division.rank0_only and not target.is_quantized:
+        if self.division.is_rank0s(target.form):
             return self.residence.data_device
         return self.residence.compute_device
 

@@ -30,11 +30,12 @@ from surgery.distributed.nodes import Node
 from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
 from surgery.install import install
+from surgery.landing import Landing
 from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, in_background, undisturbed
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, needs_weights
-from surgery.passes.base import Layer, Pass, group_into_layers
+from surgery.passes.base import Layer, Naming, Pass, group_into_layers
 from surgery.passes.exchange import Exchange
 from surgery.passes.load import Load, requests
 from surgery.passes.pipeline import Pipeline
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["BUILD_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
+__all__ = ["BUILD_PATCHES", "FSDP2_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
 
 #: Needed while PEFT and FSDP rebuild the model; undone when `qlora` returns.
 BUILD_PATCHES = ("torch.meta-param-replacement",)
@@ -101,9 +102,11 @@ def qlora(
     """Build a 4-bit model with LoRA adapters from `checkpoint`, sharded; to be called on all ranks alike.
 
     Each rank reads a part of every weight, and quantizes it; no other rank reads that part. Under FSDP2 it is the part
-    that the rank keeps, and no rank ever holds the whole packed model. Nothing of bitsandbytes, PEFT or torch is changed
-    but by patches: those that are needed to build are undone on return, those that the model needs to run act on its layers
-    alone, until `surgery.release(model)`, the end of `with surgery.qlora(...) as model:`, or its collection.
+    that the rank keeps, and no rank ever holds the whole packed model.
+
+    Nothing of bitsandbytes, PEFT or torch is changed but by patches: those that are needed to build are undone on
+    return, those that the model needs to run act on its layers alone, until `surgery.release(model)`, the end of
+    `with surgery.qlora(...) as model:`, or its collection.
 
     Args:
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
@@ -250,6 +253,7 @@ class QLoRA:
         parts = Parts(quantizer=prepared.quantizer, division=division, residence=self._residence, rank=rank)
         parts.reserve(target for layer in prepared.layers for target in layer.targets)
         with contextlib.ExitStack() as stack:
+            landing = stack.enter_context(Landing(self.device))
             reader = stack.enter_context(prepared.checkpoint.reader(on_read=self.report.count_bytes))
             prefetch = Prefetch(
                 reader,
@@ -270,7 +274,7 @@ class QLoRA:
                     replicas=fsdp2.replicas_of(meeting.mesh) if meeting.mesh is not None else None,
                 ),
                 Remember(parts=parts),
-                Place(parts=parts, ranks=self.ranks),
+                Place(parts=parts, ranks=self.ranks, landing=landing),
             )
             pipeline = Pipeline(
                 passes=passes,
@@ -285,7 +289,8 @@ class QLoRA:
             before, after = self._around_install(meeting)
             model = self._pipeline(before, Replace.ensures).run(prepared.model)
             loading.wait()
-            with self.report.phase("install"):
+            landing.wait()
+            with self.report.phase("install"), Naming("install", "the model"):
                 install(model, parts)
             return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
 

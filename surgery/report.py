@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from surgery.measurements import History, Phase, Prediction, Sample
-from surgery.sampling import anonymous_memory, sampled
+from surgery.sampling import SAMPLE_PERIOD, anonymous_memory, sampled
 
 __all__ = ["Phase", "Report", "anonymous_memory"]
 
@@ -59,7 +59,7 @@ class Report:
 
         self._begin(phase)
         try:
-            with sampled(look):
+            with sampled(look, period=self._period):
                 yield phase
         finally:
             self._end(phase)
@@ -84,7 +84,7 @@ class Report:
         def look() -> None:
             self.history.add(Sample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
 
-        with sampled(look):
+        with sampled(look, period=self._period):
             yield self.history
 
     def track(self, items: Sequence[T], *, describe: Callable[[T], str]) -> Iterator[T]:
@@ -113,6 +113,13 @@ class Report:
             for phase in self.phases
         }
 
+    @property
+    def _period(self) -> float:
+        """Seconds between two looks. Where weights go to a GPU they pass through buffers that stay as they are, and each
+        look takes the interpreter from the threads that load.
+        """
+        return SAMPLE_PERIOD if self.device.type == "cpu" else 10 * SAMPLE_PERIOD
+
     def _begin(self, phase: Phase) -> None:
         with self._lock:
             self._note_device_peak()
@@ -122,7 +129,7 @@ class Report:
 
     def _end(self, phase: Phase) -> None:
         try:
-            # Not while another phase runs: its thread would go on giving the device work, and this one would wait for it.
+            # Not while another phase runs: its thread would go on giving the device work, and this one wait for that.
             if self.device.type == "cuda" and len(self._running) == 1:
                 torch.cuda.synchronize(self.device)  # raises what an earlier kernel has failed with
         finally:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["anonymous_memory", "sampled"]
+__all__ = ["SAMPLE_PERIOD", "anonymous_memory", "sampled"]
 
 #: Seconds between two looks at the process's memory. A layer takes milliseconds to seconds.
 SAMPLE_PERIOD = 0.005

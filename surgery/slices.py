@@ -80,7 +80,7 @@ class Grid:
 class Division:
     """How all tensors of a model are divided.
 
-    grid: of sharded tensors. rank0_only: what is not quantized is read and kept by rank 0 alone.
+    grid: of sharded tensors. rank0_only: parameters that are not quantized are read and kept by rank 0 alone.
     """
 
     grid: Grid
@@ -103,14 +103,18 @@ class Division:
         return _slice(self, form, rank)
 
     def grid_of(self, form: Form) -> Grid:
-        """`grid`, but for buffers that every rank keeps."""
-        return Grid(replicas=self.grid.world_size) if form.is_buffer and not self.rank0_only else self.grid
+        """`grid`, but for buffers, which every rank keeps."""
+        return Grid(replicas=self.grid.world_size) if form.is_buffer else self.grid
+
+    def is_rank0s(self, form: Form) -> bool:
+        """Whether rank 0 reads and keeps all of it, and the others nothing."""
+        return self.rank0_only and form.blocksize is None and not form.is_buffer
 
     def capacity(self, form: Form, rank: int) -> int:
         """Rows that `rank` needs memory for: as many as the rank with most, because FSDP2 pads the others to that, and
         so many more that those who keep the same rows can gather equal parts.
         """
-        if form.blocksize is None and self.rank0_only:
+        if self.is_rank0s(form):
             return len(self.slice(form, rank).keeps)
         replicas = self.grid_of(form).replicas
         return -(-len(self.slice(form, 0).keeps) // replicas) * replicas
@@ -128,7 +132,7 @@ def _slices(division: Division, form: Form) -> tuple[Slice, ...]:
 @functools.cache
 def _slice(division: Division, form: Form, rank: int) -> Slice:
     rows = range(form.rows)
-    if form.blocksize is None and division.rank0_only:
+    if division.is_rank0s(form):
         kept = rows if rank == 0 else rows[:0]
         return Slice(keeps=kept, reads=kept, elements=form.elements(kept), blocks=range(0))
     grid = division.grid_of(form)

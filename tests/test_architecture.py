@@ -19,7 +19,7 @@ LAYERS = (
     ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
-    ("distributed", "loading"),
+    ("landing", "distributed", "loading"),
     ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
     ("planning",),
     ("recipe",),

@@ -22,13 +22,19 @@ from typing import Any
 
 import torch
 
+from gpu_checks.attest import check_attest
 from gpu_checks.exactness import check_exactness, write_reference
 from gpu_checks.findings import WHOLE, Findings, Outcome, attempt
 from gpu_checks.gather import check_gather
 from gpu_checks.job import Job, joined
 from gpu_checks.training import check_training
 
-PARTS = {"exactness": check_exactness, "training": check_training, "gather": check_gather}
+PARTS = {
+    "exactness": check_exactness,
+    "training": check_training,
+    "gather": check_gather,
+    "attest": check_attest,
+}
 UPSTREAM = ("bitsandbytes", "transformers", "peft", "accelerate")
 
 

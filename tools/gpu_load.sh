@@ -48,8 +48,11 @@ compare() {
     echo "$name: some ways gave no figures" >&2
 }
 
-training() { compare "$size-x$ranks" --steps 12 --profile "$out/profiles-$size-x$ranks" --limit 120; }
-loads() { compare "$size-x$ranks-loads" --together --repeats 3 --steps 0 --limit 400; }
+ways=read,sharded,rank0-cpu,replicated,replicated-fsdp2,seed,accelerate-fsdp1,accelerate-fsdp2
+training() {
+  compare "$size-x$ranks" --ways "$ways" --steps 12 --profile "$out/profiles-$size-x$ranks" --limit 120
+}
+loads() { compare "$size-x$ranks-loads" --ways "$ways" --together --repeats 3 --steps 0 --limit 400; }
 capped() {
   compare "$size-x$ranks-capped" --ways sharded,rank0-cpu,seed,accelerate-fsdp2 --memory-cap 24 \
     --activation-checkpointing --steps 3 --limit 200

@@ -1,4 +1,4 @@
-"""What ranks tell each other to attest a model. All functions are collective, on one rank too."""
+"""What ranks tell each other to attest a model. Functions are collective, on one rank too, if they do not say other."""
 
 from __future__ import annotations
 
@@ -53,13 +53,14 @@ def spread(own: Sums, nbytes: int) -> torch.Tensor:
 
 
 def complete(records: Sequence[Record]) -> None:
-    """Let every rank know the page sums of whole weights, from what each of them has made; once."""
+    """Let every rank know the page sums and digests of whole weights, from what each of them has made; once."""
     waiting = [each for each in records if each.whole is None]
     if not waiting:
         return
     vectors = [spread(each.own, each.nbytes) for each in waiting]
     for each, whole in zip(waiting, add_up(vectors, device=waiting[0].device), strict=True):
         each.whole = whole
+        each.digest = _digest(each, whole)
 
 
 def state_disagreements(records: Sequence[Record]) -> list[Difference]:
@@ -67,9 +68,9 @@ def state_disagreements(records: Sequence[Record]) -> list[Difference]:
 
     All have computed it from the same statistics; on devices of different kinds it could differ all the same.
     """
-    mine = {each.fqn: _state_digest(each) for each in records}
-    if len(set(of_all_ranks(_hash(digest.encode() for digest in mine.values())))) == 1:
+    if len(set(of_all_ranks(fingerprint(records)))) == 1:
         return []
+    mine = {each.fqn: each.digest for each in records}
     by_rank = of_all_ranks(mine)
     if rank() != 0:
         return []
@@ -83,9 +84,8 @@ def state_disagreements(records: Sequence[Record]) -> list[Difference]:
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """Of the layers as they were quantized: 16 hexadecimal digits."""
-    found = ((each.fqn, _bytes(each.whole), _state_digest(each)) for each in records if each.whole is not None)
-    return _hash(part for fqn, whole, state in found for part in (fqn.encode(), whole, state.encode()))
+    """Of the layers as they were quantized: 16 hexadecimal digits. Not collective."""
+    return _hash(part.encode() for each in records for part in (each.fqn, each.digest))
 
 
 def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Tensor:
@@ -105,13 +105,10 @@ def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Te
     return whole
 
 
-def _state_digest(record: Record) -> str:
-    tensors = (part for name, sums in record.states.items() for part in (name.encode(), _bytes(sums)))
+def _digest(record: Record, whole: torch.Tensor) -> str:
+    sums = {"weight": whole, **record.states}
+    tensors = (part for name, pages in sums.items() for part in (name.encode(), pages.numpy().tobytes()))
     return _hash([*tensors, *(f"{name} {text}".encode() for name, text in record.settings.items())])
-
-
-def _bytes(sums: torch.Tensor) -> bytes:
-    return sums.numpy().tobytes()
 
 
 def _hash(parts: Iterable[bytes]) -> str:

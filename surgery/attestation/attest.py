@@ -65,11 +65,11 @@ def _choose(records: dict[nn.Module, Record], layers: int | Sequence[str] | None
             raise ConfigError(f"expected 1 layer or more to attest, found {layers}")
         drawn = set(random.Random(seed).sample(range(len(records)), min(layers, len(records))))  # noqa: S311  # no secret
         return {layer: record for number, (layer, record) in enumerate(records.items()) if number in drawn}
-    names = {record.fqn for record in records.values()}
+    names = [record.fqn for record in records.values()]
     unknown = [name for name in layers if name not in names]
     if unknown or not layers:
         raise SelectorError(
-            f"expected names of 4-bit layers, such as {next(iter(names))}; found {', '.join(unknown) or 'none'}",
+            f"expected names of 4-bit layers, such as {names[0]}; found {', '.join(unknown) or 'none'}",
             patterns=unknown,
         )
     return {layer: record for layer, record in records.items() if record.fqn in layers}

@@ -43,7 +43,8 @@ class Watch:
             return
         pages = int((sums != record.whole).sum()) if sums.shape == record.whole.shape else len(record.whole)
         kept = sum(seen.weight is not None for seen in self._seen.values())
-        self._seen[layer] = _Seen(pages=pages, weight=weight.view(torch.uint8).cpu() if kept < KEPT else None)
+        copy = weight.view(torch.uint8).to("cpu", copy=True) if kept < KEPT else None  # FSDP frees the weight itself
+        self._seen[layer] = _Seen(pages=pages, weight=copy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

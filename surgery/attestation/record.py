@@ -42,7 +42,8 @@ class Record:
     device: where it was quantized, and what the ranks' process group speaks.
     own: of bytes that this rank has vouched for: those that it made, later those that it was found to hold rightly.
     states: page sums of the tensors of `quant_state`, and settings: the rest of it; whole on every rank.
-    whole: page sums of the whole packed weight, once the ranks have added up what they made.
+    whole: page sums of the whole packed weight, once the ranks have added up what they made; digest: of these and all
+    of the state, from then on.
     """
 
     fqn: str
@@ -52,6 +53,7 @@ class Record:
     states: dict[str, torch.Tensor]
     settings: dict[str, str]
     whole: torch.Tensor | None = None
+    digest: str = ""
 
 
 #: Layers in the order of the model, which is the same on every rank.

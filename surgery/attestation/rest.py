@@ -22,21 +22,21 @@ __all__ = ["shard_differences", "state_differences"]
 
 def state_differences(records: Records) -> list[Difference]:
     """Where `quant_state` on this rank is not what it was; not collective."""
-    found: list[Difference] = []
     now = {layer: states.state_of(layer) for layer in records}
+    tensors = {layer: states.tensors(state) for layer, state in now.items()}
     wanted = [(layer, name) for layer, record in records.items() for name in record.states]
-    tensors = [states.tensors(now[layer]).get(name) for layer, name in wanted]
-    sums = iter(on_cpu(page_sums([Piece(data=tensor) for tensor in tensors if tensor is not None])))
-    for (layer, name), tensor in zip(wanted, tensors, strict=True):
-        expected = records[layer].states[name]
-        pages = _differing(next(sums), expected) if tensor is not None else list(range(len(expected)))
+    pieces = [Piece(data=tensors[layer][name]) for layer, name in wanted if name in tensors[layer]]
+    sums = iter(on_cpu(page_sums(pieces)))
+    found: list[Difference] = []
+    for layer, name in wanted:
+        was = records[layer].states[name]
+        pages = len(_differing(next(sums), was)) if name in tensors[layer] else len(was)
         if pages:
-            found.append(_of_state(records[layer].fqn, name, len(pages), len(expected)))
+            found.append(_of_state(records[layer].fqn, name, pages, len(was)))
     for layer, record in records.items():
-        current = states.settings(now[layer])
-        for name, was in record.settings.items():
-            if current.get(name) != was:
-                found.append(_of_state(record.fqn, f"{name} is {current.get(name)}, was {was}"))
+        settings = states.settings(now[layer])
+        changed = {name: text for name, text in record.settings.items() if settings.get(name) != text}
+        found += [_of_state(record.fqn, f"{name} is {settings.get(name)}, was {was}") for name, was in changed.items()]
     return found
 
 
@@ -46,6 +46,8 @@ def _of_state(layer: str, what: str, pages: int = 0, of_pages: int = 0) -> Diffe
 
 def _differing(one: torch.Tensor, other: torch.Tensor) -> list[int]:
     """Pages of which the sums differ; all if there are more or fewer of them."""
+    if torch.equal(one, other):
+        return []
     if one.shape != other.shape:
         return list(range(max(len(one), len(other))))
     return torch.nonzero(one != other).flatten().tolist()

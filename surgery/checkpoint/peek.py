@@ -75,9 +75,9 @@ class _Repository:
 
     @classmethod
     def find(cls, repo_id: str, *, revision: str | None, token: str | bool | None) -> _Repository:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
-        found = HfApi(token=token).model_info(repo_id, revision=revision)
+        found = HfApi(token=token).model_info(repo_id, revision=revision or constants.DEFAULT_REVISION)
         names = tuple(sibling.rfilename for sibling in found.siblings or ())
         return cls(repo_id=repo_id, commit=str(found.sha), token=token, files=names)
 

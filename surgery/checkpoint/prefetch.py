@@ -91,8 +91,10 @@ class Prefetch:
     def _read(self, request: Request, buffer: _Buffer, until: torch.cuda.Event | None) -> Chunk:
         if until is not None:
             until.synchronize()
-        data = buffer.take(request.stop - request.start, request.entry.dtype, self._chunk_elements, pin=self._pin)
-        self._reader.read_into(request.entry, data, start=request.start)
+        numel, dtype = request.stop - request.start, request.entry.dtype
+        buffer.make(self._chunk_elements * dtype.itemsize, pin=self._pin)
+        self._reader.read_bytes(request.entry, buffer.memory[: numel * dtype.itemsize], start=request.start)
+        data = buffer.tensor[: numel * dtype.itemsize].view(dtype)
 
         def release(until: torch.cuda.Event | None = None) -> None:
             self._read_next(buffer, until)
@@ -101,16 +103,22 @@ class Prefetch:
 
 
 class _Buffer:
-    """Memory for one chunk of any dtype, made on first use and again only if a wider dtype comes."""
+    """Memory for one chunk, made on first use, and again only if a wider dtype comes: `tensor` and `memory`, as bytes.
+
+    Through `memory` it is read into without a tensor operation, each of which would stop for the interpreter's lock,
+    which many threads want.
+    """
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.memory = memoryview(b"")
 
-    def take(self, numel: int, dtype: torch.dtype, capacity: int, *, pin: bool) -> torch.Tensor:
-        """A view of `numel` elements of `dtype`; there will be at most `capacity`."""
-        if self._bytes.numel() < numel * dtype.itemsize:
-            self._bytes = torch.empty(capacity * dtype.itemsize, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        return self._bytes[: numel * dtype.itemsize].view(dtype)
+    def make(self, nbytes: int, *, pin: bool) -> None:
+        """Have at least so many bytes."""
+        if self.tensor.numel() >= nbytes:
+            return
+        self.tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        self.memory = self.tensor.numpy().data
 
 
 def _chunks(requests: Iterable[Request], size: int) -> Iterator[Request]:

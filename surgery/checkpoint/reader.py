@@ -71,6 +71,12 @@ class Reader:
         buffer = out.detach().view(-1).view(torch.uint8).numpy().data
         self._fill(entry, buffer, offset=entry.start + start * entry.dtype.itemsize)
 
+    def read_bytes(self, entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
+        """Fill `out` with the bytes of the tensor from element `start` on: what `read_into` does, for a caller that has
+        made sure of its sizes, and takes no tensor operation.
+        """
+        self._fill(entry, out, offset=entry.start + start * entry.dtype.itemsize)
+
     @property
     def bytes_read(self) -> dict[str, int]:
         """Bytes read so far, by tensor name: a copy. A range that is read twice counts twice."""

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from surgery.distributed.exchange import noticing_ends
+from surgery.landing import Landing
+
 __all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_rank0", "scatter_parts"]
 
 #: The name since torch 2.13, where the older one warns.
@@ -25,7 +28,8 @@ def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     out = mine.new_empty(len(sizes) * longest)
-    all_gather_single(_bytes(out), _bytes(padded))
+    with noticing_ends():
+        all_gather_single(_bytes(out), _bytes(padded))
     return out.view(len(sizes), longest)
 
 
@@ -41,13 +45,16 @@ def gather_parts(
     mine = everything[start : start + longest]
     # NCCL gathers in place; gloo does not promise to.
     sent = mine if mine.is_cuda else mine.clone()
-    all_gather_single(_bytes(everything), _bytes(sent), group=group)
+    with noticing_ends():
+        all_gather_single(_bytes(everything), _bytes(sent), group=group)
 
 
-def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None) -> None:
+def gather_to_rank0(
+    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, landing: Landing
+) -> None:
     """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
 
-    A bounded run at a time, so that the device of rank 0 never holds more than one run of each rank.
+    A bounded run at a time. `out` is full once `landing` has been waited for.
     """
     run = max(RUN_BYTES // mine.element_size(), 1)
     longest = max(len(part) for part in parts)
@@ -56,14 +63,14 @@ def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Te
         padded = mine.new_zeros(length)
         piece = mine[start : start + length]
         padded[: piece.numel()] = piece
-        if out is None:
-            dist.gather(_bytes(padded), dst=0)
+        received = None if out is None else [torch.empty_like(padded) for _ in parts]
+        with noticing_ends():
+            dist.gather(_bytes(padded), None if received is None else [_bytes(tensor) for tensor in received], dst=0)
+        if out is None or received is None:
             continue
-        received = [torch.empty_like(padded) for _ in parts]
-        dist.gather(_bytes(padded), [_bytes(tensor) for tensor in received], dst=0)
         for part, tensor in zip(parts, received, strict=True):
             wanted = part[start : start + length]
-            out[wanted.start : wanted.stop] = tensor[: len(wanted)]
+            landing.copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
 
 
 def scatter_parts(
@@ -87,7 +94,8 @@ def scatter_parts(
         sent = [like.new_zeros(longest) for _ in parts]
         for buffer, part in zip(sent, parts, strict=True):
             buffer[: len(part)] = whole[part.start : part.stop]
-    dist.scatter(_bytes(received), None if sent is None else [_bytes(b) for b in sent], src=source, group=group)
+    with noticing_ends():
+        dist.scatter(_bytes(received), None if sent is None else [_bytes(b) for b in sent], src=source, group=group)
     return received[: len(parts[position])]
 
 

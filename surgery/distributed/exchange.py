@@ -24,6 +24,7 @@ __all__ = [
     "counter",
     "current_ranks",
     "everyone",
+    "noticing_ends",
     "rank0_rng_state",
     "same_patches",
 ]
@@ -31,6 +32,8 @@ __all__ = [
 
 #: Seconds between two looks at a gate that has been closed for longer than that.
 GATE_PAUSE = 0.005
+
+WITHOUT_A_WORD = "has ended without a word: its own output, or the kernel's log, says why"
 
 #: What a gate has counted once a rank has shut it; ranks that come later do not make up for that.
 SHUT = -(1 << 40)
@@ -59,18 +62,25 @@ class Ranks:
     #: Set once a rank has failed among collectives, or will not wait: the others cannot meet it any more.
     apart: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
-    def raise_alarm(self, error: BaseException, *, of: int | None = None, apart: bool = False) -> None:
-        """Tell the other ranks, without waiting for them. Never fails: a store that is gone has nobody to tell.
+    def raise_alarm(self, error: BaseException, *, apart: bool = False) -> None:
+        """Tell the other ranks that this one has failed, without waiting for them.
 
-        of: the rank that failed, if it is another one. apart: it does not come to where all ranks meet.
+        apart: it does not come to where all ranks meet.
         """
+        self._sound(self.rank, f"failed: {type(error).__name__}: {error}", apart=apart)
+
+    def report_lost(self, rank: int | None) -> None:
+        """Tell the other ranks that the process of `rank` has ended; None: of one that is not known."""
+        self._sound(rank, WITHOUT_A_WORD, apart=True)
+
+    def _sound(self, rank: int | None, what: str, *, apart: bool) -> None:
+        """Never fails: a store that is gone has nobody to tell."""
         if apart:
             self.apart.set()
         if self.world_size == 1:
             return
         with contextlib.suppress(RuntimeError):
-            failed = self.rank if of is None else of
-            _store().set(self.alarm, f"{failed}\n{int(apart)}\n{type(error).__name__}: {error}")
+            _store().set(self.alarm, f"{'' if rank is None else rank}\n{int(self.apart.is_set())}\n{what}")
             _store().check([self.alarm])  # what is set is on its way; an answer means that it has arrived
 
     def check_alarm(self) -> None:
@@ -83,10 +93,10 @@ class Ranks:
             raise _gone() from error
         if alarm is None:
             return
-        rank, apart, message = alarm.split("\n", 2)
+        rank, apart, what = alarm.split("\n", 2)
         if int(apart):
             self.apart.set()
-        raise PeerError(f"rank {rank} failed: {message}", rank=int(rank))
+        raise PeerError(f"rank {rank} {what}" if rank else f"another rank {what}", rank=int(rank) if rank else None)
 
     def gate(self, name: str, *, stop: threading.Event) -> None:
         """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
@@ -130,11 +140,12 @@ class Ranks:
             dist.all_reduce(failures)
             return failures.item() > 0
         except RuntimeError as error:
+            self.check_alarm()
             raise _gone() from error
 
 
 def _gone() -> PeerError:
-    return PeerError("another rank has ended without a word: its own output, or the kernel's log, says why", rank=None)
+    return PeerError(f"another rank {WITHOUT_A_WORD}", rank=None)
 
 
 def _shut(key: str, world_size: int) -> bool:
@@ -223,8 +234,22 @@ def collective(ranks: Ranks) -> Iterator[None]:
         except PeerError as peer:
             if peer.rank is not None:
                 raise peer from error
-        ranks.raise_alarm(error, apart=True)
+        if isinstance(error, PeerError):
+            ranks.report_lost(error.rank)
+        else:
+            ranks.raise_alarm(error, apart=True)
         raise
+
+
+@contextlib.contextmanager
+def noticing_ends() -> Iterator[None]:
+    """Around a collective: that it fails means that another rank is gone, and is raised as `PeerError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:  # a RuntimeError too
+        raise
+    except RuntimeError as error:
+        raise _gone() from error
 
 
 def broadcast_from_rank0(tensors: Iterable[torch.Tensor], *, device: torch.device) -> None:

@@ -38,8 +38,9 @@ def plan_units(
     """The modules, the root apart, that become FSDP units of their own.
 
     Every block is one. FSDP1 flattens a unit into one tensor, so its parameters must agree in dtype and, without
-    `use_orig_params`, in `requires_grad`. With policy `auto` the kind that has the most bytes stays in the block, and
-    each leaf of another kind (adapters, norms of another dtype) becomes a unit; with `block` that is an error.
+    `use_orig_params`, in `requires_grad`. With policy `auto` the kind of what the block itself holds stays in it, or
+    else the one that has the most bytes, and each leaf of another kind (adapters, norms of another dtype) becomes a
+    unit; with `block` that is an error.
 
     Raises `ConfigError` naming the module where no division into units can work.
     """
@@ -48,7 +49,7 @@ def plan_units(
     for root in (*blocks, model):
         leaves = list(_leaves(root, outside=blocks - {root}))
         kinds = {leaf: _kind(name, leaf, use_orig_params=use_orig_params) for name, leaf in leaves}
-        main = _main_kind(kinds)
+        main = kinds[root] if root in kinds else _main_kind(kinds)
         strangers = [(name, leaf) for name, leaf in leaves if kinds[leaf] != main]
         if strangers and policy == "block":
             raise _not_uniform(strangers, kinds, main)

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from surgery.config import FSDP2
+from surgery.errors import ConfigError
+from surgery.fqn import join
 from surgery.walk import Site, ends_of
 
 __all__ = ["make_mesh", "replicas_of", "shard", "share_among_replicas"]
@@ -42,14 +44,33 @@ def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceM
         options["mp_policy"] = config.mixed_precision
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    embedding, tail = ends_of(model, blocks)
+    _check_ties(model, [*((site.module,) for site in blocks), (embedding,), tail])
     for site in blocks:
         fully_shard(site.module, reshard_after_forward=config.reshard_after_forward, **options)
-    embedding, tail = ends_of(model, blocks)
     if embedding is not None:
         fully_shard(embedding, reshard_after_forward=config.reshard_after_forward, **options)
     if tail:
         fully_shard(list(tail), reshard_after_forward=False, **options)
     fully_shard(model, **options)
+
+
+def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) -> None:
+    """A parameter shared by two groups would be sharded twice; what is in none of `groups` is in the root's."""
+    numbers = {module: number for number, group in enumerate(groups) for module in group if module is not None}
+    first: dict[nn.Parameter, tuple[str, int | None]] = {}
+    stack: list[tuple[str, nn.Module, int | None]] = [("", model, None)]
+    while stack:
+        prefix, module, outer = stack.pop()
+        group = numbers.get(module, outer)
+        for name, parameter in module.named_parameters(recurse=False):
+            fqn, other = first.setdefault(parameter, (join(prefix, name), group))
+            if other != group:
+                raise ConfigError(
+                    f"{fqn} and {join(prefix, name)} are one parameter, but are used in two groups of FSDP2, which "
+                    "cannot gather it for both: untie them, or build the model without shard"
+                )
+        stack.extend((join(prefix, name), child, group) for name, child in module.named_children())
 
 
 def share_among_replicas(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, device: torch.device) -> None:

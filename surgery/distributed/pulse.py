@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from surgery.distributed.exchange import PeerError, Ranks, counter
+from surgery.distributed.exchange import Ranks, counter
 
 __all__ = ["beating"]
 
@@ -53,7 +53,6 @@ def _beat(ranks: Ranks, done: threading.Event) -> None:
             if count != last or count >= LEFT:
                 last, changed = count, time.monotonic()
             if time.monotonic() - changed > SILENCE:
-                lost = PeerError(f"rank {watched} has ended without a word", rank=watched)
-                ranks.raise_alarm(lost, of=watched, apart=True)
+                ranks.report_lost(watched)
                 return
         counter(mine, LEFT)

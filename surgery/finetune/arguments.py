@@ -72,9 +72,7 @@ def parse_shard(
     if fsdp == "2":
         _refuse_options_of_fsdp1(sharding=sharding, use_orig_params=use_orig_params)
         return FSDP2(mesh=mesh, reshard_after_forward=reshard_after_forward is not False, cpu_offload=cpu_offload)
-    if reshard_after_forward is not None:
-        instead = "leave it out" if reshard_after_forward else "use --sharding shard-grad-op"
-        raise ConfigError(f"--reshard-after-forward and its opposite are FSDP2's: with --fsdp 1, {instead}")
+    _refuse_options_of_fsdp2(reshard_after_forward=reshard_after_forward)
     return FSDP1(
         strategy=sharding or ("full-shard" if mesh is None else "hybrid-shard"),
         mesh=mesh,
@@ -87,10 +85,21 @@ def _refuse_options_of_fsdp1(*, sharding: StrategyName | None, use_orig_params: 
     if sharding is not None:
         raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
     if use_orig_params is not None:
+        option = "--use-orig-params" if use_orig_params else "--no-use-orig-params"
         raise ConfigError(
-            "--use-orig-params and its opposite are FSDP1's: FSDP2 always keeps each parameter, so leave it out; or "
-            "use --fsdp 1"
+            f"{option} is FSDP1's: with --fsdp 2, leave it out, since FSDP2 always keeps each parameter; or use "
+            "--fsdp 1"
         )
+
+
+def _refuse_options_of_fsdp2(*, reshard_after_forward: bool | None) -> None:
+    if reshard_after_forward is None:
+        return
+    if reshard_after_forward:
+        raise ConfigError("--reshard-after-forward is FSDP2's: with --fsdp 1, leave it out; or use --fsdp 2")
+    raise ConfigError(
+        "--no-reshard-after-forward is FSDP2's: with --fsdp 1, use --sharding shard-grad-op; or use --fsdp 2"
+    )
 
 
 def parse_timeout(minutes: float) -> timedelta:

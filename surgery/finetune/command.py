@@ -93,6 +93,14 @@ def finetune(
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
+    attest: Annotated[
+        bool,
+        typer.Option(
+            "--attest",
+            help="Check that the base model stays, bit for bit, what was quantized; stop where it does not.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
     log: Annotated[
         str,
         typer.Option(help="Comma-separated: tensorboard, wandb.", rich_help_panel=_OUTPUT, show_default="none"),
@@ -280,6 +288,7 @@ def finetune(
         overwrite=overwrite,
         metrics=metrics,
         trace=trace,
+        attest=attest,
         loggers=cast("tuple[LoggerName, ...]", parse_list(log)),  # the job checks the names
         timeout=parse_timeout(timeout),
     )

@@ -16,6 +16,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
 from surgery.distributed.exchange import current_ranks, everyone
 from surgery.errors import ConfigError
+from surgery.finetune.attested import Attested, Attestor
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.options import Job
@@ -44,6 +45,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
         DataError, ConfigError, CheckpointError: before any weight is read.
         PassError, PeerError: the model could not be built, here or on another rank.
         TrainingError: the loss is not finite.
+        AttestationError: 4-bit weights are not what was quantized; nothing is saved unless that was found afterwards.
     """
     console = console or Console()
     earlier = len(patches.audit(include_reverted=True))
@@ -51,7 +53,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
         checkpoint, plan = _prepare(job, world)
         with _report(job, world) as report:
             with _trackers(job, plan, world, console) as trackers:
-                training = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
+                training, attested = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
             summary = Summary(
                 config=job,
                 device=str(world.device),
@@ -67,6 +69,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 memory=gather_phases(report.as_dict()),
                 patches=patch_rows(since=earlier),
                 versions=versions(),
+                attestation=attested,
             )
             if world.is_main:
                 write_summary(summary, job.output / "summary.json")
@@ -154,22 +157,36 @@ def _open_trackers(job: Job, plan: Plan, world: World, console: Console, stack: 
 
 def _train(
     job: Job, checkpoint: Checkpoint, plan: Plan, *, world: World, trackers: Sequence[Tracker], report: Report
-) -> Training:
-    """Build the model, train it and save the adapter. The model's patches are undone, whatever happens."""
+) -> tuple[Training, Attested | None]:
+    """Build the model, train it and save the adapter, with attestations if they were asked for.
+
+    The model's patches are undone, whatever happens.
+    """
     torch.manual_seed(job.training.seed)
     model = _build(job, checkpoint, world, report)
     try:
         # Adapters begin alike on every rank, but each drops out its own.
         torch.manual_seed(job.training.seed + world.rank)
         trainer = _trainer(job, model, plan, world)
-        session = Session(plan=plan, options=job.training, rank=world.rank, world=world.size, trackers=trackers)
+        attestor = Attestor(model=model, enabled=job.attest, report=report)
+        session = Session(
+            plan=plan,
+            options=job.training,
+            rank=world.rank,
+            world=world.size,
+            trackers=trackers,
+            watch=attestor.in_forward,
+        )
+        attestor.at_rest("start")
         with report.phase("train", group="train"):
             training = session.run(trainer)
+        attestor.at_rest("end")
         with report.phase("save", group="save"):
             save_adapter(model, job.output)
+        attestor.at_rest("saved")
     finally:
         release(model)
-    return training
+    return training, attestor.result()
 
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:

@@ -145,6 +145,7 @@ class Job:
         `overwrite`.
     shard: how to shard where there is more than one rank; in one process nothing is. placement: None is the default of
         that sharding; see `surgery.qlora`.
+    attest: show that the base model stays what was quantized, see `surgery.attest`; a difference stops the job.
     metrics: a JSONL file, replaced. trace: a folder for what every rank did, see `surgery.trace`.
     timeout: bounds every wait for another rank.
     """
@@ -161,6 +162,7 @@ class Job:
     shard: FSDP1 | FSDP2 = field(default_factory=FSDP2)
     metrics: Path | None = None
     trace: Path | None = None
+    attest: bool = False
     loggers: tuple[LoggerName, ...] = ()
     overwrite: bool = False
     timeout: timedelta = timedelta(minutes=10)

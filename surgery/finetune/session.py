@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 from surgery.finetune.batches import GlobalBatch, global_batches, share
-from surgery.finetune.loop import Trainer
+from surgery.finetune.loop import StepMetrics, Trainer
 from surgery.finetune.options import TrainingOptions
 from surgery.finetune.prepare import Plan
 from surgery.finetune.trackers import Tracker
@@ -32,22 +34,30 @@ class Training:
     seconds: float
 
 
+def _unwatched(_step: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One rank's run of a plan. Every rank has the same plan and evaluates at the same steps."""
+    """One rank's run of a plan. Every rank has the same plan and evaluates at the same steps.
+
+    watch: around every evaluation after so many steps; where there is none, around the first step of training.
+    """
 
     plan: Plan
     options: TrainingOptions
     rank: int
     world: int
     trackers: Sequence[Tracker] = ()
+    watch: Callable[[int], AbstractContextManager[object]] = _unwatched
 
     def run(self, trainer: Trainer) -> Training:
         """Train to the end; if there is a split, evaluate before, every so many steps, and after the last."""
         evaluations = [self._evaluate(trainer, 0)] if self._evaluates else []
         losses: list[float] = []
         tokens, seconds = 0, 0.0
-        for metrics in trainer.train(self._training_batches()):
+        for metrics in self._steps(trainer):
             losses.append(metrics.loss)
             tokens += metrics.tokens
             seconds += metrics.seconds
@@ -56,6 +66,14 @@ class Session:
             if self._is_due(metrics.step):
                 evaluations.append(self._evaluate(trainer, metrics.step))
         return Training(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
+
+    def _steps(self, trainer: Trainer) -> Iterator[StepMetrics]:
+        steps = trainer.train(self._training_batches())
+        if not self._evaluates:
+            with self.watch(1):
+                first = list(islice(steps, 1))
+            yield from first
+        yield from steps
 
     @property
     def _evaluates(self) -> bool:
@@ -67,7 +85,8 @@ class Session:
         return self._evaluates and (is_last or (every is not None and step % every == 0))
 
     def _evaluate(self, trainer: Trainer, step: int) -> Evaluation:
-        loss = trainer.evaluate(self._evaluation_batches())
+        with self.watch(step):
+            loss = trainer.evaluate(self._evaluation_batches())
         for tracker in self.trackers:
             tracker.on_evaluation(step, loss)
         return Evaluation(step=step, loss=loss)

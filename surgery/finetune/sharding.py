@@ -100,12 +100,24 @@ class Fsdp1:
 
     def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
         """The scaler that exchanges what it has found."""
-        return ShardedGradScaler(self._device.type, enabled=enabled)
+        return _ScalarFlags(self._device.type, enabled=enabled)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over all ranks."""
         dist.all_reduce(value)
         return value
+
+
+class _ScalarFlags(ShardedGradScaler):
+    """Its flags of an overflow are vectors of one element, but a fused optimizer takes scalars (torch 2.13)."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Unscale the gradients of `optimizer`, and see whether one on any rank is not finite."""
+        if not self.is_enabled():
+            return
+        super().unscale_(optimizer)
+        flags: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        flags.update((device, flag.reshape(())) for device, flag in flags.items())
 
 
 class Fsdp2:
@@ -136,9 +148,10 @@ class Fsdp2:
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
         squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+        squares = squares.to(self._device)  # where the group speaks; shards may wait on the CPU
         dist.all_reduce(squares, group=self._shards)
         norm = squares.sqrt()
-        torch._foreach_mul_(local, (_limit(max_norm) / (norm + CLIP_EPSILON)).clamp(max=1.0))
+        torch._foreach_mul_(local, (_limit(max_norm) / (norm + CLIP_EPSILON)).clamp(max=1.0).to(local[0].device))
         return norm
 
     def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:

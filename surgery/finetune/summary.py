@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch.distributed as dist
 
 import patches
+from surgery.finetune.attested import Attested
 from surgery.finetune.options import Job
 from surgery.finetune.session import Training
 
@@ -46,6 +47,7 @@ class Summary:
     memory: tuple[Phases, ...]
     patches: tuple[Mapping[str, str], ...]
     versions: Mapping[str, str]
+    attestation: Attested | None = None
 
     @property
     def patches_left(self) -> tuple[str, ...]:
@@ -59,8 +61,9 @@ class Summary:
         return json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str) + "\n"
 
     def text(self) -> str:
-        """For people: evaluations, memory per rank, patches."""
-        return "\n\n".join(filter(None, (self._evaluations(), self._memory(), self._patches())))
+        """For people: evaluations, attestation, memory per rank, patches."""
+        attestation = self.attestation.text() if self.attestation is not None else ""
+        return "\n\n".join(filter(None, (self._evaluations(), attestation, self._memory(), self._patches())))
 
     def _evaluations(self) -> str:
         if not self.training.evaluations:

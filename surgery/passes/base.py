@@ -12,10 +12,12 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
+from surgery.distributed.exchange import PeerError, StoppedError
+from surgery.errors import PassError
 from surgery.fqn import split
 from surgery.targets import Target
 
-__all__ = ["Layer", "LayerPass", "ModelPass", "Pass", "group_into_layers"]
+__all__ = ["Layer", "LayerPass", "ModelPass", "Naming", "Pass", "group_into_layers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +45,25 @@ def group_into_layers(targets: Iterable[Target], *, elements: int) -> list[Layer
         groups[-1].append(target)
         size += target.form.numel
     return [Layer(number=number, targets=tuple(group)) for number, group in enumerate(groups)]
+
+
+class Naming:
+    """Turns an exception inside the block into a `PassError` that says where it happened, unless it says so already, or
+    came from outside: another rank has failed, or this one elsewhere.
+    """
+
+    def __init__(self, pass_name: str, fqn: str) -> None:
+        self.pass_name, self.fqn = pass_name, fqn
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (PassError, PeerError, StoppedError)):
+            raise PassError(
+                f"pass {self.pass_name} failed at {self.fqn}: {type(error).__name__}: {error}",
+                pass_name=self.pass_name,
+                fqn=self.fqn,
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_p
 from surgery.distributed.exchange import Ranks, collective
 from surgery.distributed.nodes import Node
 from surgery.parts import Part, Parts
-from surgery.passes.base import Layer, Pass
+from surgery.passes.base import Layer, Naming, Pass
 from surgery.slices import chunk
 from surgery.targets import Target
 
@@ -45,7 +45,7 @@ class Exchange(Pass):
     def run_layer(self, layer: Layer) -> None:
         """Complete the parts of `layer`."""
         self.ranks.gate(str(layer.number), stop=self.stop)
-        with collective(self.ranks):
+        with collective(self.ranks), Naming(self.name, layer.fqn):
             self._complete(layer)
 
     def _complete(self, layer: Layer) -> None:

@@ -12,9 +12,11 @@ import torch
 from surgery.checkpoint import Chunk, Index, Prefetch, Reader, Request
 from surgery.distributed.nodes import Node
 from surgery.errors import WeightsMismatchError
+from surgery.fqn import split
 from surgery.parts import Part, Parts
-from surgery.passes.base import Layer, Pass
+from surgery.passes.base import Layer, Naming, Pass
 from surgery.slices import Division
+from surgery.targets import Target
 from surgery.weights import Assignment
 
 __all__ = ["Load", "requests"]
@@ -51,11 +53,15 @@ class Load(Pass):
         """Fill the parts of `layer`."""
         for assignment, group in groupby(layer.targets, lambda target: target.assignment):
             targets = list(group)
-            parts = [self.parts.begin(target) for target in targets]
-            if targets[0].source is not None:
-                self._stream(parts[0], assignment)
-            elif self.node.converter(targets, self.parts.division) == self.parts.rank:
-                self._convert(parts, assignment)
+            with Naming(self.name, split(targets[0].fqn)[0]):
+                self._fill(targets, assignment)
+
+    def _fill(self, targets: list[Target], assignment: Assignment) -> None:
+        parts = [self.parts.begin(target) for target in targets]
+        if targets[0].source is not None:
+            self._stream(parts[0], assignment)
+        elif self.node.converter(targets, self.parts.division) == self.parts.rank:
+            self._convert(parts, assignment)
 
     def _stream(self, part: Part, assignment: Assignment) -> None:
         position = part.slice.elements.start

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from surgery.distributed.exchange import PeerError, StoppedError
-from surgery.errors import ConfigError, PassError
-from surgery.passes.base import Layer, LayerPass, ModelPass
+from surgery.errors import ConfigError
+from surgery.passes.base import Layer, LayerPass, ModelPass, Naming
 from surgery.report import Report
 
 __all__ = ["Pipeline"]
@@ -58,7 +57,7 @@ class Pipeline:
     def _run_model(self, model: nn.Module, steps: tuple[ModelPass, ...]) -> nn.Module:
         for step in steps:
             self.between()
-            with self.report.phase(step.name), _Named(step.name, "the model"):
+            with self.report.phase(step.name), Naming(step.name, "the model"):
                 model = step.run(model)
         return model
 
@@ -67,25 +66,6 @@ class Pipeline:
             for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
                 self.between()
                 for step in steps:
-                    with _Named(step.name, layer.fqn):
+                    with Naming(step.name, layer.fqn):
                         step.run_layer(layer)
         return model
-
-
-class _Named:
-    """Turns an exception inside the block into a `PassError` that says where it happened, unless it came from outside:
-    another rank has failed, or this one elsewhere.
-    """
-
-    def __init__(self, pass_name: str, fqn: str) -> None:
-        self.pass_name, self.fqn = pass_name, fqn
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (PassError, PeerError, StoppedError)):
-            raise PassError(
-                f"pass {self.pass_name} failed at {self.fqn}: {type(error).__name__}: {error}",
-                pass_name=self.pass_name,
-                fqn=self.fqn,
-            ) from error

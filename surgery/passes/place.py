@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from surgery.distributed.collect import gather_to_rank0
 from surgery.distributed.exchange import Ranks, collective
+from surgery.landing import Landing
 from surgery.parts import Part, Parts
-from surgery.passes.base import Layer, Pass
+from surgery.passes.base import Layer, Naming, Pass
 
 __all__ = ["Place"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place(Pass):
-    """After: every part is on the rank's data device. `quant_state` stays on the compute device.
+    """After: every part is on the rank's data device. `quant_state` and buffers stay on the compute device.
 
-    Collective where rank 0 keeps everything: the others send it what they have quantized, and keep shapes on meta.
+    Collective where rank 0 keeps everything: the others send it what they have quantized, and keep shapes on meta. Rank
+    0 copies a layer to its CPU while the next one is made; what it has last must be waited for (`landing`).
     """
 
     name: ClassVar[str] = "place"
@@ -28,14 +30,18 @@ class Place(Pass):
 
     parts: Parts
     ranks: Ranks
+    landing: Landing = field(repr=False)
 
     def run_layer(self, layer: Layer) -> None:
         """Move the parts of `layer`."""
-        with collective(self.ranks):
+        self.landing.wait()
+        with collective(self.ranks), Naming(self.name, layer.fqn):
             for part in self.parts.of(layer.targets):
                 self._move(part)
 
     def _move(self, part: Part) -> None:
+        if part.target.form.is_buffer:
+            return
         if self.parts.division.rank0_only:
             self._send_to_rank0(part)
         elif part.data.device != self.parts.residence.data_device:
@@ -47,7 +53,9 @@ class Place(Pass):
         if part.target.is_quantized:
             whole = torch.empty(numel, dtype=part.target.dtype) if keeps else None
             rows = [share.reads for share in self.parts.division.slices(part.target.form)]
-            gather_to_rank0(part.read_rows(), rows, out=whole)  # a row of a packed weight is one element
+            gather_to_rank0(
+                part.read_rows(), rows, out=whole, landing=self.landing
+            )  # a row of a packed weight is one element
         else:
             whole = part.data if keeps else None
         part.data = torch.empty(numel, dtype=part.target.dtype, device="meta") if whole is None else whole

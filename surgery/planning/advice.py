@@ -85,21 +85,33 @@ def _sharded(plan: MemoryPlan, _memory: int) -> _Option | None:
 
 
 def _more_ranks(plan: MemoryPlan, memory: int) -> _Option | None:
-    """The smallest number of ranks that is enough; or, if none is, the largest."""
+    """The smallest number of ranks that is enough; if none is, of those that were tried the one that needs least."""
     if plan.setting.mesh is not None or plan.setting.world_size >= MOST_RANKS:
         return None
-    low, high = plan.setting.world_size, MOST_RANKS
-    best = _on_ranks(plan, high)
-    if best.device_peak > memory:
-        return _Option(text=f"--world {high}", plan=best)
-    while high - low > 1:
-        middle = (low + high) // 2
+    low, tried = plan.setting.world_size, []
+    while low < MOST_RANKS:
+        high = min(2 * low, MOST_RANKS)
+        tried.append(_on_ranks(plan, high))
+        if tried[-1].device_peak <= memory:
+            return _ranks_option(_fewest(plan, memory, low=low, enough=tried[-1]))
+        low = high
+    return _ranks_option(min(tried, key=lambda each: each.device_peak))
+
+
+def _fewest(plan: MemoryPlan, memory: int, *, low: int, enough: MemoryPlan) -> MemoryPlan:
+    """The plan for the smallest number of ranks above `low` that fits, by bisection; `enough` fits."""
+    while enough.setting.world_size - low > 1:
+        middle = (low + enough.setting.world_size) // 2
         tried = _on_ranks(plan, middle)
         if tried.device_peak <= memory:
-            best, high = tried, middle
+            enough = tried
         else:
             low = middle
-    return _Option(text=f"--world {high}", plan=best)
+    return enough
+
+
+def _ranks_option(plan: MemoryPlan) -> _Option:
+    return _Option(text=f"--world {plan.setting.world_size}", plan=plan)
 
 
 def _on_ranks(plan: MemoryPlan, world_size: int) -> MemoryPlan:

@@ -17,6 +17,9 @@ __all__ = ["EPILOG", "plan"]
 
 DOES_NOT_FIT = 1
 
+#: Columns of text that a table may take.
+WIDEST = 400
+
 EPILOG = """
 [bold]Examples[/bold]
 
@@ -173,6 +176,7 @@ def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> 
     import json
 
     from rich.console import Console
+    from rich.measure import Measurement
 
     from surgery.planning.fitting import fits_gpu
     from surgery.planning.table import headline, notes, render
@@ -181,9 +185,12 @@ def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> 
     if as_json:
         typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory)}, indent=1))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console, table = Console(highlight=False, soft_wrap=True), render(made)
+        # Wider than the terminal rather than cut off: every figure counts.
+        needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+        console.width = max(console.width, needed)
         console.print(headline(made, model), markup=False)
-        console.print(render(made))
+        console.print(table)
         for line in (*notes(made), *say(made, memory)):
             console.print(line, markup=False)
     if memory is not None and not fits_gpu(made, memory):

@@ -10,14 +10,9 @@ from surgery.distributed.collect import RUN_BYTES
 from surgery.loading import Staging
 from surgery.passes.base import Layer
 from surgery.planning.adapted import adapters_as_made, adapters_held, adapters_whole
-from surgery.planning.allowances import (
-    ADAPTER_OBJECT_BYTES,
-    CPU_QUANTIZE_BYTES,
-    CUDA_QUANTIZE_BYTES,
-    HOST_BYTES,
-    TARGET_OBJECT_BYTES,
-)
+from surgery.planning.allowances import CPU_QUANTIZE_BYTES, CUDA_QUANTIZE_BYTES
 from surgery.planning.figures import Memory
+from surgery.planning.host import fixed_bytes
 from surgery.planning.inventory import Inventory, row_bytes
 from surgery.planning.peaks import Peaks
 from surgery.planning.setting import Setting
@@ -33,8 +28,8 @@ def plan_load(
     inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], *, rank: int
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
-    staged, objects = _staging_bytes(inventory, staging), _object_bytes(inventory)
-    walk = _Walk(setting=setting, staging=staging, rank=rank, always=HOST_BYTES + objects + staged)
+    staged = _staging_bytes(inventory, staging)
+    walk = _Walk(setting=setting, staging=staging, rank=rank, always=fixed_bytes(inventory, setting) + staged)
     walk.note(host_more=adapters_as_made(inventory))
     if setting.placement != "sharded":  # adapters wait to be sharded, or moved, as whole as the weights
         walk.always += adapters_whole(inventory, setting)
@@ -53,14 +48,11 @@ def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
     )
 
 
-def _object_bytes(inventory: Inventory) -> int:
-    adapters = sum(len(unit.adapters) for unit in inventory.units)
-    return len(inventory.targets) * TARGET_OBJECT_BYTES + adapters * ADAPTER_OBJECT_BYTES
-
-
 @dataclass(kw_only=True)
 class _Walk:
-    """host, device: bytes of parts held so far, by where they wait. state: of quant_state, on the device."""
+    """host, device: bytes of parts held so far, by where they wait. state: of quant_state, on the device. landing: of a
+    layer that is on its way from rank 0's GPU to its CPU, while the next one is made.
+    """
 
     setting: Setting
     staging: Staging
@@ -69,11 +61,13 @@ class _Walk:
     host: int = 0
     device: int = 0
     state: int = 0
+    landing: int = 0
     peaks: Peaks = field(default_factory=Peaks)
 
     def note(self, *, host_more: int = 0, device_more: int = 0) -> None:
         """A moment with so much beside what is held."""
-        self.peaks.note(host=self.always + self.host + host_more, device=self.device + self.state + device_more)
+        held = self.device + self.state + self.landing
+        self.peaks.note(host=self.always + self.host + host_more, device=held + device_more)
 
     def hold(self, size: int) -> None:
         """From now on, where shards wait."""
@@ -90,20 +84,23 @@ class _Walk:
         quantized = [target for target in layer.targets if target.is_quantized]
         self.note(device_more=made + self._filling(quantized), host_more=self._converting(layer))
         self.note(device_more=made + self._exchanging(quantized))
+        self.note(device_more=made + self._gathering(layer))
         self.state += quant_state_bytes(quantized, self.setting.quant)
         self._place(made, quantized)
 
     def finish(self, inventory: Inventory) -> Memory:
         """After the last layer: what FSDP makes of all of it."""
-        setting = self.setting
+        setting, self.landing = self.setting, 0
         held = self.host + self.device
         if setting.placement != "sharded":
-            wrap(inventory, setting, self.peaks, rank=self.rank, host=self.always, device=self.state)
-            held = adapters_held(inventory, setting)
-            held += held_when_sharded(inventory, setting) if setting.shard is not None else self.device
+            adapters = adapters_held(inventory, setting)
+            wrap(inventory, setting, self.peaks, rank=self.rank, host=self.always, device=self.state + adapters)
+            held = adapters + (held_when_sharded(inventory, setting) if setting.shard is not None else self.device)
         offloaded = held if setting.cpu_offload else 0
+        host_held = fixed_bytes(inventory, setting) + offloaded
+        self.peaks.note(host=host_held, device=held - offloaded + self.state)
         memory = Memory(
-            host_held=HOST_BYTES + _object_bytes(inventory) + offloaded,
+            host_held=host_held,
             host_peak=self.peaks.host,
             device_held=held - offloaded + self.state,
             device_peak=self.peaks.device,
@@ -117,7 +114,7 @@ class _Walk:
         return self.setting.loading.capacity(target.form, self.rank) * row_bytes(target)
 
     def _is_made_on_host(self, target: Target) -> bool:
-        return self.setting.loading.rank0_only and not target.is_quantized
+        return self.setting.loading.is_rank0s(target.form)
 
     def _filling(self, quantized: Sequence[Target]) -> int:
         """This rank's statistics, and a chunk that is being quantized."""
@@ -136,6 +133,13 @@ class _Walk:
         longest = sum(len(division.slice(target.form, 0).blocks) for target in quantized) * STATISTIC_BYTES
         return mine + self.setting.world_size * longest + max(mine + longest, everyones)
 
+    def _gathering(self, layer: Layer) -> int:
+        """Of the rows that ranks read for each other. NCCL needs nothing; gloo copies what goes out and comes in."""
+        if not self.setting.on_cpu:
+            return 0
+        sizes = [(self._capacity(t), self.setting.loading.grid_of(t.form).replicas) for t in layer.targets]
+        return max((size + size // replicas for size, replicas in sizes if replicas > 1), default=0)
+
     def _converting(self, layer: Layer) -> int:
         """What the rank that converts has on its CPU: the sources of one assignment, and what becomes of them."""
         found = [0]
@@ -151,8 +155,13 @@ class _Walk:
         if self.setting.placement != "rank0-cpu" or self.setting.shard is None:
             self.hold(made)
             return
+        self.landing = 0
         run = min(max(map(self._capacity, quantized), default=0), RUN_BYTES)
-        if self.rank == 0:
-            self.host += sum(target.nbytes for target in quantized)
-            run *= 1 + self.setting.world_size
-        self.note(device_more=made + run)
+        if self.rank != 0:
+            self.note(device_more=made + run)
+            return
+        whole = sum(target.nbytes for target in quantized)
+        self.host += whole
+        if not self.setting.on_cpu:
+            self.landing = whole
+        self.note(device_more=made + run * (1 + self.setting.world_size))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from surgery.config import FSDP1, FSDP2
 from surgery.planning.activations import Activations, estimate
 from surgery.planning.adapted import adapters_held
-from surgery.planning.allowances import GATHERED_BLOCKS, HOST_BYTES
+from surgery.planning.allowances import GATHERED_BLOCKS
 from surgery.planning.figures import Step
+from surgery.planning.host import fixed_bytes
 from surgery.planning.inventory import EMBEDDING, ROOT, TAIL, Inventory, Unit
 from surgery.planning.setting import Setting, Training
 from surgery.planning.statistics import STATISTIC_BYTES, quant_state_bytes
@@ -61,7 +62,7 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
         activations=moment.activations,
         logits=moment.logits,
         on_host=on_host,
-        host_peak=HOST_BYTES + (total if setting.on_cpu else on_host),
+        host_peak=fixed_bytes(inventory, setting) + (total if setting.on_cpu else on_host),
         device_peak=0 if setting.on_cpu else total - on_host,
         moment=moment.name,
     )

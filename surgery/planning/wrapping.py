@@ -11,9 +11,6 @@ from surgery.planning.setting import Setting
 
 __all__ = ["fsdp1_units", "held_when_sharded", "wrap"]
 
-#: FSDP1 broadcasts the tensors of a unit in flat buffers of at most so many bytes.
-BROADCAST_BYTES = 250 << 20
-
 
 def held_when_sharded(inventory: Inventory, setting: Setting) -> int:
     """Bytes of the frozen weights that a rank keeps, padded to what the rank with most has."""
@@ -38,13 +35,12 @@ def wrap(inventory: Inventory, setting: Setting, peaks: Peaks, *, rank: int, hos
     has_weights = rank == 0 or not wraps_from_host
     left, held = sum(units) if has_weights else 0, 0
     for unit in units:
-        shard = -(-unit // setting.sharding.shards)
-        # Memory for the unit's parameters where there is none yet; then a flat copy; then this rank's shard of that.
+        # Memory for the unit's parameters, where there is none yet; and a copy, as they are broadcast or made flat.
         is_here = has_weights and (setting.on_cpu or not wraps_from_host)
-        work = held + (0 if is_here else unit) + max(min(unit, BROADCAST_BYTES), unit + shard)
+        work = held + (1 if is_here else 2) * unit
         peaks.note(
             host=host + (left if wraps_from_host else 0),
             device=device + work + (0 if wraps_from_host else left),
         )
-        held += shard
+        held += -(-unit // setting.sharding.shards)
         left -= unit if has_weights else 0

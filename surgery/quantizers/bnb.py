@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
-#: almost none: 4 MiB, no slower than more; and on a GPU 16 MiB of a 16-bit weight, enough for the copy engine.
-RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+#: almost none: 4 MiB, no slower than more; and on a GPU 32 MiB of a 16-bit weight, few launches for many bytes.
+RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], storage: torch.dtype) -> tuple[int, int]:

@@ -12,16 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import patches
 import surgery
 from surgery.attestation.differences import Attestation, Difference
 from surgery.attestation.record import records_of
 from surgery.attestation.shards import shards_of
 from surgery.config import Placement
 from tests.distributed.exactness import lora, loss_of
+from tests.helpers.rewritten_nans import rewritten_nans
+
+PATCH = "torch.fsdp2-bit-exact-gather"
 
 FSDP1, FSDP2 = surgery.FSDP1, surgery.FSDP2
 DTYPE = torch.bfloat16
-LAYER = "model.layers.1.mlp.down_proj"
+#: In the flat parameter of its block, two ranks hold a part of it each.
+LAYER = "model.layers.1.mlp.gate_proj"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,8 @@ ON_TWO = [
     Setup(name="fsdp1-no-shard", shard=FSDP1(strategy="no-shard")),
     Setup(name="unsharded", shard=None),
 ]
+#: Adapters and all are bfloat16, so that FSDP2 copies a block as such.
+BF16 = ON_TWO[0]
 ON_FOUR = [
     Setup(name="fsdp2-hybrid", shard=FSDP2(mesh=(2, 2))),
     Setup(name="fsdp1-hybrid", shard=FSDP1(strategy="hybrid-shard", mesh=(2, 2))),
@@ -175,3 +182,37 @@ def _attested(model: nn.Module, *, in_forward: bool) -> surgery.AttestationError
 def planted_all(checkpoint: Path, cases: list[tuple[Setup, Place, int, bool]]) -> list[Caught]:
     """`planted` for each of `cases`."""
     return [planted(checkpoint, *case) for case in cases]
+
+
+def gathered_as_on_cuda(checkpoint: Path) -> tuple[Caught, dict[str, int], Attestation]:
+    """Attest FSDP2 where its copies rewrite NaN, without the patch and with it; and words that differ, by layer."""
+    with built(checkpoint, BF16) as model:
+        packed = _seen(model)
+        with rewritten_nans():
+            seen = _seen(model)
+            error = _attested(model, in_forward=True)
+            layers = list(records_of(model))
+            with patches.transaction(PATCH, on=layers, reason="a test", force=True), surgery.attesting(model) as watch:
+                step(model)
+    assert error is not None, "nothing was found"
+    assert watch.attestation is not None
+    words = {name: int((seen[name] != packed[name]).sum()) for name in packed}
+    return Caught(message=str(error), differences=error.differences, clean=1), words, watch.attestation
+
+
+def _seen(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The packed weights that forward uses, as 16-bit words, by layer; looked at by hooks of this test's own."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(module: Any, fqn: str) -> None:
+        seen[fqn] = module.weight.detach().view(-1).view(torch.int16).clone()
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, _, fqn=record.fqn: look(module, fqn))
+        for layer, record in records_of(model).items()
+    ]
+    with torch.no_grad():
+        forward(model)
+    for hook in hooks:
+        hook.remove()
+    return seen

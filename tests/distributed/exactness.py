@@ -191,9 +191,11 @@ def adapter_gradients(model: nn.Module, device: torch.device = CPU) -> dict[str,
 
 def _whole(gradient: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy; FSDP2's shards may be on the CPU, and meet on `device`."""
-    if isinstance(gradient, DTensor):
-        return gradient.to(device).full_tensor()  # type: ignore[no-untyped-call]  # no annotation upstream
-    return gradient.clone()
+    if not isinstance(gradient, DTensor):
+        return gradient.clone()
+    moved: Any = gradient.to(device)
+    whole: torch.Tensor = moved.full_tensor()
+    return whole
 
 
 def _unit_gradients(prefix: str, unit: Any, device: torch.device) -> dict[str, torch.Tensor]:

@@ -5,124 +5,188 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 
 import surgery
 from surgery.checkpoint import Checkpoint, Reader
+from surgery.distributed import pulse
+from tests.distributed.loads import in_small_steps
 
-__all__ = ["FAILURES", "EndedError", "build_or_fail"]
+__all__ = ["FAILURES", "EndedError", "all_fail", "build_or_fail", "fail"]
 
 #: The fourth tensor is in the middle of the first decoder block.
 BEFORE_FAILING = 3
+
+SHARDS: dict[str, Callable[[], Any]] = {"fsdp1": surgery.FSDP1, "fsdp2": surgery.FSDP2}
 
 
 class EndedError(Exception):
     """What `surgery.qlora` raised, as text with what was left active; never caught."""
 
 
-def _torn_config(folder: Path) -> Path:
+def _torn_config(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     (folder / "config.json").write_text('{"model_type":')
     return folder
 
 
-def _truncated_after_validation(folder: Path) -> Checkpoint:
+def _truncated_after_validation(folder: Path, patch: pytest.MonkeyPatch) -> Checkpoint:
     checkpoint = Checkpoint.open(folder)
     largest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
     os.truncate(largest, 2000)
     return checkpoint
 
 
-def _at_the_fourth_read(act: Callable[[], Any]) -> None:
-    stock, reads = Reader.read_into, []
+def _at_the_fourth_read(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    stock, seen = Reader.read_into, set()
 
     def read_into(reader: Reader, tensor: Any, out: Any, **where: int) -> None:
-        reads.append(tensor)
-        if len(reads) > BEFORE_FAILING:
+        seen.add(getattr(tensor, "name", tensor))
+        if len(seen) > BEFORE_FAILING:
             act()
         stock(reader, tensor, out, **where)
 
-    Reader.read_into = read_into  # type: ignore[method-assign]  # of this process alone
+    patch.setattr(Reader, "read_into", read_into)
 
 
 def _raise(error: BaseException) -> Any:
     raise error
 
 
-def _memory_runs_out_in_load(folder: Path) -> Path:
-    _at_the_fourth_read(lambda: _raise(MemoryError("no memory left to read into")))
+def _memory_runs_out_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    _at_the_fourth_read(patch, lambda: _raise(MemoryError("no memory left to read into")))
     return folder
 
 
-def _killed_in_load(folder: Path) -> Path:
-    _at_the_fourth_read(lambda: os.kill(os.getpid(), signal.SIGKILL))
+def _killed_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    _at_the_fourth_read(patch, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return folder
 
 
-def _fails_in_adapt(folder: Path) -> Path:
+def _memory_runs_out_in_exchange(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Of the fourth weight, when the statistics of the third have gone round."""
+    from surgery.quantizers.bnb import BnbQuantizer
+
+    stock, calls = BnbQuantizer.state, []
+
+    def state(quantizer: BnbQuantizer, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > BEFORE_FAILING:
+            raise MemoryError("no memory left for statistics")
+        return stock(quantizer, *args)
+
+    patch.setattr(BnbQuantizer, "state", state)
+    return folder
+
+
+def _fails_in_place(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    from surgery.passes.place import Place
+
+    patch.setattr(Place, "_move", lambda *args: _raise(MemoryError("no memory left to place")))
+    return folder
+
+
+def _in_adapt(patch: pytest.MonkeyPatch, error: BaseException, *, probe: bool = False) -> None:
+    """Where the model is adapted, or where a probe adapts a specimen of its own."""
     import peft
     from transformers import PreTrainedModel
 
     stock = peft.get_peft_model
 
     def get_peft_model(model: Any, *args: Any, **options: Any) -> Any:
-        # A probe adapts a specimen of its own with it.
-        return _raise(OSError("no disk")) if isinstance(model, PreTrainedModel) else stock(model, *args, **options)
+        return stock(model, *args, **options) if isinstance(model, PreTrainedModel) is probe else _raise(error)
 
-    peft.get_peft_model = get_peft_model
+    patch.setattr(peft, "get_peft_model", get_peft_model)
+
+
+def _fails_in_adapt(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    _in_adapt(patch, OSError("no disk"))
     return folder
 
 
-def _fails_to_patch(folder: Path) -> Path:
-    import peft
-
-    peft.get_peft_model = lambda *args, **options: _raise(OSError("no disk"))
+def _interrupted_in_adapt(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    _in_adapt(patch, KeyboardInterrupt())
     return folder
 
 
-def _fails_in_shard(folder: Path) -> Path:
-    from surgery.passes import shard
+def _fails_to_patch(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    _in_adapt(patch, OSError("no disk"), probe=True)
+    return folder
 
-    shard.wrap = lambda *args, **kwargs: _raise(MemoryError("no memory left to shard"))  # type: ignore[assignment]
+
+def _fails_to_install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    from surgery import recipe
+
+    patch.setattr(recipe, "install", lambda *args: _raise(MemoryError("no memory left to install")))
+    return folder
+
+
+def _fails_in_shard(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    from surgery.distributed import fsdp1, fsdp2
+
+    for owner, name in ((fsdp1, "wrap"), (fsdp2, "shard")):
+        patch.setattr(owner, name, lambda *args, **kwargs: _raise(MemoryError("no memory left to shard")))
     return folder
 
 
 #: What happens to the rank that fails: it may spoil its own copy of the checkpoint, or open it in advance.
-FAILURES: dict[str, Callable[[Path], Path | Checkpoint]] = {
+FAILURES: dict[str, Callable[[Path, pytest.MonkeyPatch], Path | Checkpoint]] = {
     "skeleton": _torn_config,
     "load-truncated": _truncated_after_validation,
     "load-memory": _memory_runs_out_in_load,
     "load-killed": _killed_in_load,
+    "exchange": _memory_runs_out_in_exchange,
+    "place": _fails_in_place,
     "patch": _fails_to_patch,
     "adapt": _fails_in_adapt,
+    "interrupt": _interrupted_in_adapt,
+    "install": _fails_to_install,
     "shard": _fails_in_shard,
 }
 
 
-def build_or_fail(checkpoint: Path, scratch: Path, failure: str, failing: int, goes_on: bool) -> str:
-    """What `qlora` raised here, as text. Unless the rank `goes_on`, its process ends by that instead."""
+def build_or_fail(checkpoint: Path, scratch: Path, failure: str, failing: int, sharding: str) -> str:
+    """What `qlora` raised here, as text; with the rank of a `PeerError`, active patches, and threads left behind."""
     from peft import LoraConfig
 
     import patches
 
-    source: Path | Checkpoint = scratch / f"rank{dist.get_rank()}"
+    source: Path | Checkpoint = scratch / f"{failure}-rank{dist.get_rank()}"
     shutil.copytree(checkpoint, source)
-    if dist.get_rank() == failing:
-        source = FAILURES[failure](source)
-    try:
-        surgery.qlora(
-            source,
-            lora=LoraConfig(r=2, target_modules="all-linear"),
-            shard=surgery.FSDP1(),
-            report=surgery.Report(),
-        )
-    except (surgery.SurgeryError, patches.PatchError) as error:
-        active = [receipt.id for receipt in patches.active()]
-        ended = f"{type(error).__name__}: {error}; rank {getattr(error, 'rank', '-')}; active {active}"
-        if goes_on:
-            return ended
-        raise EndedError(ended) from error
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_steps(patch)
+        patch.setattr(pulse, "SILENCE", 4.0)  # ranks are missed sooner
+        if dist.get_rank() == failing:
+            source = FAILURES[failure](source, patch)
+        try:
+            surgery.qlora(
+                source,
+                lora=LoraConfig(r=2, target_modules="all-linear"),
+                shard=SHARDS[sharding](),
+                report=surgery.Report(),
+            )
+        except (surgery.SurgeryError, patches.PatchError, KeyboardInterrupt) as error:
+            active = [receipt.id for receipt in patches.active()]
+            threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery")]
+            rank = getattr(error, "rank", "-")
+            return f"{type(error).__name__}: {error}; rank {rank}; active {active}; threads {threads}"
     raise AssertionError("nothing failed")
+
+
+def fail(*args: Any) -> None:
+    """End this process by what `build_or_fail` tells of."""
+    raise EndedError(build_or_fail(*args))
+
+
+def all_fail(checkpoint: Path, scratch: Path, failures: tuple[str, ...], failing: int, sharding: str) -> dict[str, str]:
+    """One failure after the other, in one process group, which has to be whole after each."""
+    said = {}
+    for failure in failures:
+        said[failure] = build_or_fail(checkpoint, scratch, failure, failing, sharding)
+        dist.barrier()
+    return said

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from surgery.checkpoint import Checkpoint, Reader
 from surgery.config import FSDP1, FSDP2, Placement, Quant
 
-__all__ = ["Job", "Loaded", "Setup", "WatchedCheckpoint", "load", "load_all"]
+__all__ = ["Job", "Loaded", "Setup", "WatchedCheckpoint", "in_small_steps", "load", "load_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,14 @@ class WatchedCheckpoint(Checkpoint):
         return self.readers[-1]
 
 
+def in_small_steps(patch: pytest.MonkeyPatch) -> None:
+    """Make a layer of every few tensors, and read large ones in chunks: otherwise a tiny model is one of each."""
+    from surgery.loading import Staging
+
+    staging = Staging(elements=4096, buffers=3, threads=2, layer_elements=2000)
+    patch.setattr(Staging, "on", lambda *args, **options: staging)
+
+
 def load_all(jobs: dict[str, Job], setup: Setup) -> dict[str, Loaded]:
     """Every job on this rank, one after the other."""
     if setup.local_world_size is not None:
@@ -95,15 +104,18 @@ def load(job: Job, setup: Setup) -> Loaded:
     before = set(threading.enumerate())
     checkpoint = WatchedCheckpoint.open(job.folder)
     assert isinstance(checkpoint, WatchedCheckpoint)
-    with surgery.qlora(
-        checkpoint,
-        quant=job.quant,
-        placement=setup.placement,
-        shard=setup.shard,
-        dtype=job.dtype,
-        model=job.build,
-        report=surgery.Report(),
-    ) as model:
+    with pytest.MonkeyPatch.context() as patch:
+        in_small_steps(patch)
+        model = surgery.qlora(
+            checkpoint,
+            quant=job.quant,
+            placement=setup.placement,
+            shard=setup.shard,
+            dtype=job.dtype,
+            model=job.build,
+            report=surgery.Report(),
+        )
+    with model:  # type: ignore[attr-defined]  # what `qlora` adds to the class
         tensors = whole_tensors(model)
         states = states_of(model)
     (reader,) = checkpoint.readers

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+
+from surgery.config import FSDP1, FSDP2
 
 __all__ = ["REFUSALS", "Refusal", "refused_on_this_rank"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """Arguments of `surgery.FSDP1` (None: no sharding), `surgery.Quant`, `peft.LoraConfig` and `surgery.qlora`."""
+    """How to shard (None: not at all), and arguments of `surgery.Quant`, `peft.LoraConfig` and `surgery.qlora`."""
 
     name: str
-    shard: dict[str, Any] | None = field(default_factory=dict)
+    shard: FSDP1 | FSDP2 | None = field(default_factory=FSDP1)
     quant: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -28,21 +30,48 @@ class Refusal:
     says: tuple[str, ...]
 
 
-def _cast(dtype: torch.dtype) -> dict[str, Any]:
-    return {"mixed_precision": MixedPrecision(param_dtype=dtype)}
+def _cast(dtype: torch.dtype) -> FSDP1:
+    return FSDP1(mixed_precision=MixedPrecision(param_dtype=dtype))
+
+
+def _cast_by_fsdp2(dtype: torch.dtype) -> FSDP2:
+    return FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=dtype))
 
 
 REFUSALS = (
-    Refusal(name="not-sharded", shard=None, says=("1 of 2 ranks on meta", "shard=FSDP1()", "replicated")),
+    Refusal(
+        name="not-sharded",
+        shard=None,
+        options={"placement": "rank0-cpu"},
+        says=("1 of 2 ranks on meta", "shard=FSDP1()", "replicated"),
+    ),
+    Refusal(
+        name="shards-of-nothing",
+        shard=None,
+        options={"placement": "sharded"},
+        says=("placement sharded", "shard=FSDP2()", "placement='replicated'"),
+    ),
+    Refusal(
+        name="shards-of-fsdp1",
+        options={"placement": "sharded"},
+        says=("placement sharded", "FSDP1 makes its shards itself", "placement='rank0-cpu'"),
+    ),
+    Refusal(
+        name="rank0-of-fsdp2",
+        shard=FSDP2(),
+        options={"placement": "rank0-cpu"},
+        says=("rank0-cpu", "FSDP2 does not do", "'sharded'", "shard=FSDP1()"),
+    ),
     Refusal(
         name="mesh",
-        shard={"strategy": "hybrid-shard", "mesh": (2, 2)},
+        shard=FSDP1(strategy="hybrid-shard", mesh=(2, 2)),
         says=("mesh=(2, 2) needs 4 ranks", "there are 2"),
     ),
+    Refusal(name="mesh-of-fsdp2", shard=FSDP2(mesh=(3, 1)), says=("mesh=(3, 1) needs 3 ranks", "there are 2")),
     Refusal(name="more-promised", world_size="3", says=("started 3 processes", "a process group of 2")),
     Refusal(name="fewer-promised", world_size="1", says=("started 1 processes", "a process group of 2")),
-    Refusal(name="no-sync", shard={"sync_module_states": False}, says=("sync_module_states", "uninitialized")),
-    Refusal(name="offload-to-where-it-is", shard={"cpu_offload": True}, says=("cpu_offload", "only a CPU")),
+    Refusal(name="no-sync", shard=FSDP1(sync_module_states=False), says=("sync_module_states", "uninitialized")),
+    Refusal(name="offload-to-where-it-is", shard=FSDP1(cpu_offload=True), says=("cpu_offload", "only a CPU")),
     Refusal(name="uint8", quant={"quant_storage": torch.uint8}, says=("uint8", "FSDP1", "torch.bfloat16")),
     Refusal(name="fp16-over-bf16", shard=_cast(torch.float16), says=("float16", "bfloat16", "garbage")),
     Refusal(name="fp32-over-bf16", shard=_cast(torch.float32), says=("float32", "bfloat16", "garbage")),
@@ -53,12 +82,21 @@ REFUSALS = (
         says=("float32", "bfloat16", "garbage"),
     ),
     Refusal(
+        name="fp16-over-bf16-by-fsdp2", shard=_cast_by_fsdp2(torch.float16), says=("float16", "bfloat16", "FSDP2 would")
+    ),
+    Refusal(
+        name="bf16-over-fp32-by-fsdp2",
+        shard=_cast_by_fsdp2(torch.bfloat16),
+        quant={"quant_storage": torch.float32},
+        says=("float32", "bfloat16", "FSDP2 would"),
+    ),
+    Refusal(
         name="norms-of-another-dtype",
-        shard={"units": "block", "use_orig_params": True},
+        shard=FSDP1(units="block", use_orig_params=True),
         quant={"quant_storage": torch.float32},
         says=("norms", "bfloat16", "float32", "units='auto'"),
     ),
-    Refusal(name="trainable-among-frozen", shard={"units": "block"}, says=("adapters", "use_orig_params=True")),
+    Refusal(name="trainable-among-frozen", shard=FSDP1(units="block"), says=("adapters", "use_orig_params=True")),
     Refusal(name="dora", lora={"use_dora": True}, says=("use_dora", "meta", "replicated")),
     Refusal(
         name="dora-in-its-own-unit",
@@ -66,6 +104,20 @@ REFUSALS = (
         options={"placement": "replicated"},
         says=("use_dora", "use_orig_params=True"),
     ),
+    Refusal(name="dora-of-shards", shard=FSDP2(), lora={"use_dora": True}, says=("use_dora", "'replicated'")),
+    Refusal(
+        name="token-indices-of-shards",
+        shard=FSDP2(),
+        lora={"trainable_token_indices": [3]},
+        says=("trainable_token_indices", "'replicated'"),
+    ),
+    Refusal(
+        name="parameters-of-shards",
+        shard=FSDP2(),
+        lora={"target_parameters": ["q_proj.weight"]},
+        says=("target_parameters", "'replicated'"),
+    ),
+    Refusal(name="no-target-in-shards", shard=FSDP2(), lora={"target_modules": ["nowhere"]}, says=("'nowhere'",)),
     Refusal(name="pissa", lora={"init_lora_weights": "pissa"}, says=("'pissa'", "16-bit")),
     Refusal(name="olora", lora={"init_lora_weights": "olora"}, says=("'olora'", "16-bit")),
     Refusal(name="no-target", lora={"target_modules": ["nowhere"]}, says=("'nowhere'", "q_proj")),
@@ -83,8 +135,10 @@ def refused_on_this_rank(checkpoint: Path) -> dict[str, str]:
     messages = {refusal.name: _message(checkpoint, refusal) for refusal in REFUSALS}
     if reads:
         raise AssertionError(f"weights were read: {reads}")
-    with surgery.qlora(checkpoint, shard=surgery.FSDP1(), report=surgery.Report()) as model:
-        messages["loss"] = str(model(input_ids=torch.arange(8).view(1, 8)).logits.float().logsumexp(-1).mean().item())
+    for kind in (FSDP1, FSDP2):
+        with surgery.qlora(checkpoint, shard=kind(), report=surgery.Report()) as model:
+            logits = model(input_ids=torch.arange(8).view(1, 8)).logits
+            messages[kind.__name__] = str(logits.float().logsumexp(-1).mean().item())
     return messages
 
 
@@ -95,14 +149,13 @@ def _message(checkpoint: Path, refusal: Refusal) -> str:
     import surgery
 
     lora = LoraConfig(**{"r": 2, "target_modules": "all-linear", **refusal.lora})
-    shard = None if refusal.shard is None else surgery.FSDP1(**refusal.shard)
     try:
         with _promised(refusal.world_size):
             surgery.qlora(
                 checkpoint,
                 quant=surgery.Quant(**refusal.quant),
                 lora=lora,
-                shard=shard,
+                shard=refusal.shard,
                 report=surgery.Report(),
                 **refusal.options,
             )

@@ -5,80 +5,186 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from surgery.config import FSDP1, FSDP2
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-SHARDS: dict[str, dict[str, Any]] = {
-    "units": {},
-    "orig-params": {"use_orig_params": True},
-    "no-shard": {"strategy": "no-shard"},
-    "shard-grad-op": {"strategy": "shard-grad-op", "use_orig_params": True},
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a model is sharded (None: one process) when its adapter is saved."""
+
+    name: str
+    shard: FSDP1 | FSDP2 | None
+    checkpointing: bool = False
+
+
+SHARDED = [
+    Way(name="units", shard=FSDP1()),
+    Way(name="units-checkpointing", shard=FSDP1(), checkpointing=True),
+    Way(name="orig-params", shard=FSDP1(use_orig_params=True)),
+    Way(name="no-shard", shard=FSDP1(strategy="no-shard")),
+    Way(name="shard-grad-op", shard=FSDP1(strategy="shard-grad-op", use_orig_params=True)),
+    Way(name="fsdp2", shard=FSDP2()),
+    Way(name="fsdp2-checkpointing", shard=FSDP2(), checkpointing=True),
+    Way(name="fsdp2-kept-after-forward", shard=FSDP2(reshard_after_forward=False)),
+    Way(name="fsdp2-replicas", shard=FSDP2(mesh=(2, 1))),
+    Way(name="fsdp2-cpu-offload", shard=FSDP2(cpu_offload=True)),
+]
+WHOLE = [Way(name="whole", shard=None), Way(name="whole-checkpointing", shard=None, checkpointing=True)]
 
 RELOAD = """
 import json, sys, torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-model = PeftModel.from_pretrained(base, sys.argv[2])
-print("LOADED", json.dumps({n: p.double().norm().item() for n, p in model.named_parameters() if "lora_" in n}))
+norms = {}
+for folder in sys.argv[2:]:
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder)
+    norms[folder] = {n: p.double().norm().item() for n, p in model.named_parameters() if "lora_" in n}
+print("LOADED", json.dumps(norms))
 """
 
+Norms = dict[str, float]
 
-def train_and_save(checkpoint: Path, output: Path, shard: dict[str, Any], checkpointing: bool) -> dict[str, float]:
-    """Two steps, then save; norms of the whole adapter parameters as they were in memory."""
+
+def build(checkpoint: Path, way: Way) -> Any:
     from peft import LoraConfig
 
-    import patches
     import surgery
 
     torch.manual_seed(0)
     lora = LoraConfig(r=4, target_modules="all-linear")
-    with surgery.qlora(
-        checkpoint, lora=lora, shard=surgery.FSDP1(**shard), dtype=torch.float32, report=surgery.Report()
-    ) as model:
-        if checkpointing:
-            surgery.checkpoint_activations(model)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step in range(2):
-            ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(step))
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        before = surgery.adapter_state(model)
-        surgery.save_adapter(model, output)
-    assert patches.active() == []
-    return {name: tensor.double().norm().item() for name, tensor in before.items()}
+    model = surgery.qlora(checkpoint, lora=lora, shard=way.shard, dtype=torch.float32, report=surgery.Report())
+    if way.checkpointing:
+        surgery.checkpoint_activations(model)
+    return model
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [*((n, False) for n in SHARDS), ("units", True)])
-def test_saved_adapter_has_every_key_and_loads_with_plain_peft(tmp_path: Path, name: str, checkpointing: bool) -> None:
-    base = save_tiny(tmp_path / "base")
-    output = tmp_path / "adapter"
-    on_rank0, on_rank1 = run_ranks(train_and_save, 2, base, output, SHARDS[name], checkpointing)
-    assert len(on_rank0) == 28
-    assert on_rank1 == {}
+def train(model: Any) -> None:
+    """Two steps, and an evaluation: a forward after which no backward frees what was gathered."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model(input_ids=ids)
+
+
+def norms(state: dict[str, torch.Tensor]) -> Norms:
+    return {name: tensor.double().norm().item() for name, tensor in state.items()}
+
+
+def save_all(checkpoint: Path, root: Path, ways: list[Way]) -> dict[str, Norms]:
+    """By way: norms of the whole adapter parameters as they were in memory when they were saved."""
+    import patches
+    import surgery
+
+    found = {}
+    for way in ways:
+        with build(checkpoint, way) as model:
+            train(model)
+            found[way.name] = norms(surgery.adapter_state(model))
+            surgery.save_adapter(model, root / way.name)
+        assert patches.active() == []
+    return found
+
+
+def reload(base: Path, folders: list[Path]) -> dict[str, Norms]:
+    """What a fresh process with plain PEFT loads from each folder, by its name."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RELOAD, str(base), str(output)],
+        [sys.executable, "-W", "ignore", "-c", RELOAD, str(base), *map(str, folders)],
         check=True,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
-    loaded = json.loads(done.stdout.partition("LOADED ")[2])
-    assert loaded == pytest.approx(on_rank0)
+    loaded: dict[str, Norms] = json.loads(done.stdout.partition("LOADED ")[2])
+    return {Path(folder).name: found for folder, found in loaded.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    folder: Path
+    on_rank0: dict[str, Norms]
+    on_rank1: dict[str, Norms]
+    loaded: dict[str, Norms]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    folder = tmp_path_factory.mktemp("adapters")
+    on_rank0, on_rank1 = run_ranks(save_all, 2, base, folder, SHARDED)
+    alone = save_all(base, folder, WHOLE)
+    loaded = reload(base, [folder / way.name for way in [*SHARDED, *WHOLE]])
+    return Saved(folder=folder, on_rank0={**on_rank0, **alone}, on_rank1=on_rank1, loaded=loaded)
+
+
+@pytest.mark.parametrize("way", [*SHARDED, *WHOLE], ids=lambda way: way.name)
+def test_saved_adapter_has_every_key_and_loads_with_plain_peft(way: Way, saved: Saved) -> None:
+    expected, loaded = saved.on_rank0[way.name], saved.loaded[way.name]
+    assert len(expected) == 28
+    assert saved.on_rank1.get(way.name, {}) == {}
+    assert loaded == pytest.approx(expected)
     assert all(value > 0 for value in loaded.values())
-    assert sorted(file.name for file in output.iterdir()) == [
+    assert sorted(file.name for file in (saved.folder / way.name).iterdir()) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_nothing_else_is_left(saved: Saved) -> None:
+    assert {path.name for path in saved.folder.iterdir()} == {way.name for way in [*SHARDED, *WHOLE]}
+
+
+def save_and_restore(checkpoint: Path, way: Way) -> tuple[Any, dict[str, torch.Tensor], Norms]:
+    """torch's own full state dict, the adapter, and its norms after it was lost and set from that state dict."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+
+    import surgery
+
+    with build(checkpoint, way) as model:
+        train(model)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        adapter = surgery.adapter_state(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.zero_()
+        set_model_state_dict(
+            model,
+            {name: tensor for name, tensor in state.items() if "lora_" in name},
+            options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False),
+        )
+        return state, adapter, norms(surgery.adapter_state(model))
+
+
+@pytest.mark.parametrize("way", [way for way in SHARDED if way.name in ("fsdp2", "fsdp2-checkpointing")])
+def test_state_dict_of_torch_has_the_adapter_and_packed_weights(base: Path, way: Way) -> None:
+    (state, adapter, restored), (elsewhere, _, _) = run_ranks(save_and_restore, 2, base, way)
+    assert elsewhere == {}
+    assert len(adapter) == 28
+    for name, tensor in adapter.items():
+        assert torch.equal(state[name], tensor), name
+    assert restored == norms(adapter)
+    with build(base, WHOLE[0]) as model:
+        frozen = {name: parameter.data for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert len(frozen) == 14 + 5 + 2  # packed weights, norms, embeddings and head
+    for name, data in frozen.items():
+        assert torch.equal(state[name].view(torch.uint8), data.view(torch.uint8)), name

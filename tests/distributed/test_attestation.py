@@ -5,9 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from surgery import FSDP1, FSDP2
 from surgery.attestation.differences import Attestation
-from tests.distributed.attesting import LAYER, ON_FOUR, ON_TWO, Caught, Place, Setup, clean_all, planted_all
+from tests.distributed.attesting import (
+    LAYER,
+    ON_FOUR,
+    ON_TWO,
+    Caught,
+    Place,
+    Setup,
+    clean_all,
+    gathered_as_on_cuda,
+    planted_all,
+)
+from tests.distributed.cases import ODD
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
@@ -47,10 +60,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clean(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Attestation]]]:
     output = tmp_path_factory.mktemp("adapters")
-    by_world = {2: run_ranks(clean_all, 2, checkpoint, ON_TWO, output), 4: run_ranks(clean_all, 4, checkpoint, ON_FOUR, output)}
-    return {
-        setup.name: [found[setup.name] for found in by_world[2 if setup in ON_TWO else 4]] for setup in SETUPS
+    by_world = {
+        2: run_ranks(clean_all, 2, checkpoint, ON_TWO, output),
+        4: run_ranks(clean_all, 4, checkpoint, ON_FOUR, output),
     }
+    return {setup.name: [found[setup.name] for found in by_world[2 if setup in ON_TWO else 4]] for setup in SETUPS}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +99,19 @@ def test_the_digest_is_the_same_however_a_model_is_sharded(clean: dict[str, list
     assert other.nbytes == clean["fsdp2"][0]["start"].nbytes
 
 
+def test_three_ranks_cut_odd_weights_anywhere(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "odd", **ODD)
+    setups = [
+        Setup(name="fsdp2", shard=FSDP2()),
+        Setup(name="fsdp2-uint8", shard=FSDP2(), quant={"quant_storage": torch.uint8}),
+        Setup(name="fsdp2-replicated", shard=FSDP2(), placement="replicated"),
+        Setup(name="fsdp1", shard=FSDP1()),
+    ]
+    ranks = run_ranks(clean_all, 3, checkpoint, setups, tmp_path / "adapters")
+    for stage in ("start", "forward", "trained"):
+        assert len({found[setup.name][stage].digest for found in ranks for setup in setups}) == 1
+
+
 @pytest.mark.parametrize("planting", PLANTINGS, ids=lambda planting: "-".join(map(str, planting[:4])))
 def test_what_was_planted_is_named_on_every_rank(planting: Planting, caught: dict[Planting, list[Caught]]) -> None:
     _, place, _, attested_before, ranks = planting
@@ -105,3 +132,18 @@ def test_what_was_planted_is_named_on_every_rank(planting: Planting, caught: dic
             assert difference.where == "quant_state"
             assert difference.what.startswith(place)
     assert len({found.message for found in caught[planting]}) == 1
+
+
+def test_an_inexact_gather_is_caught_word_for_word_and_the_patch_passes(checkpoint: Path) -> None:
+    for caught, words, attestation in run_ranks(gathered_as_on_cuda, 2, checkpoint):
+        changed = {name: count for name, count in words.items() if count}
+        assert changed, "no packed word is a NaN"
+        assert {each.where for each in caught.differences} == {"in forward"}
+        assert {each.layer for each in caught.differences} == changed.keys()
+        for rank in (0, 1):
+            of_rank = [each for each in caught.differences if each.ranks == (rank,)]
+            counted = {each.layer: each.words for each in of_rank if each.words is not None}
+            assert counted == dict(list(changed.items())[: len(counted)])
+            assert len(counted) == min(4, len(changed))
+        assert "patches check torch.fsdp2-bit-exact-gather" in caught.message
+        assert attestation.calls == 14

@@ -12,7 +12,7 @@ from tests.distributed.cases import CASES, ON_FOUR, ON_ONE, ON_TWO, save_models
 from tests.distributed.exactness import Case, Result, ours, require_equal, run_cases, stock, train
 from tests.helpers.ranks import run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # a test's fixture runs all cases
 
 Results = dict[str, Result]
 
@@ -36,12 +36,12 @@ def on_one_rank(checkpoints: dict[str, Path]) -> list[Results]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(checkpoints: dict[str, Path]) -> list[Results]:
-    return run_ranks(run_cases, 2, checkpoints, [*CASES, *ON_TWO])
+    return run_ranks(run_cases, 2, checkpoints, [*CASES, *ON_TWO], timeout=600)
 
 
 @pytest.fixture(scope="module")
 def on_three_ranks(checkpoints: dict[str, Path]) -> list[Results]:
-    return run_ranks(run_cases, 3, checkpoints, CASES)
+    return run_ranks(run_cases, 3, checkpoints, CASES, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ It serves what `huggingface_hub` asks for when it downloads a snapshot:
     GET  /api/models/<id>/revision/<revision>    which commit that is
     GET  /api/models/<id>/tree/<commit>          the files of the commit
     HEAD /<id>/resolve/<commit>/<file>           ETag, size and commit of a file
-    GET  /<id>/resolve/<commit>/<file>           the file
+    GET  /<id>/resolve/<commit>/<file>           the file, or the range of it that is asked for
 
 `huggingface_hub` takes `HF_ENDPOINT` from the environment when it is imported: use it in another process.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -56,14 +57,18 @@ class _Reply:
 class HubServer:
     """Serves `repositories` while it is entered as a context manager.
 
-    `hold`: an event that file downloads wait for, or None.
+    `hold`: an event that file downloads wait for, or None. `ranges`: whether it knows of ranges, as the Hub does.
     """
 
-    def __init__(self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None) -> None:
+    def __init__(
+        self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None, ranges: bool = True
+    ) -> None:
         self._repositories = repositories
         self._hold = hold
+        self._ranges = ranges
         self._lock = threading.Lock()
         self._requests: list[tuple[str, str]] = []
+        self._served: Counter[str] = Counter()
         self.downloading = threading.Event()
         """Set once a file is asked for."""
         hub = self
@@ -100,6 +105,12 @@ class HubServer:
         paths = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
         return Counter(path.split("/resolve/")[1].partition("/")[2] for path in paths)
 
+    @property
+    def served(self) -> Counter[str]:
+        """How many bytes of each file were sent, by name, over all repositories and commits."""
+        with self._lock:
+            return Counter(self._served)
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -118,6 +129,8 @@ class HubServer:
         with self._lock:
             self._requests.append((request.command, path))
         reply = self._reply(path, request.headers.get("authorization"))
+        if self._ranges and request.command == "GET":
+            reply = _cut(reply, request.headers.get("range"))
         if request.command == "GET" and "/resolve/" in path:
             self._wait()
         request.send_response(reply.status)
@@ -126,6 +139,9 @@ class HubServer:
         request.end_headers()
         if request.command == "GET":
             request.wfile.write(reply.body)
+            if "/resolve/" in path:
+                with self._lock:
+                    self._served[path.split("/resolve/")[1].partition("/")[2]] += len(reply.body)
 
     def _wait(self) -> None:
         self.downloading.set()
@@ -166,6 +182,16 @@ class HubServer:
                 for name, content in files.items()
             ]
         )
+
+
+def _cut(reply: _Reply, wanted: str | None) -> _Reply:
+    """`reply` with the bytes `first-last` alone, if that is what `wanted` says; other forms are not asked for here."""
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "")
+    if found is None or reply.status is not HTTPStatus.OK or int(found[1]) >= len(reply.body):
+        return reply
+    start, stop = int(found[1]), min(int(found[2]) + 1, len(reply.body))
+    said = {"Content-Range": f"bytes {start}-{stop - 1}/{len(reply.body)}"}
+    return _Reply(status=HTTPStatus.PARTIAL_CONTENT, headers={**reply.headers, **said}, body=reply.body[start:stop])
 
 
 def _may_see(repository: Repository, authorization: str | None) -> bool:

@@ -75,12 +75,14 @@ def test_ranks_that_no_launcher_has_started(
 
 
 REFUSED_ON_TWO_RANKS = {
-    "uint8": (["--quant-storage", "uint8"], "quant_storage=torch.uint8 cannot be sharded by FSDP1"),
-    "mesh": (["--sharding", "hybrid-shard", "--mesh", "2x2"], "mesh=(2, 2) needs 4 ranks"),
-    "mesh-of-one": (["--sharding", "hybrid-shard", "--mesh", "2x1"], "shard dimension of 1"),
-    "offload": (["--cpu-offload"], "here there is only a CPU"),
-    "dora": (["--dora"], "--use-orig-params"),
-    "dora-on-meta": (["--dora", "--use-orig-params"], "placement rank0-cpu"),
+    "uint8": (["--fsdp", "1", "--quant-storage", "uint8"], "quant_storage=torch.uint8 cannot be sharded by FSDP1"),
+    "mesh": (["--mesh", "2x2"], "mesh=(2, 2) needs 4 ranks"),
+    "mesh-of-fsdp1": (["--fsdp", "1", "--mesh", "2x2"], "mesh=(2, 2) needs 4 ranks"),
+    "mesh-of-one": (["--fsdp", "1", "--sharding", "hybrid-shard", "--mesh", "2x1"], "shard dimension of 1"),
+    "offload": (["--fsdp", "1", "--cpu-offload"], "here there is only a CPU"),
+    "dora": (["--dora"], "--no-low-memory"),
+    "dora-of-fsdp1": (["--fsdp", "1", "--dora"], "--use-orig-params"),
+    "dora-on-meta": (["--fsdp", "1", "--dora", "--use-orig-params"], "--no-low-memory"),
     "pissa": (["--lora-init", "pissa"], "init_lora_weights='pissa'"),
     "olora": (["--lora-init", "olora"], "init_lora_weights='olora'"),
     "targets": (["--target-modules", "nowhere"], "'nowhere' matches no module"),
@@ -104,7 +106,7 @@ def test_options_that_two_ranks_cannot_work_with(tiny: Path, data: Path) -> None
 @pytest.mark.distributed
 def test_torchrun_ends_with_the_message_and_the_exit_code(tiny: Path, data: Path) -> None:
     """The launcher's own exit code is 1 whatever happened; its report has the ranks'."""
-    options = ["--sharding", "hybrid-shard", "--mesh", "2x2", "--output", str(data.parent / "out")]
+    options = ["--mesh", "2x2", "--output", str(data.parent / "out")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

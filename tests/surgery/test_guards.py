@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from torch.distributed.fsdp import MixedPrecision
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import patches
 import surgery
-from surgery.config import FSDP1, Quant
+from surgery import guards
+from surgery.config import FSDP1, FSDP2, Quant, default_placement
 from surgery.errors import ConfigError, PassError, SelectorError
 from surgery.guards import WEIGHT_DERIVED, check_precision, check_ties, check_units
 
@@ -33,8 +34,18 @@ def refused(*says: str, **options: Any) -> None:
     assert patches.active() == []
 
 
-def test_sharding_without_a_process_group() -> None:
-    refused("FSDP1", "process group", "torchrun", shard=FSDP1())
+@pytest.mark.parametrize("shard", [FSDP1(), FSDP2()])
+def test_sharding_without_a_process_group(shard: FSDP1 | FSDP2) -> None:
+    refused(type(shard).__name__, "process group", "torchrun", shard=shard)
+
+
+def test_shards_of_a_model_that_is_not_sharded() -> None:
+    refused("placement sharded", "without shard there is none", "shard=FSDP2()", placement="sharded")
+
+
+@pytest.mark.parametrize(("shard", "placement"), [(None, "replicated"), (FSDP1(), "rank0-cpu"), (FSDP2(), "sharded")])
+def test_placement_that_a_sharding_has_by_itself(shard: FSDP1 | FSDP2 | None, placement: str) -> None:
+    assert default_placement(shard) == placement
 
 
 @pytest.mark.parametrize("promised", ["2", "8"])
@@ -55,7 +66,7 @@ def test_launcher_of_one_is_one_process(monkeypatch: pytest.MonkeyPatch, tiny: P
 
 
 def test_unknown_placement() -> None:
-    refused("placement", "rank0-cpu, replicated", "'everywhere'", placement="everywhere")
+    refused("placement", "sharded, rank0-cpu, replicated", "'everywhere'", placement="everywhere")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
@@ -115,6 +126,19 @@ def test_fsdp1_options(options: dict[str, Any], says: str) -> None:
         FSDP1(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mesh": (0, 2)}, r"two positive integers; got \(0, 2\)"),
+        ({"mesh": (8,)}, r"two positive integers; got \(8,\)"),
+    ],
+)
+def test_fsdp2_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        FSDP2(**options)
+    assert FSDP2(mesh=(4, 1)).mesh == (4, 1)  # which FSDP2 can do, other than FSDP1
+
+
 def test_precision_name() -> None:
     with pytest.raises(ConfigError, match=r"precision must be one of bf16, .*; got 'int8'"):
         surgery.precision("int8")
@@ -137,10 +161,32 @@ def test_fsdp1_never_casts_packed_weights(storage: torch.dtype, cast: torch.dtyp
         check_precision(quant, shard, torch.float32)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("cast", CASTS)
+def test_fsdp2_never_casts_packed_weights(storage: torch.dtype, cast: torch.dtype | None) -> None:
+    """Integers it leaves alone."""
+    shard = FSDP2(mixed_precision=None if cast is None else MixedPrecisionPolicy(param_dtype=cast))
+    quant = Quant(quant_storage=storage)
+    if storage == torch.uint8 or cast in (None, storage):
+        check_precision(quant, shard, torch.float32)
+        return
+    with pytest.raises(ConfigError, match=f"quant_storage={storage}: FSDP2 would cast packed"):
+        check_precision(quant, shard, torch.float32)
+
+
+def test_integers_that_fsdp2_of_an_older_torch_cannot_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this torch is to a requirement of a later one."""
+    monkeypatch.setattr(guards, "FSDP2_SHARDS_INTEGERS", (99, 1))
+    with pytest.raises(ConfigError, match=r"uint8 cannot be sharded by FSDP2 of torch .*use torch 99\.1 or later"):
+        check_precision(Quant(quant_storage=torch.uint8), FSDP2(), torch.bfloat16)
+    check_precision(Quant(quant_storage=torch.bfloat16), FSDP2(), torch.bfloat16)
+
+
 @pytest.mark.parametrize("name", surgery.PRECISIONS)
 def test_every_precision_policy_fits_its_own_storage(name: str) -> None:
     policy = surgery.precision(name)
     check_precision(Quant(), FSDP1(mixed_precision=policy.mixed_precision()), policy.dtype)
+    check_precision(Quant(), FSDP2(mixed_precision=policy.mixed_precision_policy()), policy.dtype)
     check_units(Quant(), lora(), FSDP1(units="block", use_orig_params=True), policy.dtype)
 
 

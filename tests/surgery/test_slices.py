@@ -88,7 +88,7 @@ def test_replicas_keep_everything(form: Form, world_size: int) -> None:
     assert {share.keeps for share in shares} == {range(form.rows)}
 
 
-@given(form=plain_forms(), world_size=st.integers(1, 6))
+@given(form=plain_forms().filter(lambda form: not form.is_buffer), world_size=st.integers(1, 6))
 def test_rank0_alone_reads_what_it_keeps_alone(form: Form, world_size: int) -> None:
     first, *others = Division.of("rank0-cpu", world_size=world_size).slices(form)
     assert (first.keeps, first.reads, first.elements) == (range(form.rows), range(form.rows), range(form.numel))
@@ -151,7 +151,17 @@ def test_there_is_room_for_the_largest_shard_and_for_equal_parts_of_replicas(for
         same = [other.reads for other in shares if other.keeps == share.keeps]
         assert len(share.keeps) <= room < longest + replicas
         assert not share.keeps or len(same) * max(lengths(same)) <= room
-    assert len(set(rooms)) == 1 or (division.rank0_only and form.blocksize is None)
+    assert len(set(rooms)) == 1 or division.is_rank0s(form)
+
+
+@given(form=plain_forms().filter(lambda form: form.is_buffer), division=divisions())
+def test_every_rank_keeps_buffers_and_reads_a_part_of_them(form: Form, division: Division) -> None:
+    world_size = division.grid.world_size
+    shares = division.slices(form)
+    assert {share.keeps for share in shares} == {range(form.rows)}
+    assert [share.reads for share in shares] == [
+        chunk(range(form.rows), world_size, rank) for rank in range(world_size)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -107,9 +107,7 @@ def test_a_test_that_differs_without_patches_too_is_unstable(tmp_path: Path, ups
     ran = run(tmp_path, upstream, beside, "tests/test_unstable.py")
     assert ran.returncode == 0, ran.stderr
     assert "stock again: 1 tests: 1 failed" in ran.stdout
-    assert (
-        "UNSTABLE tests.test_unstable::test_first_run_only: passed without patches, failed with them" in ran.stdout
-    )
+    assert "UNSTABLE tests.test_unstable::test_first_run_only: passed without patches, failed with them" in ran.stdout
     assert "0 of 1 tests end differently; 1 unstable" in ran.stdout
 
 

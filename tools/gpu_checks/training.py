@@ -20,7 +20,7 @@ from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from surgery.config import Placement
 
-__all__ = ["check_training"]
+__all__ = ["check_training", "make_checkpoint"]
 
 STEPS = 5
 LORA_RANK = 16
@@ -32,7 +32,7 @@ TOKENS, FEW_TOKENS = 1024, 64
 
 def check_training(job: Job, ranks: Ranks, findings: Findings) -> None:
     """Make the checkpoint on rank 0, then load and train from it on all ranks, under each placement."""
-    made = ranks.gather(attempt(partial(_make_checkpoint, job)))
+    made = ranks.gather(attempt(partial(make_checkpoint, job)))
     findings.add("training", "checkpoint", made)
     if made[0]["error"]:
         return
@@ -41,7 +41,7 @@ def check_training(job: Job, ranks: Ranks, findings: Findings) -> None:
         findings.add("training", placement, ranks.gather(outcome))
 
 
-def _make_checkpoint(job: Job) -> dict[str, str]:
+def make_checkpoint(job: Job) -> dict[str, str]:
     """14.5 GB of bfloat16, or a tiny one, drawn on the device; one that is there already is kept."""
     name = "llama-tiny" if job.small else "llama-8b"
     checkpoint = SyntheticCheckpoint(shape=SHAPES[name], device=torch.device(job.device.type))

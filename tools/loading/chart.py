@@ -15,8 +15,8 @@ GIB = 1024**3
 #: In pixels. Labels are left of the bars, values right of them.
 WIDTH, LABELS, VALUES, BAR, ROW, HEAD = 720, 150, 110, 14, 22, 34
 
-#: Ways of this project, and all others.
-OURS = ("sharded", "rank0-cpu", "replicated", "replicated-fsdp2")
+#: Ways that are not this project's begin so.
+OTHERS = ("read", "seed", "accelerate")
 
 STYLE = """
 text { font: 12px system-ui, sans-serif; fill: #1f2328 }
@@ -89,7 +89,7 @@ def _draw_row(root: Element, panel: Panel, summary: Summary, *, y: float, scale:
     if value is None:
         _child(root, "text", _why_not(summary), x=LABELS + 4, y=middle + 4)
         return
-    kind = "ours" if summary.way in OURS else "others"
+    kind = "others" if summary.way.startswith(OTHERS) else "ours"
     _child(root, "rect", x=LABELS, y=y, width=max(value * scale, 1.0), height=BAR, rx=2, class_=kind)
     end = value
     if spread := panel.spread(summary):

@@ -21,12 +21,16 @@ __all__ = ["compare"]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_load.py"
 
-#: Left to others of the log of a run that has ended badly.
+#: Seconds within which torchrun ends its ranks: it asks them, and kills them after 30.
+FAREWELL = 60
+
+#: Shown of the log of a run that has ended badly.
 LOG_LINES = 12
 
 
 def compare(options: Options, parsed: argparse.Namespace) -> Results:
     """All turns of all ways, each in processes of its own unless `parsed.together`; ways take turns."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as `timeout` ends it: not without ending what it started
     starts = [options] if parsed.together else list(_single(options))
     outcomes: list[Outcome] = []
     turns: dict[str, int] = {}
@@ -60,25 +64,36 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
                 env=_environment(options, ranks),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
             failure = _wait(child, limit)
         found = collect(Path(into))
         if failure is not None:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
             print("\n".join(tail), file=sys.stderr)
+            found = [_interrupted(outcome, options, failure) for outcome in found]
         return [*found, *_silent(options, found, ranks, failure or "ended without a word")]
 
 
 def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
-    """What went wrong, if anything did."""
+    """What went wrong, if anything did. However this ends, the child and all that it has started have ended too."""
     try:
         code = child.wait(timeout=limit)
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
         return f"stopped after {limit} s"
+    finally:
+        # It ends its ranks, which are no children of ours, and not in its process group either.
+        child.terminate()
+        child.wait(timeout=FAREWELL)
     return f"torchrun ended with {code}" if code else None
+
+
+def _interrupted(outcome: Outcome, options: Options, failure: str) -> Outcome:
+    """The outcome of a rank that has loaded, and was stopped before it had trained."""
+    in_last_round = outcome.turn // max(options.ways.count(outcome.way), 1) == options.repeats - 1
+    was_to_train = options.steps > 0 and in_last_round and outcome.way != "read"
+    if outcome.error is None and outcome.training is None and was_to_train:
+        return replace(outcome, error=failure)
+    return outcome
 
 
 def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) -> Iterator[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,11 +25,13 @@ READY = "ready"
 
 
 def measure_all(options: Options, world: World, journal: Journal) -> None:
-    """Every way in turn, as often as is asked for; training after the last turn of each."""
-    for turn in range(options.repeats):
+    """Every way in turn, as often as is asked for; training in the last round. A way may be named several times."""
+    turns: Counter[str] = Counter()
+    for round_ in range(options.repeats):
+        is_last = round_ == options.repeats - 1
         for way in options.ways:
-            is_last = turn == options.repeats - 1
-            outcome = _attempt(way, turn, options, world, journal, train=is_last and options.steps > 0)
+            outcome = _attempt(way, turns[way], options, world, journal, train=is_last and options.steps > 0)
+            turns[way] += 1
             world.clear()
             # A rank that has failed comes here at once; one that waits for it in a collective never does.
             if world.any(outcome.error is not None) and world.rank == 0:

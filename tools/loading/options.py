@@ -16,6 +16,7 @@ __all__ = ["Options", "add_arguments"]
 WAYS = (
     "read",
     "sharded",
+    "unsharded",
     "rank0-cpu",
     "replicated",
     "replicated-fsdp2",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,12 +23,13 @@ __all__ = ["load_ours"]
 POLICY = precision("bf16")
 
 
-def load_ours(case: Case, placement: Placement, *, fsdp: int) -> Trainee:
+def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) -> Trainee:
     """What a user of `surgery.qlora` gets, and of `surgery finetune` from there."""
     torch.manual_seed(SEED)
-    shard: FSDP1 | FSDP2 = FSDP1(mixed_precision=POLICY.mixed_precision())
-    if fsdp == 2:
-        shard = FSDP2(mixed_precision=POLICY.mixed_precision_policy())
+    if isinstance(shard, FSDP1):
+        shard = replace(shard, mixed_precision=POLICY.mixed_precision())
+    if isinstance(shard, FSDP2):
+        shard = replace(shard, mixed_precision=POLICY.mixed_precision_policy())
     model = surgery.qlora(
         case.options.checkpoint,
         lora=case.lora(),

@@ -66,7 +66,10 @@ class Outcome:
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
         """What `dataclasses.asdict` gave."""
         load, training = values["load"], values["training"]
-        return cls(**{**values, "load": load and Load(**load), "training": training and Training(**training)})
+        if load is not None:
+            phases = {name: tuple(span) for name, span in load["phases"].items()}
+            load = Load(**{**load, "phases": phases})
+        return cls(**{**values, "load": load, "training": training and Training(**training)})
 
 
 @dataclass(kw_only=True)

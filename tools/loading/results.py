@@ -51,7 +51,7 @@ class Results:
     def summaries(self) -> list[Summary]:
         """One for each way that has had a turn, in their order."""
         had_turn = {outcome.way for outcome in self.outcomes}
-        return [summarize(way, self.outcomes) for way in self.options.ways if way in had_turn]
+        return [summarize(way, self.outcomes) for way in dict.fromkeys(self.options.ways) if way in had_turn]
 
     def markdown(self) -> str:
         """What it ran on, and the tables."""

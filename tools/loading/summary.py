@@ -50,7 +50,8 @@ def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
     turns = sorted({outcome.turn for outcome in mine})
     by_turn = {turn: [load for outcome, load in loads if outcome.turn == turn] for turn in turns}
     ready = {turn: max(load.ready for load in of) for turn, of in by_turn.items() if of}
-    training = _of_training([outcome.training for outcome in mine if outcome.training is not None])
+    trainings = [[each.training for each in mine if each.turn == turn and each.training] for turn in turns]
+    training = _of_training([of for of in trainings if of])
     middle = sorted(ready, key=lambda turn: ready[turn])[(len(ready) - 1) // 2]
     slowest = max(by_turn[middle], key=lambda load: load.seconds)
     return Summary(
@@ -79,12 +80,13 @@ def _most_telling(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda outcome: "torchrun" in (outcome.error or "torchrun"))
 
 
-def _of_training(trainings: Sequence[Training]) -> dict[str, Any]:
-    if not trainings:
+def _of_training(turns: Sequence[Sequence[Training]]) -> dict[str, Any]:
+    """From the ranks of each turn; losses are those of the first turn."""
+    if not turns:
         return {}
     return {
-        "first_step": max(training.first for training in trainings),
-        "median_step": max(training.median for training in trainings),
-        "train_device": max(training.device for training in trainings),
-        "losses": tuple(fmean(losses) for losses in zip(*(training.losses for training in trainings), strict=True)),
+        "first_step": median(max(training.first for training in ranks) for ranks in turns),
+        "median_step": median(max(training.median for training in ranks) for ranks in turns),
+        "train_device": max(training.device for ranks in turns for training in ranks),
+        "losses": tuple(fmean(losses) for losses in zip(*(training.losses for training in turns[0]), strict=True)),
     }

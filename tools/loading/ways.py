@@ -11,16 +11,18 @@ from loading.options import WAYS
 from loading.ours import load_ours
 from loading.seed import load_seed
 from loading.stock import load_stock
+from surgery.config import FSDP1, FSDP2
 
 __all__ = ["LOADERS"]
 
-#: Way -> the function that loads, and returns what trains (nothing for the bare read).
+#: Way -> the function that loads, and returns what trains (nothing for the bare read). Unsharded is for one rank.
 LOADERS: Mapping[str, Callable[[Case], Trainee | None]] = {
     "read": read_bytes,
-    "sharded": partial(load_ours, placement="sharded", fsdp=2),
-    "rank0-cpu": partial(load_ours, placement="rank0-cpu", fsdp=1),
-    "replicated": partial(load_ours, placement="replicated", fsdp=1),
-    "replicated-fsdp2": partial(load_ours, placement="replicated", fsdp=2),
+    "sharded": partial(load_ours, placement="sharded", shard=FSDP2()),
+    "unsharded": partial(load_ours, placement="replicated", shard=None),
+    "rank0-cpu": partial(load_ours, placement="rank0-cpu", shard=FSDP1()),
+    "replicated": partial(load_ours, placement="replicated", shard=FSDP1()),
+    "replicated-fsdp2": partial(load_ours, placement="replicated", shard=FSDP2()),
     "seed": load_seed,
     "accelerate-fsdp1": partial(load_stock, fsdp=1),
     "accelerate-fsdp2": partial(load_stock, fsdp=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,10 +122,11 @@ def test_ranks_of_fsdp2_equal_one_process(mesh: tuple[int, ...], batch_size: int
         torch.testing.assert_close(found[3], reference.state_dict(), rtol=1e-5, atol=1e-6)
 
 
-def overflow_on_one_rank(kind: str) -> tuple[bool, float, float]:
+def overflow_on_one_rank(kind: str, fused: bool) -> tuple[bool, float, float]:
     """An infinite gradient in one shard: whether the step is skipped here, the norm, and the scale after it."""
     model = fully_sharded((2,)) if kind == "fsdp2" else FullyShardedDataParallel(TinyLM(), device_id=CPU)
-    subject = trainer(model, max_norm=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    subject = replace(trainer(model), optimizer=optimizer)
     scaler = subject.sharding.grad_scaler(enabled=True)
     before = [local(parameter).clone() for parameter in model.parameters()]
     batch = share(SAMPLES, range(4), batch_size=2, world=2, rank=dist.get_rank(), pad=0).micro_batches[0]
@@ -148,9 +150,10 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
-def test_overflow_on_one_rank_skips_the_step_on_all(kind: str) -> None:
-    for skipped, norm, factor in run_ranks(overflow_on_one_rank, 2, kind):
+def test_overflow_on_one_rank_skips_the_step_on_all(kind: str, fused: bool) -> None:
+    for skipped, norm, factor in run_ranks(overflow_on_one_rank, 2, kind, fused):
         assert skipped
         assert not math.isfinite(norm)
         assert factor == 0.5

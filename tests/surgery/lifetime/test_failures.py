@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,9 @@ import surgery
 from surgery import lifetime, recipe
 from surgery.checkpoint import Reader
 from surgery.passes.adapt import Adapt
+from surgery.passes.exchange import Exchange
 from surgery.passes.load import Load
-from surgery.passes.quantize import Quantize
-from surgery.passes.relocate import Relocate
+from surgery.passes.place import Place
 from surgery.passes.replace import Replace
 from surgery.passes.skeleton import Skeleton
 from tests.helpers.snapshot import Snapshot
@@ -30,14 +31,16 @@ from tests.surgery.lifetime.behaviour import InjectedError, assert_stock, build,
 
 ERRORS = [InjectedError("injected"), KeyboardInterrupt()]
 
-PLACES: list[tuple[type, str, int]] = [
+#: What is called, and when it fails; half of these run in the thread that loads.
+PLACES: list[tuple[Any, str, int]] = [
     (Skeleton, "build_on_meta", 1),
     (Replace, "run", 1),
     (Reader, "read_into", 4),
-    (Load, "run_layer", 4),
-    (Quantize, "run_layer", 4),
-    (Relocate, "run_layer", 4),
+    (Load, "run_layer", 1),
+    (Exchange, "run_layer", 1),
+    (Place, "run_layer", 1),
     (Adapt, "run", 1),
+    (recipe, "install", 1),
 ]
 
 
@@ -47,7 +50,7 @@ def test_failure_in_any_pass(
     tiny: Path,
     unchanged: Snapshot,
     monkeypatch: pytest.MonkeyPatch,
-    place: tuple[type, str, int],
+    place: tuple[Any, str, int],
     error: BaseException,
 ) -> None:
     owner, name, nth = place
@@ -66,7 +69,8 @@ def test_failure_in_any_pass(
             build(tiny)
     assert caught.value is error or caught.value.__cause__ is error
     assert isinstance(error, KeyboardInterrupt) is isinstance(caught.value, KeyboardInterrupt)
-    assert (active != []) is (owner is Adapt)
+    assert {receipt.id for receipt in active} == set(recipe.BUILD_PATCHES)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-")] == []
     assert_stock(unchanged)
 
 

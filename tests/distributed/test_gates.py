@@ -1,0 +1,113 @@
+"""Gates, where all ranks enter collectives or none does, whatever makes one of them leave, and whenever."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from surgery.distributed import pulse
+from surgery.distributed.exchange import PeerError, Ranks, StoppedError, current_ranks
+from tests.helpers.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+ROUNDS = 300
+
+
+def passed(ranks: Ranks, stop: threading.Event, name: str) -> bool:
+    """Whether this rank went through the gate; if it did not, the others are told, as `everyone` does."""
+    try:
+        ranks.gate(name, stop=stop)
+    except StoppedError as error:
+        ranks.raise_alarm(error)
+        return False
+    except PeerError:
+        return False
+    return True
+
+
+def stopped_at_any_time() -> list[bool]:
+    """In every round one rank is stopped from another thread, at about when the others come to the gate."""
+    found = []
+    for number in range(ROUNDS):
+        ranks, stop = current_ranks(), threading.Event()
+        chance = random.Random(100 * number + ranks.rank)
+        timer = threading.Timer(chance.uniform(0, 0.002), stop.set)
+        if ranks.rank == number % ranks.world_size:
+            timer.start()
+        time.sleep(chance.uniform(0, 0.002))
+        found.append(passed(ranks, stop, "one"))
+        timer.cancel()
+        dist.barrier()
+    return found
+
+
+def test_all_ranks_pass_or_none() -> None:
+    by_rank = run_ranks(stopped_at_any_time, 3, timeout=120)
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+    assert len(by_rank[0]) == ROUNDS
+    assert set(by_rank[0]) == {True, False}, "both happened"
+
+
+def stopped_before() -> list[bool]:
+    ranks, stop = current_ranks(), threading.Event()
+    first = passed(ranks, stop, "first")
+    if ranks.rank == 1:
+        stop.set()
+    return [first, passed(ranks, stop, "second")]
+
+
+def test_a_rank_that_is_stopped_lets_nobody_through_the_next_gate() -> None:
+    assert run_ranks(stopped_before, 3, timeout=60) == [[True, False]] * 3
+
+
+def silent() -> str:
+    """Rank 1 shows no sign of life while the others wait at a gate for it."""
+    pulse.SILENCE = 1.0
+    ranks, stop = current_ranks(), threading.Event()
+    dist.barrier()
+    if ranks.rank == 1:
+        time.sleep(4)
+        return ""
+    with pytest.raises(PeerError) as caught, pulse.beating(ranks):
+        ranks.gate("one", stop=stop)
+    assert ranks.apart.is_set()
+    return f"{caught.value} {caught.value.rank}"
+
+
+def test_a_rank_that_is_silent_is_missed() -> None:
+    missed = "rank 1 has ended without a word: its own output, or the kernel's log, says why 1"
+    assert run_ranks(silent, 3, timeout=60) == [missed, "", missed]
+
+
+def slow() -> float:
+    """Rank 1 is slow to come to a gate, and then leaves long before the others: it is alive all the time."""
+    pulse.SILENCE = 1.0
+    ranks, stop, start = current_ranks(), threading.Event(), time.monotonic()
+    with pulse.beating(ranks):
+        if ranks.rank == 1:
+            time.sleep(3)
+        ranks.gate("one", stop=stop)
+        if ranks.rank != 1:
+            time.sleep(3)
+        ranks.check_alarm()
+    assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
+    return time.monotonic() - start
+
+
+def test_a_rank_that_is_slow_is_waited_for() -> None:
+    on_rank0, on_rank1, on_rank2 = run_ranks(slow, 3, timeout=60)
+    assert min(on_rank0, on_rank2) >= 5.5
+    assert on_rank1 >= 3
+
+
+def test_alone_there_is_no_gate_and_no_pulse() -> None:
+    ranks, stop = Ranks(), threading.Event()
+    stop.set()
+    with pulse.beating(ranks):
+        ranks.gate("one", stop=stop)
+        assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]

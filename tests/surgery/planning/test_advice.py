@@ -1,0 +1,46 @@
+"""Which option would make a plan fit."""
+
+from __future__ import annotations
+
+from surgery.config import FSDP1
+from surgery.planning.advice import advise, advise_all
+from surgery.planning.inventory import Inventory
+from surgery.planning.plan import make_plan
+from surgery.planning.setting import Training
+from tests.surgery.planning.conftest import setting
+
+GIB = 1 << 30
+
+
+def test_options_come_in_order_and_each_one_fits(inventory: Inventory) -> None:
+    found = list(advise_all(make_plan(inventory, setting(), Training(batch=2)), 50 * GIB))
+    assert [advice.options[0].split()[0] for advice in found] == ["--activation-checkpointing", "--batch", "--seq"]
+    assert all(advice.device_peak <= 50 * GIB for advice in found)
+
+
+def test_the_smallest_number_of_ranks_is_found(inventory: Inventory) -> None:
+    plan = make_plan(inventory, setting(), Training(checkpointing=True))
+    memory = 12 * GIB
+    (advice,) = [each for each in advise_all(plan, memory) if each.options[0].startswith("--world")]
+    ranks = int(advice.options[0].split()[1])
+    assert make_plan(inventory, setting(world_size=ranks), plan.training).device_peak == advice.device_peak <= memory
+    assert make_plan(inventory, setting(world_size=ranks - 1), plan.training).device_peak > memory
+
+
+def test_options_add_up_where_none_is_enough(inventory: Inventory) -> None:
+    advice = advise(make_plan(inventory, setting(), Training()), 10 * GIB)
+    assert advice is not None
+    assert advice.options[0] == "--activation-checkpointing"
+    assert len(advice.options) > 1
+    assert advice.device_peak <= 10 * GIB
+
+
+def test_another_placement_is_named(inventory: Inventory) -> None:
+    plan = make_plan(inventory, setting(shard=FSDP1(), placement="replicated"), None)
+    advice = advise(plan, 24 * GIB)
+    assert advice is not None
+    assert advice.options == ("--fsdp 2 --placement sharded",)
+
+
+def test_there_may_be_nothing_to_say(inventory: Inventory) -> None:
+    assert advise(make_plan(inventory, setting(), Training()), GIB // 2) is None

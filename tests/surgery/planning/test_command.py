@@ -1,0 +1,90 @@
+"""The command `surgery plan`: tables, JSON, verdicts and exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from surgery.cli import app
+from tests.helpers.models import save_tiny
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_help_shows_every_option_and_examples() -> None:
+    result = CliRunner().invoke(app, ["plan", "--help"], terminal_width=200, env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for parameter in get_command(app).commands["plan"].params:  # type: ignore[attr-defined]
+        assert parameter.opts[0].removeprefix("--") in result.stdout
+        assert parameter.name == "model" or parameter.help
+    for text in ("--world 2 --gpu-memory 24GiB", "Exit codes", "does not fit"):
+        assert text in result.stdout
+
+
+def test_what_fits_exits_0(folder_70b: Path) -> None:
+    result = run(folder_70b, "--world", 2, "--gpu-memory", "24GiB", "--activation-checkpointing")
+    assert result.exit_code == 0, result.output
+    assert "It fits 24.0 GiB" in result.stdout
+    for row in ("ranks 0-1", "read from the checkpoint", "quant_state", "optimizer", "activations (estimate)"):
+        assert row in result.stdout
+
+
+def test_what_does_not_fit_exits_1_and_says_what_would(folder_70b: Path) -> None:
+    result = run(folder_70b, "--world", 2, "--gpu-memory", "24GiB")
+    assert result.exit_code == 1, result.output
+    assert "It does not fit 24.0 GiB" in result.stdout
+    assert re.search(r"It would fit with --activation-checkpointing: \d+\.\d GiB", result.stdout)
+
+
+def test_without_a_size_there_is_no_verdict(folder_70b: Path) -> None:
+    result = run(folder_70b, "--world", 8, "--fsdp", 1)
+    assert result.exit_code == 0, result.output
+    assert "FSDP1, placement rank0-cpu" in result.stdout
+    assert "rank 0" in result.stdout
+    assert "ranks 1-7" in result.stdout
+    assert "fit" not in result.stdout
+
+
+def test_json_has_bytes_and_the_verdict(folder_70b: Path) -> None:
+    result = run(folder_70b, "--world", 3, "--gpu-memory", "24GiB", "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert sum(ranks["count"] for ranks in found["ranks"]) == 3
+    assert found["fits"] is False
+    assert found["would_fit_with"][0]["options"] == ["--activation-checkpointing"]
+    assert found["ranks"][0]["load"]["device_peak"] > 10**9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gpu-memory", "24"), "expected a size such as 24GiB"),
+        (("--world", 0), "world_size to be 1 or more"),
+        (("--world", 4, "--mesh", "3x2"), "needs 6 ranks"),
+        (("--world", 4, "--fsdp", 1, "--placement", "sharded"), "placement sharded"),
+        (("--cpu-offload",), "--world of 2 or more"),
+        (("--world", 2, "--target-modules", "nothing"), "matches no module"),
+        (("--seq", 0), "seq to be 1 or more"),
+        (("--revision", "main"), "Revisions are for hub ids"),
+    ],
+)
+def test_bad_input_exits_2(options: tuple[object, ...], message: str, folder_70b: Path) -> None:
+    result = run(folder_70b, *options)
+    assert result.exit_code == 2, result.output
+    assert message in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_tensors_that_are_merged_are_named(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
+    result = run(folder, "--world", 2)
+    assert result.exit_code == 0, result.output
+    assert "read once per node" in result.stdout
+    assert "experts.0." in result.stdout
