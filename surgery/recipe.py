@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from torch import nn
 
 import patches
 from surgery import guards
-from surgery.checkpoint import Checkpoint, Prefetch
+from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
 from surgery.distributed.exchange import (
@@ -29,18 +27,13 @@ from surgery.distributed.exchange import (
 from surgery.distributed.nodes import Node
 from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
-from surgery.install import install
-from surgery.landing import Landing
+from surgery.filling import Meeting, Source, filling
 from surgery.lifetime import as_context_manager, keep
-from surgery.loading import Staging, in_background, undisturbed
+from surgery.loading import Staging, undisturbed
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, needs_weights
-from surgery.passes.base import Layer, Naming, Pass, group_into_layers
-from surgery.passes.exchange import Exchange
-from surgery.passes.load import Load, requests
+from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.place import Place
-from surgery.passes.remember import Remember
 from surgery.passes.replace import Replace, quantizable, transposed
 from surgery.passes.shard import FullyShard, Wrap
 from surgery.passes.skeleton import Skeleton, causal_lm
@@ -54,7 +47,6 @@ from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["BUILD_PATCHES", "FSDP2_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
 
@@ -191,7 +183,7 @@ class QLoRA:
             if not isinstance(checkpoint, Checkpoint):
                 # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
                 checkpoint = Checkpoint.open(checkpoint)
-            model = self._load(self._prepare(checkpoint), meeting)
+            model = self._load(checkpoint, meeting)
         with collective(self.ranks):
             model = self._finish(model, meeting)
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
@@ -204,21 +196,32 @@ class QLoRA:
             resident.commit()
         return model
 
-    def _meet(self) -> _Meeting:
+    def _meet(self) -> Meeting:
         """What takes a collective to set up, before ranks go their own ways."""
-        return _Meeting(
+        return Meeting(
+            ranks=self.ranks,
             node=Node.of(self.ranks.rank, self.ranks.world_size),
             mesh=fsdp2.make_mesh(self.shard, device=self.device) if isinstance(self.shard, FSDP2) else None,
             rng_state=rank0_rng_state(self.ranks),
         )
 
-    def _prepare(self, checkpoint: Checkpoint) -> _Prepared:
+    def _load(self, checkpoint: Checkpoint, meeting: Meeting) -> nn.Module:
+        """The model with all its weights, adapted; with placement `sharded` it is sharded before it is filled."""
+        quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        model, source = self._prepare(checkpoint, quantizer)
+        parts = Parts(quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank)
+        before, after = self._around_filling(meeting)
+        with filling(model, source, parts, meeting, self.report) as fill:
+            model = self._pipeline(before, Replace.ensures).run(model)
+            fill(model)
+        return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+
+    def _prepare(self, checkpoint: Checkpoint, quantizer: BnbQuantizer) -> tuple[nn.Module, Source]:
         """The model on meta, with quantized modules, and all that is to be loaded for it.
 
         Every check that needs no weight is here, before the first is read.
         """
         build = self.build or causal_lm(checkpoint, self.dtype)
-        quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
             assignments = plan_weights(model, checkpoint.index)
@@ -228,73 +231,15 @@ class QLoRA:
             if self.lora is not None:
                 check_targets(model, self.lora)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
-        model = Pipeline(passes=(replace,), given=Skeleton.ensures, report=self.report).run(model)
+        model = self._pipeline((replace,), Skeleton.ensures).run(model)
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
-        return _Prepared(
-            checkpoint=checkpoint,
-            model=model,
-            quantizer=quantizer,
-            staging=staging,
-            layers=group_into_layers(targets, elements=staging.layer_elements * self.ranks.world_size),
-        )
+        layers = group_into_layers(targets, elements=staging.layer_elements * self.ranks.world_size)
+        return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _load(self, prepared: _Prepared, meeting: _Meeting) -> nn.Module:
-        """The model with all its weights: read, quantized and exchanged in one thread, adapted meanwhile in this one.
-
-        With placement `sharded` it is sharded before it is filled.
-        """
-        stop = threading.Event()
-        mesh = self.shard.mesh if isinstance(self.shard, FSDP2) else None
-        division = Division.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
-        rank, staging = self.ranks.rank, prepared.staging
-        parts = Parts(quantizer=prepared.quantizer, division=division, residence=self._residence, rank=rank)
-        parts.reserve(target for layer in prepared.layers for target in layer.targets)
-        with contextlib.ExitStack() as stack:
-            landing = stack.enter_context(Landing(self.device))
-            reader = stack.enter_context(prepared.checkpoint.reader(on_read=self.report.count_bytes))
-            prefetch = Prefetch(
-                reader,
-                requests(prepared.layers, division, rank),
-                chunk_elements=staging.elements,
-                buffers=staging.buffers,
-                threads=staging.threads,
-                pin=self.device.type == "cuda",
-            )
-            stack.enter_context(prefetch)
-            passes = (
-                Load(index=prepared.checkpoint.index, reader=reader, prefetch=prefetch, parts=parts, node=meeting.node),
-                Exchange(
-                    parts=parts,
-                    ranks=self.ranks,
-                    node=meeting.node,
-                    stop=stop,
-                    replicas=fsdp2.replicas_of(meeting.mesh) if meeting.mesh is not None else None,
-                ),
-                Remember(parts=parts),
-                Place(parts=parts, ranks=self.ranks, landing=landing),
-            )
-            pipeline = Pipeline(
-                passes=passes,
-                given=Replace.ensures,
-                layers=lambda _: prepared.layers,
-                report=self.report,
-                between=self.ranks.check_alarm,
-            )
-            loading = stack.enter_context(
-                in_background(lambda: pipeline.run(prepared.model), stop=stop, device=self.device)
-            )
-            before, after = self._around_install(meeting)
-            model = self._pipeline(before, Replace.ensures).run(prepared.model)
-            loading.wait()
-            landing.wait()
-            with self.report.phase("install"), Naming("install", "the model"):
-                install(model, parts)
-            return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
-
-    def _around_install(self, meeting: _Meeting) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    def _around_filling(self, meeting: Meeting) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
         """The passes that need no weights, to run while these are loaded, and those that do."""
         adapt: tuple[Pass, ...] = ()
         if self.lora is not None:
@@ -307,7 +252,7 @@ class QLoRA:
             return (), adapt
         return adapt, ()
 
-    def _finish(self, model: nn.Module, meeting: _Meeting) -> nn.Module:
+    def _finish(self, model: nn.Module, meeting: Meeting) -> nn.Module:
         """Shard what is not sharded yet, and make adapters the same on all ranks that have them whole or twice."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.shard is None:
@@ -332,6 +277,11 @@ class QLoRA:
         return Pipeline(passes=passes, given=given, report=self.report)  # type: ignore[arg-type]
 
     @property
+    def _division(self) -> Division:
+        mesh = self.shard.mesh if isinstance(self.shard, FSDP2) else None
+        return Division.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
+
+    @property
     def _residence(self) -> Residence:
         # Unsharded, nothing would move the weights from a CPU to the device later.
         placement = self.placement if self.shard is not None else "replicated"
@@ -349,23 +299,3 @@ class QLoRA:
             *(("torch.fsdp1-sync-on-cpu",) if fsdp1_on_cpu else ()),
             reason="FSDP rebuilds a 4-bit model that is partly on meta",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Meeting:
-    """What ranks have set up together. rng_state: rank 0's, from which all draw the adapters' initial values."""
-
-    node: Node
-    mesh: DeviceMesh | None
-    rng_state: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """A model on meta, and what is to be loaded for it."""
-
-    checkpoint: Checkpoint
-    model: nn.Module
-    quantizer: BnbQuantizer
-    staging: Staging
-    layers: list[Layer]

@@ -115,7 +115,7 @@ class Report:
 
     @property
     def _period(self) -> float:
-        """Seconds between two looks. Where weights go to a GPU they pass through buffers that stay as they are, and each
+        """Seconds between two looks. Weights go to a GPU through buffers that stay as they are, and each
         look takes the interpreter from the threads that load.
         """
         return SAMPLE_PERIOD if self.device.type == "cpu" else 10 * SAMPLE_PERIOD

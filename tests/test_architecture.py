@@ -21,6 +21,7 @@ LAYERS = (
     ("slices", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading"),
     ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
+    ("filling",),
     ("planning",),
     ("recipe",),
     ("tracing",),

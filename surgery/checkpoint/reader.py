@@ -68,8 +68,7 @@ class Reader:
         _check_destination(entry, out, start=start)
         if out.numel() == 0:
             return
-        buffer = out.detach().view(-1).view(torch.uint8).numpy().data
-        self._fill(entry, buffer, offset=entry.start + start * entry.dtype.itemsize)
+        self.read_bytes(entry, out.detach().view(-1).view(torch.uint8).numpy().data, start=start)
 
     def read_bytes(self, entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
         """Fill `out` with the bytes of the tensor from element `start` on: what `read_into` does, for a caller that has

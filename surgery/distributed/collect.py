@@ -49,9 +49,7 @@ def gather_parts(
         all_gather_single(_bytes(everything), _bytes(sent), group=group)
 
 
-def gather_to_rank0(
-    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, landing: Landing
-) -> None:
+def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, landing: Landing) -> None:
     """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
 
     A bounded run at a time. `out` is full once `landing` has been waited for.

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 import surgery
-from surgery.checkpoint import Checkpoint, Reader
+from surgery.checkpoint import Checkpoint, Reader, TensorEntry
 from surgery.distributed import pulse
 from tests.distributed.loads import in_small_steps
 
@@ -43,15 +43,15 @@ def _truncated_after_validation(folder: Path, patch: pytest.MonkeyPatch) -> Chec
 
 
 def _at_the_fourth_read(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    stock, seen = Reader.read_into, set()
+    stock, seen = Reader.read_bytes, set()
 
-    def read_into(reader: Reader, tensor: Any, out: Any, **where: int) -> None:
-        seen.add(getattr(tensor, "name", tensor))
+    def read_bytes(reader: Reader, entry: TensorEntry, out: memoryview, **where: int) -> None:
+        seen.add(entry.name)
         if len(seen) > BEFORE_FAILING:
             act()
-        stock(reader, tensor, out, **where)
+        stock(reader, entry, out, **where)
 
-    patch.setattr(Reader, "read_into", read_into)
+    patch.setattr(Reader, "read_bytes", read_bytes)
 
 
 def _raise(error: BaseException) -> Any:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from surgery.checkpoint import Checkpoint, Reader
+from surgery.checkpoint import Checkpoint, Reader, TensorEntry
 from surgery.config import FSDP1, FSDP2, Placement, Quant
 
 __all__ = ["Job", "Loaded", "Setup", "WatchedCheckpoint", "in_small_steps", "load", "load_all"]
@@ -65,10 +65,9 @@ class WatchedReader(Reader):
         super().__init__(*args, **options)
         self.ranges: dict[str, list[tuple[int, int]]] = {}
 
-    def read_into(self, tensor: Any, out: torch.Tensor, *, start: int = 0) -> None:
-        super().read_into(tensor, out, start=start)
-        name = tensor if isinstance(tensor, str) else tensor.name
-        self.ranges.setdefault(name, []).append((start, start + out.numel()))
+    def read_bytes(self, entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
+        super().read_bytes(entry, out, start=start)
+        self.ranges.setdefault(entry.name, []).append((start, start + len(out) // entry.dtype.itemsize))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -131,7 +131,7 @@ def refused_on_this_rank(checkpoint: Path) -> dict[str, str]:
     from surgery.checkpoint import Reader
     from tests.helpers.reads import count_reads
 
-    reads, Reader.read_into = count_reads()  # type: ignore[method-assign]  # of this process alone
+    reads, Reader.read_bytes = count_reads()  # type: ignore[method-assign]  # of this process alone
     messages = {refusal.name: _message(checkpoint, refusal) for refusal in REFUSALS}
     if reads:
         raise AssertionError(f"weights were read: {reads}")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from surgery.checkpoint import Reader
+from surgery.checkpoint import Reader, TensorEntry
 
 __all__ = ["count_reads"]
 
 
 def count_reads() -> tuple[list[str], Callable[..., None]]:
-    """A list, and a `Reader.read_into` that reads as ever and adds the tensor's name to it."""
+    """A list, and a `Reader.read_bytes` that reads as ever and adds the tensor's name to it."""
     seen: list[str] = []
-    stock = Reader.read_into
+    stock = Reader.read_bytes
 
-    def read_into(reader: Reader, tensor: Any, out: Any, **where: int) -> None:
-        seen.append(getattr(tensor, "name", tensor))
-        stock(reader, tensor, out, **where)
+    def read_bytes(reader: Reader, entry: TensorEntry, out: memoryview, **where: int) -> None:
+        seen.append(entry.name)
+        stock(reader, entry, out, **where)
 
-    return seen, read_into
+    return seen, read_bytes

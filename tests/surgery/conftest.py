@@ -24,5 +24,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the tensors that any reader has read so far, in order."""
     seen, spy = count_reads()
-    monkeypatch.setattr(Reader, "read_into", spy)
+    monkeypatch.setattr(Reader, "read_bytes", spy)
     return seen

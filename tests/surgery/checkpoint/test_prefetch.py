@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint import Index, Prefetch, Reader, Request
+from surgery.checkpoint import Index, Prefetch, Reader, Request, TensorEntry
 from surgery.checkpoint.header import DTYPES
 from surgery.errors import CheckpointError
 
@@ -76,10 +76,10 @@ class SlowReader(Reader):
         self.begun: list[str] = []
         self.may_read = threading.Event()
 
-    def read_into(self, tensor: object, out: torch.Tensor, *, start: int = 0) -> None:
-        self.begun.append(f"{getattr(tensor, 'name', tensor)} {start}")
+    def read_bytes(self, entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
+        self.begun.append(f"{entry.name} {start}")
         assert self.may_read.wait(SOON)
-        super().read_into(tensor, out, start=start)  # type: ignore[arg-type]  # what Prefetch gives
+        super().read_bytes(entry, out, start=start)
 
 
 @st.composite

@@ -35,7 +35,7 @@ ERRORS = [InjectedError("injected"), KeyboardInterrupt()]
 PLACES: list[tuple[Any, str, int]] = [
     (Skeleton, "build_on_meta", 1),
     (Replace, "run", 1),
-    (Reader, "read_into", 4),
+    (Reader, "read_bytes", 4),
     (Load, "run_layer", 1),
     (Exchange, "run_layer", 1),
     (Place, "run_layer", 1),

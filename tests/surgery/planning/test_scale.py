@@ -10,6 +10,7 @@ import pytest
 import surgery
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.setting import Training
+from surgery.planning.sizes import say_size
 from tests.surgery.planning.conftest import lora
 
 WORLDS = (8, 64, 256, 1024)
@@ -17,6 +18,21 @@ WORLDS = (8, 64, 256, 1024)
 
 def planned(folder: Path, world: int) -> MemoryPlan:
     return surgery.plan(folder, world_size=world, lora=lora(), training=Training(checkpointing=True))
+
+
+def row(plan: MemoryPlan) -> str:
+    """The row of `docs/plan.md` for `plan`: of the ranks that need most."""
+    figures = max((figures for _, figures in plan.classes), key=lambda each: each.device_peak)
+    assert figures.train is not None
+    sizes = (
+        figures.bytes_read,
+        figures.train.weights,
+        figures.train.quant_state,
+        figures.load.device_held,
+        figures.load.device_peak,
+        figures.train.device_peak,
+    )
+    return f"| {plan.setting.world_size:,} | {' | '.join(map(say_size, sizes))} |"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +70,11 @@ def test_ranks_read_the_checkpoint_once_together(plans: dict[int, MemoryPlan]) -
     inventory = plans[64].inventory
     together = sum(figures.bytes_read * len(ranks.ranks) for ranks, figures in plans[64].classes)
     assert 0 <= together - 2 * inventory.parameters <= 2 * 2 * 64 * len(inventory.targets) * 64
+
+
+def test_the_page_has_these_figures(plans: dict[int, MemoryPlan]) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "plan.md").read_text()
+    assert [row(plan) for plan in plans.values() if row(plan) not in page] == []
 
 
 def test_the_whole_quant_state_is_on_every_rank(plans: dict[int, MemoryPlan]) -> None:
