@@ -16,6 +16,10 @@ from surgery.distributed.exchange import StoppedError
 __all__ = ["Background", "Staging", "in_background", "undisturbed"]
 
 
+#: Elements of a layer at most, however many ranks there are: the statistics of all take 128 MiB on every rank.
+LAYER_LIMIT = 1 << 31
+
+
 @dataclass(frozen=True, kw_only=True)
 class Staging:
     """How a rank reads ahead: `buffers` of `elements` each, filled by `threads`; and how much makes a layer.
@@ -28,6 +32,10 @@ class Staging:
     buffers: int
     threads: int
     layer_elements: int
+
+    def layer_limit(self, world_size: int) -> int:
+        """Elements of a layer, over all ranks."""
+        return min(self.layer_elements * world_size, LAYER_LIMIT)
 
     @classmethod
     def on(cls, device: torch.device, *, run_elements: int) -> Staging:

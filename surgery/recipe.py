@@ -38,10 +38,14 @@ from surgery.passes.replace import Replace, quantizable, transposed
 from surgery.passes.shard import FullyShard, Wrap
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
+from surgery.planning.fitting import check_fits, free_memory, predictions
+from surgery.planning.inventory import take_inventory
+from surgery.planning.plan import make_plan
+from surgery.planning.setting import Setting
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
-from surgery.targets import find_targets
+from surgery.targets import Target, find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
@@ -235,9 +239,28 @@ class QLoRA:
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
+        self._foresee(model, targets)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
-        layers = group_into_layers(targets, elements=staging.layer_elements * self.ranks.world_size)
+        layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
+
+    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+        """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
+        setting = Setting(
+            world_size=self.ranks.world_size,
+            placement=self.placement,
+            shard=self.shard,
+            quant=self.quant,
+            lora=self.lora,
+            dtype=self.dtype,
+            compute_dtype=self.compute_dtype,
+            device=self.device,
+        )
+        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        host, device = predictions(plan, self.ranks.rank)["load"]
+        self.report.predict("load", host=host, device=device)
+        if self.device.type == "cuda":
+            check_fits(plan, free_memory(self.device))
 
     def _around_filling(self, meeting: Meeting) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
         """The passes that need no weights, to run while these are loaded, and those that do."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import torch
+
 from surgery.errors import ConfigError
 from surgery.planning.advice import Advice, advise
 from surgery.planning.allowances import OUTSIDE_ALLOCATOR
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.sizes import say_size
 
-__all__ = ["check_fits", "fits_gpu", "predictions"]
+__all__ = ["check_fits", "fits_gpu", "free_memory", "predictions"]
 
 
 def fits_gpu(plan: MemoryPlan, gpu_memory: int) -> bool:
     """Whether every rank stays within a GPU of `gpu_memory` bytes, of which the driver and NCCL take their part."""
     return plan.device_peak + OUTSIDE_ALLOCATOR <= gpu_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch's allocator can still give out on this GPU, in this process."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, allowed) + reserved - allocated
 
 
 def check_fits(plan: MemoryPlan, available_device_bytes: int) -> None:

@@ -82,7 +82,7 @@ class MemoryPlan:
 def make_plan(inventory: Inventory, setting: Setting, training: Training | None) -> MemoryPlan:
     """The plan for a model of which `inventory` was taken. Pure arithmetic."""
     staging = Staging.on(setting.device, run_elements=RUN_ELEMENTS[setting.device.type])
-    layers = group_into_layers(inventory.targets, elements=staging.layer_elements * setting.world_size)
+    layers = group_into_layers(inventory.targets, elements=staging.layer_limit(setting.world_size))
     classes = []
     for ranks in classify(inventory, setting):
         figures = RankPlan(

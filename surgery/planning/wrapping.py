@@ -35,12 +35,13 @@ def wrap(inventory: Inventory, setting: Setting, peaks: Peaks, *, rank: int, hos
     has_weights = rank == 0 or not wraps_from_host
     left, held = sum(units) if has_weights else 0, 0
     for unit in units:
-        # Memory for the unit's parameters, where there is none yet; and a copy, as they are broadcast or made flat.
+        shard = -(-unit // setting.sharding.shards)
+        # Memory for the unit's parameters, where there is none yet; a flat copy of them; and this rank's shard of that.
         is_here = has_weights and (setting.on_cpu or not wraps_from_host)
-        work = held + (1 if is_here else 2) * unit
+        work = held + (1 if is_here else 2) * unit + shard
         peaks.note(
             host=host + (left if wraps_from_host else 0),
             device=device + work + (0 if wraps_from_host else left),
         )
-        held += -(-unit // setting.sharding.shards)
+        held += shard
         left -= unit if has_weights else 0

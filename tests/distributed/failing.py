@@ -120,9 +120,9 @@ def _fails_to_patch(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def _fails_to_install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    from surgery import recipe
+    from surgery import filling
 
-    patch.setattr(recipe, "install", lambda *args: _raise(MemoryError("no memory left to install")))
+    patch.setattr(filling, "install", lambda *args: _raise(MemoryError("no memory left to install")))
     return folder
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import patches
 import surgery
-from surgery import lifetime, recipe
+from surgery import filling, lifetime, recipe
 from surgery.checkpoint import Reader
 from surgery.passes.adapt import Adapt
 from surgery.passes.exchange import Exchange
@@ -40,7 +40,7 @@ PLACES: list[tuple[Any, str, int]] = [
     (Exchange, "run_layer", 1),
     (Place, "run_layer", 1),
     (Adapt, "run", 1),
-    (recipe, "install", 1),
+    (filling, "install", 1),
 ]
 
 
