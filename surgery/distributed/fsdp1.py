@@ -54,6 +54,8 @@ def plan_units(
         if strangers and policy == "block":
             raise _not_uniform(strangers, kinds, main)
         units.update(leaf for _, leaf in strangers)
+        for _, outer in strangers:  # what they contain of the main kind would not fit in them
+            units.update(leaf for leaf in outer.modules() if leaf in kinds and kinds[leaf] != kinds[outer])
     _check_ties(model, units)
     return units
 
@@ -67,13 +69,9 @@ def _leaves(root: nn.Module, *, outside: set[nn.Module]) -> Iterator[tuple[str, 
         if module in outside or module in seen:
             continue
         seen.add(module)
-        if any(True for _ in module.parameters(recurse=False)) or _holds_loose_parameters(module):
+        if not isinstance(module, CONTAINERS) and _own(module):
             yield name or type(root).__name__, module
         stack.extend((join(name, child_name), child) for child_name, child in module.named_children())
-
-
-def _holds_loose_parameters(module: nn.Module) -> bool:
-    return not isinstance(module, CONTAINERS) and any(_loose(child) for child in module.children())
 
 
 def _loose(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
 from surgery.distributed.exchange import current_ranks, everyone
 from surgery.errors import ConfigError
 from surgery.finetune.attested import Attested, Attestor
+from surgery.finetune.foresight import predict_training
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.options import Job
@@ -191,12 +192,15 @@ def _train(
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
     policy = precision(job.precision)
+    shard, placement = _shard(job) if world.size > 1 else None, _placement(job, world)
+    if job.trace is not None:
+        predict_training(job, checkpoint, world, report, shard=shard, placement=placement)
     return qlora(
         checkpoint,
         quant=job.quant,
         lora=job.lora.config(),
-        placement=_placement(job, world),
-        shard=_shard(job) if world.size > 1 else None,
+        placement=placement,
+        shard=shard,
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=world.device,

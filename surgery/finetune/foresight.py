@@ -1,0 +1,47 @@
+"""What the memory plan expects of training, noted in the report that is traced."""
+
+from __future__ import annotations
+
+from surgery import plan
+from surgery.checkpoint import Checkpoint
+from surgery.config import FSDP1, FSDP2, Placement, precision
+from surgery.finetune.options import Job
+from surgery.finetune.world import World
+from surgery.planning.fitting import predictions
+from surgery.planning.setting import Training
+from surgery.report import Report
+
+__all__ = ["predict_training"]
+
+
+def predict_training(
+    job: Job,
+    checkpoint: Checkpoint,
+    world: World,
+    report: Report,
+    *,
+    shard: FSDP1 | FSDP2 | None,
+    placement: Placement | None,
+) -> None:
+    """Note the peak of a training step of `job`, with samples of its maximum length, in `report`."""
+    policy = precision(job.precision)
+    training = Training(
+        batch=job.training.batch_size,
+        seq=job.data.max_length,
+        optimizer=job.training.optimizer,
+        checkpointing=job.training.activation_checkpointing != "none",
+    )
+    expected = plan(
+        checkpoint,
+        world_size=world.size,
+        quant=job.quant,
+        lora=job.lora.config(),
+        placement=placement,
+        shard=shard,
+        dtype=policy.dtype,
+        compute_dtype=policy.compute_dtype,
+        device=world.device.type,
+        training=training,
+    )
+    host, device = predictions(expected, world.rank)["train"]
+    report.predict("train", host=host, device=device)
