@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from surgery.distributed.exchange import StoppedError
 
-__all__ = ["Background", "Staging", "in_background", "undisturbed"]
+__all__ = ["Background", "Staging", "in_background", "return_freed_memory", "undisturbed"]
 
 
 #: Elements of a layer at most, however many ranks there are: the statistics of all take 128 MiB on every rank.
@@ -66,6 +67,15 @@ class Background:
         self._thread.join()
         if self._failure is not None:
             raise self._failure
+
+
+def return_freed_memory() -> None:
+    """Have the allocator of the C library give what is free back to the system; glibc keeps it by itself, between what
+    is still in use, and it would look like memory of this process. Where there is no such function nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

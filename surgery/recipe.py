@@ -29,7 +29,7 @@ from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
 from surgery.filling import Meeting, Source, filling
 from surgery.lifetime import as_context_manager, keep
-from surgery.loading import Staging, undisturbed
+from surgery.loading import Staging, return_freed_memory, undisturbed
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, needs_weights
 from surgery.passes.base import Pass, group_into_layers
@@ -190,6 +190,7 @@ class QLoRA:
             model = self._load(checkpoint, meeting)
         with collective(self.ranks):
             model = self._finish(model, meeting)
+        return_freed_memory()
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
         with patches.transaction(
             *RESIDENT_PATCHES, *fsdp2_only, on=layers, reason="a 4-bit model runs on these layers"
@@ -217,6 +218,7 @@ class QLoRA:
         before, after = self._around_filling(meeting)
         with filling(model, source, parts, meeting, self.report) as fill:
             model = self._pipeline(before, Replace.ensures).run(model)
+            return_freed_memory()  # of adapters, which are shards now
             fill(model)
         return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
 

@@ -13,6 +13,7 @@ from surgery.attestation.differences import Difference
 from surgery.attestation.digest import cut, page_count, pages_between
 from surgery.attestation.record import Record, Sums
 from surgery.attestation.shards import Shard
+from surgery.distributed.collect import all_gather_single
 
 __all__ = ["add_up", "complete", "fingerprint", "gather_whole", "of_all_ranks", "rank", "spread", "state_disagreements"]
 
@@ -98,7 +99,7 @@ def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Te
     sent = torch.zeros(longest, dtype=torch.uint8, device=device)
     sent[: mine.numel()] = mine
     received = torch.empty(len(ranges) * longest, dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(received, sent, group=shard.group)
+    all_gather_single(received, sent, group=shard.group)
     whole = torch.zeros(nbytes, dtype=torch.uint8)
     for (start, stop), part in zip(ranges, received.cpu().view(-1, longest), strict=True):
         whole[start:stop] = part[: stop - start]

@@ -54,6 +54,14 @@ class Plain(nn.Module):
         self.register_buffer("table", torch.arange(8.0), persistent=False)
 
 
+class Shared(Plain):
+    """A layer of a block, used outside of it too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.layers[0][0]
+
+
 def save_plain(folder: Path) -> Path:
     """A checkpoint of `Plain`, of other values than it is made with."""
     torch.manual_seed(0)
@@ -291,3 +299,9 @@ def test_a_differing_duplicate_is_refused_by_every_rank(tmp_path: Path, way: str
     assert len([text for text in refusals if text.startswith("PassError")]) == 1, refusals
     for text in refusals:
         assert "model.embed_tokens.weight and lm_head.weight differ in the checkpoint" in text
+
+
+def test_a_layer_in_two_groups_is_refused_by_fsdp2(tmp_path: Path) -> None:
+    job = Job(folder=save_plain(tmp_path / "model"), dtype=torch.bfloat16, build=Shared)
+    for text in run_ranks(refusal, 2, job, SHARDED, timeout=60):
+        assert "layers.0.0.weight and again.weight are one parameter, but are used in two groups of FSDP2" in text
