@@ -178,16 +178,8 @@ class QLoRA:
         same_patches(self.ranks, device=self.device)
         with collective(self.ranks):
             meeting = self._meet()
-        with (
-            beating(self.ranks),
-            everyone(self.ranks, device=self.device),
-            self._build_patches(),
-            undisturbed(self.device),
-        ):
-            if not isinstance(checkpoint, Checkpoint):
-                # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
-                checkpoint = Checkpoint.open(checkpoint)
-            model = self._load(checkpoint, meeting)
+        with beating(self.ranks), everyone(self.ranks, device=self.device):
+            model = self._open_and_load(checkpoint, meeting)
         with collective(self.ranks):
             model = self._finish(model, meeting)
         return_freed_memory()
@@ -209,6 +201,13 @@ class QLoRA:
             mesh=fsdp2.make_mesh(self.shard, device=self.device) if isinstance(self.shard, FSDP2) else None,
             rng_state=rank0_rng_state(self.ranks),
         )
+
+    def _open_and_load(self, checkpoint: Checkpoint | str | os.PathLike[str], meeting: Meeting) -> nn.Module:
+        with self._build_patches(), undisturbed(self.device):
+            if not isinstance(checkpoint, Checkpoint):
+                # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
+                checkpoint = Checkpoint.open(checkpoint)
+            return self._load(checkpoint, meeting)
 
     def _load(self, checkpoint: Checkpoint, meeting: Meeting) -> nn.Module:
         """The model with all its weights, adapted; with placement `sharded` it is sharded before it is filled."""

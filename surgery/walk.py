@@ -104,9 +104,9 @@ def _share(one: nn.Module, other: nn.Module) -> bool:
 
 def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
     """The last module with parameters of its own beside the container of the last block, and after it."""
-    if not blocks:
+    container = split(blocks[-1].fqn)[0] if blocks else ""
+    if not container:  # no blocks, or the model itself is what contains them
         return None
-    container = split(blocks[-1].fqn)[0]
     parent, name = split(container)
     siblings = dict(model.get_submodule(parent).named_children())
     later = list(siblings)[list(siblings).index(name) + 1 :]

@@ -4,8 +4,9 @@
     python tools/bench_memory.py --checkpoint build/llama-8b --ranks 4 --no-stock
 
 Memory is anonymous memory above what imports took. Without `--checkpoint` a Llama of 1.1 GB in two large layers is
-made. Exits with 1 if a rank takes more than the bound: its largest layer in 16 bits, all `quant_state` and 64 MiB,
-and on rank 0 the packed model too.
+made. Exits with 1 if a rank takes more than the bound. With placement rank0-cpu that is its largest layer in 16 bits, all
+`quant_state` and 64 MiB, and on rank 0 the packed model too; with placement sharded its part of the largest layer, its
+shard, all `quant_state` and 64 MiB.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import typer
 from checkpoints.folder import build, is_complete
 from checkpoints.llama import LlamaShape
 from checkpoints.synthetic import SyntheticCheckpoint
-from memory.measure import LOADING, Measured
+from memory.measure import OURS, Measured
 from memory.tables import bounds_table, phases_table, ways_table
 
 #: Few large layers: the larger a layer is beside the 64 MiB, the more the bound says.
@@ -42,7 +43,7 @@ def main(
 ) -> None:
     """Measure host memory while a checkpoint is loaded on several CPU ranks."""
     source = checkpoint or _synthetic(ROOT / "build" / "llama-two-large-layers")
-    ways = ["surgery", "stock"] if stock else ["surgery"]
+    ways = [*OURS, "stock"] if stock else OURS
     found = {way: _run(way, source, ranks) for way in ways}
     text = "\n\n".join(_tables(found))
     print(text)
@@ -51,7 +52,7 @@ def main(
     if json_file is not None:
         values = {way: [measured.as_dict() for measured in by_rank] for way, by_rank in found.items()}
         json_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    if not all(_is_within(rank, measured) for rank, measured in enumerate(found["surgery"])):
+    if not all(_is_within(measured) for way in OURS for measured in found[way]):
         raise typer.Exit(1)
 
 
@@ -76,14 +77,14 @@ def _run(way: str, checkpoint: Path, ranks: int) -> list[Measured]:
 
 
 def _tables(found: dict[str, list[Measured]]) -> list[str]:
-    ours = found["surgery"]
+    ours = {way: found[way] for way in OURS}
     tables = [bounds_table(ours), phases_table(ours)]
     return [*tables, ways_table(ours, found["stock"])] if "stock" in found else tables
 
 
-def _is_within(rank: int, measured: Measured) -> bool:
+def _is_within(measured: Measured) -> bool:
     assert measured.sizes is not None
-    return measured.peak(LOADING) <= measured.sizes.bound(rank)
+    return measured.peak <= measured.sizes.bound
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One rank of `bench_memory.py`: load a checkpoint in one way, and write what was measured.
 
-torchrun --nproc-per-node 2 tools/bench_memory_rank.py surgery build/llama-1gb build/measured
+torchrun --nproc-per-node 2 tools/bench_memory_rank.py sharded build/llama-1gb build/measured
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One rank loads a checkpoint, in this project's way or in the stock way, and measures its own memory."""
+"""One rank loads a checkpoint, in one of this project's ways or in the stock way, and measures its own memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import surgery
 from surgery.quantizers.bnb import linear4bits
 from surgery.report import Report, anonymous_memory
 
-__all__ = ["LOADING", "WAYS", "Measured", "Sizes", "measure"]
+__all__ = ["OURS", "WAYS", "Measured", "Sizes", "measure"]
 
-#: The phases in which weights are read and quantized; adapting and sharding come after.
-LOADING = ("replace", "load+quantize+relocate")
-
-#: What loading may take beyond weights and statistics.
-SLACK = 64 * 1024 * 1024
+#: What loading may take beyond weights and statistics: buffers that are read ahead, temporaries of the kernel that
+#: quantizes, adapters before they are shards, threads, objects.
+ALLOWANCE = 64 * 1024 * 1024
 
 #: Imported before the memory that imports take is looked at.
 UPSTREAM = ("accelerate", "bitsandbytes", "peft", "transformers", "transformers.models.llama.modeling_llama")
@@ -31,18 +30,18 @@ UPSTREAM = ("accelerate", "bitsandbytes", "peft", "transformers", "transformers.
 class Sizes:
     """What a model is made of, in bytes.
 
-    largest_layer: the 16-bit weight of its largest quantized module. quant_states: all tensors of all of them.
-    packed_model: all weights as they wait to be sharded, packed or not.
+    largest_layer: the most of the 16-bit weight of its largest quantized module that a rank may hold. quant_states: all
+    tensors of all of them. kept: what this rank keeps of the weights, packed or not, until it is sharded or for good.
     """
 
     largest_layer: int
     quant_states: int
-    packed_model: int
+    kept: int
 
-    def bound(self, rank: int) -> int:
-        """What a rank may add to the memory of its imports while it loads."""
-        everywhere = self.largest_layer + self.quant_states + SLACK
-        return everywhere + self.packed_model if rank == 0 else everywhere
+    @property
+    def bound(self) -> int:
+        """What this rank may add to the memory of its imports while it loads."""
+        return self.largest_layer + self.quant_states + self.kept + ALLOWANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,22 @@ class Measured:
     phases: dict[str, Phase]
     sizes: Sizes | None
 
-    def peak(self, names: tuple[str, ...] | None = None) -> int:
-        """The highest peak of the named phases, or of all."""
-        return max(phase.peak for name, phase in self.phases.items() if names is None or name in names)
+    @property
+    def loading(self) -> dict[str, Phase]:
+        """The phases until the model is filled. FSDP1 wraps it after that; FSDP2 has sharded it by then."""
+        names = list(self.phases)
+        last = names.index("install") if "install" in names else len(names) - 1
+        return {name: self.phases[name] for name in names[: last + 1]}
+
+    @property
+    def peak(self) -> int:
+        """The highest of them."""
+        return max(phase.peak for phase in self.loading.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of all phases together. Some run side by side."""
+        return sum(phase.seconds for phase in self.loading.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,31 +92,42 @@ class Measured:
         return cls(**{**values, "phases": phases, "sizes": sizes})
 
 
-def _load_ours(checkpoint: Path, report: Report) -> Sizes:
+def _load_for_fsdp1(checkpoint: Path, report: Report) -> Sizes:
+    """Rank 0 keeps everything, for FSDP1 to broadcast."""
+    on_rank0 = dist.get_rank() == 0
+    return _load_ours(checkpoint, report, surgery.FSDP1(), kept=1.0 if on_rank0 else 0.0, held=1.0)
+
+
+def _load_for_fsdp2(checkpoint: Path, report: Report) -> Sizes:
+    """Every rank keeps its shard, and holds no more than its part of any layer."""
+    part = 1 / dist.get_world_size()
+    return _load_ours(checkpoint, report, surgery.FSDP2(), kept=part, held=part)
+
+
+def _load_ours(
+    checkpoint: Path, report: Report, shard: surgery.FSDP1 | surgery.FSDP2, *, kept: float, held: float
+) -> Sizes:
+    """In the default placement of `shard`. kept: this rank's part of all weights; held: of a layer in 16 bits."""
     from peft import LoraConfig
 
     opened = surgery.Checkpoint.open(checkpoint)
-    model = surgery.qlora(
-        opened,
-        lora=LoraConfig(r=8, target_modules="all-linear"),
-        placement="rank0-cpu",
-        shard=surgery.FSDP1(),
-        report=report,
-    )
-    sizes = _sizes(model, opened)
+    lora = LoraConfig(r=8, target_modules="all-linear")
+    model = surgery.qlora(opened, lora=lora, shard=shard, report=report)
+    sizes = _sizes(model, opened, kept=kept, held=held)
     surgery.release(model)
     return sizes
 
 
-def _sizes(model: torch.nn.Module, checkpoint: surgery.Checkpoint) -> Sizes:
+def _sizes(model: torch.nn.Module, checkpoint: surgery.Checkpoint, *, kept: float, held: float) -> Sizes:
     states = [layer.quant_state for layer in linear4bits(model) if layer.quant_state is not None]
     elements = [state.shape.numel() for state in states]
     statistics = [value for state in states for value in state.as_dict().values() if isinstance(value, torch.Tensor)]
     unquantized = sum(entry.nbytes for entry in checkpoint.index.values())
+    packed = unquantized - 2 * sum(elements) + sum(elements) // 2
     return Sizes(
-        largest_layer=2 * max(elements),
+        largest_layer=int(2 * max(elements) * held),
         quant_states=sum(tensor.nbytes for tensor in statistics),
-        packed_model=unquantized - 2 * sum(elements) + sum(elements) // 2,
+        kept=int(packed * kept),
     )
 
 
@@ -124,12 +147,19 @@ def _load_stock(checkpoint: Path, report: Report) -> None:
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.bfloat16)
 
 
-#: Both in bfloat16, with nf4 and double quantization.
-WAYS: dict[str, Callable[[Path, Report], Sizes | None]] = {"surgery": _load_ours, "stock": _load_stock}
+#: All in bfloat16, with nf4 and double quantization.
+WAYS: dict[str, Callable[[Path, Report], Sizes | None]] = {
+    "rank0-cpu": _load_for_fsdp1,
+    "sharded": _load_for_fsdp2,
+    "stock": _load_stock,
+}
+
+#: This project's, each by its placement.
+OURS = ("rank0-cpu", "sharded")
 
 
 def measure(way: str, checkpoint: Path) -> Measured:
-    """Load `checkpoint` on this rank in one of `WAYS`. With surgery's all ranks have to call it."""
+    """Load `checkpoint` on this rank in one of `WAYS`; to be called on all ranks alike."""
     for name in UPSTREAM:
         importlib.import_module(name)
     report = Report()

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from memory.measure import LOADING, Measured
+from memory.measure import Measured
 
 __all__ = ["bounds_table", "phases_table", "ways_table"]
 
 MIB = 1024 * 1024
 
 
-def phases_table(ours: Sequence[Measured]) -> str:
-    """A row for every rank and phase."""
+def phases_table(found: Mapping[str, Sequence[Measured]]) -> str:
+    """A row for every way, rank and phase."""
     rows = [
-        (rank, name, _mib(phase.peak), f"{phase.seconds:.1f}")
-        for rank, measured in enumerate(ours)
+        (way, rank, name, _mib(phase.peak), f"{phase.seconds:.1f}")
+        for way, by_rank in found.items()
+        for rank, measured in enumerate(by_rank)
         for name, phase in measured.phases.items()
     ]
-    return _table(("rank", "phase", "peak, MiB", "seconds"), rows)
+    return _table(("placement", "rank", "phase", "peak, MiB", "seconds"), rows)
 
 
-def bounds_table(ours: Sequence[Measured]) -> str:
-    """A row for every rank: what loading took against what it may take."""
+def bounds_table(found: Mapping[str, Sequence[Measured]]) -> str:
+    """A row for every way and rank: what loading took against what it may take."""
     rows = []
-    for rank, measured in enumerate(ours):
-        sizes = measured.sizes
-        assert sizes is not None
-        peak, bound = measured.peak(LOADING), sizes.bound(rank)
-        parts = (sizes.largest_layer, sizes.quant_states, sizes.packed_model if rank == 0 else 0)
-        rows.append((rank, _mib(peak), _mib(bound), *map(_mib, parts), "yes" if peak <= bound else "NO"))
-    head = ("rank", "peak while loading, MiB", "bound", "largest layer", "quant_state", "packed model", "within")
+    for way, by_rank in found.items():
+        for rank, measured in enumerate(by_rank):
+            sizes = measured.sizes
+            assert sizes is not None
+            parts = (sizes.bound, sizes.largest_layer, sizes.quant_states, sizes.kept)
+            is_within = "yes" if measured.peak <= sizes.bound else "NO"
+            rows.append((way, rank, _mib(measured.peak), *map(_mib, parts), is_within))
+    head = ("placement", "rank", "peak while loading, MiB", "bound", "of a layer", "quant_state", "kept", "within")
     return _table(head, rows)
 
 
-def ways_table(ours: Sequence[Measured], stock: Sequence[Measured]) -> str:
-    """A row for every rank: this project's loading against the stock way."""
+def ways_table(found: Mapping[str, Sequence[Measured]], stock: Sequence[Measured]) -> str:
+    """A row for every way and rank: this project's loading against the stock way."""
     rows = []
-    for rank, (own, other) in enumerate(zip(ours, stock, strict=True)):
-        peaks = own.peak(LOADING), other.peak()
-        seconds = sum(own.phases[name].seconds for name in LOADING), sum(p.seconds for p in other.phases.values())
-        rows.append((rank, *map(_mib, peaks), f"{peaks[1] / peaks[0]:.1f}", *(f"{value:.1f}" for value in seconds)))
-    return _table(("rank", "surgery, MiB", "stock, MiB", "ratio", "surgery, s", "stock, s"), rows)
+    for way, by_rank in found.items():
+        for rank, (own, other) in enumerate(zip(by_rank, stock, strict=True)):
+            ratio = f"{other.peak / own.peak:.1f}"
+            rows.append(
+                (way, rank, *map(_mib, (own.peak, other.peak)), ratio, f"{own.seconds:.1f}", f"{other.seconds:.1f}")
+            )
+    return _table(("placement", "rank", "surgery, MiB", "stock, MiB", "ratio", "surgery, s", "stock, s"), rows)
 
 
 def _mib(size: int) -> str:
