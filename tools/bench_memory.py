@@ -4,9 +4,9 @@
     python tools/bench_memory.py --checkpoint build/llama-8b --ranks 4 --no-stock
 
 Memory is anonymous memory above what imports took. Without `--checkpoint` a Llama of 1.1 GB in two large layers is
-made. Exits with 1 if a rank takes more than the bound. With placement rank0-cpu that is its largest layer in 16 bits, all
-`quant_state` and 64 MiB, and on rank 0 the packed model too; with placement sharded its part of the largest layer, its
-shard, all `quant_state` and 64 MiB.
+made. Exits with 1 if a rank takes more than the bound. With placement rank0-cpu that is the largest layer in 16 bits,
+all `quant_state` and 64 MiB, and on rank 0 the packed model too; with placement sharded this rank's part of the largest
+layer and of the packed model, all `quant_state` and 64 MiB.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ __all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_ra
 #: The name since torch 2.13, where the older one warns.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-#: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank.
-RUN_BYTES = 16 << 20
+#: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank. On a CPU there is
+#: nothing to gain by more, and glibc would not give larger pieces back.
+RUN_BYTES = {"cuda": 16 << 20, "cpu": 1 << 20}
 
 
 def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -54,7 +55,7 @@ def gather_to_rank0(mine: torch.Tensor, parts: Sequence[range], *, out: torch.Te
 
     A bounded run at a time. `out` is full once `landing` has been waited for.
     """
-    run = max(RUN_BYTES // mine.element_size(), 1)
+    run = RUN_BYTES.get(mine.device.type, RUN_BYTES["cuda"]) // mine.element_size()
     longest = max(len(part) for part in parts)
     for start in range(0, longest, run):
         length = min(run, longest - start)

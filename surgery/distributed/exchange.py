@@ -104,6 +104,8 @@ class Ranks:
         Raises `PeerError` if another rank has raised the alarm instead, and `StoppedError` once `stop` is set.
         """
         if self.world_size == 1:
+            if stop.is_set():
+                raise StoppedError("stopped between two layers")
             return
         key, pause = f"{self.alarm}/gate/{name}", 1e-5
         try:

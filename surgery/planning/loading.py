@@ -156,7 +156,7 @@ class _Walk:
             self.hold(made)
             return
         self.landing = 0
-        run = min(max(map(self._capacity, quantized), default=0), RUN_BYTES)
+        run = min(max(map(self._capacity, quantized), default=0), RUN_BYTES["cpu" if self.setting.on_cpu else "cuda"])
         if self.rank != 0:
             self.note(device_more=made + run)
             return

@@ -105,9 +105,11 @@ def test_a_rank_that_is_slow_is_waited_for() -> None:
     assert on_rank1 >= 3
 
 
-def test_alone_there_is_no_gate_and_no_pulse() -> None:
+def test_alone_nobody_is_waited_for() -> None:
     ranks, stop = Ranks(), threading.Event()
-    stop.set()
     with pulse.beating(ranks):
         ranks.gate("one", stop=stop)
         assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
+        stop.set()
+        with pytest.raises(StoppedError):
+            ranks.gate("two", stop=stop)

@@ -46,8 +46,9 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Seconds, and the most anonymous memory above what imports took."""
+    """When it began and for how long it ran, in seconds, and the most anonymous memory above what imports took."""
 
+    start: float
     seconds: float
     peak: int
 
@@ -77,8 +78,9 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Of all phases together. Some run side by side."""
-        return sum(phase.seconds for phase in self.loading.values())
+        """From the beginning of the first of them to the end of the last; some run side by side."""
+        phases = self.loading.values()
+        return max(phase.start + phase.seconds for phase in phases) - min(phase.start for phase in phases)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -168,6 +170,9 @@ def measure(way: str, checkpoint: Path) -> Measured:
     return Measured(
         imports=imports,
         resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        phases={phase.name: Phase(seconds=phase.seconds, peak=phase.host_peak - imports) for phase in report.phases},
+        phases={
+            phase.name: Phase(start=phase.start, seconds=phase.seconds, peak=phase.host_peak - imports)
+            for phase in report.phases
+        },
         sizes=sizes,
     )
