@@ -59,12 +59,13 @@ class Background:
     """Work that runs in a thread; `stop` is set for it when its result is no longer wanted."""
 
     stop: threading.Event
-    _thread: threading.Thread = field(init=False)
+    # Not `Thread.join`: an interrupt there makes Python 3.11 take the thread for ended, and the next `join` returns.
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
     _failure: BaseException | None = field(default=None, init=False)
 
     def wait(self) -> None:
         """Wait for the work to end. Raises what it raised."""
-        self._thread.join()
+        self._ended.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -114,11 +115,15 @@ def in_background(work: Callable[[], object], *, stop: threading.Event, device: 
             pass
         except BaseException as error:  # noqa: BLE001  # raised where it is waited for
             background._failure = error
+        finally:
+            background._ended.set()
 
-    background._thread = threading.Thread(target=run, name="surgery-load", daemon=True)
-    background._thread.start()
+    thread = threading.Thread(target=run, name="surgery-load", daemon=True)
     try:
+        thread.start()
         yield background
     finally:
         stop.set()
-        background._thread.join()
+        if thread.ident is not None:  # it was started
+            background._ended.wait()
+            thread.join()
