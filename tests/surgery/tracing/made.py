@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from surgery.measurements import Phase, Prediction, Sample
 from surgery.tracing.record import RankTrace
@@ -14,6 +17,12 @@ MIB = 2**20
 
 #: Elements that have no end tag in HTML.
 VOID = {"meta"}
+
+
+def pages(size: int) -> torch.Tensor:
+    """So many bytes of memory in use, which go back to the system when the tensor is gone; malloc might keep them."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 def trace_of(rank: int = 0, world_size: int = 1, **changes: Any) -> RankTrace:

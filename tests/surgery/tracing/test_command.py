@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from surgery.cli import app
-from surgery.config import FSDP1
+from surgery.config import FSDP2
 from surgery.finetune.job import run
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 from surgery.tracing.folder import read_ranks
@@ -137,7 +137,7 @@ def finetune(job: Job) -> list[set[str]]:
 
 @pytest.mark.distributed
 def test_finetune_on_two_ranks(job: Job) -> None:
-    assert job.shard == FSDP1()
+    assert job.shard == FSDP2()
     expected, same = run_ranks(finetune, 2, job)
     assert job.trace is not None
     traces = read_ranks(job.trace)

@@ -17,7 +17,7 @@ from surgery.tracing.folder import read_ranks
 from surgery.tracing.record import RankTrace
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks, try_ranks
-from tests.surgery.tracing.made import MIB, Page
+from tests.surgery.tracing.made import MIB, Page, pages
 
 BUILDING = {"skeleton", "replace", "shard"}
 
@@ -31,7 +31,7 @@ def test_one_process(tmp_path: Path) -> None:
     with surgery.trace(tmp_path / "new" / "trace") as report:
         report.predict("load", host=64 * MIB)
         with report.phase("hold"):
-            held = torch.ones(16 * MIB, dtype=torch.float32)
+            held = pages(64 * MIB)
             report.count_bytes(1234)
             time.sleep(0.03)
         del held

@@ -10,6 +10,7 @@ import torch
 
 from surgery.report import Report
 from surgery.sampling import anonymous_memory
+from tests.surgery.tracing.made import pages
 
 SIZE = 64 * 2**20
 
@@ -18,7 +19,7 @@ SLACK = 8 * 2**20
 
 
 def allocate() -> torch.Tensor:
-    return torch.ones(SIZE // 4, dtype=torch.float32)
+    return pages(SIZE)
 
 
 def test_an_allocation_is_in_its_phase_and_in_the_samples_of_its_time() -> None:
@@ -78,6 +79,7 @@ def test_phases_of_two_threads_have_the_memory_and_the_bytes_of_both() -> None:
     with report.phase("adapt"):
         report.count_bytes(7)
         held = allocate()
+        time.sleep(0.03)  # until the other phase has looked
     del held
     counted.set()
     thread.join()
