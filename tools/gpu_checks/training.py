@@ -62,7 +62,7 @@ def _load_and_train(job: Job, folder: str, placement: Placement) -> dict[str, An
         folder,
         lora=LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear"),
         placement=placement,
-        shard=surgery.FSDP1(),
+        shard=surgery.FSDP2() if placement == "sharded" else surgery.FSDP1(),
         device=job.device,
         report=report,
     )
