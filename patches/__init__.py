@@ -1,10 +1,9 @@
-"""Reversible patches for libraries that you cannot change: declared, checked, scoped, audited, undone
-exactly.
+"""Reversible patches for libraries that you cannot change: declared, checked, scoped, audited, undone exactly.
 
     import patches
 
-    @patches.register("mylib.fast-norm", target="mylib.layers:Norm.forward", reason="the stock one is
-    quadratic") def fast_norm(wrapped, instance, args, kwargs):
+    @patches.register("mylib.fast-norm", target="mylib.layers:Norm.forward", reason="the stock one is slow")
+    def fast_norm(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
     with patches.transaction("mylib.fast-norm", reason="training") as tx:
