@@ -1,5 +1,7 @@
 """Reversible patches for libraries that you cannot change: declared, checked, scoped, audited, undone exactly.
 
+A patch is data, and acts inside a transaction:
+
     import patches
 
     @patches.register("mylib.fast-norm", target="mylib.layers:Norm.forward", reason="the stock one is slow")
