@@ -15,9 +15,10 @@ from surgery.checkpoint import Checkpoint, Prefetch
 from surgery.distributed import fsdp2
 from surgery.distributed.exchange import Ranks
 from surgery.distributed.nodes import Node
-from surgery.install import install
+from surgery.initials import Drawing, Initials
+from surgery.install import install, install_initials
 from surgery.landing import Landing
-from surgery.loading import Staging, in_background
+from surgery.loading import Background, Staging, in_background
 from surgery.parts import Parts
 from surgery.passes.base import Layer, Naming
 from surgery.passes.exchange import Exchange
@@ -31,7 +32,7 @@ from surgery.report import Report
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Meeting", "Source", "filling"]
+__all__ = ["Filling", "Meeting", "Source", "filling"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +54,50 @@ class Source:
     staging: Staging
 
 
+@dataclass(kw_only=True, eq=False)
+class Filling:
+    """What is being made for a model in other threads, until it is put into the model."""
+
+    parts: Parts
+    meeting: Meeting
+    report: Report
+    stop: threading.Event
+    landing: Landing
+    stack: contextlib.ExitStack = field(repr=False)
+    _loading: Background = field(init=False)
+    _drawings: list[tuple[Drawing, Background]] = field(default_factory=list, init=False)
+
+    def load(self, model: nn.Module, pipeline: Pipeline) -> None:
+        """Begin to run `pipeline`, which fills the parts."""
+        self._loading = self._begin(lambda: pipeline.run(model))
+
+    def draw(self, initials: Initials, *, rows: Callable[[int], range], device: torch.device) -> None:
+        """Begin to draw the values of adapters that are on meta; `rows` and `device` as `Drawing` takes them."""
+        drawing = Drawing(initials=initials, rng_state=self.meeting.rng_state, rows=rows, device=device, stop=self.stop)
+        self._drawings.append((drawing, self._begin(drawing.run)))
+
+    def into(self, model: nn.Module) -> None:
+        """Wait for all of it, and put it into `model`, as it is by now."""
+        self._loading.wait()
+        self.landing.wait()
+        with self.report.phase("install"), Naming("install", "the model"):
+            install(model, self.parts)
+            for drawing, background in self._drawings:
+                background.wait()
+                install_initials(drawing)
+                drawing.go_on()
+
+    def _begin(self, work: Callable[[], object]) -> Background:
+        device = self.parts.residence.compute_device
+        return self.stack.enter_context(in_background(work, stop=self.stop, device=device))
+
+
 @contextlib.contextmanager
-def filling(
-    model: nn.Module, source: Source, parts: Parts, meeting: Meeting, report: Report
-) -> Iterator[Callable[[nn.Module], None]]:
+def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, report: Report) -> Iterator[Filling]:
     """Load all parts of `model`, which is on meta, while the block runs.
 
-    The block may wrap, adapt and shard it meanwhile, without a collective. What it is given waits for the weights and
-    puts them into the model, as it is by then. At the end of the block nothing is read any more, whatever happened.
+    The block may wrap, adapt and shard it meanwhile, without a collective. At the end of the block nothing is read or
+    drawn any more, whatever happened.
     """
     stop = threading.Event()
     parts.reserve(target for layer in source.layers for target in layer.targets)
@@ -74,16 +111,8 @@ def filling(
             report=report,
             between=meeting.ranks.check_alarm,
         )
-        loading = stack.enter_context(
-            in_background(lambda: pipeline.run(model), stop=stop, device=parts.residence.compute_device)
-        )
-
-        def fill(shaped: nn.Module) -> None:
-            loading.wait()
-            landing.wait()
-            with report.phase("install"), Naming("install", "the model"):
-                install(shaped, parts)
-
+        fill = Filling(parts=parts, meeting=meeting, report=report, stop=stop, landing=landing, stack=stack)
+        fill.load(model, pipeline)
         yield fill
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from surgery.initials import Drawing
 from surgery.parts import Part, Parts
 
-__all__ = ["install"]
+__all__ = ["install", "install_initials"]
 
 
 def install(model: nn.Module, parts: Parts) -> None:
@@ -34,6 +35,16 @@ def install(model: nn.Module, parts: Parts) -> None:
                 _put(copy, leaf, _made(copy, leaf, part, parts, clone=True))
 
 
+def install_initials(drawing: Drawing) -> None:
+    """Give adapters on meta, which may have become shards there, the values that were drawn for them."""
+    while drawing.values:
+        initial, values = drawing.initials.parameters[len(drawing.values) - 1], drawing.values.pop()
+        module, leaf = initial.places[0]
+        new = _like(_held(module, leaf), values)
+        for module, leaf in initial.places:
+            _put(module, leaf, new)
+
+
 def _set_state(part: Part, parts: Parts) -> None:
     if part.target.is_quantized:
         for module, _ in part.target.places:
@@ -44,15 +55,19 @@ def _made(module: nn.Module, leaf: str, part: Part, parts: Parts, *, clone: bool
     """What `module` is to hold, in the place and in the form of what it holds now."""
     old = _held(module, leaf)
     data = part.tensor().clone() if clone else part.tensor()
-    if isinstance(old, DTensor):
-        shard = DTensor.from_local(
-            data, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
-        )
-        return nn.Parameter(shard, requires_grad=old.requires_grad)
     if not isinstance(old, nn.Parameter):
         return data
-    if part.target.is_quantized:
+    if part.target.is_quantized and not isinstance(old, DTensor):
         return parts.quantizer.parameter(module, data, part.state)
+    return _like(old, data)
+
+
+def _like(old: torch.Tensor, data: torch.Tensor) -> nn.Parameter:
+    """A parameter over `data`: the same shard of the same tensor, if `old` is one."""
+    if isinstance(old, DTensor):
+        data = DTensor.from_local(
+            data, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
     return nn.Parameter(data, requires_grad=old.requires_grad)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,11 +28,12 @@ from surgery.distributed.exchange import (
 from surgery.distributed.nodes import Node
 from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
-from surgery.filling import Meeting, Source, filling
+from surgery.filling import Filling, Meeting, Source, filling
+from surgery.initials import Initials
 from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
 from surgery.parts import Parts
-from surgery.passes.adapt import Adapt, check_targets, needs_weights
+from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, quantizable, transposed
@@ -214,11 +216,11 @@ class QLoRA:
         quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         model, source = self._prepare(checkpoint, quantizer)
         parts = Parts(quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank)
-        before, after = self._around_filling(meeting)
         with filling(model, source, parts, meeting, self.report) as fill:
+            before, after = self._around_filling(meeting, fill)
             model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
-            fill(model)
+            fill.into(model)
         return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
 
     def _prepare(self, checkpoint: Checkpoint, quantizer: BnbQuantizer) -> tuple[nn.Module, Source]:
@@ -263,11 +265,12 @@ class QLoRA:
         if self.device.type == "cuda":
             check_fits(plan, free_memory(self.device))
 
-    def _around_filling(self, meeting: Meeting) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    def _around_filling(self, meeting: Meeting, fill: Filling) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
         """The passes that need no weights, to run while these are loaded, and those that do."""
         adapt: tuple[Pass, ...] = ()
         if self.lora is not None:
-            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state),)
+            later = partial(self._draw, fill) if draws_later(self.lora) else None
+            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state, later=later),)
         if self.placement == "sharded":
             assert isinstance(self.shard, FSDP2)
             assert meeting.mesh is not None
@@ -275,6 +278,14 @@ class QLoRA:
         if self.lora is not None and needs_weights(self.lora):
             return (), adapt
         return adapt, ()
+
+    def _draw(self, fill: Filling, initials: Initials) -> None:
+        """Draw what this rank will have of adapters: its shards, or all of them, on the CPU until FSDP takes them."""
+        if self.placement != "sharded":
+            fill.draw(initials, rows=range, device=torch.device("cpu"))
+            return
+        rows = partial(self._division.rows_of, self.ranks.rank)
+        fill.draw(initials, rows=rows, device=self._residence.data_device)
 
     def _finish(self, model: nn.Module, meeting: Meeting) -> nn.Module:
         """Shard what is not sharded yet, and make adapters the same on all ranks that have them whole or twice."""

@@ -102,6 +102,10 @@ class Division:
         """What `rank` reads and keeps of a tensor of `form`."""
         return _slice(self, form, rank)
 
+    def rows_of(self, rank: int, rows: int) -> range:
+        """The rows that `rank` keeps of a sharded tensor of so many that no checkpoint fills."""
+        return chunk(range(rows), self.grid.shards, rank % self.grid.shards)
+
     def grid_of(self, form: Form) -> Grid:
         """`grid`, but for buffers, which every rank keeps."""
         return Grid(replicas=self.grid.world_size) if form.is_buffer else self.grid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,13 +12,45 @@ import torch
 from torch import nn
 
 from surgery.errors import SelectorError
+from surgery.initials import Initials, Undrawn
 from surgery.passes.base import Pass
 from surgery.quantizers.bnb import is_params4bit, with_data
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Adapt", "check_targets", "drawing_from", "needs_weights"]
+__all__ = ["Adapt", "check_targets", "drawing_from", "draws_later", "needs_weights"]
+
+#: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
+PLAIN = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+
+#: Values of `init_lora_weights` that are drawn at random, without a look at anything.
+RANDOM = (True, False, "gaussian")
 
 
 def check_targets(model: nn.Module, lora: LoraConfig) -> None:
@@ -49,6 +81,16 @@ def needs_weights(lora: LoraConfig) -> bool:
     """Whether PEFT reads base weights to make these adapters, so that the model cannot be adapted on meta."""
     names = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
     return any(getattr(lora, name, None) for name in names)
+
+
+def draws_later(lora: LoraConfig) -> bool:
+    """Whether initial values can be drawn after PEFT has built the adapters: nothing that it builds depends on them.
+
+    So it is if no option is set but those known to have nothing to do with them, whatever options there will be.
+    """
+    default = type(lora)()
+    others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
+    return lora.init_lora_weights in RANDOM and not others
 
 
 @contextlib.contextmanager
@@ -108,6 +150,8 @@ class Adapt(Pass):
 
     Adapters live on the device of their base weight, or on the CPU where that is on meta. Their initial values are
     drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
+
+    later: takes what is to be drawn; adapters stay on meta until they are given it. None: values are drawn at once.
     """
 
     name: ClassVar[str] = "adapt"
@@ -117,15 +161,24 @@ class Adapt(Pass):
     lora: LoraConfig
     dtype: torch.dtype
     rng_state: torch.Tensor
+    later: Callable[[Initials], None] | None = None
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""
-        from peft import get_peft_model
-
         # What transformers sets on a model that it loads in 4 bits, and what PEFT looks at to choose its LoRA layer.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
-        with drawing_from(self.rng_state), appearing_real(model):
-            adapted = get_peft_model(model, copy.deepcopy(self.lora), autocast_adapter_dtype=False)
+        if self.later is None:
+            with drawing_from(self.rng_state), appearing_real(model):
+                return self._adapted(model)
+        with appearing_real(model), Undrawn() as undrawn:
+            adapted = self._adapted(model)
+        self.later(undrawn.take(adapted))
+        return adapted
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        from peft import get_peft_model
+
+        adapted = get_peft_model(model, copy.deepcopy(self.lora), autocast_adapter_dtype=False)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(self.dtype)

@@ -9,7 +9,7 @@ from itertools import groupby
 from surgery.distributed.collect import RUN_BYTES
 from surgery.loading import Staging
 from surgery.passes.base import Layer
-from surgery.planning.adapted import adapters_as_made, adapters_held, adapters_whole
+from surgery.planning.adapted import adapters_as_made, adapters_being_drawn, adapters_held, adapters_whole
 from surgery.planning.allowances import CPU_QUANTIZE_BYTES, CUDA_QUANTIZE_BYTES
 from surgery.planning.figures import Memory
 from surgery.planning.host import fixed_bytes
@@ -28,16 +28,16 @@ def plan_load(
     inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], *, rank: int
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
-    staged = _staging_bytes(inventory, staging)
-    walk = _Walk(setting=setting, staging=staging, rank=rank, always=fixed_bytes(inventory, setting) + staged)
-    walk.note(host_more=adapters_as_made(inventory))
+    passing = _staging_bytes(inventory, staging) + adapters_being_drawn(inventory, setting)
+    walk = _Walk(setting=setting, staging=staging, rank=rank, always=fixed_bytes(inventory, setting) + passing)
+    walk.note(host_more=adapters_as_made(inventory, setting))
     if setting.placement != "sharded":  # adapters wait to be sharded, or moved, as whole as the weights
         walk.always += adapters_whole(inventory, setting)
     else:
         walk.hold(adapters_held(inventory, setting))
     for layer in layers:
         walk.visit(layer)
-    walk.always -= staged
+    walk.always -= passing
     return walk.finish(inventory)
 
 
