@@ -262,6 +262,7 @@ class QLoRA:
         plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
+        self.report.note_read_once_per_node(plan.read_once_per_node)
         if self.device.type == "cuda":
             check_fits(plan, free_memory(self.device))
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
+from surgery.converted import group_names, say_converted
 from surgery.measurements import History, Phase, Prediction, Sample
 from surgery.sampling import SAMPLE_PERIOD, anonymous_memory, sampled
 
@@ -23,11 +25,13 @@ T = TypeVar("T")
 class Report:
     """Measurements of one rank, from when it is made. Any thread may use it.
 
-    show_progress: draw a bar for layer loops: for rank 0.
+    show_progress: draw a bar for layer loops, and say on stderr what is read once per node: for rank 0.
     phases: in the order in which they ended.
     predictions: what a plan expects, by the group of phases; see `predict`.
     history: memory over time, while `recording`; otherwise empty.
     bytes_read: from checkpoints so far; see `count_bytes`.
+    read_once_per_node: how many checkpoint tensors one rank of each node reads and converts for the others, by their
+        name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
     """
 
     show_progress: bool = False
@@ -36,6 +40,7 @@ class Report:
     predictions: dict[str, Prediction] = field(default_factory=dict)
     history: History = field(default_factory=History)
     bytes_read: int = 0
+    read_once_per_node: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -76,6 +81,19 @@ class Report:
         self.predictions[group] = Prediction(
             host=host, device=device, host_before=anonymous_memory(), device_before=self._device_memory()[0]
         )
+
+    def note_read_once_per_node(self, keys: Iterable[str]) -> None:
+        """Note, before anything is read, the checkpoint keys of which no rank can read a range alone.
+
+        That is what the model merges, splits or transposes. With `show_progress` a line on stderr names it, if there is
+        any.
+        """
+        self.read_once_per_node = group_names(keys)
+        if self.show_progress and self.read_once_per_node:
+            from tqdm.auto import tqdm
+
+            # As the bar is, so that whatever is drawn goes on below the line.
+            tqdm.write(say_converted(self.read_once_per_node), file=sys.stderr)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[History]:

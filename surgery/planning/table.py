@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from surgery.config import FSDP1
+from surgery.converted import group_names, say_converted
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.groups import RankClass
 from surgery.planning.plan import MemoryPlan
@@ -17,9 +18,6 @@ __all__ = ["headline", "notes", "render"]
 
 #: Kinds of ranks shown side by side; those that need most.
 COLUMNS = 4
-
-#: Checkpoint keys named of those that are read once per node.
-NAMES = 3
 
 Row = tuple[str, Callable[[RankPlan], int]]
 
@@ -63,13 +61,8 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
             "Activations and logits are an estimate, from the shapes of linear layers, for attention that keeps no "
             f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
         )
-    keys = plan.read_once_per_node
-    if keys:
-        more = f" and {len(keys) - NAMES} more" if len(keys) > NAMES else ""
-        yield (
-            f"{len(keys)} tensors are no ranges of what fills the model, since it merges, splits or transposes them: "
-            f"read once per node, beside the above: {', '.join(keys[:NAMES])}{more}."
-        )
+    if plan.read_once_per_node:
+        yield f"{say_converted(group_names(plan.read_once_per_node))} That is not in the bytes read above."
 
 
 def _at(step: Step) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from surgery.converted import say_converted
 from surgery.tracing import figures
 from surgery.tracing.axes import Axes
 from surgery.tracing.chart import LARGE, SMALL, chart
@@ -89,6 +90,10 @@ def _facts(traces: Sequence[RankTrace]) -> Iterator[Element]:
     began = datetime.fromtimestamp(min(trace.started for trace in traces), UTC)
     devices = ", ".join(dict.fromkeys(trace.device for trace in traces))
     yield element("p", f"Began {began:%Y-%m-%d %H:%M:%S} UTC, on {devices}.", class_="quiet")
+    # The same on every rank that has come so far.
+    converted = next((trace.read_once_per_node for trace in traces if trace.read_once_per_node), None)
+    if converted:
+        yield element("p", say_converted(converted), class_="quiet")
     missing = sorted(set(range(traces[0].world_size)) - {trace.rank for trace in traces})
     if missing:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")

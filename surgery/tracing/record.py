@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeVar, get_type_hints
 
@@ -40,6 +40,7 @@ class RankTrace:
 
     device: its name, for people. error: the type of the exception that ended the block, if one did.
     phases: in the order in which they began. samples: in order of time. predictions: by group of phases.
+    read_once_per_node: as the report has it; nothing in a file of an older release.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class RankTrace:
     error: str | None = None
     phases: tuple[Phase, ...] = ()
     predictions: Mapping[str, Prediction]
+    read_once_per_node: Mapping[str, int] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ class RankTrace:
                 "predictions": {
                     group: _read(Prediction, each) for group, each in _dict(values.get("predictions")).items()
                 },
+                "read_once_per_node": _counts(values.get("read_once_per_node", {})),
                 "samples": tuple(_samples(_dict(values.get("samples")))),
             },
         )
@@ -104,6 +107,13 @@ def _of_this_version(found: object) -> dict[str, Any]:
             f"expected version {VERSION}, found {found.get('version')!r}; read it with the release that wrote it"
         )
     return found
+
+
+def _counts(found: object) -> dict[str, int]:
+    counts = _dict(found)
+    for count in counts.values():
+        _check("a count of read_once_per_node", count, int)
+    return counts
 
 
 def _samples(columns: Mapping[str, Any]) -> Iterable[Sample]:

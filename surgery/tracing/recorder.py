@@ -75,6 +75,7 @@ class _Recorder:
             error=None if error is None else type(error).__name__,
             phases=tuple(sorted(report.phases, key=lambda phase: phase.start)),
             predictions=dict(report.predictions),
+            read_once_per_node=dict(report.read_once_per_node),
             samples=tuple(report.history.samples),
         )
 

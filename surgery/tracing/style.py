@@ -26,7 +26,7 @@ STYLE = """
 body { background: var(--page); color: var(--text); font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 1080px; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
-h3 { font-size: .95rem; margin: 1rem 0 .25rem } p { margin: .25rem 0; max-width: 80ch }
+h3 { font-size: .95rem; margin: 1rem 0 .25rem } p { margin: .25rem 0; max-width: 80ch; overflow-wrap: anywhere }
 .quiet { color: var(--quiet) } .alarm { color: var(--alarm); font-weight: 600 }
 .scroll { max-height: 26rem; overflow: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }

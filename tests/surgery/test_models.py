@@ -93,6 +93,32 @@ def test_adapters_get_gradients(tmp_path: Path, name: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable)
 
 
+CONVERTED: dict[str, dict[str, int]] = {
+    "llama": {},
+    "gpt2": {
+        "transformer.h.*.attn.c_attn.weight": 2,
+        "transformer.h.*.attn.c_proj.weight": 2,
+        "transformer.h.*.mlp.c_fc.weight": 2,
+        "transformer.h.*.mlp.c_proj.weight": 2,
+    },
+    "mixtral": {f"model.layers.*.block_sparse_moe.experts.*.{part}.weight": 8 for part in ("w1", "w3", "w2")},
+}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_is_merged_split_or_transposed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    kind, changes, _ = MODELS[name]
+    report = surgery.Report(show_progress=True)
+    with surgery.qlora(save_tiny(tmp_path, kind, **changes), report=report):
+        pass
+    assert report.read_once_per_node == CONVERTED[name]
+    said = [line for line in capsys.readouterr().err.splitlines() if "read once per node" in line]
+    assert len(said) == bool(CONVERTED[name])
+    assert all(f"{pattern} (" in line for line in said for pattern in CONVERTED[name])
+
+
 def test_ties_are_kept(tmp_path: Path) -> None:
     checkpoint = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
     with surgery.qlora(checkpoint, report=surgery.Report()) as model:

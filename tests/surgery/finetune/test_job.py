@@ -95,6 +95,7 @@ def test_one_process(job: Job) -> None:
     assert (written["sharding"], written["placement"]) == (None, "replicated")
     assert written["samples"] == {"train": 19, "evaluation": 2, "dropped": 0}
     assert {"skeleton", "train", "save"} <= written["memory"][0].keys()
+    assert written["read_once_per_node"] == {}
     assert written["versions"]["torch"] == torch.__version__
     assert written["patches_left"] == []
     states = {row["id"]: row["state"] for row in written["patches"]}

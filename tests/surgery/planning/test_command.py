@@ -86,5 +86,11 @@ def test_tensors_that_are_merged_are_named(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
     result = run(folder, "--world", 2)
     assert result.exit_code == 0, result.output
-    assert "read once per node" in result.stdout
-    assert "experts.0." in result.stdout
+    assert "12 tensors are merged, split or transposed for the model, so read once per node" in result.stdout
+    assert "model.layers.*.block_sparse_moe.experts.*.w1.weight (4)" in result.stdout
+
+
+def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:
+    result = run(save_tiny(tmp_path / "plain"), "--world", 2)
+    assert result.exit_code == 0, result.output
+    assert "read once per node" not in result.stdout

@@ -89,9 +89,9 @@ def test_drawing_needs_no_torch(folder: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    model = save_tiny(tmp_path / "model", vocab_size=VOCABULARY, max_position_embeddings=128)
+def job_of(tmp_path: Path, model_type: str, **changes: Any) -> Job:
+    """Two steps on a tiny model."""
+    model = save_tiny(tmp_path / "model", model_type, vocab_size=VOCABULARY, max_position_embeddings=128, **changes)
     tiny_tokenizer(bos=True).save_pretrained(model)
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "the cat", "completion": " sat on the mat"}\n' * 8)
@@ -104,6 +104,11 @@ def job(tmp_path: Path) -> Job:
         lora=LoraOptions(r=4, alpha=8),
         precision="fp32",
     )
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return job_of(tmp_path, "llama")
 
 
 def test_finetune(job: Job) -> None:
@@ -121,6 +126,23 @@ def test_finetune(job: Job) -> None:
     assert {phase.name: phase.host_peak for phase in trace.phases} == {
         name: figures["host_peak"] for name, figures in memory.items()
     }
+
+
+def test_finetune_names_what_is_read_once_per_node(tmp_path: Path) -> None:
+    job = job_of(tmp_path, "gpt2", n_embd=64, n_layer=2, n_head=4)
+    result = command(
+        "finetune", job.model, "--data", job.data.train, "--output", job.output, "--trace", job.trace,
+        "--max-steps", 1, "--max-length", 32, "--lora-r", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    line = "read once per node, by one rank for the others: transformer.h.*.attn.c_attn.weight (2), "
+    assert result.stderr.count(line) == 1
+    assert job.trace is not None
+    assert line in (job.trace / "trace.html").read_text()
+    (trace,) = read_ranks(job.trace)
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert summary["read_once_per_node"] == trace.read_once_per_node
+    assert sum(trace.read_once_per_node.values()) == 8
 
 
 def test_finetune_refuses_a_folder_that_cannot_be_made(job: Job, reads: list[str]) -> None:

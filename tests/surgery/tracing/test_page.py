@@ -143,7 +143,11 @@ NASTY = "</title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\0\ud8
 def test_names_cannot_break_out() -> None:
     phase = Phase(name=NASTY, group=NASTY, seconds=3.0, host_peak=MIB)
     trace = trace_of(
-        device=NASTY, error=NASTY, phases=(phase,), predictions={NASTY: Prediction(host=MIB, host_before=0)}
+        device=NASTY,
+        error=NASTY,
+        phases=(phase,),
+        predictions={NASTY: Prediction(host=MIB, host_before=0)},
+        read_once_per_node={NASTY: 2},
     )
     page = page_of(trace)
     assert_self_contained(page)
@@ -155,6 +159,14 @@ def test_nothing_measured_is_a_page_too() -> None:
     page = page_of(empty)
     assert_self_contained(page)
     assert page.rows("of-phases") == [[]]
+
+
+def test_what_is_read_once_per_node_is_named_once() -> None:
+    failed_early, other = trace_of(0, 2), trace_of(1, 2, read_once_per_node={"h.*.c_attn.weight": 12})
+    said = [text for text in page_of(failed_early, other).texts["p"] if "read once per node" in text]
+    assert len(said) == 1
+    assert said[0].endswith("h.*.c_attn.weight (12).")
+    assert "read once per node" not in render([trace_of()])
 
 
 def test_what_went_wrong_is_said_above_all() -> None:

@@ -19,11 +19,18 @@ from tests.surgery.tracing.made import trace_of
         trace_of(),
         trace_of(2, 4, error="KeyboardInterrupt", samples=(), phases=(), predictions={}),
         trace_of(predictions={"train": Prediction(device=5)}),
+        trace_of(read_once_per_node={"h.*.c_attn.weight": 12}),
         trace_of(device="\ud800 </script> \0"),
     ],
 )
 def test_round_trip(trace: RankTrace) -> None:
     assert RankTrace.from_json(trace.as_json()) == trace
+
+
+def test_a_file_from_before_it_was_noted_says_nothing_of_what_is_read_once_per_node() -> None:
+    values = json.loads(trace_of(read_once_per_node={"h.*.c_attn.weight": 12}).as_json())
+    del values["read_once_per_node"]
+    assert RankTrace.from_json(json.dumps(values)) == trace_of()
 
 
 def test_samples_are_columns() -> None:
@@ -53,6 +60,8 @@ DAMAGED: list[tuple[Damage, str]] = [
     (lambda d: d["phases"][0].pop("name"), r"expected the field\(s\) name, found none"),
     (lambda d: d.update(predictions=[]), "expected an object, found list"),
     (lambda d: d["predictions"]["load"].update(host="much"), "expected host to be a whole number, 0 or more, or null"),
+    (lambda d: d.update(read_once_per_node=["weight"]), "expected an object, found list"),
+    (lambda d: d.update(read_once_per_node={"weight": "2"}), "expected a count of read_once_per_node to be a whole"),
     (lambda d: d["samples"].pop("host"), "expected host to be a list, found NoneType"),
     (lambda d: d["samples"]["host"].pop(), "expected samples in columns of one length"),
     (lambda d: d["samples"]["host"].__setitem__(0, None), "expected a sample to be a whole number"),

@@ -132,6 +132,25 @@ def test_a_prediction_counts_from_what_is_held_when_it_is_made() -> None:
     assert abs(prediction.host_before - before) < SLACK
 
 
+@pytest.mark.parametrize("show_progress", [True, False])
+def test_what_is_read_once_per_node_is_kept_by_name_and_said(
+    capsys: pytest.CaptureFixture[str], *, show_progress: bool
+) -> None:
+    report = Report(show_progress=show_progress)
+    report.note_read_once_per_node(["h.0.c_attn.weight", "h.1.c_attn.weight"])
+    assert report.read_once_per_node == {"h.*.c_attn.weight": 2}
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("read once per node, by one rank for the others: h.*.c_attn.weight (2).\n") == show_progress
+
+
+def test_where_nothing_is_read_once_per_node_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(show_progress=True)
+    report.note_read_once_per_node([])
+    assert report.read_once_per_node == {}
+    assert capsys.readouterr() == ("", "")
+
+
 def test_as_dict_has_every_figure_of_every_phase() -> None:
     report = Report()
     with report.phase("one"):

@@ -1,0 +1,43 @@
+"""Checkpoint tensors of which no rank can read a range alone: named in groups, and said in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+__all__ = ["group_names", "say_converted"]
+
+#: Groups that a line names at most; a model has few, however many layers and experts it has.
+SHOWN = 8
+
+
+def group_names(keys: Iterable[str]) -> dict[str, int]:
+    """How many of `keys`, which are unique, differ in numbers alone, by their name with `*` where they do.
+
+    In the order in which each group first appears: `{"model.layers.*.mlp.experts.*.w1.weight": 256}`. A key that is
+    alone is its own name.
+    """
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for key in keys:
+        parts = key.split(".")
+        groups.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
+    return {_common_name(members): len(members) for members in groups.values()}
+
+
+def say_converted(groups: Mapping[str, int]) -> str:
+    """What happens to the tensors of `groups`, of which there is at least one, and which they are."""
+    total = sum(groups.values())
+    return (
+        f"{total:,} tensor{' is' if total == 1 else 's are'} merged, split or transposed for the model, so read once "
+        f"per node, by one rank for the others: {', '.join(_names(groups))}."
+    )
+
+
+def _names(groups: Mapping[str, int]) -> list[str]:
+    names = [name if count == 1 else f"{name} ({count:,})" for name, count in groups.items()]
+    rest = sum(list(groups.values())[SHOWN:])
+    return [*names[:SHOWN], *([f"{rest:,} more"] if rest else [])]
+
+
+def _common_name(members: list[list[str]]) -> str:
+    """The name that all have, with `*` for numbers that are not the same in all."""
+    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*members, strict=True))
