@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,11 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import patches
+from patches.builtin.torch.fsdp2_bit_exact_gather import _KNOWN
 from tests.helpers.rewritten_nans import nan_words, rewritten_nans
 
 ID = "torch.fsdp2-bit-exact-gather"
@@ -33,15 +37,22 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     one_dtype: bool = True
     """FSDP2 gathers a block as one dtype, and so, on CUDA, changes it."""
+    as_held: bool = True
+    """A block is gathered as it is held, so that the patch finds out about it once."""
 
 
 ON_TWO = [
     Case(name="bf16"),
     Case(name="fp16", storage=FP16, adapter=FP16),
     Case(name="mixed", adapter=FP32, one_dtype=False),
-    Case(name="cast-to-bf16", adapter=FP32, options={"mp_policy": MixedPrecisionPolicy(param_dtype=BF16)}),
+    Case(
+        name="cast-to-bf16",
+        adapter=FP32,
+        options={"mp_policy": MixedPrecisionPolicy(param_dtype=BF16)},
+        as_held=False,
+    ),
     Case(name="kept-after-forward", options={"reshard_after_forward": False}),
-    Case(name="offloaded", options={"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+    Case(name="offloaded", options={"offload_policy": CPUOffloadPolicy(pin_memory=False)}, as_held=False),
 ]
 ON_FOUR = [
     Case(name="hybrid", mesh=(2, 2)),
@@ -51,11 +62,14 @@ ON_FOUR = [
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Words of two bytes that were not as packed, over all layers and steps; losses; calls of the patch."""
+    """Words of two bytes that were not as packed, over all layers and steps; losses; calls of the patch, and how many
+    groups it knows in the end.
+    """
 
     changed: int
     losses: list[float]
     calls: int = 0
+    known: int = 0
 
 
 class Block(nn.Module):
@@ -79,28 +93,38 @@ def make_model(case: Case) -> nn.Sequential:
     return nn.Sequential(*(Block(case) for _ in range(BLOCKS)))
 
 
-def train(model: nn.Sequential, dtype: torch.dtype) -> Found:
-    """A few steps of SGD, on the same batch on every rank."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    packed = nan_words(layers[0].quant_storage, 64 * 64 // 4).view(torch.int16)
-    changed: list[int] = []
+@contextlib.contextmanager
+def counting_changes(model: nn.Module, packed: torch.Tensor) -> Iterator[list[int]]:
+    """For each forward of a 4-bit layer in the block: how many words are not those of `packed`."""
+    words, changed = packed.view(torch.int16), list[int]()
     hooks = [
         layer.register_forward_pre_hook(
-            lambda layer, _: changed.append(int((layer.weight.view(-1).view(torch.int16) != packed).sum()))
+            lambda layer, _: changed.append(int((layer.weight.view(-1).view(torch.int16) != words).sum()))
         )
-        for layer in layers
+        for layer in four_bit_layers(model)
     ]
+    yield changed
+    for hook in hooks:
+        hook.remove()
+
+
+def four_bit_layers(model: nn.Module) -> list[Linear4bit]:
+    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def train(model: nn.Sequential, dtype: torch.dtype) -> Found:
+    """A few steps of SGD, on the same batch on every rank."""
+    packed = nan_words(four_bit_layers(model)[0].quant_storage, 64 * 64 // 4)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
     losses = []
-    for _ in range(STEPS):
-        loss = model(x).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    for hook in hooks:
-        hook.remove()
+    with counting_changes(model, packed) as changed:
+        for _ in range(STEPS):
+            loss = model(x).float().square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
     assert len(changed) == BLOCKS * STEPS
     return Found(changed=sum(changed), losses=losses)
 
@@ -129,17 +153,18 @@ def stock(case: Case) -> Found:
 
 def patched(case: Case) -> Found:
     """FSDP2 with the patch on the layers of this model."""
+    gc.collect()
+    assert not _KNOWN, "something of an earlier model is kept"
     model = sharded(case)
     with gather_patch(model) as tx:
         found = train(model, case.adapter)
-    return Found(changed=found.changed, losses=found.losses, calls=tx.receipts[0].calls)
+    return Found(changed=found.changed, losses=found.losses, calls=tx.receipts[0].calls, known=len(_KNOWN))
 
 
 @contextlib.contextmanager
 def gather_patch(model: nn.Module) -> Iterator[patches.Transaction]:
     """The patch, limited to the 4-bit layers of `model`; forced, since a CPU does not need it."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    with patches.transaction(ID, on=layers, reason="a test", force=True, count_calls=True) as tx:
+    with patches.transaction(ID, on=four_bit_layers(model), reason="a test", force=True, count_calls=True) as tx:
         yield tx
 
 
@@ -170,3 +195,95 @@ def needed() -> tuple[list[str], Found, list[patches.Receipt]]:
         with patches.transaction(ID, reason="a test") as tx:
             found = train(model, case.adapter)
         return [str(verdict) for verdict in tx.verdicts.values()], found, patches.active()
+
+
+def write(block: Any, shard: torch.Tensor) -> None:
+    """In place, as an optimizer does, or `load_state_dict`."""
+    block.base.weight.to_local().copy_(shard)
+
+
+def assign(block: Any, shard: torch.Tensor) -> None:
+    """Another parameter."""
+    block.base.load_state_dict({"weight": like(block.base.weight, shard)}, strict=False, assign=True)
+
+
+def move(block: Any, shard: torch.Tensor) -> None:
+    """Other memory, as with `to`, `cuda` and `cpu`."""
+    packed = block.base.weight
+    block._apply(lambda tensor: like(packed, shard) if tensor is packed else tensor.clone())
+
+
+def empty(block: Any, shard: torch.Tensor) -> None:
+    """Other memory with nothing in it, which is then filled."""
+    block.to_empty(device="cpu")
+    write(block, shard)
+
+
+def install(block: Any, shard: torch.Tensor) -> None:
+    """Behind the back of FSDP2, which looks once more before the first forward: what `surgery` loads comes so."""
+    block.base._parameters["weight"] = like(block.base.weight, shard)
+
+
+Way = Callable[[Any, torch.Tensor], None]
+WAYS: list[Way] = [write, assign, move, empty, install]
+
+
+def like(old: Any, shard: torch.Tensor) -> nn.Parameter:
+    """A parameter sharded as `old`, of which this rank holds `shard`."""
+    size = {"shape": old.shape, "stride": old.stride()}
+    new = DTensor.from_local(shard, old.device_mesh, old.placements, run_check=False, **size)
+    return nn.Parameter(new, requires_grad=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """Words of the layers that were not the new ones, in a forward after all had been replaced; whether the memory of
+    the old ones was free before that; how many groups were known before and after, and once the model was gone.
+    """
+
+    changed: int
+    freed: list[bool]
+    known: tuple[int, int, int]
+
+
+def replaced() -> dict[str, Replaced]:
+    """What comes of replacing packed weights, by the name of the way to do it, where copies are as on CUDA."""
+    with rewritten_nans():
+        return {way.__name__: _replaced(way) for way in WAYS}
+
+
+def _replaced(way: Way) -> Replaced:
+    case = ON_TWO[0]
+    gc.collect()
+    model = sharded(case)
+    x = torch.randn(4, 64).to(case.adapter)
+    with gather_patch(model), torch.no_grad():
+        if way is not install:
+            model(x)
+        before = len(_KNOWN)
+        memory = _replace_all(model, way)
+        freed = [reference.expired() for reference in memory]
+        with counting_changes(model, _new_words()) as changed:
+            model(x)
+    assert len(changed) == BLOCKS
+    after = len(_KNOWN)
+    del model
+    gc.collect()
+    return Replaced(changed=sum(changed), freed=freed, known=(before, after, len(_KNOWN)))
+
+
+def _replace_all(model: nn.Sequential, way: Way) -> list[StorageWeakRef]:
+    """Every packed weight; returns references to the memory of the old ones."""
+    memory = []
+    for block in model:
+        block.reshard()
+        held = block.base.weight
+        memory.append(StorageWeakRef(held.to_local().untyped_storage()))
+        shard = _new_words().view(held.shape).chunk(2)[held.device_mesh.get_local_rank()].clone()
+        del held
+        way(block, shard)
+    return memory
+
+
+def _new_words() -> torch.Tensor:
+    return nan_words(BF16, 64 * 64 // 4).flip(0)

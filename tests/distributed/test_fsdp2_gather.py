@@ -13,6 +13,7 @@ from tests.distributed.gathering import (
     Found,
     exact_and_as_on_cuda,
     needed,
+    replaced,
     two_models,
     unsharded,
 )
@@ -58,6 +59,15 @@ def test_the_wrapper_is_called_in_each_gather(case: Case, by_world_size: dict[in
     in_backward_too = case.options.get("reshard_after_forward") is not False
     for _, patched in results(case, by_world_size, as_on_cuda=False):
         assert patched.calls == BLOCKS * STEPS * (2 if in_backward_too else 1)
+        assert patched.known == (BLOCKS if case.as_held else 0)
+
+
+def test_replaced_weights_are_gathered_and_nothing_keeps_the_old_ones_or_the_model() -> None:
+    for by_way in run_ranks(replaced, 2):
+        for way, found in by_way.items():
+            assert found.changed == 0, way
+            assert found.freed == [way in ("assign", "move", "empty")] * BLOCKS, way
+            assert found.known == (0 if way == "install" else BLOCKS, BLOCKS, 0), way
 
 
 def test_a_model_out_of_scope_is_as_stock() -> None:

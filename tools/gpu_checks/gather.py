@@ -39,12 +39,13 @@ TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
 BATCHES = 4
 
-#: In every round each arm is timed some times, of which the first are not counted; "again" is stock once more, and
-#: shows how far apart two arms are that do the same.
+#: Timed in turn, in every order: three steps, each its own arm, are a triple. "again" is stock once more, and shows how
+#: far apart two arms are that do the same. The first triples are not counted.
 ARMS = ("stock", "patched", "again")
-ROUNDS, FEW_ROUNDS = 12, 2
-STEPS, SETTLING = 6, 2
+SETTLING = 4
+TRIPLES_OF_STEPS, TRIPLES_OF_GATHERS, FEW_TRIPLES = 150, 60, 6
 GATHERS = 50
+RESAMPLES = 2000
 
 
 def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
@@ -128,7 +129,7 @@ def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module])
     verdict = patches.verdict(PATCH)
     with _counting_changes(packed) as stock_changes:
         stock = _losses(job, model)
-    with _patched(layers) as tx, _counting_changes(packed) as changes:
+    with _patched(layers, count_calls=True) as tx, _counting_changes(packed) as changes:
         losses = _losses(job, model)
     found = {
         "verdict": str(verdict),
@@ -172,9 +173,9 @@ def _counting_changes(packed: dict[nn.Module, torch.Tensor]) -> Iterator[torch.T
             hook.remove()
 
 
-def _patched(layers: list[nn.Module]) -> patches.Transaction:
+def _patched(layers: list[nn.Module], *, count_calls: bool = False) -> patches.Transaction:
     """Forced, so that the patch also runs where it is not needed, on a CPU."""
-    return patches.transaction(PATCH, on=layers, reason="a check on this device", force=True, count_calls=True)
+    return patches.transaction(PATCH, on=layers, reason="a check on this device", force=True, count_calls=count_calls)
 
 
 def _batch(job: Job, model: Any, number: int) -> torch.Tensor:
@@ -193,29 +194,54 @@ def _losses(job: Job, model: nn.Module) -> list[float]:
 def _time_gathers(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
     """Unsharding one block again and again, which is steadier than a step of which it is a small part."""
     block = next(module for module in model.modules() if _is_block(module))
-    return _compare_arms(job, layers, partial(_seconds_of_a_gather, job, block))
+    triples = FEW_TRIPLES if job.small else TRIPLES_OF_GATHERS
+    return _compare_arms(layers, partial(_seconds_of_a_gather, job, block), triples)
 
 
 def _time_steps(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
     """Steps of training; the whole model, on one batch of this rank's own."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    return _compare_arms(job, layers, partial(_seconds_of_a_step, job, model, optimizer, _batch(job, model, 0)))
+    seconds = partial(_seconds_of_a_step, job, model, optimizer, _batch(job, model, 0))
+    return _compare_arms(layers, seconds, FEW_TRIPLES if job.small else TRIPLES_OF_STEPS)
 
 
-def _compare_arms(job: Job, layers: list[nn.Module], seconds: Callable[[], float]) -> dict[str, Any]:
-    """Medians, interleaved; ratios are of arms of the same round, since machines drift."""
+def _compare_arms(layers: list[nn.Module], seconds: Callable[[], float], triples: int) -> dict[str, Any]:
+    """Medians by arm, and of the ratios within each triple, since machines drift; with 95 % intervals of the latter."""
     orders = list(itertools.permutations(ARMS))
-    rounds = []
-    for number in range(FEW_ROUNDS if job.small else ROUNDS):
-        medians = {}
+    timed: list[dict[str, float]] = []
+    for number in range(SETTLING + triples):
+        timed.append({})
         for arm in orders[number % len(orders)]:
-            with _patched(layers) if arm == "patched" else contextlib.nullcontext():
-                medians[arm] = statistics.median([seconds() for _ in range(SETTLING + STEPS)][SETTLING:])
-        rounds.append(medians)
+            with _arm(arm, layers):
+                timed[-1][arm] = seconds()
+    counted = timed[SETTLING:]
     return {
-        **{f"{arm}_ms": round(1000 * statistics.median(found[arm] for found in rounds), 4) for arm in ARMS},
-        "ratio": round(statistics.median(found["patched"] / found["stock"] for found in rounds), 4),
-        "ratio_of_stock_to_itself": round(statistics.median(found["again"] / found["stock"] for found in rounds), 4),
+        **{f"{arm}_ms": round(1000 * statistics.median(found[arm] for found in counted), 4) for arm in ARMS},
+        "triples": triples,
+        **_ratio("ratio", [found["patched"] / found["stock"] for found in counted]),
+        **_ratio("ratio_of_stock_to_itself", [found["again"] / found["stock"] for found in counted]),
+    }
+
+
+@contextlib.contextmanager
+def _arm(arm: str, layers: list[nn.Module]) -> Iterator[None]:
+    """The patch applied or not. Every arm applies and undoes it, so that all start with caches in the same state."""
+    with _patched(layers):
+        if arm == "patched":
+            yield
+            return
+    yield
+
+
+def _ratio(name: str, ratios: list[float]) -> dict[str, Any]:
+    """Their median, and where 95 of 100 medians lie of as many ratios drawn from these (the bootstrap)."""
+    values = torch.tensor(ratios, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    drawn = values[torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)]
+    bounds = drawn.quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {
+        name: round(values.quantile(0.5).item(), 4),
+        f"{name}_95_percent": [round(bound, 4) for bound in bounds.tolist()],
     }
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives, _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import patches
+from patches.builtin.torch import fsdp2_bit_exact_gather as patch_module
 from patches.builtin.torch.fsdp2_bit_exact_gather import (
     _copy_in,
     check_gathers_exactly,
@@ -64,7 +68,17 @@ def gathered(*group: Any) -> Any:
 
 
 def bits(*group: Any) -> torch.Tensor:
-    return torch.cat([tensor.view(torch.uint8) for member in group for tensor in member.all_gather_inputs])
+    tensors = [tensor for member in group for tensor in member.all_gather_inputs]
+    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors])
+
+
+@pytest.fixture
+def nothing_known() -> Iterator[dict[int, Any]]:
+    gc.collect()
+    known = patch_module._KNOWN
+    known.clear()
+    yield known
+    known.clear()
 
 
 def not_probed_yet() -> patches.Patch:
@@ -119,6 +133,22 @@ def test_the_verification_fails_where_integers_are_not_copied_bit_for_bit(monkey
         monkeypatch.setattr(torch, "_foreach_copy_", flip_a_bit)
         with pytest.raises(RuntimeError, match=r"stored as torch\.bfloat16 are still changed"):
             check_gathers_exactly()
+
+
+def test_the_verification_is_also_of_what_is_known_already(
+    monkeypatch: pytest.MonkeyPatch, nothing_known: dict[int, Any]
+) -> None:
+    answers = []
+
+    def ask(known: Any, group: list[Any]) -> bool:
+        answers.append(is_of(known, group))
+        return answers[-1]
+
+    is_of = patch_module._Known.is_of
+    monkeypatch.setattr(patch_module._Known, "is_of", ask)
+    check_gathers_exactly()
+    assert answers == [True, True]
+    assert not nothing_known
 
 
 def test_probe_and_verification_take_no_random_numbers() -> None:
@@ -176,6 +206,239 @@ def test_what_counts_is_what_an_extension_gathers_and_not_the_dtype_that_it_decl
 def test_what_is_not_gathered_as_it_is_held_is_taken_from_fsdp2(differs: dict[str, Any]) -> None:
     held_elsewhere = parameter(nan_words(BF16, 300), module=FOUR_BIT, _sharded_param_data=None, **differs)
     assert_as_stock(held_elsewhere, parameter(torch.ones(4, dtype=BF16), _sharded_param_data=None, **differs))
+
+
+def assert_not_found_out_again(*group: Any) -> None:
+    """What is gathered is as stock, and no shard had to be viewed for it."""
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(patch_module, "_as_integers", lambda _: pytest.fail("the shards were viewed again"))
+        assert_as_stock(*group)
+
+
+@pytest.mark.parametrize(
+    "group", [[packed(), other(count=8)], [packed(count=301), other(FP32)]], ids=["words", "bytes"]
+)
+def test_a_group_is_viewed_once_and_follows_what_is_written_into_its_shards(group: list[Any]) -> None:
+    assert_as_stock(*group)
+    assert_not_found_out_again(*group)
+    group[0]._sharded_param_data.copy_(group[0]._sharded_param_data.flip(0))
+    assert_not_found_out_again(*group)
+
+
+def words(count: int = 300) -> torch.Tensor:
+    """Not those of `packed`."""
+    return nan_words(BF16, count).flip(0)
+
+
+def replace(member: Any) -> None:
+    member._sharded_param_data = words()
+
+
+def set_data(member: Any) -> None:
+    member._sharded_param_data.data = words()
+
+
+def set_memory(member: Any) -> None:
+    member._sharded_param_data.set_(words())
+
+
+def set_another_part(member: Any) -> None:
+    shard = member._sharded_param_data
+    shard.data = words(600)
+    gathered(member)
+    shard.set_(shard.untyped_storage(), 300, (300,))
+
+
+def shorten(member: Any) -> None:
+    member._sharded_param_data.data = member._sharded_param_data[:200]
+
+
+def lengthen(member: Any) -> None:
+    shard = member._sharded_param_data
+    shard.data = words(600)[:300]
+    gathered(member)
+    shard.set_(shard.untyped_storage(), 0, (600,))
+
+
+def move_memory(member: Any) -> None:
+    """Away and back, as those do who free the memory of weights for a while."""
+    storage = member._sharded_param_data.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    in_between = torch.empty(size, dtype=torch.uint8)
+    storage.resize_(size)
+    member._sharded_param_data.copy_(words())
+    del in_between
+
+
+def free_and_use_the_address_again(member: Any) -> None:
+    """The memory of what is known is gone, and where it was is now that of the shard."""
+    shard = member._sharded_param_data
+    address, old = shard.data_ptr(), shard.untyped_storage()
+    old.resize_(0)
+    tried = []
+    for _ in range(100):
+        tried.append(words())
+        if tried[-1].data_ptr() == address:
+            break
+    shard.data = tried[-1]
+
+
+STALE: list[Callable[[Any], None]] = [
+    replace,
+    set_data,
+    set_memory,
+    set_another_part,
+    shorten,
+    lengthen,
+    move_memory,
+    free_and_use_the_address_again,
+]
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first", "another"])
+@pytest.mark.parametrize("change", STALE, ids=lambda change: change.__name__)
+def test_what_is_known_is_not_used_where_a_shard_is_elsewhere(change: Callable[[Any], None], position: int) -> None:
+    group = [packed(), packed(), other(count=8)]
+    assert_as_stock(*group)
+    # One that somebody else keeps is not gone, though the parameter does not have it any more.
+    kept = group[position]._sharded_param_data
+    change(group[position])
+    group[position].all_gather_inputs = [group[position]._sharded_param_data]
+    assert_as_stock(*group)
+    assert_as_stock(*group)
+    del kept
+
+
+def test_a_shard_with_gaps_is_refused_as_if_nothing_were_known() -> None:
+    """As many bytes, from the same address, but others."""
+    group = [packed(), packed()]
+    shard = group[1]._sharded_param_data
+    shard.data = words(600)[:300]
+    assert_as_stock(*group)
+    shard.set_(shard.untyped_storage(), 0, (300,), (2,))
+    with pytest.raises(RuntimeError, match="stride"):
+        gathered(*group)
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"offload_to_cpu": True},
+        {"sharded_state": ShardedState.SHARDED_POST_FORWARD},
+        {"_extensions_data": "there"},
+    ],
+    ids=lambda d: next(iter(d)),
+)
+def test_what_is_known_is_not_used_where_a_parameter_contributes_something_else(differs: dict[str, Any]) -> None:
+    group = [packed(), other(count=8)]
+    assert_as_stock(*group)
+    before = dict(vars(group[0]))
+    vars(group[0]).update(differs, all_gather_inputs=[words()])
+    assert_as_stock(*group)
+    vars(group[0]).clear()
+    vars(group[0]).update(before)
+    assert_not_found_out_again(*group)
+
+
+def test_what_is_known_is_not_used_where_a_parameter_is_cast() -> None:
+    numbers = torch.arange(8.0)
+    group = [packed(), parameter(numbers)]
+    assert_as_stock(*group)
+    # FSDP2 casts such parameters itself, all at once.
+    cast = {"param_dtype": BF16, "_sharded_local_tensor": numbers, "device": numbers.device}
+    vars(group[1]).update(cast, all_gather_inputs=[numbers.to(BF16)])
+    assert_as_stock(*group)
+
+
+def test_what_is_known_is_not_used_for_another_tensor_over_the_same_memory(nothing_known: dict[int, Any]) -> None:
+    group = [packed(), packed()]
+    assert_as_stock(*group)
+    (before,) = nothing_known.values()
+    kept = group[1]._sharded_param_data
+    group[1]._sharded_param_data = kept.view(-1)
+    assert_as_stock(*group)
+    (after,) = nothing_known.values()
+    assert after is not before
+
+
+def test_groups_of_other_sizes_that_begin_with_the_same_parameter() -> None:
+    first, second = packed(), packed(count=40)
+    for group in ([first, second], [first], [first, second], [first, other(), second]):
+        assert_as_stock(*group)
+
+
+def test_groups_that_come_and_go() -> None:
+    """Python gives new tensors the ids of old ones, and memory the addresses."""
+    for number in range(300):
+        shards = [words(40).roll(number), words(8).roll(number)]
+        assert_as_stock(*(parameter(shard, module=FOUR_BIT) for shard in shards))
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["first", "another"])
+def test_memory_is_free_as_soon_as_a_shard_is_replaced(position: int, nothing_known: dict[int, Any]) -> None:
+    group = [packed(), packed()]
+    assert_as_stock(*group)
+    assert len(nothing_known) == 1
+    memory = StorageWeakRef(group[position]._sharded_param_data.untyped_storage())
+    assert not memory.expired()
+    group[position].all_gather_inputs = [words()]
+    replace(group[position])
+    assert memory.expired()
+    assert not nothing_known
+    assert_as_stock(*group)
+
+
+def test_a_model_is_free_though_its_shards_lead_to_it(nothing_known: dict[int, Any]) -> None:
+    """Any tensor may have attributes, as those of bitsandbytes have their module."""
+    shard: Any = words().clone()  # a view would refer to something else
+    member = shard.parameter = parameter(shard, module=FOUR_BIT)
+    assert_as_stock(member)
+    assert len(nothing_known) == 1
+    memory = StorageWeakRef(shard.untyped_storage())
+    del shard, member
+    gc.collect()
+    assert memory.expired()
+    assert not nothing_known
+
+
+@pytest.mark.parametrize("inference_first", [True, False])
+def test_inference_mode_makes_no_difference(inference_first: bool) -> None:
+    group = [packed(), other(count=8)]
+    for inference in (inference_first, not inference_first, inference_first):
+        with torch.inference_mode(inference):
+            assert_as_stock(*group)
+
+
+def test_what_is_no_plain_memory_is_not_remembered(nothing_known: dict[int, Any]) -> None:
+    class Special(torch.Tensor):
+        pass
+
+    special = nan_words(BF16, 300).as_subclass(Special)
+    assert_as_stock(parameter(special, module=FOUR_BIT), other())
+    on_meta = [parameter(torch.empty(4, dtype=BF16, device="meta"), module=FOUR_BIT)]
+    for _ in range(2):
+        assert gather_as_integers(_copy_in, None, (on_meta,), {}).all_gather_output.is_meta
+    assert not nothing_known
+
+
+def test_in_a_compiled_region_nothing_is_remembered_and_nothing_known_is_used(nothing_known: dict[int, Any]) -> None:
+    group = [packed(), other(count=8)]
+
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        return gather_as_integers(_copy_in, None, (group,), {}).all_gather_output.view(torch.int16) + x
+
+    zero = torch.zeros((), dtype=torch.int16)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(gather, backend="eager", fullgraph=True)
+    expected = bits(*group).view(torch.int16)
+    assert torch.equal(compiled(zero), expected)
+    assert not nothing_known
+    assert torch.equal(gather(zero), expected)
+    assert len(nothing_known) == 1
+    torch.compiler.reset()
+    assert torch.equal(compiled(zero), expected)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
