@@ -28,15 +28,17 @@ class Part:
         ranks keep more of. statistics: float32, one for each of `slice.blocks`; None for what is not quantized.
     state: what belongs to the packed data of the whole weight, once all statistics are known.
     converted: the whole tensor in the checkpoint's dtype, flat, on the CPU, on the one rank that has converted it.
+    run: what has come of a run that is to be quantized, on the compute device, while it is not complete.
     is_whole: whether `data` has become the whole tensor (on rank 0's CPU), or its shape on meta.
     """
 
     target: Target
     slice: Slice
-    data: torch.Tensor
+    data: torch.Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     statistics: torch.Tensor | None = None
     state: Any = None
     converted: torch.Tensor | None = None
+    run: torch.Tensor | None = None
     is_whole: bool = False
 
     @property
@@ -79,22 +81,26 @@ class Parts:
 
     def _nbytes(self, target: Target) -> int:
         """Of a part, as the allocator rounds it up."""
-        rows = self.division.capacity(target.form, self.rank)
-        return -(-rows * target.shape[1:].numel() * target.dtype.itemsize // ROUNDING) * ROUNDING
+        return -(-self._numel(target) * target.dtype.itemsize // ROUNDING) * ROUNDING
 
     def begin(self, target: Target) -> Part:
         """An empty part, on the device where it is made."""
-        share = self.division.slice(target.form, self.rank)
-        rows = self.division.capacity(target.form, self.rank)
-        part = Part(
-            target=target,
-            slice=share,
-            data=torch.empty(rows * target.shape[1:].numel(), dtype=target.dtype, device=self._made_on(target)),
-        )
-        if target.is_quantized:
-            part.statistics = torch.empty(len(share.blocks), dtype=torch.float32, device=self.residence.compute_device)
+        part = Part(target=target, slice=self.division.slice(target.form, self.rank))
         self.found[target.fqn] = part
+        if not target.is_quantized or not part.slice.elements:
+            self._make_room(part)
         return part
+
+    def _make_room(self, part: Part) -> None:
+        """Memory for the rows that the rank keeps; for a quantized target for its statistics too."""
+        target = part.target
+        part.data = torch.empty(self._numel(target), dtype=target.dtype, device=self._made_on(target))
+        if target.is_quantized:
+            device = self.residence.compute_device
+            part.statistics = torch.empty(len(part.slice.blocks), dtype=torch.float32, device=device)
+
+    def _numel(self, target: Target) -> int:
+        return self.division.capacity(target.form, self.rank) * target.shape[1:].numel()
 
     def _made_on(self, target: Target) -> torch.device:
         """The compute device, but for what rank 0 alone keeps as it is read."""
@@ -109,34 +115,66 @@ class Parts:
     def fill(self, part: Part, start: int, values: torch.Tensor) -> None:
         """Put the `values` of the checkpoint, 1-D, from element `start` of its tensor on, in their place.
 
-        They may be on the CPU still (pinned, or not). For a quantized target they are whole blocks.
+        They may be on the CPU still (pinned, or not). For a quantized target they are whole blocks, come in order, and
+        are quantized as soon as a run of them is there.
         """
         if part.target.is_quantized:
-            self._quantize(part, start, values.to(self.residence.compute_device, non_blocking=True))
+            self._fill_runs(part, start - part.slice.elements.start, values)
             return
         first = start - part.target.form.elements(part.slice.keeps).start
         part.data[first : first + values.numel()].copy_(values, non_blocking=True)
 
+    def _fill_runs(self, part: Part, offset: int, values: torch.Tensor) -> None:
+        """`offset` counts from the first element that the rank reads, as runs do."""
+        size, done = self.quantizer.run_elements(self.residence.compute_device), 0
+        while done < values.numel():
+            begin = (offset + done) // size * size
+            run = range(begin, min(begin + size, len(part.slice.elements)))
+            count = min(run.stop - offset - done, values.numel() - done)
+            piece = values if count == values.numel() else values[done : done + count]
+            whole = self._joined(part, run, offset + done, piece)
+            if whole is not None:
+                self._quantize(part, part.slice.elements.start + run.start, whole)
+            done += count
+
+    def _joined(self, part: Part, run: range, offset: int, piece: torch.Tensor) -> torch.Tensor | None:
+        """The whole `run` on the compute device, if `piece`, which begins at `offset`, is the last that it lacked."""
+        if piece.numel() == len(run):
+            return piece.to(self.residence.compute_device, non_blocking=True)
+        if part.run is None:
+            part.run = torch.empty(len(run), dtype=piece.dtype, device=self.residence.compute_device)
+        at = offset - run.start
+        part.run[at : at + piece.numel()].copy_(piece, non_blocking=True)
+        if at + piece.numel() < len(run):
+            return None
+        whole, part.run = part.run, None
+        return whole
+
     def _quantize(self, part: Part, start: int, values: torch.Tensor) -> None:
+        packed, statistics = self.quantizer.quantize(values)
         form, share = part.target.form, part.slice
         assert form.blocksize is not None
+        nbytes = self._numel(part.target) * part.target.dtype.itemsize
+        is_all = packed.numel() == nbytes and statistics.numel() == len(share.blocks)
+        if is_all and values.numel() == len(share.elements) and start == form.elements(share.keeps).start:
+            part.data, part.statistics = packed.view(part.target.dtype), statistics
+            return
+        if part.statistics is None:
+            self._make_room(part)
         assert part.statistics is not None
-        run = self.quantizer.run_elements(values.device)
         itemsize = part.data.element_size()
         out = part.data.view(torch.uint8)
-        for offset in range(0, values.numel(), run):
-            packed, statistics = self.quantizer.quantize(values[offset : offset + run])
-            first_byte = (start + offset) // 2
-            mine = _common(
-                range(first_byte, first_byte + packed.numel()),
-                range(share.reads.start * itemsize, share.reads.stop * itemsize),
-            )
-            at = mine.start - share.keeps.start * itemsize
-            out[at : at + len(mine)] = packed[mine.start - first_byte : mine.stop - first_byte]
-            first_block = (start + offset) // form.blocksize
-            owned = _common(range(first_block, first_block + statistics.numel()), share.blocks)
-            at = owned.start - share.blocks.start
-            part.statistics[at : at + len(owned)] = statistics[owned.start - first_block : owned.stop - first_block]
+        first_byte = start // 2
+        mine = _common(
+            range(first_byte, first_byte + packed.numel()),
+            range(share.reads.start * itemsize, share.reads.stop * itemsize),
+        )
+        at = mine.start - share.keeps.start * itemsize
+        out[at : at + len(mine)] = packed[mine.start - first_byte : mine.stop - first_byte]
+        first_block = start // form.blocksize
+        owned = _common(range(first_block, first_block + statistics.numel()), share.blocks)
+        at = owned.start - share.blocks.start
+        part.statistics[at : at + len(owned)] = statistics[owned.start - first_block : owned.stop - first_block]
 
 
 def _common(one: range, other: range) -> range:

@@ -23,7 +23,7 @@ WORDS = PAGE // 4
 
 #: Bytes taken at a time. On their way they become words of 64 bits, so that temporaries are three times as large: what
 #: a CPU keeps in its cache (four times as fast), and on a GPU enough for its kernels to be busy.
-RUN_BYTES = {"cpu": 1 << 18, "cuda": 1 << 23}
+RUN_BYTES = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,15 +99,19 @@ def _segments(piece: Piece) -> list[torch.Tensor]:
     """The bytes of `piece`, with zeros around them that make them whole pages; nothing for an empty piece."""
     if not piece.data.numel():
         return []
-    zeros = _zeros(piece.data.device)
-    data = piece.data.detach().view(-1).view(torch.uint8)
-    return [zeros[: piece.start % PAGE], data, zeros[: -piece.stop % PAGE]]
+    flat = piece.data.detach()
+    data = (flat if flat.dim() == 1 else flat.view(-1)).view(torch.uint8)
+    before, after = piece.start % PAGE, -piece.stop % PAGE
+    zeros = _zeros(piece.data.device) if before or after else data
+    return [*([zeros[:before]] if before else []), data, *([zeros[:after]] if after else [])]
 
 
 def _divide(segment: torch.Tensor, first: int, size: int) -> Iterator[torch.Tensor]:
     """`segment` in parts: at most `first` bytes, then at most `size` each."""
-    if segment.numel():
-        yield segment[:first]
+    if segment.numel() <= first:
+        yield segment
+        return
+    yield segment[:first]
     for start in range(first, segment.numel(), size):
         yield segment[start : start + size]
 

@@ -70,16 +70,17 @@ def record(parts: Iterable[Part]) -> None:
     quantized = [part for part in parts if part.target.is_quantized]
     packed = [Piece(data=part.read_rows(), start=_first_byte(part)) for part in quantized]
     of_states = [states.tensors(part.state) for part in quantized]
-    flat = [Piece(data=tensor) for tensors in of_states for tensor in tensors.values()]
-    sums = iter(page_sums([*packed, *flat]))
-    own = [Sums.of(piece, next(sums)) for piece in packed]
-    for part, of_rows, tensors in zip(quantized, own, of_states, strict=True):
+    # Once each: tables of codes are the same tensors for all weights.
+    flat = {tensor: Piece(data=tensor) for tensors in of_states for tensor in tensors.values()}
+    sums = page_sums([*packed, *flat.values()])
+    of_tensor = dict(zip(flat, sums[len(packed) :], strict=True))
+    for part, piece, pages, tensors in zip(quantized, packed, sums, of_states, strict=False):
         made = Record(
             fqn=split(part.target.fqn)[0],
             nbytes=part.target.nbytes,
             device=part.data.device,
-            own=of_rows,
-            states={name: next(sums) for name in tensors},
+            own=Sums.of(piece, pages),
+            states={name: of_tensor[tensor] for name, tensor in tensors.items()},
             settings=states.settings(part.state),
         )
         _records.update((module, made) for module, _ in part.target.places)

@@ -54,13 +54,17 @@ class Exchange(Pass):
             if targets[0].source is None:
                 self._hand_out(targets)
         parts = self.parts.of(layer.targets)
-        quantized = [part for part in parts if part.statistics is not None]
-        for part, statistics in zip(quantized, self._statistics(quantized), strict=True):
-            assert part.target.logical is not None
-            part.state = self.parts.quantizer.state(statistics, part.target.logical)
-            part.statistics = None
+        self._make_states([part for part in parts if part.target.is_quantized])
         for part in parts:
             self._gather_replicas(part)
+
+    def _make_states(self, quantized: Sequence[Part]) -> None:
+        statistics = self._statistics(quantized)
+        for part in quantized:
+            part.statistics = None
+        shapes = [part.target.logical for part in quantized if part.target.logical is not None]
+        for part, state in zip(quantized, self.parts.quantizer.states(statistics, shapes), strict=True):
+            part.state = state
 
     def _hand_out(self, targets: Sequence[Target]) -> None:
         """Give each rank of the node its elements of tensors that one of them has converted."""
@@ -95,10 +99,12 @@ class Exchange(Pass):
         blocks = [[share.blocks for share in self.parts.division.slices(part.target.form)] for part in parts]
         ends = [[0, *accumulate(len(of[rank]) for of in blocks)] for rank in range(self.ranks.world_size)]
         rows = all_gather_flat(torch.cat(mine), [last for *_, last in ends])
-        return [
-            torch.cat([rows[rank, ends[rank][number] : ends[rank][number + 1]] for rank in _in_order(of)])
-            for number, of in enumerate(blocks)
+        # Of each rank a part for every weight, and what its row is longer than that.
+        found = [
+            torch.split(row, [*(len(of[rank]) for of in blocks), row.numel() - ends[rank][-1]])
+            for rank, row in enumerate(rows.unbind())
         ]
+        return [torch.cat([found[rank][number] for rank in _in_order(of)]) for number, of in enumerate(blocks)]
 
     def _gather_replicas(self, part: Part) -> None:
         """Fill the rows that this rank keeps and others have read."""

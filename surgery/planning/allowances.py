@@ -6,6 +6,7 @@ __all__ = [
     "ADAPTER_OBJECT_BYTES",
     "CPU_QUANTIZE_BYTES",
     "CUDA_QUANTIZE_BYTES",
+    "DIGEST_BYTES",
     "GATHERED_BLOCKS",
     "GROUP_BYTES",
     "HOST_BYTES",
@@ -35,6 +36,9 @@ ADAPTER_OBJECT_BYTES = 57 << 10
 #: packed half byte and its share of a statistic; on a CPU what bitsandbytes' kernel was seen to take.
 CPU_QUANTIZE_BYTES = 16.0
 CUDA_QUANTIZE_BYTES = 2.57
+
+#: Temporaries of a digest on a GPU: 16 MiB of packed bytes put together, and their products in 64 bits.
+DIGEST_BYTES = 48 * MIB
 
 #: What belongs to a quant_state beside its statistics: tables of codes, offset, in blocks of the CUDA allocator.
 STATE_BYTES = 2048

@@ -10,7 +10,7 @@ from surgery.distributed.collect import RUN_BYTES
 from surgery.loading import Staging
 from surgery.passes.base import Layer
 from surgery.planning.adapted import adapters_as_made, adapters_being_drawn, adapters_held, adapters_whole
-from surgery.planning.allowances import CPU_QUANTIZE_BYTES, CUDA_QUANTIZE_BYTES
+from surgery.planning.allowances import CPU_QUANTIZE_BYTES, CUDA_QUANTIZE_BYTES, DIGEST_BYTES
 from surgery.planning.figures import Memory
 from surgery.planning.host import fixed_bytes
 from surgery.planning.inventory import Inventory, row_bytes
@@ -86,6 +86,8 @@ class _Walk:
         self.note(device_more=made + self._exchanging(quantized))
         self.note(device_more=made + self._gathering(layer))
         self.state += quant_state_bytes(quantized, self.setting.quant)
+        if quantized and not self.setting.on_cpu:
+            self.note(device_more=made + DIGEST_BYTES)
         self._place(made, quantized)
 
     def finish(self, inventory: Inventory) -> Memory:
@@ -121,17 +123,19 @@ class _Walk:
         statistics = sum(len(self._slice(target).blocks) for target in quantized) * STATISTIC_BYTES
         longest = max((len(self._slice(target).elements) for target in quantized), default=0)
         each = CPU_QUANTIZE_BYTES if self.setting.on_cpu else CUDA_QUANTIZE_BYTES
-        return statistics + int(min(longest, self.staging.elements) * each)
+        return statistics + int(min(longest, self.staging.run_elements) * each)
 
     def _exchanging(self, quantized: Sequence[Target]) -> int:
-        """Statistics: this rank's, everyone's as they arrive, everyone's by weight."""
-        mine = sum(len(self._slice(target).blocks) for target in quantized) * STATISTIC_BYTES
-        if self.setting.world_size == 1:
-            return mine + max((target.form.blocks for target in quantized), default=0) * STATISTIC_BYTES
-        division = self.setting.loading
+        """Statistics: this rank's, everyone's as they arrive, everyone's by weight; what quantizes these."""
         everyones = sum(target.form.blocks for target in quantized) * STATISTIC_BYTES
-        longest = sum(len(division.slice(target.form, 0).blocks) for target in quantized) * STATISTIC_BYTES
-        return mine + self.setting.world_size * longest + max(mine + longest, everyones)
+        # Less their mean, twice, and as bytes, twice.
+        nested = everyones * 5 // 2 if self.setting.quant.double_quant else 0
+        if self.setting.world_size == 1:
+            return everyones + nested
+        mine = sum(len(self._slice(target).blocks) for target in quantized) * STATISTIC_BYTES
+        longest = sum(len(self.setting.loading.slice(t.form, 0).blocks) for t in quantized) * STATISTIC_BYTES
+        arriving = mine + self.setting.world_size * longest + max(mine + longest, everyones)
+        return max(arriving, everyones + nested)
 
     def _gathering(self, layer: Layer) -> int:
         """Of the rows that ranks read for each other. NCCL needs nothing; gloo copies what goes out and comes in."""

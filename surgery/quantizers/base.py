@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,14 +42,14 @@ class Quantizer(Protocol):
         """
         ...
 
-    def state(self, statistics: torch.Tensor, shape: torch.Size) -> Any:
-        """What belongs to the packed data of a whole weight of logical `shape`, from the statistics of all its
-        blocks, float32, in order; on their device.
+    def states(self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[Any]:
+        """What belongs to the packed data of whole weights of logical `shapes`, each from the statistics of all its
+        blocks, float32, in order; on their device. Many weights at once are little more work than one.
         """
         ...
 
     def parameter(self, module: nn.Module, packed: torch.Tensor, state: Any) -> nn.Parameter:
-        """The frozen parameter of `module` over `packed`; `state` is what `state` gave."""
+        """The frozen parameter of `module` over `packed`; `state` is what `states` gave."""
         ...
 
     def set_state(self, module: nn.Module, state: Any) -> None:

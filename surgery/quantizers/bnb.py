@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,11 @@ __all__ = [
 ]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
-#: almost none: 4 MiB, no slower than more; and on a GPU 32 MiB of a 16-bit weight, few launches for many bytes.
-RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+#: almost none: 4 MiB, no slower than more; and on a GPU 128 MiB of a 16-bit weight, so that most parts are one run.
+RUN_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+#: Statistics that share one statistic of their own, with double quantization; as in upstream's `quantize_4bit`.
+NESTED_BLOCKSIZE = 256
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...], storage: torch.dtype) -> tuple[int, int]:
@@ -71,22 +75,52 @@ def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, tor
     return packed.reshape(-1), absmax
 
 
-def _quant_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype, quant: Quant) -> QuantState:
-    """The `QuantState` that `quantize_4bit` would build from these statistics."""
-    from bitsandbytes.functional import QuantState, quantize_blockwise
+def _quant_states(
+    absmaxes: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype, quant: Quant
+) -> list[QuantState]:
+    """The `QuantState`s that `quantize_4bit` would build from these statistics."""
+    from bitsandbytes.functional import QuantState
 
-    common: dict[str, Any] = {
-        "shape": shape,
-        "dtype": dtype,
-        "blocksize": quant.blocksize,
-        "code": _code(quant.quant_type, absmax.device),
-        "quant_type": quant.quant_type,
-    }
+    make = functools.partial(QuantState, dtype=dtype, blocksize=quant.blocksize, quant_type=quant.quant_type)
+    codes = [_code(quant.quant_type, absmax.device) for absmax in absmaxes]
     if not quant.double_quant:
-        return QuantState(absmax=absmax, **common)
-    offset = absmax.mean()
-    quantized, state2 = quantize_blockwise(absmax - offset, blocksize=256)
-    return QuantState(absmax=quantized, offset=offset, state2=state2, **common)
+        return [
+            make(absmax, shape=shape, code=code) for absmax, shape, code in zip(absmaxes, shapes, codes, strict=True)
+        ]
+    offsets = [absmax.mean() for absmax in absmaxes]
+    nested = _quantize_statistics([absmax - offset for absmax, offset in zip(absmaxes, offsets, strict=True)])
+    return [
+        make(absmax, shape=shape, code=code, offset=offset, state2=state2)
+        for (absmax, state2), shape, code, offset in zip(nested, shapes, codes, offsets, strict=True)
+    ]
+
+
+def _quantize_statistics(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, QuantState]]:
+    """What `quantize_blockwise(each, blocksize=256)` gives for each; by one kernel for all where no block would have
+    statistics of two.
+    """
+    whole = all(each.numel() % NESTED_BLOCKSIZE == 0 for each in statistics)
+    groups = [statistics] if whole and len(statistics) > 1 else [[each] for each in statistics]
+    return [found for group in groups for found in _quantize_together(group)]
+
+
+def _quantize_together(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, QuantState]]:
+    from bitsandbytes.functional import QuantState
+
+    code = _dynamic_code(statistics[0].device)
+    together = torch.cat(list(statistics)) if len(statistics) > 1 else statistics[0]
+    quantized, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(together, code, NESTED_BLOCKSIZE)
+    sizes = [each.numel() for each in statistics]
+    parts = _apart(quantized, sizes), _apart(absmax, [-(-size // NESTED_BLOCKSIZE) for size in sizes])
+    return [
+        (part, QuantState(nested, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32))
+        for part, nested in zip(*parts, strict=True)
+    ]
+
+
+def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Parts of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
+    return [tensor] if len(sizes) == 1 else [part.clone() for part in torch.split(tensor, list(sizes))]
 
 
 @functools.cache
@@ -95,6 +129,15 @@ def _code(quant_type: str, device: torch.device) -> torch.Tensor:
     from bitsandbytes.functional import get_4bit_type
 
     code: torch.Tensor = get_4bit_type(quant_type, device=device)
+    return code
+
+
+@functools.cache
+def _dynamic_code(device: torch.device) -> torch.Tensor:
+    """The 256 values that statistics are quantized to; one tensor for all, as `_code`."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    code: torch.Tensor = create_dynamic_map().to(device)
     return code
 
 
@@ -205,12 +248,13 @@ class BnbQuantizer:
         """By the same kernel as `bitsandbytes.functional.quantize_4bit`, which makes a table of codes each time too."""
         return _quantize_blocks(run.to(self.dtype), self.quant)
 
-    def state(self, statistics: torch.Tensor, shape: torch.Size) -> QuantState:
-        """The `QuantState` that `quantize_4bit` would have made of the whole weight.
+    def states(self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[QuantState]:
+        """The `QuantState`s that `quantize_4bit` would have made of the whole weights.
 
-        With double quantization the statistics are quantized too, all together, because their mean is taken off first.
+        With double quantization the statistics of a weight are quantized too, all together, because their mean is taken
+        off first.
         """
-        return _quant_state(statistics, shape, self.dtype, self.quant)
+        return _quant_states(statistics, shapes, self.dtype, self.quant)
 
     def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
         """A `Params4bit`."""

@@ -81,18 +81,33 @@ def target_of(weight: torch.Tensor, quantizer: BnbQuantizer) -> Target:
 
 def filled(target: Target, parts: Parts, flat: torch.Tensor, step: int) -> Part:
     """The part of one rank, given what it reads of `flat` in chunks of `step`."""
-    part = parts.begin(target)
-    part.data.view(torch.uint8).fill_(0xA5)  # what is not written would show
-    wanted = part.slice.elements
-    for start in range(wanted.start, wanted.stop, step):
-        parts.fill(part, start, flat[start : min(start + step, wanted.stop)])
+    with rooms_marked():
+        part = parts.begin(target)
+        wanted = part.slice.elements
+        for start in range(wanted.start, wanted.stop, step):
+            parts.fill(part, start, flat[start : min(start + step, wanted.stop)])
     return part
+
+
+@contextmanager
+def rooms_marked() -> Iterator[None]:
+    """What a part has memory for and is not written shows."""
+    stock = Parts._make_room
+
+    def marked(parts: Parts, part: Part) -> None:
+        stock(parts, part)
+        part.data.view(torch.uint8).fill_(0xA5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parts, "_make_room", marked)
+        yield
 
 
 def state_of(parts: Sequence[Part], quantizer: BnbQuantizer, shape: torch.Size) -> QuantState:
     """The state of the whole, from the statistics of all ranks."""
     in_order = sorted(parts, key=lambda part: (part.slice.blocks.start, part.slice.blocks.stop))
-    return quantizer.state(torch.cat([p.statistics for p in in_order if p.statistics is not None]), shape)
+    statistics = torch.cat([part.statistics for part in in_order if part.statistics is not None])
+    return quantizer.states([statistics], [shape])[0]
 
 
 def joined(parts: Sequence[Part]) -> torch.Tensor:
@@ -227,6 +242,22 @@ def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
     assert_same_state(state_of(parts, quantizer, weight.shape), expected_state)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shapes", [[(64, 512), (32, 512), (128, 256)], [(64, 512), (3, 70), (128, 256)], [(1, 8)]])
+def test_states_of_many_weights_are_those_of_each_in_memory_of_its_own(
+    shapes: list[tuple[int, int]], double_quant: bool
+) -> None:
+    quant = Quant("nf4", blocksize=64, double_quant=double_quant)
+    quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=None)
+    weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    statistics = [quantizer.quantize(weight.view(-1))[1] for weight in weights]
+    states = quantizer.states(statistics, [weight.shape for weight in weights])
+    for weight, state in zip(weights, states, strict=True):
+        _, expected = quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+        assert_same_state(state, expected)
+        assert state.absmax.untyped_storage().nbytes() == state.absmax.nbytes
+
+
 def test_runs_are_of_whole_blocks() -> None:
     quantizer = BnbQuantizer(quant=Quant(), dtype=torch.bfloat16, compute_dtype=None)
     for device in (CPU, torch.device("cuda", 0), torch.device("xpu")):
@@ -261,7 +292,7 @@ def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     assert quantizer.logical(ours) == linear.weight.shape
     assert ours.weight.is_meta
     packed, statistics = quantizer.quantize(linear.weight.detach().view(-1))
-    state = quantizer.state(statistics, quantizer.logical(ours))
+    (state,) = quantizer.states([statistics], [quantizer.logical(ours)])
     ours.weight = quantizer.parameter(ours, packed.view(storage).view(ours.weight.shape), state)
     quantizer.set_state(ours, state)
     assert_same_parameter(ours.weight, stock.weight)
