@@ -146,7 +146,7 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
     def _shown(
         self, shape: torch.Size, dtype: torch.dtype, *, number: int, casts: tuple[torch.dtype, ...] = ()
     ) -> torch.Tensor:
-        shown = torch.zeros(1, dtype=dtype).expand(shape)
+        shown = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype)
         self._stands[shown.untyped_storage()._cdata] = _Stand(shown=shown, number=number, casts=casts)
         return shown
 

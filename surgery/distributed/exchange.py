@@ -31,7 +31,7 @@ __all__ = [
 
 
 #: Seconds between two looks at a gate that has been closed for longer than that.
-GATE_PAUSE = 0.005
+GATE_PAUSE = 0.002
 
 WITHOUT_A_WORD = "has ended without a word: its own output, or the kernel's log, says why"
 

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from surgery.config import FSDP1, FSDP2
 from surgery.distributed import fsdp1, fsdp2
 from surgery.passes.base import Pass
+from surgery.quantizers.bnb import is_params4bit, linear4bits
 from surgery.walk import decoder_blocks
 
 __all__ = ["FullyShard", "Wrap"]
@@ -50,5 +51,17 @@ class FullyShard(Pass):
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model` itself."""
+        _make_plain(model)
         fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh)
         return model
+
+
+def _make_plain(model: nn.Module) -> None:
+    """Give 4-bit layers on meta plain parameters, which FSDP2 makes of theirs anyway: for each operation on one of its
+    own class bitsandbytes goes through Python.
+    """
+    for layer in linear4bits(model):
+        weight: nn.Parameter = layer.weight
+        if is_params4bit(weight) and weight.is_meta:
+            plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from surgery.distributed.collect import RUN_BYTES
+from surgery.landing import THREADS
 from surgery.loading import Staging
 from surgery.passes.base import Layer
 from surgery.planning.adapted import adapters_as_made, adapters_being_drawn, adapters_held, adapters_whole
@@ -29,6 +30,7 @@ def plan_load(
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
     passing = _staging_bytes(inventory, staging) + adapters_being_drawn(inventory, setting)
+    passing += _landing_bytes(setting, rank)
     walk = _Walk(setting=setting, staging=staging, rank=rank, always=fixed_bytes(inventory, setting) + passing)
     walk.note(host_more=adapters_as_made(inventory, setting))
     if setting.placement != "sharded":  # adapters wait to be sharded, or moved, as whole as the weights
@@ -46,6 +48,12 @@ def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
     return (
         staging.buffers * staging.elements * max((target.read_as.itemsize for target in inventory.targets), default=0)
     )
+
+
+def _landing_bytes(setting: Setting, rank: int) -> int:
+    """Of the buffers through which rank 0's CPU gets what GPUs have quantized."""
+    lands = setting.placement == "rank0-cpu" and setting.shard is not None and rank == 0 and not setting.on_cpu
+    return THREADS * RUN_BYTES["cuda"] if lands else 0
 
 
 @dataclass(kw_only=True)
