@@ -98,26 +98,38 @@ class Ranks:
             self.apart.set()
         raise PeerError(f"rank {rank} {what}" if rank else f"another rank {what}", rank=int(rank) if rank else None)
 
-    def gate(self, name: str, *, stop: threading.Event) -> None:
+    def arrive(self, name: str, *, stop: threading.Event) -> None:
+        """Come to the gate `name`, without waiting there. Who has arrived calls `pass_gate` later, whatever happens.
+
+        Raises `StoppedError`, without having arrived, if `stop` is set.
+        """
+        if stop.is_set():
+            raise StoppedError("stopped between two layers")
+        if self.world_size > 1:
+            try:
+                counter(self._gate(name), 1)
+            except RuntimeError as error:
+                raise _gone() from error
+
+    def pass_gate(self, name: str, *, stop: threading.Event) -> None:
         """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
 
         Raises `PeerError` if another rank has raised the alarm instead, and `StoppedError` once `stop` is set.
         """
         if self.world_size == 1:
-            if stop.is_set():
-                raise StoppedError("stopped between two layers")
             return
-        key, pause = f"{self.alarm}/gate/{name}", 1e-5
+        key, pause = self._gate(name), 1e-5
         try:
-            arrived = 0 if stop.is_set() else counter(key, 1)
-            while arrived != self.world_size:
+            while counter(key, 0) != self.world_size:
                 reason = self._reason_to_leave(stop, pause)
                 if reason is not None and _shut(key, self.world_size):
                     raise reason
                 pause *= 2
-                arrived = counter(key, 0)
         except RuntimeError as error:
             raise _gone() from error
+
+    def _gate(self, name: str) -> str:
+        return f"{self.alarm}/gate/{name}"
 
     def _reason_to_leave(self, stop: threading.Event, pause: float) -> SurgeryError | None:
         """Why not to wait at a gate any longer, after another `pause` seconds there."""

@@ -17,7 +17,7 @@ from surgery.errors import PassError
 from surgery.fqn import split
 from surgery.targets import Target
 
-__all__ = ["Layer", "LayerPass", "ModelPass", "Naming", "Pass", "group_into_layers"]
+__all__ = ["Layer", "LayerPass", "MeetingPass", "ModelPass", "Naming", "Pass", "group_into_layers"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,7 +90,9 @@ class ModelPass(Protocol):
 
 @runtime_checkable
 class LayerPass(Protocol):
-    """A pass over one layer at a time. The pipeline runs all consecutive ones on a layer before the next layer."""
+    """A pass over one layer at a time. The pipeline runs all consecutive ones on a layer before the next layer, but for
+    a `MeetingPass` among them.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]]
@@ -98,4 +100,13 @@ class LayerPass(Protocol):
 
     def run_layer(self, layer: Layer) -> None:
         """Work on the targets of `layer`."""
+        ...
+
+
+@runtime_checkable
+class MeetingPass(LayerPass, Protocol):
+    """A layer pass in which ranks wait for each other. It, and those after it, are one layer behind those before it."""
+
+    def arrive(self, layer: Layer) -> None:
+        """Tell the others that the passes before are done with `layer`; from then on they may count on `run_layer`."""
         ...

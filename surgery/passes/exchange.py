@@ -27,6 +27,7 @@ class Exchange(Pass):
     """After: every part is full, and every quantized one has the state of the whole weight.
 
     Collective. All ranks wait for each other before a layer, so that one that has failed leaves none in a collective.
+    They load another one first: ranks are never equally fast.
 
     stop: set when this rank has failed elsewhere. replicas: the group of the ranks that keep the same shards, None
     where that is all ranks or this one alone.
@@ -42,9 +43,13 @@ class Exchange(Pass):
     stop: threading.Event = field(repr=False)
     replicas: dist.ProcessGroup | None = field(default=None, repr=False)
 
+    def arrive(self, layer: Layer) -> None:
+        """Tell the other ranks that this one has its parts of `layer`."""
+        self.ranks.arrive(str(layer.number), stop=self.stop)
+
     def run_layer(self, layer: Layer) -> None:
-        """Complete the parts of `layer`."""
-        self.ranks.gate(str(layer.number), stop=self.stop)
+        """Complete the parts of `layer`, at which this rank has arrived."""
+        self.ranks.pass_gate(str(layer.number), stop=self.stop)
         with collective(self.ranks), Naming(self.name, layer.fqn):
             self._complete(layer)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from surgery.errors import ConfigError
-from surgery.passes.base import Layer, LayerPass, ModelPass, Naming
+from surgery.passes.base import Layer, LayerPass, MeetingPass, ModelPass, Naming
 from surgery.report import Report
 
 __all__ = ["Pipeline"]
@@ -26,7 +27,8 @@ def _no_layers(_model: nn.Module) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Passes in order. It owns the layer loop: all consecutive layer passes finish one layer before the next begins.
+    """Passes in order. It owns the layer loop: all consecutive layer passes finish one layer before the next begins,
+    but where ranks meet, the passes before are done with the next layer, so that a rank that is ahead need not wait.
 
     layers: what the layer passes visit.
     given: facts that hold before the first pass.
@@ -62,10 +64,45 @@ class Pipeline:
         return model
 
     def _run_layers(self, model: nn.Module, steps: tuple[LayerPass, ...]) -> nn.Module:
+        ahead, behind = _split(steps)
         with self.report.phase("+".join(step.name for step in steps)):
+            waiting: Layer | None = None
             for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
-                self.between()
-                for step in steps:
-                    with Naming(step.name, layer.fqn):
-                        step.run_layer(layer)
+                with _keeping_a_promise(behind, waiting):
+                    self.between()
+                    _run(ahead, layer)
+                _run(behind, waiting)
+                waiting = None
+                for step in behind[:1]:
+                    step.arrive(layer)  # type: ignore[attr-defined]  # the first one is the meeting pass
+                    waiting = layer
+            _run(behind, waiting)
         return model
+
+
+def _split(steps: tuple[LayerPass, ...]) -> tuple[tuple[LayerPass, ...], tuple[LayerPass, ...]]:
+    """The passes before the first `MeetingPass`, and from it on."""
+    meetings = [number for number, step in enumerate(steps) if isinstance(step, MeetingPass)]
+    first = meetings[0] if meetings else len(steps)
+    return steps[:first], steps[first:]
+
+
+def _run(steps: tuple[LayerPass, ...], layer: Layer | None) -> None:
+    """All `steps` on `layer`, if there is one."""
+    for step in steps if layer is not None else ():
+        assert layer is not None
+        with Naming(step.name, layer.fqn):
+            step.run_layer(layer)
+
+
+@contextlib.contextmanager
+def _keeping_a_promise(behind: tuple[LayerPass, ...], waiting: Layer | None) -> Iterator[None]:
+    """Where the block fails, the others may have begun with the layer `waiting`, since this rank has arrived there: it
+    takes part, or finds that they do not, before the failure goes on its way.
+    """
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):
+            _run(behind, waiting)
+        raise

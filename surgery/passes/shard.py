@@ -61,7 +61,7 @@ def _make_plain(model: nn.Module) -> None:
     own class bitsandbytes goes through Python.
     """
     for layer in linear4bits(model):
-        weight: nn.Parameter = layer.weight
+        weight: torch.Tensor = layer.weight
         if is_params4bit(weight) and weight.is_meta:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)

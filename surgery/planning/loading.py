@@ -50,6 +50,10 @@ def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
     )
 
 
+def _quantized(layer: Layer) -> list[Target]:
+    return [target for target in layer.targets if target.is_quantized]
+
+
 def _landing_bytes(setting: Setting, rank: int) -> int:
     """Of the buffers through which rank 0's CPU gets what GPUs have quantized."""
     lands = setting.placement == "rank0-cpu" and setting.shard is not None and rank == 0 and not setting.on_cpu
@@ -59,13 +63,16 @@ def _landing_bytes(setting: Setting, rank: int) -> int:
 @dataclass(kw_only=True)
 class _Walk:
     """host, device: bytes of parts held so far, by where they wait. state: of quant_state, on the device. landing: of a
-    layer that is on its way from rank 0's GPU to its CPU, while the next one is made.
+    layer that is on its way from rank 0's GPU to its CPU, while the next one is made. waiting: a layer that is loaded
+    and not exchanged yet; beside: of the next one, meanwhile.
     """
 
     setting: Setting
     staging: Staging
     rank: int
     always: int  # on the host, whatever else happens
+    waiting: Layer | None = None
+    beside: int = 0
     host: int = 0
     device: int = 0
     state: int = 0
@@ -74,7 +81,7 @@ class _Walk:
 
     def note(self, *, host_more: int = 0, device_more: int = 0) -> None:
         """A moment with so much beside what is held."""
-        held = self.device + self.state + self.landing
+        held = self.device + self.state + self.landing + self.beside
         self.peaks.note(host=self.always + self.host + host_more, device=held + device_more)
 
     def hold(self, size: int) -> None:
@@ -85,21 +92,42 @@ class _Walk:
             self.device += size
 
     def visit(self, layer: Layer) -> None:
-        """Load, exchange, place."""
+        """Load it; then exchange and place the one before."""
         on_host = [target for target in layer.targets if self._is_made_on_host(target)]
-        made = sum(self._capacity(target) for target in layer.targets) - sum(map(self._capacity, on_host))
         self.host += sum(map(self._capacity, on_host))
-        quantized = [target for target in layer.targets if target.is_quantized]
-        self.note(device_more=made + self._filling(quantized), host_more=self._converting(layer))
+        beside = 0 if self.waiting is None else self._loaded(self.waiting)
+        working = self._made(layer) + self._filling(_quantized(layer))
+        self.note(device_more=beside + working, host_more=self._converting(layer))
+        self._complete(beside=self._loaded(layer))
+        self.waiting = layer
+
+    def _complete(self, *, beside: int) -> None:
+        """Exchange and place the layer that waits, if one does, beside so many bytes on the device."""
+        if self.waiting is None:
+            return
+        layer, self.waiting = self.waiting, None
+        quantized, made = _quantized(layer), self._made(layer)
+        self.beside = beside
         self.note(device_more=made + self._exchanging(quantized))
         self.note(device_more=made + self._gathering(layer))
         self.state += quant_state_bytes(quantized, self.setting.quant)
         if quantized and not self.setting.on_cpu:
             self.note(device_more=made + DIGEST_BYTES)
         self._place(made, quantized)
+        self.beside = 0
+
+    def _made(self, layer: Layer) -> int:
+        """Bytes of its parts on the device."""
+        return sum(self._capacity(target) for target in layer.targets if not self._is_made_on_host(target))
+
+    def _loaded(self, layer: Layer) -> int:
+        """The same with this rank's statistics."""
+        blocks = sum(len(self._slice(target).blocks) for target in _quantized(layer))
+        return self._made(layer) + blocks * STATISTIC_BYTES
 
     def finish(self, inventory: Inventory) -> Memory:
         """After the last layer: what FSDP makes of all of it."""
+        self._complete(beside=0)
         setting, self.landing = self.setting, 0
         held = self.host + self.device
         if setting.placement != "sharded":

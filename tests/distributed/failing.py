@@ -72,15 +72,15 @@ def _memory_runs_out_in_exchange(folder: Path, patch: pytest.MonkeyPatch) -> Pat
     """Of the fourth weight, when the statistics of the third have gone round."""
     from surgery.quantizers.bnb import BnbQuantizer
 
-    stock, calls = BnbQuantizer.state, []
+    stock, seen = BnbQuantizer.states, []
 
-    def state(quantizer: BnbQuantizer, *args: Any) -> Any:
-        calls.append(args)
-        if len(calls) > BEFORE_FAILING:
+    def states(quantizer: BnbQuantizer, statistics: list[Any], shapes: list[Any]) -> Any:
+        seen.extend(shapes)
+        if len(seen) > BEFORE_FAILING:
             raise MemoryError("no memory left for statistics")
-        return stock(quantizer, *args)
+        return stock(quantizer, statistics, shapes)
 
-    patch.setattr(BnbQuantizer, "state", state)
+    patch.setattr(BnbQuantizer, "states", states)
     return folder
 
 

@@ -18,10 +18,15 @@ pytestmark = pytest.mark.distributed
 ROUNDS = 300
 
 
+def go_through(ranks: Ranks, name: str, stop: threading.Event) -> None:
+    ranks.arrive(name, stop=stop)
+    ranks.pass_gate(name, stop=stop)
+
+
 def passed(ranks: Ranks, stop: threading.Event, name: str) -> bool:
     """Whether this rank went through the gate; if it did not, the others are told, as `everyone` does."""
     try:
-        ranks.gate(name, stop=stop)
+        go_through(ranks, name, stop)
     except StoppedError as error:
         ranks.raise_alarm(error)
         return False
@@ -74,7 +79,7 @@ def silent() -> str:
         time.sleep(4)
         return ""
     with pytest.raises(PeerError) as caught, pulse.beating(ranks):
-        ranks.gate("one", stop=stop)
+        go_through(ranks, "one", stop)
     assert ranks.apart.is_set()
     return f"{caught.value} {caught.value.rank}"
 
@@ -91,7 +96,7 @@ def slow() -> float:
     with pulse.beating(ranks):
         if ranks.rank == 1:
             time.sleep(3)
-        ranks.gate("one", stop=stop)
+        go_through(ranks, "one", stop)
         if ranks.rank != 1:
             time.sleep(3)
         ranks.check_alarm()
@@ -108,8 +113,8 @@ def test_a_rank_that_is_slow_is_waited_for() -> None:
 def test_alone_nobody_is_waited_for() -> None:
     ranks, stop = Ranks(), threading.Event()
     with pulse.beating(ranks):
-        ranks.gate("one", stop=stop)
+        go_through(ranks, "one", stop)
         assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
         stop.set()
         with pytest.raises(StoppedError):
-            ranks.gate("two", stop=stop)
+            go_through(ranks, "two", stop)
