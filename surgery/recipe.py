@@ -218,7 +218,8 @@ class QLoRA:
         parts = Parts(quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank)
         with filling(model, source, parts, meeting, self.report) as fill:
             before, after = self._around_filling(meeting, fill)
-            model = self._pipeline(before, Replace.ensures).run(model)
+            with fill.turns.taken():
+                model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
             fill.into(model)
         return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
@@ -271,11 +272,12 @@ class QLoRA:
         adapt: tuple[Pass, ...] = ()
         if self.lora is not None:
             later = partial(self._draw, fill) if draws_later(self.lora) else None
-            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state, later=later),)
+            pause = fill.turns.pause
+            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state, later=later, pause=pause),)
         if self.placement == "sharded":
             assert isinstance(self.shard, FSDP2)
             assert meeting.mesh is not None
-            return (*adapt, FullyShard(config=self.shard, mesh=meeting.mesh)), ()
+            return (*adapt, FullyShard(config=self.shard, mesh=meeting.mesh, pause=fill.turns.pause)), ()
         if self.lora is not None and needs_weights(self.lora):
             return (), adapt
         return adapt, ()

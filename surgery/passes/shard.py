@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,7 +40,7 @@ class Wrap(Pass):
 @dataclass(frozen=True, kw_only=True)
 class FullyShard(Pass):
     """FSDP2: shards the model in place, over `mesh`. What is on meta stays there, as shards, to be filled; the rest is
-    this rank's shard of what it was.
+    this rank's shard of what it was. `pause` is called between blocks, where another thread may go on.
     """
 
     name: ClassVar[str] = "shard"
@@ -48,11 +49,12 @@ class FullyShard(Pass):
 
     config: FSDP2
     mesh: DeviceMesh
+    pause: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model` itself."""
         _make_plain(model)
-        fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh)
+        fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh, pause=self.pause)
         return model
 
 
