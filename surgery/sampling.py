@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 __all__ = ["SAMPLE_PERIOD", "anonymous_memory", "sampled"]
 
@@ -14,13 +15,19 @@ SAMPLE_PERIOD = 0.005
 
 
 def anonymous_memory() -> int:
-    """Bytes of resident memory of this process that no file backs (`RssAnon`); 0 where the kernel does not say."""
+    """Bytes of resident memory of this process that no file backs (`RssAnon`); 0 where the kernel does not say.
+
+    From `statm`, which costs a fifth of `status`: pages that are resident, less those that files or shared memory back.
+    """
     try:
-        with Path("/proc/self/status").open(encoding="ascii") as status:
-            lines = [line for line in status if line.startswith("RssAnon:")]
+        statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
-    return int(lines[0].split()[1]) * 1024 if lines else 0
+    try:
+        _, resident, shared, *_ = os.read(statm, 256).split()
+    finally:
+        os.close(statm)
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
 
 
 @contextlib.contextmanager
