@@ -28,7 +28,6 @@ from surgery.passes.place import Place
 from surgery.passes.remember import Remember
 from surgery.passes.replace import Replace
 from surgery.report import Report
-from surgery.turns import Turns
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -57,17 +56,13 @@ class Source:
 
 @dataclass(kw_only=True, eq=False)
 class Filling:
-    """What is being made for a model in other threads, until it is put into the model.
-
-    turns: what the model's own thread takes while it works on the model, and lets go of now and then.
-    """
+    """What is being made for a model in other threads, until it is put into the model."""
 
     parts: Parts
     meeting: Meeting
     report: Report
     stop: threading.Event
     landing: Landing
-    turns: Turns
     stack: contextlib.ExitStack = field(repr=False)
     _loading: Background = field(init=False)
     _drawings: list[tuple[Drawing, Background]] = field(default_factory=list, init=False)
@@ -108,19 +103,15 @@ def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, re
     parts.reserve(target for layer in source.layers for target in layer.targets)
     with contextlib.ExitStack() as stack:
         landing = stack.enter_context(Landing(parts.residence.compute_device))
-        turns = Turns(stop)
-        passes = _passes(source, parts, meeting, stop=stop, landing=landing, turns=turns, stack=stack, report=report)
+        passes = _passes(source, parts, meeting, stop=stop, landing=landing, stack=stack, report=report)
         pipeline = Pipeline(
             passes=passes,
             given=Replace.ensures,
             layers=lambda _: source.layers,
             report=report,
             between=meeting.ranks.check_alarm,
-            turn=turns.taken,
         )
-        fill = Filling(
-            parts=parts, meeting=meeting, report=report, stop=stop, landing=landing, turns=turns, stack=stack
-        )
+        fill = Filling(parts=parts, meeting=meeting, report=report, stop=stop, landing=landing, stack=stack)
         fill.load(model, pipeline)
         yield fill
 
@@ -132,7 +123,6 @@ def _passes(
     *,
     stop: threading.Event,
     landing: Landing,
-    turns: Turns,
     stack: contextlib.ExitStack,
     report: Report,
 ) -> tuple[Load, Exchange, Remember, Place]:
@@ -149,14 +139,7 @@ def _passes(
     )
     replicas = fsdp2.replicas_of(meeting.mesh) if meeting.mesh is not None else None
     return (
-        Load(
-            index=source.checkpoint.index,
-            reader=reader,
-            prefetch=prefetch,
-            parts=parts,
-            node=meeting.node,
-            turn=turns.taken,
-        ),
+        Load(index=source.checkpoint.index, reader=reader, prefetch=prefetch, parts=parts, node=meeting.node),
         Exchange(parts=parts, ranks=meeting.ranks, node=meeting.node, stop=stop, replicas=replicas),
         Remember(parts=parts),
         Place(parts=parts, ranks=meeting.ranks, landing=landing),

@@ -81,12 +81,11 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
     """A block in which tensors made on the CPU take no memory and get no values: what would fill them is written down.
 
     They look like any other, on the CPU. They can be filled, cast, and made parameters of; whatever else would read
-    them raises NotImplementedError, since there is nothing to be read. `pause` is called now and then.
+    them raises NotImplementedError, since there is nothing to be read.
     """
 
-    def __init__(self, *, pause: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # no annotation upstream
-        self._pause = pause
         self._made: list[tuple[torch.Size, torch.dtype]] = []
         self._steps: list[Step] = []
         self._stands: dict[int, _Stand] = {}  # by their storage, which they keep
@@ -135,7 +134,6 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
         return self._stands.get(tensor.untyped_storage()._cdata) if tensor.device.type == "cpu" else None
 
     def _make(self, shape: torch.Size, dtype: torch.dtype, fill: Any) -> torch.Tensor:
-        self._pause()
         number = self._numbered(shape, dtype)
         if fill is not None:
             self._steps.append(Step(number=number, operator=fill))

@@ -19,9 +19,6 @@ __all__ = ["Part", "Parts"]
 #: What torch's CUDA allocator rounds sizes up to, in bytes.
 ROUNDING = 512
 
-#: What a part has before it is made.
-NOTHING = torch.empty(0, device="cpu")
-
 
 @dataclass(kw_only=True, eq=False)
 class Part:
@@ -37,7 +34,7 @@ class Part:
 
     target: Target
     slice: Slice
-    data: torch.Tensor = NOTHING
+    data: torch.Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     statistics: torch.Tensor | None = None
     state: Any = None
     converted: torch.Tensor | None = None

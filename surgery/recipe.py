@@ -218,8 +218,7 @@ class QLoRA:
         parts = Parts(quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank)
         with filling(model, source, parts, meeting, self.report) as fill:
             before, after = self._around_filling(meeting, fill)
-            with fill.turns.taken():
-                model = self._pipeline(before, Replace.ensures).run(model)
+            model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
             fill.into(model)
         return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
@@ -272,12 +271,11 @@ class QLoRA:
         adapt: tuple[Pass, ...] = ()
         if self.lora is not None:
             later = partial(self._draw, fill) if draws_later(self.lora) else None
-            pause = fill.turns.pause
-            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state, later=later, pause=pause),)
+            adapt = (Adapt(lora=self.lora, dtype=self.dtype, rng_state=meeting.rng_state, later=later),)
         if self.placement == "sharded":
             assert isinstance(self.shard, FSDP2)
             assert meeting.mesh is not None
-            return (*adapt, FullyShard(config=self.shard, mesh=meeting.mesh, pause=fill.turns.pause)), ()
+            return (*adapt, FullyShard(config=self.shard, mesh=meeting.mesh)), ()
         if self.lora is not None and needs_weights(self.lora):
             return (), adapt
         return adapt, ()

@@ -19,7 +19,7 @@ LAYERS = (
     ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
-    ("landing", "distributed", "loading", "initials", "turns"),
+    ("landing", "distributed", "loading", "initials"),
     ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
     ("filling",),
     ("planning",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,15 +32,8 @@ def replicas_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
     return mesh.get_group("replicate") if mesh.ndim > 1 else None
 
 
-def shard(
-    model: nn.Module,
-    blocks: Sequence[Site],
-    config: FSDP2,
-    mesh: DeviceMesh,
-    *,
-    pause: Callable[[], None] = lambda: None,
-) -> None:
-    """Shard `model` in place; what is on meta stays there, as the shard of a meta tensor. Calls `pause` between blocks.
+def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceMesh) -> None:
+    """Shard `model` in place; what is on meta stays there, as the shard of a meta tensor.
 
     Groups, as accelerate makes them: every block; the embedding; the last norm with the output head, which is used
     at the end of forward and at the start of backward, and so not freed between; and the root with the rest. A tied
@@ -55,7 +48,6 @@ def shard(
     _check_ties(model, [*((site.module,) for site in blocks), (embedding,), tail])
     for site in blocks:
         fully_shard(site.module, reshard_after_forward=config.reshard_after_forward, **options)
-        pause()
     if embedding is not None:
         fully_shard(embedding, reshard_after_forward=config.reshard_after_forward, **options)
     if tail:

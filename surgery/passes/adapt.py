@@ -152,7 +152,6 @@ class Adapt(Pass):
     drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
 
     later: takes what is to be drawn; adapters stay on meta until they are given it. None: values are drawn at once.
-    pause: called now and then, where another thread may go on.
     """
 
     name: ClassVar[str] = "adapt"
@@ -163,7 +162,6 @@ class Adapt(Pass):
     dtype: torch.dtype
     rng_state: torch.Tensor
     later: Callable[[Initials], None] | None = None
-    pause: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""
@@ -172,7 +170,7 @@ class Adapt(Pass):
         if self.later is None:
             with drawing_from(self.rng_state), appearing_real(model):
                 return self._adapted(model)
-        with appearing_real(model), Undrawn(pause=self.pause) as undrawn:
+        with appearing_real(model), Undrawn() as undrawn:
             adapted = self._adapted(model)
         self.later(undrawn.take(adapted))
         return adapted

@@ -110,7 +110,3 @@ class MeetingPass(LayerPass, Protocol):
     def arrive(self, layer: Layer) -> None:
         """Tell the others that the passes before are done with `layer`; from then on they may count on `run_layer`."""
         ...
-
-    def wait(self, layer: Layer) -> None:
-        """Wait until all have arrived at `layer`; raises where they will not."""
-        ...

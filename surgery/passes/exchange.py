@@ -47,12 +47,9 @@ class Exchange(Pass):
         """Tell the other ranks that this one has its parts of `layer`."""
         self.ranks.arrive(str(layer.number), stop=self.stop)
 
-    def wait(self, layer: Layer) -> None:
-        """Wait until all ranks have theirs; this one has arrived."""
-        self.ranks.pass_gate(str(layer.number), stop=self.stop)
-
     def run_layer(self, layer: Layer) -> None:
-        """Complete the parts of `layer`, which all ranks have."""
+        """Complete the parts of `layer`, at which this rank has arrived."""
+        self.ranks.pass_gate(str(layer.number), stop=self.stop)
         with collective(self.ranks), Naming(self.name, layer.fqn):
             self._complete(layer)
 

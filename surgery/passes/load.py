@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import ClassVar
@@ -38,8 +37,6 @@ class Load(Pass):
 
     A tensor that upstream's conversion merges or splits, or that the checkpoint holds transposed, is no range of a
     file: one rank of each node reads and converts it, and the next pass hands out its parts.
-
-    turn: a block of it is around what is done with a chunk that was read.
     """
 
     name: ClassVar[str] = "load"
@@ -51,7 +48,6 @@ class Load(Pass):
     prefetch: Prefetch = field(repr=False)
     parts: Parts
     node: Node
-    turn: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
 
     def run_layer(self, layer: Layer) -> None:
         """Fill the parts of `layer`."""
@@ -61,8 +57,7 @@ class Load(Pass):
                 self._fill(targets, assignment)
 
     def _fill(self, targets: list[Target], assignment: Assignment) -> None:
-        with self.turn():
-            parts = [self.parts.begin(target) for target in targets]
+        parts = [self.parts.begin(target) for target in targets]
         if targets[0].source is not None:
             self._stream(parts[0], assignment)
         elif self.node.converter(targets, self.parts.division) == self.parts.rank:
@@ -74,10 +69,9 @@ class Load(Pass):
             chunk = self.prefetch.next()
             for duplicate in assignment.duplicates:
                 self._check_same(chunk, duplicate, assignment)
+            self.parts.fill(part, chunk.start, chunk.data)
             position = chunk.start + chunk.data.numel()
-            with self.turn():
-                self.parts.fill(part, chunk.start, chunk.data)
-                chunk.release(_recorded(self.parts.residence.compute_device))
+            chunk.release(_recorded(self.parts.residence.compute_device))
 
     def _convert(self, parts: list[Part], assignment: Assignment) -> None:
         tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})

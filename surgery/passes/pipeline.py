@@ -33,7 +33,6 @@ class Pipeline:
     layers: what the layer passes visit.
     given: facts that hold before the first pass.
     between: called before every layer and every model pass; raises to stop, as when another rank has failed.
-    turn: a block of it is around what layer passes do once ranks have met.
     """
 
     passes: tuple[ModelPass | LayerPass, ...]
@@ -41,7 +40,6 @@ class Pipeline:
     report: Report
     given: frozenset[str] = frozenset()
     between: Callable[[], None] = field(default=_nothing)
-    turn: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def __post_init__(self) -> None:
         ensured = set(self.given)
@@ -70,37 +68,16 @@ class Pipeline:
         with self.report.phase("+".join(step.name for step in steps)):
             waiting: Layer | None = None
             for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
-                with self._keeping_a_promise(behind, waiting):
+                with _keeping_a_promise(behind, waiting):
                     self.between()
                     _run(ahead, layer)
-                self._meet(behind, waiting)
+                _run(behind, waiting)
                 waiting = None
                 for step in behind[:1]:
                     step.arrive(layer)  # type: ignore[attr-defined]  # the first one is the meeting pass
                     waiting = layer
-            self._meet(behind, waiting)
+            _run(behind, waiting)
         return model
-
-    def _meet(self, behind: tuple[LayerPass, ...], layer: Layer | None) -> None:
-        """The passes from the `MeetingPass` on, on `layer`, if there is one."""
-        if layer is None:
-            return
-        with Naming(behind[0].name, layer.fqn):
-            behind[0].wait(layer)  # type: ignore[attr-defined]  # as above
-        with self.turn():
-            _run(behind, layer)
-
-    @contextlib.contextmanager
-    def _keeping_a_promise(self, behind: tuple[LayerPass, ...], waiting: Layer | None) -> Iterator[None]:
-        """Where the block fails, the others may have begun with the layer `waiting`, since this rank has arrived there:
-        it takes part, or finds that they do not, before the failure goes on its way.
-        """
-        try:
-            yield
-        except Exception:
-            with contextlib.suppress(Exception):
-                self._meet(behind, waiting)
-            raise
 
 
 def _split(steps: tuple[LayerPass, ...]) -> tuple[tuple[LayerPass, ...], tuple[LayerPass, ...]]:
@@ -110,7 +87,22 @@ def _split(steps: tuple[LayerPass, ...]) -> tuple[tuple[LayerPass, ...], tuple[L
     return steps[:first], steps[first:]
 
 
-def _run(steps: tuple[LayerPass, ...], layer: Layer) -> None:
-    for step in steps:
+def _run(steps: tuple[LayerPass, ...], layer: Layer | None) -> None:
+    """All `steps` on `layer`, if there is one."""
+    for step in steps if layer is not None else ():
+        assert layer is not None
         with Naming(step.name, layer.fqn):
             step.run_layer(layer)
+
+
+@contextlib.contextmanager
+def _keeping_a_promise(behind: tuple[LayerPass, ...], waiting: Layer | None) -> Iterator[None]:
+    """Where the block fails, the others may have begun with the layer `waiting`, since this rank has arrived there: it
+    takes part, or finds that they do not, before the failure goes on its way.
+    """
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):
+            _run(behind, waiting)
+        raise

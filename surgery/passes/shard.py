@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,7 +39,7 @@ class Wrap(Pass):
 @dataclass(frozen=True, kw_only=True)
 class FullyShard(Pass):
     """FSDP2: shards the model in place, over `mesh`. What is on meta stays there, as shards, to be filled; the rest is
-    this rank's shard of what it was. `pause` is called between blocks, where another thread may go on.
+    this rank's shard of what it was.
     """
 
     name: ClassVar[str] = "shard"
@@ -49,12 +48,11 @@ class FullyShard(Pass):
 
     config: FSDP2
     mesh: DeviceMesh
-    pause: Callable[[], None] = lambda: None
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model` itself."""
         _make_plain(model)
-        fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh, pause=self.pause)
+        fsdp2.shard(model, decoder_blocks(model), self.config, self.mesh)
         return model
 
 
