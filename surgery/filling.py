@@ -1,4 +1,8 @@
-"""Filling a model: its weights are read, quantized and exchanged in one thread while it takes shape in another."""
+"""Filling a model: its weights are read ahead while it takes its shape, then quantized, exchanged, and put into it.
+
+Quantizing at the same time takes longer: of threads that each call one small operation of torch after the other, each
+waits for the others' after every one. Side by side on two GPUs, 8B was ready in 2.1 s instead of 2.5.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ class Source:
 
 @dataclass(kw_only=True, eq=False)
 class Filling:
-    """What is being made for a model in other threads, until it is put into the model."""
+    """What is made for a model in other threads, until it is put into the model. load: fills the parts."""
 
     parts: Parts
     meeting: Meeting
@@ -64,21 +68,17 @@ class Filling:
     stop: threading.Event
     landing: Landing
     stack: contextlib.ExitStack = field(repr=False)
-    _loading: Background = field(init=False)
+    load: Callable[[], object] = field(repr=False)
     _drawings: list[tuple[Drawing, Background]] = field(default_factory=list, init=False)
-
-    def load(self, model: nn.Module, pipeline: Pipeline) -> None:
-        """Begin to run `pipeline`, which fills the parts."""
-        self._loading = self._begin(lambda: pipeline.run(model))
 
     def draw(self, initials: Initials, *, rows: Callable[[int], range], device: torch.device) -> None:
         """Begin to draw the values of adapters that are on meta; `rows` and `device` as `Drawing` takes them."""
         drawing = Drawing(initials=initials, rng_state=self.meeting.rng_state, rows=rows, device=device, stop=self.stop)
-        self._drawings.append((drawing, self._begin(drawing.run)))
+        self._drawings.append((drawing, self._in_background(drawing.run)))
 
     def into(self, model: nn.Module) -> None:
-        """Wait for all of it, and put it into `model`, as it is by now."""
-        self._loading.wait()
+        """Load it, and put it into `model`, as it is by now."""
+        self._in_background(self.load).wait()
         self.landing.wait()
         with self.report.phase("install"), Naming("install", "the model"):
             install(model, self.parts)
@@ -87,17 +87,17 @@ class Filling:
                 install_initials(drawing)
                 drawing.go_on()
 
-    def _begin(self, work: Callable[[], object]) -> Background:
+    def _in_background(self, work: Callable[[], object]) -> Background:
         device = self.parts.residence.compute_device
         return self.stack.enter_context(in_background(work, stop=self.stop, device=device))
 
 
 @contextlib.contextmanager
 def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, report: Report) -> Iterator[Filling]:
-    """Load all parts of `model`, which is on meta, while the block runs.
+    """Load all parts of `model`, which is on meta.
 
-    The block may wrap, adapt and shard it meanwhile, without a collective. At the end of the block nothing is read or
-    drawn any more, whatever happened.
+    The block may wrap, adapt and shard it, without a collective, while its first weights are read. At its end nothing
+    is read or drawn any more, whatever happened.
     """
     stop = threading.Event()
     parts.reserve(target for layer in source.layers for target in layer.targets)
@@ -111,8 +111,15 @@ def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, re
             report=report,
             between=meeting.ranks.check_alarm,
         )
-        fill = Filling(parts=parts, meeting=meeting, report=report, stop=stop, landing=landing, stack=stack)
-        fill.load(model, pipeline)
+        fill = Filling(
+            parts=parts,
+            meeting=meeting,
+            report=report,
+            stop=stop,
+            landing=landing,
+            stack=stack,
+            load=lambda: pipeline.run(model),
+        )
         yield fill
 
 

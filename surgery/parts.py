@@ -19,6 +19,9 @@ __all__ = ["Part", "Parts"]
 #: What torch's CUDA allocator rounds sizes up to, in bytes.
 ROUNDING = 512
 
+#: What a part has before it is made.
+NOTHING = torch.empty(0, device="cpu")
+
 
 @dataclass(kw_only=True, eq=False)
 class Part:
@@ -34,7 +37,7 @@ class Part:
 
     target: Target
     slice: Slice
-    data: torch.Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    data: torch.Tensor = NOTHING
     statistics: torch.Tensor | None = None
     state: Any = None
     converted: torch.Tensor | None = None

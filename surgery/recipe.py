@@ -267,7 +267,7 @@ class QLoRA:
             check_fits(plan, free_memory(self.device))
 
     def _around_filling(self, meeting: Meeting, fill: Filling) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
-        """The passes that need no weights, to run while these are loaded, and those that do."""
+        """The passes that need no weights, to run while the first are read, and those that do."""
         adapt: tuple[Pass, ...] = ()
         if self.lora is not None:
             later = partial(self._draw, fill) if draws_later(self.lora) else None
