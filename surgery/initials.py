@@ -96,8 +96,9 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
     ) -> Any:
         """Called by torch for every operator in the block."""
         kwargs = kwargs or {}
-        if func in MAKES and _is_on_cpu(kwargs):
-            return self._make(torch.Size(args[0]), kwargs.get("dtype") or torch.get_default_dtype(), MAKES[func])
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        if func in MAKES and _is_on_cpu(kwargs) and dtype.is_floating_point:
+            return self._make(torch.Size(args[0]), dtype, MAKES[func])
         stands = [stand for value in args if isinstance(value, torch.Tensor) and (stand := self._stand_for(value))]
         if not stands or func in ALIASES:
             return func(*args, **kwargs)
@@ -204,6 +205,9 @@ class Drawing:
             if last[step.number] == place:
                 values = whole.pop(step.number)
                 found.update((initial, self._part(initial, values)) for initial in users.get(step.number, ()))
+        for initial in self.initials.parameters:
+            if initial not in found:  # nothing fills it
+                found[initial] = self._part(initial, self._empty(initial.number))
         self.values = _together([found[initial] for initial in self.initials.parameters], self.device)
         self._drawn = generator.get_state()
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compare ways of loading on the GPUs of this machine; installs nothing. Each call ends within 10 minutes.
 #
-#   tools/gpu_load.sh OUT 8b [RANKS]    every way, in processes of its own, with training and profiles
-#   tools/gpu_load.sh OUT loads [RANKS] three turns of each with the same model, in the same processes, loading alone
+#   tools/gpu_load.sh OUT 8b [RANKS]    this project, accelerate and fsdp_qlora's way, with training and profiles
+#   tools/gpu_load.sh OUT loads [RANKS] several turns of every way, in the same processes, loading alone
 #   tools/gpu_load.sh OUT 70b           on two GPUs as if they had 24 GiB each, with activation checkpointing
 #   tools/gpu_load.sh OUT tiny [RANKS]  all of this with a tiny model on CPUs: whether it runs
 #
@@ -49,13 +49,25 @@ compare() {
 }
 
 ways=read,sharded,rank0-cpu,replicated,replicated-fsdp2,seed,accelerate-fsdp1,accelerate-fsdp2
+ours=sharded
+if [[ $ranks == 1 ]]; then
+  ours=unsharded
+fi
+
+# What is asked for first comes first: a machine that is taken back leaves the rest unmeasured, and that alone.
 training() {
-  compare "$size-x$ranks" --ways "$ways" --steps 12 --profile "$out/profiles-$size-x$ranks" --limit 120
+  compare "$size-x$ranks" --ways "$ours,accelerate-fsdp2,seed" --steps 12 --limit 90
+  compare "$size-x$ranks-profiles" --ways "$ours,accelerate-fsdp2" --steps 4 --profile "$out/profiles-$size-x$ranks" \
+    --limit 120
 }
-loads() { compare "$size-x$ranks-loads" --ways "$ways" --together --repeats 3 --steps 0 --limit 400; }
+loads() {
+  compare "$size-x$ranks-loads" --ways "$ours,accelerate-fsdp2" --together --repeats 5 --steps 0 --limit 200
+  compare "$size-x$ranks-all-loads" --ways "$ways" --together --repeats 3 --steps 0 --limit 400
+}
 capped() {
-  compare "$size-x$ranks-capped" --ways sharded,rank0-cpu,seed,accelerate-fsdp2 --memory-cap 24 \
-    --activation-checkpointing --steps 3 --limit 200
+  compare "$size-x$ranks-capped" --ways sharded --memory-cap 24 --activation-checkpointing --steps 3 --limit 120
+  compare "$size-x$ranks-capped-fsdp1" --ways rank0-cpu,seed --memory-cap 24 --steps 0 --limit 150
+  compare "$size-x$ranks-capped-accelerate" --ways accelerate-fsdp2 --memory-cap 24 --steps 0 --limit 150
 }
 
 case $size in
