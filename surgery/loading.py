@@ -50,7 +50,7 @@ class Staging:
         cache, and 12 keep ahead of quantizing. A CPU quantizes more slowly than one thread reads.
         """
         if device.type == "cpu":
-            return cls(elements=run_elements, buffers=4, threads=1, run_elements=run_elements, layer_elements=1 << 25)
+            return cls(elements=run_elements, buffers=4, threads=1, run_elements=run_elements, layer_elements=1 << 23)
         threads = max(1, min(12, cores() // max(torch.cuda.device_count(), 1)))
         return cls(
             elements=CHUNK_ELEMENTS,
