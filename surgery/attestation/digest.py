@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 __all__ = ["PAGE", "Piece", "cut", "on_cpu", "page_count", "page_sums", "pages_between"]
@@ -128,18 +129,11 @@ def _zeros(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def _factors(device: torch.device) -> torch.Tensor:
-    """An odd number of 64 bits for every word of a page, the same everywhere; `(WORDS,)` int64."""
-    return torch.tensor([_signed(_mixed(place) | 1) for place in range(WORDS)], dtype=torch.int64, device=device)
+    """An odd number of 64 bits for every word of a page, the same everywhere; `(WORDS,)` int64.
 
-
-def _mixed(place: int) -> int:
-    """SplitMix64 (Steele, Lea, Flood, 2014), number `place` of the sequence that begins at 0."""
-    bits = (place + 1) * 0x9E3779B97F4A7C15 % 2**64
-    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
-    return bits ^ bits >> 31
-
-
-def _signed(bits: int) -> int:
-    """The number that an int64 with these bits is."""
-    return bits - 2**64 if bits >= 2**63 else bits
+    SplitMix64 (Steele, Lea, Flood, 2014), from 0 on.
+    """
+    bits = np.arange(1, WORDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ bits >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ bits >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy((bits ^ bits >> np.uint64(31) | np.uint64(1)).view(np.int64)).to(device)

@@ -30,8 +30,10 @@ __all__ = [
 ]
 
 
-#: Seconds between two looks at a gate that has been closed for longer than that.
+#: Seconds between two looks at a gate that has been closed for longer than that, and how many such looks there are for
+#: one at the alarm: each is a round trip to the store.
 GATE_PAUSE = 0.002
+LOOKS_PER_ALARM = 16
 
 WITHOUT_A_WORD = "has ended without a word: its own output, or the kernel's log, says why"
 
@@ -118,25 +120,25 @@ class Ranks:
         """
         if self.world_size == 1:
             return
-        key, pause = self._gate(name), 1e-5
+        key, looks = self._gate(name), 0
         try:
             while counter(key, 0) != self.world_size:
-                reason = self._reason_to_leave(stop, pause)
+                looks += 1
+                reason = self._reason_to_leave(stop, looks)
                 if reason is not None and _shut(key, self.world_size):
                     raise reason
-                pause *= 2
         except RuntimeError as error:
             raise _gone() from error
 
     def _gate(self, name: str) -> str:
         return f"{self.alarm}/gate/{name}"
 
-    def _reason_to_leave(self, stop: threading.Event, pause: float) -> SurgeryError | None:
-        """Why not to wait at a gate any longer, after another `pause` seconds there."""
-        if stop.wait(min(pause, GATE_PAUSE)):
+    def _reason_to_leave(self, stop: threading.Event, looks: int) -> SurgeryError | None:
+        """Why not to wait at a gate any longer, after so many `looks` at it and another pause."""
+        if stop.wait(min(1e-5 * 2.0 ** min(looks, 16), GATE_PAUSE)):
             return StoppedError("stopped while waiting for the other ranks")
         try:
-            if pause > GATE_PAUSE:
+            if looks % LOOKS_PER_ALARM == 0:
                 self.check_alarm()
         except PeerError as error:
             return error

@@ -28,9 +28,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     info = tmp_path / "crate-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: crate\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("crate\n")
     (info / "RECORD").write_text("\n".join([*record, "crate-1.0.dist-info/RECORD,,", ""]))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(versions, "_distributions_by_package", lambda: {"crate": ["crate"]})
+    versions.distributions_of.cache_clear()
     return tmp_path
 
 
