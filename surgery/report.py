@@ -14,7 +14,7 @@ import torch
 
 from surgery.converted import group_names, say_converted
 from surgery.measurements import History, Phase, Prediction, Sample
-from surgery.sampling import SAMPLE_PERIOD, anonymous_memory, sampled
+from surgery.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
 
 __all__ = ["Phase", "Report", "anonymous_memory"]
 
@@ -44,6 +44,12 @@ class Report:
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _sampler: Sampler = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Weights go to a GPU through buffers that stay as they are, and each look takes the interpreter from the
+        # threads that load.
+        self._sampler = Sampler(SAMPLE_PERIOD if self.device.type == "cpu" else 10 * SAMPLE_PERIOD)
 
     @property
     def seconds(self) -> float:
@@ -64,7 +70,7 @@ class Report:
 
         self._begin(phase)
         try:
-            with sampled(look, period=self._period):
+            with self._sampler.calling(look):
                 yield phase
         finally:
             self._end(phase)
@@ -102,7 +108,7 @@ class Report:
         def look() -> None:
             self.history.add(Sample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
 
-        with sampled(look, period=self._period):
+        with self._sampler.calling(look):
             yield self.history
 
     def track(self, items: Sequence[T], *, describe: Callable[[T], str]) -> Iterator[T]:
@@ -130,13 +136,6 @@ class Report:
             }
             for phase in self.phases
         }
-
-    @property
-    def _period(self) -> float:
-        """Seconds between two looks. Weights go to a GPU through buffers that stay as they are, and each
-        look takes the interpreter from the threads that load.
-        """
-        return SAMPLE_PERIOD if self.device.type == "cpu" else 10 * SAMPLE_PERIOD
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:

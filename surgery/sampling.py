@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-__all__ = ["SAMPLE_PERIOD", "anonymous_memory", "sampled"]
+__all__ = ["SAMPLE_PERIOD", "Sampler", "anonymous_memory"]
 
 #: Seconds between two looks at the process's memory. A layer takes milliseconds to seconds.
 SAMPLE_PERIOD = 0.005
@@ -30,24 +30,53 @@ def anonymous_memory() -> int:
     return (int(resident) - int(shared)) * mmap.PAGESIZE
 
 
-@contextlib.contextmanager
-def sampled(look: Callable[[], None], *, period: float = SAMPLE_PERIOD) -> Iterator[None]:
-    """Call `look` when the block begins, every `period` seconds from a thread while it runs, and when it ends.
+class Sampler:
+    """Calls functions again and again from one thread, however many they are: a wake-up costs more than a look."""
 
-    Calls never overlap. What lasts for less than `period` may go unseen.
-    """
-    done = threading.Event()
+    def __init__(self, period: float) -> None:
+        self._period = period
+        self._looks: list[Callable[[], None]] = []
+        self._lock = threading.Lock()  # held while functions are called
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def repeat() -> None:
-        while not done.wait(period):
+    @contextlib.contextmanager
+    def calling(self, look: Callable[[], None]) -> Iterator[None]:
+        """Call `look` when the block begins, every `period` seconds from a thread while it runs, and when it ends.
+
+        Calls never overlap. What lasts for less than `period` may go unseen.
+        """
+        look()
+        self._add(look)
+        try:
+            yield
+        finally:
+            self._remove(look)
             look()
 
-    thread = threading.Thread(target=repeat, name="surgery-memory", daemon=True)
-    look()
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        look()
+    def _add(self, look: Callable[[], None]) -> None:
+        with self._lock:
+            self._looks.append(look)
+            if len(self._looks) > 1:
+                return
+            self._done = threading.Event()
+            self._thread = threading.Thread(
+                target=self._repeat, args=(self._done,), name="surgery-memory", daemon=True
+            )
+            self._thread.start()
+
+    def _remove(self, look: Callable[[], None]) -> None:
+        with self._lock:
+            self._looks.remove(look)
+            if self._looks:
+                return
+            self._done.set()
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def _repeat(self, done: threading.Event) -> None:
+        while not done.wait(self._period):
+            with self._lock:
+                for look in self._looks if not done.is_set() else ():
+                    look()

@@ -163,3 +163,23 @@ def test_as_dict_has_every_figure_of_every_phase() -> None:
     assert figures["two"]["start"] >= figures["one"]["start"] + 0.01
     assert figures["two"]["bytes_read"] == 9
     assert [phase.group for phase in report.phases] == ["load", "train"]
+
+
+def test_one_thread_samples_for_all_phases_and_ends_with_the_last() -> None:
+    def samplers() -> int:
+        return sum(thread.name == "surgery-memory" for thread in threading.enumerate())
+
+    report = Report()
+    with report.recording() as history:
+        with report.phase("outer"), report.phase("inner"):
+            assert samplers() == 1
+        count = len(history.samples)
+        time.sleep(0.05)
+        assert len(history.samples) > count, "it goes on for those that are left"
+    assert samplers() == 0
+    with report.phase("later") as later:
+        held = allocate()
+        time.sleep(0.05)
+        del held
+    assert later.host_peak >= later.host_before + SIZE - SLACK, "and begins again"
+    assert samplers() == 0
