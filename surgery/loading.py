@@ -21,15 +21,16 @@ __all__ = ["Background", "Staging", "in_background", "return_freed_memory", "und
 #: four times as much while they are quantized themselves.
 LAYER_LIMIT = 1 << 30
 
-#: Elements that are read at a time for a GPU: 32 MiB of a 16-bit weight, few requests for many bytes.
-CHUNK_ELEMENTS = 1 << 24
+#: Elements that are read at a time: for a GPU 32 MiB of a 16-bit weight, few requests for many bytes; for a CPU 1 MiB,
+#: which takes milliseconds to quantize, long against the waking of a thread.
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staging:
     """How a rank reads ahead: `buffers` of `elements` each, filled by `threads`; and how much makes a layer.
 
-    run_elements: how many are quantized at a time, where that is more than one buffer holds.
+    run_elements: how many are quantized at a time; more or less than one buffer holds.
     layer_elements: what one rank reads of a layer is about as much, in elements. Each layer costs a meeting of all
     ranks, and holds its float32 statistics of all ranks.
     """
@@ -50,10 +51,16 @@ class Staging:
         cache, and 12 keep ahead of quantizing. A CPU quantizes more slowly than one thread reads.
         """
         if device.type == "cpu":
-            return cls(elements=run_elements, buffers=4, threads=1, run_elements=run_elements, layer_elements=1 << 23)
+            return cls(
+                elements=CHUNK_ELEMENTS["cpu"],
+                buffers=3,
+                threads=1,
+                run_elements=run_elements,
+                layer_elements=1 << 23,
+            )
         threads = max(1, min(12, cores() // max(torch.cuda.device_count(), 1)))
         return cls(
-            elements=CHUNK_ELEMENTS,
+            elements=CHUNK_ELEMENTS["cuda"],
             buffers=threads + 4,
             threads=threads,
             run_elements=run_elements,

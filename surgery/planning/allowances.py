@@ -22,7 +22,7 @@ MIB = 1 << 20
 #: Host memory that loading takes whatever the model: threads and their stacks, code and tables made on first use.
 #: What a checkpoint of 251 MB took beside its tensors, upstream's modules imported before, with a C library that gives
 #: freed memory back at once (`MALLOC_MMAP_THRESHOLD_=262144`): glibc as it comes keeps up to 20 MiB more.
-HOST_BYTES = 7 * MIB
+HOST_BYTES = 5 * MIB
 
 #: The same of a process group and of FSDP, where there are several ranks: on 2, 3 and 4 ranks of gloo.
 GROUP_BYTES = 4 * MIB
