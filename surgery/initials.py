@@ -91,6 +91,11 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
         self._stands: dict[int, _Stand] = {}  # by their storage, which they keep
         self._cast: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing in the block is compiled; by default torch lets each operator pass through Dynamo's guard against it."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
