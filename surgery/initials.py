@@ -93,7 +93,7 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing in the block is compiled; by default torch lets each operator pass through Dynamo's guard against it."""
+        """Nothing in the block is compiled, so that no operator needs to pass through Dynamo's guard against it."""
         return False
 
     def __torch_dispatch__(

@@ -60,9 +60,7 @@ class Sampler:
             if len(self._looks) > 1:
                 return
             self._done = threading.Event()
-            self._thread = threading.Thread(
-                target=self._repeat, args=(self._done,), name="surgery-memory", daemon=True
-            )
+            self._thread = threading.Thread(target=self._repeat, args=(self._done,), name="surgery-memory", daemon=True)
             self._thread.start()
 
     def _remove(self, look: Callable[[], None]) -> None:
