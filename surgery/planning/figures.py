@@ -9,16 +9,22 @@ __all__ = ["Memory", "RankPlan", "Step"]
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What is held at the end of loading, and the peak before. With a CPU for device, all is the host's."""
+    """What is held at the end of loading, and the peak before. With a CPU for device, all is the host's.
+
+    anonymous_peak: of the host without buffers for a GPU: the driver maps these, so that the anonymous memory of the
+    process, which a report measures, does not have them.
+    """
 
     host_held: int
     host_peak: int
+    anonymous_peak: int
     device_held: int
     device_peak: int
 
     def on_cpu(self, *, peak: int) -> Memory:
         """The same where the device is the CPU, and `peak` is of both together."""
-        return Memory(host_held=self.host_held + self.device_held, host_peak=peak, device_held=0, device_peak=0)
+        held = self.host_held + self.device_held
+        return Memory(host_held=held, host_peak=peak, anonymous_peak=peak, device_held=0, device_peak=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,11 +49,12 @@ def _say(advice: Advice | None) -> str:
 
 def predictions(plan: MemoryPlan, rank: int) -> dict[str, tuple[int, int]]:
     """`{"load": (host, device), "train": (host, device)}`: peaks of `rank` in bytes above what is held before loading.
+    Of the host what is anonymous memory.
 
     For `Report.predict`, which is to be called for both before loading begins.
     """
     figures = plan.of_rank(rank)
-    found = {"load": (figures.load.host_peak, figures.load.device_peak)}
+    found = {"load": (figures.load.anonymous_peak, figures.load.device_peak)}
     if figures.train is not None:
         found["train"] = (figures.train.host_peak, figures.train.device_peak)
     return found

@@ -29,9 +29,10 @@ def plan_load(
     inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], *, rank: int
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
-    passing = _staging_bytes(inventory, staging) + adapters_being_drawn(inventory, setting)
-    passing += _landing_bytes(setting, rank)
-    walk = _Walk(setting=setting, staging=staging, rank=rank, always=fixed_bytes(inventory, setting) + passing)
+    buffers = _staging_bytes(inventory, staging) + _landing_bytes(setting, rank)
+    passing = buffers + adapters_being_drawn(inventory, setting)
+    always = fixed_bytes(inventory, setting) + passing
+    walk = _Walk(setting=setting, staging=staging, rank=rank, always=always, pinned=0 if setting.on_cpu else buffers)
     walk.note(host_more=adapters_as_made(inventory, setting))
     if setting.placement != "sharded":  # adapters wait to be sharded, or moved, as whole as the weights
         walk.always += adapters_whole(inventory, setting)
@@ -40,6 +41,7 @@ def plan_load(
     for layer in layers:
         walk.visit(layer)
     walk.always -= passing
+    walk.pinned = 0
     return walk.finish(inventory)
 
 
@@ -71,6 +73,7 @@ class _Walk:
     staging: Staging
     rank: int
     always: int  # on the host, whatever else happens
+    pinned: int  # of that
     waiting: Layer | None = None
     beside: int = 0
     host: int = 0
@@ -82,7 +85,8 @@ class _Walk:
     def note(self, *, host_more: int = 0, device_more: int = 0) -> None:
         """A moment with so much beside what is held."""
         held = self.device + self.state + self.landing + self.beside
-        self.peaks.note(host=self.always + self.host + host_more, device=held + device_more)
+        host = self.always + self.host + host_more
+        self.peaks.note(host=host, device=held + device_more, pinned=self.pinned)
 
     def hold(self, size: int) -> None:
         """From now on, where shards wait."""
@@ -140,6 +144,7 @@ class _Walk:
         memory = Memory(
             host_held=host_held,
             host_peak=self.peaks.host,
+            anonymous_peak=self.peaks.anonymous,
             device_held=held - offloaded + self.state,
             device_peak=self.peaks.device,
         )

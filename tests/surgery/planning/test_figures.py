@@ -9,6 +9,7 @@ import torch
 
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
+from surgery.loading import Staging
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.fitting import check_fits, fits_gpu, predictions
 from surgery.planning.inventory import Inventory
@@ -92,12 +93,20 @@ def test_on_cpus_everything_is_the_hosts(inventory: Inventory) -> None:
     assert found.load.host_held > 17 * GIB
 
 
+def test_pinned_buffers_are_no_anonymous_memory(inventory: Inventory) -> None:
+    buffers = Staging.on(torch.device("cuda"), run_elements=1 << 26)
+    found = rank0(inventory).load
+    assert found.host_peak - found.anonymous_peak == buffers.buffers * buffers.elements * 2  # of 16-bit weights
+    on_cpu = rank0(inventory, device=torch.device("cpu")).load
+    assert on_cpu.host_peak == on_cpu.anonymous_peak
+
+
 def test_predictions_are_the_peaks_of_a_rank(inventory: Inventory) -> None:
     plan = make_plan(inventory, setting(), Training())
     figures = plan.of_rank(1)
     assert figures.train is not None
     assert predictions(plan, 1) == {
-        "load": (figures.load.host_peak, figures.load.device_peak),
+        "load": (figures.load.anonymous_peak, figures.load.device_peak),
         "train": (figures.train.host_peak, figures.train.device_peak),
     }
     assert set(predictions(make_plan(inventory, setting(), None), 0)) == {"load"}
