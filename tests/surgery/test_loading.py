@@ -97,8 +97,13 @@ def test_ctrl_c_while_loading_ends_all_threads(tiny: Path, monkeypatch: pytest.M
     staging = Staging(elements=4096, buffers=1, threads=1, run_elements=4096, layer_elements=1000)
     monkeypatch.setattr(Staging, "on", lambda *args, **options: staging)
     monkeypatch.setattr(Reader, "read_bytes", slowly)
-    with pytest.raises(KeyboardInterrupt):
-        surgery.qlora(tiny, report=surgery.Report())
+    # A shell that starts tests in the background has them ignore the signal, and then Python does not handle it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            surgery.qlora(tiny, report=surgery.Report())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 3 <= len(begun) < len(surgery.Checkpoint.open(tiny).names())
     assert surgery_threads() == []
     assert patches.active() == []
