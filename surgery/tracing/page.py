@@ -28,8 +28,8 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _READING = (
     "Host memory is anonymous memory of the process (RssAnon): what is allocated, libraries that were imported "
     "included, without files that are cached or mapped. Device memory is what torch has allocated; a thin line is what "
-    "it has reserved. A step of a line is the most that was seen until the next; what lasts for less than 5 ms may go "
-    "unseen, but device peaks in tables are torch's own. Phases whose bars overlap ran at the same time, in two "
+    "it has reserved. A step of a line is the most that was seen until the next; what lasts for less than 5 to 50 ms "
+    "may go unseen, but device peaks in tables are torch's own. Phases whose bars overlap ran at the same time, in two "
     "threads: peaks and bytes read are then of both. Ranks share their axes, and times are those of "
     "their nodes' clocks."
 )
