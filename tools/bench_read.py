@@ -29,9 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from surgery.checkpoint import Index, Prefetch, Reader, Request
-
-#: Elements that the streaming reader has in a buffer.
-CHUNK_ELEMENTS = 1 << 19
+from surgery.loading import CHUNK_ELEMENTS
 
 OTHER = "fastsafetensors"
 
@@ -79,7 +77,9 @@ def _stream(index: Index, threads: int) -> int:
     count = 0
     with (
         Reader(index) as reader,
-        Prefetch(reader, requests, chunk_elements=CHUNK_ELEMENTS, buffers=threads + 2, threads=threads) as prefetch,
+        Prefetch(
+            reader, requests, chunk_elements=CHUNK_ELEMENTS["cpu"], buffers=threads + 2, threads=threads
+        ) as prefetch,
         contextlib.suppress(IndexError),  # after the last chunk
     ):
         while True:
