@@ -1,0 +1,84 @@
+"""Write a small random checkpoint of a family: seeded, 16 bit, and such that the model does something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from families.inputs import loss_of
+from families.shrink import tiny_config
+
+__all__ = ["NotMadeError", "save_random"]
+
+#: Parameters at most: a config that the rules leave larger is no tiny one.
+MOST_PARAMETERS: Final = 20_000_000
+
+#: Standard deviations of weights to try, until logits are finite and differ from token to token.
+SCALES: Final = (0.08, 0.02, 0.005)
+
+
+class NotMadeError(Exception):
+    """No tiny model of this family can be made, or none that runs; the message says why."""
+
+
+def save_random(family: str, folder: Path) -> None:
+    """Save the checkpoint in `folder`. What transformers keeps in float32 is stored in it, the rest in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config = tiny_config(family)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if parameters > MOST_PARAMETERS:
+            raise NotMadeError(f"{parameters:,} parameters after shrinking")
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        _randomize(model, family)
+        _cast(model)
+        model.save_pretrained(folder)
+    except Exception as error:
+        raise NotMadeError(f"{type(error).__name__}: {error}") from error
+
+
+def _randomize(model: Any, family: str) -> None:
+    """Fill with random values, smaller ones until the model's loss is finite."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for scale in SCALES:
+        model.load_state_dict(own)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, tensor in _stored(model):
+                _draw(name, tensor, scale, generator)
+            loss = loss_of(model, family)
+        if loss.isfinite():
+            return
+    raise NotMadeError(f"the loss is {loss.item()} with random weights")
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint has of `model` and is a number, once each."""
+    stored = model.state_dict(keep_vars=True)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and tensor.is_floating_point() and tensor.numel():
+            yield name, tensor
+
+
+def _draw(name: str, tensor: torch.Tensor, scale: float, generator: torch.Generator) -> None:
+    """Weights anew; biases and norms a little off what they are; the rest, decay rates say, as the class sets it."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.dim() >= 2 and "A_log" not in name:
+        tensor.copy_(noise * scale)
+    elif tensor.dim() == 1 and re.search("bias|norm", name):
+        tensor.add_(noise * 0.05)
+
+
+def _cast(model: Any) -> None:
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, tensor in _stored(model):
+        if not any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
+            tensor.data = tensor.data.to(torch.bfloat16)
