@@ -40,9 +40,6 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = _run(chosen, jobs=options.jobs)
-    for outcome in found:
-        if outcome.verdict == "differs":
-            print(f"{outcome.family} differs: {outcome.why}")
     print(", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in found).most_common()))
     if options.output:
         options.output.write_text(page(found))
@@ -86,7 +83,9 @@ def _run(chosen: Sequence[tuple[str, bool]], *, jobs: int) -> list[Outcome]:
         bar = progress.add_task("families", total=len(chosen))
         for outcome in outcomes(chosen, jobs=jobs):
             found.append(outcome)
-            progress.console.print(f"{outcome.family}: {outcome.verdict}, {outcome.seconds} s", highlight=False)
+            said = f"{outcome.family}: {outcome.verdict}, {outcome.seconds} s"
+            why = f"\n    {outcome.why}" if outcome.verdict == "differs" else ""
+            progress.console.print(said + why, highlight=False, markup=False, soft_wrap=True)
             progress.advance(bar)
     return found
 

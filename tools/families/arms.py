@@ -9,15 +9,23 @@ import torch
 from torch import nn
 
 import surgery
+from families.exceptions import EXCLUDED
 
 __all__ = ["adapted", "lora", "ours", "reloaded", "stock"]
 
 
-def lora() -> Any:
-    """PEFT's default targets; B is random too, so that A has a gradient from the first step on."""
+def lora(family: str) -> Any:
+    """PEFT's default targets, but for what it refuses of a family; B is random too, so that A has a gradient at once."""
     from peft import LoraConfig
 
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        exclude_modules=EXCLUDED.get(family),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
 
 
 def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -38,30 +46,34 @@ def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     return as_it_is(model.train())
 
 
-def adapted(model: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+def adapted(model: Any, family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """`model` with adapters by PEFT, in `dtype`."""
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    wrapped = get_peft_model(model, lora(), autocast_adapter_dtype=False)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-    return wrapped.train()
+    return _trained_in(get_peft_model(model, lora(family), autocast_adapter_dtype=False), dtype)
 
 
-def reloaded(model: Any, folder: Path) -> Any:
-    """`model` with the adapter that is saved in `folder`, read by PEFT alone."""
+def reloaded(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """`model` with the adapter that is saved in `folder`, read by PEFT alone, in `dtype`."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False).train()
+    wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+    return _trained_in(wrapped, dtype)
+
+
+def _trained_in(model: Any, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
 
 
 def ours(
     folder: Path,
+    family: str,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    with_lora: bool = True,
     shard: surgery.FSDP2 | None = None,
 ) -> Any:
     """The model of this project, on this rank; a context manager that releases it."""
@@ -69,7 +81,7 @@ def ours(
     return surgery.qlora(
         folder,
         quant=surgery.Quant("nf4"),
-        lora=lora() if with_lora else None,
+        lora=lora(family),
         shard=shard,
         dtype=dtype,
         device=torch.device("cpu"),

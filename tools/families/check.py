@@ -15,7 +15,7 @@ from families.checkpoint import NotMadeError, save_random
 from families.compare import different_losses, different_tensors, differences
 from families.exceptions import IMPOSSIBLE
 from families.inputs import logits_of, train
-from families.outcome import Outcome
+from families.outcome import Outcome, Verdict
 from surgery.quantizers.bnb import linear4bits
 
 __all__ = ["check"]
@@ -38,51 +38,67 @@ def check(family: str, *, shard: bool) -> Outcome:
 
 def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
     try:
-        wanted = arms.adapted(arms.stock(folder / "base"))
-        logits_of(wanted, family).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
-        wanted.zero_grad(set_to_none=True)
+        wanted = arms.adapted(arms.stock(folder / "base"), family)
     except Exception as error:
         return _without_stock(family, folder, error)
     try:
-        found = arms.ours(folder / "base")
-    except surgery.SurgeryError as error:
-        return Outcome(family=family, verdict="refused", why=_line(error))
+        found = arms.ours(folder / "base", family)
     except Exception as error:
-        return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
-    counts = {
-        "quantized": len(linear4bits(found)),
-        "adapters": sum(parameter.requires_grad for parameter in found.parameters()),
-    }
-    why = list(_found_different(family, folder, found, wanted, shard=shard))
-    verdict = "differs" if why else "exact"
-    return Outcome(family=family, verdict=verdict, why="; ".join(why), sharded=shard and not why, **counts)
+        return _without_ours(family, wanted, error)
+    with found:
+        why = list(differences(found, wanted))  # before a forward, in which some buffers change
+        failure = _failure(family, wanted)
+        if failure is not None:
+            return Outcome(family=family, verdict="stock fails", why=_line(failure))
+        why += _run_different(family, folder, found, wanted)
+        sizes = {
+            "quantized": len(linear4bits(found)),
+            "adapters": sum(parameter.requires_grad for parameter in found.parameters()),
+        }
+    if shard and not why:
+        why += sharded.different(family, folder)
+    verdict: Verdict = "differs" if why else "exact"
+    return Outcome(family=family, verdict=verdict, why="; ".join(why), sharded=shard, **sizes)
+
+
+def _failure(family: str, model: Any) -> Exception | None:
+    """What a forward and a backward of `model` raise."""
+    try:
+        logits_of(model, family).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+    except Exception as error:
+        return error
+    model.zero_grad(set_to_none=True)
+    return None
 
 
 def _without_stock(family: str, folder: Path, error: Exception) -> Outcome:
-    """What stock cannot do, this project must not do silently."""
+    """What stock cannot load or adapt, this project must not do silently."""
     try:
-        with arms.ours(folder / "base") as model:
+        with arms.ours(folder / "base", family) as model:
             losses = train(model, family)
     except Exception:
         return Outcome(family=family, verdict="stock fails", why=_line(error))
-    return Outcome(family=family, verdict="stock fails", why=f"{_line(error)} (trains here: {losses})")
+    return Outcome(family=family, verdict="differs", why=f"trains here alone ({losses}); stock: {_line(error)}")
 
 
-def _found_different(family: str, folder: Path, found: Any, wanted: Any, *, shard: bool) -> Iterator[str]:
-    """Everything that differs, in the order in which it is looked at."""
-    with found:
-        for step in (_load, _run, _train, _save):
-            try:
-                yield from step(family, folder, found, wanted)
-            except Exception as error:
-                yield f"{step.__name__[1:]}: {_line(error)}"
-                return
-    if shard:
-        yield from sharded.different(family, folder)
+def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
+    failure = _failure(family, wanted)
+    if failure is not None:
+        return Outcome(family=family, verdict="stock fails", why=_line(failure))
+    if isinstance(error, surgery.SurgeryError):
+        return Outcome(family=family, verdict="refused", why=_line(error))
+    return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
 
 
-def _load(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
-    yield from differences(found, wanted)
+def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[str]:
+    """What differs when both run, in the order in which it is looked at; a step that raises is the last."""
+    why: list[str] = []
+    for step in (_run, _train, _save):
+        try:
+            why += step(family, folder, found, wanted)
+        except Exception as error:
+            return [*why, f"{step.__name__[1:]}: {_line(error)}"]
+    return why
 
 
 def _run(family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:

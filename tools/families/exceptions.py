@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["CHANGES", "IMPOSSIBLE", "INPUTS"]
+__all__ = ["CHANGES", "EXCLUDED", "IMPOSSIBLE", "INPUTS"]
 
 _QSA: Final = {
     "indexer_n_heads": 2,
@@ -67,3 +67,16 @@ IMPOSSIBLE: Final[dict[str, str]] = {}
 
 #: What a model is given beside token ids.
 INPUTS: Final[dict[str, dict[str, Any]]] = {}
+
+_MAMBA: Final = ["out_proj", "conv1d"]
+
+#: What PEFT cannot adapt of what "all-linear" selects: it refuses it, or its forward fails.
+EXCLUDED: Final[dict[str, list[str]]] = {
+    "deepseek_v4": ["o_a_proj"],
+    "falcon_h1": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
+    "nemotron_h": _MAMBA,
+    "phimoe": ["router"],
+}

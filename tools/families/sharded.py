@@ -33,7 +33,7 @@ def different(family: str, folder: Path) -> Iterator[str]:
         yield f"FSDP2: {str(error).strip().splitlines()[-1]}"
         return
     for dtype, halves in PRECISIONS:
-        with arms.ours(folder / "base", dtype=dtype) as alone:
+        with arms.ours(folder / "base", family, dtype=dtype) as alone:
             wanted = train(alone, family)
             for found in ranks:
                 yield from (f"FSDP2, {dtype}: {line}" for line in different_losses(found[halves], wanted, TOLERANCE))
@@ -52,7 +52,7 @@ def _on_rank(family: str, folder: Path) -> dict[bool, list[float]]:
     """Mean losses over the ranks, by whether each has its half of the rows; the adapter of the first is saved."""
     losses = {}
     for dtype, halves in PRECISIONS:
-        with arms.ours(folder / "base", dtype=dtype, shard=surgery.FSDP2()) as model:
+        with arms.ours(folder / "base", family, dtype=dtype, shard=surgery.FSDP2()) as model:
             arms.as_it_is(model)
             ids = IDS.chunk(2)[dist.get_rank()] if halves else IDS
             losses[halves] = _mean(train(model, family, ids))
