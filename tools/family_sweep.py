@@ -78,10 +78,12 @@ def _run(chosen: Sequence[tuple[str, bool]], *, jobs: int) -> list[Outcome]:
     from rich.console import Console
     from rich.progress import Progress
 
+    from families.check import check
+
     found = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("families", total=len(chosen))
-        for outcome in outcomes(chosen, jobs=jobs):
+        for outcome in outcomes(chosen, check, jobs=jobs):
             found.append(outcome)
             said = f"{outcome.family}: {outcome.verdict}, {outcome.seconds} s"
             why = f"\n    {outcome.why}" if outcome.verdict == "differs" else ""

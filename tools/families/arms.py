@@ -15,7 +15,7 @@ __all__ = ["adapted", "lora", "ours", "reloaded", "stock"]
 
 
 def lora(family: str) -> Any:
-    """PEFT's default targets, but for what it refuses of a family; B is random too, so that A has a gradient at once."""
+    """PEFT's default targets, but for what it refuses of a family; B is random too, so that A has gradients at once."""
     from peft import LoraConfig
 
     return LoraConfig(

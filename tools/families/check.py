@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 import surgery
 from families import arms, sharded
 from families.checkpoint import NotMadeError, save_random
-from families.compare import different_losses, different_tensors, differences
+from families.compare import differences, different_losses, different_tensors
 from families.exceptions import IMPOSSIBLE
 from families.inputs import logits_of, train
 from families.outcome import Outcome, Verdict
@@ -23,8 +23,10 @@ __all__ = ["check"]
 #: How far losses may be apart in one process, where both sides compute the same.
 ALONE: Final = 0.0
 
+Result = TypeVar("Result")
 
-def check(family: str, *, shard: bool) -> Outcome:
+
+def check(family: str, shard: bool) -> Outcome:
     """The outcome for `family`; with FSDP2 on two ranks too, where `shard`."""
     if family in IMPOSSIBLE:
         return Outcome(family=family, verdict="not made", why=IMPOSSIBLE[family])
@@ -32,22 +34,20 @@ def check(family: str, *, shard: bool) -> Outcome:
         try:
             save_random(family, Path(folder) / "base")
         except NotMadeError as error:
-            return Outcome(family=family, verdict="not made", why=str(error))
+            return Outcome(family=family, verdict="not made", why=_line(error))
         return _check_made(family, Path(folder), shard=shard)
 
 
 def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
-    try:
-        wanted = arms.adapted(arms.stock(folder / "base"), family)
-    except Exception as error:
-        return _without_stock(family, folder, error)
-    try:
-        found = arms.ours(folder / "base", family)
-    except Exception as error:
-        return _without_ours(family, wanted, error)
+    wanted = _attempt(lambda: arms.adapted(arms.stock(folder / "base"), family))
+    found = _attempt(lambda: arms.ours(folder / "base", family))
+    if isinstance(wanted, Exception):
+        return _without_stock(family, wanted, found)
+    if isinstance(found, Exception):
+        return _without_ours(family, wanted, found)
     with found:
         why = list(differences(found, wanted))  # before a forward, in which some buffers change
-        failure = _failure(family, wanted)
+        failure = _attempt(lambda: _try_out(family, wanted))
         if failure is not None:
             return Outcome(family=family, verdict="stock fails", why=_line(failure))
         why += _run_different(family, folder, found, wanted)
@@ -61,28 +61,32 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
     return Outcome(family=family, verdict=verdict, why="; ".join(why), sharded=shard, **sizes)
 
 
-def _failure(family: str, model: Any) -> Exception | None:
-    """What a forward and a backward of `model` raise."""
+def _attempt(action: Callable[[], Result]) -> Result | Exception:
+    """What `action` returns, or what it raises: models fail in every way there is."""
     try:
-        logits_of(model, family).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
-    except Exception as error:
+        return action()
+    except Exception as error:  # noqa: BLE001  # it becomes a verdict
         return error
+
+
+def _try_out(family: str, model: Any) -> None:
+    logits_of(model, family).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
     model.zero_grad(set_to_none=True)
-    return None
 
 
-def _without_stock(family: str, folder: Path, error: Exception) -> Outcome:
+def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
     """What stock cannot load or adapt, this project must not do silently."""
-    try:
-        with arms.ours(folder / "base", family) as model:
-            losses = train(model, family)
-    except Exception:
+    if isinstance(found, Exception):
         return Outcome(family=family, verdict="stock fails", why=_line(error))
-    return Outcome(family=family, verdict="differs", why=f"trains here alone ({losses}); stock: {_line(error)}")
+    with found:
+        failure = _attempt(lambda: _try_out(family, found))
+    if failure is not None:
+        return Outcome(family=family, verdict="stock fails", why=_line(error))
+    return Outcome(family=family, verdict="differs", why=f"trains here alone; stock: {_line(error)}")
 
 
 def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
-    failure = _failure(family, wanted)
+    failure = _attempt(lambda: _try_out(family, wanted))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(failure))
     if isinstance(error, surgery.SurgeryError):
@@ -94,10 +98,10 @@ def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[s
     """What differs when both run, in the order in which it is looked at; a step that raises is the last."""
     why: list[str] = []
     for step in (_run, _train, _save):
-        try:
-            why += step(family, folder, found, wanted)
-        except Exception as error:
-            return [*why, f"{step.__name__[1:]}: {_line(error)}"]
+        said = _attempt(lambda step=step: list(step(family, folder, found, wanted)))  # type: ignore[misc]
+        if isinstance(said, Exception):
+            return [*why, f"{step.__name__[1:]}: {_line(said)}"]
+        why += said
     return why
 
 

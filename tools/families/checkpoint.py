@@ -28,21 +28,25 @@ class NotMadeError(Exception):
 
 def save_random(family: str, folder: Path) -> None:
     """Save the checkpoint in `folder`. What transformers keeps in float32 is stored in it, the rest in bfloat16."""
-    from transformers import AutoModelForCausalLM
-
     try:
-        config = tiny_config(family)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-        if parameters > MOST_PARAMETERS:
-            raise NotMadeError(f"{parameters:,} parameters after shrinking")
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
-        _randomize(model, family)
-        _cast(model)
-        model.save_pretrained(folder)
+        model = _made(family)
     except Exception as error:
         raise NotMadeError(f"{type(error).__name__}: {error}") from error
+    model.save_pretrained(folder)
+
+
+def _made(family: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(family)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert parameters <= MOST_PARAMETERS, f"{parameters:,} parameters after shrinking"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    _randomize(model, family)
+    _cast(model)
+    return model
 
 
 def _randomize(model: Any, family: str) -> None:
@@ -57,7 +61,7 @@ def _randomize(model: Any, family: str) -> None:
             loss = loss_of(model, family)
         if loss.isfinite():
             return
-    raise NotMadeError(f"the loss is {loss.item()} with random weights")
+    raise ArithmeticError(f"the loss is {loss.item()} with random weights")
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

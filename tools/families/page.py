@@ -48,7 +48,7 @@ def _counts(found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _rows(found: Sequence[Outcome]) -> Iterator[str]:
-    yield "| family | verdict | 4-bit layers | tensors of adapters | FSDP2 | why |\n| --- | --- | --- | --- | --- | --- |"
+    yield "| family | verdict | 4-bit layers | adapter tensors | FSDP2 | why |\n| --- | --- | --- | --- | --- | --- |"
     for outcome in sorted(found, key=lambda outcome: outcome.family):
         sizes = [str(size) if size else "" for size in (outcome.quantized, outcome.adapters)]
         cells = [f"`{outcome.family}`", outcome.verdict, *sizes, "yes" if outcome.sharded else "", _plain(outcome.why)]

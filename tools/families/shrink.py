@@ -95,17 +95,20 @@ def shrunk(config: Any) -> dict[str, Any]:
 def _smaller(name: str, value: Any) -> Any:
     if isinstance(value, bool):
         return value or name == "is_decoder"
+    if isinstance(value, int):
+        return _smaller_number(name, value)
     if isinstance(value, float):
         return 0.0 if "drop" in name else value
     if isinstance(value, dict) and name.endswith("_config"):  # a part that has no class of its own
         return {key: _smaller(key, inner) for key, inner in value.items()}
-    if value is None:
-        return OPEN.get(name)
-    if not isinstance(value, int):
-        return value
+    return OPEN.get(name) if value is None else value
+
+
+def _smaller_number(name: str, value: int) -> int:
     if re.fullmatch(r".*_(token_id|token_index|token_idx|index)", name):
         return value if value < VOCAB else VOCAB - 1 - len(name) % 16
-    return min([value, *(small for pattern, small in RULES if re.fullmatch(pattern, name))][:2])
+    small = next((small for pattern, small in RULES if re.fullmatch(pattern, name)), value)
+    return min(value, small)
 
 
 def _same_heads(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
