@@ -11,6 +11,7 @@ from torch import nn
 from surgery.errors import SelectorError
 from surgery.match import match_any, require_matches
 from surgery.passes.base import Pass
+from surgery.pretrained import is_pretrained, not_converted
 from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
 from surgery.walk import Site, replace_module, sites
@@ -26,7 +27,7 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
     """
     candidates = [site for site in sites(model) if site.fqn and is_linear_like(site.module)]
     require_matches("skip_modules", skip_modules, [site.fqn for site in candidates])
-    keep = _kept_whole(model)
+    keep = _kept_whole(model, candidates)
     chosen = [s for s in candidates if s.fqn not in keep and not match_any(s.fqn, skip_modules)]
     if not chosen:
         raise SelectorError(
@@ -37,16 +38,23 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
     return chosen
 
 
-def _kept_whole(model: nn.Module) -> set[str]:
-    """FQNs of modules that transformers too leaves unquantized: the output head, and modules with tied weights."""
+def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
+    """FQNs of modules that transformers too leaves unquantized: the output head, modules with tied weights, and what the
+    class of the model names (`_keep_in_fp32_modules`).
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    every = list(sites(model))
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
-    for site in every:
+    for site in sites(model):
         for parameter in site.module.parameters(recurse=False):
             owners[parameter].add(site.module)
     tied = {module for modules in owners.values() if len(modules) > 1 for module in modules}
-    return {site.fqn for site in every if site.module in tied or site.module is head}
+    found = {site.fqn for site in candidates if site.module in tied or site.module is head}
+    if not is_pretrained(model):
+        return found
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    patterns = not_converted(model)
+    return found | {site.fqn for site in candidates if not should_convert_module(site.fqn, patterns)}
 
 
 def transposed(chosen: list[Site]) -> frozenset[str]:

@@ -209,7 +209,7 @@ class BnbQuantizer:
     def replacement(self, linear: Any) -> nn.Module:
         """A frozen `Linear4bit` on meta, its weight in packed shape, for an `nn.Linear` or `Conv1D`.
 
-        Its bias takes the dtype of the storage.
+        Its bias takes the dtype of the storage, unless it is kept in another one than the model's.
         """
         from bitsandbytes.nn import Linear4bit
 
@@ -230,9 +230,11 @@ class BnbQuantizer:
         new.weight = as_params4bit(torch.empty(packed, dtype=storage, device="meta"), new, self.quant)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
-            bias_dtype = storage if storage.is_floating_point else bias.dtype
+            bias_dtype = storage if storage.is_floating_point and bias.dtype == self.dtype else bias.dtype
             new.bias = nn.Parameter(torch.empty(bias.shape, dtype=bias_dtype, device="meta"))
         new.train(linear.training)
+        # As transformers sets them: what to transpose when it saves, and what not to initialize.
+        new.source_cls, new._is_hf_initialized = type(linear), True
         return new.requires_grad_(requires_grad=False)
 
     def is_quantized(self, module: nn.Module) -> bool:
