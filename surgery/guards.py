@@ -6,7 +6,7 @@ of the library and what to choose instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-__all__ = ["check_adapter", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
+__all__ = ["check_adapter", "check_kept", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
 
 #: The first torch whose FSDP2 shards parameters of an integer dtype.
 FSDP2_SHARDS_INTEGERS = (2, 13)
 
 #: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
 WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+
+
+#: Names that an error lists at most.
+SHOWN = 4
 
 
 def check_world(shard: FSDP1 | FSDP2 | None, placement: Placement, world_size: int) -> None:
@@ -124,6 +128,19 @@ def check_ties(shard: FSDP1 | FSDP2 | None, tied: Mapping[str, tuple[str, ...]],
             f"shards nothing ({'strategy no-shard' if world_size > 1 else 'one rank'}): its second forward fails. Use "
             "use_orig_params=False, or a sharding strategy on two ranks or more"
         )
+
+
+def check_kept(shard: FSDP1 | FSDP2 | None, kept: Iterable[str], dtype: torch.dtype) -> None:
+    """What upstream keeps in another dtype than the model's against what FSDP casts. kept: FQNs that FSDP gathers."""
+    cast = shard.mixed_precision.param_dtype if shard is not None and shard.mixed_precision is not None else None
+    names = list(kept)
+    if cast is None or not names:
+        return
+    raise ConfigError(
+        f"mixed_precision.param_dtype={cast} would cast {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''} "
+        f"({len(names)} in all), which transformers keeps in another dtype than {dtype}. Use param_dtype=None: "
+        f"everything else is in {dtype} as it is"
+    )
 
 
 def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> None:

@@ -37,7 +37,7 @@ from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weight
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, quantizable, transposed
-from surgery.passes.shard import FullyShard, Wrap
+from surgery.passes.shard import FullyShard, Wrap, check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
 from surgery.planning.fitting import check_fits, free_memory, predictions
@@ -241,6 +241,7 @@ class QLoRA:
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
         mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
@@ -298,7 +299,7 @@ class QLoRA:
                 parameter.data = parameter.data.to(self.device)
         passes: tuple[Pass, ...] = ()
         if isinstance(self.shard, FSDP1):
-            passes = (Wrap(config=self.shard, device=self.device),)
+            passes = (Wrap(config=self.shard, device=self.device, dtype=self.dtype),)
         if isinstance(self.shard, FSDP2) and self.placement != "sharded":
             assert meeting.mesh is not None
             passes = (FullyShard(config=self.shard, mesh=meeting.mesh),)

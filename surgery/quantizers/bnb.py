@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.fqn import join
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -22,6 +23,7 @@ __all__ = [
     "as_params4bit",
     "is_linear_like",
     "is_params4bit",
+    "kept_parameters",
     "linear4bits",
     "packed_shape",
     "with_data",
@@ -67,6 +69,24 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
+
+
+def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:
+    """Floating-point parameters of `model`, by FQN, that are neither in `dtype`, the model's, nor packed.
+
+    Upstream keeps them so. ends: with those of the embedding and of the output head, which may be large.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    named = ("get_input_embeddings", "get_output_embeddings")
+    left_out = set() if ends else {getattr(model, name, lambda: None)() for name in named}
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        stored = {dtype, module.weight.dtype} if isinstance(module, Linear4bit) else {dtype}
+        for name, parameter in module._parameters.items() if module not in left_out else ():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype not in stored:
+                found[join(prefix, name)] = parameter
+    return found
 
 
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
