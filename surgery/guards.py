@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-__all__ = ["check_adapter", "check_kept", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
+__all__ = [
+    "check_adapter",
+    "check_kept",
+    "check_precision",
+    "check_sharding",
+    "check_ties",
+    "check_units",
+    "check_world",
+]
 
 #: The first torch whose FSDP2 shards parameters of an integer dtype.
 FSDP2_SHARDS_INTEGERS = (2, 13)
@@ -136,10 +144,10 @@ def check_kept(shard: FSDP1 | FSDP2 | None, kept: Iterable[str], dtype: torch.dt
     names = list(kept)
     if cast is None or not names:
         return
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
     raise ConfigError(
-        f"mixed_precision.param_dtype={cast} would cast {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''} "
-        f"({len(names)} in all), which transformers keeps in another dtype than {dtype}. Use param_dtype=None: "
-        f"everything else is in {dtype} as it is"
+        f"mixed_precision.param_dtype={cast} would cast what transformers keeps in another dtype than {dtype}: {shown} "
+        f"({len(names)} in all). Use param_dtype=None: everything else is in {dtype} without it"
     )
 
 

@@ -11,10 +11,17 @@ import torch
 from torch import nn
 
 from surgery.config import Quant
-from surgery.fqn import join, split
+from surgery.fqn import join
 from surgery.walk import own_tensors
 
-__all__ = ["compute_buffers", "is_pretrained", "load_generation_config", "mark_quantized", "not_converted", "stored_dtypes"]
+__all__ = [
+    "compute_buffers",
+    "is_pretrained",
+    "load_generation_config",
+    "mark_quantized",
+    "not_converted",
+    "stored_dtypes",
+]
 
 #: What transformers sets on a tensor, or a module, that it must not initialize.
 INITIALIZED = "_is_hf_initialized"
@@ -46,7 +53,7 @@ def stored_dtypes(model: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, s
             seen.add(tensor)
             found = pattern.search(join(prefix, name)) if pattern is not None else None
             own = tensor.dtype if made_in_it else dtype
-            yield module, name, plan[names[found.lastgroup]] if found is not None else own
+            yield module, name, plan[names[str(found.lastgroup)]] if found is not None else own
 
 
 def compute_buffers(model: Any, device: torch.device) -> None:
@@ -70,17 +77,14 @@ def _around_buffers(model: nn.Module) -> set[nn.Module]:
     """Modules with non-persistent buffers, and all that contain them: a parent may fill those of its children."""
     found: set[nn.Module] = set()
     for fqn, module in model.named_modules():
-        if not module._non_persistent_buffers_set:
-            continue
-        found.add(module)
-        while fqn:
-            fqn, _ = split(fqn)
-            found.add(model.get_submodule(fqn))
+        if module._non_persistent_buffers_set:
+            parts = fqn.split(".")
+            found.update(model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1))
     return found
 
 
 def load_generation_config(model: Any, folder: Path) -> None:
-    """Read the generation settings of `folder` into a transformers `model`, and set what else a load sets; no code runs."""
+    """Read the generation settings of `folder` into a transformers `model`, as a load does; no code is run."""
     model.set_use_kernels(False)
     if not model.can_generate() or not hasattr(model, "adjust_generation_fn"):
         return
@@ -101,8 +105,8 @@ def load_generation_config(model: Any, folder: Path) -> None:
 
 
 def not_converted(model: Any) -> list[str]:
-    """Patterns of the modules of a transformers `model` that its quantizer leaves alone, for `should_convert_module`."""
-    from transformers.quantizers import HfQuantizer
+    """Patterns, for `should_convert_module`, of the modules of a transformers `model` that its quantizer leaves."""
+    from transformers.quantizers.base import HfQuantizer
 
     # transformers asks before it ties weights, when each still has every name.
     untied = SimpleNamespace(

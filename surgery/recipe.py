@@ -41,14 +41,14 @@ from surgery.passes.shard import FullyShard, Wrap, check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
 from surgery.planning.fitting import check_fits, free_memory, predictions
-from surgery.planning.inventory import take_inventory
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
 from surgery.pretrained import mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
-from surgery.targets import Target, find_targets
+from surgery.targets import find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
@@ -241,16 +241,16 @@ class QLoRA:
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
         mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
-        check_dtypes(model, self.shard, self.dtype)
+        unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
-        self._foresee(model, targets)
+        self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    def _foresee(self, inventory: Inventory) -> None:
         """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
         setting = Setting(
             world_size=self.ranks.world_size,
@@ -262,7 +262,7 @@ class QLoRA:
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
-        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        plan = make_plan(inventory, setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
         self.report.note_read_once_per_node(plan.read_once_per_node)

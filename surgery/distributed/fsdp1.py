@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def plan_units(
     *,
     use_orig_params: bool,
     policy: Units,
-    unsharded: Set[nn.Parameter] = frozenset(),
+    unsharded: set[nn.Parameter],
 ) -> set[nn.Module]:
     """The modules, the root apart, that become FSDP units of their own; `unsharded` parameters are in none.
 
@@ -68,7 +68,7 @@ def plan_units(
 
 
 def _leaves(
-    root: nn.Module, *, outside: set[nn.Module], unsharded: Set[nn.Parameter]
+    root: nn.Module, *, outside: set[nn.Module], unsharded: set[nn.Parameter]
 ) -> Iterator[tuple[str, nn.Module, list[nn.Parameter]]]:
     """`(name, module, its parameters)` of what holds some in the unit of `root`; what containers hold counts for their
     owner.
@@ -130,7 +130,7 @@ def _not_uniform(
     )
 
 
-def _check_ties(model: nn.Module, units: set[nn.Module], unsharded: Set[nn.Parameter]) -> None:
+def _check_ties(model: nn.Module, units: set[nn.Module], unsharded: set[nn.Parameter]) -> None:
     """A parameter shared by two units would be sharded twice, apart."""
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -194,7 +194,9 @@ def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _bring(model: nn.Module, parameters: Set[nn.Parameter], config: FSDP1, *, device: torch.device) -> list[nn.Parameter]:
+def _bring(
+    model: nn.Module, parameters: set[nn.Parameter], config: FSDP1, *, device: torch.device
+) -> list[nn.Parameter]:
     """What takes the place of `parameters`, whole on `device`, with rank 0's values if the others have none."""
     brought: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -217,7 +219,7 @@ def wrap(
     config: FSDP1,
     *,
     device: torch.device,
-    unsharded: Set[nn.Parameter] = frozenset(),
+    unsharded: set[nn.Parameter],
 ) -> FullyShardedDataParallel:
     """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike.
 

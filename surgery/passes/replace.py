@@ -39,8 +39,8 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
 
 
 def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
-    """FQNs of modules that transformers too leaves unquantized: the output head, modules with tied weights, and what the
-    class of the model names (`_keep_in_fp32_modules`).
+    """FQNs of modules that transformers too leaves unquantized: the output head, modules with tied weights, and what
+    the class of the model names (`_keep_in_fp32_modules`).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)

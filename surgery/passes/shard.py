@@ -43,26 +43,24 @@ class Wrap(Pass):
         return fsdp1.wrap(model, units, self.config, device=self.device, unsharded=unsharded)
 
 
-def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> None:
-    """Raise `ConfigError` if `shard` cannot keep what upstream keeps in another dtype than `dtype`, the model's.
+def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> frozenset[str]:
+    """FQNs of the parameters that will stay whole on every rank, because upstream keeps them in another dtype than
+    `dtype`, the model's.
 
-    `model` is on meta, its linear modules are replaced, and it is not adapted yet.
+    Raises `ConfigError` if `shard` cannot keep one. `model` is on meta, its linear modules are replaced, and it is not
+    adapted yet.
     """
     kept = kept_parameters(model, dtype)
+    unsharded = kept_parameters(model, dtype, ends=False) if isinstance(shard, FSDP1) else {}
     if isinstance(shard, FSDP1):
-        unsharded = kept_parameters(model, dtype, ends=False)
         _units(model, shard, set(unsharded.values()), use_orig_params=True)  # what is trained is not known yet
-        kept = {name: parameter for name, parameter in kept.items() if name not in unsharded}
-    guards.check_kept(shard, kept, dtype)
+    guards.check_kept(shard, [name for name in kept if name not in unsharded], dtype)
+    return frozenset(unsharded)
 
 
-def _units(
-    model: nn.Module, config: FSDP1, unsharded: set[nn.Parameter], *, use_orig_params: bool
-) -> set[nn.Module]:
+def _units(model: nn.Module, config: FSDP1, unsharded: set[nn.Parameter], *, use_orig_params: bool) -> set[nn.Module]:
     blocks = [site.module for site in decoder_blocks(model)]
-    return fsdp1.plan_units(
-        model, blocks, use_orig_params=use_orig_params, policy=config.units, unsharded=unsharded
-    )
+    return fsdp1.plan_units(model, blocks, use_orig_params=use_orig_params, policy=config.units, unsharded=unsharded)
 
 
 @dataclass(frozen=True, kw_only=True)

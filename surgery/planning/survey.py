@@ -35,6 +35,6 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
         check_targets(model, setting.lora)
     quantizer = BnbQuantizer(quant=setting.quant, dtype=setting.dtype, compute_dtype=setting.compute_dtype)
     replaced = Replace(quantizer=quantizer, skip_modules=setting.quant.skip_modules).run(model)
-    check_dtypes(replaced, setting.shard, setting.dtype)
+    unsharded = check_dtypes(replaced, setting.shard, setting.dtype)
     targets = find_targets(replaced, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen))
-    return take_inventory(replaced, targets, setting.lora)
+    return take_inventory(replaced, targets, setting.lora, unsharded=unsharded)

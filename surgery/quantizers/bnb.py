@@ -237,7 +237,7 @@ class BnbQuantizer:
         storage = self.quant.storage_for(self.dtype)
         packed = packed_shape((out_features, in_features), storage)
         bias = getattr(linear, "bias", None)
-        new = Linear4bit(
+        new: Any = Linear4bit(
             in_features,
             out_features,
             bias=bias is not None,
@@ -255,7 +255,8 @@ class BnbQuantizer:
         new.train(linear.training)
         # As transformers sets them: what to transpose when it saves, and what not to initialize.
         new.source_cls, new._is_hf_initialized = type(linear), True
-        return new.requires_grad_(requires_grad=False)
+        frozen: nn.Module = new.requires_grad_(requires_grad=False)
+        return frozen
 
     def is_quantized(self, module: nn.Module) -> bool:
         """Whether `module` is a `Linear4bit`."""
