@@ -100,7 +100,8 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
 
-        with _blaming_the_config(checkpoint), no_init_weights():
+        # Some constructors draw initial values themselves.
+        with _blaming_the_config(checkpoint), no_init_weights(), torch.random.fork_rng(devices=[]):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             load_generation_config(model, _folder(checkpoint))
         trained: nn.Module = model.train()
