@@ -36,7 +36,7 @@ from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.replace import Replace, quantizable, transposed
+from surgery.passes.replace import Replace, precisions, quantizable, transposed
 from surgery.passes.shard import FullyShard, Wrap, check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
@@ -243,7 +243,13 @@ class QLoRA:
         mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
-            model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+            model,
+            assignments,
+            checkpoint.index,
+            quantizer,
+            tied=tied,
+            transposed=transposed(chosen),
+            precisions=precisions(chosen, self.dtype),
         )
         self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))

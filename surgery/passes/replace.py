@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from surgery.errors import SelectorError
@@ -16,7 +17,7 @@ from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
 from surgery.walk import Site, replace_module, sites
 
-__all__ = ["Replace", "quantizable", "transposed"]
+__all__ = ["Replace", "precisions", "quantizable", "transposed"]
 
 
 def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
@@ -60,6 +61,12 @@ def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
 def transposed(chosen: list[Site]) -> frozenset[str]:
     """FQNs of the weights that the checkpoint holds as `(in, out)`."""
     return frozenset(f"{site.fqn}.weight" for site in chosen if is_conv1d(site.module))
+
+
+def precisions(chosen: list[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's."""
+    weights: dict[str, Any] = {f"{site.fqn}.weight": site.module.weight for site in chosen}
+    return {name: weight.dtype for name, weight in weights.items() if weight.dtype != dtype}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,22 +97,23 @@ def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, tor
 
 
 def _quant_states(
-    absmaxes: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype, quant: Quant
+    absmaxes: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], quant: Quant
 ) -> list[QuantState]:
     """The `QuantState`s that `quantize_4bit` would build from these statistics."""
     from bitsandbytes.functional import QuantState
 
-    make = functools.partial(QuantState, dtype=dtype, blocksize=quant.blocksize, quant_type=quant.quant_type)
+    make = functools.partial(QuantState, blocksize=quant.blocksize, quant_type=quant.quant_type)
     codes = [_code(quant.quant_type, absmax.device) for absmax in absmaxes]
     if not quant.double_quant:
         return [
-            make(absmax, shape=shape, code=code) for absmax, shape, code in zip(absmaxes, shapes, codes, strict=True)
+            make(absmax, shape=shape, code=code, dtype=dtype)
+            for absmax, shape, code, dtype in zip(absmaxes, shapes, codes, dtypes, strict=True)
         ]
     offsets = [absmax.mean() for absmax in absmaxes]
     nested = _quantize_statistics([absmax - offset for absmax, offset in zip(absmaxes, offsets, strict=True)])
     return [
-        make(absmax, shape=shape, code=code, offset=offset, state2=state2)
-        for (absmax, state2), shape, code, offset in zip(nested, shapes, codes, offsets, strict=True)
+        make(absmax, shape=shape, code=code, dtype=dtype, offset=offset, state2=state2)
+        for (absmax, state2), shape, code, dtype, offset in zip(nested, shapes, codes, dtypes, offsets, strict=True)
     ]
 
 
@@ -268,17 +269,23 @@ class BnbQuantizer:
         """`(out, in)`."""
         return torch.Size((module.out_features, module.in_features))
 
-    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """By the same kernel as `bitsandbytes.functional.quantize_4bit`, which makes a table of codes each time too."""
-        return _quantize_blocks(run.to(self.dtype), self.quant)
+        return _quantize_blocks(run.to(dtype or self.dtype), self.quant)
 
-    def states(self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[QuantState]:
+    def states(
+        self,
+        statistics: Sequence[torch.Tensor],
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype | None] | None = None,
+    ) -> list[QuantState]:
         """The `QuantState`s that `quantize_4bit` would have made of the whole weights.
 
         With double quantization the statistics of a weight are quantized too, all together, because their mean is taken
         off first.
         """
-        return _quant_states(statistics, shapes, self.dtype, self.quant)
+        quantized_from = [dtype or self.dtype for dtype in dtypes or [None] * len(shapes)]
+        return _quant_states(statistics, shapes, quantized_from, self.quant)
 
     def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
         """A `Params4bit`."""

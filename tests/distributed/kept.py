@@ -45,7 +45,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_value_head_dim": 16,
         },
     ),
-    "head": ("hy_v4", {**ROUTED, "num_experts": 4}),
+    "head": (
+        "hy_v4",
+        {
+            **ROUTED,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+        },
+    ),
 }
 
 KEPT = [
