@@ -38,7 +38,8 @@ def stored_dtypes(model: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, s
     """`(module, name, dtype)` of each floating-point parameter and persistent buffer of a transformers `model`.
 
     As `from_pretrained(dtype=dtype)` stores them: float32 where the model says so (`_keep_in_fp32_modules` and
-    `_keep_in_fp32_modules_strict`); else what the constructor has asked for, if it was made in `dtype`; else `dtype`.
+    `_keep_in_fp32_modules_strict`); else what the constructor has asked for, if it was made in `dtype`; else `dtype`
+    for parameters, and what they have for buffers.
     """
     from transformers.core_model_loading import build_glob_alternation
 
@@ -52,7 +53,7 @@ def stored_dtypes(model: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, s
                 continue
             seen.add(tensor)
             found = pattern.search(join(prefix, name)) if pattern is not None else None
-            own = tensor.dtype if made_in_it else dtype
+            own = tensor.dtype if made_in_it or not isinstance(tensor, nn.Parameter) else dtype
             yield module, name, plan[names[str(found.lastgroup)]] if found is not None else own
 
 
@@ -132,19 +133,20 @@ def mark_quantized(model: Any, quant: Quant, *, dtype: torch.dtype, compute_dtyp
         model.is_loaded_in_4bit = True
         return
     from transformers import BitsAndBytesConfig
+    from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
-    skipped = [fqn for fqn, module in model.named_modules() if fqn and type(module) is nn.Linear]
+    left = [fqn for fqn, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     config = BitsAndBytesConfig(
         load_in_4bit=True,
-        llm_int8_skip_modules=skipped if quant.skip_modules else None,
+        llm_int8_skip_modules=left if quant.skip_modules else None,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_storage=quant.storage_for(dtype),
     )
     quantizer: Any = Bnb4BitHfQuantizer(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = skipped if quant.skip_modules else not_converted(model)
+    quantizer.modules_to_not_convert = left if quant.skip_modules else not_converted(model)
     # It would replace the modules.
     quantizer._process_model_before_weight_loading = lambda *_args, **_options: None
     quantizer.preprocess_model(model, dtype=dtype)

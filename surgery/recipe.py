@@ -116,6 +116,7 @@ def qlora(
             them on every rank's device, and is what a model without `shard` has.
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
+            What transformers keeps in float32 in such a model (router gates, say) is in float32.
         compute_dtype: in which 4-bit layers multiply; None means `dtype`.
         model: builds the module whose parameter names match the checkpoint's; None builds the transformers model that
             the checkpoint's config.json describes.
