@@ -6,7 +6,7 @@ of the library and what to choose instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,16 +138,27 @@ def check_ties(shard: FSDP1 | FSDP2 | None, tied: Mapping[str, tuple[str, ...]],
         )
 
 
-def check_kept(shard: FSDP1 | FSDP2 | None, kept: Iterable[str], dtype: torch.dtype) -> None:
-    """What upstream keeps in another dtype than the model's against what FSDP casts. kept: FQNs that FSDP gathers."""
-    cast = shard.mixed_precision.param_dtype if shard is not None and shard.mixed_precision is not None else None
-    names = list(kept)
-    if cast is None or not names:
-        return
+def check_kept(
+    shard: FSDP1 | FSDP2 | None, kept: Sequence[str], buffers: Mapping[str, torch.dtype], dtype: torch.dtype
+) -> None:
+    """What upstream keeps in another dtype than the model's against what FSDP casts.
+
+    kept: FQNs of such parameters that FSDP gathers. buffers: FQN -> dtype of all buffers of floating point.
+    """
+    precision = shard.mixed_precision if shard is not None else None
+    if precision is not None and precision.param_dtype is not None and kept:
+        raise _would_cast("param_dtype", precision.param_dtype, kept, dtype)
+    cast = getattr(precision, "buffer_dtype", None)
+    others = [name for name, own in buffers.items() if own != cast] if cast is not None else []
+    if others:
+        raise _would_cast("buffer_dtype", cast, others, dtype)
+
+
+def _would_cast(option: str, cast: torch.dtype | None, names: Sequence[str], dtype: torch.dtype) -> ConfigError:
     shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    raise ConfigError(
-        f"mixed_precision.param_dtype={cast} would cast what transformers keeps in another dtype than {dtype}: {shown} "
-        f"({len(names)} in all). Use param_dtype=None: everything else is in {dtype} without it"
+    return ConfigError(
+        f"mixed_precision.{option}={cast} would cast what transformers keeps in another dtype: {shown} "
+        f"({len(names)} in all). Use {option}=None: everything else is in {dtype} without it"
     )
 
 

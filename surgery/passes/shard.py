@@ -13,6 +13,7 @@ from surgery import guards
 from surgery.config import FSDP1, FSDP2
 from surgery.distributed import fsdp1, fsdp2
 from surgery.passes.base import Pass
+from surgery.pretrained import is_pretrained
 from surgery.quantizers.bnb import is_params4bit, kept_parameters, linear4bits
 from surgery.walk import decoder_blocks
 
@@ -54,7 +55,9 @@ def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2 | None, dtype: torch.dty
     unsharded = kept_parameters(model, dtype, ends=False) if isinstance(shard, FSDP1) else {}
     if isinstance(shard, FSDP1):
         _units(model, shard, set(unsharded.values()), use_orig_params=True)  # what is trained is not known yet
-    guards.check_kept(shard, [name for name in kept if name not in unsharded], dtype)
+    named = model.named_buffers() if is_pretrained(model) else ()
+    buffers = {name: buffer.dtype for name, buffer in named if buffer.is_floating_point()}
+    guards.check_kept(shard, [name for name in kept if name not in unsharded], buffers, dtype)
     return frozenset(unsharded)
 
 

@@ -243,9 +243,19 @@ def test_casting_what_is_kept_is_refused(shard: type[FSDP1 | FSDP2]) -> None:
     precision = MixedPrecision if shard is FSDP1 else MixedPrecisionPolicy
     config = shard(mixed_precision=precision(param_dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match=r"would cast .*: a\.weight, b \(2 in all\)"):
-        check_kept(config, ["a.weight", "b"], torch.bfloat16)
-    check_kept(config, [], torch.bfloat16)
-    check_kept(shard(), ["a.weight"], torch.bfloat16)
+        check_kept(config, ["a.weight", "b"], {}, torch.bfloat16)
+    check_kept(config, [], {"c": torch.float32}, torch.bfloat16)
+    check_kept(shard(), ["a.weight"], {"c": torch.float32}, torch.bfloat16)
+
+
+def test_casting_computed_buffers_is_refused() -> None:
+    from torch.distributed.fsdp import MixedPrecision
+
+    with pytest.raises(ConfigError, match=r"buffer_dtype=torch\.bfloat16 would cast .*rotary_emb\.inv_freq"):
+        check_dtypes(
+            skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)), torch.bfloat16
+        )
+    check_dtypes(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.float32)), torch.bfloat16)
 
 
 def test_fsdp1_leaves_whole_what_is_kept_and_fsdp2_gathers_it() -> None:
