@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surgery.config import FSDP2
 from tests.distributed.exactness import Case, loss_of
 
-__all__ = ["KEPT", "MODELS", "losses_of_stock", "train_kept"]
+__all__ = ["KEPT", "MODELS", "Seen", "losses_of_stock", "on_a_rank"]
 
 STEPS = 3
 ROUTED: dict[str, Any] = {
@@ -100,6 +102,27 @@ def losses_of_stock(checkpoint: Path) -> list[float]:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     return train(adapted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """On one rank: losses by name of the case; what a cast of such parameters was refused with, after so many bytes."""
+
+    losses: dict[str, list[float]]
+    refusal: str
+    bytes_read: int
+
+
+def on_a_rank(checkpoints: dict[str, Path]) -> Seen:
+    """All cases, and one that cannot work."""
+    import surgery
+
+    report, cast = surgery.Report(), FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        surgery.qlora(checkpoints["gate"], lora=lora(), shard=cast, report=report)
+    except surgery.ConfigError as error:
+        return Seen(losses=train_kept(checkpoints), refusal=str(error), bytes_read=report.bytes_read)
+    raise AssertionError("nothing was refused")
 
 
 def train_kept(checkpoints: dict[str, Path]) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.exactness import Case
-from tests.distributed.kept import KEPT, MODELS, losses_of_stock, train_kept
+from tests.distributed.kept import KEPT, MODELS, Seen, losses_of_stock, on_a_rank
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
@@ -28,13 +28,20 @@ def expected(checkpoints: dict[str, Path]) -> Losses:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(checkpoints: dict[str, Path]) -> list[Losses]:
-    return run_ranks(train_kept, 2, checkpoints, timeout=500)
+def on_two_ranks(checkpoints: dict[str, Path]) -> list[Seen]:
+    return run_ranks(on_a_rank, 2, checkpoints, timeout=500)
 
 
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: case.name)
-def test_two_ranks_lose_what_stock_loses(case: Case, expected: Losses, on_two_ranks: list[Losses]) -> None:
+def test_two_ranks_lose_what_stock_loses(case: Case, expected: Losses, on_two_ranks: list[Seen]) -> None:
     wanted = expected[case.model]
     assert len(set(wanted)) == len(wanted), "nothing was learned"
     for found in on_two_ranks:
-        assert found[case.name] == pytest.approx(wanted, abs=1e-5)
+        assert found.losses[case.name] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_casting_them_is_refused_before_a_weight_is_read(on_two_ranks: list[Seen]) -> None:
+    for found in on_two_ranks:
+        assert "model.layers.1.mlp.gate.weight" in found.refusal
+        assert "param_dtype=None" in found.refusal
+        assert found.bytes_read == 0
