@@ -125,13 +125,10 @@ def not_converted(model: Any) -> list[str]:
 
 
 def mark_quantized(model: Any, quant: Quant, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
-    """Set on `model`, its linear modules replaced already, what tells of it: PEFT chooses its LoRA layers by it.
+    """Set on a transformers `model`, its linear modules replaced already, and on its config, what its quantizer sets.
 
-    On a model of transformers and its config that is all that its quantizer sets: trainers and models' own code ask.
+    Trainers, PEFT and models' own code ask for it.
     """
-    if not is_pretrained(model):
-        model.is_loaded_in_4bit = True
-        return
     from transformers import BitsAndBytesConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer

@@ -44,7 +44,7 @@ from surgery.planning.fitting import check_fits, free_memory, predictions
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
-from surgery.pretrained import mark_quantized
+from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
@@ -241,7 +241,8 @@ class QLoRA:
                 check_targets(model, self.lora)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
-        mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        if is_pretrained(model):
+            mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
             model,

@@ -165,6 +165,8 @@ class Adapt(Pass):
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""
+        # What transformers sets on a model that it loads in 4 bits, and what PEFT looks at to choose its LoRA layer.
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
         if self.later is None:
             with drawing_from(self.rng_state), appearing_real(model):
                 return self._adapted(model)
