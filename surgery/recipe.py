@@ -36,18 +36,19 @@ from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.replace import Replace, quantizable, transposed
-from surgery.passes.shard import FullyShard, Wrap
+from surgery.passes.replace import Replace, precisions, quantizable, transposed
+from surgery.passes.shard import FullyShard, Wrap, check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
 from surgery.planning.fitting import check_fits, free_memory, predictions
-from surgery.planning.inventory import take_inventory
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
+from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
-from surgery.targets import Target, find_targets
+from surgery.targets import find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
@@ -115,6 +116,7 @@ def qlora(
             them on every rank's device, and is what a model without `shard` has.
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
+            What transformers keeps in float32 in such a model (router gates, say) is in float32.
         compute_dtype: in which 4-bit layers multiply; None means `dtype`.
         model: builds the module whose parameter names match the checkpoint's; None builds the transformers model that
             the checkpoint's config.json describes.
@@ -239,15 +241,24 @@ class QLoRA:
                 check_targets(model, self.lora)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
+        if is_pretrained(model):
+            mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
-            model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+            model,
+            assignments,
+            checkpoint.index,
+            quantizer,
+            tied=tied,
+            transposed=transposed(chosen),
+            precisions=precisions(chosen, self.dtype),
         )
-        self._foresee(model, targets)
+        self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    def _foresee(self, inventory: Inventory) -> None:
         """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
         setting = Setting(
             world_size=self.ranks.world_size,
@@ -259,7 +270,7 @@ class QLoRA:
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
-        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        plan = make_plan(inventory, setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
         self.report.note_read_once_per_node(plan.read_once_per_node)
@@ -296,7 +307,7 @@ class QLoRA:
                 parameter.data = parameter.data.to(self.device)
         passes: tuple[Pass, ...] = ()
         if isinstance(self.shard, FSDP1):
-            passes = (Wrap(config=self.shard, device=self.device),)
+            passes = (Wrap(config=self.shard, device=self.device, dtype=self.dtype),)
         if isinstance(self.shard, FSDP2) and self.placement != "sharded":
             assert meeting.mesh is not None
             passes = (FullyShard(config=self.shard, mesh=meeting.mesh),)

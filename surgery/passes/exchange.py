@@ -68,7 +68,8 @@ class Exchange(Pass):
         for part in quantized:
             part.statistics = None
         shapes = [part.target.logical for part in quantized if part.target.logical is not None]
-        for part, state in zip(quantized, self.parts.quantizer.states(statistics, shapes), strict=True):
+        states = self.parts.quantizer.states(statistics, shapes, [part.target.precision for part in quantized])
+        for part, state in zip(quantized, states, strict=True):
             part.state = state
 
     def _hand_out(self, targets: Sequence[Target]) -> None:

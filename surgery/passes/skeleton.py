@@ -14,6 +14,7 @@ from torch import nn
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, ConfigError
 from surgery.passes.base import Pass
+from surgery.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
 __all__ = ["Skeleton", "causal_lm"]
 
@@ -22,8 +23,9 @@ __all__ = ["Skeleton", "causal_lm"]
 class Skeleton(Pass):
     """Calls `build` with every parameter going to meta.
 
-    After: parameters and persistent buffers are on meta, in `dtype`; buffers that no checkpoint holds (rotary
-    frequencies, say) are real, on `device`; tied parameters are one object.
+    After: parameters and persistent buffers are on meta; buffers that no checkpoint holds (rotary frequencies, say) are
+    real, on `device`; tied parameters are one object. A model of transformers has the dtypes and the values that it
+    would have if transformers had loaded it in `dtype`; of another module every parameter is in `dtype`.
     """
 
     name: ClassVar[str] = "skeleton"
@@ -41,11 +43,25 @@ class Skeleton(Pass):
             skeleton = self.build()
         # Registering on meta has made one parameter of every name.
         getattr(skeleton, "tie_weights", lambda: None)()
+        _place_buffers(skeleton, self.device)
+        if is_pretrained(skeleton):
+            for module, name, dtype in list(stored_dtypes(skeleton, self.dtype)):
+                _cast(module, name, dtype)
+            compute_buffers(skeleton, self.device)
+            return skeleton
         for parameter in skeleton.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
-        _place_buffers(skeleton, self.device)
         return skeleton
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Parameters in place, so that ties survive."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        module._buffers[name] = module.get_buffer(name).to(dtype)
+    elif parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:
@@ -84,9 +100,12 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
 
-        with _blaming_the_config(checkpoint), no_init_weights():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        return model.train()
+        # Some constructors draw initial values themselves.
+        with _blaming_the_config(checkpoint), no_init_weights(), torch.random.fork_rng(devices=[]):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            load_generation_config(model, _folder(checkpoint))
+        trained: nn.Module = model.train()
+        return trained
 
     return build
 

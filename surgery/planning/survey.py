@@ -11,6 +11,7 @@ from surgery import guards
 from surgery.checkpoint import Checkpoint
 from surgery.passes.adapt import check_targets
 from surgery.passes.replace import Replace, quantizable, transposed
+from surgery.passes.shard import check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.setting import Setting
@@ -34,5 +35,6 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
         check_targets(model, setting.lora)
     quantizer = BnbQuantizer(quant=setting.quant, dtype=setting.dtype, compute_dtype=setting.compute_dtype)
     replaced = Replace(quantizer=quantizer, skip_modules=setting.quant.skip_modules).run(model)
+    unsharded = check_dtypes(replaced, setting.shard, setting.dtype)
     targets = find_targets(replaced, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen))
-    return take_inventory(replaced, targets, setting.lora)
+    return take_inventory(replaced, targets, setting.lora, unsharded=unsharded)
