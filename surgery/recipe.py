@@ -231,7 +231,8 @@ class QLoRA:
         build = self.build or causal_lm(checkpoint, self.dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
-            assignments = plan_weights(model, checkpoint.index)
+            weights = plan_weights(model, checkpoint, device=self.device)
+            self.report.note_ignored(weights.ignored)
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)
@@ -240,7 +241,7 @@ class QLoRA:
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
         targets = find_targets(
-            model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+            model, weights.assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
         self._foresee(model, targets)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))

@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from surgery.checkpoint import Chunk, Index, Prefetch, Reader, Request
+from surgery.checkpoint import Index, Prefetch, Reader, Request
 from surgery.distributed.nodes import Node
-from surgery.errors import WeightsMismatchError
 from surgery.fqn import split
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Naming, Pass
@@ -59,43 +58,23 @@ class Load(Pass):
     def _fill(self, targets: list[Target], assignment: Assignment) -> None:
         parts = [self.parts.begin(target) for target in targets]
         if targets[0].source is not None:
-            self._stream(parts[0], assignment)
+            self._stream(parts[0])
         elif self.node.converter(targets, self.parts.division) == self.parts.rank:
             self._convert(parts, assignment)
 
-    def _stream(self, part: Part, assignment: Assignment) -> None:
+    def _stream(self, part: Part) -> None:
         position = part.slice.elements.start
         while position < part.slice.elements.stop:
             chunk = self.prefetch.next()
-            for duplicate in assignment.duplicates:
-                self._check_same(chunk, duplicate, assignment)
             self.parts.fill(part, chunk.start, chunk.data)
             position = chunk.start + chunk.data.numel()
             chunk.release(_recorded(self.parts.residence.compute_device))
 
     def _convert(self, parts: list[Part], assignment: Assignment) -> None:
         tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
-        for name in assignment.duplicates:
-            self._check_whole(self.reader.read(self.index[name]), tensors, name, assignment)
         for part in parts:
             tensor = tensors[part.target.fqn]
             part.converted = (tensor.t() if part.target.is_transposed else tensor).reshape(-1)
-
-    def _check_same(self, chunk: Chunk, name: str, assignment: Assignment) -> None:
-        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word."""
-        entry = self.index[name]
-        if entry.dtype == chunk.data.dtype:
-            other = self.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())
-            if torch.equal(other, chunk.data):
-                return
-        raise _differ(name, assignment)
-
-    def _check_whole(
-        self, other: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, assignment: Assignment
-    ) -> None:
-        tensor = tensors[assignment.targets[0]]
-        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
-            raise _differ(name, assignment)
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:
@@ -105,11 +84,3 @@ def _recorded(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # no annotation upstream
     event.record()
     return event
-
-
-def _differ(name: str, assignment: Assignment) -> WeightsMismatchError:
-    return WeightsMismatchError(
-        f"{name} and {assignment.sources[0]} differ in the checkpoint, but the model ties them "
-        f"({assignment.targets[0]}): set tie_word_embeddings to false in config.json if they are two",
-        tensor=name,
-    )

@@ -55,13 +55,15 @@ def _rows(rows: int, shards: int, position: int | None) -> int:
 class Inventory:
     """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
 
-    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
+    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored: names of the
+    checkpoint that nothing is made of; see `surgery.weights.WeightPlan`.
     """
 
     targets: tuple[Target, ...]
     units: tuple[Unit, ...]
     hidden: int
     vocabulary: int
+    ignored: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
