@@ -1,10 +1,10 @@
-"""Checkpoint tensors that are ignored, or of which no rank can read a range alone: named in groups, said in a line."""
+"""Names of tensors that need a word: counted in groups, and said in a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-__all__ = ["group_names", "say_converted", "say_ignored"]
+__all__ = ["group_names", "say_converted", "say_ignored", "say_initialized"]
 
 #: Groups that a line names at most; a model has few, however many layers and experts it has.
 SHOWN = 8
@@ -38,6 +38,15 @@ def say_ignored(groups: Mapping[str, int]) -> str:
     return (
         f"{total:,} name{' of the checkpoint has' if total == 1 else 's of the checkpoint have'} no place in this model; "
         f"ignored, as transformers does: {', '.join(_names(groups))}."
+    )
+
+
+def say_initialized(groups: Mapping[str, int]) -> str:
+    """That the buffers of `groups`, of which there is at least one, are not in the checkpoint."""
+    total = sum(groups.values())
+    return (
+        f"{total:,} buffer{' is' if total == 1 else 's are'} not in the checkpoint; what transformers initializes is "
+        f"used: {', '.join(_names(groups))}."
     )
 
 

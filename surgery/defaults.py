@@ -13,20 +13,20 @@ from surgery.fqn import split
 __all__ = ["fill_buffers"]
 
 
-def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device) -> set[str]:
+def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device) -> tuple[str, ...]:
     """Give the buffers of `names` the values that `model` initializes them with, on `device`; returns which have one.
 
     Parameters are left out, and so are buffers whose initial value is random, or of which the model says nothing.
     """
-    done = set()
+    done = []
     for name in names:
         path, leaf = split(name)
         owner = model.get_submodule(path)
         value = _initial(model, path, leaf) if leaf in owner._buffers else None
         if value is not None:
             owner._buffers[leaf] = value.to(device)
-            done.add(name)
-    return done
+            done.append(name)
+    return tuple(done)
 
 
 def _initial(model: nn.Module, path: str, leaf: str) -> torch.Tensor | None:

@@ -233,6 +233,7 @@ class QLoRA:
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
             weights = plan_weights(model, checkpoint, device=self.device)
             self.report.note_ignored(weights.ignored)
+            self.report.note_initialized(weights.initialized)
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from surgery.converted import group_names, say_converted, say_ignored
+from surgery.converted import group_names, say_converted, say_ignored, say_initialized
 from surgery.measurements import History, Phase, Prediction, Sample
 from surgery.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
 
@@ -33,6 +33,7 @@ class Report:
     read_once_per_node: how many checkpoint tensors one rank of each node reads and converts for the others, by their
         name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
     ignored: how many names of the checkpoint are not used, by name as above; see `note_ignored`.
+    initialized: how many buffers the checkpoint lacks, likewise; see `note_initialized`.
     """
 
     show_progress: bool = False
@@ -43,6 +44,7 @@ class Report:
     bytes_read: int = 0
     read_once_per_node: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
+    initialized: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -144,6 +146,12 @@ class Report:
             }
             for phase in self.phases
         }
+
+    def note_initialized(self, names: Iterable[str]) -> None:
+        """Note the buffers that keep their initial values, because the checkpoint has none for them; said likewise."""
+        self.initialized = group_names(names)
+        if self.initialized:
+            self._say(say_initialized(self.initialized))
 
     def _say(self, line: str) -> None:
         if not self.show_progress:

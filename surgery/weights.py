@@ -57,11 +57,12 @@ class WeightPlan:
     """What is loaded of a checkpoint, in the model's order, and the names of what is not, as in transformers.
 
     ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
-    holds.
+    holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
     """
 
     assignments: tuple[Assignment, ...]
     ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
 
 
 def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device) -> WeightPlan:
@@ -82,7 +83,8 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
     stored = {name: _finish(model, index, group) for name, group in groups.items()}
     filled = {target for assignment in stored.values() for target in assignment.targets}
     missing = [first for first, aliases in tied_parameters(model).items() if filled.isdisjoint((first, *aliases))]
-    missing = sorted(set(missing) - fill_buffers(model, missing, device=device))
+    initialized = fill_buffers(model, missing, device=device)
+    missing = sorted(set(missing).difference(initialized))
     unexpected = [] if isinstance(model, PreTrainedModel) else unplaced
     if missing or unexpected:
         raise _mismatch(checkpoint, missing, unplaced)
@@ -92,7 +94,9 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
         name = next((name for name in (first, *aliases) if name in stored), None)
         if name is not None:
             assignments.append(_fill(stored[name], name, first))
-    return WeightPlan(assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored))
+    return WeightPlan(
+        assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored), initialized=initialized
+    )
 
 
 def _fill(assignment: Assignment, name: str, first: str) -> Assignment:

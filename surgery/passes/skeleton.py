@@ -78,8 +78,10 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
         )
     _refuse_hub_kernels(config, checkpoint)
-    config._name_or_path = str(checkpoint.source)
-    config.use_cache = False
+    own = _own_config(config)
+    own._name_or_path = str(checkpoint.source)
+    for part in (own, getattr(own, "text_config", None) or own):
+        part.use_cache = False
 
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
@@ -89,6 +91,17 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         return model.train()
 
     return build
+
+
+def _own_config(config: Any) -> Any:
+    """The part of `config` that the model is built from: of a vision-language one, the text's, where transformers has
+    a causal language model for that alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.sub_configs.get("text_config")
+    is_text = text is not None and AutoModelForCausalLM._model_mapping[type(config)].config_class is text
+    return config.get_text_config() if is_text else config
 
 
 @contextlib.contextmanager

@@ -55,8 +55,8 @@ def _rows(rows: int, shards: int, position: int | None) -> int:
 class Inventory:
     """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
 
-    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored: names of the
-    checkpoint that nothing is made of; see `surgery.weights.WeightPlan`.
+    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored, initialized:
+    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `surgery.weights.WeightPlan`.
     """
 
     targets: tuple[Target, ...]
@@ -64,6 +64,7 @@ class Inventory:
     hidden: int
     vocabulary: int
     ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -38,4 +38,5 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
     targets = find_targets(
         replaced, weights.assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
     )
-    return replace(take_inventory(replaced, targets, setting.lora), ignored=weights.ignored)
+    inventory = take_inventory(replaced, targets, setting.lora)
+    return replace(inventory, ignored=weights.ignored, initialized=weights.initialized)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import patches
 import surgery
 from surgery.checkpoint import Checkpoint
-from surgery.errors import PassError, WeightsMismatchError
+from surgery.errors import WeightsMismatchError
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.weights import Assignment, plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
@@ -43,7 +45,7 @@ def test_reads_are_seen(tiny: Path, reads: list[str]) -> None:
 def plan(folder: Path) -> tuple[Assignment, ...]:
     checkpoint = Checkpoint.open(folder)
     skeleton = Skeleton(build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu"))
-    return plan_weights(skeleton.build_on_meta(), checkpoint.index)
+    return plan_weights(skeleton.build_on_meta(), checkpoint, device=torch.device("cpu")).assignments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -82,16 +84,38 @@ def saved_twice(folder: Path, *, differing: bool) -> Path:
     return folder
 
 
-def test_tensor_saved_again_under_a_tied_name_is_accepted(tmp_path: Path) -> None:
-    with surgery.qlora(saved_twice(tmp_path, differing=False), report=surgery.Report()) as model:
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+def test_a_tied_tensor_is_compared_whole_before_it_is_dropped(tmp_path: Path, reads: list[str]) -> None:
+    assert len(plan(saved_twice(tmp_path, differing=False))) == 20
+    assert sorted(set(reads)) == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
-def test_tensor_saved_again_with_other_values_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PassError, match=r"lm_head\.weight differ .*tie_word_embeddings") as caught:
-        surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
-    assert isinstance(caught.value.__cause__, WeightsMismatchError)
-    assert patches.active() == []
+def test_one_element_that_differs_unties(tmp_path: Path) -> None:
+    targets = [assignment.targets for assignment in plan(saved_twice(tmp_path, differing=True))]
+    assert ("lm_head.weight",) in targets
+    assert ("model.embed_tokens.weight",) in targets
+
+
+class Shared(nn.Module):
+    """No model of transformers: two names of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(64, 64, bias=False)
+        self.other = self.one
+
+
+def test_a_plain_module_takes_each_name_and_no_other(tmp_path: Path) -> None:
+    weight = torch.ones(64, 64)
+    tensors = {"one.weight": weight, "other.weight": weight.clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with surgery.qlora(tmp_path, model=Shared, report=surgery.Report()) as model:
+        assert model.one is model.other
+    save_file({**tensors, "more": weight}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"1 tensors that fit nowhere: more"):
+        surgery.qlora(tmp_path, model=Shared, report=surgery.Report())
+    save_file({**tensors, "other.weight": 2 * weight}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"other\.weight and one\.weight differ"):
+        surgery.qlora(tmp_path, model=Shared, report=surgery.Report())
 
 
 def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: list[str]) -> None:
