@@ -1,4 +1,4 @@
-"""Tied parameters of which a checkpoint holds several: one tensor if they are equal, untied if not, as in transformers."""
+"""Tied parameters that a checkpoint stores under several names: untied if they differ, as in transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, TensorEntry
+from surgery.checkpoint import Checkpoint, Reader
 from surgery.errors import WeightsMismatchError
 from surgery.fqn import split
 from surgery.walk import tied_parameters
@@ -18,10 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["untie_different"]
 
-#: Elements compared at a time.
-CHUNK = 1 << 22
-
-#: What is compared of a tensor that lies on the hub: so many ranges, of so many elements.
+#: What is compared: so many ranges, of so many elements. The special and the added tokens are in the first and the last.
 SAMPLES, SAMPLE = 16, 1 << 12
 
 
@@ -29,8 +26,9 @@ def untie_different(model: nn.Module, stored: Mapping[str, Assignment], checkpoi
     """Untie parameters of `model`, on meta, that `checkpoint` stores with different values.
 
     That is what `PreTrainedModel.tie_weights` does while it loads: of parameters that are both there, and differ in the
-    dtype of the model, none is dropped. Reads nothing if no tied parameter is stored twice. Raises
-    `WeightsMismatchError` where untying would not give stock's model.
+    dtype of the model, none is dropped. They are compared by samples, the same here and on the hub; the loader compares
+    all that it reads. Nothing is read if no tied parameter is stored twice. Raises `WeightsMismatchError` where untying
+    would not give stock's model.
     """
     order = {name: number for number, name in enumerate(getattr(model, "all_tied_weights_keys", {}))}
     for first, aliases in tied_parameters(model).items():
@@ -59,7 +57,7 @@ def _untie(model: nn.Module, name: str, kept: str) -> None:
 
 
 def _equal(checkpoint: Checkpoint, one: Assignment, other: Assignment, dtype: torch.dtype) -> bool:
-    with checkpoint.reader() as reader:
+    with Reader(checkpoint.index) as reader:
         if one.converter is not None or other.converter is not None:
             whole = [a.convert({key: reader.read(key) for key in a.sources})[a.targets[0]] for a in (one, other)]
             return torch.equal(whole[0].to(dtype), whole[1].to(dtype))
@@ -67,16 +65,15 @@ def _equal(checkpoint: Checkpoint, one: Assignment, other: Assignment, dtype: to
         entries = [checkpoint.entry(a.sources[0]) for a in (one, other)]
         return all(
             torch.equal(*(read(entry, part.start, part.stop).to(dtype) for entry in entries))
-            for part in _compared(entries[0], whole=checkpoint.fetch is None)
+            for part in _samples(entries[0].numel)
         )
 
 
-def _compared(entry: TensorEntry, *, whole: bool) -> Iterator[range]:
-    """Ranges of elements: all, or samples from the first to the last."""
-    if whole or entry.numel <= SAMPLES * SAMPLE:
-        for start in range(0, entry.numel, CHUNK):
-            yield range(start, min(start + CHUNK, entry.numel))
+def _samples(numel: int) -> Iterator[range]:
+    """Ranges of elements from the first to the last; all of them if there are few."""
+    if numel <= SAMPLES * SAMPLE:
+        yield range(numel)
         return
     for number in range(SAMPLES):
-        start = (entry.numel - SAMPLE) * number // (SAMPLES - 1)
+        start = (numel - SAMPLE) * number // (SAMPLES - 1)
         yield range(start, start + SAMPLE)

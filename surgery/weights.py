@@ -29,6 +29,7 @@ class Assignment:
 
     sources: checkpoint keys, each read once.
     targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
+    duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
     converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
     model: the one that converters ask for its config and shapes.
     dtypes: of the targets as the checkpoint has them.
@@ -36,6 +37,7 @@ class Assignment:
 
     targets: tuple[str, ...]
     sources: tuple[str, ...]
+    duplicates: tuple[str, ...] = ()
     converter: Any = field(default=None, repr=False)
     model: Any = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
     `model` is on meta, before replacement. One of transformers is treated as `from_pretrained` does: names are
     converted by its own tables, what it has no use for is ignored, and persistent buffers that the checkpoint lacks are
     put on `device` with their initial values. Of any other, every name must match. Tied parameters that are stored
-    with different values are untied; nothing is read but, then, those.
+    with different values are untied; nothing is read but samples of those.
 
     Raises `WeightsMismatchError` if a parameter would stay as it was initialized, a checkpoint key of a plain module
     has no place, or a shape or dtype cannot be right.
@@ -91,19 +93,23 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
     untie_different(model, stored, checkpoint)
     assignments = []
     for first, aliases in tied_parameters(model).items():
-        name = next((name for name in (first, *aliases) if name in stored), None)
-        if name is not None:
-            assignments.append(_fill(stored[name], name, first))
+        names = [name for name in (first, *aliases) if name in stored]
+        if names:
+            assignments.append(_fill(first, names, stored))
     return WeightPlan(
         assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored), initialized=initialized
     )
 
 
-def _fill(assignment: Assignment, name: str, first: str) -> Assignment:
-    """`assignment`, which fills `name`, for the FQN under which that parameter is met first."""
-    if name == first:
-        return assignment
-    return replace(assignment, targets=tuple(first if target == name else target for target in assignment.targets))
+def _fill(first: str, names: Sequence[str], stored: Mapping[str, Assignment]) -> Assignment:
+    """The assignment of the parameter that is met as `first`, and that is `stored` under some of its `names`."""
+    name, *others = names
+    chosen = stored[name]
+    return replace(
+        chosen,
+        targets=tuple(first if target == name else target for target in chosen.targets),
+        duplicates=tuple(source for other in others for source in stored[other].sources),
+    )
 
 
 def _mismatch(checkpoint: Checkpoint, missing: Sequence[str], unplaced: Sequence[str]) -> WeightsMismatchError:

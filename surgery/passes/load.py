@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from surgery.checkpoint import Index, Prefetch, Reader, Request
+from surgery.checkpoint import Chunk, Index, Prefetch, Reader, Request
 from surgery.distributed.nodes import Node
+from surgery.errors import WeightsMismatchError
 from surgery.fqn import split
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Naming, Pass
@@ -66,15 +67,33 @@ class Load(Pass):
         position = part.slice.elements.start
         while position < part.slice.elements.stop:
             chunk = self.prefetch.next()
+            for duplicate in part.target.assignment.duplicates:
+                self._check_same(chunk, duplicate, part.target)
             self.parts.fill(part, chunk.start, chunk.data)
             position = chunk.start + chunk.data.numel()
             chunk.release(_recorded(self.parts.residence.compute_device))
 
     def _convert(self, parts: list[Part], assignment: Assignment) -> None:
         tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
+        for name in assignment.duplicates:
+            if not _equal(self.reader.read(self.index[name]), tensors[assignment.targets[0]], parts[0].target):
+                raise _differ(name, assignment)
         for part in parts:
             tensor = tensors[part.target.fqn]
             part.converted = (tensor.t() if part.target.is_transposed else tensor).reshape(-1)
+
+    def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
+        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word.
+
+        Samples have said so already (`surgery.ties`); what they have missed is found here.
+        """
+        other = self.reader.read_range(self.index[name], chunk.start, chunk.start + chunk.data.numel())
+        if not _equal(other, chunk.data, target):
+            raise _differ(name, target.assignment)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor, target: Target) -> bool:
+    return torch.equal(one.to(target.dtype), other.to(target.dtype))
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:
@@ -84,3 +103,11 @@ def _recorded(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # no annotation upstream
     event.record()
     return event
+
+
+def _differ(name: str, assignment: Assignment) -> WeightsMismatchError:
+    return WeightsMismatchError(
+        f"{name} and {assignment.sources[0]} differ in the checkpoint, but the model ties them "
+        f"({assignment.targets[0]}): set tie_word_embeddings to false in config.json if they are two",
+        tensor=name,
+    )

@@ -15,11 +15,11 @@ def read_once_per_node(inventory: Inventory) -> tuple[str, ...]:
 
 
 def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    """What `rank` reads of tensors that map to one parameter each."""
+    """What `rank` reads of tensors that map to one parameter each; a copy under a tied name is read to be compared."""
     division = setting.loading
     total = 0
     for target in inventory.targets:
         if target.source is not None:
             elements = len(division.slice(target.form, rank).elements)
-            total += elements * target.source.dtype.itemsize
+            total += elements * target.source.dtype.itemsize * (1 + len(target.assignment.duplicates))
     return total

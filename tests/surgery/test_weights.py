@@ -13,7 +13,7 @@ from torch import nn
 import patches
 import surgery
 from surgery.checkpoint import Checkpoint
-from surgery.errors import WeightsMismatchError
+from surgery.errors import PassError, WeightsMismatchError
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.weights import Assignment, plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
@@ -84,15 +84,25 @@ def saved_twice(folder: Path, *, differing: bool) -> Path:
     return folder
 
 
-def test_a_tied_tensor_is_compared_whole_before_it_is_dropped(tmp_path: Path, reads: list[str]) -> None:
-    assert len(plan(saved_twice(tmp_path, differing=False))) == 20
-    assert sorted(set(reads)) == ["lm_head.weight", "model.embed_tokens.weight"]
+def test_a_tensor_saved_again_under_a_tied_name_is_one(tmp_path: Path) -> None:
+    (twice,) = [a for a in plan(saved_twice(tmp_path, differing=False)) if a.duplicates]
+    assert (twice.targets, twice.duplicates) == (("model.embed_tokens.weight",), ("lm_head.weight",))
 
 
 def test_one_element_that_differs_unties(tmp_path: Path) -> None:
     targets = [assignment.targets for assignment in plan(saved_twice(tmp_path, differing=True))]
     assert ("lm_head.weight",) in targets
     assert ("model.embed_tokens.weight",) in targets
+
+
+def test_what_samples_do_not_see_is_refused_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.ties.SAMPLE", 16)
+    with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ") as caught:
+        surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
+    assert isinstance(caught.value.__cause__, WeightsMismatchError)
+    assert patches.active() == []
 
 
 class Shared(nn.Module):
@@ -110,7 +120,7 @@ def test_a_plain_module_takes_each_name_and_no_other(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     with surgery.qlora(tmp_path, model=Shared, report=surgery.Report()) as model:
         assert model.one is model.other
-    save_file({**tensors, "more": weight}, tmp_path / "model.safetensors")
+    save_file({**tensors, "more": weight.clone()}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsMismatchError, match=r"1 tensors that fit nowhere: more"):
         surgery.qlora(tmp_path, model=Shared, report=surgery.Report())
     save_file({**tensors, "other.weight": 2 * weight}, tmp_path / "model.safetensors")
