@@ -36,8 +36,8 @@ def say_ignored(groups: Mapping[str, int]) -> str:
     """That the names of `groups`, of which there is at least one, are not used, and which they are."""
     total = sum(groups.values())
     return (
-        f"{total:,} name{' of the checkpoint has' if total == 1 else 's of the checkpoint have'} no place in this model; "
-        f"ignored, as transformers does: {', '.join(_names(groups))}."
+        f"{total:,} name{'' if total == 1 else 's'} in the checkpoint with no place in this model, ignored as "
+        f"transformers does: {', '.join(_names(groups))}."
     )
 
 

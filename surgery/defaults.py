@@ -38,14 +38,12 @@ def _initial(model: nn.Module, path: str, leaf: str) -> torch.Tensor | None:
     initializer = next((module for module in reversed(above) if isinstance(module, PreTrainedModel)), None)
     if initializer is None:
         return None
-    found = []
+    found: list[torch.Tensor] = []
     for trial in (0, 1):
         twin = copy.deepcopy(above[-1])
-        buffer = twin._buffers[leaf]
-        assert buffer is not None
-        twin._buffers[leaf] = torch.full_like(buffer, trial, device="cpu")
+        twin._buffers[leaf] = torch.full_like(twin.get_buffer(leaf), trial, device="cpu")
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(trial)
             initializer._init_weights(twin)
-        found.append(twin._buffers[leaf])
+        found.append(twin.get_buffer(leaf))
     return found[0] if torch.equal(*found) else None

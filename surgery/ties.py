@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["untie_different"]
 
-#: What is compared: so many ranges, of so many elements. The special and the added tokens are in the first and the last.
+#: So many ranges are compared, of so many elements. Special and added tokens are in the first and the last.
 SAMPLES, SAMPLE = 16, 1 << 12
 
 
@@ -45,7 +45,9 @@ def _untie(model: nn.Module, name: str, kept: str) -> None:
     owner = model.get_submodule(path)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     # Upstream has chosen what to quantize by then: a linear layer that is tied, or the head, stays in 16 bits.
-    if name not in getattr(model, "all_tied_weights_keys", {}) or not (owner is head or isinstance(owner, nn.Embedding)):
+    if name not in getattr(model, "all_tied_weights_keys", {}) or not (
+        owner is head or isinstance(owner, nn.Embedding)
+    ):
         raise WeightsMismatchError(
             f"{name} and {kept} differ in the checkpoint, but the model ties them: set tie_word_embeddings to false in "
             "config.json if they are two",

@@ -35,7 +35,8 @@ def peek(
     """Like `Checkpoint.open`, but weights of a hub id are not downloaded, and so cannot be read from what it returns.
 
     `config.json` and the index file go to the cache of `huggingface_hub`; of each weight file the header is fetched
-    by an HTTP range, and of tied weights that are stored twice a few samples. Offline (`HF_HUB_OFFLINE`) the repository has to be in the cache. Not collective.
+    by an HTTP range, and of tied weights that are stored twice a few samples. Offline (`HF_HUB_OFFLINE`) the repository
+    has to be in the cache. Not collective.
     Raises `CheckpointError` for whatever would make the checkpoint unusable.
     """
     name = os.fspath(path_or_hub_id)

@@ -141,6 +141,16 @@ def _all() -> Iterator[Damage]:
         kind=WeightsMismatchError,
         says=("9 parameters no tensor fills", "model.layers.2."),
     )
+    yield Damage(
+        name="weights-of-another-name",
+        apply=lambda folder: edit_config(folder, transformers_weights="other.safetensors"),
+        says=("config.json", "other.safetensors", "transformers_weights"),
+    )
+    yield Damage(
+        name="adapter-beside",
+        apply=lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        says=("adapter_config.json", "transformers would load"),
+    )
     yield Damage(name="pickle-only", apply=_leave_pickles_only, says=("pytorch_model.bin", "safetensors"))
     yield Damage(
         name="quantized-by-config",

@@ -95,9 +95,7 @@ def test_one_element_that_differs_unties(tmp_path: Path) -> None:
     assert ("model.embed_tokens.weight",) in targets
 
 
-def test_what_samples_do_not_see_is_refused_while_it_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_samples_do_not_see_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("surgery.ties.SAMPLE", 16)
     with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ") as caught:
         surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
