@@ -143,8 +143,8 @@ def _finish(model: nn.Module, index: Index, group: Group) -> Assignment:
     except Exception as error:  # whatever operation fails, on tensors that do not belong together
         raise WeightsMismatchError(
             f"{group.name} cannot be made of {len(entries)} tensors of the checkpoint "
-            f"({', '.join(group.sources[:SHOWN])}): {error}. Check that the architecture in config.json is the one that "
-            "wrote these weights",
+            f"({', '.join(group.sources[:SHOWN])}): {error}. Check that the architecture in config.json is the one "
+            "that wrote these weights",
             path=entries[0].file,
             tensor=entries[0].name,
         ) from error

@@ -87,6 +87,7 @@ class _Repository:
     def checkpoint(self) -> Checkpoint:
         """Its model, with entries in files that are not there."""
         config = self._download("config.json")
+        self._download("adapter_config.json")  # which a download has too, and by which the model is refused
         folder = config.parent if config is not None else Path(self.repo_id)
         layout = self._layout(folder)
         with ThreadPoolExecutor(THREADS) as pool:

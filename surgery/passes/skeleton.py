@@ -119,8 +119,8 @@ def _refuse_other_weights(checkpoint: Checkpoint) -> None:
     named = (checkpoint.config or {}).get("transformers_weights")
     if named is not None and [file.name for file in checkpoint.index.files] != [named]:
         raise CheckpointError(
-            f"{checkpoint.path}: config.json says that the weights are in {named!r:.200} (transformers_weights): give the "
-            "path of that file, or remove the entry",
+            f"{checkpoint.path}: config.json says that the weights are in {named!r:.200} (transformers_weights): give "
+            "the path of that file, or remove the entry",
             path=checkpoint.path,
         )
     if (_folder(checkpoint) / "adapter_config.json").is_file():
