@@ -24,6 +24,24 @@ SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Logical:
+    """What a converter asks a model for: config, and parameters on meta in the shapes that they have unquantized."""
+
+    config: Any
+    parameters: Mapping[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that FQN. Raises `KeyError` if there is none."""
+        return self.parameters[name]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Logical:
+        """Of `model`, before its layers are replaced."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(config=getattr(model, "config", None), parameters=parameters)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Assignment:
     """Checkpoint tensors and the parameters that they fill.
 
@@ -31,7 +49,7 @@ class Assignment:
     targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
     duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
     converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
-    model: the one that converters ask for its config and shapes.
+    logical: the model as converters know it; None without one.
     dtypes: of the targets as the checkpoint has them.
     """
 
@@ -39,7 +57,7 @@ class Assignment:
     sources: tuple[str, ...]
     duplicates: tuple[str, ...] = ()
     converter: Any = field(default=None, repr=False)
-    model: Any = field(default=None, repr=False)
+    logical: Logical | None = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
 
@@ -50,7 +68,8 @@ class Assignment:
         converter = copy.deepcopy(self.converter)
         for source, pattern in zip(self.sources, self.patterns, strict=True):
             converter.add_tensor(self.targets[0], source, pattern, tensors[source])
-        converted = converter.convert(self.targets[0], model=self.model, config=self.model.config)
+        assert self.logical is not None
+        converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
@@ -82,7 +101,8 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
 
     index = checkpoint.index
     groups, unplaced, repeated = group_keys(model, index)
-    stored = {name: _finish(model, index, group) for name, group in groups.items()}
+    logical = Logical.of(model)
+    stored = {name: _finish(model, index, group, logical) for name, group in groups.items()}
     filled = {target for assignment in stored.values() for target in assignment.targets}
     missing = [first for first, aliases in tied_parameters(model).items() if filled.isdisjoint((first, *aliases))]
     initialized = fill_buffers(model, missing, device=device)
@@ -128,13 +148,13 @@ def _mismatch(checkpoint: Checkpoint, missing: Sequence[str], unplaced: Sequence
     )
 
 
-def _finish(model: nn.Module, index: Index, group: Group) -> Assignment:
+def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> Assignment:
     """The assignment of `group`, after a dry run on meta that finds its targets and checks their shapes and dtypes."""
     assignment = Assignment(
         targets=(group.name,),
         sources=tuple(group.sources),
         converter=group.converter,
-        model=model,
+        logical=logical,
         patterns=tuple(group.patterns),
     )
     entries = [index[name] for name in group.sources]

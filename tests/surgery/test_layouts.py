@@ -82,6 +82,14 @@ DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
+SARVAM = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 16,
+}
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -92,10 +100,12 @@ BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "deepseek_v3": ("deepseek_v3", DEEPSEEK),
+    "sarvam_moe": ("sarvam_moe", SARVAM),
+    "lara_mini": ("lara_mini", {"head_dim": 16}),
 }
 
-#: Its router is in float32 whatever the model is.
-DTYPES = {"deepseek_v3": torch.float32}
+#: Their routers are in float32 whatever the model is.
+DTYPES = {"deepseek_v3": torch.float32, "sarvam_moe": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +338,8 @@ CASES = (
     ),
     Case(name="an expert less", base="mixtral", change=drop("experts.3."), lacks="experts.gate_up_proj"),
     Case(name="a part of an expert less", base="mixtral", change=drop("experts.3.w3"), lacks="cannot be made of 7"),
+    Case(name="query, key and value in one", base="sarvam_moe", change=lambda folder: None),
+    Case(name="projections of linear attention in one", base="lara_mini", change=lambda folder: None),
     Case(
         name="a buffer that starts at zero",
         base="deepseek_v3",
