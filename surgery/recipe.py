@@ -233,7 +233,9 @@ class QLoRA:
         build = self.build or causal_lm(checkpoint, self.dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
-            assignments = plan_weights(model, checkpoint.index)
+            weights = plan_weights(model, checkpoint, device=self.device)
+            self.report.note_ignored(weights.ignored)
+            self.report.note_initialized(weights.initialized)
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)
@@ -246,7 +248,7 @@ class QLoRA:
         unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
             model,
-            assignments,
+            weights.assignments,
             checkpoint.index,
             quantizer,
             tied=tied,

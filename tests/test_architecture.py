@@ -18,7 +18,7 @@ LAYERS = (
     ("errors", "fqn", "converted"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
     ("checkpoint",),
-    ("slices", "weights", "quantizers", "targets", "parts"),
+    ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
     ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
     ("filling",),

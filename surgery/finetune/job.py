@@ -69,6 +69,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 training=training,
                 memory=gather_phases(report.as_dict()),
                 read_once_per_node=report.read_once_per_node,
+                ignored=report.ignored,
+                initialized=report.initialized,
                 patches=patch_rows(since=earlier),
                 versions=versions(),
                 attestation=attested,

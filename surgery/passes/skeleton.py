@@ -87,6 +87,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             "that builds the nn.Module",
             path=checkpoint.path,
         )
+    _refuse_other_weights(checkpoint)
     with _blaming_the_config(checkpoint):
         config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -94,8 +95,10 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
         )
     _refuse_hub_kernels(config, checkpoint)
-    config._name_or_path = str(checkpoint.source)
-    config.use_cache = False
+    own = _own_config(config)
+    own._name_or_path = str(checkpoint.source)
+    for part in (own, getattr(own, "text_config", None) or own):
+        part.use_cache = False
 
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
@@ -110,6 +113,17 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
     return build
 
 
+def _own_config(config: Any) -> Any:
+    """The part of `config` that the model is built from: of a vision-language one, the text's, where transformers has
+    a causal language model for that alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.sub_configs.get("text_config")
+    of_class = getattr(AutoModelForCausalLM._model_mapping[type(config)], "config_class", None)
+    return config.get_text_config() if text is not None and of_class is text else config
+
+
 @contextlib.contextmanager
 def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
     """Turns whatever a config class or a model's constructor raises, each its own kind, into a `ConfigError`."""
@@ -117,6 +131,23 @@ def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except Exception as error:
         raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
+
+
+def _refuse_other_weights(checkpoint: Checkpoint) -> None:
+    """Transformers would load a file that the config names instead, or an adapter that lies beside the weights too."""
+    named = (checkpoint.config or {}).get("transformers_weights")
+    if named is not None and [file.name for file in checkpoint.index.files] != [named]:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says that the weights are in {named!r:.200} (transformers_weights): give "
+            "the path of that file, or remove the entry",
+            path=checkpoint.path,
+        )
+    if (_folder(checkpoint) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} holds an adapter beside the model (adapter_config.json), which transformers would load "
+            "on top of it: move one of them to another folder",
+            path=checkpoint.path,
+        )
 
 
 def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:

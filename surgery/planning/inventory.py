@@ -56,7 +56,8 @@ class Inventory:
     """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
 
     unsharded: bytes of parameters that are in no unit, whole on every rank.
-    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
+    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored, initialized:
+    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `surgery.weights.WeightPlan`.
     """
 
     targets: tuple[Target, ...]
@@ -64,6 +65,8 @@ class Inventory:
     unsharded: int
     hidden: int
     vocabulary: int
+    ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
