@@ -14,7 +14,9 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import patches
-from surgery.distributed.exchange import current_ranks, everyone
+from surgery.distributed.exchange import current_ranks
+from surgery.distributed.failures import collective, everyone
+from surgery.distributed.pulse import beating
 from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 
@@ -35,10 +37,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized.
     """
     ranks = current_ranks()
-    state = adapter_state(model)
-    with everyone(ranks, device=_device(model)):
-        if ranks.rank == 0:
-            _write(_peft_model(model), state, Path(directory))
+    with beating(ranks), collective(ranks):
+        state = adapter_state(model)
+        with everyone(ranks, device=_device(model)):
+            if ranks.rank == 0:
+                _write(_peft_model(model), state, Path(directory))
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from surgery.checkpoint.header import Header, TensorEntry, read_header
 from surgery.checkpoint.layout import Layout, find_layout
+from surgery.checkpoint.stamp import Stamp
 from surgery.errors import CheckpointError, WeightsMismatchError
 
 __all__ = ["Index", "TensorEntry"]
@@ -19,12 +20,14 @@ __all__ = ["Index", "TensorEntry"]
 class Index(Mapping[str, TensorEntry]):
     """Name -> `TensorEntry` for every tensor of a checkpoint, in the order of its files.
 
-    `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays.
+    `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays. `stamps` are of
+    the files that are on this machine.
     """
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
     metadata: Mapping[str, str]
+    stamps: Mapping[Path, Stamp]
 
     @classmethod
     def open(cls, path: Path) -> Index:
@@ -47,7 +50,12 @@ class Index(Mapping[str, TensorEntry]):
         metadata: dict[str, str] = {}
         for header in headers.values():
             metadata = {**header.metadata, **metadata}
-        return cls(entries=MappingProxyType(entries), files=layout.files, metadata=MappingProxyType(metadata))
+        return cls(
+            entries=MappingProxyType(entries),
+            files=layout.files,
+            metadata=MappingProxyType(metadata),
+            stamps={file: header.stamp for file, header in headers.items() if header.stamp is not None},
+        )
 
     @property
     def total_bytes(self) -> int:
