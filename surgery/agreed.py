@@ -38,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Facts]:
     return {
         "device": {"type": device.type},
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "patches": {line: "active" for line in patches.active_set()},
+        "patches": dict.fromkeys(patches.active_set(), "active"),
     }
 
 

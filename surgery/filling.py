@@ -78,7 +78,7 @@ class Filling:
         self._drawings.append((drawing, self._in_background(drawing.run)))
 
     def into(self, model: nn.Module) -> None:
-        """Load it, and put it into `model`, as it is by now. Raises `CheckpointError` if a file has changed meanwhile."""
+        """Load it, and put it into `model`, as it is by now. Raises `CheckpointError` if a file has changed since."""
         self._in_background(self.load).wait()
         self.reader.check_unchanged()
         self.landing.wait()

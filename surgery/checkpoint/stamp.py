@@ -39,7 +39,7 @@ class Stamp:
     def check(self, file: Path, descriptor: int) -> None:
         """Raise `CheckpointError` unless `file`, which is open, is what it was; costs a look at it, reads nothing."""
         try:
-            found = os.stat(file)
+            found = file.stat()
         except OSError as error:
             raise _changed(file, str(error)) from error
         if found.st_size != self.size:
@@ -66,7 +66,7 @@ def _digest(header: bytes) -> str:
 
 def _changed(file: Path, how: str) -> CheckpointError:
     return CheckpointError(
-        f"The checkpoint file {file} has changed since it was opened: {how}. Leave it alone while it is being read, and "
-        "start again.",
+        f"The checkpoint file {file} has changed since it was opened: {how}. Leave it alone while it is read; start "
+        "again.",
         path=file,
     )

@@ -8,9 +8,10 @@ import json
 import re
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -31,12 +32,12 @@ WIDTH = 120
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def facts_of(value: object, name: str = "", *, without: Set[str] = frozenset()) -> dict[str, str]:
+def facts_of(value: object, name: str = "", *, without: AbstractSet[str] = frozenset()) -> dict[str, str]:
     """`value`, a tree of dataclasses, mappings and sequences, as facts by dotted names; `without` some, wherever."""
     return dict(_facts(value, name, without))
 
 
-def _facts(value: object, name: str, without: Set[str]) -> Iterator[tuple[str, str]]:
+def _facts(value: object, name: str, without: AbstractSet[str]) -> Iterator[tuple[str, str]]:
     children: Mapping[str, object] = {}
     if is_dataclass(value) and not isinstance(value, type):
         yield (name or "kind", type(value).__name__)
@@ -45,7 +46,7 @@ def _facts(value: object, name: str, without: Set[str]) -> Iterator[tuple[str, s
         children = {str(key): child for key, child in value.items()}
     elif isinstance(value, (list, tuple)):
         children = {str(number): child for number, child in enumerate(value)}
-    elif isinstance(value, Set):
+    elif isinstance(value, AbstractSet):
         children = {_text(member): "given" for member in value}
     if not children and not is_dataclass(value):
         yield (name or "value", _text(value))

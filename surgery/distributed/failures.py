@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import PeerError, Ranks, lost
-from surgery.distributed.pulse import silent_ranks
+from surgery.distributed.exchange import PeerError, Ranks, current_ranks, lost
+from surgery.distributed.pulse import beating, silent_ranks
 
-__all__ = ["collective", "everyone", "meet", "noticing_ends"]
+__all__ = ["collective", "everyone", "meet", "noticing_ends", "together"]
 
 #: What NCCL says where it is not its own rank that is at fault (torch 2.13, `ProcessGroupNCCL.cpp`, `NCCLUtils.cpp`).
 REMOTE = re.compile("remote|network|connection|abort|ncclSystemError|time[d ]*out", re.IGNORECASE)
@@ -88,6 +88,14 @@ def collective(ranks: Ranks) -> Iterator[None]:
     except BaseException as error:  # an interrupt
         ranks.raise_alarm(error, apart=True)
         raise
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """`collective` for a block, or as `@together()` a function, that has no `Ranks` yet; with `beating` around it."""
+    ranks = current_ranks()
+    with beating(ranks), collective(ranks):
+        yield
 
 
 @contextlib.contextmanager

@@ -266,7 +266,8 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path, change: Callable[[
         reader.check_unchanged()
         change(file)
         reader.read("b")
-        with pytest.raises(CheckpointError, match=f"{file} has changed since it was opened: {CHANGES[change]}") as caught:
+        says = f"{file} has changed since it was opened: {CHANGES[change]}"
+        with pytest.raises(CheckpointError, match=says) as caught:
             reader.check_unchanged()
     assert caught.value.path == file
 
