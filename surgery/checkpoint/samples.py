@@ -51,4 +51,11 @@ def _of_tensor(descriptor: int, entry: TensorEntry, seed: bytes) -> str:
     place = int.from_bytes(hashlib.blake2b(entry.name.encode(), key=seed, digest_size=8).digest(), "little")
     start = place % (entry.nbytes - length + 1)
     data = os.pread(descriptor, length, entry.start + start)
+    if len(data) < length:
+        raise CheckpointError(
+            f"{entry.file} ends inside tensor {entry.name!r}: it has changed since it was opened. Leave it alone while it "
+            "is read; start again.",
+            path=entry.file,
+            tensor=entry.name,
+        )
     return f"{hashlib.blake2b(data, digest_size=8).hexdigest()} of bytes {start} to {start + length}"
