@@ -53,8 +53,8 @@ def _of_tensor(descriptor: int, entry: TensorEntry, seed: bytes) -> str:
     data = os.pread(descriptor, length, entry.start + start)
     if len(data) < length:
         raise CheckpointError(
-            f"{entry.file} ends inside tensor {entry.name!r}: it has changed since it was opened. Leave it alone while it "
-            "is read; start again.",
+            f"{entry.file} ends inside tensor {entry.name!r}: it has changed since it was opened. Leave it alone while "
+            "it is read; start again.",
             path=entry.file,
             tensor=entry.name,
         )

@@ -142,12 +142,14 @@ def copies(folder: Path) -> Path:
         changed = {name: -tensor if "1.mlp.up_proj" in name else tensor for name, tensor in tensors.items()}
         save_file(changed, file, metadata={"format": "pt"})
     (folder / "plain").mkdir()
-    save_file({f"{name}.weight": torch.ones(64, 64) for name in ("first", "second")}, folder / "plain/model.safetensors")
+    save_file(
+        {f"{name}.weight": torch.ones(64, 64) for name in ("first", "second")}, folder / "plain/model.safetensors"
+    )
     return folder
 
 
 def differing(folder: Path) -> dict[str, str]:
-    """What `qlora` raises here in each case, none of which reads a weight; then the same ranks load what is the same."""
+    """What `qlora` raises here in each case, none of which reads a weight; then the same ranks load what agrees."""
     from surgery.checkpoint import Reader
     from tests.helpers.reads import count_reads
 

@@ -1,4 +1,4 @@
-"""Ranks that were told different things say so, alike, before a weight is read, and can still work together after it."""
+"""Ranks that were told different things say so, alike, before a weight is read, and can go on together after it."""
 
 from __future__ import annotations
 
