@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def _machine() -> str:
 
 def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
     """All settings of a model that has a config, as those of transformers."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         yield from facts_of(config.to_dict(), without=PROVENANCE).items()
         yield "attention", str(getattr(config, "_attn_implementation", None))
@@ -114,11 +114,18 @@ def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
 def _structure(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Every module with what it says of its settings, every parameter and buffer."""
     for name, module in model.named_modules():
-        yield from facts_of(f"{type(module).__name__}({module.extra_repr()})", name or "the model").items()
+        yield from facts_of(_settings(module), name or "the model").items()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         yield name, _described(parameter)
     for name, buffer in model.named_buffers(remove_duplicate=False):
         yield name, _described(buffer)
+
+
+def _settings(module: nn.Module) -> str:
+    try:
+        return f"{type(module).__name__}({module.extra_repr()})"
+    except Exception:  # noqa: BLE001  # what a module says for people may need values, which there are none of on meta
+        return type(module).__name__
 
 
 def _described(tensor: torch.Tensor) -> str:
@@ -126,7 +133,8 @@ def _described(tensor: torch.Tensor) -> str:
     if tensor.is_meta:
         return text
     # Rounded: processors of different kinds compute the last bits of a table differently.
-    return f"{text}, {tensor.double().abs().sum().item():.5g} in sum"
+    sizes = (tensor.abs() if tensor.is_complex() else tensor).double().abs()
+    return f"{text}, {sizes.sum().item():.5g} in sum"
 
 
 def _short(dtype: torch.dtype) -> str:

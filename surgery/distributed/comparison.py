@@ -28,8 +28,8 @@ Facts: TypeAlias = Mapping[str, str]
 SHOWN = 4
 WIDTH = 120
 
-#: What Python writes of an object that has no text of its own, and that differs between processes.
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+#: What is of one process alone: where an object is that has no text of its own, and the number of a device.
+OF_ONE_PROCESS = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")
 
 
 def facts_of(value: object, name: str = "", *, without: AbstractSet[str] = frozenset()) -> dict[str, str]:
@@ -57,7 +57,7 @@ def _facts(value: object, name: str, without: AbstractSet[str]) -> Iterator[tupl
 
 def _text(value: object) -> str:
     value = value.value if isinstance(value, enum.Enum) else value
-    return ADDRESS.sub("", value if isinstance(value, str) else repr(value))
+    return OF_ONE_PROCESS.sub("", value if isinstance(value, str) else repr(value))
 
 
 def same_on_every_rank(

@@ -181,10 +181,10 @@ class Ranks:
 
 def store_holder(store: Any) -> int | None:
     """The rank whose process holds `store`; None if it is no rank's, as torchrun's is."""
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, dist.PrefixStore):  # type: ignore[attr-defined]  # upstream's list of names lacks it
         store = store.underlying_store
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return 0 if isinstance(store, dist.TCPStore) and not of_launcher else None
+    return 0 if isinstance(store, dist.TCPStore) and not of_launcher else None  # type: ignore[attr-defined]
 
 
 _alarms = itertools.count()
