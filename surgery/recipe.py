@@ -13,18 +13,13 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.agreed import adapter_facts, environment, same_model, source_facts
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
-from surgery.distributed.exchange import (
-    Ranks,
-    broadcast_from_rank0,
-    collective,
-    current_ranks,
-    everyone,
-    rank0_rng_state,
-    same_patches,
-)
+from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
+from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
+from surgery.distributed.failures import collective, everyone
 from surgery.distributed.nodes import Node
 from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
@@ -143,7 +138,6 @@ def qlora(
         ranks=ranks,
         report=report or Report(show_progress=ranks.rank == 0, device=device),
     )
-    recipe.check()
     return recipe.run(checkpoint)
 
 
@@ -179,12 +173,12 @@ class QLoRA:
 
     def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
-        same_patches(self.ranks, device=self.device)
-        with collective(self.ranks):
+        with beating(self.ranks), collective(self.ranks):
+            same_on_every_rank(self.ranks, "choices", self._facts(checkpoint), device=self.device)
+            self.check()
             meeting = self._meet()
-        with beating(self.ranks), everyone(self.ranks, device=self.device):
-            model = self._open_and_load(checkpoint, meeting)
-        with collective(self.ranks):
+            with everyone(self.ranks, device=self.device):
+                model = self._open_and_load(checkpoint, meeting)
             model = self._finish(model, meeting)
         return_freed_memory()
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
@@ -196,6 +190,17 @@ class QLoRA:
             # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
             resident.commit()
         return model
+
+    def _facts(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> dict[str, Facts]:
+        """What all ranks must have been asked for alike, before they do anything together."""
+        return {
+            "quantization": facts_of(self.quant),
+            "adapters": adapter_facts(self.lora),
+            "sharding": facts_of({"placement": self.placement, "shard": self.shard}),
+            "precision": facts_of({"dtype": self.dtype, "compute_dtype": self.compute_dtype}),
+            "checkpoint": source_facts(checkpoint),
+            **environment(self.device),
+        }
 
     def _meet(self) -> Meeting:
         """What takes a collective to set up, before ranks go their own ways."""
@@ -233,6 +238,7 @@ class QLoRA:
         build = self.build or causal_lm(checkpoint, self.dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
+            same_model(self.ranks, model, checkpoint)
             weights = plan_weights(model, checkpoint, device=self.device)
             self.report.note_ignored(weights.ignored)
             self.report.note_initialized(weights.initialized)

@@ -20,7 +20,7 @@ LAYERS = (
     ("checkpoint",),
     ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
+    ("guards", "lifetime", "attestation", "passes", "install", "adapters", "agreed"),
     ("filling",),
     ("planning",),
     ("recipe",),

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from surgery.checkpoint.header import Header, TensorEntry, read_header
 from surgery.checkpoint.layout import Layout, find_layout
+from surgery.checkpoint.stamp import Stamp
 from surgery.errors import WeightsMismatchError
 
 __all__ = ["Index", "TensorEntry"]
@@ -21,12 +22,14 @@ class Index(Mapping[str, TensorEntry]):
 
     `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays.
     `ignored`: names that the index file lists and no file holds; and those that a later file holds again, by name of
-    the files: its tensor counts, as in transformers.
+    the files: its tensor counts, as in transformers. `stamps` are
+    of the files that are on this machine.
     """
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
     metadata: Mapping[str, str]
+    stamps: Mapping[Path, Stamp]
     ignored: tuple[str, ...] = ()
 
     @classmethod
@@ -56,6 +59,7 @@ class Index(Mapping[str, TensorEntry]):
             entries=MappingProxyType(entries),
             files=layout.files,
             metadata=MappingProxyType(metadata),
+            stamps={file: header.stamp for file, header in headers.items() if header.stamp is not None},
             ignored=(*absent, *repeated),
         )
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_parts
-from surgery.distributed.exchange import Ranks, collective
+from surgery.distributed.exchange import Ranks
+from surgery.distributed.failures import collective
 from surgery.distributed.nodes import Node
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Naming, Pass
