@@ -22,8 +22,7 @@ class Index(Mapping[str, TensorEntry]):
 
     `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays.
     `ignored`: names that the index file lists and no file holds; and those that a later file holds again, by name of
-    the files: its tensor counts, as in transformers. `stamps` are
-    of the files that are on this machine.
+    the files: its tensor counts, as in transformers. `stamps`: of the files that are on this machine.
     """
 
     entries: Mapping[str, TensorEntry]
