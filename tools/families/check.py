@@ -34,7 +34,7 @@ def check(family: str, shard: bool) -> Outcome:
         try:
             save_random(family, Path(folder) / "base")
         except NotMadeError as error:
-            return Outcome(family=family, verdict="not made", why=_line(error))
+            return Outcome(family=family, verdict="not made", why=str(error))
         return _check_made(family, Path(folder), shard=shard)
 
 
@@ -89,7 +89,7 @@ def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
     failure = _attempt(lambda: _try_out(family, wanted))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(failure))
-    if isinstance(error, surgery.SurgeryError):
+    if isinstance(error, surgery.SurgeryError) and not isinstance(error, surgery.PassError):  # which comes later
         return Outcome(family=family, verdict="refused", why=_line(error))
     return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
 

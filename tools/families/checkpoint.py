@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,22 +31,36 @@ def save_random(family: str, folder: Path) -> None:
     try:
         model = _made(family)
     except Exception as error:
-        raise NotMadeError(f"{type(error).__name__}: {error}") from error
+        raise NotMadeError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
     model.save_pretrained(folder)
 
 
 def _made(family: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
     config = tiny_config(family)
+    build = _builder(config)
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    assert parameters <= MOST_PARAMETERS, f"{parameters:,} parameters after shrinking"
+        parameters = sum(parameter.numel() for parameter in build(config).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"{parameters:,} parameters after shrinking")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    model = build(config, dtype=torch.float32).train()
     _randomize(model, family)
     _cast(model)
     return model
+
+
+def _builder(config: Any) -> Callable[..., Any]:
+    """Builds what checkpoints with `config` hold: images too where `AutoModelForCausalLM` loads the text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return (AutoModelForImageTextToText if _text_alone(config) else AutoModelForCausalLM).from_config
+
+
+def _text_alone(config: Any) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    text = config.sub_configs.get("text_config")
+    return text is not None and AutoModelForCausalLM._model_mapping[type(config)].config_class is text
 
 
 def _randomize(model: Any, family: str) -> None:
@@ -58,10 +72,10 @@ def _randomize(model: Any, family: str) -> None:
         with torch.no_grad():
             for name, tensor in _stored(model):
                 _draw(name, tensor, scale, generator)
-            loss = loss_of(model, family)
-        if loss.isfinite():
+            loss = None if _text_alone(model.config) else loss_of(model, family)
+        if loss is None or loss.isfinite():
             return
-    raise ArithmeticError(f"the loss is {loss.item()} with random weights")
+    raise ArithmeticError("the loss is not finite with random weights")
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -47,6 +47,7 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_text": _DOTS3,
+    "emu3": {"vocabulary_map": {"<image>": 250}, "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1]}},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "granitemoehybrid": {"mamba_n_heads": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -62,8 +63,13 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "zamba2": {**_ZAMBA, "mamba_headdim": 32, "num_query_groups": 4},
 }
 
-#: Families that are no language model alone, or that nothing in a config can make one that runs here; why.
-IMPOSSIBLE: Final[dict[str, str]] = {}
+#: Families that are no language model alone; why.
+IMPOSSIBLE: Final[dict[str, str]] = {
+    "gemma4_assistant": "drafts for another model, whose hidden states and cache it needs",
+    "gemma4_unified_assistant": "drafts for another model, whose hidden states and cache it needs",
+    "musicgen": "`AutoModelForCausalLM` hands its class the config of the whole model, which it cannot use",
+    "musicgen_melody": "`AutoModelForCausalLM` hands its class the config of the whole model, which it cannot use",
+}
 
 #: What a model is given beside token ids.
 INPUTS: Final[dict[str, dict[str, Any]]] = {}
@@ -78,5 +84,7 @@ EXCLUDED: Final[dict[str, list[str]]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA,
     "nemotron_h": _MAMBA,
+    "llama4": ["router"],
+    "llama4_text": ["router"],
     "phimoe": ["router"],
 }
