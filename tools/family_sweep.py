@@ -8,8 +8,8 @@
 
 Of each family a small random checkpoint is made from its config, by rules on the names of its attributes
 (`families/shrink.py`) and a short table of exceptions (`families/exceptions.py`). It is loaded by transformers,
-bitsandbytes and PEFT alone, and by `surgery.qlora`, and compared bit for bit (`families/check.py`). Each family has a
-process of its own: a crash or a hang is a row.
+bitsandbytes and PEFT alone, and by `surgery.qlora`, and compared bit for bit (`families/check.py`). Families run in
+processes of their own, so that a crash or a hang is a row.
 
 The verdicts: exact; refused (before a weight is read); stock fails; not made; differs. The exit code is 1 where any
 family differs.
@@ -39,12 +39,10 @@ def main() -> int:
     chosen = _chosen(options)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    found = _run(chosen, jobs=options.jobs)
+    found = _run(chosen, options)
     print(", ".join(f"{count} {verdict}" for verdict, count in Counter(o.verdict for o in found).most_common()))
     if options.output:
         options.output.write_text(page(found))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(outcome) for outcome in found], indent=1) + "\n")
     return int(any(outcome.verdict == "differs" for outcome in found))
 
 
@@ -74,7 +72,8 @@ def _chosen(options: argparse.Namespace) -> list[tuple[str, bool]]:
     return [pair for pair in every if pair[0] in (options.families or NAMES)][part - 1 :: parts]
 
 
-def _run(chosen: Sequence[tuple[str, bool]], *, jobs: int) -> list[Outcome]:
+def _run(chosen: Sequence[tuple[str, bool]], options: argparse.Namespace) -> list[Outcome]:
+    """The outcomes, said and written as they come."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -83,12 +82,14 @@ def _run(chosen: Sequence[tuple[str, bool]], *, jobs: int) -> list[Outcome]:
     found = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("families", total=len(chosen))
-        for outcome in outcomes(chosen, check, jobs=jobs):
+        for outcome in outcomes(chosen, check, jobs=options.jobs):
             found.append(outcome)
             said = f"{outcome.family}: {outcome.verdict}, {outcome.seconds} s"
             why = f"\n    {outcome.why}" if outcome.verdict == "differs" else ""
             progress.console.print(said + why, highlight=False, markup=False, soft_wrap=True)
             progress.advance(bar)
+            if options.json:
+                options.json.write_text(json.dumps([asdict(outcome) for outcome in found], indent=1) + "\n")
     return found
 
 

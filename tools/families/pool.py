@@ -1,4 +1,4 @@
-"""Run every family in a process of its own, so that a crash or a hang of one is a row and no more."""
+"""Run families in processes of their own, so that a crash or a hang of one is a row and no more."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import Final
 
 from families.outcome import Outcome
@@ -20,66 +20,103 @@ __all__ = ["outcomes"]
 #: Seconds after which a family is given up.
 LIMIT: Final = 300.0
 
+#: Families that a process takes one after the other: the first costs seconds of imports, and each leaves some memory.
+CHUNK: Final = 20
+
 Check = Callable[[str, bool], Outcome]
-Running = tuple[str, float, ForkServerProcess]
+Task = tuple[str, bool]
 
 
-def outcomes(
-    families: Sequence[tuple[str, bool]], check: Check, *, jobs: int = 1, limit: float = LIMIT
-) -> Iterator[Outcome]:
-    """What `check` says of each `(family, whether with two ranks)`, as it comes, of `jobs` at a time.
+def outcomes(families: Sequence[Task], check: Check, *, jobs: int = 1, limit: float = LIMIT) -> Iterator[Outcome]:
+    """What `check` says of each `(family, whether with two ranks)`, as it comes, from `jobs` processes.
 
-    A process that ends by itself, or is not done after `limit` seconds, is an outcome that differs.
+    One that ends by itself, or is not done after `limit` seconds, is an outcome that differs.
     """
+    waiting, workers = list(families), list[_Worker]()
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                workers.append(_start(check, waiting.pop(0)))
+            ready = wait([worker.pipe for worker in workers], timeout=1)
+            for worker in list(workers):
+                outcome = worker.outcome(ready, limit)
+                if outcome is None:
+                    continue
+                yield outcome
+                if waiting and worker.can_go_on:
+                    worker.give(waiting.pop(0))
+                    continue
+                workers.remove(worker)
+                worker.end()
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process, and the family that it is at."""
+
+    process: BaseProcess
+    pipe: Connection
+    family: str = ""
+    since: float = 0.0
+    taken: int = 0
+    can_go_on: bool = True
+
+    def give(self, task: Task) -> None:
+        self.family, self.since, self.taken = task[0], time.monotonic(), self.taken + 1
+        self.pipe.send(task)
+
+    def outcome(self, ready: Collection[object], limit: float) -> Outcome | None:
+        """What has come of the family; None while it runs."""
+        seconds = time.monotonic() - self.since
+        if self.pipe in ready:
+            return replace(self._received(), seconds=round(seconds, 1))
+        if seconds < limit:
+            return None
+        return self._lost(f"not done after {limit:.0f} s")
+
+    def _received(self) -> Outcome:
+        try:
+            outcome: Outcome = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            return self._lost("the process ended by itself")
+        self.can_go_on = self.taken < CHUNK
+        return outcome
+
+    def _lost(self, why: str) -> Outcome:
+        self.can_go_on = False
+        return Outcome(family=self.family, verdict="differs", why=why)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _start(check: Check, task: Task) -> _Worker:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "families.check"])
-    waiting, running = list(families), dict[Connection, Running]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                family, shard = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(check, family, shard, sender))
-                process.start()
-                sender.close()
-                running[receiver] = (family, time.monotonic(), process)
-            yield from _ended(running, limit)
-    finally:
-        for _, _, process in running.values():
-            process.kill()
+    context.set_forkserver_preload(PRELOAD)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(check, theirs))
+    process.start()
+    theirs.close()
+    worker = _Worker(process, ours)
+    worker.give(task)
+    return worker
 
 
-def _ended(running: dict[Connection, Running], limit: float) -> Iterator[Outcome]:
-    """The outcomes of the processes that are done, or out of time, and are taken out of `running`."""
-    ready = wait(list(running), timeout=1)
-    late = [pipe for pipe, (_, start, _) in running.items() if time.monotonic() - start > limit]
-    for pipe in {*ready, *late}:
-        family, start, process = running.pop(pipe)
-        yield replace(_received(pipe, family, process, limit), seconds=round(time.monotonic() - start, 1))
-
-
-def _received(pipe: Connection, family: str, process: ForkServerProcess, limit: float) -> Outcome:
-    try:
-        if pipe.poll():
-            outcome: Outcome = pipe.recv()
-            return outcome
-        return Outcome(family=family, verdict="differs", why=f"not done after {limit:.0f} s")
-    except EOFError:
-        return Outcome(family=family, verdict="differs", why="the process ended by itself")
-    finally:
-        process.kill()
-        process.join()
-        pipe.close()
-
-
-def _work(check: Check, family: str, shard: bool, sender: Connection) -> None:
+def _work(check: Check, pipe: Connection) -> None:
+    """Check what comes, until killed."""
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, sys.stderr.fileno())  # warnings of upstream, hundreds of them
-    os.dup2(quiet, sys.stdout.fileno())
-    sender.send(check(family, shard))
+    quiet = os.open(os.devnull, os.O_WRONLY)  # for warnings of upstream, hundreds of them
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(quiet, stream.fileno())
+    while True:
+        pipe.send(check(*pipe.recv()))
