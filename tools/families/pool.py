@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -65,25 +66,28 @@ class _Worker:
     can_go_on: bool = True
 
     def give(self, task: Task) -> None:
-        self.family, self.since, self.taken = task[0], time.monotonic(), self.taken + 1
+        """The clock runs from now on; for the first family from when the process is up, and says so with None."""
+        self.since = time.monotonic() if self.taken else math.inf
+        self.family, self.taken = task[0], self.taken + 1
         self.pipe.send(task)
 
     def outcome(self, ready: Collection[object], limit: float) -> Outcome | None:
         """What has come of the family; None while it runs."""
         seconds = time.monotonic() - self.since
         if self.pipe in ready:
-            return replace(self._received(), seconds=round(seconds, 1))
-        if seconds < limit:
-            return None
-        return self._lost(f"not done after {limit:.0f} s")
+            return self._received(seconds)
+        return self._lost(f"not done after {limit:.0f} s") if seconds > limit else None
 
-    def _received(self) -> Outcome:
+    def _received(self, seconds: float) -> Outcome | None:
         try:
-            outcome: Outcome = self.pipe.recv()
+            outcome: Outcome | None = self.pipe.recv()
         except (EOFError, ConnectionError):
             return self._lost("the process ended by itself")
+        if outcome is None:
+            self.since = time.monotonic()
+            return None
         self.can_go_on = self.taken < CHUNK
-        return outcome
+        return replace(outcome, seconds=round(seconds, 1))
 
     def _lost(self, why: str) -> Outcome:
         self.can_go_on = False
@@ -118,5 +122,6 @@ def _work(check: Check, pipe: Connection) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)  # for warnings of upstream, hundreds of them
     for stream in (sys.stdout, sys.stderr):
         os.dup2(quiet, stream.fileno())
+    pipe.send(None)
     while True:
         pipe.send(check(*pipe.recv()))
