@@ -321,8 +321,7 @@ def test_ranks_do_not_wait_for_a_rank_that_died(tmp_path: Path) -> None:
         leader.kill()
         leader.communicate()
         died = time.monotonic()
-        _, stderr = follower.communicate(timeout=60)
+        stdout, stderr = follower.communicate(timeout=60)
 
-    assert follower.returncode != 0
     assert time.monotonic() - died < 30, "shorter than the timeout of any group"
-    assert "Connection closed by peer" in stderr or "Connection reset" in stderr, stderr
+    assert "A rank has ended while others waited for it to open a checkpoint" in stdout, stderr
