@@ -13,6 +13,8 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.adapter_folder import make_room
+from surgery.base_model import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
@@ -54,7 +56,15 @@ from surgery.weights import plan_weights
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["BUILD_PATCHES", "FSDP2_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
+__all__ = [
+    "BUILD_PATCHES",
+    "FSDP2_PATCHES",
+    "RESIDENT_PATCHES",
+    "QLoRA",
+    "default_device",
+    "launched_world_size",
+    "qlora",
+]
 
 #: Needed while PEFT and FSDP rebuild the model; undone when `qlora` returns.
 BUILD_PATCHES = ("torch.meta-param-replacement",)
@@ -128,7 +138,7 @@ def qlora(
         PeerError: it did on another rank.
     """
     device = _with_index(device or default_device())
-    ranks = current_ranks(_launched_world_size())
+    ranks = current_ranks(launched_world_size())
     recipe = QLoRA(
         quant=quant,
         lora=lora,
@@ -145,7 +155,8 @@ def qlora(
     return recipe.run(checkpoint)
 
 
-def _launched_world_size() -> int | None:
+def launched_world_size() -> int | None:
+    """What the launcher promised, if there is one. Raises `ConfigError` for something else than a number."""
     value = os.environ.get("WORLD_SIZE")
     if value and not value.isdigit():
         raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r}: correct or unset it")
@@ -221,7 +232,9 @@ class QLoRA:
             model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
             fill.into(model)
-        return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        model = self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        name_base(model, checkpoint)
+        return model
 
     def _prepare(self, checkpoint: Checkpoint, quantizer: BnbQuantizer) -> tuple[nn.Module, Source]:
         """The model on meta, with quantized modules, and all that is to be loaded for it.
@@ -242,13 +255,16 @@ class QLoRA:
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
-        self._foresee(model, targets)
+        self._foresee(model, targets, checkpoint)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
-        """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
+    def _foresee(self, model: nn.Module, targets: tuple[Target, ...], checkpoint: Checkpoint) -> None:
+        """Note what the memory plan expects of loading.
+
+        Refuse, as `ConfigError`, what cannot fit this rank's GPU, or the folder that is reserved for the adapter.
+        """
         setting = Setting(
             world_size=self.ranks.world_size,
             placement=self.placement,
@@ -259,7 +275,9 @@ class QLoRA:
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
-        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        inventory = take_inventory(model, targets, self.lora)
+        make_room(inventory.adapter_elements * self.dtype.itemsize, tokenizer=checkpoint.path)
+        plan = make_plan(inventory, setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
         self.report.note_read_once_per_node(plan.read_once_per_node)

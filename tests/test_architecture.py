@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted"),
-    ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
+    ("errors", "fqn", "converted", "whole"),
+    ("config", "match", "walk", "placement", "measurements", "sampling", "report", "folder_lock", "model_card"),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
+    ("guards", "lifetime", "attestation", "passes", "install", "base_model", "adapter_folder", "adapters"),
     ("filling",),
     ("planning",),
     ("recipe",),
-    ("tracing",),
+    ("tracing", "reservation"),
     ("",),  # the package itself: its public names
     ("finetune",),
     ("integrations", "cli", "__main__"),

@@ -15,6 +15,7 @@ import torch
 from surgery.config import FSDP1, FSDP2
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -124,7 +125,9 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
+    folder = save_tiny(tmp_path_factory.mktemp("base"))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,9 @@ def test_saved_adapter_has_every_key_and_loads_with_plain_peft(way: Way, saved: 
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
 
 
