@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from surgery import tokenizer_files
 from surgery.errors import AdapterError, ConfigError
 from surgery.folder_lock import locked
 from surgery.whole import remove_partials, sync
@@ -32,24 +33,6 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 
 #: Where a new adapter is written, and what that folder is called from the moment that it is whole.
 STAGED, WHOLE = ".surgery-staged", ".surgery-whole"
-
-#: What tokenizers of transformers consist of; no code among it.
-TOKENIZER = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 #: The weights first, while what they replace can still be told from what is new; the card when all is in place.
 _ORDER = {WEIGHTS: 0, CONFIG: 2, CARD: 3}
@@ -96,16 +79,13 @@ def hold(directory: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
         yield folder
 
 
-def make_room(nbytes: int, *, tokenizer: Path) -> None:
-    """Reserve the disk space of an adapter in every folder that this process holds.
-
-    nbytes: of its tensors. tokenizer: a folder, the files of whose tokenizer are to lie beside it.
+def make_room(nbytes: int) -> None:
+    """Reserve what an adapter and its tokenizer of `nbytes` need in every folder that this process holds.
 
     Raises `ConfigError` where there is less.
     """
-    copied = sum(file.stat().st_size for file in _tokenizer_files(tokenizer))
     for folder in _held.values():
-        folder.make_room(nbytes + nbytes // 64 + copied + _BESIDE)
+        folder.make_room(nbytes + nbytes // 64 + _BESIDE)
 
 
 class AdapterFolder:
@@ -150,7 +130,7 @@ class AdapterFolder:
             shutil.rmtree(self._staged, ignore_errors=True)
             raise ConfigError(
                 f"the adapter needs {nbytes:,} bytes in {self.path}, found {free:,} free "
-                f"({error.strerror}); choose another output, or remove something there"
+                f"({error.strerror or error}); choose another output, or remove something there"
             ) from error
 
     def save(
@@ -159,11 +139,11 @@ class AdapterFolder:
         config: PeftConfig,
         *,
         card: str,
-        tokenizer: Path | None = None,
+        tokenizer: Mapping[str, bytes],
     ) -> None:
         """Replace the adapter by `tensors`, by PEFT's keys, on the CPU, and `config` as PEFT writes it.
 
-        card: the text of README.md. tokenizer: a folder, the files of whose tokenizer are copied.
+        card: the text of README.md. tokenizer: its files by name; the one that is there stays if there are none.
 
         Raises `AdapterError`, and leaves the adapter there as it was, if a value is not finite or the disk is full;
         where only the last step fails, it names the folder in which the new adapter is whole.
@@ -191,14 +171,13 @@ class AdapterFolder:
             ) from error
 
     def _stage(self) -> None:
-        """An empty folder to write to."""
+        """Make an empty folder to write to."""
         self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it while the model was trained
-        if self._staged.exists():
-            shutil.rmtree(self._staged)
+        self.settle()
         self._staged.mkdir()
 
     def _write(
-        self, tensors: Mapping[str, torch.Tensor], config: PeftConfig, card: str, tokenizer: Path | None
+        self, tensors: Mapping[str, torch.Tensor], config: PeftConfig, card: str, tokenizer: Mapping[str, bytes]
     ) -> None:
         from safetensors.torch import save_file
 
@@ -209,8 +188,8 @@ class AdapterFolder:
         weights.chmod(mode)  # safetensors 0.8 writes files that only their owner may read, whatever the umask says
         config.save_pretrained(str(self._staged))
         (self._staged / CARD).write_text(card, encoding="utf-8")
-        for file in _tokenizer_files(tokenizer) if tokenizer is not None else ():
-            shutil.copyfile(file, self._staged / file.name)
+        for name, content in tokenizer.items():
+            (self._staged / name).write_bytes(content)
         self._drop_unchanged()
         for file in self._staged.iterdir():
             sync(file)
@@ -227,9 +206,9 @@ class AdapterFolder:
     def _outdated(self, new: Path) -> list[Path]:
         """Files in place of a tokenizer that has other files in `new`."""
         names = {file.name for file in new.iterdir()}
-        if names.isdisjoint(TOKENIZER):
+        if names.isdisjoint(tokenizer_files.NAMES):
             return []
-        return [self.path / name for name in TOKENIZER if name not in names and (self.path / name).exists()]
+        return [self.path / name for name in tokenizer_files.NAMES if name not in names and (self.path / name).exists()]
 
     def _move_in_place(self) -> None:
         """Move the files of a whole adapter, from wherever that was stopped."""
@@ -268,10 +247,6 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         separate[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
         taken.add(separate[name].untyped_storage().data_ptr())
     return separate
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER if (folder / name).is_file()]
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:

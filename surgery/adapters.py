@@ -19,6 +19,7 @@ from surgery.distributed.exchange import current_ranks, everyone
 from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 from surgery.model_card import render_card
+from surgery.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -145,7 +146,10 @@ def _write(
         saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False, adapter_name=ADAPTER)
     _check_complete({name: tensor.shape for name, tensor in saved.items()}, state)
     config = config_to_save(model, ADAPTER)
-    folder.save(saved, config, card=render_card(config, training), tokenizer=base_folder(config))
+    base = base_folder(config)
+    folder.save(
+        saved, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
+    )
 
 
 def _keys(name: str) -> tuple[str, str]:

@@ -50,6 +50,7 @@ from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import Target, find_targets
+from surgery.tokenizer_files import tokenizer_bytes
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
@@ -276,7 +277,7 @@ class QLoRA:
             device=self.device,
         )
         inventory = take_inventory(model, targets, self.lora)
-        make_room(inventory.adapter_elements * self.dtype.itemsize, tokenizer=checkpoint.path)
+        make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))
         plan = make_plan(inventory, setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)

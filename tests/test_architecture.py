@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
     ("errors", "fqn", "converted", "whole"),
-    ("config", "match", "walk", "placement", "measurements", "sampling", "report", "folder_lock", "model_card"),
+    (
+        "config",
+        "match",
+        "walk",
+        "placement",
+        "measurements",
+        "sampling",
+        "report",
+        "folder_lock",
+        "model_card",
+        "tokenizer_files",
+    ),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
