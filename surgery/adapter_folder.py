@@ -22,7 +22,7 @@ import torch
 from surgery import tokenizer_files
 from surgery.errors import AdapterError, ConfigError
 from surgery.folder_lock import locked
-from surgery.whole import remove_partials, sync
+from surgery.whole import remove_partials, sync, write_safetensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -179,13 +179,7 @@ class AdapterFolder:
     def _write(
         self, tensors: Mapping[str, torch.Tensor], config: PeftConfig, card: str, tokenizer: Mapping[str, bytes]
     ) -> None:
-        from safetensors.torch import save_file
-
-        weights = self._staged / WEIGHTS
-        weights.touch()
-        mode = weights.stat().st_mode
-        save_file(_separate(tensors), weights, metadata={"format": "pt"})
-        weights.chmod(mode)  # safetensors 0.8 writes files that only their owner may read, whatever the umask says
+        write_safetensors(self._staged / WEIGHTS, _separate(tensors), {"format": "pt"})
         config.save_pretrained(str(self._staged))
         (self._staged / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer.items():

@@ -29,7 +29,7 @@ def render_card(config: PeftConfig, sections: Mapping[str, Section]) -> str:
         "tags": "[lora, qlora]",
     }
     adapter = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
-    tables = {
+    tables: dict[str, Section] = {
         "Base model": {"name": base, "revision": revision},
         "Adapter": {"type": str(config.peft_type).removeprefix("PeftType."), **adapter, "targets": _targets(config)},
         **sections,
