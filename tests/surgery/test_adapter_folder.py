@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +282,24 @@ def test_other_file_systems(tmp_path: Path) -> None:
     assert message.startswith("ConfigError: the output folder")
     assert "No space left on device" in message
     assert left == {"other-data"}
+
+
+def test_folder_of_somebody_else() -> None:
+    message = run_apart(save_without_permission)
+    assert message.startswith("ConfigError: the output folder")
+    assert "Permission denied" in message
+
+
+def save_without_permission() -> str:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        try:
+            return refusal(lambda: save(folder, NEW))
+        finally:
+            os.seteuid(os.getuid())
 
 
 def test_disk_that_fills_up_while_it_is_written(tmp_path: Path) -> None:
