@@ -10,19 +10,31 @@ __all__ = ["NAMES", "read_tokenizer", "tokenizer_bytes"]
 
 NAMES = (
     "added_tokens.json",
+    "bpe.codes",
+    "byte_maps.json",
     "chat_template.jinja",
     "chat_template.json",
+    "dict.txt",
+    "emoji.json",
     "merges.txt",
+    "normalizer.json",
+    "prophetnet.tokenizer",
     "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
     "special_tokens_map.json",
     "spiece.model",
     "spm.model",
+    "spm_char.model",
+    "target.spm",
     "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+    "word_pronunciation.json",
+    "word_shape.json",
 )
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from surgery.base_model import base_folder, config_to_save
 from surgery.model_card import render_card
-from surgery.tokenizer_files import read_tokenizer
+from surgery.tokenizer_files import NAMES, read_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -107,6 +108,20 @@ def test_given_task_is_kept(tiny: Path) -> None:
     lora = LoraConfig(target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), lora)
     assert config_to_save(model, "default").task_type == "FEATURE_EXTRACTION"
+
+
+def test_tokenizers_of_every_causal_lm_are_known() -> None:
+    """As far as the libraries that they need are installed."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    classes = [TOKENIZER_MAPPING_NAMES.get(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    files: set[str] = set()
+    for name in sorted({name for name in classes if isinstance(name, str)}):
+        with suppress(ImportError):
+            files |= set(getattr(tokenizer_class_from_name(name), "vocab_files_names", {}).values())
+    assert len(files) > 8
+    assert files <= set(NAMES)
 
 
 def test_tokenizer_that_cannot_be_read_is_left_out_with_a_warning(tmp_path: Path) -> None:
