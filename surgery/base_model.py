@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.hub import can_be_hub_id
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -36,8 +37,10 @@ def base_folder(config: PeftConfig) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     name = config.base_model_name_or_path
-    if not name or Path(name).is_absolute():
-        return Path(name) if name and Path(name).is_dir() else None
+    if not name:
+        return None
+    if Path(name).is_absolute() or not can_be_hub_id(name):
+        return Path(name) if Path(name).is_dir() else None
     cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
     return Path(cached).parent if isinstance(cached, str) else None
 

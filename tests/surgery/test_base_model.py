@@ -101,6 +101,13 @@ def test_task_of_another_model_is_left_open() -> None:
     assert "pipeline_tag" not in render_card(config, {})
 
 
+@pytest.mark.parametrize("name", ["/nowhere", "not an id!", "a/b/c", "../x", "team/never-downloaded", "", None])
+def test_base_that_is_not_on_this_machine(name: str | None) -> None:
+    from peft import LoraConfig
+
+    assert base_folder(LoraConfig(base_model_name_or_path=name)) is None
+
+
 def test_given_task_is_kept(tiny: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
