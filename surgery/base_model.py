@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from surgery.checkpoint import Checkpoint
-from surgery.checkpoint.hub import can_be_hub_id
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -35,13 +34,15 @@ def name_base(model: nn.Module, checkpoint: Checkpoint) -> None:
 def base_folder(config: PeftConfig) -> Path | None:
     """Where the base model is on this machine, hub cache included; None if it is not. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     name = config.base_model_name_or_path
     if not name:
         return None
-    if Path(name).is_absolute() or not can_be_hub_id(name):
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    except HFValidationError:  # no id, so it is a path
         return Path(name) if Path(name).is_dir() else None
-    cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 
