@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 import patches
 from surgery.adapter_folder import AdapterFolder, hold
 from surgery.base_model import base_folder, config_to_save
-from surgery.distributed.exchange import current_ranks, everyone
+from surgery.distributed.exchange import current_ranks
+from surgery.distributed.failures import everyone, together
 from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 from surgery.model_card import render_card
@@ -29,6 +30,7 @@ __all__ = ["adapter_state", "save_adapter"]
 ADAPTER = "default"
 
 
+@together()
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -53,6 +55,7 @@ def save_adapter(
         ConfigError: the folder cannot be written, or another process has it; before anything is gathered.
         AdapterError: a trainable parameter is missing from what PEFT saves, all of them are zero-sized, a value is not
             finite, or writing fails.
+        PeerError: another rank has failed.
     """
     ranks = current_ranks()
     with ExitStack() as stack:
@@ -64,6 +67,7 @@ def save_adapter(
                 _write(_peft_model(model), state, folder, training or {})
 
 
+@together()
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
     state: dict[str, torch.Tensor] = {}

@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from surgery.adapter_folder import hold
-from surgery.distributed.exchange import current_ranks, everyone
+from surgery.distributed.exchange import current_ranks
+from surgery.distributed.failures import everyone
 from surgery.recipe import default_device, launched_world_size
 
 __all__ = ["reserve"]

@@ -71,9 +71,11 @@ def test_a_rank_that_is_stopped_lets_nobody_through_the_next_gate() -> None:
 
 
 def silent() -> str:
-    """Rank 1 shows no sign of life while the others wait at a gate for it."""
+    """Rank 1 shows no sign of life any more while the others wait at a gate for it."""
     pulse.SILENCE = 1.0
     ranks, stop = current_ranks(), threading.Event()
+    if ranks.rank == 1:
+        ranks.count(f"{ranks.alarm}/pulse/1", 1)
     dist.barrier()
     if ranks.rank == 1:
         time.sleep(4)
