@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,11 +75,17 @@ class DataError(SurgeryError, ValueError):
 
 
 class AdapterError(SurgeryError):
-    """An adapter that would be saved incomplete. Nothing is written in its place; `missing` names its parameters."""
+    """An adapter that cannot be saved whole. What was in its place is as it was.
 
-    def __init__(self, message: str, *, missing: Sequence[str] = ()) -> None:
+    missing: names of parameters that would have been left out. not_finite: how many values are NaN or infinite, by key.
+    """
+
+    def __init__(
+        self, message: str, *, missing: Sequence[str] = (), not_finite: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+        self.not_finite = dict(not_finite or {})
 
 
 class AttestationError(SurgeryError):

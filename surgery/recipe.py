@@ -13,7 +13,9 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.adapter_folder import make_room
 from surgery.agreed import adapter_facts, environment, same_model, source_facts
+from surgery.base_model import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
@@ -44,13 +46,22 @@ from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import find_targets
+from surgery.tokenizer_files import tokenizer_bytes
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["BUILD_PATCHES", "FSDP2_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
+__all__ = [
+    "BUILD_PATCHES",
+    "FSDP2_PATCHES",
+    "RESIDENT_PATCHES",
+    "QLoRA",
+    "default_device",
+    "launched_world_size",
+    "qlora",
+]
 
 #: Needed while PEFT and FSDP rebuild the model; undone when `qlora` returns.
 BUILD_PATCHES = ("torch.meta-param-replacement",)
@@ -125,7 +136,7 @@ def qlora(
         PeerError: it did on another rank.
     """
     device = _with_index(device or default_device())
-    ranks = current_ranks(_launched_world_size())
+    ranks = current_ranks(launched_world_size())
     recipe = QLoRA(
         quant=quant,
         lora=lora,
@@ -141,7 +152,8 @@ def qlora(
     return recipe.run(checkpoint)
 
 
-def _launched_world_size() -> int | None:
+def launched_world_size() -> int | None:
+    """What the launcher promised, if there is one. Raises `ConfigError` for something else than a number."""
     value = os.environ.get("WORLD_SIZE")
     if value and not value.isdigit():
         raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r}: correct or unset it")
@@ -228,7 +240,9 @@ class QLoRA:
             model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
             fill.into(model)
-        return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        model = self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        name_base(model, checkpoint)
+        return model
 
     def _prepare(self, checkpoint: Checkpoint, quantizer: BnbQuantizer) -> tuple[nn.Module, Source]:
         """The model on meta, with quantized modules, and all that is to be loaded for it.
@@ -261,7 +275,9 @@ class QLoRA:
             transposed=transposed(chosen),
             precisions=precisions(chosen, self.dtype),
         )
-        self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
+        inventory = take_inventory(model, targets, self.lora, unsharded=unsharded)
+        make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))
+        self._foresee(inventory)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)

@@ -39,8 +39,8 @@ Two ranks, the base model sharded, evaluated on 5 % of the data every 50 steps:
 [bold]Data[/bold] is JSONL, one object a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
 "content"}]}. Completions and assistant turns are learnt; prompts and other turns are only read.
 
-[bold]Exit codes[/bold]: 0 done, 2 refused (the message says what to change), 130 interrupted, 1 anything
-else.
+[bold]Exit codes[/bold]: 0 done, 2 refused (the message says what to change), 130 interrupted, 143 terminated, 1
+anything else.
 """
 
 _DATA = "Data"
@@ -73,7 +73,7 @@ def finetune(
     ] = 1024,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for the adapter (PEFT format) and summary.json.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Folder for the adapter (PEFT format), tokenizer and summary.json.", rich_help_panel=_OUTPUT),
     ] = Path("adapter"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.", rich_help_panel=_OUTPUT)

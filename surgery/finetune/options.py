@@ -141,7 +141,7 @@ class Job:
     """A fine-tuning job: a checkpoint, data, and everything that decides what comes out.
 
     model: a folder, or a hub id with its `revision`.
-    output: the folder for the adapter and `summary.json`; one that holds an adapter is refused unless
+    output: the folder for the adapter and `summary.json`; one that holds an adapter is refused by the job, unless
         `overwrite`.
     shard: how to shard where there is more than one rank; in one process nothing is. placement: None is the default of
         that sharding; see `surgery.qlora`.
@@ -174,12 +174,3 @@ class Job:
         require_loggers(self.loggers)
         if self.training.evaluate_every is not None and not self.data.has_evaluation:
             raise ConfigError("evaluating every so many steps needs an evaluation file or an evaluation fraction")
-        if not self.overwrite:
-            self._refuse_existing_adapter()
-
-    def _refuse_existing_adapter(self) -> None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if (self.output / name).exists():
-                raise ConfigError(
-                    f"{self.output} already has an adapter ({name}); choose another output, or overwrite it"
-                )

@@ -1,10 +1,9 @@
-"""Everything that can be refused before weights are read: the data, the tokenizer, the steps, the output."""
+"""Everything that can be refused before weights are read: the data, the tokenizer, the steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
@@ -50,7 +49,7 @@ def read_data(options: DataOptions) -> Records:
 
 
 def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int) -> Plan:
-    """Tokenize with the checkpoint's tokenizer and lay out the steps; makes the output folder.
+    """Tokenize with the checkpoint's tokenizer and lay out the steps.
 
     Raises `ConfigError` or `DataError`. Reads no weights.
     """
@@ -68,7 +67,6 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
     batch = options.batch_size * options.accumulation * world
     steps = steps_in(len(dataset.train), size=batch, epochs=options.epochs_to_run, max_steps=options.max_steps)
     schedule = Schedule(name=options.schedule, peak=options.lr, steps=steps, warmup_steps=options.warmup_steps)
-    _make_folder(job.output)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(dataset=dataset, batch=batch, schedule=schedule, pad=pad or 0)
 
@@ -93,10 +91,3 @@ def _vocab_size(config: dict[str, Any] | None) -> int | None:
     nested = config.get("text_config")
     size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)
     return size if isinstance(size, int) else None
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the output folder {path} cannot be made: {error.strerror or error}") from error

@@ -125,7 +125,7 @@ def test_output_that_has_an_adapter(checkpoint: Path, data: Path, tmp_path: Path
 
 
 def test_output_that_cannot_be_made(checkpoint: Path, data: Path) -> None:
-    assert "cannot be made: Not a directory" in refused(checkpoint, "--data", data, "--output", data / "out")
+    assert "cannot be written: Not a directory" in refused(checkpoint, "--data", data, "--output", data / "out")
 
 
 def test_metrics_that_cannot_be_written(checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import patches
 from surgery.config import FSDP1, FSDP2
@@ -88,6 +90,22 @@ def test_one_process(job: Job) -> None:
     adapter = load_file(job.output / "adapter_model.safetensors")
     assert len(adapter) == 2 * 2 * 7
     assert all(tensor.any() for tensor in adapter.values())
+
+    card = (job.output / "README.md").read_text()
+    for row in (
+        f"name | {job.model}",
+        "training.optimizer | sgd",
+        "training samples | 19",
+        "file | train.jsonl",
+        f"first step | {summary.training.losses[0]}",
+        f"last step | {summary.training.losses[-1]}",
+        f"{last.loss:.4f} after step {STEPS}",
+        f"torch | {torch.__version__}",
+        "quant.quant_type | nf4",
+    ):
+        assert row in card
+    assert re.search(r"SHA-256 of all tokens \| [0-9a-f]{64} ", card)
+    AutoTokenizer.from_pretrained(job.output)
 
     written = json.loads((job.output / "summary.json").read_text())
     assert written["evaluations"] == [vars(evaluation) for evaluation in summary.training.evaluations]
@@ -214,8 +232,8 @@ def test_training_that_diverges_is_stopped(job: Job) -> None:
 
 def test_adapter_is_not_overwritten_unasked(job: Job) -> None:
     run(job, console=quiet())
-    with pytest.raises(ConfigError, match="already has an adapter"):
-        replace(job)
+    with pytest.raises(ConfigError, match=r"already has an adapter .adapter_config.json"):
+        run(job, console=quiet())
     again = run(replace(job, overwrite=True), console=quiet())
     assert len(again.training.losses) == STEPS
 
