@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.checkpoint import Index, TensorEntry
 from surgery.fqn import split
-from surgery.quantizers.base import Quantizer
+from surgery.quantizers.base import Quantizer, check_layout
 from surgery.slices import Form
 from surgery.weights import Assignment
 
@@ -62,7 +62,7 @@ def find_targets(
     """The targets of `assignments`, in their order.
 
     tied: first FQN of every parameter and persistent buffer -> aliases. transposed: FQNs of weights that the checkpoint
-    has as `(in, out)`.
+    has as `(in, out)`. Raises QuantizerError for a weight that is stored in another layout than `Quantizer` describes.
     """
     return tuple(
         _target(model, name, assignment, index, quantizer, tied=tied, is_transposed=name in transposed)
@@ -86,6 +86,8 @@ def _target(
     tensor: torch.Tensor = getattr(owner, leaf)
     is_quantized = leaf == "weight" and quantizer.is_quantized(owner)
     logical = quantizer.logical(owner) if is_quantized else None
+    if logical is not None:
+        check_layout(quantizer, name, tensor, logical)
     rows = tensor.shape[0] if tensor.shape else 1
     numel = (logical or tensor.shape).numel()
     # A packed row holds two elements a byte, so all rows but the last are full.

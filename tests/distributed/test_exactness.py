@@ -9,7 +9,16 @@ import torch
 
 from surgery.config import FSDP2
 from tests.distributed.cases import CASES, ON_FOUR, ON_ONE, ON_TWO, save_models
-from tests.distributed.exactness import Case, Result, ours, require_equal, require_same_training, run_cases, stock, train
+from tests.distributed.exactness import (
+    Case,
+    Result,
+    ours,
+    require_equal,
+    require_same_training,
+    run_cases,
+    stock,
+    train,
+)
 from tests.helpers.ranks import run_ranks
 from tests.helpers.whole_blocks import right_kernels
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import InternalTorchDynamoError
 
 import patches
 from patches.builtin import BUILTIN
@@ -92,12 +93,27 @@ def test_the_patches_of_a_layer_together_in_one_graph(covered: str) -> None:
 
 def test_evaluation_of_a_covered_and_of_another_layer() -> None:
     covered, other, same_as_other = (quantized().eval() for _ in range(3))
+    stock = compiled_outcome(same_as_other)
+    torch.compiler.reset()
     with patches.transaction("bitsandbytes.keep-packing", reason="a test", on=[covered], force=True), torch.no_grad():
         packed = dequantized(covered)
         assert torch.equal(compiled(covered)(X), covered(X))
         assert torch.equal(dequantized(covered), packed)
-        # Stock behaviour, whatever that is on this CPU: on some, the two repack their weights.
-        assert torch.equal(compiled(other)(X), same_as_other(X))
+        assert compiled_outcome(other) == stock
+
+
+def compiled_outcome(layer: torch.nn.Module) -> str:
+    """What a stock layer does when it is compiled for evaluation, whatever that is here.
+
+    On some CPUs it repacks its weight, to the output of another, eager layer; with torch 2.14 Dynamo fails there,
+    since it cannot trace `weight.data = ...` of a tensor subclass ("no attribute 'tp_descr_set_impl'").
+    """
+    eager = quantized().eval()
+    with torch.no_grad():
+        try:
+            return f"as eager: {torch.equal(compiled(layer)(X), eager(X))}"
+        except InternalTorchDynamoError as error:
+            return str(error).partition("\n")[0]
 
 
 def test_a_weight_that_lost_its_class_is_recovered_in_the_graph_as_in_eager() -> None:
