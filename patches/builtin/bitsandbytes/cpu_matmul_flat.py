@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from patches.registry import REGISTRY
 
+from ._product import multiply
 from ._specimen import partial_block_rows
 from ._whole_blocks import has_partial_blocks
 
@@ -34,10 +35,19 @@ def _is_right(matmul_4bit: Callable[..., torch.Tensor]) -> bool:
 
 
 def check_multiplies_by_blocks() -> None:
-    """Raises RuntimeError where the product, through the wrapper, is not that with the values of a table look-up."""
+    """Raises RuntimeError where the product, through the wrapper, or its gradient is not that with the values of a
+    table look-up.
+    """
+    import torch
     from bitsandbytes import matmul_4bit
 
-    if not _is_right(lambda *args: multiply_by_blocks(matmul_4bit, None, args, {})):
+    packed, quant_state, expected = partial_block_rows()
+    x = torch.ones(1, expected.shape[1], requires_grad=True)
+    with torch.enable_grad():
+        product = multiply_by_blocks(matmul_4bit, None, (x, packed, quant_state), {})
+        (gradient,) = torch.autograd.grad(product.sum(), x)
+    right = torch.allclose(product, expected.sum(1)) and torch.allclose(gradient, expected.sum(0))
+    if not right or not _is_right(lambda *args: multiply_by_blocks(matmul_4bit, None, args, {})):
         raise RuntimeError("the product with a weight whose rows are not whole blocks is wrong")
 
 
@@ -69,8 +79,6 @@ def multiply_by_blocks(
     x, packed, quant_state, out, bias = _arguments(*args, **kwargs)
     if not has_partial_blocks(packed, quant_state) or not x.numel() or x.shape[-1] != quant_state.shape[-1]:
         return wrapped(*args, **kwargs)
-    from ._product import multiply
-
     product = multiply(x, packed, bias, quant_state)
     return product if out is None else out.copy_(product)
 
