@@ -69,8 +69,8 @@ def _environment(version: str) -> Path:
     venv.create(place, with_pip=True, clear=True)
     constraint = place / "constraint.txt"
     constraint.write_text(f"torch=={version}\n")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in ([f"torch=={version}"], ["--constraint", constraint, "--editable", ".[dev]"]):
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for what in ([f"torch=={version}"], ["--constraint", str(constraint), "--editable", ".[dev]"]):
         ran = subprocess.run([*pip, *what], capture_output=True, text=True, check=False)
         if ran.returncode:
             raise InstallError(f"torch {version} could not be installed: {ran.stderr.strip()[-500:]}")
@@ -88,7 +88,7 @@ def _ask(python: Path, tests: Sequence[str]) -> tuple[str, str, bool]:
     report = _FOLDER / f"torch-{version}.xml"
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "--junit-xml", report]
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "--junit-xml", str(report)]
     subprocess.run(command, env=environment([Path()]), check=False)
     outcomes = read_outcomes(report)
     passed = bool(outcomes) and set(outcomes.values()) <= {"passed", "skipped"}
