@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "PassError",
+    "QuantizerError",
     "SelectorError",
     "SurgeryError",
     "TraceError",
@@ -106,6 +107,10 @@ class PassError(SurgeryError, RuntimeError):
         super().__init__(message)
         self.pass_name = pass_name
         self.fqn = fqn
+
+
+class QuantizerError(SurgeryError, ValueError):
+    """A quantizer whose layout or results are not of the sizes that `surgery.quantizers.base.Quantizer` promises."""
 
 
 class TraceError(SurgeryError, ValueError):
