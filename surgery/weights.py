@@ -123,7 +123,8 @@ def _group(model: nn.Module, index: Index, first_name: Mapping[str, str]) -> tup
 
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sort key under which `experts.10` follows `experts.9`: converters stack tensors in this order."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+    # By length and then by digit: `int` refuses a name of over 4,300 digits.
+    return [(len(part), part) if part.isascii() and part.isdigit() else (-1, part) for part in key.split(".")]
 
 
 class _Renamer:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted"),
+    ("errors", "fqn", "converted", "numerals"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),

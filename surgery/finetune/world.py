@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from surgery.errors import ConfigError
+from surgery.numerals import whole_number
 
 __all__ = ["World", "join_world"]
 
@@ -69,9 +70,12 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 
 def _environment(name: str, *, default: str | None = None) -> int:
     value = os.environ.get(name, default)
-    if value is None or not value.lstrip("-").isdigit():
-        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r}; {_LAUNCH}")
-    return int(value)
+    number = None if value is None else whole_number(value)
+    if number is None:
+        raise ConfigError(
+            f"expected the environment variable {name} to be a number, 0 or more, found {value!r:.80}; {_LAUNCH}"
+        )
+    return number
 
 
 def _device(local_rank: int) -> torch.device:

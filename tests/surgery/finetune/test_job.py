@@ -74,6 +74,8 @@ def metrics_of(job: Job) -> list[dict[str, Any]]:
 
 
 def test_one_process(job: Job) -> None:
+    with job.data.train.open("a") as data:
+        data.write("\n" + json.dumps({"text": "longer than all others " * 20}))
     out = StringIO()
     summary = run(job, console=Console(file=out))
     assert patches.active() == []
@@ -93,7 +95,7 @@ def test_one_process(job: Job) -> None:
     assert written["evaluations"] == [vars(evaluation) for evaluation in summary.training.evaluations]
     assert written["config"]["training"]["optimizer"] == "sgd"
     assert (written["sharding"], written["placement"]) == (None, "replicated")
-    assert written["samples"] == {"train": 19, "evaluation": 2, "dropped": 0}
+    assert written["samples"] == {"train": 20, "evaluation": 2, "cut": 1, "dropped": 0}
     assert {"skeleton", "train", "save"} <= written["memory"][0].keys()
     assert written["read_once_per_node"] == {}
     assert written["versions"]["torch"] == torch.__version__
@@ -101,7 +103,8 @@ def test_one_process(job: Job) -> None:
     states = {row["id"]: row["state"] for row in written["patches"]}
     assert states["bitsandbytes.linear4bit-shape"] == "reverted"
     for text in (
-        "19 samples to train on, 2 to evaluate on",
+        "20 samples to train on, 2 to evaluate on",
+        "1 samples are cut off: they are longer than 64 tokens",
         f"step {STEPS}/{STEPS}",
         "Patches still active: none",
     ):
