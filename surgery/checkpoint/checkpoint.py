@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import TensorEntry, parse_json
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.index import Index
@@ -51,6 +52,7 @@ class Checkpoint:
         config = read_config(folder)
         index = Index.open(found.path)
         require_unquantized(index, config, path=found.path)
+        require_agreement(index, config, path=found.path)
         return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
 
     def names(self) -> tuple[str, ...]:

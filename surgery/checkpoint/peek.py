@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from surgery.checkpoint.checkpoint import Checkpoint, read_config
+from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
 from surgery.checkpoint.hub import ANY_WEIGHTS, FOREIGN_WEIGHTS, can_be_hub_id, exists, no_weights
 from surgery.checkpoint.hub_errors import explain
@@ -91,6 +92,7 @@ class _Repository:
         index = Index.join(layout, headers)
         content = read_config(folder) if config is not None else None
         require_unquantized(index, content, path=folder)
+        require_agreement(index, content, path=folder)
         return Checkpoint(source=self.repo_id, path=folder, revision=self.commit, index=index, config=content)
 
     def _download(self, name: str) -> Path | None:

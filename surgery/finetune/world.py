@@ -70,12 +70,10 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 
 def _environment(name: str, *, default: str | None = None) -> int:
     value = os.environ.get(name, default)
-    number = None if value is None else whole_number(value)
-    if number is None:
-        raise ConfigError(
-            f"expected the environment variable {name} to be a number, 0 or more, found {value!r:.80}; {_LAUNCH}"
-        )
-    return number
+    number = None if value is None else whole_number(value.removeprefix("-"))
+    if value is None or number is None:
+        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r:.80}; {_LAUNCH}")
+    return -number if value.startswith("-") else number
 
 
 def _device(local_rank: int) -> torch.device:

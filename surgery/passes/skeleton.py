@@ -14,7 +14,7 @@ from torch import nn
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.passes.base import Pass
-from surgery.passes.extent import bounded, check_sizes
+from surgery.passes.extent import bounded
 
 __all__ = ["Skeleton", "causal_lm"]
 
@@ -61,9 +61,9 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
 def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Module]:
     """A builder of the decoder-only transformers model that `checkpoint.config` describes.
 
-    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model, or one that the
-    headers contradict; what is built may turn out to be impossible, which is a `ConfigError` too, or larger than what
-    the checkpoint holds, which ends it at once. Code that the checkpoint brings or asks for is not run.
+    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model; what is built
+    may turn out to be impossible, which is a `ConfigError` too, or larger than what the checkpoint holds, which ends it
+    at once (`WeightsMismatchError`). Code that the checkpoint brings or asks for is not run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +73,6 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             "that builds the nn.Module",
             path=checkpoint.path,
         )
-    check_sizes(checkpoint)
     with _blaming_the_config(checkpoint):
         config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
