@@ -151,7 +151,7 @@ def _snapshot(request: _Request) -> Path:
     cached = find_cached(request.repo_id, revision=request.revision)
     if cached is not None and is_whole(request.repo_id, cached, revision=request.revision):
         return cached
-    with patience(at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
+    with patience(request.repo_id, at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
         try:
             folder = _files(request)
         except CheckpointError:

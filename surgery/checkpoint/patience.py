@@ -24,10 +24,10 @@ SAID_AFTER = 5.0
 
 
 class Patience:
-    """Requests that have no answer yet, and until when each is waited for."""
+    """Requests for a repository that have no answer yet, and until when each is waited for."""
 
-    def __init__(self, limit: float, *, at_first: float) -> None:
-        self._limit, self._later = at_first, limit
+    def __init__(self, repo_id: str, limit: float, *, at_first: float) -> None:
+        self._repo_id, self._limit, self._later = repo_id, at_first, limit
         self._lock = threading.Lock()
         self._waiting: dict[tuple[str, str], tuple[float, threading.Timer]] = {}
 
@@ -42,6 +42,8 @@ class Patience:
         now, timeouts = time.monotonic(), request.extensions.get("timeout") or {}
         limits = {phase: timeouts.get(phase) or self._limit for phase in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, "timeout": limits}
+        if self._repo_id not in str(request.url):
+            return  # nothing that is needed: huggingface_hub 2 also looks up who is asking, for two seconds at most
         self._refuse_after_silence(now)
         timer = threading.Timer(SAID_AFTER, self._say, (request, limits["read"]))
         timer.daemon = True
@@ -55,7 +57,8 @@ class Patience:
 
     def hear(self, response: Any) -> None:
         """Note that a request has been answered, whatever the answer."""
-        self._limit = self._later
+        if self._repo_id in str(response.request.url):
+            self._limit = self._later
         with self._lock:
             _, timer = self._waiting.pop(_asked(response.request), (0.0, None))
         if timer is not None:
@@ -92,8 +95,8 @@ def silence(asked: str, limit: float) -> str:
 
 
 @contextmanager
-def patience(*, at_first: float | None = None) -> Iterator[Patience]:
-    """Watch over what `huggingface_hub` asks in this block, by hooks of its HTTP client.
+def patience(repo_id: str, *, at_first: float | None = None) -> Iterator[Patience]:
+    """Watch over what `huggingface_hub` asks of a repository in this block, by hooks of its HTTP client.
 
     A request may take `HF_HUB_ETAG_TIMEOUT` seconds where upstream sets no limit; until something has been answered,
     at most `at_first`. Raises `CheckpointError` from within a request that follows one that had no answer in time.
@@ -101,7 +104,7 @@ def patience(*, at_first: float | None = None) -> Iterator[Patience]:
     from huggingface_hub import constants, get_session
 
     limit = float(constants.HF_HUB_ETAG_TIMEOUT)
-    found, hooks = Patience(limit, at_first=min(limit, at_first or limit)), get_session().event_hooks
+    found, hooks = Patience(repo_id, limit, at_first=min(limit, at_first or limit)), get_session().event_hooks
     # Lists that the client reads at each request; assigning to `event_hooks` would copy what others have put there.
     hooks["request"].append(found.ask)
     hooks["response"].append(found.hear)

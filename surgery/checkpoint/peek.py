@@ -59,7 +59,7 @@ def peek(
     cached = find_cached(name, revision=revision)
     if cached is not None and is_whole(name, cached, revision=revision):
         return _open_cached(name, cached)
-    with patience(at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
+    with patience(name, at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
         try:
             return _Repository.find(name, revision=revision, token=token).checkpoint()
         # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.

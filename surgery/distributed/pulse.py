@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 
 from surgery.distributed.exchange import Ranks, counter
@@ -14,8 +13,9 @@ __all__ = ["beating"]
 #: Seconds between two beats.
 BEAT = 0.5
 
-#: Seconds without a beat after which a rank counts as gone: more than any call that keeps other threads waiting takes.
-SILENCE = 20.0
+#: Beats of one's own without one of the other, after which that rank counts as gone: 20 seconds, more than any call
+#: that keeps other threads waiting takes. Not the clock's seconds: a machine that stands still would have them pass.
+SILENCE = 40
 
 #: What a rank that no longer beats, because it has no need to, leaves in its count.
 LEFT = 1 << 40
@@ -45,14 +45,14 @@ def beating(ranks: Ranks) -> Iterator[None]:
 def _beat(ranks: Ranks, done: threading.Event) -> None:
     watched = (ranks.rank + 1) % ranks.world_size
     mine, others = f"{ranks.alarm}/pulse/{ranks.rank}", f"{ranks.alarm}/pulse/{watched}"
-    last, changed = 0, time.monotonic()
+    last, silent = 0, 0
     with contextlib.suppress(RuntimeError):  # a store that is gone is noticed by whoever needs it
         while not done.wait(BEAT):
             counter(mine, 1)
             count = counter(others, 0)
-            if count != last or count >= LEFT:
-                last, changed = count, time.monotonic()
-            if time.monotonic() - changed > SILENCE:
+            silent = 0 if count != last or count >= LEFT else silent + 1
+            last = count
+            if silent > SILENCE:
                 ranks.report_lost(watched)
                 return
         counter(mine, LEFT)

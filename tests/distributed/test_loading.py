@@ -295,7 +295,7 @@ def refusal(job: Job, setup: Setup) -> str:
 @pytest.mark.parametrize("way", ["sharded", "rank0-cpu", "replicated"])
 def test_a_differing_duplicate_is_refused_by_every_rank(tmp_path: Path, way: str) -> None:
     job = Job(folder=save_twice(tmp_path / "model", differing=True), dtype=torch.bfloat16)
-    refusals = run_ranks(refusal, 2, job, WAYS[way], timeout=60)
+    refusals = run_ranks(refusal, 2, job, WAYS[way])
     assert len([text for text in refusals if text.startswith("PassError")]) == 1, refusals
     for text in refusals:
         assert "model.embed_tokens.weight and lm_head.weight differ in the checkpoint" in text
@@ -303,5 +303,5 @@ def test_a_differing_duplicate_is_refused_by_every_rank(tmp_path: Path, way: str
 
 def test_a_layer_in_two_groups_is_refused_by_fsdp2(tmp_path: Path) -> None:
     job = Job(folder=save_plain(tmp_path / "model"), dtype=torch.bfloat16, build=Shared)
-    for text in run_ranks(refusal, 2, job, SHARDED, timeout=60):
+    for text in run_ranks(refusal, 2, job, SHARDED):
         assert "again.weight and layers.0.0.weight are one parameter, but are used in two groups of FSDP2" in text

@@ -71,7 +71,7 @@ def run(hub: HubServer | None, home: Path, *command: object, **environment: str)
         },
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=250,
         check=False,
     )
 
@@ -137,15 +137,14 @@ def test_errors_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
         assert all(part in error["error"] for part in parts), error
 
 
-@pytest.mark.parametrize("silent", ["/api/", "config.json", "00002.safetensors"])
+@pytest.mark.parametrize("silent", ["/api/models", "00002.safetensors"])
 def test_a_host_that_never_answers_is_given_up(
     repositories: Mapping[str, Repository], tmp_path: Path, silent: str
 ) -> None:
     with HubServer(repositories, silent=silent) as hub:
-        (found,) = peek(hub, tmp_path, {"source": "team/model"}, HF_HUB_ETAG_TIMEOUT="1")
         planned = run(hub, tmp_path, "-m", "surgery", "plan", "team/model", HF_HUB_ETAG_TIMEOUT="1")
-    assert "has not answered" in found["error"]
     assert planned.returncode == 2
+    assert "has not answered" in planned.stderr
     assert "HF_HUB_ETAG_TIMEOUT" in planned.stderr
 
 
@@ -156,7 +155,7 @@ def test_a_complete_cache_is_taken_where_nobody_answers(hub: HubServer, tmp_path
     with HubServer({}, silent="/") as other:
         named, pinned = peek(other, tmp_path, {"source": "team/model"}, {"source": "team/model", "revision": COMMIT})
     assert named == pinned == first
-    assert len(other.requests) == 1
+    assert len([path for _, path in other.requests if "team/model" in path]) == 1
 
 
 def test_without_a_network(tmp_path: Path) -> None:
