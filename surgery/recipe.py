@@ -29,6 +29,7 @@ from surgery.filling import Filling, Meeting, Source, filling
 from surgery.initials import Initials
 from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
+from surgery.numerals import whole_number
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
@@ -159,9 +160,12 @@ def qlora(
 def launched_world_size() -> int | None:
     """What the launcher promised, if there is one. Raises `ConfigError` for something else than a number."""
     value = os.environ.get("WORLD_SIZE")
-    if value and not value.isdigit():
-        raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r}: correct or unset it")
-    return int(value) if value else None
+    if not value:
+        return None
+    number = whole_number(value)
+    if number is None:
+        raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r:.80}: correct or unset it")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted", "whole"),
+    ("errors", "fqn", "converted", "numerals", "whole"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
     ("folder_lock", "model_card", "tokenizer_files"),
     ("checkpoint",),

@@ -73,6 +73,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 samples={
                     "train": len(plan.dataset.train),
                     "evaluation": len(plan.dataset.evaluation),
+                    "cut": plan.dataset.cut,
                     "dropped": plan.dataset.dropped,
                 },
                 training=training,
@@ -164,7 +165,7 @@ def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[
         trackers: list[Tracker] = []
         with everyone(world.ranks, device=world.device):
             if world.is_main:
-                _announce(plan, world, console)
+                _announce(job, plan, world, console)
                 trackers += _open_trackers(job, plan, world, console, stack)
         yield trackers
 
@@ -261,18 +262,17 @@ def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
     )
 
 
-def _announce(plan: Plan, world: World, console: Console) -> None:
+def _announce(job: Job, plan: Plan, world: World, console: Console) -> None:
     data = plan.dataset
     _say(
         console,
         f"{len(data.train)} samples to train on, {len(data.evaluation)} to evaluate on; "
         f"{plan.schedule.steps} steps of {plan.batch} samples on {world.size} rank(s), {world.device.type}",
     )
+    if data.cut:
+        _say(console, f"Warning: {data.cut} samples are cut off: they are longer than {job.data.max_length} tokens")
     if data.dropped:
-        _say(
-            console,
-            f"Warning: {data.dropped} samples are left out: cut off at the maximum length, none is learnt",
-        )
+        _say(console, f"Warning: {data.dropped} samples are left out: nothing to learn remains of them")
 
 
 def _say(console: Console, text: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from surgery.checkpoint import Checkpoint
 
-__all__ = ["Plan", "Records", "make_plan", "read_data"]
+__all__ = ["Plan", "Records", "load_tokenizer", "make_plan", "read_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
 
     Raises `ConfigError` or `DataError`. Reads no weights.
     """
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     dataset = build_dataset(
         records.train,
         tokenizer,
@@ -71,14 +71,21 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
     return Plan(dataset=dataset, batch=batch, schedule=schedule, pad=pad or 0)
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; raises `ConfigError` if it has none, or one that is code of its own."""
     # Imported here: it takes seconds, and a script may bring samples of its own.
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.path)
+        # Left unsaid, transformers asks at the terminal whether to run the checkpoint's own code.
+        return AutoTokenizer.from_pretrained(checkpoint.path, trust_remote_code=False)
     # What a missing or broken tokenizer raises depends on its class: OSError, ValueError, ImportError ...
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the tokenizer of {checkpoint.path} is code that the checkpoint brings along, which is not run; use a "
+                "checkpoint with a tokenizer that transformers has, or save this one as a tokenizer.json"
+            ) from None
         raise ConfigError(
             f"{checkpoint.path} has no tokenizer that transformers can load ({type(error).__name__}: {error}); "
             "put tokenizer.json and tokenizer_config.json beside the weights"

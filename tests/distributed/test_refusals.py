@@ -14,7 +14,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return run_ranks(refused_on_this_rank, 2, save_tiny(tmp_path_factory.mktemp("checkpoint")), timeout=120)
+    return run_ranks(refused_on_this_rank, 2, save_tiny(tmp_path_factory.mktemp("checkpoint")))
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)

@@ -21,7 +21,7 @@ from surgery.checkpoint.header import DTYPES
 from surgery.errors import CheckpointError
 
 NUMEL = 1000
-SOON = 10
+SOON = 250
 
 
 def random_tensor(dtype: torch.dtype) -> torch.Tensor:
