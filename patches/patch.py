@@ -47,7 +47,7 @@ class Patch:
     reason: str
     """Why the patch exists: the defect, in a sentence."""
     upstream: str = ""
-    """Link to the issue, or to the source that shows the defect."""
+    """Link to the issue, or to the source that shows the defect; a space between several."""
     requires: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> PEP 440 window in which the defect is known; all must hold."""
     kind: str = "auto"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         PassError,
+        QuantizerError,
         SelectorError,
         SurgeryError,
         TraceError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.planning.setting import Training
     from surgery.recipe import qlora
     from surgery.report import Report
+    from surgery.reservation import reserve
     from surgery.tracing.recorder import trace
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "PeerError",
     "Precision",
     "Quant",
+    "QuantizerError",
     "Report",
     "SelectorError",
     "SurgeryError",
@@ -64,6 +67,7 @@ __all__ = [
     "precision",
     "qlora",
     "release",
+    "reserve",
     "save_adapter",
     "trace",
 ]
@@ -82,6 +86,7 @@ _MODULES = {
     "surgery.planning.setting": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.report": ("Report",),
+    "surgery.reservation": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

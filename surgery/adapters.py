@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +13,14 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import patches
+from surgery.adapter_folder import AdapterFolder, hold
+from surgery.base_model import base_folder, config_to_save
 from surgery.distributed.exchange import current_ranks
 from surgery.distributed.failures import everyone, together
 from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
+from surgery.model_card import render_card
+from surgery.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,20 +31,40 @@ ADAPTER = "default"
 
 
 @together()
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    training: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
     """Write the adapter of `model` to `directory` in PEFT's format; to be called on all ranks alike.
 
-    Only trainable parameters are gathered, one FSDP unit at a time, to rank 0's CPU. Files are written aside and moved
-    in place when they are whole and have every key, so that an older adapter there is replaced or left as it was.
+    Beside it are a model card and the tokenizer of the base model, where that is on rank 0's disk. Only trainable
+    parameters are gathered, one FSDP unit at a time, to rank 0's CPU.
 
-    Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized;
-    `PeerError` if another rank has failed.
+    The adapter that is there is replaced by a whole one, or left as it was, whatever happens on the way: see
+    `surgery.adapter_folder`. To try the place and to keep it from others before the model is loaded, call this in a
+    block of `surgery.reserve`.
+
+    Args:
+        model: what `surgery.qlora` has built.
+        directory: made if it is not there; links are followed.
+        training: what the model card says of the training: rows by title of a section.
+
+    Raises:
+        ConfigError: the folder cannot be written, or another process has it; before anything is gathered.
+        AdapterError: a trainable parameter is missing from what PEFT saves, all of them are zero-sized, a value is not
+            finite, or writing fails.
+        PeerError: another rank has failed.
     """
     ranks = current_ranks()
-    state = adapter_state(model)
-    with everyone(ranks, device=_device(model)):
-        if ranks.rank == 0:
-            _write(_peft_model(model), state, Path(directory))
+    with ExitStack() as stack:
+        with everyone(ranks, device=_device(model)):
+            folder = stack.enter_context(hold(directory)) if ranks.rank == 0 else None
+        state = adapter_state(model)
+        with everyone(ranks, device=_device(model)):
+            if folder is not None:
+                _write(_peft_model(model), state, folder, training or {})
 
 
 @together()
@@ -113,17 +136,24 @@ def _device(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
 
-def _write(model: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as aside:
-        with patches.transaction(
-            "peft.adapter-keys-under-wrappers", on=[model], reason=f"saving the adapter to {directory.name}"
-        ):
-            # The base embeddings are as they were; "auto" would look for their size on the hub.
-            model.save_pretrained(aside, state_dict=state, save_embedding_layers=False, selected_adapters=[ADAPTER])
-        _check_complete(Path(aside) / "adapter_model.safetensors", state)
-        for file in sorted(Path(aside).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            file.replace(directory / file.name)
+def _write(
+    model: PeftModel,
+    state: dict[str, torch.Tensor],
+    folder: AdapterFolder,
+    training: Mapping[str, Mapping[str, object]],
+) -> None:
+    from peft import get_peft_model_state_dict
+
+    reason = f"saving the adapter to {folder.path.name}"
+    with patches.transaction("peft.adapter-keys-under-wrappers", on=[model], reason=reason):
+        # The base embeddings are as they were; "auto" would look for their size on the hub.
+        saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False, adapter_name=ADAPTER)
+    _check_complete({name: tensor.shape for name, tensor in saved.items()}, state)
+    config = config_to_save(model, ADAPTER)
+    base = base_folder(config)
+    folder.save(
+        saved, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
+    )
 
 
 def _keys(name: str) -> tuple[str, str]:
@@ -132,11 +162,7 @@ def _keys(name: str) -> tuple[str, str]:
     return key, key.removesuffix(".weight")
 
 
-def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as saved:
-        sizes = {key: torch.Size(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118  # no iterator
+def _check_complete(sizes: dict[str, torch.Size], state: dict[str, torch.Tensor]) -> None:
     missing = [name for name, tensor in state.items() if tensor.shape not in (sizes.get(key) for key in _keys(name))]
     if state and not missing:
         return

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec
 
 import typer
@@ -22,6 +25,7 @@ __all__ = ["app", "main"]
 
 REFUSED = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 P = ParamSpec("P")
 
@@ -41,8 +45,29 @@ def _root() -> None:
     # A Typer app with a single command and no callback would take that command's place.
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as torchrun sends it to the ranks that are left: what Ctrl-C cleans up, this does."""
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one shall not stop the cleaning up
+    raise TerminatedError
+
+
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """`command`, with expected errors said on stderr (exit code 2) and Ctrl-C quiet (exit code 130).
+    """`command`, with expected errors said on stderr (exit code 2), Ctrl-C quiet (130), and SIGTERM too (143).
 
     Anything else is a bug, here or upstream, and keeps its traceback.
     """
@@ -50,10 +75,14 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with _heeding_sigterm():
+                command(*args, **kwargs)
         except (SurgeryError, PatchError) as error:
             _say(f"error: {_message(error)}")
             raise typer.Exit(REFUSED) from error
+        except TerminatedError as error:
+            _say("terminated; every patch is undone")
+            raise typer.Exit(TERMINATED) from error
         except KeyboardInterrupt as error:
             _say("interrupted; every patch is undone")
             raise typer.Exit(INTERRUPTED) from error

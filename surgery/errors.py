@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "PassError",
+    "QuantizerError",
     "SelectorError",
     "SurgeryError",
     "TraceError",
@@ -75,11 +76,17 @@ class DataError(SurgeryError, ValueError):
 
 
 class AdapterError(SurgeryError):
-    """An adapter that would be saved incomplete. Nothing is written in its place; `missing` names its parameters."""
+    """An adapter that cannot be saved whole. What was in its place is as it was.
 
-    def __init__(self, message: str, *, missing: Sequence[str] = ()) -> None:
+    missing: names of parameters that would have been left out. not_finite: how many values are NaN or infinite, by key.
+    """
+
+    def __init__(
+        self, message: str, *, missing: Sequence[str] = (), not_finite: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
+        self.not_finite = dict(not_finite or {})
 
 
 class AttestationError(SurgeryError):
@@ -100,6 +107,10 @@ class PassError(SurgeryError, RuntimeError):
         super().__init__(message)
         self.pass_name = pass_name
         self.fqn = fqn
+
+
+class QuantizerError(SurgeryError, ValueError):
+    """A quantizer whose layout or results are not of the sizes that `surgery.quantizers.base.Quantizer` promises."""
 
 
 class TraceError(SurgeryError, ValueError):

@@ -31,13 +31,11 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
     As `convert_and_load_state_dict_in_model` of transformers does it: of several keys that are renamed alike, the first
     one counts.
     """
-    from transformers.core_model_loading import dot_natural_key
-
     rename = _Renamer.of(model)
     groups: dict[str, Group] = {}
     unplaced: list[str] = []
     repeated: list[str] = []
-    for key in sorted(keys, key=dot_natural_key):
+    for key in _in_order(keys):
         name, converter, pattern = rename(key)
         if name not in rename.state:
             unplaced.append(key)
@@ -49,6 +47,15 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
         group.sources.append(key)
         group.patterns.append(pattern or key)
     return groups, unplaced, repeated
+
+
+def _in_order(keys: Iterable[str]) -> list[str]:
+    from transformers.core_model_loading import dot_natural_key
+
+    try:
+        return sorted(keys, key=dot_natural_key)
+    except ValueError:  # from `int`: over 4,300 digits, or digits such as superscripts, in a name
+        return sorted(keys)
 
 
 class _Renamer:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from surgery.placement import Residence
-from surgery.quantizers.base import Quantizer
+from surgery.quantizers.base import Quantizer, check_run, check_runs
 from surgery.slices import Division, Slice
 from surgery.targets import Target
 
@@ -70,6 +70,9 @@ class Parts:
     residence: Residence
     rank: int
     found: dict[str, Part] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        check_runs(self.quantizer, self.residence.compute_device)
 
     def reserve(self, targets: Iterable[Target]) -> None:
         """Have the GPU's memory for all parts in torch's allocator, at once: one by one they would each wait for the
@@ -155,6 +158,7 @@ class Parts:
 
     def _quantize(self, part: Part, start: int, values: torch.Tensor) -> None:
         packed, statistics = self.quantizer.quantize(values, part.target.precision)
+        check_run(self.quantizer, part.target.fqn, values, packed, statistics)
         form, share = part.target.form, part.slice
         assert form.blocksize is not None
         nbytes = self._numel(part.target) * part.target.dtype.itemsize

@@ -64,14 +64,29 @@ def compute_buffers(model: Any, device: torch.device) -> None:
     `_init_weights`, which runs when everything is loaded. Parameters and persistent buffers are on meta, and stay so;
     torch's random generators are left as they are.
     """
+    from transformers.initialization import guard_torch_init_functions
+
     visited = _around_buffers(model)
     for module in model.modules():
         if module not in visited:
             vars(module)[INITIALIZED] = True
         for _, tensor in own_tensors(module):
             setattr(tensor, INITIALIZED, True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model.initialize_weights()
+    # Not `model.initialize_weights()`, which visits every module, and leaves a method on `torch.nn.Module`.
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=devices):
+        for module, initializer in _children_first(model, model, visited):
+            initializer._initialize_weights(module)
+
+
+def _children_first(module: nn.Module, initializer: Any, among: set[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    """`(module, the model of transformers that it is in)` of `module`, and before it of all below, that are `among`."""
+    if is_pretrained(module):
+        initializer = module
+    for child in module.children():
+        if child in among:
+            yield from _children_first(child, initializer, among)
+    yield module, initializer
 
 
 def _around_buffers(model: nn.Module) -> set[nn.Module]:

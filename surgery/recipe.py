@@ -13,7 +13,9 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.adapter_folder import make_room
 from surgery.agreed import adapter_facts, environment, same_model, source_facts
+from surgery.base_model import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
@@ -27,6 +29,7 @@ from surgery.filling import Filling, Meeting, Source, filling
 from surgery.initials import Initials
 from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
+from surgery.numerals import whole_number
 from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
@@ -44,13 +47,23 @@ from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import find_targets
+from surgery.tokenizer_files import tokenizer_bytes
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["BUILD_PATCHES", "FSDP2_PATCHES", "RESIDENT_PATCHES", "QLoRA", "default_device", "qlora"]
+__all__ = [
+    "BUILD_PATCHES",
+    "CPU_PATCHES",
+    "FSDP2_PATCHES",
+    "RESIDENT_PATCHES",
+    "QLoRA",
+    "default_device",
+    "launched_world_size",
+    "qlora",
+]
 
 #: Needed while PEFT and FSDP rebuild the model; undone when `qlora` returns.
 BUILD_PATCHES = ("torch.meta-param-replacement",)
@@ -62,6 +75,9 @@ RESIDENT_PATCHES = (
     "bitsandbytes.no-rewrap",
     "bitsandbytes.keep-packing",
 )
+
+#: Needed, beside those, on a CPU; in force for the quant_states of its layers alone.
+CPU_PATCHES = ("bitsandbytes.cpu-dequantize-flat",)
 
 #: Needed, beside those, where FSDP2 gathers packed weights.
 FSDP2_PATCHES = ("torch.fsdp2-bit-exact-gather",)
@@ -125,7 +141,7 @@ def qlora(
         PeerError: it did on another rank.
     """
     device = _with_index(device or default_device())
-    ranks = current_ranks(_launched_world_size())
+    ranks = current_ranks(launched_world_size())
     recipe = QLoRA(
         quant=quant,
         lora=lora,
@@ -141,11 +157,15 @@ def qlora(
     return recipe.run(checkpoint)
 
 
-def _launched_world_size() -> int | None:
+def launched_world_size() -> int | None:
+    """What the launcher promised, if there is one. Raises `ConfigError` for something else than a number."""
     value = os.environ.get("WORLD_SIZE")
-    if value and not value.isdigit():
-        raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r}: correct or unset it")
-    return int(value) if value else None
+    if not value:
+        return None
+    number = whole_number(value)
+    if number is None:
+        raise ConfigError(f"expected WORLD_SIZE to be a number, found {value!r:.80}: correct or unset it")
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +202,14 @@ class QLoRA:
             model = self._finish(model, meeting)
         return_freed_memory()
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
+        on_cpu = CPU_PATCHES if self.device.type == "cpu" and layers else ()
+        states = [layer.quant_state for layer in layers]
         with patches.transaction(
-            *RESIDENT_PATCHES, *fsdp2_only, on=layers, reason="a 4-bit model runs on these layers"
+            *RESIDENT_PATCHES,
+            *fsdp2_only,
+            *(patches.on(patch_id, states) for patch_id in on_cpu),
+            on=layers,
+            reason="a 4-bit model runs on these layers",
         ) as resident:
             keep(model, resident.receipts)
             as_context_manager(model)
@@ -228,7 +254,9 @@ class QLoRA:
             model = self._pipeline(before, Replace.ensures).run(model)
             return_freed_memory()  # of adapters, which are shards now
             fill.into(model)
-        return self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        model = self._pipeline(after, frozenset({"quantized-modules", "filled"})).run(model)
+        name_base(model, checkpoint)
+        return model
 
     def _prepare(self, checkpoint: Checkpoint, quantizer: BnbQuantizer) -> tuple[nn.Module, Source]:
         """The model on meta, with quantized modules, and all that is to be loaded for it.
@@ -261,7 +289,9 @@ class QLoRA:
             transposed=transposed(chosen),
             precisions=precisions(chosen, self.dtype),
         )
-        self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
+        inventory = take_inventory(model, targets, self.lora, unsharded=unsharded)
+        make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))
+        self._foresee(inventory)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import Index, TensorEntry
 from surgery.fqn import split
-from surgery.quantizers.base import Quantizer
+from surgery.quantizers.base import Quantizer, check_layout
 from surgery.slices import Form
 from surgery.weights import Assignment
 
@@ -70,6 +70,7 @@ def find_targets(
 
     tied: first FQN of every parameter and persistent buffer -> aliases. transposed: FQNs of weights that the checkpoint
     has as `(in, out)`. precisions: FQN of a weight -> the dtype in which it is quantized, if not the quantizer's own.
+    Raises QuantizerError for a weight that is stored in another layout than `Quantizer` describes.
     """
     make = functools.partial(_target, model, index, quantizer, tied=tied, transposed=transposed, precisions=precisions)
     return tuple(make(name, assignment) for assignment in assignments for name in assignment.targets)
@@ -91,6 +92,8 @@ def _target(
     tensor: torch.Tensor = getattr(owner, leaf)
     is_quantized = leaf == "weight" and quantizer.is_quantized(owner)
     logical = quantizer.logical(owner) if is_quantized else None
+    if logical is not None:
+        check_layout(quantizer, name, tensor, logical)
     rows = tensor.shape[0] if tensor.shape else 1
     numel = (logical or tensor.shape).numel()
     # A packed row holds two elements a byte, so all rows but the last are full.

@@ -15,16 +15,17 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted"),
+    ("errors", "fqn", "converted", "numerals", "whole"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
+    ("folder_lock", "model_card", "tokenizer_files"),
     ("checkpoint",),
     ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "adapters", "agreed"),
+    ("guards", "lifetime", "attestation", "passes", "install", "base_model", "adapter_folder", "adapters", "agreed"),
     ("filling",),
     ("planning",),
     ("recipe",),
-    ("tracing",),
+    ("tracing", "reservation"),
     ("",),  # the package itself: its public names
     ("finetune",),
     ("integrations", "cli", "__main__"),

@@ -71,9 +71,10 @@ def main(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a conversation; the rest is cut off.")] = 256,
 ) -> None:
     """Evaluate a saved adapter with transformers and PEFT alone."""
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     adapted = PeftModel.from_pretrained(base, adapter).eval()
-    examples = list(_examples(data, AutoTokenizer.from_pretrained(model), max_length))
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    examples = list(_examples(data, tokenizer, max_length))
     plain = _losses(adapted, examples)
     _round_adapted(adapted)
     typer.echo(json.dumps({"plain": plain, "rounded": _losses(adapted, examples)}))

@@ -20,6 +20,7 @@ from typing import Final
 from patches.builtin import BUILTIN
 from upstream.releases import InstallError, Release, install
 from upstream.report import contradictions, page
+from upstream.torch_rows import rows_of, with_rows
 from upstream.verdicts import Outcome, check
 
 # The last release of each minor version, and both sides of every change that a window is drawn at.
@@ -53,6 +54,8 @@ def main() -> int:
             print(f"{outcome}: {_short(outcome)}", file=sys.stderr, flush=True)
             outcomes.append(outcome)
     text = page(outcomes, installed)
+    if options.output == str(_PAGE):
+        text = with_rows(text, rows_of(_PAGE.read_text()))  # which are another script's
     if options.output == "-":
         print(text)
     else:
@@ -64,7 +67,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", nargs=2, action="append", metavar=("PEFT", "BITSANDBYTES"), help="repeatable")
-    parser.add_argument("--output", default=_PAGE, help="the page to write; - for standard output")
+    parser.add_argument("--output", default=str(_PAGE), help="the page to write; - for standard output")
     return parser.parse_args()
 
 

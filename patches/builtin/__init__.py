@@ -12,6 +12,8 @@ from typing import Final
 __all__ = ["BUILTIN"]
 
 _IDS: Final = (
+    "bitsandbytes.cpu-dequantize-flat",
+    "bitsandbytes.cpu-matmul-flat",
     "bitsandbytes.keep-packing",
     "bitsandbytes.linear4bit-apply",
     "bitsandbytes.linear4bit-shape",

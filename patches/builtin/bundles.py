@@ -13,6 +13,8 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         # Needed while PEFT and FSDP rebuild a 4-bit model that is partly on meta. The first is to be limited to the
         # quant_states of that model.
         "qlora-build": ("bitsandbytes.quant-state-to-noop", "torch.meta-param-replacement"),
+        # Needed for a 4-bit model to run on a CPU; to be limited to its quant_states.
+        "qlora-on-cpu": ("bitsandbytes.cpu-matmul-flat", "bitsandbytes.cpu-dequantize-flat"),
         # Needed for a sharded 4-bit model to run; to be limited to its layers.
         "qlora-resident": (
             "bitsandbytes.linear4bit-shape",
@@ -24,6 +26,7 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         # All that building, running and saving one takes, on GPUs or without.
         "qlora-low-memory": (
             "qlora-build",
+            "qlora-on-cpu",
             "qlora-resident",
             "torch.fsdp1-sync-on-cpu",
             "peft.adapter-keys-under-wrappers",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import TensorEntry, parse_json
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.index import Index
@@ -55,6 +56,7 @@ class Checkpoint:
         config = read_config(folder)
         index = Index.open(found.path)
         require_unquantized(index, config, path=found.path)
+        require_agreement(index, config, path=found.path)
         return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
 
     def names(self) -> tuple[str, ...]:

@@ -38,6 +38,12 @@ LENGTH_BYTES = 8
 # The same limit as the reference implementation: a corrupt length must not become an allocation.
 MAX_HEADER_BYTES = 100_000_000
 
+# Of a number in JSON. The largest that a float can hold has 309.
+MAX_DIGITS = 1000
+
+# What no file and no dimension of a tensor reaches.
+_TOO_LARGE = 1 << 63
+
 # What a clone without Git LFS leaves in place of a large file begins with "version https://git-lfs".
 _LFS_POINTER = b"version "
 
@@ -135,11 +141,18 @@ def parse_header(raw: bytes, *, file: Path, file_size: int) -> Header:
 
 
 def parse_json(raw: bytes) -> Any:
-    """`json.loads`, except that a repeated key is an error and that every failure is a `ValueError`."""
+    """`json.loads`, except that a repeated key or an endless number is an error, and every failure a `ValueError`."""
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _integer(digits: str) -> int:
+    # Python's own limit can be switched off, and what it then takes is quadratic time.
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; the limit is {MAX_DIGITS}")
+    return int(digits)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,9 +202,9 @@ def _entry(name: str, spec: Any, *, file: Path, data_start: int) -> TensorEntry:
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _corrupt(file, f"its data_offsets should be [begin, end], found {offsets!r:.80}", name)
     begin, end = offsets
-    needed = math.prod(shape) * dtype.itemsize
+    needed = _elements(shape) * dtype.itemsize
     if end - begin != needed:
-        wanted = f"{spec['dtype']} of shape {shape!s:.80} needs {needed}"
+        wanted = f"{spec['dtype']} of shape {shape!s:.80} needs {needed if needed < _TOO_LARGE else '2**63 or more'}"
         problem = f"its data_offsets cover {end - begin} bytes, {wanted}"
         raise _corrupt(file, problem, name)
     return TensorEntry(
@@ -206,7 +219,19 @@ def _entry(name: str, spec: Any, *, file: Path, data_start: int) -> TensorEntry:
 
 def _are_sizes(found: Any) -> TypeGuard[list[int]]:
     # `type is int` and not isinstance: JSON's true is a bool, which is an int to Python.
-    return isinstance(found, list) and all(type(size) is int and size >= 0 for size in found)
+    return isinstance(found, list) and all(type(size) is int and 0 <= size < _TOO_LARGE for size in found)
+
+
+def _elements(shape: list[int]) -> int:
+    """The product of `shape`, as far as a tensor can have so many: the whole product of many sizes takes minutes."""
+    if 0 in shape:
+        return 0
+    product = 1
+    for size in shape:
+        product *= size
+        if product >= _TOO_LARGE:
+            break
+    return product
 
 
 def _check_ranges(entries: list[TensorEntry], *, file: Path, data_start: int, file_size: int) -> None:

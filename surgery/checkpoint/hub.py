@@ -11,9 +11,21 @@ from pathlib import Path
 from surgery.checkpoint.hub_errors import explain
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, read_weight_map
 from surgery.checkpoint.meeting import Meeting, is_node_leader, meet
+from surgery.checkpoint.patience import patience, say_cache_is_taken
 from surgery.errors import CheckpointError
 
-__all__ = ["ANY_WEIGHTS", "FOREIGN_WEIGHTS", "Resolved", "can_be_hub_id", "exists", "no_weights", "resolve"]
+__all__ = [
+    "ANY_WEIGHTS",
+    "FOREIGN_WEIGHTS",
+    "PATIENCE_WITH_A_CACHE",
+    "Resolved",
+    "can_be_hub_id",
+    "exists",
+    "find_cached",
+    "is_whole",
+    "no_weights",
+    "resolve",
+]
 
 # What a model and its tokenizer are made of, apart from the weights. No pickle, and no code.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -22,6 +34,9 @@ _IGNORED = ("*/*",)
 # Without an index, every safetensors file may be the model, but the format of Mistral's own loader never is.
 ANY_WEIGHTS = ("*.safetensors",)
 FOREIGN_WEIGHTS = ("consolidated*",)
+
+#: Seconds for a first answer, where there is a snapshot that could be taken without one.
+PATIENCE_WITH_A_CACHE = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +65,10 @@ def resolve(
     """Find what `source` means: an existing path, as it is; else a hub repository, as a cached snapshot.
 
     Of a repository, the safetensors files and the small files of model and tokenizer are downloaded, unless
-    they are in the cache: never a pickle, never code. `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
+    they are in the cache: never a pickle, never code. A commit that is complete in the cache is taken from there and
+    nobody is asked. Of a branch or a tag the hub is asked which commit it is; if the cache has one that is complete,
+    and there is no answer within seconds, that one is taken, and said. Else a host that does not answer is waited for
+    up to `HF_HUB_ETAG_TIMEOUT` seconds (10). `HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and
     `HF_TOKEN` mean what they mean to `huggingface_hub`; `revision` is a branch, a tag or a commit, `token` a
     token, or False for none.
 
@@ -128,6 +146,52 @@ def _resolve_together(meeting: Meeting, request: _Request) -> Resolved:
 
 def _snapshot(request: _Request) -> Path:
     """The folder of the snapshot in the cache, downloaded as far as it is missing. Its name is the commit."""
+    if request.local_files_only:
+        return _files(request)
+    cached = find_cached(request.repo_id, revision=request.revision)
+    if cached is not None and is_whole(request.repo_id, cached, revision=request.revision):
+        return cached
+    with patience(request.repo_id, at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
+        try:
+            folder = _files(request)
+        except CheckpointError:
+            if cached is None or asked.unanswered is None:
+                raise
+            folder = cached
+        if asked.unanswered is not None:
+            say_cache_is_taken(request.repo_id, folder.name, asked)
+    return folder
+
+
+def find_cached(repo_id: str, *, revision: str | None) -> Path | None:
+    """The snapshot in the cache, if it has all weights; nobody is asked."""
+    request = _Request(repo_id=repo_id, revision=revision, token=False, local_files_only=True)
+    try:
+        folder = _files(request)
+        shards = read_weight_map(folder).values() if (folder / INDEX_NAME).is_file() else ()
+    except CheckpointError:
+        return None
+    return folder if all((folder / shard).is_file() for shard in shards) else None
+
+
+def is_whole(repo_id: str, cached: Path, *, revision: str | None) -> bool:
+    """Whether `revision` is the commit of a cached snapshot of which it is known that no file is missing.
+
+    That is known where a list of the commit's files was kept, which `huggingface_hub` 2 has compared.
+    """
+    if revision != cached.name:
+        return False
+    try:
+        from huggingface_hub import get_cached_repo_tree
+
+        return bool(get_cached_repo_tree(repo_id, revision=revision))
+    # No such function before release 2, and no root of its errors but Exception.
+    except Exception:  # noqa: BLE001  # whatever it is, the hub is asked instead
+        return False
+
+
+def _files(request: _Request) -> Path:
+    """The files of model and tokenizer, and the folder that they are in."""
     folder = _fetch(request, allow=_SMALL_FILES, ignore=_IGNORED)
     pinned = replace(request, revision=folder.name)
     if (folder / INDEX_NAME).is_file():
@@ -165,6 +229,8 @@ def _fetch(request: _Request, *, allow: Sequence[str], ignore: Sequence[str]) ->
             allow_patterns=list(allow),
             ignore_patterns=list(ignore),
         )
+    except CheckpointError:
+        raise
     # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
     except Exception as error:
         message = explain(error, request.repo_id, revision=request.revision, local_files_only=request.local_files_only)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["explain"]
+__all__ = ["explain", "has_timed_out"]
 
 
 def explain(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool = False) -> str:
     """Say what happened and what to do; the more special kinds of error first."""
+    if has_timed_out(error):
+        return _explain_silence(repo_id)
+    return _explain_answer(error, repo_id, revision=revision, local_files_only=local_files_only)
+
+
+def _explain_answer(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
     from huggingface_hub import constants, errors
 
     repo, where = repo_id, constants.ENDPOINT
@@ -29,6 +35,24 @@ def explain(error: Exception, repo_id: str, *, revision: str | None, local_files
     return (
         f"The download of {repo!r} from {where} failed: {type(error).__name__}: {error}. "
         "Start again: files that are complete are kept."
+    )
+
+
+def has_timed_out(error: BaseException | None) -> bool:
+    """Whether a timeout of the HTTP library is at the bottom of it; httpx and httpx2 have no class in common."""
+    if error is None:
+        return False
+    return any(kind.__name__ == "TimeoutException" for kind in type(error).__mro__) or has_timed_out(error.__cause__)
+
+
+def _explain_silence(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"{constants.ENDPOINT} has not answered in time: {repo_id!r} was looked for there, and is not complete in the "
+        f"cache at {constants.HF_HUB_CACHE}. Check the network and HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT "
+        f"({constants.HF_HUB_ETAG_TIMEOUT} s) and HF_HUB_DOWNLOAD_TIMEOUT ({constants.HF_HUB_DOWNLOAD_TIMEOUT} s) to "
+        "what it may take."
     )
 
 

@@ -5,18 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint, read_config
+from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, TensorEntry, parse_header
-from surgery.checkpoint.hub import ANY_WEIGHTS, FOREIGN_WEIGHTS, can_be_hub_id, exists, no_weights
-from surgery.checkpoint.hub_errors import explain
+from surgery.checkpoint.hub import (
+    ANY_WEIGHTS,
+    FOREIGN_WEIGHTS,
+    PATIENCE_WITH_A_CACHE,
+    can_be_hub_id,
+    exists,
+    find_cached,
+    is_whole,
+    no_weights,
+)
+from surgery.checkpoint.hub_errors import explain, has_timed_out
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
+from surgery.checkpoint.patience import patience, say_cache_is_taken
 from surgery.checkpoint.prequantized import require_unquantized
 from surgery.errors import CheckpointError
 
@@ -36,7 +47,8 @@ def peek(
 
     `config.json` and the index file go to the cache of `huggingface_hub`; of each weight file the header is fetched
     by an HTTP range, and of tied weights that are stored twice a few samples. Offline (`HF_HUB_OFFLINE`) the repository
-    has to be in the cache. Not collective.
+    has to be in the cache; a host that does not answer is waited for as in `surgery.checkpoint.hub.resolve`. Not
+    collective.
     Raises `CheckpointError` for whatever would make the checkpoint unusable.
     """
     name = os.fspath(path_or_hub_id)
@@ -47,19 +59,32 @@ def peek(
 
     if constants.HF_HUB_OFFLINE:
         return Checkpoint.open(name, revision=revision, token=token)
-    try:
-        return _Repository.find(name, revision=revision, token=token).checkpoint()
-    except CheckpointError:
-        raise
-    # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
-    except Exception as error:
-        raise CheckpointError(_explain(error, name, revision)) from error
+    cached = find_cached(name, revision=revision)
+    if cached is not None and is_whole(name, cached, revision=revision):
+        return _open_cached(name, cached)
+    with patience(name, at_first=None if cached is None else PATIENCE_WITH_A_CACHE) as asked:
+        try:
+            return _Repository.find(name, revision=revision, token=token).checkpoint()
+        # Across its releases, the errors of the HTTP libraries below it have no root in common but Exception.
+        except Exception as error:
+            if cached is not None and asked.unanswered is not None:
+                say_cache_is_taken(name, cached.name, asked)
+                return _open_cached(name, cached)
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(_explain(error, name, revision)) from error
+
+
+def _open_cached(repo_id: str, folder: Path) -> Checkpoint:
+    found = Checkpoint.open(folder)
+    return replace(found, source=repo_id, revision=folder.name)
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> str:
     from huggingface_hub import constants, errors
 
-    if isinstance(error, (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError)):
+    known = (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError)
+    if isinstance(error, known) or has_timed_out(error):
         return explain(error, repo_id, revision=revision)
     return (
         f"{repo_id!r} is no folder here, and {constants.ENDPOINT} cannot be reached to look there "
@@ -95,6 +120,7 @@ class _Repository:
         index = Index.join(layout, headers)
         content = read_config(folder) if config is not None else None
         require_unquantized(index, content, path=folder)
+        require_agreement(index, content, path=folder)
         return Checkpoint(
             source=self.repo_id, path=folder, revision=self.commit, index=index, config=content, fetch=self._fetch
         )

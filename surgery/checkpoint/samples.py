@@ -14,8 +14,8 @@ from surgery.errors import CheckpointError
 
 __all__ = ["samples"]
 
-#: Bytes of each tensor: less than a disk or a network file system reads at a time.
-SAMPLE = 256
+#: Bytes of each tensor: what a disk or a network file system reads at least.
+SAMPLE = 4096
 
 #: Files that are read at a time: one over a network answers after a millisecond.
 THREADS = 8

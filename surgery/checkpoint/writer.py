@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from surgery.errors import CheckpointError, ConfigError
+from surgery.whole import write_safetensors
 
 __all__ = ["MAX_SHARD_BYTES", "write_checkpoint"]
 
@@ -106,7 +106,7 @@ def _write_shards(
     for number, shard in enumerate(shards, start=1):
         file = directory / f".model-{number:05d}.{os.getpid()}.tmp"
         written.append(file)
-        save_file(shard, file, metadata=metadata)
+        write_safetensors(file, shard, metadata)
         sizes.append({name: tensor.nbytes for name, tensor in shard.items()})
         # Emptied, because this frame would keep it alive while the next shard fills up.
         shard.clear()

@@ -31,10 +31,9 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
-    except PeerError as error:
-        failure = error
     except Exception as error:  # noqa: BLE001  # raised below, once the others are told
-        ranks.raise_alarm(error)
+        if not _is_of_others(error):
+            ranks.raise_alarm(error)
         failure = error
     except BaseException as error:  # an interrupt waits for nobody
         ranks.raise_alarm(error, apart=True)
@@ -134,7 +133,7 @@ def _reason(ranks: Ranks, error: BaseException) -> PeerError:
     try:
         ranks.check_alarm()
     except PeerError as peer:
-        if peer.rank is not None:
+        if peer.rank not in (None, ranks.rank):
             return peer
     if isinstance(error, PeerError) and error.rank is not None:
         return error

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+from surgery.numerals import whole_number
 from surgery.slices import Division
 from surgery.targets import Target
 
@@ -16,8 +17,7 @@ __all__ = ["Node", "node_ranks"]
 
 def node_ranks(rank: int, world_size: int) -> range:
     """The ranks of this node, by `LOCAL_WORLD_SIZE` of torchrun; all ranks where it says nothing that can be right."""
-    value = os.environ.get("LOCAL_WORLD_SIZE", "")
-    size = int(value) if value.isdigit() else world_size
+    size = whole_number(os.environ.get("LOCAL_WORLD_SIZE", "")) or world_size
     if not 0 < size < world_size or world_size % size:
         return range(world_size)
     first = rank // size * size

@@ -14,11 +14,12 @@ __all__ = ["beating", "silent_ranks", "wait_for_the_others"]
 #: Seconds between two beats.
 BEAT = 0.5
 
-#: Seconds without a beat after which a rank counts as gone: more than any call that keeps other threads waiting takes.
-SILENCE = 20.0
+#: Beats of one's own without one of the other, after which that rank counts as gone: 20 seconds, more than any call
+#: that keeps other threads waiting takes. Not the clock's seconds: a machine that stands still would have them pass.
+SILENCE = 40
 
 #: The same once a connection is lost, which means that a rank is gone, and it is asked which.
-MISSED = 4.0
+MISSED = 8
 
 #: What a rank that no longer beats, because it has no need to, leaves in its count.
 LEFT = 1 << 40
@@ -48,17 +49,16 @@ def beating(ranks: Ranks) -> Iterator[None]:
 
 
 def silent_ranks(ranks: Ranks) -> list[int]:
-    """The ranks that show no sign of life for `MISSED` seconds, in which the others are in `beating`.
+    """The ranks that show no sign of life in the time of `MISSED` beats, in which the others are in `beating`.
 
     Raises `PeerError` at once if one of them raises the alarm.
     """
     others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
     try:
         before = _counts(ranks, others)
-        deadline = time.monotonic() + MISSED
-        while time.monotonic() < deadline:
+        for _ in range(MISSED):
             ranks.check_alarm()
-            time.sleep(BEAT / 2)
+            time.sleep(BEAT)
         after = _counts(ranks, others)
     except RuntimeError as error:
         raise ranks.lost_store() from error
@@ -66,10 +66,11 @@ def silent_ranks(ranks: Ranks) -> list[int]:
 
 
 def wait_for_the_others(ranks: Ranks) -> None:
-    """Wait until all ranks have left `beating`, for `MISSED` seconds at most: they still have to read the alarm."""
-    deadline = time.monotonic() + MISSED
+    """Wait until all ranks have left `beating`, for `MISSED` beats at most: they still have to read the alarm."""
     with contextlib.suppress(RuntimeError):
-        while min(_counts(ranks, range(ranks.world_size)).values()) < LEFT and time.monotonic() < deadline:
+        for _ in range(10 * MISSED):
+            if min(_counts(ranks, range(ranks.world_size)).values()) >= LEFT:
+                return
             time.sleep(BEAT / 10)
 
 
@@ -83,14 +84,14 @@ def _counts(ranks: Ranks, of: list[int] | range) -> dict[int, int]:
 
 def _beat(ranks: Ranks, done: threading.Event) -> None:
     watched = (ranks.rank + 1) % ranks.world_size
-    last, changed = 0, time.monotonic()
+    last, silent = 0, 0
     with contextlib.suppress(RuntimeError):
         while not done.wait(BEAT):
             ranks.count(_pulse(ranks, ranks.rank), 1)
             count = ranks.count(_pulse(ranks, watched), 0)
-            if count != last or count >= LEFT or count == 0:
-                last, changed = count, time.monotonic()
-            if time.monotonic() - changed > SILENCE:
+            silent = 0 if count != last or count >= LEFT or count == 0 else silent + 1
+            last = count
+            if silent > SILENCE:
                 ranks.pass_on(lost(watched))
                 return
         ranks.count(_pulse(ranks, ranks.rank), LEFT)

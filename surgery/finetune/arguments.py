@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import ConfigError
 from surgery.finetune.choices import FsdpVersion, QuantStorageName, StrategyName
+from surgery.numerals import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +53,10 @@ def parse_mesh(value: str | None) -> tuple[int, int] | None:
     if value is None:
         return None
     replicate, separator, shard = value.lower().partition("x")
-    if not (separator and replicate.isdecimal() and shard.isdecimal()):
-        raise ConfigError(f"expected --mesh as REPLICATExSHARD, such as 2x4, found {value!r}")
-    return int(replicate), int(shard)
+    replicas, shards = whole_number(replicate), whole_number(shard)
+    if not separator or replicas is None or shards is None:
+        raise ConfigError(f"expected --mesh as REPLICATExSHARD, such as 2x4, found {value!r:.80}")
+    return replicas, shards
 
 
 def parse_shard(

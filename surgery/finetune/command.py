@@ -37,10 +37,11 @@ Two ranks, the base model sharded, evaluated on 5 % of the data every 50 steps:
   0.05 --eval-every 50 --activation-checkpointing non-reentrant --output ./adapter
 
 [bold]Data[/bold] is JSONL, one object a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
-"content"}]}. Completions and assistant turns are learnt; prompts and other turns are only read.
+"content"}]}, the last with "tools" if you like. Completions and assistant turns are learnt; prompts and other turns are
+only read. Other keys are refused.
 
-[bold]Exit codes[/bold]: 0 done, 2 refused (the message says what to change), 130 interrupted, 1 anything
-else.
+[bold]Exit codes[/bold]: 0 done, 2 refused (the message says what to change), 130 interrupted, 143 terminated, 1
+anything else.
 """
 
 _DATA = "Data"
@@ -69,11 +70,11 @@ def finetune(
         typer.Option(help="Evaluate on this fraction of --data, which is then not trained on.", rich_help_panel=_DATA),
     ] = None,
     max_length: Annotated[
-        int, typer.Option(help="Tokens a sample; the rest is cut off.", rich_help_panel=_DATA)
+        int, typer.Option(help="Tokens a sample; the rest is cut off, and said.", rich_help_panel=_DATA)
     ] = 1024,
     output: Annotated[
         Path,
-        typer.Option(help="Folder for the adapter (PEFT format) and summary.json.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Folder for the adapter (PEFT format), tokenizer and summary.json.", rich_help_panel=_OUTPUT),
     ] = Path("adapter"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.", rich_help_panel=_OUTPUT)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from surgery.finetune.records import Conversation
 
@@ -19,19 +20,25 @@ Span: TypeAlias = tuple[int, int]
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def has_generation_markers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template itself says what the assistant writes: `{% generation %}` blocks."""
-    return bool(tokenizer.chat_template) and bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template()))
+def has_generation_markers(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template itself says what the assistant writes: `{% generation %}` blocks.
+
+    A tokenizer may have a template of its own for conversations with tools.
+    """
+    with _template_errors(record):
+        return bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=cast("Any", _tools(record)))))
 
 
 def encode_marked(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and 1 for each token inside a `{% generation %}` block.
 
-    Raises `DataError` if the template refuses the messages.
+    Raises `DataError` if the template refuses the messages, or does not show the tools.
     """
+    _check_tools_are_shown(record, tokenizer)
     with _template_errors(record):
         encoding = tokenizer.apply_chat_template(
             _dicts(record, len(record.messages)),
+            tools=_tools(record),
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -45,11 +52,25 @@ def render_conversation(record: Conversation, tokenizer: PreTrainedTokenizerBase
 
     What the template writes before an answer (the generation prompt) is left out of its range where the
     template renders answers after it unchanged; otherwise the turn's header is part of the range. Raises
-    `DataError` if the template refuses the messages, or renders a turn differently once later turns follow.
+    `DataError` if the template refuses the messages, does not show the tools, or renders a turn differently once
+    later turns follow.
     """
+    _check_tools_are_shown(record, tokenizer)
     text = _render(record, tokenizer, len(record.messages))
     turns = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
     return text, tuple(_span(record, tokenizer, turn, text) for turn in turns)
+
+
+def _check_tools_are_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Many templates know nothing of tools, and would leave them out without a word."""
+    if not record.tools:
+        return
+    count = len(record.messages)
+    if _render(record, tokenizer, count) == _render(replace(record, tools=()), tokenizer, count):
+        raise record.at.error(
+            'the chat template of the checkpoint does not show tools to the model; remove "tools", or give the '
+            "checkpoint a chat_template.jinja that renders them"
+        )
 
 
 def _span(record: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> Span:
@@ -80,7 +101,10 @@ def _render(
     """The first `count` messages as text."""
     with _template_errors(record):
         rendered = tokenizer.apply_chat_template(
-            _dicts(record, count), tokenize=False, add_generation_prompt=add_generation_prompt
+            _dicts(record, count),
+            tools=_tools(record),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
     return cast("str", rendered)
 
@@ -89,13 +113,15 @@ def _dicts(record: Conversation, count: int) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in record.messages[:count]]
 
 
+def _tools(record: Conversation) -> list[dict[str, Any] | Callable[..., Any]] | None:
+    return list(record.tools) or None
+
+
 @contextmanager
 def _template_errors(record: Conversation) -> Iterator[None]:
     """Turn what a template raises, often on purpose, into an error about the record."""
-    # Imported here: jinja2 serves chat templates alone, and text data does without it.
-    from jinja2 import TemplateError
-
     try:
         yield
-    except TemplateError as error:
+    # A template is a program: beside jinja's errors it can raise any of Python's.
+    except Exception as error:
         raise record.at.error(f"the chat template refuses these messages: {error}") from error

@@ -23,11 +23,13 @@ __all__ = ["Dataset", "build_dataset", "split"]
 class Dataset:
     """Samples to train on and to evaluate on (none if no evaluation was asked for).
 
-    `dropped` counts the samples left out because truncation left them nothing to learn.
+    `cut` counts the samples that were longer than the maximum length; `dropped` those left out because nothing to
+    learn remained of them.
     """
 
     train: tuple[Sample, ...]
     evaluation: tuple[Sample, ...]
+    cut: int = 0
     dropped: int
 
     def digest(self) -> str:
@@ -55,14 +57,21 @@ def build_dataset(
     `vocab_size` is the number of embeddings of the model, if it is known. Raises `DataError` for data that
     cannot be used and `ConfigError` for a tokenizer that does not fit the data or the model.
     """
-    samples, dropped = _usable(train, tokenizer, max_length, vocab_size)
+    samples = list(encode_records(train, tokenizer, max_length=max_length))
+    also = [] if evaluation is None else list(encode_records(evaluation, tokenizer, max_length=max_length))
+    usable = _usable(samples, train[0].at.path, max_length, vocab_size)
+    held_out: tuple[Sample, ...] = ()
     if evaluation is not None:
-        held_out, also_dropped = _usable(evaluation, tokenizer, max_length, vocab_size)
-        return Dataset(train=samples, evaluation=held_out, dropped=dropped + also_dropped)
-    if evaluation_fraction is None:
-        return Dataset(train=samples, evaluation=(), dropped=dropped)
-    rest, held_out = split(samples, fraction=evaluation_fraction, seed=seed)
-    return Dataset(train=rest, evaluation=held_out, dropped=dropped)
+        held_out = _usable(also, evaluation[0].at.path, max_length, vocab_size)
+    elif evaluation_fraction is not None:
+        usable, held_out = split(usable, fraction=evaluation_fraction, seed=seed)
+    everything = [*samples, *also]
+    return Dataset(
+        train=usable,
+        evaluation=held_out,
+        cut=sum(sample.cut > 0 for sample in everything),
+        dropped=len(everything) - len(usable) - len(held_out),
+    )
 
 
 def split(samples: Sequence[Sample], *, fraction: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
@@ -83,12 +92,8 @@ def split(samples: Sequence[Sample], *, fraction: float, seed: int) -> tuple[tup
     return train, tuple(samples[index] for index in sorted(chosen))
 
 
-def _usable(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, vocab_size: int | None
-) -> tuple[tuple[Sample, ...], int]:
-    """The samples with something to learn, and how many there were without."""
-    path = records[0].at.path
-    samples = list(encode_records(records, tokenizer, max_length=max_length))
+def _usable(samples: Sequence[Sample], path: Path, max_length: int, vocab_size: int | None) -> tuple[Sample, ...]:
+    """The samples of a file with something to learn."""
     kept = tuple(sample for sample in samples if sample.targets > 0)
     if not kept:
         raise DataError(
@@ -97,7 +102,7 @@ def _usable(
             path=path,
         )
     _check_vocabulary(kept, vocab_size, path)
-    return kept, len(samples) - len(kept)
+    return kept
 
 
 def _check_vocabulary(samples: Sequence[Sample], vocab_size: int | None, path: Path) -> None:

@@ -27,10 +27,11 @@ _CHUNK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sequence of tokens, and for each of them 1 if it is learnt, else 0."""
+    """One sequence of tokens, and for each of them 1 if it is learnt, else 0; `cut` tokens of its end are left out."""
 
     ids: array[int]
     learnt: array[int]
+    cut: int = 0
 
     @property
     def targets(self) -> int:
@@ -57,13 +58,12 @@ def encode_records(
     refuses.
     """
     _check_tokenizer(tokenizer, records)
-    marked = has_generation_markers(tokenizer)
     for start in range(0, len(records), _CHUNK):
         chunk = records[start : start + _CHUNK]
         encoded: dict[int, tuple[list[int], list[int]]] = {}
         rendered: dict[int, _Rendered] = {}
         for index, record in enumerate(chunk):
-            if marked and isinstance(record, Conversation):
+            if isinstance(record, Conversation) and has_generation_markers(record, tokenizer):
                 encoded[index] = encode_marked(record, tokenizer)
             else:
                 rendered[index] = _render(record, tokenizer)
@@ -71,7 +71,11 @@ def encode_records(
         encoded |= _tokenize({index: item for index, item in rendered.items() if not item.is_chat}, tokenizer)
         for index in range(len(chunk)):
             ids, learnt = encoded[index]
-            yield Sample(ids=array("i", ids[:max_length]), learnt=array("b", learnt[:max_length]))
+            yield Sample(
+                ids=array("i", ids[:max_length]),
+                learnt=array("b", learnt[:max_length]),
+                cut=max(0, len(ids) - max_length),
+            )
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> None:
@@ -122,8 +126,25 @@ def _tokenize(
     encoded = {}
     for index, ids, offsets in zip(rendered, encoding["input_ids"], encoding["offset_mapping"], strict=True):
         learnt = _learnt(offsets, rendered[index].spans)
-        encoded[index] = (ids, learnt) if is_chat else _ended(ids, learnt, tokenizer.eos_token_id)
+        if is_chat:
+            encoded[index] = ids, learnt
+            continue
+        again = _begun_again(ids, offsets)
+        encoded[index] = _ended(_without(ids, again), _without(learnt, again), tokenizer.eos_token_id)
     return encoded
+
+
+def _begun_again(ids: Sequence[int], offsets: Sequence[Span]) -> slice:
+    """Where a text itself begins with the tokens that the tokenizer has put before it, such as `<s>`."""
+    added = next((place for place, (start, stop) in enumerate(offsets) if start != stop), len(ids))
+    for count in range(added, 0, -1):
+        if ids[added - count : added] == ids[added : added + count]:
+            return slice(added, added + count)
+    return slice(0, 0)
+
+
+def _without(values: list[int], part: slice) -> list[int]:
+    return [*values[: part.start], *values[part.stop :]]
 
 
 def _learnt(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

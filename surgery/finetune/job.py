@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import patches
-from surgery import qlora, release, save_adapter, trace
+from surgery import qlora, release, reserve, save_adapter, trace
 from surgery.agreed import source_facts
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
@@ -19,6 +19,7 @@ from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
 from surgery.distributed.failures import everyone
 from surgery.errors import ConfigError
 from surgery.finetune.attested import Attested, Attestor
+from surgery.finetune.card import card_sections
 from surgery.finetune.foresight import predict_training
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
@@ -27,9 +28,10 @@ from surgery.finetune.prepare import Plan, make_plan, read_data
 from surgery.finetune.progress import ProgressTracker
 from surgery.finetune.session import Session, Training
 from surgery.finetune.sharding import sharding_of
-from surgery.finetune.summary import Summary, gather_phases, patch_rows, versions, write_summary
+from surgery.finetune.summary import Summary, gather_phases, patch_rows, write_summary
 from surgery.finetune.trackers import Tracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
+from surgery.model_card import versions
 from surgery.passes.checkpointing import checkpoint_activations
 from surgery.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
@@ -40,19 +42,24 @@ __all__ = ["run"]
 def run(job: Job, *, console: Console | None = None) -> Summary:
     """Fine-tune as `job` says; to be called on all ranks alike.
 
-    Rank 0 shows progress on `console` (default: stdout). Seeds torch's global generator. On return, and on
-    any exception, `KeyboardInterrupt` included, the patches that the job applied are undone; an adapter is in
-    `job.output` only if training has finished.
+    Rank 0 shows progress on `console` (default: stdout), and keeps `job.output` from other jobs. Seeds torch's global
+    generator. On return, and on any exception, `KeyboardInterrupt` included, the patches that the job applied are
+    undone; the adapter in `job.output` is replaced only if training has finished.
 
     Raises:
         DataError, ConfigError, CheckpointError: before any weight is read.
+        AdapterError: the adapter cannot be saved; what was in `job.output` is as it was.
         PassError, PeerError: the model could not be built, here or on another rank.
         TrainingError: the loss is not finite.
         AttestationError: 4-bit weights are not what was quantized; nothing is saved unless that was found afterwards.
     """
     console = console or Console()
     earlier = len(patches.audit(include_reverted=True))
-    with join_world(timeout=job.timeout) as world:
+    with (
+        join_world(timeout=job.timeout) as world,
+        # First of all: what is found out after training is found out too late.
+        reserve(job.output, overwrite=job.overwrite, device=world.device),
+    ):
         checkpoint, plan = _prepare(job, world)
         with _report(job, world) as report:
             with _trackers(job, plan, world, console) as trackers:
@@ -66,6 +73,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 samples={
                     "train": len(plan.dataset.train),
                     "evaluation": len(plan.dataset.evaluation),
+                    "cut": plan.dataset.cut,
                     "dropped": plan.dataset.dropped,
                 },
                 training=training,
@@ -157,7 +165,7 @@ def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[
         trackers: list[Tracker] = []
         with everyone(world.ranks, device=world.device):
             if world.is_main:
-                _announce(plan, world, console)
+                _announce(job, plan, world, console)
                 trackers += _open_trackers(job, plan, world, console, stack)
         yield trackers
 
@@ -201,7 +209,7 @@ def _train(
             training = session.run(trainer)
         attestor.at_rest("end")
         with report.phase("save", group="save"):
-            save_adapter(model, job.output)
+            save_adapter(model, job.output, training=card_sections(job, plan, training, world.size))
         attestor.at_rest("saved")
     finally:
         release(model)
@@ -254,18 +262,17 @@ def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
     )
 
 
-def _announce(plan: Plan, world: World, console: Console) -> None:
+def _announce(job: Job, plan: Plan, world: World, console: Console) -> None:
     data = plan.dataset
     _say(
         console,
         f"{len(data.train)} samples to train on, {len(data.evaluation)} to evaluate on; "
         f"{plan.schedule.steps} steps of {plan.batch} samples on {world.size} rank(s), {world.device.type}",
     )
+    if data.cut:
+        _say(console, f"Warning: {data.cut} samples are cut off: they are longer than {job.data.max_length} tokens")
     if data.dropped:
-        _say(
-            console,
-            f"Warning: {data.dropped} samples are left out: cut off at the maximum length, none is learnt",
-        )
+        _say(console, f"Warning: {data.dropped} samples are left out: nothing to learn remains of them")
 
 
 def _say(console: Console, text: str) -> None:

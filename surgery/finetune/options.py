@@ -25,9 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["DataOptions", "Job", "LoraOptions", "TrainingOptions"]
 
 
-def _at_least(name: str, value: float | None, least: float) -> None:
-    if value is not None and not value >= least:
+#: More than any run takes of anything, and less than what torch and floats have room for.
+MOST = 10**15
+
+
+def _at_least(name: str, value: float | None, least: float, *, most: float = MOST) -> None:
+    if value is None:
+        return
+    if not value >= least:
         raise ConfigError(f"expected {name} to be {least:g} or more, found {value}")
+    if value > most:
+        raise ConfigError(f"expected {name} to be {most:g} or less, found more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +93,9 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "accumulation", "evaluate_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
+        _at_least("seed", self.seed, 0, most=2**63)
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}")
         if self.activation_offload and self.activation_checkpointing == "none":
@@ -141,7 +150,7 @@ class Job:
     """A fine-tuning job: a checkpoint, data, and everything that decides what comes out.
 
     model: a folder, or a hub id with its `revision`.
-    output: the folder for the adapter and `summary.json`; one that holds an adapter is refused unless
+    output: the folder for the adapter and `summary.json`; one that holds an adapter is refused by the job, unless
         `overwrite`.
     shard: how to shard where there is more than one rank; in one process nothing is. placement: None is the default of
         that sharding; see `surgery.qlora`.
@@ -174,12 +183,3 @@ class Job:
         require_loggers(self.loggers)
         if self.training.evaluate_every is not None and not self.data.has_evaluation:
             raise ConfigError("evaluating every so many steps needs an evaluation file or an evaluation fraction")
-        if not self.overwrite:
-            self._refuse_existing_adapter()
-
-    def _refuse_existing_adapter(self) -> None:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if (self.output / name).exists():
-                raise ConfigError(
-                    f"{self.output} already has an adapter ({name}); choose another output, or overwrite it"
-                )

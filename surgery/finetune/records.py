@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from surgery.checkpoint.header import parse_json
 from surgery.errors import DataError
 
 __all__ = ["Completion", "Conversation", "Location", "Message", "Record", "Text", "read_records"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = (frozenset({"text"}), frozenset({"prompt", "completion"}), frozenset({"messages"}))
+OPTIONAL = {"messages": "tools"}
 EXPECTED = '{"text"}, {"prompt", "completion"} or {"messages"}'
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -57,10 +59,14 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Turns of a chat, at least one the assistant's, though not the first; assistant turns are learnt."""
+    """Turns of a chat, at least one the assistant's, though not the first; assistant turns are learnt.
+
+    `tools`: what the chat template is told that the assistant may call, JSON objects as they were read.
+    """
 
     messages: tuple[Message, ...]
     at: Location
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 Record: TypeAlias = Text | Completion | Conversation
@@ -70,8 +76,8 @@ def read_records(path: Path) -> list[Record]:
     """Every record of a JSONL file, in order; blank lines are passed over.
 
     Raises `DataError` for a file that cannot be read or holds no record, and for the first line that is not
-    UTF-8, not JSON, not an object, or not exactly one of the three shapes. Other keys beside those of its
-    shape are allowed.
+    UTF-8, not JSON, not an object, or not exactly one of the three shapes. A conversation may have `"tools"`;
+    any other key beside those of the shape is refused, since nothing would read it.
     """
     records = [_parse(line, Location(path=path, line=number)) for number, line in _lines(path)]
     if not records:
@@ -95,7 +101,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(line: bytes, at: Location) -> Record:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = parse_json(line)
     except UnicodeDecodeError as error:
         raise at.error(
             f"expected UTF-8, found byte {error.object[error.start]:#04x}; save the file as UTF-8"
@@ -104,8 +110,8 @@ def _parse(line: bytes, at: Location) -> Record:
         raise at.error(
             f"not JSON: {error.msg} at column {error.colno}; expected one JSON object a line ({EXPECTED})"
         ) from error
-    except RecursionError as error:
-        raise at.error("not a training record: JSON nested too deeply") from error
+    except ValueError as error:
+        raise at.error(f"not a training record: {error}") from error
     if not isinstance(value, dict):
         raise at.error(f"expected a JSON object ({EXPECTED}), found {_kind(value)}")
     return _record(value, at)
@@ -117,15 +123,42 @@ def _record(value: dict[str, Any], at: Location) -> Record:
         found = ", ".join(map(repr, value)) or "no keys"
         problem = "expected the keys of one shape" if present else "expected the keys"
         raise at.error(f"{problem}, {EXPECTED}; found {found}")
+    _check_used(value, present[0], at)
     if "text" in value:
         return Text(text=_string(value["text"], "text", at), at=at)
     if "messages" in value:
-        return Conversation(messages=_messages(value["messages"], at), at=at)
+        messages = _messages(value["messages"], at)
+        return Conversation(messages=messages, tools=_tools(value.get("tools"), at), at=at)
     return Completion(
         prompt=_string(value["prompt"], "prompt", at, may_be_empty=True),
         completion=_string(value["completion"], "completion", at),
         at=at,
     )
+
+
+def _check_used(value: dict[str, Any], shape: frozenset[str], at: Location) -> None:
+    """Refuse keys that nothing would read: a column that was meant to be learnt must not be lost without a word."""
+    used = {*shape, *(OPTIONAL[key] for key in shape if key in OPTIONAL)}
+    unused = [key for key in value if key not in used]
+    if unused:
+        expected = ", ".join(map(repr, sorted(used)))
+        raise at.error(
+            f"expected no keys but {expected} in a record with {', '.join(map(repr, sorted(shape)))}, found "
+            f"{', '.join(map(repr, unused))}, which would not be used; remove them"
+        )
+
+
+def _tools(value: object, at: Location) -> tuple[dict[str, Any], ...]:
+    """The tools of a conversation; null is none, as in a column that not every record has."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise at.error(f'expected "tools" to be a list of JSON objects, found {_kind(value)}')
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise at.error(f'expected "tools" to be what JSON can say, in valid Unicode, found: {error}') from error
+    return tuple(value)
 
 
 def _messages(value: object, at: Location) -> tuple[Message, ...]:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
 import torch.distributed as dist
 
 import patches
+from surgery.errors import AdapterError
 from surgery.finetune.attested import Attested
 from surgery.finetune.options import Job
 from surgery.finetune.session import Training
+from surgery.whole import write_whole
 
-__all__ = ["Phases", "Summary", "gather_phases", "patch_rows", "versions", "write_summary"]
-
-_DISTRIBUTIONS = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers", "accelerate", "wrapt")
+__all__ = ["Phases", "Summary", "gather_phases", "patch_rows", "write_summary"]
 
 #: Phase -> seconds, and bytes of memory before and at the peak, of one rank.
 Phases: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -124,22 +121,12 @@ def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:
     )
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the distributions that decide what a run does."""
-    found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def write_summary(summary: Summary, path: Path) -> None:
-    """Write `summary` as JSON; a reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write `summary` as JSON; a reader sees the old file or the new one, never a part.
+
+    Raises `AdapterError` if that fails.
+    """
     try:
-        partial.write_text(summary.as_json(), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(path, summary.as_json())
+    except OSError as error:
+        raise AdapterError(f"the adapter is saved, but {path} cannot be written: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from surgery.distributed.exchange import Ranks, current_ranks, store_holder
 from surgery.distributed.failures import collective
 from surgery.distributed.pulse import beating, wait_for_the_others
 from surgery.errors import ConfigError
+from surgery.numerals import whole_number
 
 __all__ = ["World", "join_world"]
 
@@ -94,9 +95,10 @@ def _world(device: torch.device) -> World:
 
 def _environment(name: str, *, default: str | None = None) -> int:
     value = os.environ.get(name, default)
-    if value is None or not value.lstrip("-").isdigit():
-        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r}; {_LAUNCH}")
-    return int(value)
+    number = None if value is None else whole_number(value.removeprefix("-"))
+    if value is None or number is None:
+        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r:.80}; {_LAUNCH}")
+    return -number if value.startswith("-") else number
 
 
 def _device(local_rank: int) -> torch.device:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import CheckpointError, ConfigError
+from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.passes.base import Pass
+from surgery.passes.extent import bounded
 from surgery.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
 __all__ = ["Skeleton", "causal_lm"]
@@ -77,7 +78,8 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
     """A builder of the decoder-only transformers model that `checkpoint.config` describes.
 
     Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model; what is built
-    may turn out to be impossible, which is a `ConfigError` too. Code that the checkpoint brings or asks for is not run.
+    may turn out to be impossible, which is a `ConfigError` too, or larger than what the checkpoint holds, which ends it
+    at once (`WeightsMismatchError`). Code that the checkpoint brings or asks for is not run.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,7 +106,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         from transformers.initialization import no_init_weights
 
         # Some constructors draw initial values themselves.
-        with _blaming_the_config(checkpoint), no_init_weights(), torch.random.fork_rng(devices=[]):
+        with _blaming_the_config(checkpoint), no_init_weights(), torch.random.fork_rng(devices=[]), bounded(checkpoint):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
             load_generation_config(model, _folder(checkpoint))
         trained: nn.Module = model.train()
@@ -129,6 +131,8 @@ def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
     """Turns whatever a config class or a model's constructor raises, each its own kind, into a `ConfigError`."""
     try:
         yield
+    except SurgeryError:
+        raise
     except Exception as error:
         raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
 

@@ -21,10 +21,16 @@ __all__ = ["Setting", "Training"]
 RANKS_PER_NODE = 8
 
 
+#: More ranks, samples or tokens than there will be; a plan looks at ranks one by one.
+MOST = 1 << 20
+
+
 def _at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"expected {name} to be 1 or more, found {value}")
+        if value > MOST:
+            raise ConfigError(f"expected {name} to be {MOST:,} or less, found more")
 
 
 @dataclass(frozen=True, kw_only=True)

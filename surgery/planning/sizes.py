@@ -20,12 +20,12 @@ def parse_size(text: str) -> int:
     unit = _BY_UNIT.get(found[2].lower()) if found else None
     if found is None or unit is None:
         raise ConfigError(
-            f"expected a size such as 24GiB or 80GB, found {text!r}; units: {', '.join(_BINARY | _DECIMAL)}"
+            f"expected a size such as 24GiB or 80GB, found {text!r:.80}; units: {', '.join(_BINARY | _DECIMAL)}"
         )
-    size = int(float(found[1]) * unit)
-    if size < 1:
-        raise ConfigError(f"expected a size above 0, found {text!r}")
-    return size
+    size = float(found[1]) * unit
+    if not 1 <= size < 1 << 63:
+        raise ConfigError(f"expected a size above 0, and below 2**63 bytes, found {text!r:.80}")
+    return int(size)
 
 
 def say_size(size: int) -> str:

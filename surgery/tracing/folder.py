@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from surgery.errors import TraceError
 from surgery.tracing.page import render
 from surgery.tracing.record import RankTrace
+from surgery.whole import remove_partials, write_whole
 
 __all__ = ["PAGE", "draw", "read_ranks", "start_afresh", "write_rank"]
 
@@ -30,11 +30,13 @@ def start_afresh(folder: Path, *, rank: int, world_size: int) -> None:
         for number, file in _rank_files(folder).items():
             if number == rank or (rank == 0 and number >= world_size):
                 file.unlink()
+        remove_partials(folder, _name(rank))
         if rank == 0:
+            remove_partials(folder, f"{Path(PAGE).stem}.*")
             for file in (folder / PAGE, (folder / PAGE).with_suffix(".json")):
                 file.unlink(missing_ok=True)
         probe = folder / f".{_name(rank)}.probe"
-        _write(probe, "")
+        write_whole(probe, "")
         probe.unlink()
     except OSError as error:
         raise _cannot_write(folder, error) from error
@@ -43,7 +45,7 @@ def start_afresh(folder: Path, *, rank: int, world_size: int) -> None:
 def write_rank(trace: RankTrace, folder: Path) -> None:
     """Write the file of a rank. Rank 0 draws at once; so does whoever comes last, for then all files are there."""
     try:
-        _write(folder / _name(trace.rank), trace.as_json())
+        write_whole(folder / _name(trace.rank), trace.as_json())
     except OSError as error:
         raise _cannot_write(folder, error) from error
     if trace.rank == 0 or len(_rank_files(folder)) == trace.world_size:
@@ -81,8 +83,8 @@ def draw(folder: Path, page: Path) -> tuple[RankTrace, ...]:
     while len(drawn) != len(_rank_files(folder)) or not drawn:
         drawn = read_ranks(folder)
         try:
-            _write(joined, _join(drawn))
-            _write(page, render(drawn))
+            write_whole(joined, _join(drawn))
+            write_whole(page, render(drawn))
         except OSError as error:
             raise _cannot_write(page.parent, error) from error
     return drawn
@@ -116,16 +118,6 @@ def _rank_files(folder: Path) -> dict[int, Path]:
 
 def _name(rank: int) -> str:
     return f"rank-{rank:05}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")  # ranks may share a file system
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _cannot_write(folder: Path, error: OSError) -> TraceError:

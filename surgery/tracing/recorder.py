@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from surgery.errors import ConfigError, TraceError
+from surgery.numerals import whole_number
 from surgery.recipe import default_device
 from surgery.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
@@ -85,12 +86,13 @@ def _rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
+    number, size = whole_number(rank), whole_number(world_size)
+    if number is None or size is None or number >= size:
         raise ConfigError(
-            f"expected RANK to be a number below WORLD_SIZE, found RANK={rank!r} and WORLD_SIZE={world_size!r}; "
-            "correct or unset both"
+            f"expected RANK to be a number below WORLD_SIZE, found RANK={rank!r:.80} and "
+            f"WORLD_SIZE={world_size!r:.80}; correct or unset both"
         )
-    return int(rank), int(world_size)
+    return number, size
 
 
 def _name(device: torch.device) -> str:

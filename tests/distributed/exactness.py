@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from surgery.config import FSDP1, FSDP2, Placement
+from tests.helpers.lookup import look_up, require_looked_up
 
 STEPS = 8
 GLOBAL_BATCH = 12
@@ -71,8 +72,12 @@ def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
 
-def stock(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
-    """The same model made by upstream alone: transformers loads, bitsandbytes quantizes, PEFT adapts. No patch."""
+def stock(checkpoint: Path, case: Case, device: torch.device = CPU, *, by_table: bool = False) -> Any:
+    """The same model made by upstream alone: transformers loads, bitsandbytes quantizes, PEFT adapts. No patch.
+
+    by_table: with plain linear layers, whose weights are looked up in the table of codes, so that no kernel of
+    bitsandbytes multiplies or dequantizes.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -104,10 +109,21 @@ def stock(checkpoint: Path, case: Case, device: torch.device = CPU) -> Any:
         if module.bias is not None:
             bias_dtype = storage if storage.is_floating_point else module.bias.dtype
             new.bias = nn.Parameter(module.bias.data.to(bias_dtype), requires_grad=False)
-        model.set_submodule(name, new.to(device))
+        new = new.to(device)
+        model.set_submodule(name, _looked_up(new, module.weight) if by_table else new)
     model.is_loaded_in_4bit = True
     torch.manual_seed(0)
     return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
+
+
+def _looked_up(layer: Any, weight: torch.Tensor) -> nn.Module:
+    """A plain layer in place of a 4-bit one that was made of `weight`."""
+    table = look_up(layer.weight, layer.weight.quant_state)
+    require_looked_up(table, layer.weight, layer.weight.quant_state, weight)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    plain.weight = nn.Parameter(table.to(layer.weight.device), requires_grad=False)
+    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.float(), requires_grad=False)
+    return plain
 
 
 def ours(checkpoint: Path, case: Case, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Any:
@@ -149,9 +165,19 @@ def train(model: nn.Module, device: torch.device = CPU, *, accumulation: int = 1
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
+    for name, layer in layers.items():
+        _require_table(seen[name], layer.quant_state, name)
     states = {name: _on_cpu(layer.quant_state.as_dict()) for name, layer in layers.items()}
     packed = {name: _bytes(weight) for name, weight in seen.items()}
     return Result(losses=losses, gradients=gradients, packed=packed, quant_states=states)
+
+
+def _require_table(packed: torch.Tensor, quant_state: Any, name: str) -> None:
+    """bitsandbytes, by the function that backward and PEFT call, gives what is looked up in the table."""
+    from bitsandbytes import functional
+
+    found = functional.dequantize_4bit(packed, quant_state).cpu()
+    torch.testing.assert_close(found, look_up(packed, quant_state).to(found.dtype), msg=f"values of {name}")
 
 
 def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
@@ -252,6 +278,11 @@ def require_equal(found: Result, expected: Result) -> None:
     for name, packed in expected.packed.items():
         assert torch.equal(found.packed[name], packed), f"packed bytes of {name}"
         _require_same_state(found.quant_states[name], expected.quant_states[name], name)
+    require_same_training(found, expected)
+
+
+def require_same_training(found: Result, expected: Result) -> None:
+    """Losses and gradients within 1e-5 relative. Raises `AssertionError`."""
     torch.testing.assert_close(torch.tensor(found.losses), torch.tensor(expected.losses), rtol=1e-5, atol=0)
     assert expected.losses[-1] != expected.losses[0], "nothing was learned"
     for got, wanted in zip(found.gradients, expected.gradients, strict=True):

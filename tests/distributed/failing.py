@@ -175,7 +175,7 @@ def build_or_fail(checkpoint: Path, scratch: Path, failure: str, failing: int, s
     shutil.copytree(checkpoint, source)
     with pytest.MonkeyPatch.context() as patch:
         in_small_steps(patch)
-        patch.setattr(pulse, "SILENCE", 4.0)  # ranks are missed sooner
+        patch.setattr(pulse, "SILENCE", 8)  # ranks are missed sooner
         if dist.get_rank() == failing:
             source = FAILURES[failure](source, patch)
         try:

@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from surgery.config import FSDP1, FSDP2
+from tests.distributed.misfits import refused_misfits
 
 __all__ = ["REFUSALS", "Refusal", "refused_on_this_rank"]
 
@@ -135,6 +136,7 @@ def refused_on_this_rank(checkpoint: Path) -> dict[str, str]:
     messages = {refusal.name: _message(checkpoint, refusal) for refusal in REFUSALS}
     if reads:
         raise AssertionError(f"weights were read: {reads}")
+    messages.update(refused_misfits(checkpoint, FSDP2()))
     for kind in (FSDP1, FSDP2):
         with surgery.qlora(checkpoint, shard=kind(), report=surgery.Report()) as model:
             logits = model(input_ids=torch.arange(8).view(1, 8)).logits

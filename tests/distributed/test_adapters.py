@@ -15,6 +15,7 @@ import torch
 from surgery.config import FSDP1, FSDP2
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_tokenizer import tiny_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -124,7 +125,9 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("base"))
+    folder = save_tiny(tmp_path_factory.mktemp("base"))
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,11 +150,48 @@ def test_saved_adapter_has_every_key_and_loads_with_plain_peft(way: Way, saved: 
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
+
+
+@pytest.mark.parametrize("way", [*SHARDED, *WHOLE], ids=lambda way: way.name)
+def test_saved_config_names_the_base_and_the_task(way: Way, saved: Saved, base: Path) -> None:
+    config = json.loads((saved.folder / way.name / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(base), None)
+    assert (config["task_type"], config["auto_mapping"], config["inference_mode"]) == ("CAUSAL_LM", None, True)
 
 
 def test_nothing_else_is_left(saved: Saved) -> None:
     assert {path.name for path in saved.folder.iterdir()} == {way.name for way in [*SHARDED, *WHOLE]}
+
+
+def reserve_and_save(checkpoint: Path, folder: Path) -> tuple[str, list[str], str]:
+    """What a rank is told of a place that cannot be; what is in one that can, while it is kept and after saving."""
+    import surgery
+
+    with pytest.raises(surgery.SurgeryError) as caught, surgery.reserve(folder / "file" / "adapter"):
+        pass
+    with surgery.reserve(folder / "adapter"), build(checkpoint, Way(name="fsdp2", shard=FSDP2())) as model:
+        kept = sorted(path.name for path in (folder / "adapter").iterdir())
+        surgery.save_adapter(model, folder / "adapter", training={"Data": {"poems": 7}})
+    with pytest.raises(surgery.SurgeryError) as refused, surgery.reserve(folder / "adapter", overwrite=False):
+        pass
+    return f"{caught.type.__name__}: {caught.value}", kept, f"{refused.type.__name__}: {refused.value}"
+
+
+def test_reserved_place_is_rank_0s_and_every_rank_is_told(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (lost, kept, refused), (lost_too, _, refused_too) = run_ranks(reserve_and_save, 2, base, tmp_path)
+    assert lost.startswith("ConfigError: the output folder")
+    assert "Not a directory" in lost
+    assert lost_too.startswith(f"PeerError: rank 0 failed: {lost}")
+    assert kept == [".surgery-lock", ".surgery-staged"]
+    assert refused.startswith(f"ConfigError: {tmp_path / 'adapter'} already has an adapter")
+    assert refused_too == f"PeerError: rank 0 failed: {refused}"
+    assert "| poems | 7 |" in (tmp_path / "adapter" / "README.md").read_text()
+    assert not list((tmp_path / "adapter").glob(".surgery*"))
 
 
 def save_and_restore(checkpoint: Path, way: Way) -> tuple[Any, dict[str, torch.Tensor], Norms]:

@@ -22,8 +22,6 @@ from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 
-SOON = 60
-
 SILENT = "has ended without a word: its own output, or the kernel's log, says why"
 
 
@@ -64,7 +62,7 @@ def job(checkpoint: Path, tmp_path: Path) -> Job:
 def test_others_say_which_rank_has_ended(  # noqa: PLR0917  # pytest passes them by name
     job: Job, place: str, how: str, ending: int, world_size: int, shard: FSDP1 | FSDP2
 ) -> None:
-    outcomes = try_ranks(end, world_size, replace(job, shard=shard), place, how, ending, timeout=SOON)
+    outcomes = try_ranks(end, world_size, replace(job, shard=shard), place, how, ending)
     says = {
         "killed": f"rank {ending} {SILENT}",
         "fails": f"rank {ending} failed: MemoryError: no memory left",
@@ -79,7 +77,7 @@ def test_others_say_which_rank_has_ended(  # noqa: PLR0917  # pytest passes them
 
 def test_without_a_job_too(checkpoint: Path) -> None:
     """A model of `surgery.qlora` in a loop of one's own."""
-    on_rank0, on_rank1 = try_ranks(end_in_attest, 2, checkpoint, timeout=SOON)
+    on_rank0, on_rank1 = try_ranks(end_in_attest, 2, checkpoint)
     assert f"EndedError: PeerError: rank 1 {SILENT}; rank 1" in str(on_rank0.failure)
     assert "without a result" in str(on_rank1.failure)
 
@@ -98,13 +96,11 @@ def test_from_the_command_line(job: Job, tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        deadline = time.monotonic() + 3 * SOON
         while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
-            assert time.monotonic() < deadline
             assert ranks[0].poll() is None
             time.sleep(0.2)
         ranks[1].send_signal(signal.SIGKILL)
-        _, said = ranks[0].communicate(timeout=SOON)
+        _, said = ranks[0].communicate(timeout=240)
     finally:
         for rank in ranks:
             rank.kill()

@@ -45,7 +45,7 @@ def rounds() -> list[list[str]]:
 
 def test_failure_is_of_the_block_that_it_happened_in() -> None:
     """A rank that is late in leaving one block does not take a failure in the next for one in that."""
-    for rank, left in enumerate(run_ranks(rounds, 3, timeout=60)):
+    for rank, left in enumerate(run_ranks(rounds, 3)):
         assert left == [["", "at once" if rank == 1 else "rank 1 failed: InjectedError: at once"]] * ROUNDS
 
 
@@ -58,7 +58,7 @@ def every_rank_fails() -> str:
 
 
 def test_every_rank_keeps_its_own_error() -> None:
-    assert run_ranks(every_rank_fails, 2, timeout=60) == ["on 0", "on 1"]
+    assert run_ranks(every_rank_fails, 2) == ["on 0", "on 1"]
 
 
 def test_alone_nothing_is_exchanged() -> None:

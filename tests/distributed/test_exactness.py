@@ -9,8 +9,18 @@ import torch
 
 from surgery.config import FSDP2
 from tests.distributed.cases import CASES, ON_FOUR, ON_ONE, ON_TWO, save_models
-from tests.distributed.exactness import Case, Result, ours, require_equal, run_cases, stock, train
+from tests.distributed.exactness import (
+    Case,
+    Result,
+    ours,
+    require_equal,
+    require_same_training,
+    run_cases,
+    stock,
+    train,
+)
 from tests.helpers.ranks import run_ranks
+from tests.helpers.whole_blocks import right_kernels
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # a test's fixture runs all cases
 
@@ -22,11 +32,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_models(tmp_path_factory.mktemp("checkpoints"))
 
 
+#: One case for each result that a stock process can have.
+BASES = {case.base: case for case in [*CASES, *ON_TWO, *ON_FOUR]}
+
+
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, Path]) -> Results:
     """By `Case.base`."""
-    bases = {case.base: case for case in [*CASES, *ON_TWO, *ON_FOUR]}
-    return {base: train(stock(checkpoints[case.model], case)) for base, case in bases.items()}
+    with right_kernels():
+        return {base: train(stock(checkpoints[case.model], case)) for base, case in BASES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +66,13 @@ def on_four_ranks(checkpoints: dict[str, Path]) -> list[Results]:
 def require_all_equal(case: Case, ranks: list[Results], expected: Results) -> None:
     for found in ranks:
         require_equal(found[case.name], expected[case.base])
+
+
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_one_stock_process_is_what_the_table_gives(base: str, checkpoints: dict[str, Path], expected: Results) -> None:
+    """What everything else is compared with runs the same kernels; here no kernel of bitsandbytes is in the way."""
+    case = BASES[base]
+    require_same_training(expected[base], train(stock(checkpoints[case.model], case, by_table=True)))
 
 
 @pytest.mark.parametrize("case", ON_ONE, ids=lambda case: case.name)

@@ -12,7 +12,6 @@ from tests.helpers.ranks import run_ranks, try_ranks
 
 pytestmark = pytest.mark.distributed
 
-SOON = 60
 
 CLEAN = "; active []; threads []"
 
@@ -42,7 +41,7 @@ def test_failure_reaches_every_rank_and_they_can_go_on(
     """All leave together, so that the process group is whole after it."""
     # FSDP2 shards what is on meta, with no other rank: FSDP1 broadcasts.
     errors = ERRORS if sharding == "fsdp1" else {**ERRORS, "shard": SHARD}
-    by_rank = run_ranks(all_fail, 3, checkpoint, tmp_path, tuple(errors), failing, sharding, timeout=2 * SOON)
+    by_rank = run_ranks(all_fail, 3, checkpoint, tmp_path, tuple(errors), failing, sharding)
     for place, error in errors.items():
         said = [rank[place] for rank in by_rank]
         assert said[failing].startswith(error)
@@ -68,7 +67,7 @@ AMONG_COLLECTIVES = {
 def test_failure_among_collectives_ends_every_rank(
     tmp_path: Path, checkpoint: Path, place: str, sharding: str, failing: int
 ) -> None:
-    outcomes = try_ranks(fail, 2, checkpoint, tmp_path, place, failing, sharding, timeout=SOON)
+    outcomes = try_ranks(fail, 2, checkpoint, tmp_path, place, failing, sharding)
     cause, survivor = AMONG_COLLECTIVES[place, sharding], str(outcomes[1 - failing].failure)
     assert cause in str(outcomes[failing].failure)
     assert CLEAN in str(outcomes[failing].failure)
@@ -81,7 +80,7 @@ def test_failure_among_collectives_ends_every_rank(
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("sharding", ["fsdp1", "fsdp2"])
 def test_killed_rank_ends_the_others(tmp_path: Path, checkpoint: Path, sharding: str, failing: int) -> None:
-    outcomes = try_ranks(fail, 3, checkpoint, tmp_path, "load-killed", failing, sharding, timeout=SOON)
+    outcomes = try_ranks(fail, 3, checkpoint, tmp_path, "load-killed", failing, sharding)
     assert outcomes[failing].failure == "the process ended without a result"
     for rank in {0, 1, 2} - {failing}:
         assert "EndedError: PeerError: " in str(outcomes[rank].failure)
@@ -92,6 +91,6 @@ def test_killed_rank_ends_the_others(tmp_path: Path, checkpoint: Path, sharding:
 @pytest.mark.parametrize("sharding", ["fsdp1", "fsdp2"])
 def test_interrupt_of_one_rank_ends_the_others(tmp_path: Path, checkpoint: Path, sharding: str) -> None:
     """Ctrl-C while the other thread loads: that thread ends first."""
-    on_rank0, on_rank1 = try_ranks(fail, 2, checkpoint, tmp_path, "interrupt", 1, sharding, timeout=SOON)
+    on_rank0, on_rank1 = try_ranks(fail, 2, checkpoint, tmp_path, "interrupt", 1, sharding)
     assert f"EndedError: KeyboardInterrupt: ; rank -{CLEAN}" in str(on_rank1.failure)
     assert f"EndedError: PeerError: rank 1 failed: KeyboardInterrupt: ; rank 1{CLEAN}" in str(on_rank0.failure)

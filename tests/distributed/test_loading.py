@@ -295,5 +295,5 @@ def refusal(job: Job, setup: Setup) -> str:
 
 def test_a_layer_in_two_groups_is_refused_by_fsdp2(tmp_path: Path) -> None:
     job = Job(folder=save_plain(tmp_path / "model"), dtype=torch.bfloat16, build=Shared)
-    for text in run_ranks(refusal, 2, job, SHARDED, timeout=60):
+    for text in run_ranks(refusal, 2, job, SHARDED):
         assert "again.weight and layers.0.0.weight are one parameter, but are used in two groups of FSDP2" in text

@@ -60,7 +60,7 @@ def on_each_rank() -> dict[str, str]:
 
 
 def test_two_ranks() -> None:
-    on_rank0, on_rank1 = run_ranks(on_each_rank, 2, timeout=120)
+    on_rank0, on_rank1 = run_ranks(on_each_rank, 2)
     assert on_rank0 == on_rank1
     same = {"none", "any order", "instances", "afterwards"}
     assert {case for case, text in on_rank0.items() if not text} == same

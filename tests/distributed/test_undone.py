@@ -117,7 +117,7 @@ def _left_by(job: Callable[[Path, FSDP1 | FSDP2], None], checkpoint: Path, shard
 
 @pytest.mark.parametrize("shard", [FSDP1(), FSDP2()], ids=["fsdp1", "fsdp2"])
 def test_nothing_is_left_behind(tmp_path: Path, shard: FSDP1 | FSDP2) -> None:
-    for left in run_ranks(left_behind, 2, save_tiny(tmp_path), shard, timeout=120):
+    for left in run_ranks(left_behind, 2, save_tiny(tmp_path), shard):
         assert left == {
             "trained_and_released": ["returned"],
             "forgotten": ["returned"],

@@ -94,7 +94,50 @@ def _add_remote_code(folder: Path) -> None:
     edit_config(folder, model_type="other", auto_map=auto_map)
 
 
+def _say_in_config(folder: Path, text: str) -> None:
+    """Put `text`, which need not be JSON, at the end of config.json's object."""
+    file = folder / "config.json"
+    file.write_text(f"{file.read_text().rstrip().removesuffix('}')}, {text}}}")
+
+
+#: Changes of config.json that no headers of a tiny llama can go with, and what the error calls them.
+CONTRADICTIONS: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1,000,000"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1,000,000,000,000"),
+    ({"model_type": "gpt2", "n_layer": 10**9}, "n_layer is 1,000,000,000"),
+    ({"model_type": "qwen2", "num_hidden_layers": 10**11}, "num_hidden_layers is 100,000,000,000"),
+    ({"num_hidden_layers": 10**900}, "num_hidden_layers is a number of 901 digits"),
+    ({"num_hidden_layers": 900}, "describes a model of more than"),
+    ({"hidden_size": 10**9}, "hidden_size is 1,000,000,000"),
+    ({"intermediate_size": 10**15}, "intermediate_size is 1,000,000,000,000,000"),
+    ({"vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
+    ({"head_dim": 10**4}, "describes a model of more than"),
+    ({"head_dim": 10**9}, "head_dim is 1,000,000,000"),
+    ({"text_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers is 10,000,000"),
+)
+
+
 def _all() -> Iterator[Damage]:
+    for changes, says in CONTRADICTIONS:
+        yield Damage(
+            name="-".join(f"{key}-of-{len(str(value))}-digits" for key, value in changes.items()),
+            apply=lambda folder, changes=changes: edit_config(folder, **changes),
+            kind=WeightsMismatchError,
+            says=("config.json and the weights are not of the same model", says),
+        )
+    for name, text, says in (
+        ("a-number-without-end", f'"hidden_size": {"1" * 5000}', "a number of 5000 digits"),
+        ("a-number-of-a-megabyte", f'"x": [-{"9" * 2**20}]', "a number of 1048577 digits"),
+        ("nested-without-end", f'"x": {"[" * 200_000}{"]" * 200_000}', "nested too deeply"),
+        ("a-key-twice", '"vocab_size": 3', "'vocab_size' appears twice"),
+        ("no-number", '"num_hidden_layers": NaN', "config.json"),
+    ):
+        yield Damage(
+            name=f"config-with-{name}",
+            apply=lambda folder, text=text: _say_in_config(folder, text),
+            kind=SurgeryError if name == "no-number" else CheckpointError,
+            says=(says,),
+        )
     yield Damage(name="missing-directory", apply=shutil.rmtree, says=("no checkpoint at",))
     yield Damage(
         name="missing-shard",

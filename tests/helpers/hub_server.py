@@ -58,14 +58,22 @@ class HubServer:
     """Serves `repositories` while it is entered as a context manager.
 
     `hold`: an event that file downloads wait for, or None. `ranges`: whether it knows of ranges, as the Hub does.
+    `silent`: what a path contains that is asked for and never answered.
     """
 
     def __init__(
-        self, repositories: Mapping[str, Repository], *, hold: threading.Event | None = None, ranges: bool = True
+        self,
+        repositories: Mapping[str, Repository],
+        *,
+        hold: threading.Event | None = None,
+        ranges: bool = True,
+        silent: str | None = None,
     ) -> None:
         self._repositories = repositories
         self._hold = hold
         self._ranges = ranges
+        self._silent = silent
+        self._closing = threading.Event()
         self._lock = threading.Lock()
         self._requests: list[tuple[str, str]] = []
         self._served: Counter[str] = Counter()
@@ -118,6 +126,7 @@ class HubServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._closing.set()
         if self._hold is not None:
             self._hold.set()
         self._server.shutdown()
@@ -128,6 +137,9 @@ class HubServer:
         path = unquote(urlsplit(request.path).path)
         with self._lock:
             self._requests.append((request.command, path))
+        if self._silent is not None and self._silent in path:
+            self._closing.wait()
+            return
         reply = self._reply(path, request.headers.get("authorization"))
         if self._ranges and request.command == "GET":
             reply = _cut(reply, request.headers.get("range"))

@@ -102,6 +102,16 @@ def test_checkpoint_that_is_missing(data: Path, tmp_path: Path) -> None:
         (["--eval-fraction", "0.1", "--eval-data", "e.jsonl"], "found both"),
         (["--eval-every", "5"], "needs an evaluation file"),
         (["--activation-offload"], "needs activation checkpointing"),
+        (["--mesh", "1" * 5000 + "x2"], "expected --mesh as REPLICATExSHARD"),
+        (["--mesh", "²x2"], "expected --mesh as REPLICATExSHARD"),
+        (["--max-steps", "1" * 5000], "Invalid value for '--max-steps'"),
+        (["--max-steps", "1" * 4000], "max_steps to be 1e+15 or less"),
+        (["--batch-size", "1" * 400], "batch_size to be 1e+15 or less"),
+        (["--seed", "1" * 30], "seed to be 9.22337e+18 or less"),
+        (["--lora-alpha", "1" * 1000], "lora_alpha to be 1e+15 or less"),
+        (["--max-length", "1" * 600], "the maximum length to be 1e+15 or less"),
+        (["--lr", "1" * 5000, "--max-steps", "1"], "learning rate above 0"),
+        (["--weight-decay", "inf"], "weight_decay to be 1e+15 or less"),
         (["--lora-r", "0"], "LoRA rank to be 1 or more"),
         (["--lr", "-1", "--max-steps", "1"], "learning rate above 0"),
         (["--warmup-steps", "9", "--max-steps", "3"], "between 0 and 3 warmup steps"),
@@ -125,7 +135,7 @@ def test_output_that_has_an_adapter(checkpoint: Path, data: Path, tmp_path: Path
 
 
 def test_output_that_cannot_be_made(checkpoint: Path, data: Path) -> None:
-    assert "cannot be made: Not a directory" in refused(checkpoint, "--data", data, "--output", data / "out")
+    assert "cannot be written: Not a directory" in refused(checkpoint, "--data", data, "--output", data / "out")
 
 
 def test_metrics_that_cannot_be_written(checkpoint: Path, data: Path, tmp_path: Path) -> None:

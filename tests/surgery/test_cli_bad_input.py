@@ -95,7 +95,7 @@ def refused_on_this_rank(model: Path, data: Path) -> dict[str, tuple[int, str]]:
 
 @pytest.mark.distributed
 def test_options_that_two_ranks_cannot_work_with(tiny: Path, data: Path) -> None:
-    for rank, said in enumerate(run_ranks(refused_on_this_rank, 2, tiny, data, timeout=150)):
+    for rank, said in enumerate(run_ranks(refused_on_this_rank, 2, tiny, data)):
         assert said.keys() == REFUSED_ON_TWO_RANKS.keys()
         for name, (code, message) in said.items():
             assert code == 2, f"{name}: {message}"

@@ -53,6 +53,7 @@ def _write_model(gguf: Path, folder: Path, *, shards: int) -> int:
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
     )
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -72,6 +73,6 @@ def _write_model(gguf: Path, folder: Path, *, shards: int) -> int:
 def _write_tokenizer(gguf: Path, folder: Path, *, max_length: int) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)

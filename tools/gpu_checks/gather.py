@@ -78,7 +78,7 @@ def _model(job: Job) -> nn.Module:
     torch.manual_seed(0)
     config = tiny_config() if job.small else tiny_config(**SIZES)
     with job.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
             model.set_submodule(name, _quantized(module, job.device))

@@ -57,9 +57,9 @@ def _skeleton(case: Case) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(case.options.checkpoint)
+    config = AutoConfig.from_pretrained(case.options.checkpoint, trust_remote_code=False)
     with init_empty_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=POLICY.dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=POLICY.dtype, trust_remote_code=False)
         for name, linear in list(model.named_modules()):
             if isinstance(linear, nn.Linear) and name != HEAD:
                 new = Linear4bit(

@@ -94,7 +94,7 @@ def _from_pretrained(case: Case) -> nn.Module:
         bnb_4bit_quant_storage=DTYPE,
     )
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        case.options.checkpoint, quantization_config=quantization, dtype=DTYPE
+        case.options.checkpoint, quantization_config=quantization, dtype=DTYPE, trust_remote_code=False
     )
     return model
 

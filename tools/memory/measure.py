@@ -146,7 +146,9 @@ def _load_stock(checkpoint: Path, report: Report) -> None:
         bnb_4bit_quant_storage=torch.bfloat16,
     )
     with report.phase("from_pretrained"):
-        AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, dtype=torch.bfloat16)
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint, quantization_config=config, dtype=torch.bfloat16, trust_remote_code=False
+        )
 
 
 #: All in bfloat16, with nf4 and double quantization.

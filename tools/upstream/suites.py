@@ -15,7 +15,7 @@ from typing import Final
 
 from .releases import environment
 
-__all__ = ["Suite", "SuiteError", "differences", "extract", "run"]
+__all__ = ["Suite", "SuiteError", "differences", "extract", "read_outcomes", "run"]
 
 _NOT_RESTORED: Final = "not restored at the end of the run: "  # how the plugin says it
 
@@ -74,7 +74,7 @@ def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: It
     if left:
         raise SuiteError("; ".join(left))
     header = tuple(line for line in ran.stdout.splitlines() if line.startswith("patches: "))
-    return Suite(outcomes=_outcomes(report), header=header)
+    return Suite(outcomes=read_outcomes(report), header=header)
 
 
 def differences(stock: Suite, patched: Suite) -> list[tuple[str, str, str]]:
@@ -84,7 +84,8 @@ def differences(stock: Suite, patched: Suite) -> list[tuple[str, str, str]]:
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
-def _outcomes(report: Path) -> dict[str, str]:
+def read_outcomes(report: Path) -> dict[str, str]:
+    """Test -> passed, failed, error or skipped, from what `pytest --junit-xml` has written."""
     # Python's expat refuses entity bombs since 2.4.1, and pytest has written the file a moment ago.
     root = ET.parse(report).getroot()  # noqa: S314
     found: dict[str, str] = {}

@@ -52,20 +52,22 @@ class Outcome:
         return next(release.version for release in self.releases if release.name == name)
 
 
-def check(releases: Sequence[Release], folders: Iterable[Path], ids: Sequence[str]) -> Outcome:
-    """Run `patches check --json` for these ids where `folders` come before what is installed."""
+def check(
+    releases: Sequence[Release], folders: Iterable[Path], ids: Sequence[str], *, python: str = sys.executable
+) -> Outcome:
+    """Run `patches check --json` for these ids where `folders` come before what is installed beside `python`."""
     variables = environment(folders)
-    broken = {release.name: _import_error(release.name, variables) for release in releases}
+    broken = {release.name: _import_error(release.name, variables, python) for release in releases}
     broken = {name: error for name, error in broken.items() if error}
-    ran = _run(["-m", "patches", "check", *ids, "--json"], variables)
+    ran = _run(["-m", "patches", "check", *ids, "--json"], variables, python)
     if ran.returncode not in (0, 1):  # 1: some verdict is not to be trusted, which is what we are here to see
         failure = f"exit code {ran.returncode}: {ran.stderr.strip()[-500:]}"
         return Outcome(releases=tuple(releases), not_importable=broken, failure=failure)
     return Outcome(releases=tuple(releases), not_importable=broken, verdicts=_by_id(ran.stdout))
 
 
-def _import_error(name: str, variables: Mapping[str, str]) -> str:
-    ran = _run(["-c", _IMPORT, name], variables)
+def _import_error(name: str, variables: Mapping[str, str], python: str) -> str:
+    ran = _run(["-c", _IMPORT, name], variables, python)
     if ran.returncode:
         return f"the interpreter exits with {ran.returncode}"
     # Old bitsandbytes has things to say of its own, on standard output, when it finds no GPU.
@@ -79,6 +81,6 @@ def _by_id(text: str) -> dict[str, dict[str, str]]:
     return {row["id"]: {"verdict": row["verdict"], "why": row["why"]} for row in rows}
 
 
-def _run(arguments: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
+def _run(arguments: Sequence[str], variables: Mapping[str, str], python: str) -> subprocess.CompletedProcess[str]:
+    command = [python, *arguments]
     return subprocess.run(command, env=dict(variables), capture_output=True, text=True, timeout=_TIMEOUT, check=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["meta_linear4bit", "packed_linear4bit"]
+__all__ = ["meta_linear4bit", "packed_linear4bit", "partial_block_rows"]
 
 
 def packed_linear4bit() -> Any:
@@ -59,3 +59,22 @@ def meta_linear4bit() -> Any:
     layer = packed_linear4bit()
     layer.weight = Params4bit(layer.weight.data.to("meta"), requires_grad=False, **vars(layer.weight))
     return layer
+
+
+def partial_block_rows() -> tuple[Any, Any, Any]:
+    """Packed nf4 data, `(64, 1)` uint8, on the CPU, its quant_state, and the `(8, 16)` float32 weight that a look-up
+    in the code table gives.
+
+    Four rows make a block, and the statistics of the two blocks are not the same.
+    """
+    import torch
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    packed = torch.arange(64, dtype=torch.int32).mul(37).remainder(256).to(torch.uint8)
+    code, absmax = get_4bit_type("nf4", device="cpu"), torch.tensor([1.0, 2.0])
+    make: Any = QuantState  # Any: its constructor is not annotated
+    quant_state = make(
+        absmax=absmax, shape=torch.Size((8, 16)), code=code, blocksize=64, quant_type="nf4", dtype=torch.float32
+    )
+    values = code[torch.stack((packed >> 4, packed & 15), dim=1).long()]  # the high half of a byte comes first
+    return packed.view(-1, 1), quant_state, (values.view(2, 64) * absmax.view(2, 1)).view(8, 16)

@@ -70,7 +70,11 @@ def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         "on CUDA, FSDP2 copies a group of parameters that are all bfloat16 or all float16 as numbers, which rewrites "
         "every NaN: packed 4-bit weights stored so (bnb_4bit_quant_storage) are not what was quantized, silently"
     ),
-    upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945",
+    # The cause, in torch, and what it does to 4-bit weights.
+    upstream=(
+        "https://github.com/pytorch/pytorch/issues/159333 "
+        "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945"
+    ),
     requires={"torch": ">=2.6"},
     traced=True,  # torch 2.6 to 2.11 compile the gather where `skip_fsdp_hooks` is off
     subject=_a_4bit_layer,

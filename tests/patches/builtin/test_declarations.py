@@ -17,7 +17,8 @@ def test_each_has_a_window_a_probe_a_verification_and_a_link(patch_id: str) -> N
     assert patch.requires
     assert patch.probe is not None
     assert patch.verify is not None
-    assert patch.upstream.startswith("https://github.com/")
+    assert patch.upstream
+    assert all(link.startswith("https://github.com/") for link in patch.upstream.split(" "))
     assert patch.wrapper.__doc__
 
 
@@ -29,3 +30,11 @@ def test_declaring_them_imports_no_upstream_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_gather_cites_the_cause_and_what_it_does() -> None:
+    links = patches.get("torch.fsdp2-bit-exact-gather").upstream.split(" ")
+    assert [link.partition("https://github.com/")[2] for link in links] == [
+        "pytorch/pytorch/issues/159333",
+        "bitsandbytes-foundation/bitsandbytes/issues/1945",
+    ]

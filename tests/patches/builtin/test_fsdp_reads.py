@@ -166,26 +166,26 @@ def fsdp2_reads(storage: torch.dtype) -> None:
 def test_fsdp1_reads_params4bit_and_trains_exactly(
     world_size: int, strategy: ShardingStrategy, use_orig_params: bool
 ) -> None:
-    run_ranks(fsdp1_reads, world_size, use_orig_params, strategy, timeout=120)
+    run_ranks(fsdp1_reads, world_size, use_orig_params, strategy)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fsdp1_finds_the_tensors_that_it_put_there(strategy: ShardingStrategy) -> None:
-    run_ranks(fsdp1_reads_between_forwards, 2, strategy, timeout=120)
+    run_ranks(fsdp1_reads_between_forwards, 2, strategy)
 
 
 def test_stock_fsdp1_refuses_the_parameter_that_forward_registers() -> None:
     with pytest.raises(RanksFailedError, match="changing the parameters between forward and backward"):
-        run_ranks(fsdp1_without_rewrap, 2, ShardingStrategy.SHARD_GRAD_OP, None, timeout=120)
+        run_ranks(fsdp1_without_rewrap, 2, ShardingStrategy.SHARD_GRAD_OP, None)
 
 
 @pytest.mark.parametrize("item", [NO_REWRAP, SHAPE])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fsdp1_trains_where_forward_replaces_nothing(strategy: ShardingStrategy, item: str) -> None:
-    run_ranks(fsdp1_without_rewrap, 2, strategy, item, timeout=120)
+    run_ranks(fsdp1_without_rewrap, 2, strategy, item)
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_fsdp2_reads_params4bit_when_unsharded_and_dtensor_when_sharded(world_size: int, storage: torch.dtype) -> None:
-    run_ranks(fsdp2_reads, world_size, storage, timeout=120)
+    run_ranks(fsdp2_reads, world_size, storage)

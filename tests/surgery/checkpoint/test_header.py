@@ -90,6 +90,14 @@ def test_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
         pytest.param(assemble({"a": tensor(shape=[-1])}, bytes(4)), "shape", "a", id="negative size"),
         pytest.param(assemble({"a": tensor(shape=[True])}, bytes(4)), "shape", "a", id="boolean size"),
         pytest.param(assemble({"a": tensor(shape=None)}, bytes(4)), "shape", "a", id="no shape"),
+        pytest.param(
+            assemble({"a": tensor(shape=[2**62] * 300_000)}, bytes(4)), "needs 2**63 or more", "a", id="huge product"
+        ),
+        pytest.param(assemble({"a": tensor(shape=[10**900])}, bytes(4)), "list of sizes", "a", id="huge size"),
+        pytest.param(assemble({"a": tensor(0, 10**999)}, bytes(4)), "data_offsets", "a", id="huge offset"),
+        pytest.param(assemble({"a": tensor(shape=[float("nan")])}, bytes(4)), "list of sizes", "a", id="not a number"),
+        pytest.param(assemble(b'{"a": {"shape": [' + b"1" * 5000 + b"]}}"), "5000 digits", None, id="digits"),
+        pytest.param(assemble(b'{"a": ' + b"1" * 2**22 + b"}"), "4194304 digits", None, id="megabytes of digits"),
         pytest.param(assemble({"a": tensor(4, 0)}, bytes(4)), "data_offsets", "a", id="reversed"),
         pytest.param(assemble({"a": tensor(data_offsets=[0])}, bytes(4)), "data_offsets", "a", id="one offset"),
         pytest.param(assemble({"a": tensor(shape=[2])}, bytes(4)), "4 bytes, F32 of shape [2] needs 8", "a", id="size"),

@@ -89,7 +89,7 @@ def run(hub: HubServer | None, home: Path, *command: object, **environment: str)
         },
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=250,
         check=False,
     )
 
@@ -162,6 +162,27 @@ def test_errors_say_what_to_do(hub: HubServer, tmp_path: Path) -> None:
     found = peek(hub, tmp_path, *looks, {"source": "team/model", "revision": "v9"})
     for error, parts in zip(found, [*expected.values(), ["no revision 'v9'"]], strict=True):
         assert all(part in error["error"] for part in parts), error
+
+
+@pytest.mark.parametrize("silent", ["/api/models", "00002.safetensors"])
+def test_a_host_that_never_answers_is_given_up(
+    repositories: Mapping[str, Repository], tmp_path: Path, silent: str
+) -> None:
+    with HubServer(repositories, silent=silent) as hub:
+        planned = run(hub, tmp_path, "-m", "surgery", "plan", "team/model", HF_HUB_ETAG_TIMEOUT="1")
+    assert planned.returncode == 2
+    assert "has not answered" in planned.stderr
+    assert "HF_HUB_ETAG_TIMEOUT" in planned.stderr
+
+
+def test_a_complete_cache_is_taken_where_nobody_answers(hub: HubServer, tmp_path: Path) -> None:
+    (first,) = peek(hub, tmp_path, {"source": "team/model"})
+    download = "from huggingface_hub import snapshot_download; snapshot_download('team/model')"
+    assert run(hub, tmp_path, "-c", download).returncode == 0
+    with HubServer({}, silent="/") as other:
+        named, pinned = peek(other, tmp_path, {"source": "team/model"}, {"source": "team/model", "revision": COMMIT})
+    assert named == pinned == first
+    assert len([path for _, path in other.requests if "team/model" in path]) == 1
 
 
 def test_without_a_network(tmp_path: Path) -> None:

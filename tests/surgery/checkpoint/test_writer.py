@@ -67,6 +67,13 @@ def test_what_is_written_is_read_back(
         assert sum(held) <= max_shard_bytes or len([size for size in held if size]) == 1
 
 
+def test_files_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, [("a", torch.zeros(3)), ("b", torch.zeros(3))], max_shard_bytes=12)
+    (tmp_path / "any").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
+
+
 def test_views_parameters_and_shared_memory_are_written_in_full(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     parameter = torch.nn.Parameter(base)

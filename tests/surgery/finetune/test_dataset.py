@@ -32,6 +32,14 @@ def test_samples_cut_off_before_anything_to_learn_are_dropped_and_counted() -> N
     assert (len(dataset.train), dataset.dropped) == (2, 2)
 
 
+def test_samples_that_are_cut_off_are_counted() -> None:
+    long = Text(text="a b c d e f g h i j k l m n o p", at=AT)
+    assert build([SHORT, long, LONG_PROMPT]).cut == 2, "one of them is dropped too"
+    assert build([SHORT, long], evaluation=[long, SHORT]).cut == 2
+    assert build([SHORT, long, long, SHORT], evaluation_fraction=0.5).cut == 2
+    assert build([SHORT, SHORT], max_length=3).cut == 0
+
+
 def test_nothing_to_learn_at_all_is_an_error() -> None:
     with pytest.raises(DataError, match=r"data\.jsonl: none of the 1 samples has a token to learn within the first 16"):
         build([LONG_PROMPT])

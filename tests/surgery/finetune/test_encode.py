@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,22 @@ def test_beginning_token_is_added_and_not_learnt() -> None:
     assert list(sample.learnt) == [0] + [1] * (len(sample.ids) - 1)
 
 
+@pytest.mark.parametrize("prefix", ["<s> $A", "<pad> <s> $A"])
+def test_beginning_token_that_the_text_has_is_not_doubled(prefix: str) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    special = [("<s>", tokenizer.bos_token_id), ("<pad>", tokenizer.pad_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=prefix, special_tokens=special)
+    plain = encode(Text(text="the cat", at=AT), tokenizer)
+    for begun in ("<s>", prefix.removesuffix(" $A").replace(" ", "")):
+        assert encode(Text(text=f"{begun}the cat", at=AT), tokenizer) == plain
+    completion = encode(Completion(prompt="<s>the", completion=" cat", at=AT), tokenizer)
+    assert completion == encode(Completion(prompt="the", completion=" cat", at=AT), tokenizer)
+    # What the text itself has twice, it keeps twice.
+    assert len(encode(Text(text="<s><s>the cat", at=AT), tokenizer).ids) == len(plain.ids) + 1
+
+
 def test_end_token_that_the_tokenizer_adds_is_not_doubled() -> None:
     from tokenizers.processors import TemplateProcessing
 
@@ -85,6 +103,36 @@ def test_only_assistant_turns_are_learnt(template: str) -> None:
     assert learnt_text(sample, tokenizer) == "hello</s>so long</s>"
 
 
+TOOLS = ({"type": "function", "function": {"name": "look_up", "parameters": {}}},)
+WITH_TOOLS = replace(CHAT, tools=TOOLS)
+SHOWN = "{% if tools %}{{ tools | tojson }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["prefixes", "generation markers"])
+def test_tools_are_shown_and_not_learnt(template: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=SHOWN + template)
+    sample, without = encode(WITH_TOOLS, tokenizer), encode(CHAT, tokenizer)
+    assert tokenizer.decode(sample.ids) == json.dumps(list(TOOLS)) + tokenizer.decode(without.ids)
+    assert learnt_text(sample, tokenizer) == "hello</s>so long</s>"
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["prefixes", "generation markers"])
+def test_a_template_of_its_own_for_tools_is_used(template: str) -> None:
+    """A tokenizer with several templates: another may have the markers, or the only place for tools."""
+    other = MARKED_TEMPLATE if template == CHAT_TEMPLATE else CHAT_TEMPLATE
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": template, "tool_use": SHOWN + other}
+    for record in (CHAT, WITH_TOOLS):
+        assert learnt_text(encode(record, tokenizer), tokenizer) == "hello</s>so long</s>"
+    assert "look_up" in tokenizer.decode(encode(WITH_TOOLS, tokenizer).ids)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["prefixes", "generation markers"])
+def test_a_template_that_leaves_tools_out_is_refused(template: str) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:7: the chat template .* does not show tools"):
+        encode(WITH_TOOLS, tiny_tokenizer(chat_template=template))
+
+
 def test_generation_prompt_that_answers_do_not_keep_leaves_the_header_in() -> None:
     template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     tokenizer = tiny_tokenizer(chat_template=template)
@@ -106,11 +154,18 @@ def test_messages_that_the_template_refuses(marker: str) -> None:
         encode(CHAT, tiny_tokenizer(chat_template=template))
 
 
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{{ messages[0].content + 1 }}", "{% if %}"])
+def test_whatever_a_template_raises_is_an_error_about_the_record(template: str) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl:7: the chat template refuses these messages"):
+        encode(CHAT, tiny_tokenizer(chat_template=template))
+
+
 def test_truncation_comes_after_the_end_token() -> None:
     tokenizer = tiny_tokenizer()
     whole = encode(Text(text="the cat sat", at=AT), tokenizer)
     cut = encode(Text(text="the cat sat", at=AT), tokenizer, max_length=3)
     assert list(cut.ids) == list(whole.ids)[:3]
+    assert (whole.cut, cut.cut) == (0, len(whole.ids) - 3)
     assert encode(Completion(prompt="the cat sat", completion="!", at=AT), tokenizer, max_length=3).targets == 0
 
 

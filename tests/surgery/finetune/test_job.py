@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import patches
 from surgery.config import FSDP1, FSDP2
@@ -74,6 +75,8 @@ def metrics_of(job: Job) -> list[dict[str, Any]]:
 
 
 def test_one_process(job: Job) -> None:
+    with job.data.train.open("a") as data:
+        data.write("\n" + json.dumps({"text": "longer than all others " * 20}))
     out = StringIO()
     summary = run(job, console=Console(file=out))
     assert patches.active() == []
@@ -89,11 +92,27 @@ def test_one_process(job: Job) -> None:
     assert len(adapter) == 2 * 2 * 7
     assert all(tensor.any() for tensor in adapter.values())
 
+    card = (job.output / "README.md").read_text()
+    for row in (
+        f"name | {job.model}",
+        "training.optimizer | sgd",
+        "training samples | 19",
+        "file | train.jsonl",
+        f"first step | {summary.training.losses[0]}",
+        f"last step | {summary.training.losses[-1]}",
+        f"{last.loss:.4f} after step {STEPS}",
+        f"torch | {torch.__version__}",
+        "quant.quant_type | nf4",
+    ):
+        assert row in card
+    assert re.search(r"SHA-256 of all tokens \| [0-9a-f]{64} ", card)
+    AutoTokenizer.from_pretrained(job.output)
+
     written = json.loads((job.output / "summary.json").read_text())
     assert written["evaluations"] == [vars(evaluation) for evaluation in summary.training.evaluations]
     assert written["config"]["training"]["optimizer"] == "sgd"
     assert (written["sharding"], written["placement"]) == (None, "replicated")
-    assert written["samples"] == {"train": 19, "evaluation": 2, "dropped": 0}
+    assert written["samples"] == {"train": 20, "evaluation": 2, "cut": 1, "dropped": 0}
     assert {"skeleton", "train", "save"} <= written["memory"][0].keys()
     assert written["read_once_per_node"] == {}
     assert written["versions"]["torch"] == torch.__version__
@@ -101,7 +120,8 @@ def test_one_process(job: Job) -> None:
     states = {row["id"]: row["state"] for row in written["patches"]}
     assert states["bitsandbytes.linear4bit-shape"] == "reverted"
     for text in (
-        "19 samples to train on, 2 to evaluate on",
+        "20 samples to train on, 2 to evaluate on",
+        "1 samples are cut off: they are longer than 64 tokens",
         f"step {STEPS}/{STEPS}",
         "Patches still active: none",
     ):
@@ -214,8 +234,8 @@ def test_training_that_diverges_is_stopped(job: Job) -> None:
 
 def test_adapter_is_not_overwritten_unasked(job: Job) -> None:
     run(job, console=quiet())
-    with pytest.raises(ConfigError, match="already has an adapter"):
-        replace(job)
+    with pytest.raises(ConfigError, match=r"already has an adapter .adapter_config.json"):
+        run(job, console=quiet())
     again = run(replace(job, overwrite=True), console=quiet())
     assert len(again.training.losses) == STEPS
 
@@ -258,7 +278,7 @@ def run_with_bad_data_on_one_rank(job: Job) -> str:
 
 @pytest.mark.distributed
 def test_failing_rank_takes_the_others_down_with_its_message(job: Job) -> None:
-    outcomes = try_ranks(run_with_bad_data_on_one_rank, 2, job, timeout=60)
+    outcomes = try_ranks(run_with_bad_data_on_one_rank, 2, job)
     assert [outcome.result for outcome in outcomes] == [None, None]
     for outcome, kind in zip(outcomes, ("PeerError: rank 1 failed: DataError", "DataError"), strict=True):
         assert outcome.failure is not None
@@ -288,7 +308,7 @@ def torchrun(job: Job, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "surgery",
          "finetune", *map(str, arguments)],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
 
 
@@ -310,10 +330,8 @@ def test_torchrun(job: Job) -> None:
 @pytest.mark.slow
 def test_torchrun_of_a_job_that_is_refused(job: Job) -> None:
     job.data.train.write_text("not JSON\n")
-    start = time.monotonic()
     result = torchrun(job)
     assert result.returncode != 0
     assert "train.jsonl:1: not JSON" in result.stderr
     assert "exitcode: 2" in result.stderr or "exitcode  : 2" in result.stderr
     assert "surgery/cli.py" not in result.stderr, "a traceback of ours: torchrun's own is all that there should be"
-    assert time.monotonic() - start < 60

@@ -47,14 +47,6 @@ def test_refused(make: Any, options: dict[str, Any], message: str) -> None:
         make(**needed.get(make, {}), **options)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_folder_with_an_adapter_is_refused_unless_it_may_be_overwritten(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=f"already has an adapter .{name}"):
-        Job(model="m", data=DATA, output=tmp_path)
-    assert Job(model="m", data=DATA, output=tmp_path, overwrite=True).output == tmp_path
-
-
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "expected"), [(None, None, 1), (3, None, 3), (None, 7, None), (3, 7, 3)]
 )

@@ -26,7 +26,7 @@ def write(tmp_path: Path, *lines: str | bytes) -> Path:
 def test_each_shape_is_read_in_order(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        '{"text": "abc", "source": "ignored"}',
+        '{"text": "abc"}',
         '{"prompt": "", "completion": "b"}',
         json.dumps({"messages": [USER, ASSISTANT]}),
     )
@@ -74,6 +74,13 @@ def test_byte_order_mark_and_line_separators_inside_strings(tmp_path: Path) -> N
         ('{"prompt": "a", "completion": ""}', "'completion' to have text", "an empty string"),
         ('{"messages": {"role": "user"}}', '"messages" to be a list', "found an object"),
         ('{"messages": []}', '"assistant" message to learn from', "[]"),
+        ('{"text": "a", "source": "web"}', "no keys but 'text'", "'source', which would not be used"),
+        ('{"text": "a", "tools": []}', "no keys but 'text'", "'tools', which would not be used"),
+        ('{"prompt": "a", "completion": "b", "id": 1, "weight": 2}', "'completion', 'prompt'", "'id', 'weight'"),
+        ('{"text": "a", "text": "b"}', "not a training record", "the key 'text' appears twice"),
+        ('{"text": ' + "1" * 5000 + "}", "not a training record", "a number of 5000 digits"),
+        ('{"text": -' + "7" * 3_000_000 + "}", "not a training record", "a number of 3000001 digits"),
+        ('{"text": 1e99999}', "'text' to be a string", "found a number"),
     ],
 )
 def test_bad_line_is_named(tmp_path: Path, line: str, expected: str, found: str) -> None:
@@ -104,6 +111,33 @@ def test_bad_messages_are_named(tmp_path: Path, messages: list[Any], expected: s
     path = write(tmp_path, json.dumps({"messages": messages}))
     with pytest.raises(DataError) as caught:
         read_records(path)
+    assert expected in str(caught.value)
+    assert caught.value.line == 1
+
+
+def test_tools_are_kept_and_null_is_none(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+    lines = [json.dumps({"messages": [USER, ASSISTANT], "tools": each}) for each in (tools, [], None)]
+    found = read_records(write(tmp_path, *lines))
+    assert [record.tools for record in found if isinstance(record, Conversation)] == [tuple(tools), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ('"tools": {"name": "a"}', '"tools" to be a list of JSON objects, found an object'),
+        ('"tools": ["look_up"]', '"tools" to be a list of JSON objects, found a list'),
+        ('"tools": [{"most": Infinity}]', '"tools" to be what JSON can say'),
+        ('"tools": [{"name": "\\udc00"}]', '"tools" to be what JSON can say, in valid Unicode'),
+        ('"tools": [{"most": ' + "9" * 4400 + "}]", "a number of 4400 digits"),
+        ('"documents": []', "found 'documents', which would not be used"),
+        ('"chat_template_kwargs": {}', "no keys but 'messages', 'tools'"),
+    ],
+)
+def test_bad_tools_and_other_keys_of_a_conversation_are_named(tmp_path: Path, extra: str, expected: str) -> None:
+    messages = json.dumps([USER, ASSISTANT])
+    with pytest.raises(DataError) as caught:
+        read_records(write(tmp_path, f'{{"messages": {messages}, {extra}}}'))
     assert expected in str(caught.value)
     assert caught.value.line == 1
 

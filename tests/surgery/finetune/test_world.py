@@ -39,6 +39,8 @@ def test_one_process_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> 
     ("variables", "message"),
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE to be a number, found 'two'"),
+        ({"WORLD_SIZE": "1" * 5000}, "WORLD_SIZE to be a number, found '111"),
+        ({"WORLD_SIZE": "²"}, "WORLD_SIZE to be a number, found '²'"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE to be 1 or more, found 0"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE to be 1 or more, found -1"),
         ({"WORLD_SIZE": "2"}, "RANK to be a number, found None"),

@@ -100,3 +100,20 @@ def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "read once per node" not in result.stdout
     assert "ignored" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--world", "1" * 5000], "Invalid value for '--world'"),
+        (["--world", "1" * 4000], "world_size to be 1,048,576 or less"),
+        (["--world", 2, "--mesh", f"1x{'2' * 5000}"], "expected --mesh as REPLICATExSHARD"),
+        (["--seq", "1" * 30], "seq to be 1,048,576 or less"),
+        (["--gpu-memory", "1" * 5000 + "GiB"], "below 2**63 bytes"),
+        (["--gpu-memory", "1" * 20 + "GiB"], "below 2**63 bytes"),
+    ],
+)
+def test_numbers_that_nothing_has_are_refused(folder_70b: Path, options: list[object], expected: str) -> None:
+    result = run(folder_70b, *options)
+    assert result.exit_code == 2
+    assert expected in result.stderr

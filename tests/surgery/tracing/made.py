@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.measurements import Phase, Prediction, Sample
+from surgery.measurements import History, Phase, Prediction, Sample
 from surgery.tracing.record import RankTrace
 
 MIB = 2**20
@@ -23,6 +24,13 @@ def pages(size: int) -> torch.Tensor:
     """So many bytes of memory in use, which go back to the system when the tensor is gone; malloc might keep them."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
+
+
+def look(history: History, count: int = 3) -> None:
+    """Wait until memory has been looked at so many times more, by all that look."""
+    enough = len(history.samples) + count
+    while len(history.samples) < enough:
+        time.sleep(0.001)
 
 
 def trace_of(rank: int = 0, world_size: int = 1, **changes: Any) -> RankTrace:

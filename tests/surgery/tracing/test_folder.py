@@ -36,6 +36,8 @@ def test_an_earlier_run_does_not_get_into_a_later_one(tmp_path: Path) -> None:
     for rank in range(3):
         write_rank(trace_of(rank, 3), tmp_path)
     (tmp_path / "notes.json").write_text("mine")
+    for name in ("rank-00000.json", "trace.html", "trace.json"):
+        (tmp_path / f".{name}.host.1.partial").write_text("of a process that was killed")
     start_afresh(tmp_path, rank=0, world_size=2)
     assert {file.name for file in tmp_path.iterdir()} == {"rank-00001.json", "notes.json"}
     start_afresh(tmp_path, rank=1, world_size=2)

@@ -17,7 +17,7 @@ from surgery.tracing.folder import read_ranks
 from surgery.tracing.record import RankTrace
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks, try_ranks
-from tests.surgery.tracing.made import MIB, Page, pages
+from tests.surgery.tracing.made import MIB, Page, look, pages
 
 BUILDING = {"skeleton", "replace", "shard"}
 
@@ -33,9 +33,9 @@ def test_one_process(tmp_path: Path) -> None:
         with report.phase("hold"):
             held = pages(64 * MIB)
             report.count_bytes(1234)
-            time.sleep(0.03)
+            look(report.history)
         del held
-        time.sleep(0.02)
+        look(report.history)
     (trace,) = read_ranks(tmp_path / "new" / "trace")
     assert (trace.rank, trace.world_size, trace.error, trace.bytes_read) == (0, 1, None, 1234)
     assert before <= trace.started <= trace.started + trace.seconds <= time.time() + 0.01
@@ -136,7 +136,7 @@ def fail_on_one(checkpoint: Path, folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_ranks_that_fail_say_with_what(tmp_path: Path) -> None:
-    outcomes = try_ranks(fail_on_one, 2, save_tiny(tmp_path / "model"), tmp_path / "trace", timeout=60)
+    outcomes = try_ranks(fail_on_one, 2, save_tiny(tmp_path / "model"), tmp_path / "trace")
     assert all(outcome.failure for outcome in outcomes)
     assert [trace.error for trace in read_ranks(tmp_path / "trace")] == ["PeerError", "CheckpointError"]
     joined = json.loads((tmp_path / "trace" / "trace.json").read_text())

@@ -1,0 +1,130 @@
+"""Quantizers that break one promise of the protocol each, and what a rank says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from surgery.quantizers.bnb import BnbQuantizer
+
+__all__ = ["BEFORE_READING", "SAYS", "refused_misfits"]
+
+
+class ByteAValue(BnbQuantizer):
+    """Right for itself, and built without an error before sizes were checked."""
+
+    def replacement(self, linear: Any) -> nn.Module:
+        new: Any = super().replacement(linear)
+        rows = linear.weight.numel() // new.weight.dtype.itemsize
+        new.weight = nn.Parameter(torch.empty(rows, 1, dtype=new.weight.dtype, device="meta"), requires_grad=False)
+        return new
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return run.char().view(torch.uint8), super().quantize(run)[1]
+
+
+class RowsOfTwo(BnbQuantizer):
+    """Stored as `(n / 2, 2)`."""
+
+    def replacement(self, linear: Any) -> nn.Module:
+        new: Any = super().replacement(linear)
+        new.weight = nn.Parameter(new.weight.data.view(-1, 2), requires_grad=False)
+        return new
+
+
+class OddBlocks(BnbQuantizer):
+    """A block would begin in the middle of a byte."""
+
+    @property
+    def blocksize(self) -> int:
+        return 63
+
+
+class RunsOfAHalf(BnbQuantizer):
+    """A block would be quantized in two runs."""
+
+    def run_elements(self, device: torch.device) -> int:
+        return super().run_elements(device) + self.blocksize // 2
+
+
+class BytesOfAValue(BnbQuantizer):
+    """Promises two values a byte, and makes one."""
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return run.char().view(torch.uint8), super().quantize(run)[1]
+
+
+class StatisticsOfHalfBlocks(BnbQuantizer):
+    """Two statistics a block, as of a lowest and a highest value."""
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, statistics = super().quantize(run)
+        return packed, statistics.repeat_interleave(2)
+
+
+class OneStatisticTooFew(BnbQuantizer):
+    """Of the last block, which may be partial."""
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, statistics = super().quantize(run)
+        return packed, statistics[:-1]
+
+
+class HalfStatistics(BnbQuantizer):
+    """Statistics in 16 bits."""
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, statistics = super().quantize(run)
+        return packed, statistics.half()
+
+
+class SignedBytes(BnbQuantizer):
+    """Packed data in a column, as integers with a sign."""
+
+    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        packed, statistics = super().quantize(run)
+        return packed.view(torch.int8).view(-1, 1), statistics
+
+
+#: Refused before a weight is read.
+BEFORE_READING = (ByteAValue, RowsOfTwo, OddBlocks, RunsOfAHalf)
+
+#: What is said of a 64 x 64 weight in bfloat16, blocksize 64.
+SAYS: dict[type[BnbQuantizer], tuple[str, ...]] = {
+    ByteAValue: ("q_proj.weight", "(64, 64)", "2048 bytes", "4096 bytes", "two elements a byte"),
+    RowsOfTwo: ("q_proj.weight", "(n, 1)", "(512, 2)"),
+    OddBlocks: ("even blocksize", "63"),
+    RunsOfAHalf: ("whole blocks of 64", "131104"),
+    BytesOfAValue: ("q_proj.weight", "packed data torch.uint8", "two elements a byte"),
+    StatisticsOfHalfBlocks: ("q_proj.weight", "statistics torch.float32", "one for each block of 64"),
+    OneStatisticTooFew: ("q_proj.weight", "one for each block of 64"),
+    HalfStatistics: ("found torch.uint8", "torch.float16"),
+    SignedBytes: ("packed data torch.uint8", "found torch.int8", ", 1)"),
+}
+
+
+def refused_misfits(checkpoint: Path, shard: Any = None) -> dict[str, str]:
+    """What building a model says on this rank, by the name of the quantizer; AssertionError where it is built."""
+    import surgery
+    from surgery import recipe
+    from surgery.checkpoint import Reader
+    from tests.helpers.reads import count_reads
+
+    said: dict[str, str] = {}
+    for misfit in SAYS:
+        reads, spy = count_reads()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recipe, "BnbQuantizer", misfit)
+            patch.setattr(Reader, "read_bytes", spy)
+            try:
+                surgery.qlora(checkpoint, shard=shard, report=surgery.Report())
+            except surgery.SurgeryError as error:
+                # This rank's own, or what it hears of another's.
+                said[misfit.__name__] = f"{type(error).__name__}: {error}"
+        assert not (reads and misfit in BEFORE_READING), f"{misfit.__name__}: weights were read: {reads}"
+    assert len(said) == len(SAYS), f"built: {SAYS.keys() - said.keys()}"
+    return said

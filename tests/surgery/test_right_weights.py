@@ -1,0 +1,89 @@
+"""On any CPU, a model that is built here multiplies by the weights that its packed data and the code table give, and
+leaves those of others as bitsandbytes has them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import patches
+import surgery
+from tests.helpers.lookup import look_up, require_looked_up
+from tests.helpers.models import save_tiny
+from tests.patches.builtin.four_bit import quantized
+from tests.surgery.lifetime.behaviour import layers_of, run
+
+#: Rows of 48, 80, 96 and 112 values: multiples of 16, and of no block size.
+WIDTHS: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 80, "head_dim": 24, "num_attention_heads": 2}
+QUANTS = (
+    surgery.Quant("nf4"),
+    surgery.Quant("fp4", blocksize=128, double_quant=False, quant_storage=torch.float32),
+    surgery.Quant("nf4", quant_storage=torch.uint8),
+)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("odd"), **WIDTHS)
+
+
+def by_table(folder: Path, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A plain model of transformers with the values of the 4-bit weights of `model`, each near the checkpoint's."""
+    plain: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            weight = plain.get_parameter(f"{name}.weight")
+            found = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            require_looked_up(found, layer.weight.data, layer.quant_state, weight)
+            weight.data = look_up(layer.weight.data, layer.quant_state).to(dtype)
+    return plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quant", QUANTS, ids=str)
+def test_logits_in_training_and_evaluation(odd: Path, quant: surgery.Quant, dtype: torch.dtype) -> None:
+    with surgery.qlora(odd, quant=quant, dtype=dtype, report=surgery.Report()) as model:
+        expected = run(by_table(odd, model, dtype).eval())
+        assert torch.equal(run(model.train()), expected)
+        with torch.no_grad():
+            assert torch.equal(run(model.eval()), expected)
+
+
+def test_gradients_and_merging(odd: Path) -> None:
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    with surgery.qlora(odd, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
+        layer: Any = next(module for name, module in model.named_modules() if name.endswith("down_proj"))
+        base, x = layer.base_layer, torch.randn(2, 3, 80, requires_grad=True)
+        weight, change = look_up(base.weight, base.quant_state), layer.get_delta_weight("default").detach()
+        layer(x).sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, (weight + change).sum(0).expand_as(x))
+        with pytest.warns(UserWarning, match="rounding errors"):
+            layer.merge()
+        merged = look_up(base.weight, base.weight.quant_state)
+        assert (merged - weight - change).abs().mean() < 0.2 * (weight + change).abs().mean()
+
+
+def test_stock_layers_beside_it_are_stock(odd: Path) -> None:
+    older = quantized(96, 32, storage=torch.bfloat16)
+    x = torch.randn(3, 96)
+    before, weight = older(x), bitsandbytes.functional.dequantize_4bit(older.weight.data, older.quant_state)
+    with surgery.qlora(odd, report=surgery.Report()) as model:
+        newer = quantized(96, 32, storage=torch.bfloat16)
+        for layer in (older, newer):
+            assert torch.equal(layer(x), before)
+            assert torch.equal(bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.quant_state), weight)
+        active = {receipt.id: receipt.scope_text for receipt in patches.active()}
+        if str(patches.verdict("bitsandbytes.cpu-dequantize-flat")) == "needed":
+            assert active["bitsandbytes.cpu-dequantize-flat"] == f"{len(layers_of(model))} instances"
+            assert active["bitsandbytes.cpu-matmul-flat"] == f"{len(layers_of(model))} instances"
+    assert torch.equal(older(x), before)
