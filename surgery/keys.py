@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ class Group:
     patterns: list[str] = field(default_factory=list)
 
 
-def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group], list[str], list[str]]:
+def group_keys(model: nn.Module, keys: Collection[str]) -> tuple[dict[str, Group], list[str], list[str]]:
     """Groups by name; keys that have no place in `model`; and further keys of a parameter that has its source already.
 
     As `convert_and_load_state_dict_in_model` of transformers does it: of several keys that are renamed alike, the first
@@ -49,7 +49,7 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
     return groups, unplaced, repeated
 
 
-def _in_order(keys: Iterable[str]) -> list[str]:
+def _in_order(keys: Collection[str]) -> list[str]:
     from transformers.core_model_loading import dot_natural_key
 
     try:
