@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 import patches
-from surgery.distributed.exchange import current_ranks, everyone
+from surgery.distributed.exchange import current_ranks
+from surgery.distributed.failures import everyone, together
 from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 
@@ -26,13 +27,15 @@ __all__ = ["adapter_state", "save_adapter"]
 ADAPTER = "default"
 
 
+@together()
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` to `directory` in PEFT's format; to be called on all ranks alike.
 
     Only trainable parameters are gathered, one FSDP unit at a time, to rank 0's CPU. Files are written aside and moved
     in place when they are whole and have every key, so that an older adapter there is replaced or left as it was.
 
-    Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized.
+    Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized;
+    `PeerError` if another rank has failed.
     """
     ranks = current_ranks()
     state = adapter_state(model)
@@ -41,6 +44,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             _write(_peft_model(model), state, Path(directory))
 
 
+@together()
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
     state: dict[str, torch.Tensor] = {}

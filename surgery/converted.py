@@ -1,10 +1,10 @@
-"""Checkpoint tensors of which no rank can read a range alone: named in groups, and said in a line."""
+"""Names of tensors that need a word: counted in groups, and said in a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-__all__ = ["group_names", "say_converted"]
+__all__ = ["group_names", "say_converted", "say_ignored", "say_initialized"]
 
 #: Groups that a line names at most; a model has few, however many layers and experts it has.
 SHOWN = 8
@@ -29,6 +29,24 @@ def say_converted(groups: Mapping[str, int]) -> str:
     return (
         f"{total:,} tensor{' is' if total == 1 else 's are'} merged, split or transposed for the model, so read once "
         f"per node, by one rank for the others: {', '.join(_names(groups))}."
+    )
+
+
+def say_ignored(groups: Mapping[str, int]) -> str:
+    """That the names of `groups`, of which there is at least one, are not used, and which they are."""
+    total = sum(groups.values())
+    return (
+        f"{total:,} name{'' if total == 1 else 's'} in the checkpoint with no place in this model, ignored as "
+        f"transformers does: {', '.join(_names(groups))}."
+    )
+
+
+def say_initialized(groups: Mapping[str, int]) -> str:
+    """That the buffers of `groups`, of which there is at least one, are not in the checkpoint."""
+    total = sum(groups.values())
+    return (
+        f"{total:,} buffer{' is' if total == 1 else 's are'} not in the checkpoint; what transformers initializes is "
+        f"used: {', '.join(_names(groups))}."
     )
 
 

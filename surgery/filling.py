@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, Prefetch
+from surgery.checkpoint import Checkpoint, Prefetch, Reader
 from surgery.distributed import fsdp2
 from surgery.distributed.exchange import Ranks
 from surgery.distributed.nodes import Node
@@ -66,6 +66,7 @@ class Filling:
     meeting: Meeting
     report: Report
     stop: threading.Event
+    reader: Reader
     landing: Landing
     stack: contextlib.ExitStack = field(repr=False)
     load: Callable[[], object] = field(repr=False)
@@ -77,8 +78,9 @@ class Filling:
         self._drawings.append((drawing, self._in_background(drawing.run)))
 
     def into(self, model: nn.Module) -> None:
-        """Load it, and put it into `model`, as it is by now."""
+        """Load it, and put it into `model`, as it is by now. Raises `CheckpointError` if a file has changed since."""
         self._in_background(self.load).wait()
+        self.reader.check_unchanged()
         self.landing.wait()
         with self.report.phase("install"), Naming("install", "the model"):
             install(model, self.parts)
@@ -103,7 +105,8 @@ def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, re
     parts.reserve(target for layer in source.layers for target in layer.targets)
     with contextlib.ExitStack() as stack:
         landing = stack.enter_context(Landing(parts.residence.compute_device))
-        passes = _passes(source, parts, meeting, stop=stop, landing=landing, stack=stack, report=report)
+        reader = stack.enter_context(source.checkpoint.reader(on_read=report.count_bytes))
+        passes = _passes(source, reader, parts, meeting, stop=stop, landing=landing, stack=stack)
         pipeline = Pipeline(
             passes=passes,
             given=Replace.ensures,
@@ -116,6 +119,7 @@ def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, re
             meeting=meeting,
             report=report,
             stop=stop,
+            reader=reader,
             landing=landing,
             stack=stack,
             load=lambda: pipeline.run(model),
@@ -125,15 +129,14 @@ def filling(model: nn.Module, source: Source, parts: Parts, meeting: Meeting, re
 
 def _passes(
     source: Source,
+    reader: Reader,
     parts: Parts,
     meeting: Meeting,
     *,
     stop: threading.Event,
     landing: Landing,
     stack: contextlib.ExitStack,
-    report: Report,
 ) -> tuple[Load, Exchange, Remember, Place]:
-    reader = stack.enter_context(source.checkpoint.reader(on_read=report.count_bytes))
     prefetch = stack.enter_context(
         Prefetch(
             reader,

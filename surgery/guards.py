@@ -6,7 +6,7 @@ of the library and what to choose instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,13 +19,25 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-__all__ = ["check_adapter", "check_precision", "check_sharding", "check_ties", "check_units", "check_world"]
+__all__ = [
+    "check_adapter",
+    "check_kept",
+    "check_precision",
+    "check_sharding",
+    "check_ties",
+    "check_units",
+    "check_world",
+]
 
 #: The first torch whose FSDP2 shards parameters of an integer dtype.
 FSDP2_SHARDS_INTEGERS = (2, 13)
 
 #: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
 WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
+
+
+#: Names that an error lists at most.
+SHOWN = 4
 
 
 def check_world(shard: FSDP1 | FSDP2 | None, placement: Placement, world_size: int) -> None:
@@ -124,6 +136,30 @@ def check_ties(shard: FSDP1 | FSDP2 | None, tied: Mapping[str, tuple[str, ...]],
             f"shards nothing ({'strategy no-shard' if world_size > 1 else 'one rank'}): its second forward fails. Use "
             "use_orig_params=False, or a sharding strategy on two ranks or more"
         )
+
+
+def check_kept(
+    shard: FSDP1 | FSDP2 | None, kept: Sequence[str], buffers: Mapping[str, torch.dtype], dtype: torch.dtype
+) -> None:
+    """What upstream keeps in another dtype than the model's against what FSDP casts.
+
+    kept: FQNs of such parameters that FSDP gathers. buffers: FQN -> dtype of all buffers of floating point.
+    """
+    precision = shard.mixed_precision if shard is not None else None
+    if precision is not None and precision.param_dtype is not None and kept:
+        raise _would_cast("param_dtype", precision.param_dtype, kept, dtype)
+    cast = getattr(precision, "buffer_dtype", None)
+    others = [name for name, own in buffers.items() if own != cast] if cast is not None else []
+    if others:
+        raise _would_cast("buffer_dtype", cast, others, dtype)
+
+
+def _would_cast(option: str, cast: torch.dtype | None, names: Sequence[str], dtype: torch.dtype) -> ConfigError:
+    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ConfigError(
+        f"mixed_precision.{option}={cast} would cast what transformers keeps in another dtype: {shown} "
+        f"({len(names)} in all). Use {option}=None: everything else is in {dtype} without it"
+    )
 
 
 def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> None:

@@ -154,7 +154,7 @@ class Parts:
         return whole
 
     def _quantize(self, part: Part, start: int, values: torch.Tensor) -> None:
-        packed, statistics = self.quantizer.quantize(values)
+        packed, statistics = self.quantizer.quantize(values, part.target.precision)
         form, share = part.target.form, part.slice
         assert form.blocksize is not None
         nbytes = self._numel(part.target) * part.target.dtype.itemsize

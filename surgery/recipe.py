@@ -13,18 +13,13 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.agreed import adapter_facts, environment, same_model, source_facts
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
-from surgery.distributed.exchange import (
-    Ranks,
-    broadcast_from_rank0,
-    collective,
-    current_ranks,
-    everyone,
-    rank0_rng_state,
-    same_patches,
-)
+from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
+from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
+from surgery.distributed.failures import collective, everyone
 from surgery.distributed.nodes import Node
 from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
@@ -37,18 +32,19 @@ from surgery.parts import Parts
 from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.replace import Replace, quantizable, transposed
-from surgery.passes.shard import FullyShard, Wrap
+from surgery.passes.replace import Replace, precisions, quantizable, transposed
+from surgery.passes.shard import FullyShard, Wrap, check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.placement import Residence
 from surgery.planning.fitting import check_fits, free_memory, predictions
-from surgery.planning.inventory import take_inventory
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
+from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.report import Report
 from surgery.slices import Division
-from surgery.targets import Target, find_targets
+from surgery.targets import find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
 
@@ -116,6 +112,7 @@ def qlora(
             them on every rank's device, and is what a model without `shard` has.
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
+            What transformers keeps in float32 in such a model (router gates, say) is in float32.
         compute_dtype: in which 4-bit layers multiply; None means `dtype`.
         model: builds the module whose parameter names match the checkpoint's; None builds the transformers model that
             the checkpoint's config.json describes.
@@ -142,7 +139,6 @@ def qlora(
         ranks=ranks,
         report=report or Report(show_progress=ranks.rank == 0, device=device),
     )
-    recipe.check()
     return recipe.run(checkpoint)
 
 
@@ -181,12 +177,12 @@ class QLoRA:
 
     def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
-        same_patches(self.ranks, device=self.device)
-        with collective(self.ranks):
+        with beating(self.ranks), collective(self.ranks):
+            same_on_every_rank(self.ranks, "choices", self._facts(checkpoint), device=self.device)
+            self.check()
             meeting = self._meet()
-        with beating(self.ranks), everyone(self.ranks, device=self.device):
-            model = self._open_and_load(checkpoint, meeting)
-        with collective(self.ranks):
+            with everyone(self.ranks, device=self.device):
+                model = self._open_and_load(checkpoint, meeting)
             model = self._finish(model, meeting)
         return_freed_memory()
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
@@ -198,6 +194,17 @@ class QLoRA:
             # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
             resident.commit()
         return model
+
+    def _facts(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> dict[str, Facts]:
+        """What all ranks must have been asked for alike, before they do anything together."""
+        return {
+            "quantization": facts_of(self.quant),
+            "adapters": adapter_facts(self.lora),
+            "sharding": facts_of({"placement": self.placement, "shard": self.shard}),
+            "precision": facts_of({"dtype": self.dtype, "compute_dtype": self.compute_dtype}),
+            "checkpoint": source_facts(checkpoint),
+            **environment(self.device),
+        }
 
     def _meet(self) -> Meeting:
         """What takes a collective to set up, before ranks go their own ways."""
@@ -235,7 +242,10 @@ class QLoRA:
         build = self.build or causal_lm(checkpoint, self.dtype)
         with self.report.phase(Skeleton.name):
             model = Skeleton(build=build, dtype=self.dtype, device=self.device).build_on_meta()
-            assignments = plan_weights(model, checkpoint.index)
+            same_model(self.ranks, model, checkpoint)
+            weights = plan_weights(model, checkpoint, device=self.device)
+            self.report.note_ignored(weights.ignored)
+            self.report.note_initialized(weights.initialized)
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)
@@ -243,15 +253,24 @@ class QLoRA:
                 check_targets(model, self.lora)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
+        if is_pretrained(model):
+            mark_quantized(model, self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        unsharded = check_dtypes(model, self.shard, self.dtype)
         targets = find_targets(
-            model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+            model,
+            weights.assignments,
+            checkpoint.index,
+            quantizer,
+            tied=tied,
+            transposed=transposed(chosen),
+            precisions=precisions(chosen, self.dtype),
         )
-        self._foresee(model, targets)
+        self._foresee(take_inventory(model, targets, self.lora, unsharded=unsharded))
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    def _foresee(self, inventory: Inventory) -> None:
         """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
         setting = Setting(
             world_size=self.ranks.world_size,
@@ -263,7 +282,7 @@ class QLoRA:
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
-        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        plan = make_plan(inventory, setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
         self.report.note_read_once_per_node(plan.read_once_per_node)
@@ -300,7 +319,7 @@ class QLoRA:
                 parameter.data = parameter.data.to(self.device)
         passes: tuple[Pass, ...] = ()
         if isinstance(self.shard, FSDP1):
-            passes = (Wrap(config=self.shard, device=self.device),)
+            passes = (Wrap(config=self.shard, device=self.device, dtype=self.dtype),)
         if isinstance(self.shard, FSDP2) and self.placement != "sharded":
             assert meeting.mesh is not None
             passes = (FullyShard(config=self.shard, mesh=meeting.mesh),)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from surgery.converted import group_names, say_converted
+from surgery.converted import group_names, say_converted, say_ignored, say_initialized
 from surgery.measurements import History, Phase, Prediction, Sample
 from surgery.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
 
@@ -25,13 +25,15 @@ T = TypeVar("T")
 class Report:
     """Measurements of one rank, from when it is made. Any thread may use it.
 
-    show_progress: draw a bar for layer loops, and say on stderr what is read once per node: for rank 0.
+    show_progress: draw a bar for layer loops, and say on stderr what is ignored or read once per node: for rank 0.
     phases: in the order in which they ended.
     predictions: what a plan expects, by the group of phases; see `predict`.
     history: memory over time, while `recording`; otherwise empty.
     bytes_read: from checkpoints so far; see `count_bytes`.
     read_once_per_node: how many checkpoint tensors one rank of each node reads and converts for the others, by their
         name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
+    ignored: how many names of the checkpoint are not used, by name as above; see `note_ignored`.
+    initialized: how many buffers the checkpoint lacks, likewise; see `note_initialized`.
     """
 
     show_progress: bool = False
@@ -41,6 +43,8 @@ class Report:
     history: History = field(default_factory=History)
     bytes_read: int = 0
     read_once_per_node: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    initialized: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -95,11 +99,17 @@ class Report:
         any.
         """
         self.read_once_per_node = group_names(keys)
-        if self.show_progress and self.read_once_per_node:
-            from tqdm.auto import tqdm
+        if self.read_once_per_node:
+            self._say(say_converted(self.read_once_per_node))
 
-            # As the bar is, so that whatever is drawn goes on below the line.
-            tqdm.write(say_converted(self.read_once_per_node), file=sys.stderr)
+    def note_ignored(self, names: Iterable[str]) -> None:
+        """Note the names of the checkpoint that the model has no use for, as upstream ignores them too.
+
+        With `show_progress` a line on stderr names them, if there are any.
+        """
+        self.ignored = group_names(names)
+        if self.ignored:
+            self._say(say_ignored(self.ignored))
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[History]:
@@ -136,6 +146,20 @@ class Report:
             }
             for phase in self.phases
         }
+
+    def note_initialized(self, names: Iterable[str]) -> None:
+        """Note the buffers that keep their initial values, because the checkpoint has none for them; said likewise."""
+        self.initialized = group_names(names)
+        if self.initialized:
+            self._say(say_initialized(self.initialized))
+
+    def _say(self, line: str) -> None:
+        if not self.show_progress:
+            return
+        from tqdm.auto import tqdm
+
+        # As the bar is, so that whatever is drawn goes on below the line.
+        tqdm.write(line, file=sys.stderr)
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:

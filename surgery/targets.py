@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from surgery.weights import Assignment
 
 __all__ = ["Target", "find_targets"]
 
+NO_PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType({})
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Target:
@@ -24,7 +28,8 @@ class Target:
     shape, dtype: as stored, so packed for a weight that is quantized. logical: that weight's own shape, `(out, in)`,
     else None. source: where the checkpoint has it, if one range of a file holds what one range of it is made of; None
     if upstream's conversion merges or splits tensors for it, or the checkpoint holds it transposed.
-    read_as: the dtype in which the checkpoint has it.
+    read_as: the dtype in which the checkpoint has it. precision: the one in which a weight is quantized; None for the
+    quantizer's own.
     places: the modules that hold it, and its name in each; several if it is tied.
     """
 
@@ -37,6 +42,7 @@ class Target:
     read_as: torch.dtype
     source: TensorEntry | None
     logical: torch.Size | None = None
+    precision: torch.dtype | None = None
     is_transposed: bool = False
 
     @property
@@ -58,28 +64,27 @@ def find_targets(
     *,
     tied: Mapping[str, tuple[str, ...]],
     transposed: frozenset[str] = frozenset(),
+    precisions: Mapping[str, torch.dtype] = NO_PRECISIONS,
 ) -> tuple[Target, ...]:
     """The targets of `assignments`, in their order.
 
     tied: first FQN of every parameter and persistent buffer -> aliases. transposed: FQNs of weights that the checkpoint
-    has as `(in, out)`.
+    has as `(in, out)`. precisions: FQN of a weight -> the dtype in which it is quantized, if not the quantizer's own.
     """
-    return tuple(
-        _target(model, name, assignment, index, quantizer, tied=tied, is_transposed=name in transposed)
-        for assignment in assignments
-        for name in assignment.targets
-    )
+    make = functools.partial(_target, model, index, quantizer, tied=tied, transposed=transposed, precisions=precisions)
+    return tuple(make(name, assignment) for assignment in assignments for name in assignment.targets)
 
 
 def _target(
     model: nn.Module,
-    name: str,
-    assignment: Assignment,
     index: Index,
     quantizer: Quantizer,
+    name: str,
+    assignment: Assignment,
     *,
     tied: Mapping[str, tuple[str, ...]],
-    is_transposed: bool,
+    transposed: frozenset[str],
+    precisions: Mapping[str, torch.dtype],
 ) -> Target:
     path, leaf = split(name)
     owner = model.get_submodule(path)
@@ -90,7 +95,7 @@ def _target(
     numel = (logical or tensor.shape).numel()
     # A packed row holds two elements a byte, so all rows but the last are full.
     row = 2 * tensor.dtype.itemsize if is_quantized else numel // max(rows, 1)
-    one_to_one = assignment.converter is None and not is_transposed
+    one_to_one = assignment.converter is None and name not in transposed
     return Target(
         fqn=name,
         places=tuple((model.get_submodule(split(place)[0]), split(place)[1]) for place in (name, *tied.get(name, ()))),
@@ -107,5 +112,6 @@ def _target(
         read_as=assignment.dtypes[assignment.targets.index(name)],
         source=index[assignment.sources[0]] if one_to_one else None,
         logical=logical,
-        is_transposed=is_transposed,
+        precision=precisions.get(name),
+        is_transposed=name in transposed,
     )

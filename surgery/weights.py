@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Index, TensorEntry
+from surgery.checkpoint import Checkpoint, Index, TensorEntry
+from surgery.defaults import fill_buffers
 from surgery.errors import WeightsMismatchError
+from surgery.keys import Group, group_keys
+from surgery.ties import untie_different
 from surgery.walk import tied_parameters
 
-__all__ = ["Assignment", "plan_weights"]
+__all__ = ["Assignment", "WeightPlan", "plan_weights"]
 
 #: Names shown of a long list of missing or unexpected keys.
 SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logical:
+    """What a converter asks a model for: config, and parameters on meta in the shapes that they have unquantized."""
+
+    config: Any
+    parameters: Mapping[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that FQN. Raises `KeyError` if there is none."""
+        return self.parameters[name]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Logical:
+        """Of `model`, before its layers are replaced."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(config=getattr(model, "config", None), parameters=parameters)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,6 +49,7 @@ class Assignment:
     targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
     duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
     converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
+    logical: the model as converters know it; None without one.
     dtypes: of the targets as the checkpoint has them.
     """
 
@@ -36,6 +57,7 @@ class Assignment:
     sources: tuple[str, ...]
     duplicates: tuple[str, ...] = ()
     converter: Any = field(default=None, repr=False)
+    logical: Logical | None = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
 
@@ -46,138 +68,109 @@ class Assignment:
         converter = copy.deepcopy(self.converter)
         for source, pattern in zip(self.sources, self.patterns, strict=True):
             converter.add_tensor(self.targets[0], source, pattern, tensors[source])
-        converted = converter.convert(self.targets[0])
+        assert self.logical is not None
+        converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def plan_weights(model: nn.Module, index: Index) -> tuple[Assignment, ...]:
-    """Match the tensors of `index` with the parameters and persistent buffers of `model` (on meta, before replacement).
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightPlan:
+    """What is loaded of a checkpoint, in the model's order, and the names of what is not, as in transformers.
 
-    Names are converted by transformers' own tables where `model` is one of its models; elsewhere they must match.
-    Raises `WeightsMismatchError` if a parameter would stay empty, a checkpoint key has no place, or a shape or dtype
-    cannot be right. Reads nothing but the index.
+    ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
+    holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
     """
-    tied = tied_parameters(model)
-    first_name = {alias: first for first, aliases in tied.items() for alias in (first, *aliases)}
-    groups, lost = _group(model, index, first_name)
-    filled = [_finish(model, index, group) for group in groups]
-    missing = sorted(set(tied) - {target for assignment in filled for target in assignment.targets})
-    unexpected = [name for name in lost if not _may_be_left_out(model, name)]
-    _check_complete(missing, unexpected, source=index.files[0].parent)
-    order = {name: position for position, name in enumerate(tied)}
-    return tuple(sorted(filled, key=lambda assignment: order[assignment.targets[0]]))
+
+    assignments: tuple[Assignment, ...]
+    ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
 
 
-def _may_be_left_out(model: nn.Module, name: str) -> bool:
-    """Whether the model's class declares that checkpoints hold `name` and that it has no use for it."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
+def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device) -> WeightPlan:
+    """Match the tensors of `checkpoint` with the parameters and persistent buffers of `model`.
+
+    `model` is on meta, before replacement. One of transformers is treated as `from_pretrained` does: names are
+    converted by its own tables, what it has no use for is ignored, and persistent buffers that the checkpoint lacks are
+    put on `device` with their initial values. Of any other, every name must match. Tied parameters that are stored
+    with different values are untied; nothing is read but samples of those.
+
+    Raises `WeightsMismatchError` if a parameter would stay as it was initialized, a checkpoint key of a plain module
+    has no place, or a shape or dtype cannot be right.
+    """
+    from transformers import PreTrainedModel
+
+    index = checkpoint.index
+    groups, unplaced, repeated = group_keys(model, index)
+    logical = Logical.of(model)
+    stored = {name: _finish(model, index, group, logical) for name, group in groups.items()}
+    filled = {target for assignment in stored.values() for target in assignment.targets}
+    missing = [first for first, aliases in tied_parameters(model).items() if filled.isdisjoint((first, *aliases))]
+    initialized = fill_buffers(model, missing, device=device)
+    missing = sorted(set(missing).difference(initialized))
+    unexpected = [] if isinstance(model, PreTrainedModel) else unplaced
+    if missing or unexpected:
+        raise _mismatch(checkpoint, missing, unplaced)
+    untie_different(model, stored, checkpoint)
+    assignments = []
+    for first, aliases in tied_parameters(model).items():
+        names = [name for name in (first, *aliases) if name in stored]
+        if names:
+            assignments.append(_fill(first, names, stored))
+    return WeightPlan(
+        assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored), initialized=initialized
+    )
 
 
-def _check_complete(missing: Sequence[str], unexpected: Sequence[str], *, source: object) -> None:
-    if not missing and not unexpected:
-        return
+def _fill(first: str, names: Sequence[str], stored: Mapping[str, Assignment]) -> Assignment:
+    """The assignment of the parameter that is met as `first`, and that is `stored` under some of its `names`."""
+    name, *others = names
+    chosen = stored[name]
+    return replace(
+        chosen,
+        targets=tuple(first if target == name else target for target in chosen.targets),
+        duplicates=tuple(source for other in others for source in stored[other].sources),
+    )
+
+
+def _mismatch(checkpoint: Checkpoint, missing: Sequence[str], unplaced: Sequence[str]) -> WeightsMismatchError:
     parts = [
         f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in (("parameters no tensor fills", missing), ("tensors that fit nowhere", unexpected))
+        for what, names in (("parameters no tensor fills", missing), ("tensors that fit nowhere", unplaced))
         if names
     ]
-    raise WeightsMismatchError(
-        f"{source} does not hold the weights of this model: {'; '.join(parts)}. Check that the architecture in "
-        "config.json is the one that wrote these weights",
+    absent = [name for name in missing if name in checkpoint.index.ignored]
+    hint = f" (its index lists {absent[0]}, but no file holds it)" if absent else ""
+    return WeightsMismatchError(
+        f"{checkpoint.path} does not hold the weights of this model{hint}: {'; '.join(parts)}. Check that the "
+        "architecture in config.json is the one that wrote these weights",
         missing=missing,
-        unexpected=unexpected,
+        unexpected=unplaced,
     )
 
 
-@dataclass(eq=False)
-class _Group:
-    """The sources collected for one target while the index is walked."""
-
-    target: str
-    sources: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)
-    duplicates: list[str] = field(default_factory=list)
-    converter: Any = None
-
-
-def _group(model: nn.Module, index: Index, first_name: Mapping[str, str]) -> tuple[list[_Group], list[str]]:
-    """Groups by target, and the keys that have none."""
-    rename = _Renamer.of(model)
-    groups: dict[str, _Group] = {}
-    lost: list[str] = []
-    for key in sorted(index, key=_natural):
-        name, converter, pattern = rename(key)
-        target = first_name.get(name)
-        if target is None:
-            lost.append(key)
-            continue
-        group = groups.setdefault(target, _Group(target=target, converter=converter))
-        if group.sources and converter is None:
-            group.duplicates.append(key)
-            continue
-        group.sources.append(key)
-        group.patterns.append(pattern or key)
-    return list(groups.values()), lost
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sort key under which `experts.10` follows `experts.9`: converters stack tensors in this order."""
-    # By length and then by digit: `int` refuses a name of over 4,300 digits.
-    return [(len(part), part) if part.isascii() and part.isdigit() else (-1, part) for part in key.split(".")]
-
-
-class _Renamer:
-    """Checkpoint key -> parameter name, by the conversion tables of transformers."""
-
-    def __init__(self, model: nn.Module, tables: Sequence[Any]) -> None:
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        self.renamings = [entry for entry in tables if isinstance(entry, WeightRenaming)]
-        self.converters = [entry for entry in tables if isinstance(entry, WeightConverter)]
-        self.by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
-        self.prefix = getattr(model, "base_model_prefix", None) or None
-        self.state = dict(model.state_dict(keep_vars=True))
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Renamer:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return cls(model, get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else ())
-
-    def __call__(self, key: str) -> tuple[str, Any, str | None]:
-        from transformers.core_model_loading import rename_source_key
-
-        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
-        if name not in self.state and key in self.state:
-            name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
-        return name, self.by_pattern.get(pattern) if pattern else None, pattern
-
-
-def _finish(model: nn.Module, index: Index, group: _Group) -> Assignment:
+def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> Assignment:
     """The assignment of `group`, after a dry run on meta that finds its targets and checks their shapes and dtypes."""
     assignment = Assignment(
-        targets=(group.target,),
+        targets=(group.name,),
         sources=tuple(group.sources),
-        duplicates=tuple(group.duplicates),
         converter=group.converter,
+        logical=logical,
         patterns=tuple(group.patterns),
     )
-    entries = [index[name] for name in (*group.sources, *group.duplicates)]
-    dry = assignment.convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
+    entries = [index[name] for name in group.sources]
+    try:
+        dry = assignment.convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
+    except Exception as error:  # whatever operation fails, on tensors that do not belong together
+        raise WeightsMismatchError(
+            f"{group.name} cannot be made of {len(entries)} tensors of the checkpoint "
+            f"({', '.join(group.sources[:SHOWN])}): {error}. Check that the architecture in config.json is the one "
+            "that wrote these weights",
+            path=entries[0].file,
+            tensor=entries[0].name,
+        ) from error
     for name, tensor in dry.items():
         _check_fits(model, name, tensor, entries)
-    for entry in entries[len(group.sources) :]:
-        _check_fits(model, group.target, torch.empty(entry.shape, dtype=entry.dtype, device="meta"), [entry])
-    return Assignment(
-        targets=tuple(dry),
-        sources=assignment.sources,
-        duplicates=assignment.duplicates,
-        converter=assignment.converter,
-        patterns=assignment.patterns,
-        dtypes=tuple(tensor.dtype for tensor in dry.values()),
-    )
+    return replace(assignment, targets=tuple(dry), dtypes=tuple(tensor.dtype for tensor in dry.values()))
 
 
 def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:

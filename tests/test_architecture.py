@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
     ("errors", "fqn", "converted", "numerals"),
-    ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
+    ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
     ("checkpoint",),
-    ("slices", "weights", "quantizers", "targets", "parts"),
+    ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
+    ("guards", "lifetime", "attestation", "passes", "install", "adapters", "agreed"),
     ("filling",),
     ("planning",),
     ("recipe",),

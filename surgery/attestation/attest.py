@@ -14,11 +14,13 @@ from surgery.attestation.differences import Attestation, Difference, error_of
 from surgery.attestation.record import Record, Records, records_of, settle
 from surgery.attestation.rest import shard_differences, state_differences
 from surgery.attestation.shards import shards_of
+from surgery.distributed.failures import together
 from surgery.errors import ConfigError, SelectorError
 
 __all__ = ["attest", "chosen_records", "raise_any", "rest_differences"]
 
 
+@together()
 @torch.no_grad()
 def attest(model: nn.Module, layers: int | Sequence[str] | None = None, *, seed: int = 0) -> Attestation:
     """Check that 4-bit weights and their `quant_state` are, bit for bit, what was quantized; collective.
@@ -35,6 +37,7 @@ def attest(model: nn.Module, layers: int | Sequence[str] | None = None, *, seed:
     Raises:
         AttestationError: on every rank, with all differences of all ranks: layer, rank, count.
         ConfigError: the model has 4-bit layers that `surgery.qlora` did not quantize, or none.
+        PeerError: another rank has failed.
     """
     start = time.perf_counter()
     records = chosen_records(model, layers, seed=seed)

@@ -17,6 +17,7 @@ from surgery.attestation.differences import Attestation, Difference
 from surgery.attestation.digest import Piece, page_count, page_sums
 from surgery.attestation.record import Record, Records
 from surgery.attestation.shards import shards_of
+from surgery.distributed.failures import together
 from surgery.errors import AttestationError
 
 __all__ = ["Watch", "attesting"]
@@ -72,16 +73,18 @@ def attesting(model: nn.Module, layers: int | Sequence[str] | None = None, *, se
         AttestationError: at the end, on every rank; `words` counts exactly how many 16-bit words differ from the
             shards, for the first layers on each rank. Also if no layer ran on any rank.
         ConfigError: the model has 4-bit layers that `surgery.qlora` did not quantize, or none.
+        PeerError: another rank has failed, at either end of the block.
     """
     start = time.perf_counter()
-    records = chosen_records(model, layers, seed=seed)
+    with together():
+        records = chosen_records(model, layers, seed=seed)
     watch = Watch()
     with contextlib.ExitStack() as hooks:
         for layer, record in records.items():
             hook = layer.register_forward_pre_hook(_looking(watch, record))
             hooks.callback(hook.remove)
         yield watch
-    with torch.no_grad():
+    with together(), torch.no_grad():
         _judge(model, records, watch)
     found = list(records.values())
     watch.attestation = Attestation(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import TensorEntry, parse_json
 from surgery.checkpoint.hub import resolve
@@ -25,7 +27,8 @@ class Checkpoint:
     """An unquantized safetensors checkpoint that can be read.
 
     `source` is what the user gave; `path` the folder it is in; `revision` the commit, for a hub id, else
-    None; `config` the content of `config.json`, None where there is none.
+    None; `config` the content of `config.json`, None where there is none. `fetch`, of a checkpoint that is looked at on
+    the hub, gets the elements `start` to `stop` of a tensor; None where its files are here.
     """
 
     source: str
@@ -33,6 +36,7 @@ class Checkpoint:
     revision: str | None
     index: Index
     config: dict[str, Any] | None
+    fetch: Callable[[TensorEntry, int, int], torch.Tensor] | None = None
 
     @classmethod
     def open(

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
 
+from surgery.checkpoint.stamp import Stamp
 from surgery.errors import CheckpointError
 
 __all__ = [
@@ -90,10 +92,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What one file holds: its tensors in file order, and the free text of `__metadata__`."""
+    """What one file holds: its tensors in file order, and the free text of `__metadata__`.
+
+    stamp: by which a change of the file is noticed; None where there is no file on this machine.
+    """
 
     entries: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = None
 
 
 def read_header(file: Path) -> Header:
@@ -105,11 +111,12 @@ def read_header(file: Path) -> Header:
         with file.open("rb") as stream:
             file_size = stream.seek(0, 2)
             stream.seek(0)
-            length = _header_length(stream.read(LENGTH_BYTES), file=file, file_size=file_size)
-            raw = stream.read(length)
+            prefix = stream.read(LENGTH_BYTES)
+            raw = stream.read(_header_length(prefix, file=file, file_size=file_size))
+            stamp = Stamp.of(os.fstat(stream.fileno()), prefix + raw)
     except OSError as error:
         raise CheckpointError(f"Cannot read the checkpoint file {file}: {error}.", path=file) from error
-    return parse_header(raw, file=file, file_size=file_size)
+    return replace(parse_header(raw, file=file, file_size=file_size), stamp=stamp)
 
 
 def parse_header(raw: bytes, *, file: Path, file_size: int) -> Header:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.checkpoint.hub_errors import explain
-from surgery.checkpoint.layout import INDEX_NAME, read_weight_map
+from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, read_weight_map
 from surgery.checkpoint.meeting import Meeting, is_node_leader, meet
 from surgery.checkpoint.patience import patience, say_cache_is_taken
 from surgery.errors import CheckpointError
@@ -195,6 +195,9 @@ def _files(request: _Request) -> Path:
     folder = _fetch(request, allow=_SMALL_FILES, ignore=_IGNORED)
     pinned = replace(request, revision=folder.name)
     if (folder / INDEX_NAME).is_file():
+        # As `find_layout` and transformers have it, the single file comes before the index.
+        if (_fetch(pinned, allow=(SINGLE_NAME,), ignore=()) / SINGLE_NAME).is_file():
+            return folder
         # Only the shards that belong to the model: some repositories hold a second copy under other names.
         shards = sorted(set(read_weight_map(folder).values()))
         return _fetch(pinned, allow=[glob.escape(shard) for shard in shards], ignore=())

@@ -10,7 +10,8 @@ from types import MappingProxyType
 
 from surgery.checkpoint.header import Header, TensorEntry, read_header
 from surgery.checkpoint.layout import Layout, find_layout
-from surgery.errors import CheckpointError, WeightsMismatchError
+from surgery.checkpoint.stamp import Stamp
+from surgery.errors import WeightsMismatchError
 
 __all__ = ["Index", "TensorEntry"]
 
@@ -20,34 +21,46 @@ class Index(Mapping[str, TensorEntry]):
     """Name -> `TensorEntry` for every tensor of a checkpoint, in the order of its files.
 
     `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays.
+    `ignored`: names that the index file lists and no file holds; and those that a later file holds again, by name of
+    the files: its tensor counts, as in transformers. `stamps`: of the files that are on this machine.
     """
 
     entries: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
     metadata: Mapping[str, str]
+    stamps: Mapping[Path, Stamp]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Index:
         """Read the headers of the checkpoint at `path`: a folder, or one `*.safetensors` file.
 
         A folder holds `model.safetensors`, or shards with `model.safetensors.index.json`, or a single file of
-        another name. Tensors that a shard holds and the index file does not list are included, so that
-        whoever consumes the checkpoint has to account for them.
+        another name. What tensors there are is what the files hold, whatever the index file says of them.
 
-        Raises `CheckpointError` if anything is missing, malformed, contradictory, or in a pickle.
+        Raises `CheckpointError` if a file is missing, malformed, or a pickle.
         """
         layout = find_layout(path)
         return cls.join(layout, {file: read_header(file) for file in layout.files})
 
     @classmethod
     def join(cls, layout: Layout, headers: Mapping[Path, Header]) -> Index:
-        """The index of the files of `layout`, by their `headers`. Raises `CheckpointError` if they contradict."""
-        entries = _unique_entries(headers)
-        _check_weight_map(layout, entries)
+        """The index of the files of `layout`, by their `headers`."""
+        entries: dict[str, TensorEntry] = {}
+        repeated: list[str] = []
         metadata: dict[str, str] = {}
-        for header in headers.values():
-            metadata = {**header.metadata, **metadata}
-        return cls(entries=MappingProxyType(entries), files=layout.files, metadata=MappingProxyType(metadata))
+        for file in layout.files:
+            repeated.extend(entry.name for entry in headers[file].entries if entry.name in entries)
+            entries |= {entry.name: entry for entry in headers[file].entries}
+            metadata = {**headers[file].metadata, **metadata}
+        absent = (name for name in layout.listed if name not in entries)
+        return cls(
+            entries=MappingProxyType(entries),
+            files=layout.files,
+            metadata=MappingProxyType(metadata),
+            stamps={file: header.stamp for file, header in headers.items() if header.stamp is not None},
+            ignored=(*absent, *repeated),
+        )
 
     @property
     def total_bytes(self) -> int:
@@ -83,32 +96,3 @@ class Index(Mapping[str, TensorEntry]):
 
     def __repr__(self) -> str:
         return f"Index({len(self)} tensors in {len(self.files)} files, {self.total_bytes} bytes)"
-
-
-def _unique_entries(headers: Mapping[Path, Header]) -> dict[str, TensorEntry]:
-    entries: dict[str, TensorEntry] = {}
-    for file, header in headers.items():
-        for entry in header.entries:
-            first = entries.setdefault(entry.name, entry)
-            if first is not entry:
-                raise CheckpointError(
-                    f"Tensor {entry.name!r} is in two files of the checkpoint, {first.file} and {file}: "
-                    "it is not clear which one is meant. Remove the file that is not part of the checkpoint.",
-                    path=file,
-                    tensor=entry.name,
-                )
-    return entries
-
-
-def _check_weight_map(layout: Layout, entries: Mapping[str, TensorEntry]) -> None:
-    """Check that each tensor is where the index file says that it is."""
-    for name, file in layout.weight_map.items():
-        entry = entries.get(name)
-        if entry is None or entry.file != file:
-            found = "the file does not hold it" if entry is None else f"it is in {entry.file.name}"
-            raise CheckpointError(
-                f"The index of the checkpoint says that tensor {name!r} is in {file}, but {found}. "
-                "Download or save the checkpoint again.",
-                path=file,
-                tensor=name,
-            )

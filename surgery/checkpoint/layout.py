@@ -5,8 +5,7 @@ A weight map is data from outside. It may name files inside the checkpoint's fol
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,10 +24,16 @@ _ADAPTER_NAME = "adapter_model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The files of a checkpoint, which exist, and the file of each tensor as the index, if any, has it."""
+    """The files of a checkpoint, in the order of their names, and the tensors that the index, if any, lists."""
 
     files: tuple[Path, ...]
-    weight_map: Mapping[str, Path] = field(default_factory=dict)
+    listed: tuple[str, ...] = ()
+
+    @classmethod
+    def of_index(cls, folder: Path) -> Layout:
+        """What the index file in `folder` says; whether the files exist is not looked at."""
+        weight_map = read_weight_map(folder)
+        return cls(files=tuple(folder / name for name in sorted(set(weight_map.values()))), listed=tuple(weight_map))
 
 
 def find_layout(path: Path) -> Layout:
@@ -83,16 +88,15 @@ def _one_file(file: Path) -> Layout:
 
 
 def _sharded(folder: Path) -> Layout:
-    weight_map = {tensor: folder / name for tensor, name in read_weight_map(folder).items()}
-    files = tuple(dict.fromkeys(weight_map.values()))
-    missing = sorted(file.name for file in files if not _is_file(file))
+    layout = Layout.of_index(folder)
+    missing = [file.name for file in layout.files if not _is_file(file)]
     if missing:
         raise CheckpointError(
-            f"{len(missing)} of the {len(files)} files that {folder / INDEX_NAME} names are missing: "
+            f"{len(missing)} of the {len(layout.files)} files that {folder / INDEX_NAME} names are missing: "
             f"{_sample(missing)}. Download or copy them into {folder}.",
             path=folder / missing[0],
         )
-    return Layout(files=files, weight_map=weight_map)
+    return layout
 
 
 def _unnamed(folder: Path) -> Layout:

@@ -37,7 +37,12 @@ class Meeting:
         if self.group is None:
             return [mine]
         everyone: list[T | None] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(everyone, mine, group=self.group)
+        try:
+            dist.all_gather_object(everyone, mine, group=self.group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"A rank has ended while others waited for it to open a checkpoint: {error}"
+            ) from error
         return everyone  # type: ignore[return-value]  # every slot is filled now
 
     def run(self, work: Callable[[], T] | None) -> list[T | None]:

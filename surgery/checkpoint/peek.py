@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
+
 from surgery.checkpoint.checkpoint import Checkpoint, read_config
 from surgery.checkpoint.contradiction import require_agreement
-from surgery.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
+from surgery.checkpoint.header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, TensorEntry, parse_header
 from surgery.checkpoint.hub import (
     ANY_WEIGHTS,
     FOREIGN_WEIGHTS,
@@ -24,7 +26,7 @@ from surgery.checkpoint.hub import (
 )
 from surgery.checkpoint.hub_errors import explain, has_timed_out
 from surgery.checkpoint.index import Index
-from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout, read_weight_map
+from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
 from surgery.checkpoint.patience import patience, say_cache_is_taken
 from surgery.checkpoint.prequantized import require_unquantized
 from surgery.errors import CheckpointError
@@ -44,8 +46,9 @@ def peek(
     """Like `Checkpoint.open`, but weights of a hub id are not downloaded, and so cannot be read from what it returns.
 
     `config.json` and the index file go to the cache of `huggingface_hub`; of each weight file the header is fetched
-    by an HTTP range. Offline (`HF_HUB_OFFLINE`) the repository has to be in the cache; a host that does not answer is
-    waited for as in `surgery.checkpoint.hub.resolve`. Not collective.
+    by an HTTP range, and of tied weights that are stored twice a few samples. Offline (`HF_HUB_OFFLINE`) the repository
+    has to be in the cache; a host that does not answer is waited for as in
+    `surgery.checkpoint.hub.resolve`. Not collective.
     Raises `CheckpointError` for whatever would make the checkpoint unusable.
     """
     name = os.fspath(path_or_hub_id)
@@ -109,6 +112,7 @@ class _Repository:
     def checkpoint(self) -> Checkpoint:
         """Its model, with entries in files that are not there."""
         config = self._download("config.json")
+        self._download("adapter_config.json")  # which a download has too, and by which the model is refused
         folder = config.parent if config is not None else Path(self.repo_id)
         layout = self._layout(folder)
         with ThreadPoolExecutor(THREADS) as pool:
@@ -117,7 +121,9 @@ class _Repository:
         content = read_config(folder) if config is not None else None
         require_unquantized(index, content, path=folder)
         require_agreement(index, content, path=folder)
-        return Checkpoint(source=self.repo_id, path=folder, revision=self.commit, index=index, config=content)
+        return Checkpoint(
+            source=self.repo_id, path=folder, revision=self.commit, index=index, config=content, fetch=self._fetch
+        )
 
     def _download(self, name: str) -> Path | None:
         if name not in self.files:
@@ -128,13 +134,12 @@ class _Repository:
 
     def _layout(self, folder: Path) -> Layout:
         """What a download of the repository would be opened as."""
+        if SINGLE_NAME in self.files:
+            return Layout(files=(folder / SINGLE_NAME,))
         index = self._download(INDEX_NAME)
         if index is not None:
-            weight_map = {tensor: folder / name for tensor, name in read_weight_map(index.parent).items()}
-            return Layout(files=tuple(dict.fromkeys(weight_map.values())), weight_map=weight_map)
+            return Layout.of_index(index.parent)
         found = _plain_weights(self.files)
-        if SINGLE_NAME in found:
-            return Layout(files=(folder / SINGLE_NAME,))
         if len(found) == 1:
             return Layout(files=(folder / found[0],))
         if not found:
@@ -157,6 +162,11 @@ class _Repository:
         if len(raw) < length:
             raw += self._range(file.name, len(start), LENGTH_BYTES + length)[0]
         return parse_header(raw, file=file, file_size=size)
+
+    def _fetch(self, entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        """The elements `start` to `stop` of a tensor."""
+        first, last = (entry.start + element * entry.dtype.itemsize for element in (start, stop))
+        return torch.frombuffer(bytearray(self._range(entry.file.name, first, last)[0]), dtype=entry.dtype)
 
     def _range(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
         """The bytes `start` to `stop` of a file, as far as it has them, and its size; no more is fetched."""

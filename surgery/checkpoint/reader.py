@@ -88,6 +88,13 @@ class Reader:
         with self._lock:
             return self._bytes_read.total()
 
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError`, naming it, if a file that was read is not what it was when its header was read."""
+        with self._lock:
+            for file, descriptor in self._descriptors.items():
+                if file in self._index.stamps:
+                    self._index.stamps[file].check_header(file, descriptor)
+
     def close(self) -> None:
         """Close every file. Doing so twice is harmless."""
         with self._lock:
@@ -137,6 +144,8 @@ class Reader:
             except OSError as error:
                 raise _unreadable(entry, error) from error
             self._descriptors[entry.file] = descriptor
+            if entry.file in self._index.stamps:
+                self._index.stamps[entry.file].check(entry.file, descriptor)
             return descriptor
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import noticing_ends
+from surgery.distributed.failures import noticing_ends
 from surgery.landing import Landing
 
 __all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_rank0", "scatter_parts"]

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, Shardin
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.config import FSDP1, Units
+from surgery.distributed.exchange import broadcast_from_rank0
 from surgery.errors import ConfigError
 from surgery.fqn import join
 
@@ -33,9 +34,14 @@ CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 
 
 def plan_units(
-    model: nn.Module, blocks: Iterable[nn.Module], *, use_orig_params: bool, policy: Units
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    use_orig_params: bool,
+    policy: Units,
+    unsharded: set[nn.Parameter],
 ) -> set[nn.Module]:
-    """The modules, the root apart, that become FSDP units of their own.
+    """The modules, the root apart, that become FSDP units of their own; `unsharded` parameters are in none.
 
     Every block is one. FSDP1 flattens a unit into one tensor, so its parameters must agree in dtype and, without
     `use_orig_params`, in `requires_grad`. With policy `auto` the kind of what the block itself holds stays in it, or
@@ -47,21 +53,26 @@ def plan_units(
     blocks = set(blocks)
     units = set(blocks)
     for root in (*blocks, model):
-        leaves = list(_leaves(root, outside=blocks - {root}))
-        kinds = {leaf: _kind(name, leaf, use_orig_params=use_orig_params) for name, leaf in leaves}
-        main = kinds[root] if root in kinds else _main_kind(kinds)
-        strangers = [(name, leaf) for name, leaf in leaves if kinds[leaf] != main]
+        leaves = list(_leaves(root, outside=blocks - {root}, unsharded=unsharded))
+        held = {leaf: parameters for _, leaf, parameters in leaves}
+        kinds = {leaf: _kind(name, leaf, own, use_orig_params=use_orig_params) for name, leaf, own in leaves}
+        main = kinds[root] if root in kinds else _main_kind(kinds, held)
+        strangers = [(name, leaf) for name, leaf, _ in leaves if kinds[leaf] != main]
         if strangers and policy == "block":
             raise _not_uniform(strangers, kinds, main)
         units.update(leaf for _, leaf in strangers)
         for _, outer in strangers:  # what they contain of the main kind would not fit in them
             units.update(leaf for leaf in outer.modules() if leaf in kinds and kinds[leaf] != kinds[outer])
-    _check_ties(model, units)
+    _check_ties(model, units, unsharded)
     return units
 
 
-def _leaves(root: nn.Module, *, outside: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """`(name, module)` of what holds parameters in the unit of `root`; what containers hold counts for their owner."""
+def _leaves(
+    root: nn.Module, *, outside: set[nn.Module], unsharded: set[nn.Parameter]
+) -> Iterator[tuple[str, nn.Module, list[nn.Parameter]]]:
+    """`(name, module, its parameters)` of what holds some in the unit of `root`; what containers hold counts for their
+    owner.
+    """
     stack: list[tuple[str, nn.Module]] = [("", root)]
     seen: set[nn.Module] = set()
     while stack:
@@ -69,8 +80,9 @@ def _leaves(root: nn.Module, *, outside: set[nn.Module]) -> Iterator[tuple[str, 
         if module in outside or module in seen:
             continue
         seen.add(module)
-        if not isinstance(module, CONTAINERS) and _own(module):
-            yield name or type(root).__name__, module
+        own = [p for p in _own(module) if p not in unsharded] if not isinstance(module, CONTAINERS) else []
+        if own:
+            yield name or type(root).__name__, module, own
         stack.extend((join(name, child_name), child) for child_name, child in module.named_children())
 
 
@@ -83,8 +95,8 @@ def _own(module: nn.Module) -> list[nn.Parameter]:
     return [*module.parameters(recurse=False), *loose]
 
 
-def _kind(name: str, module: nn.Module, *, use_orig_params: bool) -> Kind:
-    kinds = {(p.dtype, None if use_orig_params else p.requires_grad) for p in _own(module)}
+def _kind(name: str, module: nn.Module, own: list[nn.Parameter], *, use_orig_params: bool) -> Kind:
+    kinds = {(p.dtype, None if use_orig_params else p.requires_grad) for p in own}
     if len(kinds) == 1:
         return kinds.pop()
     raise ConfigError(
@@ -100,10 +112,10 @@ def _describe(kind: Kind) -> str:
     return name if trainable is None else f"{'trainable' if trainable else 'frozen'} {name}"
 
 
-def _main_kind(kinds: dict[nn.Module, Kind]) -> Kind | None:
+def _main_kind(kinds: dict[nn.Module, Kind], held: dict[nn.Module, list[nn.Parameter]]) -> Kind | None:
     sizes: Counter[Kind] = Counter()
     for module, kind in kinds.items():
-        sizes[kind] += sum(p.numel() * p.element_size() for p in _own(module))
+        sizes[kind] += sum(p.numel() * p.element_size() for p in held[module])
     return sizes.most_common(1)[0][0] if sizes else None
 
 
@@ -118,7 +130,7 @@ def _not_uniform(
     )
 
 
-def _check_ties(model: nn.Module, units: set[nn.Module]) -> None:
+def _check_ties(model: nn.Module, units: set[nn.Module], unsharded: set[nn.Parameter]) -> None:
     """A parameter shared by two units would be sharded twice, apart."""
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -126,7 +138,7 @@ def _check_ties(model: nn.Module, units: set[nn.Module]) -> None:
         owners[parameter].add(unit)
         names[parameter].append(name)
     for parameter, found in owners.items():
-        if len(found) > 1:
+        if len(found) > 1 and parameter not in unsharded:
             raise ConfigError(
                 f"{' and '.join(names[parameter])} are one tied parameter, but would go to {len(found)} FSDP units: "
                 "leave them out of target_modules and modules_to_save, or use strategy no-shard"
@@ -182,8 +194,37 @@ def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def wrap(model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torch.device) -> FullyShardedDataParallel:
-    """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike."""
+def _bring(
+    model: nn.Module, parameters: set[nn.Parameter], config: FSDP1, *, device: torch.device
+) -> list[nn.Parameter]:
+    """What takes the place of `parameters`, whole on `device`, with rank 0's values if the others have none."""
+    brought: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter not in parameters:
+                continue
+            if parameter not in brought:
+                data = _empty(parameter, device) if parameter.is_meta else parameter.data.to(device)
+                brought[parameter] = nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = brought[parameter]
+    new = list(brought.values())
+    if config.sync_module_states:
+        broadcast_from_rank0(new, device=device)
+    return new
+
+
+def wrap(
+    model: nn.Module,
+    units: set[nn.Module],
+    config: FSDP1,
+    *,
+    device: torch.device,
+    unsharded: set[nn.Parameter],
+) -> FullyShardedDataParallel:
+    """Wrap `model`, and each of `units` in it, as `config` says; to be called on all ranks alike.
+
+    `unsharded` parameters, which are frozen, stay whole on every rank: FSDP1 leaves them alone.
+    """
     options: dict[str, Any] = {}
     made: dict[nn.Parameter, nn.Parameter] = {}
     if config.mesh is not None:
@@ -200,6 +241,7 @@ def wrap(model: nn.Module, units: set[nn.Module], config: FSDP1, *, device: torc
         use_orig_params=config.use_orig_params,
         forward_prefetch=config.forward_prefetch,
         limit_all_gathers=config.limit_all_gathers,
+        ignored_states=_bring(model, unsharded, config, device=device),
         **options,
     )
     made.clear()  # FSDP keeps the function that fills it, and whole parameters would stay beside their shards

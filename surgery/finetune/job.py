@@ -12,16 +12,18 @@ from torch import nn
 
 import patches
 from surgery import qlora, release, save_adapter, trace
+from surgery.agreed import source_facts
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
-from surgery.distributed.exchange import current_ranks, everyone
+from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
+from surgery.distributed.failures import everyone
 from surgery.errors import ConfigError
 from surgery.finetune.attested import Attested, Attestor
 from surgery.finetune.foresight import predict_training
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.options import Job
-from surgery.finetune.prepare import Plan, check_same_data, make_plan, read_data
+from surgery.finetune.prepare import Plan, make_plan, read_data
 from surgery.finetune.progress import ProgressTracker
 from surgery.finetune.session import Session, Training
 from surgery.finetune.sharding import sharding_of
@@ -70,6 +72,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 training=training,
                 memory=gather_phases(report.as_dict()),
                 read_once_per_node=report.read_once_per_node,
+                ignored=report.ignored,
+                initialized=report.initialized,
                 patches=patch_rows(since=earlier),
                 versions=versions(),
                 attestation=attested,
@@ -85,19 +89,32 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
 
 
 def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
-    """The open checkpoint and the plan; if one rank cannot have them, all raise."""
-    with everyone(current_ranks(), device=world.device):
+    """The open checkpoint and the plan; if one rank cannot have them, or has others, all raise."""
+    same_on_every_rank(world.ranks, "options", _options(job), device=world.device)
+    with everyone(world.ranks, device=world.device):
         _check_world(job, world)
         if job.trace is not None:
             start_afresh(job.trace, rank=world.rank, world_size=world.size)
         # Before the checkpoint, which may have to be downloaded, and the tokenizer, which takes seconds.
         records = read_data(job.data)
-    with everyone(current_ranks(), device=world.device):
+    with everyone(world.ranks, device=world.device):
         # Collective for a hub id, and then it fails on all ranks or on none, so that they meet here all the same.
         checkpoint = Checkpoint.open(job.model, revision=job.revision)
         plan = make_plan(job, records, checkpoint, world=world.size)
-    check_same_data(plan.dataset)
+    # Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
+    data = {"digest of all tokens": plan.dataset.digest(), "padding": str(plan.pad)}
+    same_on_every_rank(world.ranks, "data", {"data": data}, device=world.device)
     return checkpoint, plan
+
+
+def _options(job: Job) -> dict[str, Facts]:
+    """What decides how ranks work together; what decides of the model is compared when it is built."""
+    return {
+        "training options": facts_of(job.training),
+        "precision": {"name": job.precision},
+        "attestation": {"asked for": str(job.attest)},
+        "checkpoint": source_facts(job.model),
+    }
 
 
 def _check_world(job: Job, world: World) -> None:
@@ -139,7 +156,7 @@ def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[
     """Where rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
     with ExitStack() as stack:
         trackers: list[Tracker] = []
-        with everyone(current_ranks(), device=world.device):
+        with everyone(world.ranks, device=world.device):
             if world.is_main:
                 _announce(job, plan, world, console)
                 trackers += _open_trackers(job, plan, world, console, stack)

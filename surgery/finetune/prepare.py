@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
-from surgery.errors import ConfigError, DataError
+from surgery.errors import ConfigError
 from surgery.finetune.batches import steps_in
 from surgery.finetune.dataset import Dataset, build_dataset
 from surgery.finetune.options import DataOptions, Job
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
     from surgery.checkpoint import Checkpoint
 
-__all__ = ["Plan", "Records", "check_same_data", "load_tokenizer", "make_plan", "read_data"]
+__all__ = ["Plan", "Records", "load_tokenizer", "make_plan", "read_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,23 +71,6 @@ def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int)
     _make_folder(job.output)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Plan(dataset=dataset, batch=batch, schedule=schedule, pad=pad or 0)
-
-
-def check_same_data(dataset: Dataset) -> None:
-    """Raise `DataError` on every rank if ranks have different samples; collective if there is a process group.
-
-    Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
-    """
-    if not dist.is_initialized():
-        return
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, dataset.digest())
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if others:
-        raise DataError(
-            f"expected the same data on every rank, found that ranks {others} have others than rank 0; "
-            "copy the same data files and tokenizer to every node"
-        )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -34,6 +34,8 @@ class Summary:
     sharding: `FSDP1` or `FSDP2`; None in one process. placement: see `surgery.qlora`.
     memory: phases of each rank, in the order of ranks.
     read_once_per_node: checkpoint tensors that one rank of each node has read and converted; see `surgery.Report`.
+    ignored, initialized: names of the checkpoint that were not used, and of buffers that it lacks; see
+        `surgery.Report`.
     patches: one row for each time that a patch was applied, or skipped because the installed versions do not
         need it.
     """
@@ -47,6 +49,8 @@ class Summary:
     training: Training
     memory: tuple[Phases, ...]
     read_once_per_node: Mapping[str, int]
+    ignored: Mapping[str, int]
+    initialized: Mapping[str, int]
     patches: tuple[Mapping[str, str], ...]
     versions: Mapping[str, str]
     attestation: Attested | None = None

@@ -11,6 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from surgery.distributed.exchange import Ranks, current_ranks, store_holder
+from surgery.distributed.failures import collective
+from surgery.distributed.pulse import beating, wait_for_the_others
 from surgery.errors import ConfigError
 from surgery.numerals import whole_number
 
@@ -21,11 +24,20 @@ _LAUNCH = "start several ranks with: torchrun --nproc-per-node N -m surgery fine
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among its peers, and the device that it works on."""
+    """This process among its peers, and the device that it works on. ranks: by which they stop together."""
 
-    rank: int
-    size: int
+    ranks: Ranks
     device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        return self.ranks.rank
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return self.ranks.world_size
 
     @property
     def is_main(self) -> bool:
@@ -41,31 +53,44 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
     at the end of the block; one that the caller has initialised is used and kept. `timeout` bounds every
     collective. When the block raises, peers may be waiting in a collective that this rank will never join, so
     the group is aborted instead of being left in order. Raises `ConfigError` if the environment is incomplete
-    or there are fewer GPUs than ranks.
+    or there are fewer GPUs than ranks; `PeerError` in place of what torch says once another rank has ended.
     """
+    with _joined(timeout) as world, beating(world.ranks), collective(world.ranks):
+        yield world
+
+
+@contextmanager
+def _joined(timeout: timedelta) -> Iterator[World]:
     if dist.is_initialized():
-        local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=_device(local_rank))
+        yield _world(_device(int(os.environ.get("LOCAL_RANK", dist.get_rank()))))
         return
     size = _environment("WORLD_SIZE", default="1")
     if size < 1:
         raise ConfigError(f"expected WORLD_SIZE to be 1 or more, found {size}")
     if size == 1:
-        yield World(rank=0, size=1, device=_device(0))
+        yield _world(_device(0))
         return
-    rank, device = _environment("RANK"), _device(_environment("LOCAL_RANK"))
+    _environment("RANK")
+    device = _device(_environment("LOCAL_RANK"))
     is_cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device if is_cuda else None)
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"expected {size} ranks to form a process group, found: {error}; {_LAUNCH}") from error
+    world = _world(device)
     try:
-        yield World(rank=rank, size=size, device=device)
+        yield world
     except BaseException:
         _abort()
+        if world.rank == store_holder(world.ranks.store):
+            wait_for_the_others(world.ranks)
         raise
     dist.destroy_process_group()
+
+
+def _world(device: torch.device) -> World:
+    return World(ranks=current_ranks(), device=device)
 
 
 def _environment(name: str, *, default: str | None = None) -> int:

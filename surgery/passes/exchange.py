@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_parts
-from surgery.distributed.exchange import Ranks, collective
+from surgery.distributed.exchange import Ranks
+from surgery.distributed.failures import collective
 from surgery.distributed.nodes import Node
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Naming, Pass
@@ -68,7 +69,8 @@ class Exchange(Pass):
         for part in quantized:
             part.statistics = None
         shapes = [part.target.logical for part in quantized if part.target.logical is not None]
-        for part, state in zip(quantized, self.parts.quantizer.states(statistics, shapes), strict=True):
+        states = self.parts.quantizer.states(statistics, shapes, [part.target.precision for part in quantized])
+        for part, state in zip(quantized, states, strict=True):
             part.state = state
 
     def _hand_out(self, targets: Sequence[Target]) -> None:

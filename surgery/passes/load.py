@@ -59,16 +59,16 @@ class Load(Pass):
     def _fill(self, targets: list[Target], assignment: Assignment) -> None:
         parts = [self.parts.begin(target) for target in targets]
         if targets[0].source is not None:
-            self._stream(parts[0], assignment)
+            self._stream(parts[0])
         elif self.node.converter(targets, self.parts.division) == self.parts.rank:
             self._convert(parts, assignment)
 
-    def _stream(self, part: Part, assignment: Assignment) -> None:
+    def _stream(self, part: Part) -> None:
         position = part.slice.elements.start
         while position < part.slice.elements.stop:
             chunk = self.prefetch.next()
-            for duplicate in assignment.duplicates:
-                self._check_same(chunk, duplicate, assignment)
+            for duplicate in part.target.assignment.duplicates:
+                self._check_same(chunk, duplicate, part.target)
             self.parts.fill(part, chunk.start, chunk.data)
             position = chunk.start + chunk.data.numel()
             chunk.release(_recorded(self.parts.residence.compute_device))
@@ -76,26 +76,24 @@ class Load(Pass):
     def _convert(self, parts: list[Part], assignment: Assignment) -> None:
         tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
         for name in assignment.duplicates:
-            self._check_whole(self.reader.read(self.index[name]), tensors, name, assignment)
+            if not _equal(self.reader.read(self.index[name]), tensors[assignment.targets[0]], parts[0].target):
+                raise _differ(name, assignment)
         for part in parts:
             tensor = tensors[part.target.fqn]
             part.converted = (tensor.t() if part.target.is_transposed else tensor).reshape(-1)
 
-    def _check_same(self, chunk: Chunk, name: str, assignment: Assignment) -> None:
-        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word."""
-        entry = self.index[name]
-        if entry.dtype == chunk.data.dtype:
-            other = self.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())
-            if torch.equal(other, chunk.data):
-                return
-        raise _differ(name, assignment)
+    def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
+        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word.
 
-    def _check_whole(
-        self, other: torch.Tensor, tensors: dict[str, torch.Tensor], name: str, assignment: Assignment
-    ) -> None:
-        tensor = tensors[assignment.targets[0]]
-        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
-            raise _differ(name, assignment)
+        Samples have said so already (`surgery.ties`); what they have missed is found here.
+        """
+        other = self.reader.read_range(self.index[name], chunk.start, chunk.start + chunk.data.numel())
+        if not _equal(other, chunk.data, target):
+            raise _differ(name, target.assignment)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor, target: Target) -> bool:
+    return torch.equal(one.to(target.dtype), other.to(target.dtype))
 
 
 def _recorded(device: torch.device) -> torch.cuda.Event | None:

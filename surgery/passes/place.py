@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from surgery.distributed.collect import gather_to_rank0
-from surgery.distributed.exchange import Ranks, collective
+from surgery.distributed.exchange import Ranks
+from surgery.distributed.failures import collective
 from surgery.landing import Landing
 from surgery.parts import Part, Parts
 from surgery.passes.base import Layer, Naming, Pass

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from surgery.errors import SelectorError
 from surgery.match import match_any, require_matches
 from surgery.passes.base import Pass
+from surgery.pretrained import is_pretrained, not_converted
 from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
 from surgery.walk import Site, replace_module, sites
 
-__all__ = ["Replace", "quantizable", "transposed"]
+__all__ = ["Replace", "precisions", "quantizable", "transposed"]
 
 
 def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
@@ -26,7 +28,7 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
     """
     candidates = [site for site in sites(model) if site.fqn and is_linear_like(site.module)]
     require_matches("skip_modules", skip_modules, [site.fqn for site in candidates])
-    keep = _kept_whole(model)
+    keep = _kept_whole(model, candidates)
     chosen = [s for s in candidates if s.fqn not in keep and not match_any(s.fqn, skip_modules)]
     if not chosen:
         raise SelectorError(
@@ -37,21 +39,34 @@ def quantizable(model: nn.Module, skip_modules: tuple[str, ...]) -> list[Site]:
     return chosen
 
 
-def _kept_whole(model: nn.Module) -> set[str]:
-    """FQNs of modules that transformers too leaves unquantized: the output head, and modules with tied weights."""
+def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
+    """FQNs of modules that transformers too leaves unquantized: the output head, modules with tied weights, and what
+    the class of the model names (`_keep_in_fp32_modules`).
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    every = list(sites(model))
     owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
-    for site in every:
+    for site in sites(model):
         for parameter in site.module.parameters(recurse=False):
             owners[parameter].add(site.module)
     tied = {module for modules in owners.values() if len(modules) > 1 for module in modules}
-    return {site.fqn for site in every if site.module in tied or site.module is head}
+    found = {site.fqn for site in candidates if site.module in tied or site.module is head}
+    if not is_pretrained(model):
+        return found
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    patterns = not_converted(model)
+    return found | {site.fqn for site in candidates if not should_convert_module(site.fqn, patterns)}
 
 
 def transposed(chosen: list[Site]) -> frozenset[str]:
     """FQNs of the weights that the checkpoint holds as `(in, out)`."""
     return frozenset(f"{site.fqn}.weight" for site in chosen if is_conv1d(site.module))
+
+
+def precisions(chosen: list[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's."""
+    weights: dict[str, Any] = {f"{site.fqn}.weight": site.module.weight for site in chosen}
+    return {name: weight.dtype for name, weight in weights.items() if weight.dtype != dtype}
 
 
 @dataclass(frozen=True, kw_only=True)

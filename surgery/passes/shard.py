@@ -9,18 +9,24 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from surgery import guards
 from surgery.config import FSDP1, FSDP2
 from surgery.distributed import fsdp1, fsdp2
 from surgery.passes.base import Pass
-from surgery.quantizers.bnb import is_params4bit, linear4bits
+from surgery.pretrained import is_pretrained
+from surgery.quantizers.bnb import is_params4bit, kept_parameters, linear4bits
 from surgery.walk import decoder_blocks
 
-__all__ = ["FullyShard", "Wrap"]
+__all__ = ["FullyShard", "Wrap", "check_dtypes"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wrap(Pass):
-    """FSDP1: wraps the model as `config` says. After: every rank holds its shard, on `device`, with rank 0's values."""
+    """FSDP1: wraps the model as `config` says. After: every rank holds its shard, on `device`, with rank 0's values.
+
+    What upstream keeps in another dtype than `dtype`, the model's, stays whole on every rank: router gates and the like
+    are small, are read from outside of the module that holds them, and would not fit in the flat parameter of a block.
+    """
 
     name: ClassVar[str] = "shard"
     requires: ClassVar[frozenset[str]] = frozenset({"filled"})
@@ -28,12 +34,36 @@ class Wrap(Pass):
 
     config: FSDP1
     device: torch.device
+    dtype: torch.dtype
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `FullyShardedDataParallel` around `model`."""
-        blocks = [site.module for site in decoder_blocks(model)]
-        units = fsdp1.plan_units(model, blocks, use_orig_params=self.config.use_orig_params, policy=self.config.units)
-        return fsdp1.wrap(model, units, self.config, device=self.device)
+        kept = kept_parameters(model, self.dtype, ends=False).values()
+        unsharded = {parameter for parameter in kept if not parameter.requires_grad}
+        units = _units(model, self.config, unsharded, use_orig_params=self.config.use_orig_params)
+        return fsdp1.wrap(model, units, self.config, device=self.device, unsharded=unsharded)
+
+
+def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2 | None, dtype: torch.dtype) -> frozenset[str]:
+    """FQNs of the parameters that will stay whole on every rank, because upstream keeps them in another dtype than
+    `dtype`, the model's.
+
+    Raises `ConfigError` if `shard` cannot keep one. `model` is on meta, its linear modules are replaced, and it is not
+    adapted yet.
+    """
+    kept = kept_parameters(model, dtype)
+    unsharded = kept_parameters(model, dtype, ends=False) if isinstance(shard, FSDP1) else {}
+    if isinstance(shard, FSDP1):
+        _units(model, shard, set(unsharded.values()), use_orig_params=True)  # what is trained is not known yet
+    named = model.named_buffers() if is_pretrained(model) else ()
+    buffers = {name: buffer.dtype for name, buffer in named if buffer.is_floating_point()}
+    guards.check_kept(shard, [name for name in kept if name not in unsharded], buffers, dtype)
+    return frozenset(unsharded)
+
+
+def _units(model: nn.Module, config: FSDP1, unsharded: set[nn.Parameter], *, use_orig_params: bool) -> set[nn.Module]:
+    blocks = [site.module for site in decoder_blocks(model)]
+    return fsdp1.plan_units(model, blocks, use_orig_params=use_orig_params, policy=config.units, unsharded=unsharded)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.passes.base import Pass
 from surgery.passes.extent import bounded
+from surgery.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
 __all__ = ["Skeleton", "causal_lm"]
 
@@ -23,8 +24,9 @@ __all__ = ["Skeleton", "causal_lm"]
 class Skeleton(Pass):
     """Calls `build` with every parameter going to meta.
 
-    After: parameters and persistent buffers are on meta, in `dtype`; buffers that no checkpoint holds (rotary
-    frequencies, say) are real, on `device`; tied parameters are one object.
+    After: parameters and persistent buffers are on meta; buffers that no checkpoint holds (rotary frequencies, say) are
+    real, on `device`; tied parameters are one object. A model of transformers has the dtypes and the values that it
+    would have if transformers had loaded it in `dtype`; of another module every parameter is in `dtype`.
     """
 
     name: ClassVar[str] = "skeleton"
@@ -42,11 +44,25 @@ class Skeleton(Pass):
             skeleton = self.build()
         # Registering on meta has made one parameter of every name.
         getattr(skeleton, "tie_weights", lambda: None)()
+        _place_buffers(skeleton, self.device)
+        if is_pretrained(skeleton):
+            for module, name, dtype in list(stored_dtypes(skeleton, self.dtype)):
+                _cast(module, name, dtype)
+            compute_buffers(skeleton, self.device)
+            return skeleton
         for parameter in skeleton.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
-        _place_buffers(skeleton, self.device)
         return skeleton
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Parameters in place, so that ties survive."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        module._buffers[name] = module.get_buffer(name).to(dtype)
+    elif parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> None:
@@ -73,6 +89,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             "that builds the nn.Module",
             path=checkpoint.path,
         )
+    _refuse_other_weights(checkpoint)
     with _blaming_the_config(checkpoint):
         config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -80,17 +97,38 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
         )
     _refuse_hub_kernels(config, checkpoint)
-    config._name_or_path = str(checkpoint.source)
-    config.use_cache = False
+    own = _own_config(config)
+    own._name_or_path = str(checkpoint.source)
+    for part in (own, getattr(own, "text_config", None) or own):
+        part.use_cache = False
 
     def build() -> nn.Module:
         from transformers.initialization import no_init_weights
 
-        with _blaming_the_config(checkpoint), no_init_weights(), bounded(checkpoint):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        return model.train()
+        # Some constructors draw initial values themselves.
+        with (
+            _blaming_the_config(checkpoint),
+            no_init_weights(),
+            torch.random.fork_rng(devices=[]),
+            bounded(checkpoint),
+        ):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            load_generation_config(model, _folder(checkpoint))
+        trained: nn.Module = model.train()
+        return trained
 
     return build
+
+
+def _own_config(config: Any) -> Any:
+    """The part of `config` that the model is built from: of a vision-language one, the text's, where transformers has
+    a causal language model for that alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.sub_configs.get("text_config")
+    of_class = getattr(AutoModelForCausalLM._model_mapping[type(config)], "config_class", None)
+    return config.get_text_config() if text is not None and of_class is text else config
 
 
 @contextlib.contextmanager
@@ -102,6 +140,23 @@ def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
         raise
     except Exception as error:
         raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
+
+
+def _refuse_other_weights(checkpoint: Checkpoint) -> None:
+    """Transformers would load a file that the config names instead, or an adapter that lies beside the weights too."""
+    named = (checkpoint.config or {}).get("transformers_weights")
+    if named is not None and [file.name for file in checkpoint.index.files] != [named]:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says that the weights are in {named!r:.200} (transformers_weights): give "
+            "the path of that file, or remove the entry",
+            path=checkpoint.path,
+        )
+    if (_folder(checkpoint) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} holds an adapter beside the model (adapter_config.json), which transformers would load "
+            "on top of it: move one of them to another folder",
+            path=checkpoint.path,
+        )
 
 
 def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -55,13 +55,18 @@ def _rows(rows: int, shards: int, position: int | None) -> int:
 class Inventory:
     """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
 
-    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
+    unsharded: bytes of parameters that are in no unit, whole on every rank.
+    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored, initialized:
+    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `surgery.weights.WeightPlan`.
     """
 
     targets: tuple[Target, ...]
     units: tuple[Unit, ...]
+    unsharded: int
     hidden: int
     vocabulary: int
+    ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -97,14 +102,16 @@ def row_bytes(target: Target) -> int:
     return target.shape[1:].numel() * target.dtype.itemsize
 
 
-def take_inventory(model: nn.Module, targets: Sequence[Target], lora: LoraConfig | None) -> Inventory:
-    """Of `model`, on meta, its linear modules replaced and not adapted yet."""
+def take_inventory(
+    model: nn.Module, targets: Sequence[Target], lora: LoraConfig | None, *, unsharded: Collection[str]
+) -> Inventory:
+    """Of `model`, on meta, its linear modules replaced and not adapted yet; `unsharded` are FQNs of parameters."""
     blocks = decoder_blocks(model)
     unit_of = _unit_of(model, blocks)
     weights: dict[str, list[tuple[int, int]]] = {}
     adapters: dict[str, list[tuple[int, int]]] = {}
     for target in targets:
-        if not target.form.is_buffer:
+        if not target.form.is_buffer and target.fqn not in unsharded:
             name = unit_of.get(target.places[0][0], ROOT)
             weights.setdefault(name, []).append((target.form.rows, row_bytes(target)))
     for tensor in adapter_tensors(model, lora) if lora is not None else ():
@@ -123,6 +130,7 @@ def take_inventory(model: nn.Module, targets: Sequence[Target], lora: LoraConfig
             for name in (*features, EMBEDDING, TAIL, ROOT)
             if name in weights or name in adapters
         ),
+        unsharded=sum(target.nbytes for target in targets if target.fqn in unsharded),
         hidden=_hidden(model, blocks),
         vocabulary=_vocabulary(model),
     )

@@ -73,6 +73,8 @@ class MemoryPlan:
             "parameters": self.inventory.parameters,
             "training": None if self.training is None else asdict(self.training),
             "read_once_per_node": list(self.read_once_per_node),
+            "ignored": list(self.inventory.ignored),
+            "initialized": list(self.inventory.initialized),
             "ranks": [
                 {"label": ranks.label, "count": len(ranks.ranks), **asdict(plan)} for ranks, plan in self.classes
             ],

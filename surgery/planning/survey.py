@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from surgery import guards
 from surgery.checkpoint import Checkpoint
 from surgery.passes.adapt import check_targets
 from surgery.passes.replace import Replace, quantizable, transposed
+from surgery.passes.shard import check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.setting import Setting
@@ -26,7 +28,7 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
     """Reads no weight. Raises what `surgery.qlora` raises before it reads one, so that what is planned can be done."""
     build = build or causal_lm(checkpoint, setting.dtype)
     model = Skeleton(build=build, dtype=setting.dtype, device=torch.device("cpu")).build_on_meta()
-    assignments = plan_weights(model, checkpoint.index)
+    weights = plan_weights(model, checkpoint, device=torch.device("cpu"))
     chosen = quantizable(model, setting.quant.skip_modules)
     tied = tied_parameters(model)
     guards.check_ties(setting.shard, tied, setting.world_size)
@@ -34,5 +36,9 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
         check_targets(model, setting.lora)
     quantizer = BnbQuantizer(quant=setting.quant, dtype=setting.dtype, compute_dtype=setting.compute_dtype)
     replaced = Replace(quantizer=quantizer, skip_modules=setting.quant.skip_modules).run(model)
-    targets = find_targets(replaced, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen))
-    return take_inventory(replaced, targets, setting.lora)
+    unsharded = check_dtypes(replaced, setting.shard, setting.dtype)
+    targets = find_targets(
+        replaced, weights.assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
+    )
+    inventory = take_inventory(replaced, targets, setting.lora, unsharded=unsharded)
+    return replace(inventory, ignored=weights.ignored, initialized=weights.initialized)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from surgery.config import FSDP1
-from surgery.converted import group_names, say_converted
+from surgery.converted import group_names, say_converted, say_ignored, say_initialized
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.groups import RankClass
 from surgery.planning.plan import MemoryPlan
@@ -61,6 +61,10 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
             "Activations and logits are an estimate, from the shapes of linear layers, for attention that keeps no "
             f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
         )
+    if plan.inventory.ignored:
+        yield say_ignored(group_names(plan.inventory.ignored))
+    if plan.inventory.initialized:
+        yield say_initialized(group_names(plan.inventory.initialized))
     if plan.read_once_per_node:
         yield f"{say_converted(group_names(plan.read_once_per_node))} That is not in the bytes read above."
 

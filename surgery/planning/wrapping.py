@@ -14,7 +14,7 @@ __all__ = ["fsdp1_units", "held_when_sharded", "wrap"]
 
 def held_when_sharded(inventory: Inventory, setting: Setting) -> int:
     """Bytes of the frozen weights that a rank keeps, padded to what the rank with most has."""
-    return sum(unit.weight_bytes(setting.sharding.shards) for unit in inventory.units)
+    return inventory.unsharded + sum(unit.weight_bytes(setting.sharding.shards) for unit in inventory.units)
 
 
 def fsdp1_units(inventory: Inventory) -> Sequence[int]:
@@ -33,7 +33,7 @@ def wrap(inventory: Inventory, setting: Setting, peaks: Peaks, *, rank: int, hos
         return
     wraps_from_host = setting.placement == "rank0-cpu"
     has_weights = rank == 0 or not wraps_from_host
-    left, held = sum(units) if has_weights else 0, 0
+    left, held = sum(units) if has_weights else 0, inventory.unsharded
     for unit in units:
         shard = -(-unit // setting.sharding.shards)
         # Memory for the unit's parameters, where there is none yet; a flat copy of them; and this rank's shard of that.

@@ -35,16 +35,22 @@ class Quantizer(Protocol):
         """The shape of the weight of a quantized `module` before it was quantized."""
         ...
 
-    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """`(packed uint8, float32 statistics)` of a flat run of whole blocks, in any floating dtype, on its device.
 
-        Only the last block of a weight may be partial.
+        Only the last block of a weight may be partial. It is cast to `dtype` first; None is the model's.
         """
         ...
 
-    def states(self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[Any]:
+    def states(
+        self,
+        statistics: Sequence[torch.Tensor],
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype | None] | None = None,
+    ) -> list[Any]:
         """What belongs to the packed data of whole weights of logical `shapes`, each from the statistics of all its
-        blocks, float32, in order; on their device. Many weights at once are little more work than one.
+        blocks, float32, in order; on their device. dtypes: in which each was quantized, as above. Many weights at once
+        are little more work than one.
         """
         ...
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.fqn import join
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -22,6 +23,7 @@ __all__ = [
     "as_params4bit",
     "is_linear_like",
     "is_params4bit",
+    "kept_parameters",
     "linear4bits",
     "packed_shape",
     "with_data",
@@ -69,6 +71,24 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
 
 
+def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:
+    """Floating-point parameters of `model`, by FQN, that are neither in `dtype`, the model's, nor packed.
+
+    Upstream keeps them so. ends: with those of the embedding and of the output head, which may be large.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    named = ("get_input_embeddings", "get_output_embeddings")
+    left_out = set() if ends else {getattr(model, name, lambda: None)() for name in named}
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        stored = {dtype, module.weight.dtype} if isinstance(module, Linear4bit) else {dtype}
+        for name, parameter in module._parameters.items() if module not in left_out else ():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype not in stored:
+                found[join(prefix, name)] = parameter
+    return found
+
+
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
     """`(packed bytes, float32 absmax)` of a flat run of whole blocks (the last one of a weight may be partial)."""
     # The operator under `functional.quantize_4bit`, which also copies a table of codes to the device, and waits for it.
@@ -77,22 +97,23 @@ def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, tor
 
 
 def _quant_states(
-    absmaxes: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtype: torch.dtype, quant: Quant
+    absmaxes: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype], quant: Quant
 ) -> list[QuantState]:
     """The `QuantState`s that `quantize_4bit` would build from these statistics."""
     from bitsandbytes.functional import QuantState
 
-    make = functools.partial(QuantState, dtype=dtype, blocksize=quant.blocksize, quant_type=quant.quant_type)
+    make = functools.partial(QuantState, blocksize=quant.blocksize, quant_type=quant.quant_type)
     codes = [_code(quant.quant_type, absmax.device) for absmax in absmaxes]
     if not quant.double_quant:
         return [
-            make(absmax, shape=shape, code=code) for absmax, shape, code in zip(absmaxes, shapes, codes, strict=True)
+            make(absmax, shape=shape, code=code, dtype=dtype)
+            for absmax, shape, code, dtype in zip(absmaxes, shapes, codes, dtypes, strict=True)
         ]
     offsets = [absmax.mean() for absmax in absmaxes]
     nested = _quantize_statistics([absmax - offset for absmax, offset in zip(absmaxes, offsets, strict=True)])
     return [
-        make(absmax, shape=shape, code=code, offset=offset, state2=state2)
-        for (absmax, state2), shape, code, offset in zip(nested, shapes, codes, offsets, strict=True)
+        make(absmax, shape=shape, code=code, dtype=dtype, offset=offset, state2=state2)
+        for (absmax, state2), shape, code, dtype, offset in zip(nested, shapes, codes, dtypes, offsets, strict=True)
     ]
 
 
@@ -209,7 +230,7 @@ class BnbQuantizer:
     def replacement(self, linear: Any) -> nn.Module:
         """A frozen `Linear4bit` on meta, its weight in packed shape, for an `nn.Linear` or `Conv1D`.
 
-        Its bias takes the dtype of the storage.
+        Its bias takes the dtype of the storage, unless it is kept in another one than the model's.
         """
         from bitsandbytes.nn import Linear4bit
 
@@ -217,7 +238,7 @@ class BnbQuantizer:
         storage = self.quant.storage_for(self.dtype)
         packed = packed_shape((out_features, in_features), storage)
         bias = getattr(linear, "bias", None)
-        new = Linear4bit(
+        new: Any = Linear4bit(
             in_features,
             out_features,
             bias=bias is not None,
@@ -230,10 +251,13 @@ class BnbQuantizer:
         new.weight = as_params4bit(torch.empty(packed, dtype=storage, device="meta"), new, self.quant)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
-            bias_dtype = storage if storage.is_floating_point else bias.dtype
+            bias_dtype = storage if storage.is_floating_point and bias.dtype == self.dtype else bias.dtype
             new.bias = nn.Parameter(torch.empty(bias.shape, dtype=bias_dtype, device="meta"))
         new.train(linear.training)
-        return new.requires_grad_(requires_grad=False)
+        # As transformers sets them: what to transpose when it saves, and what not to initialize.
+        new.source_cls, new._is_hf_initialized = type(linear), True
+        frozen: nn.Module = new.requires_grad_(requires_grad=False)
+        return frozen
 
     def is_quantized(self, module: nn.Module) -> bool:
         """Whether `module` is a `Linear4bit`."""
@@ -245,17 +269,23 @@ class BnbQuantizer:
         """`(out, in)`."""
         return torch.Size((module.out_features, module.in_features))
 
-    def quantize(self, run: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """By the same kernel as `bitsandbytes.functional.quantize_4bit`, which makes a table of codes each time too."""
-        return _quantize_blocks(run.to(self.dtype), self.quant)
+        return _quantize_blocks(run.to(dtype or self.dtype), self.quant)
 
-    def states(self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[QuantState]:
+    def states(
+        self,
+        statistics: Sequence[torch.Tensor],
+        shapes: Sequence[torch.Size],
+        dtypes: Sequence[torch.dtype | None] | None = None,
+    ) -> list[QuantState]:
         """The `QuantState`s that `quantize_4bit` would have made of the whole weights.
 
         With double quantization the statistics of a weight are quantized too, all together, because their mean is taken
         off first.
         """
-        return _quant_states(statistics, shapes, self.dtype, self.quant)
+        quantized_from = [dtype or self.dtype for dtype in dtypes or [None] * len(shapes)]
+        return _quant_states(statistics, shapes, quantized_from, self.quant)
 
     def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
         """A `Params4bit`."""

@@ -35,13 +35,6 @@ def _torn_config(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _truncated_after_validation(folder: Path, patch: pytest.MonkeyPatch) -> Checkpoint:
-    checkpoint = Checkpoint.open(folder)
-    largest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    os.truncate(largest, 2000)
-    return checkpoint
-
-
 def _at_the_fourth_read(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     stock, seen = Reader.read_bytes, set()
 
@@ -56,6 +49,27 @@ def _at_the_fourth_read(patch: pytest.MonkeyPatch, act: Callable[[], Any]) -> No
 
 def _raise(error: BaseException) -> Any:
     raise error
+
+
+def _truncated_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    largest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    _at_the_fourth_read(patch, lambda: os.truncate(largest, 2000))
+    return folder
+
+
+def _changed_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Checkpoint:
+    """A value in a file that was read from already: nothing but its time tells."""
+    for file in folder.glob("*.safetensors"):
+        os.utime(file, (0, 0))
+    checkpoint = Checkpoint.open(folder)
+
+    def write() -> None:
+        with checkpoint.entry("model.embed_tokens.weight").file.open("r+b") as stream:
+            stream.seek(-2, os.SEEK_END)
+            stream.write(b"\0\0")
+
+    _at_the_fourth_read(patch, write)
+    return checkpoint
 
 
 def _memory_runs_out_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Path:
@@ -137,7 +151,8 @@ def _fails_in_shard(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 #: What happens to the rank that fails: it may spoil its own copy of the checkpoint, or open it in advance.
 FAILURES: dict[str, Callable[[Path, pytest.MonkeyPatch], Path | Checkpoint]] = {
     "skeleton": _torn_config,
-    "load-truncated": _truncated_after_validation,
+    "load-truncated": _truncated_in_load,
+    "load-changed": _changed_in_load,
     "load-memory": _memory_runs_out_in_load,
     "load-killed": _killed_in_load,
     "exchange": _memory_runs_out_in_exchange,

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import PeerError, Ranks, current_ranks, everyone
+from surgery.distributed.exchange import PeerError, Ranks, current_ranks
+from surgery.distributed.failures import everyone
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

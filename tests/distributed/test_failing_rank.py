@@ -25,6 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ERRORS = {
     "skeleton": "CheckpointError: Cannot read the model's config",
     "load-truncated": "PassError: pass load failed at model.",
+    "load-changed": "CheckpointError: The checkpoint file ",
     "load-memory": "PassError: pass load failed at model.layers.0.",
     "adapt": "PassError: pass adapt failed at the model: OSError: no disk",
     "install": "PassError: pass install failed at the model: MemoryError: no memory left to install",

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from surgery.distributed import pulse
-from surgery.distributed.exchange import PeerError, Ranks, StoppedError, counter, current_ranks
+from surgery.distributed.exchange import PeerError, Ranks, StoppedError, current_ranks
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -76,17 +76,19 @@ def test_a_rank_that_is_stopped_lets_nobody_through_the_next_gate() -> None:
 
 
 def silent() -> str:
-    """Rank 1 shows no sign of life while the others wait at a gate for it."""
+    """Rank 1 shows no sign of life any more while the others wait at a gate for it."""
     pulse.BEAT, pulse.SILENCE = 0.01, 200
     ranks, stop = current_ranks(), threading.Event()
+    if ranks.rank == 1:
+        ranks.count(f"{ranks.alarm}/pulse/1", 1)
     dist.barrier()
     if ranks.rank == 1:
-        wait_until("others/missed", 2)
+        wait_until(ranks, "others/missed", 2)
         return ""
     with pytest.raises(PeerError) as caught, pulse.beating(ranks):
         go_through(ranks, "one", stop)
     assert ranks.apart.is_set()
-    counter("others/missed", 1)
+    ranks.count("others/missed", 1)
     return f"{caught.value} {caught.value.rank}"
 
 
@@ -100,9 +102,9 @@ def beats(ranks: Ranks, rank: int) -> str:
     return f"{ranks.alarm}/pulse/{rank}"
 
 
-def wait_until(key: str, least: int) -> int:
+def wait_until(ranks: Ranks, key: str, least: int) -> int:
     """The value of a counter that all ranks share, once it is `least` or more."""
-    while (value := counter(key, 0)) < least:
+    while (value := ranks.count(key, 0)) < least:
         time.sleep(0.005)
     return value
 
@@ -117,12 +119,12 @@ def slow() -> int:
     longer = pulse.SILENCE + 50
     with pulse.beating(ranks):
         if ranks.rank == 1:
-            wait_until(beats(ranks, 0), longer)
+            wait_until(ranks, beats(ranks, 0), longer)
         go_through(ranks, "one", stop)
-        mine = counter(beats(ranks, ranks.rank), 0)
+        mine = ranks.count(beats(ranks, ranks.rank), 0)
         if ranks.rank != 1:
-            wait_until(beats(ranks, 1), pulse.LEFT)
-            wait_until(beats(ranks, ranks.rank), mine + longer)
+            wait_until(ranks, beats(ranks, 1), pulse.LEFT)
+            wait_until(ranks, beats(ranks, ranks.rank), mine + longer)
         ranks.check_alarm()
     assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
     return mine

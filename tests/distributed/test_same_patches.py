@@ -10,11 +10,15 @@ import torch.distributed as dist
 
 import patches
 import surgery
-from surgery.distributed.exchange import Ranks, current_ranks, same_patches
+from surgery.agreed import environment
+from surgery.distributed.comparison import same_on_every_rank
+from surgery.distributed.exchange import Ranks, current_ranks
 from surgery.errors import ConfigError
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import layers
 from tests.helpers.ranks import run_ranks
+
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +30,7 @@ TO = declare("on-instances", f"{LAYERS}:Unhashable.to")
 def compare() -> str:
     """What this rank is told about its patches; empty if they are the same everywhere."""
     try:
-        same_patches(current_ranks(), device=torch.device("cpu"))
+        same_on_every_rank(current_ranks(), "environment", environment(CPU), device=CPU)
     except ConfigError as error:
         return str(error)
     return ""
@@ -42,8 +46,8 @@ def on_each_rank() -> dict[str, str]:
         said["any order"] = compare()
     with patches.transaction(SCALE, *([FORWARD] if first else []), reason="a test"):
         said["one more on rank 0"] = compare()
-        with pytest.raises(ConfigError, match="different patches"):
-            surgery.qlora("/nowhere", shard=surgery.FSDP1(), device=torch.device("cpu"), report=surgery.Report())
+        with pytest.raises(ConfigError, match="differ in patches"):
+            surgery.qlora("/nowhere", shard=surgery.FSDP1(), device=CPU, report=surgery.Report())
     instance = layers.Unhashable(1)
     with patches.transaction(SCALE, reason="a test"):
         scope = patches.transaction(TO, reason="a test", on=[instance]) if first else contextlib.nullcontext()
@@ -61,13 +65,13 @@ def test_two_ranks() -> None:
     same = {"none", "any order", "instances", "afterwards"}
     assert {case for case, text in on_rank0.items() if not text} == same
     assert f"fake.here-only {LAYERS}:Base.forward" in on_rank0["one more on rank 0"]
-    assert "on rank 0 only" in on_rank0["one more on rank 0"]
+    assert "is active on rank 0, not there on rank 1" in on_rank0["one more on rank 0"]
     assert "fake.everywhere" not in on_rank0["one more on rank 0"]
-    assert "on rank 0 only" in on_rank0["others"]
-    assert "on rank 1 only" in on_rank0["others"]
+    assert "is active on rank 0, not there on rank 1" in on_rank0["others"]
+    assert "is not there on rank 0, active on rank 1" in on_rank0["others"]
 
 
 def test_one_process_has_nobody_to_differ_from() -> None:
     with patches.transaction(SCALE, reason="a test"):
-        same_patches(Ranks(), device=torch.device("cpu"))
+        same_on_every_rank(Ranks(), "environment", environment(CPU), device=CPU)
     assert patches.active() == []

@@ -77,6 +77,11 @@ def _overlap(folder: Path) -> None:
     shard.write_bytes(struct.pack("<Q", len(spoiled)) + spoiled + content[8 + size :])
 
 
+def _drop_from_shard(folder: Path) -> None:
+    shard = _shard_of(folder, Q_PROJ)
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != Q_PROJ}, shard)
+
+
 def _leave_pickles_only(folder: Path) -> None:
     for file in [*folder.glob("*.safetensors"), folder / INDEX]:
         file.unlink()
@@ -162,16 +167,32 @@ def _all() -> Iterator[Damage]:
         says=("1 parameters no tensor fills", Q_PROJ),
     )
     yield Damage(
-        name="unexpected-key",
-        apply=lambda folder: edit_tensors(folder, lambda t: t.update({"model.extra.weight": torch.zeros(2)})),
+        name="key-of-another-name",
+        apply=lambda folder: edit_tensors(folder, lambda t: t.update({f"other.{Q_PROJ}": t.pop(Q_PROJ)})),
         kind=WeightsMismatchError,
-        says=("1 tensors that fit nowhere", "model.extra.weight"),
+        says=("1 parameters no tensor fills", "1 tensors that fit nowhere", f"other.{Q_PROJ}"),
     )
     yield Damage(
-        name="more-layers-than-the-config",
-        apply=lambda folder: edit_config(folder, num_hidden_layers=1),
+        name="in-the-index-alone",
+        apply=_drop_from_shard,
         kind=WeightsMismatchError,
-        says=("9 tensors that fit nowhere", "model.layers.1."),
+        says=("1 parameters no tensor fills", f"its index lists {Q_PROJ}, but no file holds it"),
+    )
+    yield Damage(
+        name="fewer-layers-than-the-config",
+        apply=lambda folder: edit_config(folder, num_hidden_layers=3),
+        kind=WeightsMismatchError,
+        says=("9 parameters no tensor fills", "model.layers.2."),
+    )
+    yield Damage(
+        name="weights-of-another-name",
+        apply=lambda folder: edit_config(folder, transformers_weights="other.safetensors"),
+        says=("config.json", "other.safetensors", "transformers_weights"),
+    )
+    yield Damage(
+        name="adapter-beside",
+        apply=lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        says=("adapter_config.json", "transformers would load"),
     )
     yield Damage(name="pickle-only", apply=_leave_pickles_only, says=("pytorch_model.bin", "safetensors"))
     yield Damage(

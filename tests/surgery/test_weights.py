@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import patches
 import surgery
@@ -43,7 +45,7 @@ def test_reads_are_seen(tiny: Path, reads: list[str]) -> None:
 def plan(folder: Path) -> tuple[Assignment, ...]:
     checkpoint = Checkpoint.open(folder)
     skeleton = Skeleton(build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu"))
-    return plan_weights(skeleton.build_on_meta(), checkpoint.index)
+    return plan_weights(skeleton.build_on_meta(), checkpoint, device=torch.device("cpu")).assignments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -82,16 +84,46 @@ def saved_twice(folder: Path, *, differing: bool) -> Path:
     return folder
 
 
-def test_tensor_saved_again_under_a_tied_name_is_accepted(tmp_path: Path) -> None:
-    with surgery.qlora(saved_twice(tmp_path, differing=False), report=surgery.Report()) as model:
-        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[operator]
+def test_a_tensor_saved_again_under_a_tied_name_is_one(tmp_path: Path) -> None:
+    (twice,) = [a for a in plan(saved_twice(tmp_path, differing=False)) if a.duplicates]
+    assert (twice.targets, twice.duplicates) == (("model.embed_tokens.weight",), ("lm_head.weight",))
 
 
-def test_tensor_saved_again_with_other_values_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PassError, match=r"lm_head\.weight differ .*tie_word_embeddings") as caught:
+def test_one_element_that_differs_unties(tmp_path: Path) -> None:
+    targets = [assignment.targets for assignment in plan(saved_twice(tmp_path, differing=True))]
+    assert ("lm_head.weight",) in targets
+    assert ("model.embed_tokens.weight",) in targets
+
+
+def test_what_samples_do_not_see_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.ties.SAMPLE", 16)
+    with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ") as caught:
         surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
     assert isinstance(caught.value.__cause__, WeightsMismatchError)
     assert patches.active() == []
+
+
+class Shared(nn.Module):
+    """No model of transformers: two names of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(64, 64, bias=False)
+        self.other = self.one
+
+
+def test_a_plain_module_takes_each_name_and_no_other(tmp_path: Path) -> None:
+    weight = torch.ones(64, 64)
+    tensors = {"one.weight": weight, "other.weight": weight.clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with surgery.qlora(tmp_path, model=Shared, report=surgery.Report()) as model:
+        assert model.one is model.other
+    save_file({**tensors, "more": weight.clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"1 tensors that fit nowhere: more"):
+        surgery.qlora(tmp_path, model=Shared, report=surgery.Report())
+    save_file({**tensors, "other.weight": 2 * weight}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsMismatchError, match=r"other\.weight and one\.weight differ"):
+        surgery.qlora(tmp_path, model=Shared, report=surgery.Report())
 
 
 def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: list[str]) -> None:
@@ -102,10 +134,10 @@ def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: lis
     assert reads == []
 
 
-def test_names_with_numbers_that_python_does_not_parse_are_tensors_that_fit_nowhere(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["1" * 5000, "²"])
+def test_names_with_numbers_that_python_does_not_parse_are_refused(tiny: Path, tmp_path: Path, number: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
-    names = [f"model.layers.{'1' * 5000}.weight", "model.layers.²", "model.layers.03.weight"]
-    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(2) for name in names}))
-    with pytest.raises(WeightsMismatchError, match="3 tensors that fit nowhere"):
+    edit_tensors(folder, lambda tensors: tensors.update({f"model.layers.{number}.weight": torch.zeros(2)}))
+    with pytest.raises(WeightsMismatchError, match="have a number that is none"):
         surgery.qlora(folder)

@@ -65,6 +65,9 @@ REPOSITORIES = {
         },
         refs={"main": SINGLE},
     ),
+    "team/both": Repository(
+        commits={OLD: {**sharded(1.0), "model.safetensors": save({"first": torch.full((3,), 2.0)})}}, refs={"main": OLD}
+    ),
     "team/gated": Repository(commits={OLD: sharded(1.0)}, refs={"main": OLD}, gated=True),
     "team/private": Repository(commits={OLD: sharded(3.0)}, refs={"main": OLD}, token="hf_secret"),
     "team/pickle": Repository(
@@ -183,6 +186,13 @@ def test_repository_without_index(client: Client) -> None:
 
     assert found["files"] == ["config.json", "weights.safetensors"]
     assert found["sums"] == {"w": 2.0}
+
+
+def test_a_single_file_comes_before_the_index(client: Client, hub: HubServer) -> None:
+    (found,) = client.open({"source": "team/both"})
+
+    assert found["sums"] == {"first": 6.0}
+    assert not set(SHARDS) & hub.downloads.keys()
 
 
 def test_tokens_are_honoured(client: Client) -> None:

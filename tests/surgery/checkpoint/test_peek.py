@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from checkpoints.llama import LlamaShape
+from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from surgery.checkpoint.peek import FIRST_BYTES
 from tests.helpers.hollow import write_hollow
 from tests.helpers.hub_server import HubServer, Repository, commit_of
+from tests.helpers.models import save_tiny
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tests" / "helpers" / "peek_checkpoint.py"
@@ -35,7 +38,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def repositories(model: Mapping[str, bytes]) -> dict[str, Repository]:
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that its config ties, with a head of its own in a further shard, and more in the index than there is."""
+    folder = save_tiny(tmp_path_factory.mktemp("untied"), tie_word_embeddings=True, vocab_size=1200)
+    save_file(
+        {"lm_head.weight": torch.rand(1200, 64), "extra": torch.ones(1)}, folder / "model-of-the-head.safetensors"
+    )
+    index = json.loads((folder / INDEX_NAME).read_text())
+    index["weight_map"] |= dict.fromkeys(("lm_head.weight", "mtp.fc.weight"), "model-of-the-head.safetensors")
+    (folder / INDEX_NAME).write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repositories(model: Mapping[str, bytes], untied: Path) -> dict[str, Repository]:
     # A header longer than what is fetched at first.
     wide = {f"layer.{number}.weight": torch.zeros(1) for number in range(FIRST_BYTES // 64)}
     contents: dict[str, dict[str, bytes]] = {
@@ -43,6 +59,8 @@ def repositories(model: Mapping[str, bytes]) -> dict[str, Repository]:
         "team/wide": {"weights.safetensors": save(wide), "consolidated.safetensors": b"another copy"},
         "team/pickle": {"pytorch_model.bin": b"a pickle"},
         "team/two": {"a.safetensors": save({"a": torch.ones(1)}), "b.safetensors": save({"b": torch.ones(1)})},
+        "team/untied": {file.name: file.read_bytes() for file in untied.iterdir()},
+        "team/both": {**model, SINGLE_NAME: save({"a": torch.ones(1)})},
         "team/broken": {"model.safetensors": b"\xff" * 64},
     }
     made = {name: Repository(commits={COMMIT: files}, refs={"main": COMMIT}) for name, files in contents.items()}
@@ -103,6 +121,11 @@ def test_a_long_header_takes_a_second_range(hub: HubServer, tmp_path: Path) -> N
     assert hub.downloads["weights.safetensors"] == 2
 
 
+def test_a_single_file_comes_before_the_index(hub: HubServer, tmp_path: Path) -> None:
+    (found,) = peek(hub, tmp_path, {"source": "team/both"})
+    assert found["shapes"] == {"a": [1]}
+
+
 def test_a_server_without_ranges_is_not_listened_to_for_long(
     repositories: Mapping[str, Repository], tmp_path: Path
 ) -> None:
@@ -112,10 +135,14 @@ def test_a_server_without_ranges_is_not_listened_to_for_long(
     assert len(found[1]["shapes"]) == FIRST_BYTES // 64
 
 
-def test_the_command_plans_a_hub_id(hub: HubServer, tmp_path: Path) -> None:
+def test_the_command_plans_a_hub_id(hub: HubServer, tmp_path: Path, untied: Path) -> None:
     done = run(hub, tmp_path, "-m", "surgery", "plan", "team/model", "--world", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["parameters"] == sum(torch.Size(shape).numel() for shape in SHAPE.tensors().values())
+    remote = json.loads(run(hub, tmp_path, "-m", "surgery", "plan", "team/untied", "--json").stdout)
+    assert remote["ignored"] == ["extra", "mtp.fc.weight"]
+    held = Checkpoint.open(untied).index
+    assert remote["parameters"] == sum(entry.numel for entry in held.values()) - 1  # with both, but without the extra
     refused = run(hub, tmp_path, "-m", "surgery", "plan", "team/gated")
     assert refused.returncode == 2
     assert "restricted" in refused.stderr

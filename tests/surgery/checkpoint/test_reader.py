@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -209,17 +213,81 @@ def test_a_file_that_is_gone(tmp_path: Path) -> None:
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-def test_a_file_that_has_become_a_folder(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file({"a": torch.ones(1)}, file)
-    index = Index.open(file)
+def _yesterdays(folder: Path) -> Path:
+    """A file of two tensors, written so long ago that whatever writes to it now does so at another time."""
+    file = folder / "model.safetensors"
+    save_file({"a": torch.ones(1), "b": torch.ones(1)}, file)
+    os.utime(file, (time.time() - 86400,) * 2)
+    return file
+
+
+def _grow(file: Path) -> None:
+    with file.open("ab") as stream:
+        stream.write(b"more")
+
+
+def _write_another_value(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(-4, os.SEEK_END)
+        stream.write(b"\0\0\0\0")
+
+
+def _rename_a_tensor_at_the_same_time(file: Path) -> None:
+    status, content = file.stat(), file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.write(content.replace(b'"b"', b'"c"', 1))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _replace_by_a_copy(file: Path) -> None:
+    shutil.copy2(file, file.with_suffix(".copy"))
+    file.with_suffix(".copy").replace(file)
+
+
+def _become_a_folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
 
-    with (
-        Reader(index) as reader,
-        pytest.raises(CheckpointError, match="Cannot read tensor 'a' from") as caught,
-    ):
+
+CHANGES = {
+    _grow: "it had 128 bytes, and has 132",
+    _write_another_value: "it was written to at",
+    _rename_a_tensor_at_the_same_time: "its header is another one",
+    _replace_by_a_copy: "another file has taken its place",
+    _become_a_folder: "it had 128 bytes",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    file = _yesterdays(tmp_path)
+    with Reader(Index.open(file)) as reader:
+        reader.read("a")
+        reader.check_unchanged()
+        change(file)
+        reader.read("b")
+        says = f"{file} has changed since it was opened: {CHANGES[change]}"
+        with pytest.raises(CheckpointError, match=says) as caught:
+            reader.check_unchanged()
+    assert caught.value.path == file
+
+
+@pytest.mark.parametrize("change", [_grow, _write_another_value, _replace_by_a_copy, _become_a_folder])
+def test_a_file_that_changes_before_it_is_read(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    file = _yesterdays(tmp_path)
+    index = Index.open(file)
+    change(file)
+    with Reader(index) as reader, pytest.raises(CheckpointError, match="has changed since it was opened"):
         reader.read("a")
 
-    assert isinstance(caught.value.__cause__, IsADirectoryError)
+
+def test_a_file_that_nobody_read_may_change(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({name: torch.ones(1)}, tmp_path / f"model-{name}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {name: f"model-{name}.safetensors" for name in ("a", "b")}})
+    )
+    with Reader(Index.open(tmp_path)) as reader:
+        reader.read("a")
+        _grow(tmp_path / "model-b.safetensors")
+        reader.check_unchanged()

@@ -17,11 +17,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, f
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from surgery.errors import DataError
 from surgery.finetune.batches import global_batches, share
-from surgery.finetune.dataset import Dataset
 from surgery.finetune.encode import Sample
-from surgery.finetune.prepare import check_same_data
 from surgery.finetune.sharding import Fsdp1, Fsdp2, Unsharded, sharding_of
 from tests.helpers.ranks import run_ranks
 from tests.surgery.finetune.test_loop import CPU, TinyLM, trainer
@@ -217,22 +214,6 @@ def find_nested() -> tuple[bool, bool]:
     fsdp1 = nn.Sequential(FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU))
     fsdp2 = nn.Sequential(fully_sharded((2,)))
     return isinstance(sharding_of(fsdp1, CPU), Fsdp1), isinstance(sharding_of(fsdp2, CPU), Fsdp2)
-
-
-def compare_data(differ: bool) -> str:
-    sample = SAMPLES[dist.get_rank() if differ else 0]
-    try:
-        check_same_data(Dataset(train=(sample,), evaluation=(), dropped=0))
-    except DataError as error:
-        return str(error)
-    return ""
-
-
-@pytest.mark.distributed
-def test_ranks_see_that_they_have_other_data() -> None:
-    assert run_ranks(compare_data, 2, False) == ["", ""]
-    for message in run_ranks(compare_data, 2, True):
-        assert "ranks [1] have others than rank 0" in message
 
 
 @pytest.mark.distributed

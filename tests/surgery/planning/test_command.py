@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from surgery.cli import app
+from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
 
 
@@ -82,18 +84,22 @@ def test_bad_input_exits_2(options: tuple[object, ...], message: str, folder_70b
     assert message in re.sub(r"\s+", " ", result.stderr)
 
 
-def test_tensors_that_are_merged_are_named(tmp_path: Path) -> None:
+def test_tensors_that_are_merged_or_ignored_are_named(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
+    edit_tensors(folder, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(8)}))
     result = run(folder, "--world", 2)
     assert result.exit_code == 0, result.output
     assert "12 tensors are merged, split or transposed for the model, so read once per node" in result.stdout
     assert "model.layers.*.block_sparse_moe.experts.*.w1.weight (4)" in result.stdout
+    assert "1 name in the checkpoint with no place in this model" in result.stdout
+    assert "ignored as transformers does: model.rotary_emb.inv_freq." in re.sub(r"\s+", " ", result.stdout)
 
 
 def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:
     result = run(save_tiny(tmp_path / "plain"), "--world", 2)
     assert result.exit_code == 0, result.output
     assert "read once per node" not in result.stdout
+    assert "ignored" not in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
 from surgery.loading import Staging
@@ -15,6 +17,9 @@ from surgery.planning.fitting import check_fits, fits_gpu, predictions
 from surgery.planning.inventory import Inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Training
+from surgery.planning.survey import survey
+from surgery.planning.wrapping import held_when_sharded
+from tests.helpers.models import save_tiny
 from tests.surgery.planning.conftest import setting
 
 GIB = 1 << 30
@@ -145,3 +150,15 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, object], message
         setting(**changes)
     with pytest.raises(ConfigError, match="seq"):
         dataclasses.replace(Training(), seq=0)
+
+
+def test_what_upstream_keeps_in_float32_counts_four_bytes_and_is_whole_under_fsdp1(tmp_path: Path) -> None:
+    experts = {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16}
+    checkpoint = Checkpoint.open(save_tiny(tmp_path, "glm4_moe", first_k_dense_replace=1, **experts))
+    for sharding, share in (({"shard": FSDP1(), "placement": "rank0-cpu"}, 1), ({"shard": FSDP2()}, 2)):
+        of_two = setting(lora=None, **sharding)
+        taken = survey(checkpoint, of_two, None)
+        gate = next(target for target in taken.targets if target.fqn.endswith("mlp.gate.weight"))
+        assert gate.nbytes == 4 * 64 * 4
+        rest = sum(t.nbytes for t in taken.targets if not t.form.is_buffer and t is not gate)
+        assert held_when_sharded(taken, of_two) == rest // 2 + gate.nbytes // share

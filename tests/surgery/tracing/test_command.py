@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from surgery.config import FSDP2
 from surgery.finetune.job import run
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 from surgery.tracing.folder import read_ranks
+from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
@@ -128,8 +130,10 @@ def test_finetune(job: Job) -> None:
     }
 
 
-def test_finetune_names_what_is_read_once_per_node(tmp_path: Path) -> None:
+def test_finetune_names_what_is_ignored_or_read_once_per_node(tmp_path: Path) -> None:
     job = job_of(tmp_path, "gpt2", n_embd=64, n_layer=2, n_head=4)
+    masks = {f"transformer.h.{number}.attn.bias": torch.ones(1, 1, 4, 4) for number in range(2)}
+    edit_tensors(Path(job.model), lambda tensors: tensors.update(masks))
     result = command(
         "finetune", job.model, "--data", job.data.train, "--output", job.output, "--trace", job.trace,
         "--max-steps", 1, "--max-length", 32, "--lora-r", 4,
@@ -143,6 +147,9 @@ def test_finetune_names_what_is_read_once_per_node(tmp_path: Path) -> None:
     summary = json.loads((job.output / "summary.json").read_text())
     assert summary["read_once_per_node"] == trace.read_once_per_node
     assert sum(trace.read_once_per_node.values()) == 8
+    assert "2 names in the checkpoint with no place in this model, ignored as transformers does" in result.stderr
+    assert summary["ignored"] == {"transformer.h.*.attn.bias": 2}
+    assert summary["initialized"] == {}
 
 
 def test_finetune_refuses_a_folder_that_cannot_be_made(job: Job, reads: list[str]) -> None:
