@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from surgery.errors import WeightsMismatchError
 
 __all__ = ["Group", "group_keys"]
 
@@ -31,11 +33,13 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
     As `convert_and_load_state_dict_in_model` of transformers does it: of several keys that are renamed alike, the first
     one counts.
     """
+    from transformers.core_model_loading import dot_natural_key
+
     rename = _Renamer.of(model)
     groups: dict[str, Group] = {}
     unplaced: list[str] = []
     repeated: list[str] = []
-    for key in _in_order(keys):
+    for key in _in_order(keys, dot_natural_key):
         name, converter, pattern = rename(key)
         if name not in rename.state:
             unplaced.append(key)
@@ -49,13 +53,13 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
     return groups, unplaced, repeated
 
 
-def _in_order(keys: Iterable[str]) -> list[str]:
-    from transformers.core_model_loading import dot_natural_key
-
+def _in_order(keys: Iterable[str], sort_key: Callable[[str], Any]) -> list[str]:
     try:
-        return sorted(keys, key=dot_natural_key)
-    except ValueError:  # from `int`: over 4,300 digits, or digits such as superscripts, in a name
-        return sorted(keys)
+        return sorted(keys, key=sort_key)
+    except ValueError as error:  # of `int`, for a number of over 4,300 digits, or digits such as superscripts
+        raise WeightsMismatchError(
+            f"the names of the checkpoint's tensors have a number that is none: {error}"
+        ) from error
 
 
 class _Renamer:

@@ -16,10 +16,11 @@ __all__ = ["contradiction", "require_agreement"]
 _LAYERS = re.compile(r"(n|num)_(\w+_)?layers?|(en|de)coder_layers")
 _WIDTHS = re.compile(r"(\w+_)?(vocab|hidden|intermediate)_size|n_embd|n_inner|d_model|d_ff|(\w+_)?(ffn|head)_dim")
 
-#: What is let through: layers that any checkpoint may have, layers a tensor, and how often the widest dimension.
+#: What is let through: layers and widths that any model may have, layers a tensor, how often the widest dimension.
 #: Tensors are merged, split or shared, so that the headers need not have the configuration's numbers.
 _FEW_LAYERS = 1000
 _LAYERS_A_TENSOR = 8
+_NARROW = 1 << 20
 _WIDTHS_A_DIMENSION = 64
 
 
@@ -29,12 +30,13 @@ def require_agreement(index: Index, config: Mapping[str, Any] | None, *, path: P
     Configuration classes make lists as long as these numbers, and models as large, before any weight is looked for.
     """
     layers = max(_FEW_LAYERS, _LAYERS_A_TENSOR * len(index))
-    width = max((size for entry in index.values() for size in entry.shape), default=0)
+    widest = max((size for entry in index.values() for size in entry.shape), default=0)
+    width = max(_NARROW, _WIDTHS_A_DIMENSION * widest)
     for key, value in _numbers(config or {}):
         if _LAYERS.fullmatch(key) and value > layers:
             raise contradiction(path, f"{key} is {_said(value)}", f"{len(index)} tensors")
-        if _WIDTHS.fullmatch(key) and value > _WIDTHS_A_DIMENSION * width:
-            raise contradiction(path, f"{key} is {_said(value)}", f"no dimension above {width:,}")
+        if _WIDTHS.fullmatch(key) and value > width:
+            raise contradiction(path, f"{key} is {_said(value)}", f"no dimension above {widest:,}")
 
 
 def contradiction(path: Path, said: str, held: str) -> WeightsMismatchError:

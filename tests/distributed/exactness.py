@@ -122,7 +122,8 @@ def _looked_up(layer: Any, weight: torch.Tensor) -> nn.Module:
     require_looked_up(table, layer.weight, layer.weight.quant_state, weight)
     plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
     plain.weight = nn.Parameter(table.to(layer.weight.device), requires_grad=False)
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.float(), requires_grad=False)
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.data.float(), requires_grad=False)
+    plain.register_parameter("bias", bias)
     return plain
 
 

@@ -22,16 +22,20 @@ def look_up(packed: torch.Tensor, quant_state: Any) -> torch.Tensor:
     elements = math.prod(quant_state.shape)
     values = get_4bit_type(quant_state.quant_type, device="cpu")[pairs][:elements]
     statistics = _statistics(quant_state).repeat_interleave(quant_state.blocksize)[:elements]
-    return (values * statistics).view(tuple(quant_state.shape))
+    weight: torch.Tensor = (values * statistics).view(tuple(quant_state.shape))
+    return weight
 
 
 def _statistics(quant_state: Any) -> torch.Tensor:
     """The largest absolute value of each block, by the table of 256 codes where those are quantized too."""
+    statistics: torch.Tensor = quant_state.absmax.detach().cpu()
     if not quant_state.nested:
-        return quant_state.absmax.detach().cpu().float()
+        return statistics.float()
     nested = quant_state.state2
-    scales = nested.absmax.cpu().repeat_interleave(nested.blocksize)[: quant_state.absmax.numel()]
-    return create_dynamic_map()[quant_state.absmax.cpu().long()] * scales + quant_state.offset.cpu()
+    scales: torch.Tensor = nested.absmax.cpu().repeat_interleave(nested.blocksize)[: statistics.numel()]
+    offset: torch.Tensor = quant_state.offset.cpu()
+    table: torch.Tensor = create_dynamic_map()
+    return table[statistics.long()] * scales + offset
 
 
 def require_looked_up(found: torch.Tensor, packed: torch.Tensor, quant_state: Any, weight: torch.Tensor) -> None:
@@ -45,7 +49,7 @@ def require_looked_up(found: torch.Tensor, packed: torch.Tensor, quant_state: An
         assert torch.equal(found, looked_up.to(found.dtype)), "the kernel gives other values than the table"
     torch.testing.assert_close(found.cpu(), looked_up.to(found.dtype))
     blocksize, flat = quant_state.blocksize, weight.detach().cpu().float().reshape(-1)
-    largest = torch.stack([block.abs().max() for block in flat.split(blocksize)])
+    largest = torch.stack([block.abs().max() for block in torch.split(flat, blocksize)])
     allowed = largest * LARGEST_ERROR[quant_state.quant_type] + (largest - _statistics(quant_state)).abs()
-    errors = torch.stack([block.abs().max() for block in (looked_up.view(-1) - flat).split(blocksize)])
+    errors = torch.stack([block.abs().max() for block in torch.split(looked_up.view(-1) - flat, blocksize)])
     assert bool((errors <= allowed).all()), "the packed data is not that of the weight"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes import functional
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import given, settings
@@ -25,6 +26,8 @@ from surgery.quantizers.bnb import BnbQuantizer, packed_shape
 from surgery.slices import Division, chunk
 from surgery.targets import Target, find_targets
 from surgery.weights import Assignment
+from tests.helpers.lookup import require_looked_up
+from tests.helpers.whole_blocks import right_kernels
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -239,7 +242,9 @@ def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
     parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.view(-1), 2 * elements)
     expected, expected_state = whole(weight, quant, torch.bfloat16)
     assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))
-    assert_same_state(state_of(parts, quantizer, weight.shape), expected_state)
+    state = state_of(parts, quantizer, weight.shape)
+    assert_same_state(state, expected_state)
+    require_table(joined(parts), state, weight)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -298,6 +303,13 @@ def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     assert_same_parameter(ours.weight, stock.weight)
     assert ours.weight.module is ours
     assert ours.quant_state is ours.weight.quant_state is state
+    require_table(ours.weight.data, state, linear.weight)
+
+
+def require_table(packed: torch.Tensor, state: QuantState, weight: torch.Tensor) -> None:
+    """Quantized and dequantized right, and not only as bitsandbytes has it."""
+    with right_kernels():
+        require_looked_up(functional.dequantize_4bit(packed, state), packed, state, weight)
 
 
 def assert_same_parameter(found: Any, expected: Any) -> None:

@@ -134,10 +134,10 @@ def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: lis
     assert reads == []
 
 
-def test_names_with_numbers_that_python_does_not_parse_are_tensors_that_fit_nowhere(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["1" * 5000, "²"])
+def test_names_with_numbers_that_python_does_not_parse_are_refused(tiny: Path, tmp_path: Path, number: str) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny, folder)
-    names = [f"model.layers.{'1' * 5000}.weight", "model.layers.²", "model.layers.03.weight"]
-    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(2) for name in names}))
-    with pytest.raises(WeightsMismatchError, match="3 tensors that fit nowhere"):
+    edit_tensors(folder, lambda tensors: tensors.update({f"model.layers.{number}.weight": torch.zeros(2)}))
+    with pytest.raises(WeightsMismatchError, match="have a number that is none"):
         surgery.qlora(folder)

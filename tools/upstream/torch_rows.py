@@ -24,7 +24,7 @@ _ROW: Final = re.compile(r"^\| (\d+\.\d+\S*) \| .+ \|$", re.MULTILINE)
 
 
 def row(version: str, beside: Mapping[str, str], verdicts: Outcome, tests: Mapping[str, str]) -> str:
-    """One line of the table. tests: test -> what became of it."""
+    """One line of the table. tests: test -> what became of it; empty if they were not run."""
     by_word: dict[str, list[str]] = {}
     for patch_id, found in verdicts.verdicts.items():
         by_word.setdefault(found["verdict"], []).append(f"`{patch_id}`")
@@ -46,7 +46,7 @@ def _said(tests: Mapping[str, str]) -> str:
         f"{found.count(word):,} {word}" for word in ("passed", "failed", "error", "skipped") if word in found
     )
     bad = sorted(test.rpartition("::")[2] for test, word in tests.items() if word not in ("passed", "skipped"))
-    return counts + (f": {', '.join(f'`{name}`' for name in bad)}" if bad else "")
+    return (counts or "not run") + (f": {', '.join(f'`{name}`' for name in bad)}" if bad else "")
 
 
 def rows_of(page: str) -> dict[str, str]:
