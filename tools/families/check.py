@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -13,9 +14,9 @@ import surgery
 from families import arms, sharded
 from families.checkpoint import NotMadeError, save_random
 from families.compare import differences, different_losses, different_tensors
-from families.exceptions import IMPOSSIBLE
+from families.exceptions import EXCLUDED, IMPOSSIBLE, LEFT_ALONE
 from families.inputs import logits_of, train
-from families.outcome import Outcome, Verdict
+from families.outcome import Outcome
 from surgery.quantizers.bnb import linear4bits
 
 __all__ = ["check"]
@@ -47,7 +48,7 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
         return _without_ours(family, wanted, found)
     with found:
         why = list(differences(found, wanted))  # before a forward, in which some buffers change
-        failure = _attempt(lambda: _try_out(family, wanted))
+        failure = _attempt(lambda: _try_out(wanted))
         if failure is not None:
             return Outcome(family=family, verdict="stock fails", why=_line(failure))
         why += _run_different(family, folder, found, wanted)
@@ -55,10 +56,28 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
             "quantized": len(linear4bits(found)),
             "adapters": sum(parameter.requires_grad for parameter in found.parameters()),
         }
-    if shard and not why:
-        why += sharded.different(family, folder)
-    verdict: Verdict = "differs" if why else "exact"
-    return Outcome(family=family, verdict=verdict, why="; ".join(why), sharded=shard, **sizes)
+    if why:
+        return Outcome(family=family, verdict="differs", why="; ".join(why), **sizes)
+    exact = Outcome(family=family, verdict="exact", why="; ".join(_left_out(family)), **sizes)
+    return _with_ranks(exact, folder) if shard else exact
+
+
+def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
+    """The same, with what two ranks make of it."""
+    why = _attempt(lambda: sharded.different(exact.family, folder))
+    if isinstance(why, surgery.ConfigError):
+        return replace(exact, sharded="refused", why=f"FSDP2: {_line(why)}")
+    if isinstance(why, Exception):
+        return replace(exact, verdict="differs", why=f"FSDP2: {_line(why)}")
+    return replace(exact, verdict="differs", why="; ".join(why)) if why else replace(exact, sharded="exact")
+
+
+def _left_out(family: str) -> Iterator[str]:
+    """What was not compared."""
+    if family in EXCLUDED:
+        yield f"adapters without {', '.join(f'`{name}`' for name in EXCLUDED[family])}: PEFT cannot adapt it"
+    if family in LEFT_ALONE:
+        yield LEFT_ALONE[family][1]
 
 
 def _attempt(action: Callable[[], Result]) -> Result | Exception:
@@ -69,8 +88,8 @@ def _attempt(action: Callable[[], Result]) -> Result | Exception:
         return error
 
 
-def _try_out(family: str, model: Any) -> None:
-    logits_of(model, family).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+def _try_out(model: Any) -> None:
+    logits_of(model).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
     model.zero_grad(set_to_none=True)
 
 
@@ -79,14 +98,14 @@ def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
     if isinstance(found, Exception):
         return Outcome(family=family, verdict="stock fails", why=_line(error))
     with found:
-        failure = _attempt(lambda: _try_out(family, found))
+        failure = _attempt(lambda: _try_out(found))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(error))
     return Outcome(family=family, verdict="differs", why=f"trains here alone; stock: {_line(error)}")
 
 
 def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
-    failure = _attempt(lambda: _try_out(family, wanted))
+    failure = _attempt(lambda: _try_out(wanted))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(failure))
     if isinstance(error, surgery.SurgeryError) and not isinstance(error, surgery.PassError):  # which comes later
@@ -105,23 +124,23 @@ def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[s
     return why
 
 
-def _run(family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
+def _run(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
     with torch.no_grad():
-        logits = [logits_of(model, family) for model in (found, wanted)]
+        logits = [logits_of(model) for model in (found, wanted)]
     yield from different_tensors("logits", {"": logits[0]}, {"": logits[1]})
 
 
-def _train(family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
-    losses = list(different_losses(train(found, family), train(wanted, family), ALONE))
+def _train(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
+    losses = list(different_losses(train(found), train(wanted), ALONE))
     yield from losses or (f"after training, {difference}" for difference in differences(found, wanted))
 
 
-def _save(family: str, folder: Path, found: Any, _wanted: Any) -> Iterator[str]:
+def _save(_family: str, folder: Path, found: Any, _wanted: Any) -> Iterator[str]:
     """The trained adapter in plain PEFT over a stock model."""
     surgery.save_adapter(found, folder / "adapter")
     again = arms.reloaded(arms.stock(folder / "base"), folder / "adapter")
     with torch.no_grad():
-        logits = [logits_of(model, family) for model in (again, found)]
+        logits = [logits_of(model) for model in (again, found)]
     yield from different_tensors("logits of the reloaded adapter", {"": logits[0]}, {"": logits[1]})
 
 

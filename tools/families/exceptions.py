@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-__all__ = ["CHANGES", "EXCLUDED", "IMPOSSIBLE", "INPUTS"]
+__all__ = ["CHANGES", "EXCLUDED", "IMPOSSIBLE", "LEFT_ALONE"]
 
 _QSA: Final = {
     "indexer_n_heads": 2,
@@ -71,9 +71,6 @@ IMPOSSIBLE: Final[dict[str, str]] = {
     "musicgen_melody": "`AutoModelForCausalLM` hands its class the config of the whole model, which it cannot use",
 }
 
-#: What a model is given beside token ids.
-INPUTS: Final[dict[str, dict[str, Any]]] = {}
-
 _MAMBA: Final = ["out_proj", "conv1d"]
 
 #: What PEFT cannot adapt of what "all-linear" selects: it refuses it, or its forward fails.
@@ -87,4 +84,12 @@ EXCLUDED: Final[dict[str, list[str]]] = {
     "llama4": ["router"],
     "llama4_text": ["router"],
     "phimoe": ["router"],
+}
+
+#: Stored tensors that keep the values that the class gives them, by family and the end of their name; why.
+LEFT_ALONE: Final[dict[str, tuple[str, str]]] = {
+    "zaya": (
+        "balancing_biases",
+        "all but the last of `balancing_biases`: transformers sets it to -1 after loading, here it is the checkpoint's",
+    ),
 }

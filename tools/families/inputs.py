@@ -1,4 +1,4 @@
-"""What every model is given: token ids, and what a family needs beside them; and the loss of what it answers."""
+"""What every model is given, and the loss of what it answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from families.exceptions import INPUTS
 from families.shrink import VOCAB
 
 __all__ = ["logits_of", "loss_of", "train"]
@@ -18,26 +17,26 @@ IDS: Final = torch.randint(8, VOCAB - 20, (4, 16), generator=torch.Generator().m
 LEARNING_RATE: Final = 0.5
 
 
-def logits_of(model: Any, family: str, ids: torch.Tensor = IDS) -> torch.Tensor:
+def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Float32 logits, `(batch, length, vocabulary)`, in training mode: in evaluation bitsandbytes repacks weights."""
     torch.manual_seed(1)
-    logits: torch.Tensor = model(input_ids=ids, **INPUTS.get(family, {})).logits
+    logits: torch.Tensor = model(input_ids=ids).logits
     return logits.float()
 
 
-def loss_of(model: Any, family: str, ids: torch.Tensor = IDS) -> torch.Tensor:
+def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Mean loss of the next token."""
-    logits = logits_of(model, family, ids)[:, :-1]
+    logits = logits_of(model, ids)[:, :-1]
     targets = ids[:, -logits.shape[1] :]
     return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
-def train(model: Any, family: str, ids: torch.Tensor = IDS) -> list[float]:
+def train(model: Any, ids: torch.Tensor = IDS) -> list[float]:
     """The losses of two steps of plain gradient descent on `ids`."""
     losses = []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for _ in range(2):
-        loss = loss_of(model, family, ids)
+        loss = loss_of(model, ids)
         loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
         losses.append(loss.item())
         with torch.no_grad():

@@ -21,15 +21,15 @@ VERDICTS: Final[dict[Verdict, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """family: a `model_type`. why: in one line; empty where exact. sharded: whether FSDP2 on two ranks was part of it.
+    """family: a `model_type`. why: in one line; where exact, what was left out.
 
-    quantized, adapters: 4-bit layers, and tensors of adapters.
+    sharded: under FSDP2 on two ranks; empty if not tried. quantized, adapters: 4-bit layers, and tensors of adapters.
     """
 
     family: str
     verdict: Verdict
     why: str = ""
-    sharded: bool = False
+    sharded: Literal["", "exact", "refused"] = ""
     quantized: int = 0
     adapters: int = 0
     seconds: float = 0.0

@@ -51,7 +51,7 @@ def _rows(found: Sequence[Outcome]) -> Iterator[str]:
     yield "| family | verdict | 4-bit layers | adapter tensors | FSDP2 | why |\n| --- | --- | --- | --- | --- | --- |"
     for outcome in sorted(found, key=lambda outcome: outcome.family):
         sizes = [str(size) if size else "" for size in (outcome.quantized, outcome.adapters)]
-        cells = [f"`{outcome.family}`", outcome.verdict, *sizes, "yes" if outcome.sharded else "", _plain(outcome.why)]
+        cells = [f"`{outcome.family}`", outcome.verdict, *sizes, outcome.sharded, _plain(outcome.why)]
         yield f"| {' | '.join(cells)} |"
 
 

@@ -25,37 +25,47 @@ TOLERANCE: Final = 1e-5
 PRECISIONS: Final = ((torch.bfloat16, False), (torch.float32, True))
 
 
-def different(family: str, folder: Path) -> Iterator[str]:
-    """What two ranks do otherwise than one process does, in words."""
+def different(family: str, folder: Path) -> list[str]:
+    """What two ranks do otherwise than one process does, in words. Raises `ConfigError` if they refuse it."""
     try:
         ranks = run_ranks(_on_rank, 2, family, folder, timeout=150)
     except RanksFailedError as error:
-        yield f"FSDP2: {str(error).strip().splitlines()[-1]}"
-        return
-    for dtype, halves in PRECISIONS:
-        with arms.ours(folder / "base", family, dtype=dtype) as alone:
-            wanted = train(alone, family)
-            for found in ranks:
-                yield from (f"FSDP2, {dtype}: {line}" for line in different_losses(found[halves], wanted, TOLERANCE))
-            if not halves:
-                yield from _different_when_saved(family, folder, alone)
+        return [f"FSDP2: {str(error).strip().splitlines()[-1]}"]
+    if isinstance(ranks[0], surgery.ConfigError):
+        raise ranks[0]
+    return [line for dtype, halves in PRECISIONS for line in _different_losses(family, folder, dtype, halves, ranks)]
 
 
-def _different_when_saved(family: str, folder: Path, alone: Any) -> Iterator[str]:
+def _different_losses(
+    family: str, folder: Path, dtype: torch.dtype, halves: bool, ranks: list[dict[bool, list[float]]]
+) -> Iterator[str]:
+    with arms.ours(folder / "base", family, dtype=dtype) as alone:
+        wanted = train(alone)
+        for found in ranks:
+            yield from (f"FSDP2, {dtype}: {line}" for line in different_losses(found[halves], wanted, TOLERANCE))
+        if not halves:
+            yield from _different_when_saved(folder, alone)
+
+
+def _different_when_saved(folder: Path, alone: Any) -> Iterator[str]:
     again = arms.reloaded(arms.stock(folder / "base"), folder / "sharded")
     with torch.no_grad():
-        logits = [logits_of(model, family) for model in (again, alone)]
+        logits = [logits_of(model) for model in (again, alone)]
     yield from different_tensors("FSDP2: logits of the reloaded adapter", {"": logits[0]}, {"": logits[1]})
 
 
-def _on_rank(family: str, folder: Path) -> dict[bool, list[float]]:
-    """Mean losses over the ranks, by whether each has its half of the rows; the adapter of the first is saved."""
+def _on_rank(family: str, folder: Path) -> dict[bool, list[float]] | surgery.ConfigError:
+    """Mean losses over the ranks, by whether each has its half of the rows; or why not. The first adapter is saved."""
     losses = {}
     for dtype, halves in PRECISIONS:
-        with arms.ours(folder / "base", family, dtype=dtype, shard=surgery.FSDP2()) as model:
+        try:
+            sharded = arms.ours(folder / "base", family, dtype=dtype, shard=surgery.FSDP2())
+        except surgery.ConfigError as refusal:
+            return refusal
+        with sharded as model:
             arms.as_it_is(model)
             ids = IDS.chunk(2)[dist.get_rank()] if halves else IDS
-            losses[halves] = _mean(train(model, family, ids))
+            losses[halves] = _mean(train(model, ids))
             if not halves:
                 surgery.save_adapter(model, folder / "sharded")
     return losses

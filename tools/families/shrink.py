@@ -46,7 +46,7 @@ LAYERS: Final = re.compile(r"((num_)?(hidden|encoder|decoder)_)?(n_|num_)?layers
 
 
 def tiny_config(family: str) -> Any:
-    """The config of `family`, a `model_type` of transformers: few layers of every kind, small widths, no dropout."""
+    """The config of `family`, a `model_type` of transformers: few layers of every kind, small widths, nothing random."""
     from transformers import AutoConfig
 
     changes = CHANGES.get(family, {})
@@ -98,7 +98,7 @@ def _smaller(name: str, value: Any) -> Any:
     if isinstance(value, int):
         return _smaller_number(name, value)
     if isinstance(value, float):
-        return 0.0 if "drop" in name else value
+        return 0.0 if re.search("drop|jitter", name) else value
     if isinstance(value, dict) and name.endswith("_config"):  # a part that has no class of its own
         return {key: _smaller(key, inner) for key, inner in value.items()}
     return OPEN.get(name) if value is None else value
