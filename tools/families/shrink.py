@@ -46,7 +46,7 @@ LAYERS: Final = re.compile(r"((num_)?(hidden|encoder|decoder)_)?(n_|num_)?layers
 
 
 def tiny_config(family: str) -> Any:
-    """The config of `family`, a `model_type` of transformers: few layers of every kind, small widths, nothing random."""
+    """The config of `family`, a `model_type` of transformers: few layers of every kind, small, nothing random."""
     from transformers import AutoConfig
 
     changes = CHANGES.get(family, {})
