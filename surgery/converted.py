@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-__all__ = ["group_names", "say_converted", "say_ignored", "say_initialized"]
+__all__ = ["group_names", "say_converted", "say_ignored", "say_initialized", "say_misread"]
 
 #: Groups that a line names at most; a model has few, however many layers and experts it has.
 SHOWN = 8
@@ -47,6 +47,16 @@ def say_initialized(groups: Mapping[str, int]) -> str:
     return (
         f"{total:,} buffer{' is' if total == 1 else 's are'} not in the checkpoint; what transformers initializes is "
         f"used: {', '.join(_names(groups))}."
+    )
+
+
+def say_misread(groups: Mapping[str, int]) -> str:
+    """That bitsandbytes multiplies by other weights than those of `groups`, of which there is at least one."""
+    total = sum(groups.values())
+    return (
+        f"{total:,} 4-bit weight{' is' if total == 1 else 's are'} dequantized wrongly by bitsandbytes on this CPU, "
+        "where rows are not whole blocks. The result equals stock's; for the right one, run inside of "
+        f'patches.transaction("bitsandbytes.cpu-dequantize-flat", reason="..."): {", ".join(_names(groups))}.'
     )
 
 

@@ -44,6 +44,7 @@ from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
 from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
+from surgery.quantizers.misread import misread_weights
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import find_targets
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUILD_PATCHES",
-    "CPU_PATCHES",
     "FSDP2_PATCHES",
     "RESIDENT_PATCHES",
     "QLoRA",
@@ -75,9 +75,6 @@ RESIDENT_PATCHES = (
     "bitsandbytes.no-rewrap",
     "bitsandbytes.keep-packing",
 )
-
-#: Needed, beside those, on a CPU; in force for the quant_states of its layers alone.
-CPU_PATCHES = ("bitsandbytes.cpu-dequantize-flat",)
 
 #: Needed, beside those, where FSDP2 gathers packed weights.
 FSDP2_PATCHES = ("torch.fsdp2-bit-exact-gather",)
@@ -201,15 +198,11 @@ class QLoRA:
                 model = self._open_and_load(checkpoint, meeting)
             model = self._finish(model, meeting)
         return_freed_memory()
+        if self.device.type == "cpu":
+            self.report.note_misread(misread_weights(model))
         layers, fsdp2_only = linear4bits(model), FSDP2_PATCHES if isinstance(self.shard, FSDP2) else ()
-        on_cpu = CPU_PATCHES if self.device.type == "cpu" and layers else ()
-        states = [layer.quant_state for layer in layers]
         with patches.transaction(
-            *RESIDENT_PATCHES,
-            *fsdp2_only,
-            *(patches.on(patch_id, states) for patch_id in on_cpu),
-            on=layers,
-            reason="a 4-bit model runs on these layers",
+            *RESIDENT_PATCHES, *fsdp2_only, on=layers, reason="a 4-bit model runs on these layers"
         ) as resident:
             keep(model, resident.receipts)
             as_context_manager(model)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from surgery.converted import group_names, say_converted, say_ignored, say_initialized
+from surgery.converted import group_names, say_converted, say_ignored, say_initialized, say_misread
 from surgery.measurements import History, Phase, Prediction, Sample
 from surgery.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
 
@@ -34,6 +34,7 @@ class Report:
         name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
     ignored: how many names of the checkpoint are not used, by name as above; see `note_ignored`.
     initialized: how many buffers the checkpoint lacks, likewise; see `note_initialized`.
+    misread: how many weights bitsandbytes dequantizes wrongly on this CPU, likewise; see `note_misread`.
     """
 
     show_progress: bool = False
@@ -45,6 +46,7 @@ class Report:
     read_once_per_node: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     initialized: dict[str, int] = field(default_factory=dict)
+    misread: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -152,6 +154,12 @@ class Report:
         self.initialized = group_names(names)
         if self.initialized:
             self._say(say_initialized(self.initialized))
+
+    def note_misread(self, names: Iterable[str]) -> None:
+        """Note the 4-bit weights that bitsandbytes' kernel for this CPU dequantizes wrongly; said likewise."""
+        self.misread = group_names(names)
+        if self.misread:
+            self._say(say_misread(self.misread))
 
     def _say(self, line: str) -> None:
         if not self.show_progress:

@@ -81,6 +81,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 read_once_per_node=report.read_once_per_node,
                 ignored=report.ignored,
                 initialized=report.initialized,
+                misread=report.misread,
                 patches=patch_rows(since=earlier),
                 versions=versions(),
                 attestation=attested,

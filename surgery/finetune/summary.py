@@ -31,8 +31,8 @@ class Summary:
     sharding: `FSDP1` or `FSDP2`; None in one process. placement: see `surgery.qlora`.
     memory: phases of each rank, in the order of ranks.
     read_once_per_node: checkpoint tensors that one rank of each node has read and converted; see `surgery.Report`.
-    ignored, initialized: names of the checkpoint that were not used, and of buffers that it lacks; see
-        `surgery.Report`.
+    ignored, initialized, misread: names of the checkpoint that were not used, of buffers that it lacks, and of weights
+        that this CPU dequantizes wrongly; see `surgery.Report`.
     patches: one row for each time that a patch was applied, or skipped because the installed versions do not
         need it.
     """
@@ -48,6 +48,7 @@ class Summary:
     read_once_per_node: Mapping[str, int]
     ignored: Mapping[str, int]
     initialized: Mapping[str, int]
+    misread: Mapping[str, int]
     patches: tuple[Mapping[str, str], ...]
     versions: Mapping[str, str]
     attestation: Attested | None = None

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from surgery.config import FSDP1, FSDP2, Placement
 from tests.helpers.lookup import look_up, require_looked_up
+from tests.helpers.whole_blocks import right_kernels
 
 STEPS = 8
 GLOBAL_BATCH = 12
@@ -147,6 +148,7 @@ def ours(checkpoint: Path, case: Case, device: torch.device = CPU, dtype: torch.
     return model
 
 
+@right_kernels()
 def train(model: nn.Module, device: torch.device = CPU, *, accumulation: int = 1) -> Result:
     """Eight steps of SGD on this rank's part of every global batch; the result is on the CPU."""
     from bitsandbytes.nn import Linear4bit

@@ -20,7 +20,6 @@ from tests.distributed.exactness import (
     train,
 )
 from tests.helpers.ranks import run_ranks
-from tests.helpers.whole_blocks import right_kernels
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]  # a test's fixture runs all cases
 
@@ -39,8 +38,7 @@ BASES = {case.base: case for case in [*CASES, *ON_TWO, *ON_FOUR]}
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, Path]) -> Results:
     """By `Case.base`."""
-    with right_kernels():
-        return {base: train(stock(checkpoints[case.model], case)) for base, case in BASES.items()}
+    return {base: train(stock(checkpoints[case.model], case)) for base, case in BASES.items()}
 
 
 @pytest.fixture(scope="module")

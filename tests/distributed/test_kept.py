@@ -10,7 +10,6 @@ from tests.distributed.exactness import Case
 from tests.distributed.kept import KEPT, MODELS, Seen, losses_of_stock, on_a_rank
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.whole_blocks import right_kernels
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # a test's fixture runs all cases
 
@@ -25,8 +24,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def expected(checkpoints: dict[str, Path]) -> Losses:
-    with right_kernels():
-        return {name: losses_of_stock(checkpoint) for name, checkpoint in checkpoints.items()}
+    return {name: losses_of_stock(checkpoint) for name, checkpoint in checkpoints.items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Stock models that are compared with ours: on a CPU whose kernels are wrong for some widths, with right ones."""
+"""4-bit models that are compared with a table: on a CPU whose kernels are wrong for some widths, with right ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["right_kernels"]
 def right_kernels() -> Iterator[None]:
     """Within, every 4-bit weight of the process is dequantized right; needed where rows are not whole blocks.
 
-    Does nothing on CPUs that get it right. The models of `surgery.qlora` need no help.
+    Does nothing on CPUs that get it right.
     """
-    with patches.transaction("bitsandbytes.cpu-dequantize-flat", reason="a stock model is compared with ours"):
+    with patches.transaction("bitsandbytes.cpu-dequantize-flat", reason="4-bit weights are compared with a table"):
         yield

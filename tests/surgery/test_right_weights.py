@@ -1,5 +1,5 @@
-"""On any CPU, a model that is built here multiplies by the weights that its packed data and the code table give, and
-leaves those of others as bitsandbytes has them.
+"""On any CPU, under `bitsandbytes.cpu-dequantize-flat`, a model multiplies by the weights that its packed data and the
+code table give; without it a model equals stock, and says which of its weights are not right.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import patches
 import surgery
+from surgery.converted import group_names
 from tests.helpers.lookup import look_up, require_looked_up
 from tests.helpers.models import save_tiny
-from tests.patches.builtin.four_bit import quantized
-from tests.surgery.lifetime.behaviour import layers_of, run
+from tests.helpers.whole_blocks import right_kernels
+from tests.surgery.lifetime.behaviour import run
 
 #: Rows of 48, 80, 96 and 112 values: multiples of 16, and of no block size.
 WIDTHS: dict[str, Any] = {"hidden_size": 96, "intermediate_size": 80, "head_dim": 24, "num_attention_heads": 2}
+WHOLE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_attention_heads": 2}
 QUANTS = (
     surgery.Quant("nf4"),
     surgery.Quant("fp4", blocksize=128, double_quant=False, quant_storage=torch.float32),
@@ -51,16 +52,18 @@ def by_table(folder: Path, model: nn.Module, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_logits_in_training_and_evaluation(odd: Path, quant: surgery.Quant, dtype: torch.dtype) -> None:
-    with surgery.qlora(odd, quant=quant, dtype=dtype, report=surgery.Report()) as model:
+    report = surgery.Report()
+    with right_kernels(), surgery.qlora(odd, quant=quant, dtype=dtype, report=report) as model:
         expected = run(by_table(odd, model, dtype).eval())
         assert torch.equal(run(model.train()), expected)
         with torch.no_grad():
             assert torch.equal(run(model.eval()), expected)
+    assert report.misread == {}
 
 
 def test_gradients_and_merging(odd: Path) -> None:
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    with surgery.qlora(odd, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
+    with right_kernels(), surgery.qlora(odd, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
         layer: Any = next(module for name, module in model.named_modules() if name.endswith("down_proj"))
         base, x = layer.base_layer, torch.randn(2, 3, 80, requires_grad=True)
         weight, change = look_up(base.weight, base.quant_state), layer.get_delta_weight("default").detach()
@@ -73,17 +76,25 @@ def test_gradients_and_merging(odd: Path) -> None:
         assert (merged - weight - change).abs().mean() < 0.2 * (weight + change).abs().mean()
 
 
-def test_stock_layers_beside_it_are_stock(odd: Path) -> None:
-    older = quantized(96, 32, storage=torch.bfloat16)
-    x = torch.randn(3, 96)
-    before, weight = older(x), bitsandbytes.functional.dequantize_4bit(older.weight.data, older.quant_state)
-    with surgery.qlora(odd, report=surgery.Report()) as model:
-        newer = quantized(96, 32, storage=torch.bfloat16)
-        for layer in (older, newer):
-            assert torch.equal(layer(x), before)
-            assert torch.equal(bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.quant_state), weight)
-        active = {receipt.id: receipt.scope_text for receipt in patches.active()}
-        if str(patches.verdict("bitsandbytes.cpu-dequantize-flat")) == "needed":
-            assert active["bitsandbytes.cpu-dequantize-flat"] == f"{len(layers_of(model))} instances"
-            assert active["bitsandbytes.cpu-matmul-flat"] == f"{len(layers_of(model))} instances"
-    assert torch.equal(older(x), before)
+def test_without_the_patch_a_model_says_which_weights_are_misread(
+    odd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = surgery.Report(show_progress=True)
+    with surgery.qlora(odd, dtype=torch.float32, report=report) as model:
+        wrong = [
+            f"{name}.weight"
+            for name, layer in model.named_modules()
+            if isinstance(layer, Linear4bit)
+            and not torch.equal(
+                bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.quant_state),
+                look_up(layer.weight.data, layer.quant_state),
+            )
+        ]
+    assert report.misread == group_names(wrong)
+    assert ("dequantized wrongly by bitsandbytes on this CPU" in capsys.readouterr().err) == bool(wrong)
+
+
+def test_rows_of_whole_blocks_are_not_named(tmp_path: Path) -> None:
+    report = surgery.Report()
+    with surgery.qlora(save_tiny(tmp_path, **WHOLE), report=report):
+        assert report.misread == {}

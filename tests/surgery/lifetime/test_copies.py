@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tests.helpers.snapshot import Snapshot
-from tests.helpers.whole_blocks import right_kernels
 from tests.surgery.lifetime.behaviour import (
     OBSERVED,
     PATCHED,
@@ -49,8 +48,7 @@ def test_copy_is_not_patched(tiny: Path, duplicate: Callable[[nn.Module], nn.Mod
         assert type(model) is not PeftModel
         assert type(other) is PeftModel
         assert not hasattr(other, "__enter__")
-        with right_kernels():
-            assert torch.equal(run(model.train()), run(other.train()))
+        assert torch.equal(run(model.train()), run(other.train()))
         layers = square(other)
         for layer in layers:  # pickling has lost the class, which `behaviour` starts from
             data, state = layer.weight.data, layer.quant_state
@@ -66,8 +64,7 @@ def test_copy_outlives_the_model(tiny: Path, unchanged: Snapshot) -> None:
     del model
     gc.collect()
     assert_stock(unchanged)
-    with right_kernels():
-        assert torch.equal(run(other.train()), expected)
+    assert torch.equal(run(other.train()), expected)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
