@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -13,17 +14,14 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-import patches
+from surgery.adapter_keys import active_adapter, by_peft_key, find_peft_model
 from surgery.distributed.exchange import current_ranks, everyone
-from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["adapter_state", "save_adapter"]
-
-ADAPTER = "default"
+__all__ = ["adapter_state", "peft_state", "save_adapter"]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -35,21 +33,53 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     Raises `AdapterError` if a trainable parameter is missing from what PEFT has written, or all of them are zero-sized.
     """
     ranks = current_ranks()
-    state = adapter_state(model)
+    state = peft_state(model)
     with everyone(ranks, device=_device(model)):
         if ranks.rank == 0:
-            _write(_peft_model(model), state, Path(directory))
+            _write(find_peft_model(model)[1], state, Path(directory))
+
+
+def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that belongs into the file of the active adapter, by PEFT's keys, on rank 0's CPU; empty on the others.
+
+    Whole trainable parameters, and buffers of the copies of `modules_to_save`. Call it on all ranks alike; they raise
+    `AdapterError` together if something would be left out.
+    """
+    ranks = current_ranks()
+    state = adapter_state(model)
+    with everyone(ranks, device=_device(model)):
+        return _by_peft_key(model, state) if ranks.rank == 0 else {}
+
+
+def _by_peft_key(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix, adapted = find_peft_model(model)
+    start = f"{prefix}." if prefix else ""
+    inside = f".modules_to_save.{active_adapter(adapted)}."
+    buffers = {clean(name): b.detach().cpu() for name, b in persistent_buffers(adapted) if inside in clean(name)}
+    return by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()} | buffers)
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(FQN, buffer)` of what a state dict would have."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield join(prefix, name), buffer
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
-    state: dict[str, torch.Tensor] = {}
+    """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike.
+
+    One that is tied has each of its names.
+    """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if groups:
         return _gathered_state(model, groups)
     units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
     if not units:
-        return {clean(n): p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters(remove_duplicate=False)
+        return _tied({clean(name): p for name, p in named if p.requires_grad})
+    state: dict[str, torch.Tensor] = {}
     on_rank0 = torch.distributed.get_rank() == 0
     for prefix, unit in units:
         if not any(p.requires_grad for _, p in _own_parameters(unit)):
@@ -64,19 +94,26 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def _tied(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Detached, on the CPU; names of one parameter have one tensor."""
+    moved = {parameter: parameter.detach().cpu() for parameter in parameters.values()}
+    return {name: moved[parameter] for name, parameter in parameters.items()}
+
+
 def _gathered_state(model: nn.Module, groups: Iterable[FSDPModule]) -> dict[str, torch.Tensor]:
     """The same under FSDP2: one parameter at a time is whole on the device."""
     for group in groups:
         group.reshard()  # a forward without a backward, in evaluation, may have left it whole
-    state: dict[str, torch.Tensor] = {}
+    state: dict[nn.Parameter, torch.Tensor] = {}
     on_rank0 = torch.distributed.get_rank() == 0
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        whole = _whole(parameter.detach())
-        if on_rank0:
-            state[clean(name)] = whole.cpu().clone()
-    return state
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            whole = _whole(parameter.detach())
+            state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
+    if not on_rank0:
+        return {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {clean(name): state[parameter] for name, parameter in named if parameter in state}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,49 +133,22 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
             yield from _own_parameters(child, join(prefix, name))
 
 
-def _peft_model(model: nn.Module) -> PeftModel:
-    from peft import PeftModel
-
-    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if found is None:
-        raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
-    return found
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
 
 def _write(model: PeftModel, state: dict[str, torch.Tensor], directory: Path) -> None:
+    from safetensors.torch import save_file
+
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as aside:
-        with patches.transaction(
-            "peft.adapter-keys-under-wrappers", on=[model], reason=f"saving the adapter to {directory.name}"
-        ):
-            # The base embeddings are as they were; "auto" would look for their size on the hub.
-            model.save_pretrained(aside, state_dict=state, save_embedding_layers=False, selected_adapters=[ADAPTER])
-        _check_complete(Path(aside) / "adapter_model.safetensors", state)
+        tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+        save_file(tensors, Path(aside) / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.create_or_update_model_card(aside)
+        config: Any = copy.copy(model.peft_config[active_adapter(model)])
+        config.inference_mode = True
+        base: Any = model.get_base_model()
+        names = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config.save_pretrained(aside, auto_mapping_dict=names if config.task_type is None else None)
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.suffix == ".safetensors"):
             file.replace(directory / file.name)
-
-
-def _keys(name: str) -> tuple[str, str]:
-    """How PEFT may call a trainable parameter in a file: without the adapter's name; a DoRA vector without `weight`."""
-    key = name.replace(f".{ADAPTER}", "").replace(".modules_to_save", "")
-    return key, key.removesuffix(".weight")
-
-
-def _check_complete(file: Path, state: dict[str, torch.Tensor]) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as saved:
-        sizes = {key: torch.Size(saved.get_slice(key).get_shape()) for key in saved.keys()}  # noqa: SIM118  # no iterator
-    missing = [name for name, tensor in state.items() if tensor.shape not in (sizes.get(key) for key in _keys(name))]
-    if state and not missing:
-        return
-    raise AdapterError(
-        f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
-        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with "
-        "the output of `patches check`",
-        missing=missing,
-    )

@@ -13,6 +13,7 @@ from torch import nn
 
 import patches
 from surgery import guards
+from surgery.adapter_options import check_adapter
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
 from surgery.distributed import fsdp2
@@ -33,7 +34,7 @@ from surgery.initials import Initials
 from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
 from surgery.parts import Parts
-from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
+from surgery.passes.adapt import Adapt, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, quantizable, transposed
@@ -45,10 +46,11 @@ from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
+from surgery.rehearsal import Trained, rehearse
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import Target, find_targets
-from surgery.walk import tied_parameters
+from surgery.walk import Site, tied_parameters
 from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
@@ -173,7 +175,7 @@ class QLoRA:
         guards.check_sharding(self.shard, self.placement, self.ranks.world_size, self.device)
         guards.check_precision(self.quant, self.shard, self.dtype)
         guards.check_units(self.quant, self.lora, self.shard, self.dtype)
-        guards.check_adapter(self.lora, self.placement, self.shard, self.ranks.world_size)
+        check_adapter(self.lora, self.placement, self.shard, self.ranks.world_size)
 
     def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
@@ -235,19 +237,30 @@ class QLoRA:
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)
-            if self.lora is not None:
-                check_targets(model, self.lora)
+            trained = self._rehearse(model, chosen)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
         targets = find_targets(
             model, assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
         )
-        self._foresee(model, targets)
+        self._foresee(model, targets, trained)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
-    def _foresee(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    def _rehearse(self, model: nn.Module, chosen: list[Site]) -> tuple[Trained, ...]:
+        if self.lora is None:
+            return ()
+        return rehearse(
+            model,
+            self.lora,
+            quantized=[site.module for site in chosen],
+            dtype=self.dtype,
+            storage=self.quant.storage_for(self.dtype),
+            shard=self.shard,
+        )
+
+    def _foresee(self, model: nn.Module, targets: tuple[Target, ...], trained: tuple[Trained, ...]) -> None:
         """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""
         setting = Setting(
             world_size=self.ranks.world_size,
@@ -259,7 +272,7 @@ class QLoRA:
             compute_dtype=self.compute_dtype,
             device=self.device,
         )
-        plan = make_plan(take_inventory(model, targets, self.lora), setting, training=None)
+        plan = make_plan(take_inventory(model, targets, trained), setting, training=None)
         host, device = predictions(plan, self.ranks.rank)["load"]
         self.report.predict("load", host=host, device=device)
         self.report.note_read_once_per_node(plan.read_once_per_node)

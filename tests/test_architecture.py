@@ -15,12 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted"),
+    ("errors", "fqn", "converted", "twin"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report"),
     ("checkpoint",),
     ("slices", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "adapters"),
+    ("guards", "lifetime", "attestation", "passes", "install", "adapter_keys", "adapters"),
+    ("adapter_options", "adapter_names", "rehearsal"),
     ("filling",),
     ("planning",),
     ("recipe",),
