@@ -72,6 +72,11 @@ def _check_options(lora: Any) -> None:
             f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
             "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
         )
+    if isinstance(lora.modules_to_save, str):
+        raise ConfigError(
+            f"modules_to_save={lora.modules_to_save!r}: expected a list of names, found a text, whose letters PEFT would "
+            f"take for names: use [{lora.modules_to_save!r}]"
+        )
     default = type(lora)()
     for name, value in vars(lora).items():
         if name not in OPTIONS and value != vars(default).get(name):

@@ -86,17 +86,14 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
             continue
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
             if on_rank0:
-                state.update(
-                    (clean(join(prefix, name)), p.detach().cpu().clone())
-                    for name, p in _own_parameters(unit)
-                    if p.requires_grad
-                )
+                found = [(clean(join(prefix, name)), p) for name, p in _own_parameters(unit) if p.requires_grad]
+                state |= _tied(dict(found))
     return state
 
 
 def _tied(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Detached, on the CPU; names of one parameter have one tensor."""
-    moved = {parameter: parameter.detach().cpu() for parameter in parameters.values()}
+    """Copies on the CPU; names of one parameter have one tensor."""
+    moved = {parameter: parameter.detach().cpu().clone() for parameter in set(parameters.values())}
     return {name: moved[parameter] for name, parameter in parameters.items()}
 
 

@@ -74,9 +74,7 @@ def rehearse(
     every = adapted.named_parameters(remove_duplicate=False)
     by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
     own = [
-        Trained(
-            fqn=base.get(parameter) or name.removeprefix(BASE), shape=parameter.shape, is_base=parameter in base
-        )
+        Trained(fqn=base.get(parameter) or name.removeprefix(BASE), shape=parameter.shape, is_base=parameter in base)
         for name, parameter in trained.items()
     ]
     return (*own, *_repeated(own, alike))
@@ -169,7 +167,21 @@ def _check_quantized(adapted: PeftModel, packed: Collection[nn.Module]) -> None:
             )
 
 
+def _check_views(adapted: PeftModel) -> None:
+    """FSDP copies each parameter into shards, after which one that is a view of another would be trained apart."""
+    first: dict[int, str] = {}
+    for name, parameter in adapted.named_parameters():
+        other = first.setdefault(parameter.untyped_storage()._cdata, name)
+        if other != name:
+            raise ConfigError(
+                f"lora: PEFT ties {name.removeprefix(BASE)} to {other.removeprefix(BASE)} by giving both the same "
+                "memory, which FSDP does not keep: use ensure_weight_tying=False, or no shard"
+            )
+
+
 def _check_sharding(adapted: PeftModel, blocks: Sequence[Site], shard: FSDP1 | FSDP2 | None) -> None:
+    if shard is not None:
+        _check_views(adapted)
     if isinstance(shard, FSDP2):
         fsdp2.check_groups(adapted, blocks)
     if not isinstance(shard, FSDP1):
