@@ -73,12 +73,17 @@ class Case:
 
 @dataclass(kw_only=True)
 class Found:
-    """losses, logits: of a model that was trained. refusal: what was said instead. reads: of weights, until then."""
+    """start, losses, logits: of a model before, while and after it is trained. refusal: what was said instead.
 
+    reads: of weights. trainable: bytes.
+    """
+
+    start: torch.Tensor | None = None
     losses: list[float] = field(default_factory=list)
     logits: torch.Tensor | None = None
     refusal: str = ""
     reads: int = 0
+    trainable: int = 0
 
 
 def _of(kind: str, **options: Any) -> Callable[[], Any]:
@@ -236,8 +241,8 @@ def stock(root: Path, case: Case) -> Found:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             model = get_peft_model(model, case.config(), autocast_adapter_dtype=False)
-            losses = _train(model, IDS)
-            return Found(losses=losses, logits=_logits(model))
+            start, losses = _logits(model), _train(model, IDS)
+            return Found(start=start, losses=losses, logits=_logits(model))
     except Exception as error:  # noqa: BLE001  # whatever upstream raises
         return Found(refusal=f"{type(error).__name__}: {error}")
 
@@ -283,10 +288,10 @@ def _tried(root: Path, folder: Path, case: Case, shard: FSDP1 | FSDP2 | None, re
             assert patches.active() == []
             return Found(refusal=f"{type(error).__name__}: {error}", reads=len(reads))
         with model:  # type: ignore[attr-defined]  # what `qlora` adds to the class
-            model.train()
+            trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
             losses = _train(model, _batch(case, shard))
             surgery.save_adapter(model, folder)
-            return Found(losses=losses, logits=_logits(model), reads=len(reads))
+            return Found(losses=losses, logits=_logits(model), reads=len(reads), trainable=trainable)
 
 
 def _batch(case: Case, shard: FSDP1 | FSDP2 | None) -> torch.Tensor:
@@ -296,6 +301,7 @@ def _batch(case: Case, shard: FSDP1 | FSDP2 | None) -> torch.Tensor:
 def _train(model: nn.Module, ids: torch.Tensor) -> list[float]:
     """Losses of some steps of SGD, as means over ranks; what is drawn at random is drawn from one seed."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    model.train()
     torch.manual_seed(1)
     losses = []
     for _ in range(STEPS):
