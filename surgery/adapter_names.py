@@ -120,6 +120,10 @@ def _check_tokens(adapted: PeftModel) -> None:
         beyond = sorted({index for each in held.values() for index in each if not 0 <= index < rows})
         if beyond:
             raise ConfigError(
-                f"lora.trainable_token_indices: {', '.join(map(str, beyond[:8]))} is no row of "
-                f"{name.removeprefix('base_model.model.').removesuffix('.token_adapter')}, which has {rows}: use indices from 0 to {rows - 1}"
+                f"lora.trainable_token_indices: {', '.join(map(str, beyond[:8]))} is no row of {_plain(name)}, which "
+                f"has {rows}: use indices from 0 to {rows - 1}"
             )
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.").removesuffix(".token_adapter")

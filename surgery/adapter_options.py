@@ -74,8 +74,8 @@ def _check_options(lora: Any) -> None:
         )
     if isinstance(lora.modules_to_save, str):
         raise ConfigError(
-            f"modules_to_save={lora.modules_to_save!r}: expected a list of names, found a text, whose letters PEFT would "
-            f"take for names: use [{lora.modules_to_save!r}]"
+            f"modules_to_save={lora.modules_to_save!r}: expected a list of names, found a text, whose letters PEFT "
+            f"would take for names: use [{lora.modules_to_save!r}]"
         )
     default = type(lora)()
     for name, value in vars(lora).items():

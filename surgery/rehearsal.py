@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,15 +110,18 @@ def _like(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _is_uniform(lora: Any) -> bool:
-    """Whether the options cannot tell one decoder block from another: they name none by its number."""
-    patterns = (lora.target_modules, lora.exclude_modules)
-    if any(isinstance(pattern, str) and pattern.lower() != "all-linear" for pattern in patterns):
-        return False
-    numbered = (lora.layers_to_transform is not None, lora.layers_pattern, lora.rank_pattern, lora.alpha_pattern)
+    """Whether the options cannot tell one decoder block from another: they are plain names, none with a number."""
+    numbers = (lora.layers_to_transform is not None, lora.layers_pattern)
     indices = getattr(lora, "trainable_token_indices", None)
-    lists = (*patterns, lora.modules_to_save, getattr(lora, "target_parameters", None), indices)
-    names = [str(name) for each in lists if each and not isinstance(each, str) for name in each]
-    return not any(numbered) and not any(re.search(r"(^|\.)\d+\.", name) for name in names)
+    parameters = getattr(lora, "target_parameters", None)
+    named = (lora.target_modules, lora.exclude_modules, lora.modules_to_save, parameters)
+    patterns = (*named, lora.rank_pattern, lora.alpha_pattern, indices if isinstance(indices, dict) else None)
+    names = [name for each in patterns for name in ([each] if isinstance(each, str) else each or ())]
+    return not any(numbers) and all(name.lower() == "all-linear" or _is_plain(name) for name in names)
+
+
+def _is_plain(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from surgery.config import FSDP1, FSDP2
-from tests.helpers.models import save_tiny
+from tests.helpers.models import tiny_config
 
 __all__ = ["CASES", "SHARDINGS", "STEPS", "Case", "Found", "make_checkpoints", "on_this_rank", "reloaded", "stock"]
 
-STEPS, RATE = 2, 0.5
+#: SPREAD: standard deviation of weights.
+STEPS, RATE, SPREAD = 2, 0.3, 0.2
 
 #: Column of the table -> how the two ranks share a model; None: one process.
 SHARDINGS: dict[str, FSDP1 | FSDP2 | None] = {
@@ -203,9 +204,16 @@ CASES = (
 
 
 def make_checkpoints(root: Path) -> Path:
-    """A checkpoint of each model, under its name."""
+    """A checkpoint of each model, under its name; of weights so large that a step of training shows."""
+    from transformers import AutoModelForCausalLM
+
     for name, changes in MODELS.items():
-        save_tiny(root / name, dtype=torch.float32, shard_size="10MB", **SMALL, **changes)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(**SMALL, **changes), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=SPREAD) if parameter.dim() > 1 else parameter.add_(0.1)
+        model.save_pretrained(root / name)
     return root
 
 

@@ -111,9 +111,10 @@ def test_plain_peft_reloads_what_was_trained(
         assert wanted is not None
         assert start is not None
         assert each.logits is not None
-        assert (wanted - start).abs().max() > 1e-3, f"{case.key} was not trained"
-        assert torch.allclose(logits, wanted, rtol=0, atol=1e-5), case.key
-        assert torch.allclose(each.logits, wanted, rtol=0, atol=1e-5), case.key
+        moved = (wanted - start).abs().max()
+        assert moved > 0.05, f"{case.key} was not trained"
+        assert (each.logits - logits).abs().max() < 1e-5, f"{case.key} is not what was trained"
+        assert (wanted - logits).abs().max() < 1e-4 * moved, f"{case.key} is not what stock trains"
 
 
 @pytest.mark.parametrize("column", SHARDINGS)

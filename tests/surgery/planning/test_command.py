@@ -72,6 +72,7 @@ def test_json_has_bytes_and_the_verdict(folder_70b: Path) -> None:
         (("--world", 4, "--fsdp", 1, "--placement", "sharded"), "placement sharded"),
         (("--cpu-offload",), "--world of 2 or more"),
         (("--world", 2, "--target-modules", "nothing"), "matches no module"),
+        (("--world", 2, "--target-modules", "q_proj,nothing,up_proj"), "'nothing' matches no module"),
         (("--seq", 0), "seq to be 1 or more"),
         (("--revision", "main"), "Revisions are for hub ids"),
     ],
@@ -88,6 +89,16 @@ def test_tensors_that_are_merged_are_named(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "12 tensors are merged, split or transposed for the model, so read once per node" in result.stdout
     assert "model.layers.*.block_sparse_moe.experts.*.w1.weight (4)" in result.stdout
+
+
+def test_experts_that_fsdp1_cannot_train_exit_2(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
+    result = run(folder, "--world", 2, "--fsdp", 1)
+    assert result.exit_code == 2, result.output
+    message = re.sub(r"\s+", " ", result.stderr)
+    assert "PEFT adapts model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts" in message
+    assert "use shard=FSDP2()" in message
+    assert run(folder, "--world", 2, "--fsdp", 1, "--target-modules", "q_proj,v_proj").exit_code == 0
 
 
 def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:
