@@ -40,7 +40,8 @@ def active_adapter(model: PeftModel) -> str:
 
 
 def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state`, whole tensors of `model` by FQN, under the keys that PEFT has for the active adapter in a file.
+    """`state`, whole tensors of `model` by FQN, under the keys that PEFT has for the active adapter in a file, together
+    with the buffers of modules that are saved whole.
 
     What PEFT takes, and how it calls it, follows from names and the configuration. So it is asked about a copy of the
     tree that has these tensors and no wrappers: FSDP1 takes a question of one rank for a collective, and its names
@@ -50,6 +51,8 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     """
     from peft import get_peft_model_state_dict
 
+    adapter = active_adapter(model)
+    state = {**state, **_buffers(model, adapter)}
     held: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         parent, leaf = split(name)
@@ -57,7 +60,7 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     bare = twin_of(model, lambda fqn, _: held.get(fqn, {}))[model]
     # The base embeddings are as they were; "auto" would look for their size on the hub.
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        bare, state_dict=dict(state), adapter_name=active_adapter(model), save_embedding_layers=False
+        bare, state_dict=state, adapter_name=adapter, save_embedding_layers=False
     )
     taken = {id(tensor) for tensor in found.values()}
     missing = [name for name, tensor in state.items() if id(tensor) not in taken]
@@ -69,3 +72,15 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
         "the output of `patches check`",
         missing=missing,
     )
+
+
+def _buffers(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Persistent buffers, by FQN, of the copies that `modules_to_save` has made for `adapter`."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        if f".modules_to_save.{adapter}" not in prefix:
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[clean(f"{prefix}.{name}")] = buffer.detach()
+    return found

@@ -47,16 +47,17 @@ def check_built(model: nn.Module, lora: LoraConfig, adapted: PeftModel, unknown:
     adapted: of a model like `model`. unknown: targets that match no module; PEFT takes some for parameters.
     """
     made: Any = adapted.peft_config["default"]
+    tuner: Any = adapted.base_model
     wanted = set(getattr(lora, "target_parameters", None) or ())
     translated = set(getattr(made, "target_parameters", None) or ()) - wanted
     left = made.target_modules if isinstance(made.target_modules, (set, list)) else ()
     lost = [name for name in unknown if not translated or name in left]
     if not isinstance(lora.target_modules, str):
         check_targets(model, lost)
-    parameters = list(getattr(adapted.base_model, "targeted_parameter_names", ()))
+    parameters = list(getattr(tuner, "targeted_parameter_names", ()))
     every = [name for name, _ in model.named_parameters()]
     _refuse("target_parameters", _unmatched(wanted, parameters, _is_module), every)
-    targets = [*adapted.base_model.targeted_module_names, *parameters]
+    targets = [*tuner.targeted_module_names, *parameters]
     targets += [name.rpartition(".")[0] for name in parameters]
     for option in ("rank_pattern", "alpha_pattern"):
         _refuse(option, _unmatched(getattr(lora, option) or (), targets, _is_pattern), targets)

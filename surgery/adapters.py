@@ -54,17 +54,8 @@ def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def _by_peft_key(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix, adapted = find_peft_model(model)
     start = f"{prefix}." if prefix else ""
-    inside = f".modules_to_save.{active_adapter(adapted)}."
-    buffers = {clean(name): b.detach().cpu() for name, b in persistent_buffers(adapted) if inside in clean(name)}
-    return by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()} | buffers)
-
-
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """`(FQN, buffer)` of what a state dict would have."""
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield join(prefix, name), buffer
+    found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
+    return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:

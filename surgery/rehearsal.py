@@ -70,8 +70,7 @@ def rehearse(
         raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
     _check_quantized(adapted, {made[module] for module in quantized if module in made})
     _check_sharding(adapted, [_site(site, made) for site in blocks if site not in alike], shard)
-    every = adapted.named_parameters(remove_duplicate=False)
-    by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
+    _check_saving(adapted)
     own = [
         Trained(fqn=base.get(parameter) or name.removeprefix(BASE), shape=parameter.shape, is_base=parameter in base)
         for name, parameter in trained.items()
@@ -89,6 +88,17 @@ def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dty
         if lora.target_modules is None or type(error).__name__ == "NoMatchingPeftModuleError":
             check_targets(model, unknown)
         raise ConfigError(f"lora: PEFT cannot build these adapters: {type(error).__name__}: {error}") from error
+
+
+def _check_saving(adapted: PeftModel) -> None:
+    """Name what would be saved, as `save_adapter` does once it has gathered it."""
+    every = adapted.named_parameters(remove_duplicate=False)
+    try:
+        by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
+    except Exception as error:
+        raise ConfigError(
+            f"lora: these adapters could be trained, and not be saved: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _parameters_of(quantized: Collection[nn.Module], storage: torch.dtype) -> Any:
@@ -153,7 +163,7 @@ def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
     return Site(fqn=f"{BASE}{site.fqn}", module=made[site.module])
 
 
-def _check_quantized(adapted: PeftModel, packed: Collection[nn.Module]) -> None:
+def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
     """A copy of a 4-bit weight, or an adapter of its packed form, would be trained as if its bits were numbers."""
     for name, module in adapted.named_modules():
         fqn = name.removeprefix(BASE)
