@@ -163,12 +163,12 @@ def _table(found: Results) -> list[str]:
             for case in CASES
         ),
     ]
-    reasons: dict[str, int] = {}
+    reasons: dict[str, list[str]] = {}
     for case in CASES:
-        for column in SHARDINGS:
-            if found[column][case.key].refusal:
-                reasons.setdefault(f"| {case.model}, {case.name} | {_reason(found[column][case.key])} |", 0)
-    return [*lines, "", "What is said where one is refused:", "", "| adapters | refusal |", "|---|---|", *reasons]
+        for said in {_reason(found[column][case.key]): None for column in SHARDINGS if found[column][case.key].refusal}:
+            reasons.setdefault(said, []).append(f"{case.model}, {case.name}")
+    said_of = [f"| {'; '.join(cases)} | {said} |" for said, cases in reasons.items()]
+    return [*lines, "", "What is said where one is refused:", "", "| adapters | refusal |", "|---|---|", *said_of]
 
 
 def _cell(found: Found) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import CordaConfig
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import patches
@@ -128,7 +129,7 @@ OTHERS = {
     "layer_replication": [(0, 2), (0, 2)],
     "megatron_config": {"a": 1},
     "eva_config": peft.EvaConfig(),
-    "corda_config": peft.CordaConfig(),
+    "corda_config": CordaConfig(),
     "loftq_config": {"loftq_bits": 4},
     "use_qalora": True,
     "qalora_group_size": 8,
