@@ -61,6 +61,7 @@ def check_built(model: nn.Module, lora: LoraConfig, adapted: PeftModel, unknown:
     targets += [name.rpartition(".")[0] for name in parameters]
     for option in ("rank_pattern", "alpha_pattern"):
         _refuse(option, _unmatched(getattr(lora, option) or (), targets, _is_pattern), targets)
+        _check_order(option, getattr(made, option) or {}, targets)
     _refuse("layers_to_transform", list(_unused_layers(lora, targets)), targets)
     _check_tokens(adapted)
 
@@ -92,6 +93,20 @@ def _is_pattern(name: str, pattern: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
+def _check_order(option: str, patterns: dict[str, Any], targets: Sequence[str]) -> None:
+    """PEFT takes the first pattern that matches, and sorts them when it saves them: which is first may be another then.
+
+    Some it adds itself, for fused experts.
+    """
+    for name in targets:
+        found = [pattern for pattern in patterns if _is_pattern(name, pattern)]
+        if found and patterns[found[0]] != patterns[min(found)]:
+            raise ConfigError(
+                f"lora.{option}: {found[0]!r} and {min(found)!r} both match {name}, with different values, and PEFT "
+                "would take the other one when it loads the adapter again: use patterns of which one matches"
+            )
+
+
 def _unused_layers(lora: LoraConfig, targets: Sequence[str]) -> Iterator[str]:
     asked: Any = lora.layers_to_transform
     patterns: Any = lora.layers_pattern or r"[^.]+"
@@ -117,6 +132,11 @@ def _check_tokens(adapted: PeftModel) -> None:
         held: Any = getattr(layer, "token_indices", None)
         if not isinstance(held, dict):
             continue
+        if not isinstance(layer.get_base_layer(), (nn.Embedding, nn.Linear)):
+            raise ConfigError(
+                f"lora.trainable_token_indices: {_plain(name)} is not a plain embedding or linear layer, or is in "
+                "modules_to_save too, which PEFT cannot run: leave it out of one of them"
+            )
         rows = layer.get_base_layer().weight.shape[0]
         beyond = sorted({index for each in held.values() for index in each if not 0 <= index < rows})
         if beyond:

@@ -102,7 +102,7 @@ def _check_saving(adapted: PeftModel) -> None:
 
 
 def _parameters_of(quantized: Collection[nn.Module], storage: torch.dtype) -> Any:
-    packed = set(quantized)
+    packed = set(quantized) if storage.is_floating_point else set()
     new: dict[nn.Parameter, nn.Parameter] = {}
 
     def parameters(_fqn: str, module: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from surgery.config import FSDP1, FSDP2
 from tests.helpers.models import tiny_config
@@ -76,7 +77,7 @@ class Case:
 class Found:
     """start, losses, logits: of a model before, while and after it is trained. refusal: what was said instead.
 
-    reads: of weights. trainable: bytes.
+    reads: of weights. trainable: bytes on this rank.
     """
 
     start: torch.Tensor | None = None
@@ -113,6 +114,7 @@ CASES = (
         options={"target_modules": "all-linear", "rank_pattern": {"down_proj": 2, r".*\.0\..*q_proj": 6}},
     ),
     Case(name="alpha_pattern", options={"alpha_pattern": {"layers.1.self_attn.q_proj": 32}}),
+    Case(name="patterns that overlap", options={"alpha_pattern": {"q_proj": 2, r"(.*\.)?self_attn\.q_proj": 4}}),
     Case(name="a pattern that matches nothing", options={"rank_pattern": {"nowhere": 2}}),
     Case(name="layers_to_transform", options={"layers_to_transform": [1]}),
     Case(
@@ -144,6 +146,10 @@ CASES = (
     Case(
         name="token indices of the head",
         options={"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7]}},
+    ),
+    Case(
+        name="token indices of what is saved whole",
+        options={"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]},
     ),
     Case(name="ensure_weight_tying, nothing tied", options={"ensure_weight_tying": True}),
     Case(name="all-linear", model="tied", options={"target_modules": "all-linear"}),
@@ -189,6 +195,13 @@ CASES = (
         name="target_parameters that match nothing",
         model="mixtral",
         options={"target_parameters": [EXPERTS[0], "nowhere.weight"]},
+    ),
+    Case(name="modules_to_save: router", model="mixtral", options={"modules_to_save": ["gate"]}),
+    Case(name="modules_to_save: experts", model="mixtral", options={"modules_to_save": ["experts"]}),
+    Case(
+        name="rank_pattern beside that of PEFT",
+        model="mixtral",
+        options={"target_modules": "all-linear", "rank_pattern": {"gate_up_proj": 6}},
     ),
     Case(name="experts with dropout", model="mixtral", options={"target_parameters": EXPERTS, "lora_dropout": 0.1}),
     Case(name="layer_replication", options={"layer_replication": [(0, 2), (0, 2)]}),
@@ -296,10 +309,14 @@ def _tried(root: Path, folder: Path, case: Case, shard: FSDP1 | FSDP2 | None, re
             assert patches.active() == []
             return Found(refusal=f"{type(error).__name__}: {error}", reads=len(reads))
         with model:  # type: ignore[attr-defined]  # what `qlora` adds to the class
-            trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+            trainable = sum(_local(p).nbytes for p in model.parameters() if p.requires_grad)
             losses = _train(model, _batch(case, shard))
             surgery.save_adapter(model, folder)
             return Found(losses=losses, logits=_logits(model), reads=len(reads), trainable=trainable)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _batch(case: Case, shard: FSDP1 | FSDP2 | None) -> torch.Tensor:

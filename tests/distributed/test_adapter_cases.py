@@ -36,6 +36,9 @@ BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
 NEVER = {
     "llama-PiSSA",
     "llama-a-pattern-that-matches-nothing",
+    "llama-patterns-that-overlap",
+    "llama-token-indices-of-what-is-saved-whole",
+    "mixtral-rank-pattern-beside-that-of-PEFT",
     "llama-layers-to-transform-out-of-range",
     "llama-exclude-modules-that-match-nothing",
     "llama-a-target-that-matches-nothing",
@@ -129,16 +132,17 @@ def test_one_process_refuses_nothing_else(found: Results) -> None:
     assert {key for key, each in found["one process"].items() if each.refusal} == NEVER
 
 
-def test_the_plan_counts_what_is_trained(found: Results, root: Path) -> None:
-    """Its gradients and the optimizer's states too; and it refuses what the loader refuses."""
+@pytest.mark.parametrize(("column", "world_size"), [("one process", 1), ("FSDP2", 2)])
+def test_the_plan_counts_what_is_trained(column: str, world_size: int, found: Results, root: Path) -> None:
+    """Its gradients and the optimizer's states too, and of shards; and it refuses what the loader refuses."""
     for case in CASES:
-        each = found["one process"][case.key]
+        each = found[column][case.key]
         if each.refusal:
             with pytest.raises(surgery.ConfigError) as caught:
-                surgery.plan(root / case.model, world_size=1, lora=case.config(), dtype=torch.float32)
+                surgery.plan(root / case.model, world_size=world_size, lora=case.config(), dtype=torch.float32)
             assert str(caught.value) == each.refusal.partition(": ")[2]
             continue
-        plan = surgery.plan(root / case.model, world_size=1, lora=case.config(), dtype=torch.float32)
+        plan = surgery.plan(root / case.model, world_size=world_size, lora=case.config(), dtype=torch.float32)
         step = plan.of_rank(0).train
         assert step is not None
         assert step.adapters == step.gradients == step.optimizer // 2 == each.trainable, case.key

@@ -101,6 +101,15 @@ def test_a_name_that_matches_nothing(options: dict[str, Any], says: str) -> None
         rehearsed(model_of(), lora)
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_patterns_whose_order_a_file_does_not_keep(option: str) -> None:
+    overlapping = {"q_proj": 2, r".*\.1\.self_attn\.q_proj": 4}
+    with pytest.raises(ConfigError, match=f"{option}: 'q_proj' and .* both match .*1.self_attn.q_proj"):
+        rehearsed(model_of(), LoraConfig(r=4, target_modules=["q_proj"], **{option: overlapping}))
+    kept = dict(sorted(overlapping.items()))
+    assert rehearsed(model_of(), LoraConfig(r=4, target_modules=["q_proj"], **{option: kept}))
+
+
 @pytest.mark.parametrize("indices", [[0, 96], [-1], {"embed_tokens": [1000]}])
 def test_tokens_that_are_not_there(indices: Any) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=indices)
