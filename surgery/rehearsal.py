@@ -206,8 +206,8 @@ def _check_sharding(adapted: PeftModel, blocks: Sequence[Site], shard: FSDP1 | F
     if wrapped:
         raise ConfigError(
             f"lora: PEFT adapts {', '.join(wrapped[:3])}{', ...' if len(wrapped) > 3 else ''} as parameters, which it "
-            "replaces while a module runs, and FSDP1 does not let it: use shard=FSDP2(), or name in target_modules "
-            "linear layers alone, such as q_proj and v_proj"
+            "replaces while a module runs, and FSDP1 does not let it: use shard=FSDP2() (--fsdp 2), or name in "
+            "target_modules linear layers alone, such as q_proj and v_proj"
         )
     modules = [block.module for block in blocks]
     fsdp1.plan_units(adapted, modules, use_orig_params=shard.use_orig_params, policy=shard.units)
