@@ -76,12 +76,19 @@ class Forgetful(Scale):
         del destination[f"{prefix}gain"]
 
 
+class Forgotten(Scale):
+    """Has copies that are forgetful."""
+
+    def __deepcopy__(self, memo: object) -> Scale:
+        return Forgetful()
+
+
 def test_what_would_be_trained_and_not_saved_is_refused_before_a_weight_is_read(
     tmp_path: Path, reads: list[str]
 ) -> None:
     def build() -> nn.Module:
         model = Plain()
-        model.scale = Forgetful()
+        model.scale = Forgotten()
         return model
 
     file = checkpoint_of(Plain(), tmp_path)
