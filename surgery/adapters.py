@@ -12,12 +12,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-import patches
 from surgery.adapter_folder import AdapterFolder, hold
+from surgery.adapter_keys import active_adapter, by_peft_key, find_peft_model
 from surgery.base_model import base_folder, config_to_save
 from surgery.distributed.exchange import current_ranks
 from surgery.distributed.failures import everyone, together
-from surgery.errors import AdapterError, ConfigError
 from surgery.fqn import clean, join
 from surgery.model_card import render_card
 from surgery.tokenizer_files import read_tokenizer
@@ -25,9 +24,7 @@ from surgery.tokenizer_files import read_tokenizer
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["adapter_state", "save_adapter"]
-
-ADAPTER = "default"
+__all__ = ["adapter_state", "peft_state", "save_adapter"]
 
 
 @together()
@@ -61,49 +58,77 @@ def save_adapter(
     with ExitStack() as stack:
         with everyone(ranks, device=_device(model)):
             folder = stack.enter_context(hold(directory)) if ranks.rank == 0 else None
-        state = adapter_state(model)
+        state = peft_state(model)
         with everyone(ranks, device=_device(model)):
             if folder is not None:
-                _write(_peft_model(model), state, folder, training or {})
+                _write(find_peft_model(model)[1], state, folder, training or {})
+
+
+@together()
+def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that belongs into the file of the active adapter, by PEFT's keys, on rank 0's CPU; empty on the others.
+
+    Whole trainable parameters, and buffers of the copies of `modules_to_save`. Call it on all ranks alike; they raise
+    `AdapterError` together if something would be left out.
+    """
+    ranks = current_ranks()
+    state = adapter_state(model)
+    with everyone(ranks, device=_device(model)):
+        return _by_peft_key(model, state) if ranks.rank == 0 else {}
+
+
+def _by_peft_key(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix, adapted = find_peft_model(model)
+    start = f"{prefix}." if prefix else ""
+    found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
+    return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 @together()
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike."""
-    state: dict[str, torch.Tensor] = {}
+    """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike.
+
+    One that is tied has each of its names.
+    """
     groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if groups:
         return _gathered_state(model, groups)
     units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
     if not units:
-        return {clean(n): p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}
+        named = model.named_parameters(remove_duplicate=False)
+        return _tied({clean(name): p for name, p in named if p.requires_grad})
+    state: dict[str, torch.Tensor] = {}
     on_rank0 = torch.distributed.get_rank() == 0
     for prefix, unit in units:
         if not any(p.requires_grad for _, p in _own_parameters(unit)):
             continue
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
             if on_rank0:
-                state.update(
-                    (clean(join(prefix, name)), p.detach().cpu().clone())
-                    for name, p in _own_parameters(unit)
-                    if p.requires_grad
-                )
+                found = [(clean(join(prefix, name)), p) for name, p in _own_parameters(unit) if p.requires_grad]
+                state |= _tied(dict(found))
     return state
+
+
+def _tied(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU; names of one parameter have one tensor."""
+    moved = {parameter: parameter.detach().cpu().clone() for parameter in set(parameters.values())}
+    return {name: moved[parameter] for name, parameter in parameters.items()}
 
 
 def _gathered_state(model: nn.Module, groups: Iterable[FSDPModule]) -> dict[str, torch.Tensor]:
     """The same under FSDP2: one parameter at a time is whole on the device."""
     for group in groups:
         group.reshard()  # a forward without a backward, in evaluation, may have left it whole
-    state: dict[str, torch.Tensor] = {}
+    state: dict[nn.Parameter, torch.Tensor] = {}
     on_rank0 = torch.distributed.get_rank() == 0
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        whole = _whole(parameter.detach())
-        if on_rank0:
-            state[clean(name)] = whole.cpu().clone()
-    return state
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            whole = _whole(parameter.detach())
+            state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
+    if not on_rank0:
+        return {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {clean(name): state[parameter] for name, parameter in named if parameter in state}
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,15 +148,6 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
             yield from _own_parameters(child, join(prefix, name))
 
 
-def _peft_model(model: nn.Module) -> PeftModel:
-    from peft import PeftModel
-
-    found = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    if found is None:
-        raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
-    return found
-
-
 def _device(model: nn.Module) -> torch.device:
     return next(parameter.device for parameter in model.parameters())
 
@@ -142,33 +158,8 @@ def _write(
     folder: AdapterFolder,
     training: Mapping[str, Mapping[str, object]],
 ) -> None:
-    from peft import get_peft_model_state_dict
-
-    reason = f"saving the adapter to {folder.path.name}"
-    with patches.transaction("peft.adapter-keys-under-wrappers", on=[model], reason=reason):
-        # The base embeddings are as they were; "auto" would look for their size on the hub.
-        saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False, adapter_name=ADAPTER)
-    _check_complete({name: tensor.shape for name, tensor in saved.items()}, state)
-    config = config_to_save(model, ADAPTER)
+    config = config_to_save(model, active_adapter(model))
     base = base_folder(config)
     folder.save(
-        saved, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
-    )
-
-
-def _keys(name: str) -> tuple[str, str]:
-    """How PEFT may call a trainable parameter in a file: without the adapter's name; a DoRA vector without `weight`."""
-    key = name.replace(f".{ADAPTER}", "").replace(".modules_to_save", "")
-    return key, key.removesuffix(".weight")
-
-
-def _check_complete(sizes: dict[str, torch.Size], state: dict[str, torch.Tensor]) -> None:
-    missing = [name for name, tensor in state.items() if tensor.shape not in (sizes.get(key) for key in _keys(name))]
-    if state and not missing:
-        return
-    raise AdapterError(
-        f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
-        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with "
-        "the output of `patches check`",
-        missing=missing,
+        state, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
     )

@@ -54,8 +54,8 @@ def say_misread(groups: Mapping[str, int]) -> str:
     """That bitsandbytes multiplies by other weights than those of `groups`, of which there is at least one."""
     total = sum(groups.values())
     return (
-        f"{total:,} 4-bit weight{' is' if total == 1 else 's are'} dequantized wrongly by bitsandbytes on this CPU, where "
-        "rows are not whole blocks. The result equals stock's; for the right one, run inside of "
+        f"{total:,} 4-bit weight{' is' if total == 1 else 's are'} dequantized wrongly by bitsandbytes on this CPU, "
+        "where rows are not whole blocks. The result equals stock's; for the right one, run inside of "
         f'patches.transaction("bitsandbytes.cpu-dequantize-flat", reason="..."): {", ".join(_names(groups))}.'
     )
 

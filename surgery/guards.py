@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "check_adapter",
     "check_kept",
     "check_precision",
     "check_sharding",
@@ -31,9 +30,6 @@ __all__ = [
 
 #: The first torch whose FSDP2 shards parameters of an integer dtype.
 FSDP2_SHARDS_INTEGERS = (2, 13)
-
-#: `init_lora_weights` of PEFT that compute the adapter from the full-precision base weight, which 4 bits do not hold.
-WEIGHT_DERIVED = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga")
 
 
 #: Names that an error lists at most.
@@ -177,42 +173,3 @@ def check_units(quant: Quant, lora: LoraConfig | None, shard: FSDP1 | FSDP2 | No
             "units='block' puts trainable adapters and frozen weights into one flat parameter, which FSDP1 refuses "
             "without use_orig_params: use use_orig_params=True, or units='auto', which wraps adapters on their own"
         )
-
-
-def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | FSDP2 | None, world_size: int) -> None:
-    """What PEFT can initialize from a 4-bit weight, and from one on meta; what it reads while adapters run."""
-    if lora is None:
-        return
-    init = lora.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(WEIGHT_DERIVED):
-        raise ConfigError(
-            f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
-            "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
-        )
-    if placement == "sharded":
-        _check_sharded_adapter(lora)
-    if lora.use_dora and placement == "rank0-cpu" and world_size > 1:
-        raise ConfigError(
-            "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta under "
-            "placement rank0-cpu: use placement='replicated', or use_dora=False"
-        )
-    if lora.use_dora and isinstance(shard, FSDP1) and not shard.use_orig_params:
-        raise ConfigError(
-            "use_dora=True reads the base weight while the adapter runs, but without use_orig_params adapters are "
-            "FSDP1 units of their own, and the weight is freed by then: use use_orig_params=True, or use_dora=False"
-        )
-
-
-def _check_sharded_adapter(lora: LoraConfig) -> None:
-    """With placement sharded the model is adapted before any rank has a weight, and none ever has a whole one."""
-    reads = {
-        "use_dora": "computes its magnitudes from the base weight",
-        "trainable_token_indices": "starts from rows of the embedding",
-        "target_parameters": "wraps parameters that are shards by the time they are used",
-    }
-    for name, what in reads.items():
-        if getattr(lora, name, None):
-            raise ConfigError(
-                f"{name} {what}, but with placement sharded no rank holds a whole weight: use placement='replicated', "
-                f"or leave {name} out"
-            )

@@ -27,12 +27,16 @@ def install(model: nn.Module, parts: Parts) -> None:
         _, part = parts.found.popitem()
         _set_state(part, parts)
         new: torch.Tensor | None = None
+        cloned: dict[torch.Tensor, torch.Tensor] = {}
         for module, leaf in part.target.places:
             if new is None:
                 new = _made(module, leaf, part, parts)
             _put(module, leaf, new)
             for copy in copies.get(module, ()):
-                _put(copy, leaf, _made(copy, leaf, part, parts, clone=True))
+                old = _held(copy, leaf)
+                if old not in cloned:  # copies that PEFT has tied stay tied
+                    cloned[old] = _made(copy, leaf, part, parts, clone=True)
+                _put(copy, leaf, cloned[old])
 
 
 def install_initials(drawing: Drawing) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import patches
 from surgery import guards
 from surgery.adapter_folder import make_room
+from surgery.adapter_options import check_adapter
 from surgery.agreed import adapter_facts, environment, same_model, source_facts
 from surgery.base_model import name_base
 from surgery.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
 from surgery.numerals import whole_number
 from surgery.parts import Parts
-from surgery.passes.adapt import Adapt, check_targets, draws_later, needs_weights
+from surgery.passes.adapt import Adapt, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, precisions, quantizable, transposed
@@ -45,11 +46,12 @@ from surgery.planning.setting import Setting
 from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.quantizers.misread import misread_weights
+from surgery.rehearsal import Trained, rehearse
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import find_targets
 from surgery.tokenizer_files import tokenizer_bytes
-from surgery.walk import tied_parameters
+from surgery.walk import Site, tied_parameters
 from surgery.weights import plan_weights
 
 if TYPE_CHECKING:
@@ -186,7 +188,7 @@ class QLoRA:
         guards.check_sharding(self.shard, self.placement, self.ranks.world_size, self.device)
         guards.check_precision(self.quant, self.shard, self.dtype)
         guards.check_units(self.quant, self.lora, self.shard, self.dtype)
-        guards.check_adapter(self.lora, self.placement, self.shard, self.ranks.world_size)
+        check_adapter(self.lora, self.placement, self.shard, self.ranks.world_size)
 
     def run(self, checkpoint: Checkpoint | str | os.PathLike[str]) -> nn.Module:
         """The model, built from `checkpoint`, with its resident patches in force."""
@@ -266,8 +268,7 @@ class QLoRA:
             chosen = quantizable(model, self.quant.skip_modules)
             tied = tied_parameters(model)
             guards.check_ties(self.shard, tied, self.ranks.world_size)
-            if self.lora is not None:
-                check_targets(model, self.lora)
+            trained = self._rehearse(model, chosen)
         replace = Replace(quantizer=quantizer, skip_modules=self.quant.skip_modules)
         model = self._pipeline((replace,), Skeleton.ensures).run(model)
         if is_pretrained(model):
@@ -282,12 +283,24 @@ class QLoRA:
             transposed=transposed(chosen),
             precisions=precisions(model, chosen, self.dtype),
         )
-        inventory = take_inventory(model, targets, self.lora, unsharded=unsharded)
+        inventory = take_inventory(model, targets, trained, unsharded=unsharded)
         make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))
         self._foresee(inventory)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
+
+    def _rehearse(self, model: nn.Module, chosen: list[Site]) -> tuple[Trained, ...]:
+        if self.lora is None:
+            return ()
+        return rehearse(
+            model,
+            self.lora,
+            quantized=[site.module for site in chosen],
+            dtype=self.dtype,
+            storage=self.quant.storage_for(self.dtype),
+            shard=self.shard,
+        )
 
     def _foresee(self, inventory: Inventory) -> None:
         """Note what the memory plan expects of loading; refuse, as `ConfigError`, what cannot fit this rank's GPU."""

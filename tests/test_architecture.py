@@ -15,13 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 #: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
 LAYERS = (
-    ("errors", "fqn", "converted", "numerals", "whole"),
+    ("errors", "fqn", "converted", "numerals", "twin", "whole"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
     ("folder_lock", "model_card", "tokenizer_files"),
     ("checkpoint",),
     ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "base_model", "adapter_folder", "adapters", "agreed"),
+    ("guards", "lifetime", "attestation", "passes", "install", "base_model", "adapter_folder", "adapter_keys"),
+    ("adapters", "agreed"),
+    ("adapter_options", "adapter_names", "rehearsal"),
     ("filling",),
     ("planning",),
     ("recipe",),

@@ -17,7 +17,7 @@ from surgery.errors import ConfigError
 from surgery.fqn import join
 from surgery.walk import Site, ends_of
 
-__all__ = ["make_mesh", "replicas_of", "shard", "share_among_replicas"]
+__all__ = ["check_groups", "make_mesh", "replicas_of", "shard", "share_among_replicas"]
 
 
 def make_mesh(config: FSDP2, *, device: torch.device) -> DeviceMesh:
@@ -44,8 +44,7 @@ def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceM
         options["mp_policy"] = config.mixed_precision
     if config.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    embedding, tail = ends_of(model, blocks)
-    _check_ties(model, [*((site.module,) for site in blocks), (embedding,), tail])
+    embedding, tail = check_groups(model, blocks)
     for site in blocks:
         fully_shard(site.module, reshard_after_forward=config.reshard_after_forward, **options)
     if embedding is not None:
@@ -53,6 +52,13 @@ def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceM
     if tail:
         fully_shard(list(tail), reshard_after_forward=False, **options)
     fully_shard(model, **options)
+
+
+def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
+    """The groups beside the `blocks`: `(embedding, tail)`. Raises `ConfigError` if two would share a parameter."""
+    embedding, tail = ends_of(model, blocks)
+    _check_ties(model, [*((site.module,) for site in blocks), (embedding,), tail])
+    return embedding, tail
 
 
 def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) -> None:

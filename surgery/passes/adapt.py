@@ -6,20 +6,19 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
 
-from surgery.errors import SelectorError
 from surgery.initials import Initials, Undrawn
 from surgery.passes.base import Pass
 from surgery.quantizers.bnb import is_params4bit, with_data
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
 
-__all__ = ["Adapt", "check_targets", "drawing_from", "draws_later", "needs_weights"]
+__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "drawing_from", "draws_later", "needs_weights"]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
 PLAIN = frozenset(
@@ -53,33 +52,9 @@ PLAIN = frozenset(
 RANDOM = (True, False, "gaussian")
 
 
-def check_targets(model: nn.Module, lora: LoraConfig) -> None:
-    """Raise `SelectorError` if PEFT would find no module for `lora` in `model`, which may be on meta."""
-    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    if getattr(lora, "target_parameters", None):  # since peft 0.17
-        return
-    config: Any = copy.deepcopy(lora)
-    if config.target_modules is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", "")
-        config.target_modules = set(DEFAULTS.get(model_type, ()))
-    config = _maybe_include_all_linear_layers(config, model)
-    names = [name for name, _ in model.named_modules() if name]
-    if any(check_target_module_exists(config, name) for name in names):
-        return
-    wanted = sorted(config.target_modules) if isinstance(config.target_modules, set) else [str(config.target_modules)]
-    leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
-    raise SelectorError(
-        f"lora.target_modules: {', '.join(map(repr, wanted)) or 'nothing'} matches no module of "
-        f"{type(model).__name__}. Modules with weights are called: {', '.join(leaves)}",
-        patterns=wanted,
-    )
-
-
 def needs_weights(lora: LoraConfig) -> bool:
     """Whether PEFT reads base weights to make these adapters, so that the model cannot be adapted on meta."""
-    names = ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters")
+    names = ("use_dora", "modules_to_save", "trainable_token_indices")
     return any(getattr(lora, name, None) for name in names)
 
 
@@ -169,17 +144,19 @@ class Adapt(Pass):
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
         if self.later is None:
             with drawing_from(self.rng_state), appearing_real(model):
-                return self._adapted(model)
+                return adapted_by_peft(model, self.lora, self.dtype)
         with appearing_real(model), Undrawn() as undrawn:
-            adapted = self._adapted(model)
+            adapted = adapted_by_peft(model, self.lora, self.dtype)
         self.later(undrawn.take(adapted))
         return adapted
 
-    def _adapted(self, model: nn.Module) -> nn.Module:
-        from peft import get_peft_model
 
-        adapted = get_peft_model(model, copy.deepcopy(self.lora), autocast_adapter_dtype=False)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(self.dtype)
-        return adapted
+def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
+    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return adapted

@@ -44,7 +44,7 @@ def advise_all(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
     """What would bring every rank of `plan` below `memory` bytes: all single options, or else the first combination."""
     alone = False
     for change in CHANGES:
-        option = change(plan, memory)
+        option = _tried(change, plan, memory)
         if option is not None and option.plan.device_peak <= memory:
             alone = True
             yield Advice(options=(option.text,), device_peak=option.plan.device_peak)
@@ -55,7 +55,7 @@ def advise_all(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
 def _combined(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
     chosen: list[str] = []
     for change in CHANGES:
-        option = change(plan, memory)
+        option = _tried(change, plan, memory)
         if option is None or option.plan.device_peak >= plan.device_peak:
             continue
         plan = option.plan
@@ -63,6 +63,14 @@ def _combined(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
         if plan.device_peak <= memory:
             yield Advice(options=tuple(chosen), device_peak=plan.device_peak)
             return
+
+
+def _tried(change: Change, plan: MemoryPlan, memory: int) -> _Option | None:
+    """What `change` makes of `plan`; None where it does not apply, or would be refused (some adapters, sharded so)."""
+    try:
+        return change(plan, memory)
+    except ConfigError:
+        return None
 
 
 def _changed(plan: MemoryPlan, *, setting: Setting | None = None, training: Training | None = None) -> MemoryPlan:
@@ -125,10 +133,7 @@ def _cpu_offload(plan: MemoryPlan, _memory: int) -> _Option | None:
     shard = plan.setting.shard
     if shard is None or shard.cpu_offload or plan.setting.on_cpu:
         return None
-    try:
-        setting = replace(plan.setting, shard=replace(shard, cpu_offload=True))
-    except ConfigError:
-        return None
+    setting = replace(plan.setting, shard=replace(shard, cpu_offload=True))
     return _Option(text="--cpu-offload", plan=_changed(plan, setting=setting))
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from surgery.planning.adapters import adapter_tensors
+from surgery.fqn import split
+from surgery.rehearsal import Trained
 from surgery.slices import Form
 from surgery.targets import Target
 from surgery.walk import Site, decoder_blocks, ends_of
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 __all__ = ["Inventory", "Unit", "take_inventory"]
 
@@ -103,20 +100,25 @@ def row_bytes(target: Target) -> int:
 
 
 def take_inventory(
-    model: nn.Module, targets: Sequence[Target], lora: LoraConfig | None, *, unsharded: Collection[str]
+    model: nn.Module, targets: Sequence[Target], trained: Sequence[Trained], *, unsharded: Collection[str]
 ) -> Inventory:
-    """Of `model`, on meta, its linear modules replaced and not adapted yet; `unsharded` are FQNs of parameters."""
+    """Of `model`, on meta, its linear modules replaced and not adapted yet. trained: what will be, of it and beside it.
+
+    unsharded: FQNs of parameters. What is trained in place is counted with the adapters, as what has a gradient, and
+    not with the frozen weights.
+    """
     blocks = decoder_blocks(model)
     unit_of = _unit_of(model, blocks)
     weights: dict[str, list[tuple[int, int]]] = {}
     adapters: dict[str, list[tuple[int, int]]] = {}
+    in_place = {each.fqn for each in trained if each.is_base}
     for target in targets:
-        if not target.form.is_buffer and target.fqn not in unsharded:
+        if not target.form.is_buffer and target.fqn not in unsharded and target.fqn not in in_place:
             name = unit_of.get(target.places[0][0], ROOT)
             weights.setdefault(name, []).append((target.form.rows, row_bytes(target)))
-    for tensor in adapter_tensors(model, lora) if lora is not None else ():
-        name = unit_of.get(tensor.module, ROOT)
-        adapters.setdefault(name, []).append((tensor.shape[0], tensor.shape[1:].numel()))
+    unit_at = {name: unit_of[module] for name, module in model.named_modules() if module in unit_of}
+    for each in trained:
+        adapters.setdefault(_unit_at(each.fqn, unit_at), []).append((each.shape[0], each.shape[1:].numel()))
     features = {block.fqn: sum(map(_features, block.module.modules())) for block in blocks}
     return Inventory(
         targets=tuple(targets),
@@ -143,6 +145,15 @@ def _unit_of(model: nn.Module, blocks: Sequence[Site]) -> dict[nn.Module, str]:
     if embedding is not None:
         found |= dict.fromkeys(embedding.modules(), EMBEDDING)
     return found
+
+
+def _unit_at(fqn: str, units: dict[str, str]) -> str:
+    """The unit of the innermost module that `fqn` is in and that `units` knows, by its FQN."""
+    while fqn:
+        fqn = split(fqn)[0]
+        if fqn in units:
+            return units[fqn]
+    return ROOT
 
 
 def _features(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from surgery import guards
+from surgery.adapter_options import check_adapter
 from surgery.config import FSDP1, FSDP2, Placement, Quant
 from surgery.errors import ConfigError
 from surgery.slices import Division, Grid
@@ -80,7 +81,7 @@ class Setting:
         guards.check_sharding(self.shard, self.placement, self.world_size, self.device)
         guards.check_precision(self.quant, self.shard, self.dtype)
         guards.check_units(self.quant, self.lora, self.shard, self.dtype)
-        guards.check_adapter(self.lora, self.placement, self.shard, self.world_size)
+        check_adapter(self.lora, self.placement, self.shard, self.world_size)
         if self.shard is None and self.placement == "rank0-cpu" and self.world_size > 1:
             raise ConfigError("placement rank0-cpu needs shard=FSDP1() on several ranks; or use placement='replicated'")
         mesh = self.mesh

@@ -10,13 +10,13 @@ from torch import nn
 
 from surgery import guards
 from surgery.checkpoint import Checkpoint
-from surgery.passes.adapt import check_targets
 from surgery.passes.replace import Replace, quantizable, transposed
 from surgery.passes.shard import check_dtypes
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.setting import Setting
 from surgery.quantizers.bnb import BnbQuantizer
+from surgery.rehearsal import Trained, rehearse
 from surgery.targets import find_targets
 from surgery.walk import tied_parameters
 from surgery.weights import plan_weights
@@ -32,13 +32,21 @@ def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Modu
     chosen = quantizable(model, setting.quant.skip_modules)
     tied = tied_parameters(model)
     guards.check_ties(setting.shard, tied, setting.world_size)
+    trained: tuple[Trained, ...] = ()
     if setting.lora is not None:
-        check_targets(model, setting.lora)
+        trained = rehearse(
+            model,
+            setting.lora,
+            quantized=[site.module for site in chosen],
+            dtype=setting.dtype,
+            storage=setting.quant.storage_for(setting.dtype),
+            shard=setting.shard,
+        )
     quantizer = BnbQuantizer(quant=setting.quant, dtype=setting.dtype, compute_dtype=setting.compute_dtype)
     replaced = Replace(quantizer=quantizer, skip_modules=setting.quant.skip_modules).run(model)
     unsharded = check_dtypes(replaced, setting.shard, setting.dtype)
     targets = find_targets(
         replaced, weights.assignments, checkpoint.index, quantizer, tied=tied, transposed=transposed(chosen)
     )
-    inventory = take_inventory(replaced, targets, setting.lora, unsharded=unsharded)
+    inventory = take_inventory(replaced, targets, trained, unsharded=unsharded)
     return replace(inventory, ignored=weights.ignored, initialized=weights.initialized)

@@ -13,8 +13,9 @@ __all__ = ["REMEDY", "misread_weights"]
 #: The patch under which they are dequantized right.
 REMEDY = "bitsandbytes.cpu-dequantize-flat"
 
-#: Values of a row that the kernel takes at a time; of other rows bitsandbytes makes whole blocks itself.
-STEP = 16
+#: Where the kernel is used: rows of a multiple of so many values, and smaller blocks than that. Elsewhere the one that
+#: bitsandbytes has for any processor is, and right.
+STEP, BLOCKSIZE_LIMIT = 16, 2048
 
 
 def misread_weights(model: nn.Module) -> list[str]:
@@ -34,5 +35,5 @@ def misread_weights(model: nn.Module) -> list[str]:
 
 def _has_partial_blocks(layer: Linear4bit) -> bool:
     rows: int = layer.in_features
-    blocksize: int = layer.quant_state.blocksize
-    return rows % blocksize != 0 and rows % STEP == 0
+    blocksize: int = layer.weight.blocksize
+    return rows % blocksize != 0 and rows % STEP == 0 and blocksize < BLOCKSIZE_LIMIT

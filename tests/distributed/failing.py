@@ -113,7 +113,8 @@ def _in_adapt(patch: pytest.MonkeyPatch, error: BaseException, *, probe: bool = 
     stock = peft.get_peft_model
 
     def get_peft_model(model: Any, *args: Any, **options: Any) -> Any:
-        return stock(model, *args, **options) if isinstance(model, PreTrainedModel) is probe else _raise(error)
+        fails = not isinstance(model, PreTrainedModel) if probe else getattr(model, "is_loaded_in_4bit", False)
+        return _raise(error) if fails else stock(model, *args, **options)  # a rehearsal adapts a copy before
 
     patch.setattr(peft, "get_peft_model", get_peft_model)
 

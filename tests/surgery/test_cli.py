@@ -119,6 +119,7 @@ def test_checkpoint_that_is_missing(data: Path, tmp_path: Path) -> None:
         (["--eval-fraction", "0.9"], "leaves none to train on"),
         (["--lora-init", "pissa"], "pissa"),
         (["--target-modules", "nowhere"], "'nowhere' matches no module"),
+        (["--target-modules", "q_proj,nowhere"], "'nowhere' matches no module"),
     ],
 )
 def test_options_that_cannot_work(  # noqa: PLR0917  # fixtures

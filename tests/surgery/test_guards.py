@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import CordaConfig
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import patches
 import surgery
 from surgery import guards
+from surgery.adapter_options import OPTIONS
 from surgery.config import FSDP1, FSDP2, Quant, default_placement
 from surgery.errors import ConfigError, PassError, SelectorError
-from surgery.guards import WEIGHT_DERIVED, check_precision, check_ties, check_units
+from surgery.guards import check_precision, check_ties, check_units
 
 #: Opening it would be a CheckpointError: a ConfigError proves that it was not tried.
 NOWHERE = Path("/no/such/checkpoint")
@@ -88,14 +92,57 @@ def test_initialization_that_needs_no_weights(tiny: Path, init: bool | str) -> N
         assert all(p.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_every_derived_initialization_is_one_that_peft_knows() -> None:
-    """A name that PEFT no longer has would be a guard that guards nothing."""
-    import inspect
+def test_initializations_that_need_no_weights_are_those_of_peft_that_do_not_name_one() -> None:
+    """What PEFT learns to derive from weights is refused before anybody has looked at it."""
+    config = lora()
+    config.init_lora_weights = "invented"  # type: ignore[assignment]  # as a later release may have it
+    refused("init_lora_weights='invented'", lora=config)
 
-    from peft.tuners.lora import layer
 
-    source = inspect.getsource(layer.LoraLayer)
-    assert [name for name in WEIGHT_DERIVED if f'"{name}"' not in source] == []
+def test_every_option_that_is_let_through_is_one_of_peft() -> None:
+    """A name that PEFT no longer has would let nothing through."""
+    assert vars(LoraConfig()).keys() >= OPTIONS
+
+
+@pytest.mark.parametrize("kind", sorted(each.__name__ for each in PEFT_TYPE_TO_CONFIG_MAPPING.values()))
+def test_methods_of_peft_other_than_lora(kind: str) -> None:
+    config = object.__new__(getattr(peft, kind, None) or type(kind, (), {}))
+    config.peft_type = kind
+    refused(f"expected one peft.LoraConfig, found {kind}", lora=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"one": lora(), "two": lora()}, "found dict of 2"),
+        ([lora()], "found list of 1"),
+        ("all-linear", "found str"),
+        (lora(inference_mode=True), "inference_mode=True leaves nothing to train"),
+        (lora(modules_to_save="lm_head"), "use ['lm_head']"),
+    ],
+)
+def test_what_is_no_single_adapter_to_train(config: Any, says: str) -> None:
+    refused(says, lora=config)
+
+
+OTHERS = {
+    "layer_replication": [(0, 2), (0, 2)],
+    "megatron_config": {"a": 1},
+    "eva_config": peft.EvaConfig(),
+    "corda_config": CordaConfig(),
+    "loftq_config": {"loftq_bits": 4},
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "arrow_config": peft.ArrowConfig(),
+    "invented_config": 1,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_options_of_lora_that_are_not_known_to_work(name: str) -> None:
+    config = lora()
+    setattr(config, name, OTHERS[name])
+    refused(f"{name}=", "is not supported: leave it at its default", lora=config)
 
 
 def test_quant_options() -> None:

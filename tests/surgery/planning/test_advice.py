@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from peft import LoraConfig
+
 from surgery.config import FSDP1
 from surgery.planning.advice import advise, advise_all
 from surgery.planning.inventory import Inventory
@@ -44,3 +46,13 @@ def test_another_placement_is_named(inventory: Inventory) -> None:
 
 def test_there_may_be_nothing_to_say(inventory: Inventory) -> None:
     assert advise(make_plan(inventory, setting(), Training()), GIB // 2) is None
+
+
+def test_what_would_be_refused_is_no_advice(inventory: Inventory) -> None:
+    """DoRA reads whole base weights, which placement sharded has nowhere."""
+    lora = LoraConfig(target_modules=["q_proj"], use_dora=True)
+    whole = setting(shard=None, placement="replicated", world_size=1, lora=lora)
+    spread = setting(shard=FSDP1(use_orig_params=True), placement="replicated", lora=lora)
+    for each in (whole, spread):
+        options = [advice.options[0] for advice in advise_all(make_plan(inventory, each, Training()), 60 * GIB)]
+        assert "--fsdp 2 --placement sharded" not in options

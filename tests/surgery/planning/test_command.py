@@ -74,6 +74,7 @@ def test_json_has_bytes_and_the_verdict(folder_70b: Path) -> None:
         (("--world", 4, "--fsdp", 1, "--placement", "sharded"), "placement sharded"),
         (("--cpu-offload",), "--world of 2 or more"),
         (("--world", 2, "--target-modules", "nothing"), "matches no module"),
+        (("--world", 2, "--target-modules", "q_proj,nothing,up_proj"), "'nothing' matches no module"),
         (("--seq", 0), "seq to be 1 or more"),
         (("--revision", "main"), "Revisions are for hub ids"),
     ],
@@ -93,6 +94,16 @@ def test_tensors_that_are_merged_or_ignored_are_named(tmp_path: Path) -> None:
     assert "model.layers.*.block_sparse_moe.experts.*.w1.weight (4)" in result.stdout
     assert "1 name in the checkpoint with no place in this model" in result.stdout
     assert "ignored as transformers does: model.rotary_emb.inv_freq." in re.sub(r"\s+", " ", result.stdout)
+
+
+def test_experts_that_fsdp1_cannot_train_exit_2(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
+    result = run(folder, "--world", 2, "--fsdp", 1)
+    assert result.exit_code == 2, result.output
+    message = re.sub(r"\s+", " ", result.stderr)
+    assert "PEFT adapts model.layers.0.mlp.gate.weight, model.layers.0.mlp.experts" in message
+    assert "use shard=FSDP2()" in message
+    assert run(folder, "--world", 2, "--fsdp", 1, "--target-modules", "q_proj,v_proj").exit_code == 0
 
 
 def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""What is saved is what PEFT would save, by its keys: of the active adapter, with buffers, or it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoModelForCausalLM
+
+import surgery
+from surgery.adapter_keys import by_peft_key
+from surgery.errors import AdapterError, ConfigError
+from surgery.twin import twin_of
+
+IDS = torch.arange(3, 13).view(2, 5)
+
+
+class Scale(nn.Module):
+    """A parameter, and a buffer that a state dict has, and one that it has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(16))
+        self.register_buffer("seen", torch.zeros(16))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain
+
+
+class Plain(nn.Module):
+    """No model of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.scale = Scale()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+def checkpoint_of(model: nn.Module, folder: Path) -> Path:
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(value) for name, value in model.state_dict().items()}, folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+def test_buffers_of_modules_to_save_are_in_the_file(tmp_path: Path) -> None:
+    lora = LoraConfig(r=2, target_modules=["first"], modules_to_save=["scale"])
+    file = checkpoint_of(Plain(), tmp_path)
+    with surgery.qlora(file, model=Plain, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
+        surgery.save_adapter(model, tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {key.removeprefix("base_model.model.") for key in saved} == {
+        "first.lora_A.weight",
+        "first.lora_B.weight",
+        "scale.gain",
+        "scale.seen",
+    }
+    assert torch.equal(saved["base_model.model.scale.seen"], load_file(file)["scale.seen"])
+
+
+class Forgetful(Scale):
+    """Leaves a parameter out of its own state dict, which is what PEFT saves of a module."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}gain"]
+
+
+class Forgotten(Scale):
+    """Has copies that are forgetful."""
+
+    def __deepcopy__(self, memo: object) -> Scale:
+        return Forgetful()
+
+
+def test_what_would_be_trained_and_not_saved_is_refused_before_a_weight_is_read(
+    tmp_path: Path, reads: list[str]
+) -> None:
+    def build() -> nn.Module:
+        model = Plain()
+        model.scale = Forgotten()
+        return model
+
+    file = checkpoint_of(Plain(), tmp_path)
+    lora = LoraConfig(r=2, target_modules=["first"], modules_to_save=["scale"])
+    with pytest.raises(
+        ConfigError, match=r"could be trained, and not be saved: .*scale\.modules_to_save\.default\.gain"
+    ):
+        surgery.qlora(file, model=build, lora=lora, report=surgery.Report())
+    assert reads == []
+
+
+@pytest.fixture
+def adapted(tiny: Path) -> Iterator[Any]:
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with surgery.qlora(tiny, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
+        yield model
+
+
+def test_the_active_adapter_is_saved(adapted: Any, tiny: Path, tmp_path: Path) -> None:
+    other = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
+    adapted.add_adapter("other", other)
+    adapted.set_adapter("other")
+    surgery.save_adapter(adapted, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    loaded = dict(PeftModel.from_pretrained(base, tmp_path).named_parameters())
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 + 1
+    for name, parameter in trained.items():
+        assert torch.equal(loaded[name.replace(".other", ".default")], parameter), name
+
+
+@pytest.mark.parametrize("names", [["default", "other"], []])
+def test_several_active_adapters_or_none(adapted: Any, tmp_path: Path, names: list[str]) -> None:
+    adapted.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.base_model.set_adapter(names)
+    with pytest.raises(ConfigError, match=f"expected one active adapter, found {len(names)}.*set_adapter"):
+        surgery.save_adapter(adapted, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_peft_leaves_out_is_named(adapted: Any) -> None:
+    state = surgery.adapter_state(adapted) | {"base_model.model.model.norm.weight": torch.ones(64)}
+    with pytest.raises(AdapterError, match=r"left out 1 of 5 .*model\.norm\.weight") as caught:
+        by_peft_key(adapted, state)
+    assert caught.value.missing == ("base_model.model.model.norm.weight",)
+    with pytest.raises(AdapterError, match="there is none"):
+        by_peft_key(adapted, {})
+
+
+def test_a_twin_has_no_wrappers_and_is_nobody_elses() -> None:
+    inner = Plain()
+    model = nn.Sequential(checkpoint_wrapper(inner), nn.ModuleDict({"again": inner.first}))
+    made = twin_of(model, lambda fqn, module: {name: f"{fqn}:{name}" for name in module._parameters})  # type: ignore[misc]  # names will do
+    twin: Any = made[model]
+    assert [name for name, _ in twin.named_modules()] == ["", "0", "0.first", "0.last", "0.scale", "1"]
+    assert twin[0].first is twin[1]["again"] is made[inner.first]
+    assert twin[0].scale._parameters == {"gain": "0.scale:gain"}
+    twin[0].register_forward_hook(lambda *_: None)
+    twin[0].added = nn.Linear(1, 1)
+    assert not inner._forward_hooks
+    assert "added" not in inner._modules
+    assert inner.scale._buffers["seen"] is twin[0].scale.seen  # type: ignore[union-attr]
+    hollow: Any = twin_of(model, lambda *_: {}, hollow=[inner.scale])[model]  # type: ignore[list-item]
+    assert not list(hollow[0].scale.buffers())
