@@ -35,5 +35,5 @@ def misread_weights(model: nn.Module) -> list[str]:
 
 def _has_partial_blocks(layer: Linear4bit) -> bool:
     rows: int = layer.in_features
-    blocksize: int = layer.weight.blocksize
+    blocksize: int = layer.quant_state.blocksize  # the weight may be a shard, which has none
     return rows % blocksize != 0 and rows % STEP == 0 and blocksize < BLOCKSIZE_LIMIT
