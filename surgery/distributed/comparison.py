@@ -41,7 +41,7 @@ def _facts(value: object, name: str, without: AbstractSet[str]) -> Iterator[tupl
     children: Mapping[str, object] = {}
     if is_dataclass(value) and not isinstance(value, type):
         yield (name or "kind", type(value).__name__)
-        children = {field.name: getattr(value, field.name) for field in fields(value)}
+        children = {field.name: getattr(value, field.name, None) for field in fields(value)}
     elif isinstance(value, Mapping):
         children = {str(key): child for key, child in value.items()}
     elif isinstance(value, (list, tuple)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
@@ -34,6 +36,6 @@ def misread_weights(model: nn.Module) -> list[str]:
 
 
 def _has_partial_blocks(layer: Linear4bit) -> bool:
-    rows: int = layer.in_features
-    blocksize: int = layer.quant_state.blocksize  # the weight may be a shard, which has none
-    return rows % blocksize != 0 and rows % STEP == 0 and blocksize < BLOCKSIZE_LIMIT
+    state: Any = layer.quant_state  # of a shard, whose parameter says nothing of blocks
+    rows = layer.in_features
+    return bool(rows % state.blocksize) and rows % STEP == 0 and state.blocksize < BLOCKSIZE_LIMIT
