@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     )
 
 
-def _check_read_back(model: PeftModel, found: Mapping[str, torch.Tensor], adapter: str) -> None:
+def _check_read_back(model: Any, found: Mapping[str, torch.Tensor], adapter: str) -> None:
     """Ask PEFT's loader for the names under which it would look for these keys.
 
     peft 0.21.2 applies to them what transformers has for the keys of checkpoints, `mlp.shared_expert.` of Laguna say,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
@@ -60,8 +60,8 @@ def _builder(config: Any) -> Callable[..., Any]:
 def _text_alone(config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
-    text = config.sub_configs.get("text_config")
-    return text is not None and AutoModelForCausalLM._model_mapping[type(config)].config_class is text
+    text, classes = config.sub_configs.get("text_config"), cast("Any", AutoModelForCausalLM._model_mapping)
+    return text is not None and classes[type(config)].config_class is text
 
 
 def _randomize(model: Any, family: str) -> None:

@@ -74,7 +74,7 @@ def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 def _states(model: nn.Module) -> dict[str, Any]:
     from bitsandbytes.nn import Linear4bit
 
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    layers: Iterator[tuple[str, Any]] = ((n, m) for n, m in model.named_modules() if isinstance(m, Linear4bit))
     return {
         f"{name}.{key}": value
         for name, module in layers
