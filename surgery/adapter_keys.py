@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     tree that has these tensors and no wrappers: FSDP1 takes a question of one rank for a collective, and its names
     stand in the way of PEFT's.
 
-    Raises `AdapterError` naming what PEFT leaves out, or if there is nothing at all.
+    Raises `AdapterError` naming what PEFT leaves out, or would not find again, or if there is nothing at all.
     """
     from peft import get_peft_model_state_dict
 
@@ -65,12 +65,37 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     taken = {id(tensor) for tensor in found.values()}
     missing = [name for name, tensor in state.items() if id(tensor) not in taken]
     if found and not missing:
+        _check_read_back(bare, found, adapter)
         return found
     raise AdapterError(
         f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
         f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with "
         "the output of `patches check`",
         missing=missing,
+    )
+
+
+def _check_read_back(model: Any, found: Mapping[str, torch.Tensor], adapter: str) -> None:
+    """Ask PEFT's loader for the names under which it would look for these keys.
+
+    peft 0.21.2 applies to them what transformers has for the keys of checkpoints, `mlp.shared_expert.` of Laguna say,
+    where a dot is any character; what has lost its name so is left as it was drawn, with no more than a warning.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # older releases take a file's keys as they are
+        return
+    meta = {key: torch.empty_like(tensor, device="meta") for key, tensor in found.items()}
+    read = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], meta, adapter)
+    lost = sorted(meta.keys() - read.keys())
+    if not lost:
+        return
+    modules = sorted({key.partition(".lora_")[0].removeprefix("base_model.model.") for key in lost})
+    raise AdapterError(
+        f"PEFT would save {len(lost)} of {len(found)} tensors of this adapter, and not find them when it loads it, "
+        f"since it takes their names for those of a checkpoint: {', '.join(modules[:4])}"
+        f"{', ...' if len(modules) > 4 else ''}. Leave these modules out (exclude_modules)",
+        missing=lost,
     )
 
 

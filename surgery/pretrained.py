@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "load_generation_config",
     "mark_quantized",
     "not_converted",
+    "planned_dtypes",
     "stored_dtypes",
 ]
 
@@ -41,10 +42,7 @@ def stored_dtypes(model: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, s
     `_keep_in_fp32_modules_strict`); else what the constructor has asked for, if it was made in `dtype`; else `dtype`
     for parameters, and what they have for buffers.
     """
-    from transformers.core_model_loading import build_glob_alternation
-
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-    pattern, names, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
+    planned = planned_dtypes(model, dtype)
     made_in_it = model.config.dtype == dtype
     seen: set[torch.Tensor] = set()
     for prefix, module in model.named_modules():
@@ -52,9 +50,22 @@ def stored_dtypes(model: Any, dtype: torch.dtype) -> Iterator[tuple[nn.Module, s
             if tensor in seen or not tensor.is_floating_point():
                 continue
             seen.add(tensor)
-            found = pattern.search(join(prefix, name)) if pattern is not None else None
             own = tensor.dtype if made_in_it or not isinstance(tensor, nn.Parameter) else dtype
-            yield module, name, plan[names[str(found.lastgroup)]] if found is not None else own
+            yield module, name, planned(join(prefix, name)) or own
+
+
+def planned_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """The dtype that a transformers `model` wants of the tensor of a name whatever `dtype` is loaded in; or None."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    pattern, names, _ = build_glob_alternation(list(plan)) if plan else (None, {}, {})
+
+    def planned(name: str) -> torch.dtype | None:
+        found = pattern.search(name) if pattern is not None else None
+        return plan[names[str(found.lastgroup)]] if found is not None else None
+
+    return planned
 
 
 def compute_buffers(model: Any, device: torch.device) -> None:

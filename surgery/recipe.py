@@ -281,7 +281,7 @@ class QLoRA:
             quantizer,
             tied=tied,
             transposed=transposed(chosen),
-            precisions=precisions(chosen, self.dtype),
+            precisions=precisions(model, chosen, self.dtype),
         )
         inventory = take_inventory(model, targets, trained, unsharded=unsharded)
         make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))

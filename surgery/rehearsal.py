@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -141,7 +142,8 @@ def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
     """Blocks -> the first one that has the same modules and parameters, under the same names; without those first."""
     first: dict[object, Site] = {}
     found = {site: first.setdefault(_kind(site.module), site) for site in blocks}
-    shared = {site for site in blocks if site.aliases}
+    holders = Counter(parameter for site in blocks for parameter in site.module.parameters())
+    shared = {site for site in blocks if site.aliases or any(holders[p] > 1 for p in site.module.parameters())}
     return {site: other for site, other in found.items() if site is not other and not {site, other} & shared}
 
 

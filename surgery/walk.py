@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,18 +88,36 @@ def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None,
     """What comes before the `blocks` of a language model, and what comes after: `(embedding, (last norm, head))`.
 
     The embedding is None if there is none, or if the head shares its weight: then it is among the others. The last norm
-    is found by its place, beside the blocks and after them. What a model does not have is left out.
+    is found by its place, beside the blocks and after them. What a model does not have is left out, and so is an end
+    that shares a parameter with the rest of the model, such as the bias of BERT's head.
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     norm = _after(model, blocks)
+    before: tuple[nn.Module | None, ...] = (embedding,)
+    after: tuple[nn.Module | None, ...] = (norm, head)
     if embedding is not None and head is not None and _share(embedding, head):
-        return None, tuple(module for module in (norm, embedding, head) if module is not None)
-    return embedding, tuple(module for module in (norm, head) if module is not None)
+        before, after = (), (norm, embedding, head)
+    rest = _parameters_beside(model, {*(site.module for site in blocks), *before, *after})
+    ends = (tuple(module for module in end if module is not None) for end in (before, after))
+    first, last = (() if any(not rest.isdisjoint(m.parameters()) for m in end) else end for end in ends)
+    return (first[0] if first else None), last
 
 
 def _share(one: nn.Module, other: nn.Module) -> bool:
     return not set(one.parameters()).isdisjoint(other.parameters())
+
+
+def _parameters_beside(model: nn.Module, parts: Collection[nn.Module | None]) -> set[nn.Parameter]:
+    """The parameters of `model` that modules hold which are in none of its `parts`."""
+    found: set[nn.Parameter] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in parts:
+            found.update(parameter for parameter in module._parameters.values() if parameter is not None)
+            stack.extend(module.children())
+    return found
 
 
 def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from surgery.errors import SelectorError
 from surgery.match import match_any, require_matches
 from surgery.passes.base import Pass
-from surgery.pretrained import is_pretrained, not_converted
+from surgery.pretrained import is_pretrained, not_converted, planned_dtypes
 from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
 from surgery.walk import Site, replace_module, sites
@@ -63,10 +63,16 @@ def transposed(chosen: list[Site]) -> frozenset[str]:
     return frozenset(f"{site.fqn}.weight" for site in chosen if is_conv1d(site.module))
 
 
-def precisions(chosen: list[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's."""
-    weights: dict[str, Any] = {f"{site.fqn}.weight": site.module.weight for site in chosen}
-    return {name: weight.dtype for name, weight in weights.items() if weight.dtype != dtype}
+def precisions(model: nn.Module, chosen: list[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's.
+
+    So it does where the class wants one in float32; what a constructor has made in float32 by itself is cast first.
+    """
+    if not is_pretrained(model):
+        return {}
+    planned = planned_dtypes(model, dtype)
+    found = {name: planned(name) for name in (f"{site.fqn}.weight" for site in chosen)}
+    return {name: wanted for name, wanted in found.items() if wanted is not None and wanted != dtype}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.adapter_keys import by_peft_key
 from surgery.errors import AdapterError, ConfigError
+from surgery.rehearsal import rehearse
 from surgery.twin import twin_of
+from tests.helpers.models import save_tiny
 
 IDS = torch.arange(3, 13).view(2, 5)
 
@@ -136,6 +138,58 @@ def test_what_peft_leaves_out_is_named(adapted: Any) -> None:
     assert caught.value.missing == ("base_model.model.model.norm.weight",)
     with pytest.raises(AdapterError, match="there is none"):
         by_peft_key(adapted, {})
+
+
+LAGUNA = {
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+
+
+def test_what_peft_would_not_read_back_is_refused_before_a_weight_is_read(tmp_path: Path, reads: list[str]) -> None:
+    """Its loader takes `mlp.shared_experts` for the `mlp.shared_expert.` of Laguna's checkpoints."""
+    checkpoint = save_tiny(tmp_path, "laguna", **LAGUNA)
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    reads.clear()
+    with pytest.raises(ConfigError, match=r"save 6 of .* not find them .*layers\.1\.mlp\.shared_experts\.down_proj"):
+        surgery.qlora(checkpoint, lora=lora, report=surgery.Report())
+    assert reads == []
+
+
+def test_what_is_left_of_it_is_read_back(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path, "laguna", **LAGUNA)
+    lora = LoraConfig(
+        r=2, target_modules="all-linear", exclude_modules=r".*\.shared_experts\..*", init_lora_weights=False
+    )
+    with surgery.qlora(checkpoint, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
+        surgery.save_adapter(model, tmp_path / "adapter")
+        wanted = surgery.adapter_state(model)
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    again = dict(PeftModel.from_pretrained(stock, tmp_path / "adapter").named_parameters())
+    assert len(wanted) > 20
+    assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
+
+
+class Stacked(nn.Module):
+    """Blocks of which the last has a layer of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(3))
+        self.layers[2][1] = self.layers[0][1]  # type: ignore[index]
+
+
+def test_blocks_that_share_a_layer_are_refused_under_fsdp2_though_they_are_alike() -> None:
+    with torch.device("meta"):
+        model = Stacked()
+    lora = LoraConfig(r=2, target_modules=r"layers\.\d\.0")
+    sizes: dict[str, Any] = {"quantized": [], "dtype": torch.float32, "storage": torch.float32}
+    assert rehearse(model, lora, shard=None, **sizes)
+    with pytest.raises(ConfigError, match="are one parameter, but are used in two groups of FSDP2"):
+        rehearse(model, lora, shard=surgery.FSDP2(), **sizes)
 
 
 def test_a_twin_has_no_wrappers_and_is_nobody_elses() -> None:

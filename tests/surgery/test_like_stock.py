@@ -58,6 +58,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "hy_v4",
         {**ROUTED, **LATENT, "q_lora_rank": 16, "index_head_dim": 16, "index_n_heads": 2, "dtype": torch.float32},
     ),
+    "made in float32, quantized from the model's": (
+        "hunyuan_v1_moe",
+        {**HEAD, "num_experts": 4, "moe_topk": 1},
+    ),
     "slopes": ("minimax", {**HEAD, **HYBRID, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "asks whether it is quantized": (
         "jamba",

@@ -1,0 +1,43 @@
+"""The ends of a language model: what is gathered by itself before and after its blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from surgery.walk import decoder_blocks, ends_of
+from tests.helpers.models import tiny_config
+
+
+def ends(model: nn.Module) -> tuple[str | None, list[str]]:
+    names = {module: name for name, module in model.named_modules()}
+    embedding, tail = ends_of(model, decoder_blocks(model))
+    return None if embedding is None else names[embedding], [names[module] for module in tail]
+
+
+def llama(*, tied: bool) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(tiny_config("llama", tie_word_embeddings=tied))
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def test_ends_of_a_decoder() -> None:
+    assert ends(llama(tied=False)) == ("model.embed_tokens", ["model.norm", "lm_head"])
+    assert ends(llama(tied=True)) == (None, ["model.norm", "model.embed_tokens", "lm_head"])
+
+
+def test_an_end_that_shares_a_parameter_with_the_rest_is_none() -> None:
+    """The bias of BERT's head is its parent's too, and one parameter cannot be in two groups."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("bert", vocab_size=96, is_decoder=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.cls.predictions.bias is model.cls.predictions.decoder.bias
+    assert ends(model) == (None, [])
+
+
+def test_an_embedding_that_the_rest_uses_is_none_and_the_others_stay() -> None:
+    model = llama(tied=False)
+    model.model.register_parameter("memory", model.model.embed_tokens.weight)  # type: ignore[union-attr, operator]
+    assert ends(model) == (None, ["model.norm", "lm_head"])

@@ -1,0 +1,99 @@
+"""The two models that are compared: upstream's alone, and this project's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import surgery
+from families.exceptions import EXCLUDED
+
+__all__ = ["adapted", "lora", "ours", "reloaded", "stock"]
+
+
+def lora(family: str) -> Any:
+    """PEFT's default targets, but for what it refuses of a family; B is random too, so that A has gradients at once."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        exclude_modules=EXCLUDED.get(family),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+
+
+def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The 4-bit model as `from_pretrained` loads it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
+    )
+    model.config.use_cache = False
+    return as_it_is(model.train())
+
+
+def adapted(model: Any, family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """`model` with adapters by PEFT, in `dtype`."""
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    return _trained_in(get_peft_model(model, lora(family), autocast_adapter_dtype=False), dtype)
+
+
+def reloaded(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """`model` with the adapter that is saved in `folder`, read by PEFT alone, in `dtype`."""
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+    return _trained_in(wrapped, dtype)
+
+
+def _trained_in(model: Any, dtype: torch.dtype) -> Any:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+def ours(
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: surgery.FSDP2 | None = None,
+) -> Any:
+    """The model of this project, on this rank; a context manager that releases it."""
+    torch.manual_seed(0)
+    return surgery.qlora(
+        folder,
+        quant=surgery.Quant("nf4"),
+        lora=lora(family),
+        shard=shard,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        report=surgery.Report(),
+    )
+
+
+def as_it_is(model: nn.Module) -> nn.Module:
+    """`model`, whose weights bitsandbytes does not repack in evaluation on CPUs with AVX512-BF16."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model

@@ -1,0 +1,148 @@
+"""One family, loaded by upstream and by this project, side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import torch
+
+import surgery
+from families import arms, sharded
+from families.checkpoint import NotMadeError, save_random
+from families.compare import differences, different_losses, different_tensors
+from families.exceptions import EXCLUDED, IMPOSSIBLE, LEFT_ALONE
+from families.inputs import logits_of, train
+from families.outcome import Outcome
+from surgery.quantizers.bnb import linear4bits
+
+__all__ = ["check"]
+
+#: How far losses may be apart in one process, where both sides compute the same.
+ALONE: Final = 0.0
+
+Result = TypeVar("Result")
+
+
+def check(family: str, shard: bool) -> Outcome:
+    """The outcome for `family`; with FSDP2 on two ranks too, where `shard`."""
+    if family in IMPOSSIBLE:
+        return Outcome(family=family, verdict="not made", why=IMPOSSIBLE[family])
+    with tempfile.TemporaryDirectory(prefix=f"{family}-") as folder:
+        try:
+            save_random(family, Path(folder) / "base")
+        except NotMadeError as error:
+            return Outcome(family=family, verdict="not made", why=str(error))
+        return _check_made(family, Path(folder), shard=shard)
+
+
+def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
+    wanted = _attempt(lambda: arms.adapted(arms.stock(folder / "base"), family))
+    found = _attempt(lambda: arms.ours(folder / "base", family))
+    if isinstance(wanted, Exception):
+        return _without_stock(family, wanted, found)
+    if isinstance(found, Exception):
+        return _without_ours(family, wanted, found)
+    with found:
+        why = list(differences(found, wanted))  # before a forward, in which some buffers change
+        failure = _attempt(lambda: _try_out(wanted))
+        if failure is not None:
+            return Outcome(family=family, verdict="stock fails", why=_line(failure))
+        why += _run_different(family, folder, found, wanted)
+        sizes = {
+            "quantized": len(linear4bits(found)),
+            "adapters": sum(parameter.requires_grad for parameter in found.parameters()),
+        }
+    if why:
+        return Outcome(family=family, verdict="differs", why="; ".join(why), **sizes)
+    exact = Outcome(family=family, verdict="exact", why="; ".join(_left_out(family)), **sizes)
+    return _with_ranks(exact, folder) if shard else exact
+
+
+def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
+    """The same, with what two ranks make of it."""
+    why = _attempt(lambda: sharded.different(exact.family, folder))
+    if isinstance(why, surgery.ConfigError):
+        return replace(exact, sharded="refused", why=f"FSDP2: {_line(why)}")
+    if isinstance(why, Exception):
+        return replace(exact, verdict="differs", why=f"FSDP2: {_line(why)}")
+    return replace(exact, verdict="differs", why="; ".join(why)) if why else replace(exact, sharded="exact")
+
+
+def _left_out(family: str) -> Iterator[str]:
+    """What was not compared."""
+    if family in EXCLUDED:
+        yield f"adapters without {', '.join(f'`{name}`' for name in EXCLUDED[family])}: PEFT cannot adapt it"
+    if family in LEFT_ALONE:
+        yield LEFT_ALONE[family][1]
+
+
+def _attempt(action: Callable[[], Result]) -> Result | Exception:
+    """What `action` returns, or what it raises: models fail in every way there is."""
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001  # it becomes a verdict
+        return error
+
+
+def _try_out(model: Any) -> None:
+    logits_of(model).mean().backward()  # type: ignore[no-untyped-call]  # no annotation upstream
+    model.zero_grad(set_to_none=True)
+
+
+def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
+    """What stock cannot load or adapt, this project must not do silently."""
+    if isinstance(found, Exception):
+        return Outcome(family=family, verdict="stock fails", why=_line(error))
+    with found:
+        failure = _attempt(lambda: _try_out(found))
+    if failure is not None:
+        return Outcome(family=family, verdict="stock fails", why=_line(error))
+    return Outcome(family=family, verdict="differs", why=f"trains here alone; stock: {_line(error)}")
+
+
+def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
+    failure = _attempt(lambda: _try_out(wanted))
+    if failure is not None:
+        return Outcome(family=family, verdict="stock fails", why=_line(failure))
+    if isinstance(error, surgery.SurgeryError) and not isinstance(error, surgery.PassError):  # which comes later
+        return Outcome(family=family, verdict="refused", why=_line(error))
+    return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
+
+
+def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[str]:
+    """What differs when both run, in the order in which it is looked at; a step that raises is the last."""
+    why: list[str] = []
+    for step in (_run, _train, _save):
+        said = _attempt(lambda step=step: list(step(family, folder, found, wanted)))  # type: ignore[misc]
+        if isinstance(said, Exception):
+            return [*why, f"{step.__name__[1:]}: {_line(said)}"]
+        why += said
+    return why
+
+
+def _run(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
+    with torch.no_grad():
+        logits = [logits_of(model) for model in (found, wanted)]
+    yield from different_tensors("logits", {"": logits[0]}, {"": logits[1]})
+
+
+def _train(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
+    losses = list(different_losses(train(found), train(wanted), ALONE))
+    yield from losses or (f"after training, {difference}" for difference in differences(found, wanted))
+
+
+def _save(_family: str, folder: Path, found: Any, _wanted: Any) -> Iterator[str]:
+    """The trained adapter in plain PEFT over a stock model."""
+    surgery.save_adapter(found, folder / "adapter")
+    again = arms.reloaded(arms.stock(folder / "base"), folder / "adapter")
+    with torch.no_grad():
+        logits = [logits_of(model) for model in (again, found)]
+    yield from different_tensors("logits of the reloaded adapter", {"": logits[0]}, {"": logits[1]})
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

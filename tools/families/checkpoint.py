@@ -1,0 +1,105 @@
+"""Write a small random checkpoint of a family: seeded, 16 bit, and such that the model does something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import nn
+
+from families.exceptions import LEFT_ALONE
+from families.inputs import loss_of
+from families.shrink import tiny_config
+
+__all__ = ["NotMadeError", "save_random"]
+
+#: Parameters at most: a config that the rules leave larger is no tiny one.
+MOST_PARAMETERS: Final = 20_000_000
+
+#: Standard deviations of weights to try, until logits are finite and differ from token to token.
+SCALES: Final = (0.08, 0.02, 0.005)
+
+
+class NotMadeError(Exception):
+    """No tiny model of this family can be made, or none that runs; the message says why."""
+
+
+def save_random(family: str, folder: Path) -> None:
+    """Save the checkpoint in `folder`. What transformers keeps in float32 is stored in it, the rest in bfloat16."""
+    try:
+        model = _made(family)
+    except Exception as error:
+        raise NotMadeError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
+    model.save_pretrained(folder)
+
+
+def _made(family: str) -> Any:
+    config = tiny_config(family)
+    build = _builder(config)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in build(config).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"{parameters:,} parameters after shrinking")
+    torch.manual_seed(0)
+    model = build(config, dtype=torch.float32).train()
+    _randomize(model, family)
+    _cast(model)
+    return model
+
+
+def _builder(config: Any) -> Callable[..., Any]:
+    """Builds what checkpoints with `config` hold: images too where `AutoModelForCausalLM` loads the text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return (AutoModelForImageTextToText if _text_alone(config) else AutoModelForCausalLM).from_config
+
+
+def _text_alone(config: Any) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    text, classes = config.sub_configs.get("text_config"), cast("Any", AutoModelForCausalLM._model_mapping)
+    return text is not None and classes[type(config)].config_class is text
+
+
+def _randomize(model: Any, family: str) -> None:
+    """Fill with random values, smaller ones until the model's loss is finite."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    left_alone = LEFT_ALONE.get(family, ("/", ""))[0]  # no name ends so
+    for scale in SCALES:
+        model.load_state_dict(own)
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for name, tensor in _stored(model):
+                if not name.endswith(left_alone):
+                    _draw(name, tensor, scale, generator)
+            loss = None if _text_alone(model.config) else loss_of(model)
+        if loss is None or loss.isfinite():
+            return
+    raise ArithmeticError("the loss is not finite with random weights")
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint has of `model` and is a number, once each."""
+    stored = model.state_dict(keep_vars=True)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and tensor.is_floating_point() and tensor.numel():
+            yield name, tensor
+
+
+def _draw(name: str, tensor: torch.Tensor, scale: float, generator: torch.Generator) -> None:
+    """Weights anew; biases and norms a little off what they are; the rest, decay rates say, as the class sets it."""
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.dim() >= 2 and "A_log" not in name:
+        tensor.copy_(noise * scale)
+    elif tensor.dim() == 1 and re.search("bias|norm", name):
+        tensor.add_(noise * 0.05)
+
+
+def _cast(model: Any) -> None:
+    kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    for name, tensor in _stored(model):
+        if not any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
+            tensor.data = tensor.data.to(torch.bfloat16)
