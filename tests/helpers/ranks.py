@@ -71,11 +71,12 @@ def _collect(receivers: list[Connection], start: float, timeout: float) -> list[
     outcomes: dict[Connection, Outcome] = {}
     while len(outcomes) < len(receivers):
         left = start + timeout - time.monotonic()
-        ready = wait([r for r in receivers if r not in outcomes], timeout=max(left, 0))
+        open_ones = [receiver for receiver in receivers if receiver not in outcomes]
+        ready = wait(open_ones, timeout=max(left, 0))
         seconds = time.monotonic() - start
         if not ready:
             break
-        for receiver in ready:
+        for receiver in [each for each in open_ones if each in ready]:
             try:
                 result, failure = torch.load(io.BytesIO(receiver.recv_bytes()), weights_only=False)
             except EOFError:
