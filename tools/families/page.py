@@ -22,8 +22,8 @@ checkpoint of it, and loads that twice: with `AutoModelForCausalLM`, `BitsAndByt
 buffer, their dtypes, the quantization state, the logits, the losses of two training steps with PEFT's default adapters
 (`target_modules="all-linear"`), and the logits of a stock model with the adapter that was saved here.
 
-What has a word in the column FSDP2 was trained on two ranks too, in bfloat16 and in float32: its losses are those of
-one process within 1e-5, and a stock model with the adapter that was saved has its logits; or it is refused by FSDP2.
+What has a word in the column FSDP2 was trained on two ranks too: in float32 its losses are those of one process within
+1e-5, and in bfloat16 a stock model with the adapter that was saved has its logits, bit for bit; or FSDP2 is refused.
 
 ```console
 $ python tools/family_sweep.py --ranks all --output docs/models.md
