@@ -69,10 +69,20 @@ def _made(module: nn.Module, leaf: str, part: Part, parts: Parts, *, clone: bool
 def _like(old: torch.Tensor, data: torch.Tensor) -> nn.Parameter:
     """A parameter over `data`: the same shard of the same tensor, if `old` is one."""
     if isinstance(old, DTensor):
-        data = DTensor.from_local(
+        data = _shard_of(old, data)
+    return nn.Parameter(data, requires_grad=old.requires_grad)
+
+
+def _shard_of(old: DTensor, data: torch.Tensor) -> DTensor:
+    if data.device.type == old.device_mesh.device_type:
+        return DTensor.from_local(
             data, old.device_mesh, old.placements, run_check=False, shape=old.shape, stride=old.stride()
         )
-    return nn.Parameter(data, requires_grad=old.requires_grad)
+    # A shard that is to wait on the CPU, which `from_local` would move to the device of the mesh.
+    with torch.no_grad():
+        shard: Any = torch.empty_like(old, device=data.device)
+        shard.to_local().copy_(data)
+    return shard  # type: ignore[no-any-return]
 
 
 def _held(module: nn.Module, leaf: str) -> torch.Tensor:
