@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -145,4 +146,4 @@ def _save(_family: str, folder: Path, found: Any, _wanted: Any) -> Iterator[str]
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 320, placeholder=" ...")

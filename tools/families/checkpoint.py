@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, cast
@@ -32,7 +33,7 @@ def save_random(family: str, folder: Path) -> None:
     try:
         model = _made(family)
     except Exception as error:
-        raise NotMadeError(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
+        raise NotMadeError(textwrap.shorten(f"{type(error).__name__}: {error}", 320, placeholder=" ...")) from error
     model.save_pretrained(folder)
 
 

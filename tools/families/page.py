@@ -20,11 +20,13 @@ HEAD: Final = """# Model families
 checkpoint of it, and loads that twice: with `AutoModelForCausalLM`, `BitsAndBytesConfig` and `get_peft_model`, and with
 `surgery.qlora`. Compared are, bit for bit in one process: every parameter (packed 4-bit weights among them), every
 buffer, their dtypes, the quantization state, the logits, the losses of two training steps with PEFT's default adapters
-(`target_modules="all-linear"`), and the logits of a stock model with the adapter that was saved here. Every fifth is
-trained under FSDP2 on two ranks too, in bfloat16 and in float32; losses are within 1e-5 of one process.
+(`target_modules="all-linear"`), and the logits of a stock model with the adapter that was saved here.
+
+What has a word in the column FSDP2 was trained on two ranks too: in float32 its losses are those of one process within
+1e-5, and in bfloat16 a stock model with the adapter that was saved has its logits, bit for bit; or FSDP2 is refused.
 
 ```console
-$ python tools/family_sweep.py --output docs/models.md
+$ python tools/family_sweep.py --ranks all --output docs/models.md
 $ python tools/family_sweep.py --families llama qwen3_moe --ranks all
 ```
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -17,12 +18,18 @@ from tests.helpers.ranks import RanksFailedError, run_ranks
 
 __all__ = ["different"]
 
-#: How far losses may be apart, as part of the loss: ranks add gradients up in another order.
-TOLERANCE: Final = 1e-5
+#: In bfloat16 each rank gets the same rows, so that both compute what one process does; in float32 each gets its half,
+#: and gradients have to be those of the whole. With how far losses may be apart, as part of the loss: gradients of
+#: layers that run several times are added up in another order, which bfloat16 rounds.
+ARMS: Final = ((torch.bfloat16, False, 1e-3), (torch.float32, True, 1e-5))
 
-#: In bfloat16 each rank gets the same rows, so that both compute what one process does, bit for bit; in float32 each
-#: gets its half, and gradients have to be those of the whole.
-PRECISIONS: Final = ((torch.bfloat16, False), (torch.float32, True))
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Mean losses over the ranks, by whether each had its half of the rows; and logits of the first model, trained."""
+
+    losses: dict[bool, list[float]]
+    logits: torch.Tensor
 
 
 def different(family: str, folder: Path) -> list[str]:
@@ -33,42 +40,41 @@ def different(family: str, folder: Path) -> list[str]:
         return [f"FSDP2: {str(error).strip().splitlines()[-1]}"]
     if isinstance(ranks[0], surgery.ConfigError):
         raise ranks[0]
-    return [line for dtype, halves in PRECISIONS for line in _different_losses(family, folder, dtype, halves, ranks)]
+    return [*_different_losses(family, folder, ranks), *_different_when_saved(folder, ranks[0])]
 
 
-def _different_losses(
-    family: str, folder: Path, dtype: torch.dtype, halves: bool, ranks: list[dict[bool, list[float]]]
-) -> Iterator[str]:
-    with arms.ours(folder / "base", family, dtype=dtype) as alone:
-        wanted = train(alone)
+def _different_losses(family: str, folder: Path, ranks: list[Trained]) -> Iterator[str]:
+    for dtype, halves, tolerance in ARMS:
+        with arms.ours(folder / "base", family, dtype=dtype) as alone:
+            wanted = train(alone)
         for found in ranks:
-            yield from (f"FSDP2, {dtype}: {line}" for line in different_losses(found[halves], wanted, TOLERANCE))
-        if not halves:
-            yield from _different_when_saved(folder, alone)
+            said = different_losses(found.losses[halves], wanted, tolerance)
+            yield from (f"FSDP2, {dtype}: {line}" for line in said)
 
 
-def _different_when_saved(folder: Path, alone: Any) -> Iterator[str]:
+def _different_when_saved(folder: Path, trained: Trained) -> Iterator[str]:
     again = arms.reloaded(arms.stock(folder / "base"), folder / "sharded")
     with torch.no_grad():
-        logits = [logits_of(model) for model in (again, alone)]
-    yield from different_tensors("FSDP2: logits of the reloaded adapter", {"": logits[0]}, {"": logits[1]})
+        logits = logits_of(again)
+    yield from different_tensors("FSDP2: logits of the reloaded adapter", {"": logits}, {"": trained.logits})
 
 
-def _on_rank(family: str, folder: Path) -> dict[bool, list[float]] | surgery.ConfigError:
-    """Mean losses over the ranks, by whether each has its half of the rows; or why not. The first adapter is saved."""
-    losses = {}
-    for dtype, halves in PRECISIONS:
+def _on_rank(family: str, folder: Path) -> Trained | surgery.ConfigError:
+    """What has come of both models; or why not. The adapter of the first is saved."""
+    losses, logits = {}, torch.empty(0)
+    for dtype, halves, _ in ARMS:
         try:
             sharded = arms.ours(folder / "base", family, dtype=dtype, shard=surgery.FSDP2())
         except surgery.ConfigError as refusal:
             return refusal
         with sharded as model:
             arms.as_it_is(model)
-            ids = IDS.chunk(2)[dist.get_rank()] if halves else IDS
-            losses[halves] = _mean(train(model, ids))
+            losses[halves] = _mean(train(model, IDS.chunk(2)[dist.get_rank()] if halves else IDS))
             if not halves:
                 surgery.save_adapter(model, folder / "sharded")
-    return losses
+                with torch.no_grad():
+                    logits = logits_of(model)
+    return Trained(losses=losses, logits=logits)
 
 
 def _mean(losses: list[float]) -> list[float]:
