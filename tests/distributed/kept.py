@@ -77,10 +77,10 @@ KEPT = [
 
 
 def lora() -> Any:
-    """Adapters of attention."""
+    """Adapters of attention, by a name that every model has."""
     from peft import LoraConfig
 
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj"], init_lora_weights=False)
 
 
 def losses_of_stock(checkpoint: Path) -> list[float]:
