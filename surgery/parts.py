@@ -157,7 +157,8 @@ class Parts:
         return whole
 
     def _quantize(self, part: Part, start: int, values: torch.Tensor) -> None:
-        packed, statistics = self.quantizer.quantize(values, part.target.precision)
+        precision = () if part.target.precision is None else (part.target.precision,)
+        packed, statistics = self.quantizer.quantize(values, *precision)
         check_run(self.quantizer, part.target.fqn, values, packed, statistics)
         form, share = part.target.form, part.slice
         assert form.blocksize is not None

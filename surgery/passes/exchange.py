@@ -69,7 +69,8 @@ class Exchange(Pass):
         for part in quantized:
             part.statistics = None
         shapes = [part.target.logical for part in quantized if part.target.logical is not None]
-        states = self.parts.quantizer.states(statistics, shapes, [part.target.precision for part in quantized])
+        precisions = [part.target.precision for part in quantized]
+        states = self.parts.quantizer.states(statistics, shapes, *([precisions] if any(precisions) else ()))
         for part, state in zip(quantized, states, strict=True):
             part.state = state
 

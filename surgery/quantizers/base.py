@@ -49,7 +49,7 @@ class Quantizer(Protocol):
     def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """`(packed uint8, float32 statistics)` of a flat run of whole blocks, in any floating dtype, on its device.
 
-        Only the last block of a weight may be partial. It is cast to `dtype` first; None is the model's. Of a run of
+        Only the last block of a weight may be partial. It is cast first, to `dtype` where one is given. Of a run of
         `n` elements, both are 1-D: `ceil(n / 2)` bytes, and `ceil(n / blocksize)` statistics.
         """
         ...

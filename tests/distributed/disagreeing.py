@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Callable[[], Told], Callable[[], Told]]] = {
 
 #: What each of them has to say, on both ranks.
 SAYS: dict[str, tuple[str, ...]] = {
-    "weights": ("differ in checkpoint,", "lm_head.weight is bfloat16 (96, 64), ", "checkpoint: so do "),
+    "weights": ("differ in checkpoint,", "model.embed_tokens.weight is bfloat16 (96, 64), ", "checkpoint: so do "),
     "one-tensor": ("differ in checkpoint,", "model.layers.1.mlp.up_proj.weight is bfloat16"),
     "stored-dtype": ("is bfloat16 (96, 64), ", " on rank 0, float16 (96, 64), "),
     "rope": ("configuration", "rope_parameters.rope_theta is 10000.0 on rank 0, 500000.0 on rank 1"),

@@ -96,7 +96,7 @@ def test_one_process(job: Job) -> None:
     for row in (
         f"name | {job.model}",
         "training.optimizer | sgd",
-        "training samples | 19",
+        "training samples | 20",
         "file | train.jsonl",
         f"first step | {summary.training.losses[0]}",
         f"last step | {summary.training.losses[-1]}",
