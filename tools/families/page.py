@@ -26,7 +26,7 @@ What has a word in the column FSDP2 was trained on two ranks too: in float32 its
 1e-5, and in bfloat16 a stock model with the adapter that was saved has its logits, bit for bit; or FSDP2 is refused.
 
 ```console
-$ python tools/family_sweep.py --ranks all --output docs/models.md
+$ python tools/family_sweep.py --output docs/models.md
 $ python tools/family_sweep.py --families llama qwen3_moe --ranks all
 ```
 """
