@@ -40,7 +40,7 @@ def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         bnb_4bit_quant_storage=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}
+        folder, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False
     )
     model.config.use_cache = False
     return as_it_is(model.train())
