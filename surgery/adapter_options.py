@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from surgery.config import FSDP1, FSDP2, Placement
@@ -84,6 +85,10 @@ def _check_options(lora: Any) -> None:
                 f"{name}={value!r} of {type(lora).__name__} is not supported: leave it at its default, "
                 f"{vars(default).get(name)!r}"
             )
+    numbers = {"lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, **(lora.alpha_pattern or {})}
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r}: expected a finite number, since adapters would be NaN or infinite")
     if lora.inference_mode:
         raise ConfigError("inference_mode=True leaves nothing to train: use inference_mode=False")
 

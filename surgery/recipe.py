@@ -32,7 +32,7 @@ from surgery.lifetime import as_context_manager, keep
 from surgery.loading import Staging, return_freed_memory, undisturbed
 from surgery.numerals import whole_number
 from surgery.parts import Parts
-from surgery.passes.adapt import Adapt, draws_later, needs_weights
+from surgery.passes.adapt import Adapt, convert, draws_later, needs_weights
 from surgery.passes.base import Pass, group_into_layers
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, precisions, quantizable, transposed
@@ -347,8 +347,7 @@ class QLoRA:
         """Shard what is not sharded yet, and make adapters the same on all ranks that have them whole or twice."""
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.shard is None:
-            for parameter in trainable:  # FSDP moves them itself
-                parameter.data = parameter.data.to(self.device)
+            convert(trainable, device=self.device)  # FSDP moves them itself
         passes: tuple[Pass, ...] = ()
         if isinstance(self.shard, FSDP1):
             passes = (Wrap(config=self.shard, device=self.device, dtype=self.dtype),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,35 @@ def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceM
 
 
 def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
-    """The groups beside the `blocks`: `(embedding, tail)`. Raises `ConfigError` if two would share a parameter."""
+    """The groups beside the `blocks`: `(embedding, tail)`.
+
+    Raises `ConfigError` if two would share a parameter, or one would train parameters of several dtypes.
+    """
     embedding, tail = ends_of(model, blocks)
-    _check_ties(model, [*((site.module,) for site in blocks), (embedding,), tail])
+    groups = [*((site.module,) for site in blocks), (embedding,), tail]
+    _check_ties(model, groups)
+    _check_dtypes(model, groups)
     return embedding, tail
+
+
+def _check_dtypes(model: nn.Module, groups: Sequence[tuple[nn.Module | None, ...]]) -> None:
+    """FSDP2 reduces the gradients of a group as one tensor; what is in none of `groups` is in the root's."""
+    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for group in groups:
+        inside = {p for module in group if module is not None for p in module.parameters()}
+        _check_uniform({name: parameter for name, parameter in left.items() if parameter in inside})
+        left = {name: parameter for name, parameter in left.items() if parameter not in inside}
+    _check_uniform(left)
+
+
+def _check_uniform(trained: Mapping[str, nn.Parameter]) -> None:
+    first = {parameter.dtype: name for name, parameter in trained.items()}
+    if len(first) > 1:
+        found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
+        raise ConfigError(
+            f"FSDP2 trains parameters of one dtype in a decoder block, but {found}: leave out what upstream keeps in "
+            "another dtype, such as a router's gate in modules_to_save, or use shard=FSDP1() or one process"
+        )
 
 
 def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) -> None:

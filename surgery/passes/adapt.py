@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +18,7 @@ from surgery.quantizers.bnb import is_params4bit, with_data
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "drawing_from", "draws_later", "needs_weights"]
+__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "convert", "drawing_from", "draws_later", "needs_weights"]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
 PLAIN = frozenset(
@@ -152,11 +152,37 @@ class Adapt(Pass):
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
-    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is."""
+    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is.
+
+    But for copies that PEFT makes of whole modules: they have the dtypes of those, which upstream may keep in another.
+    """
     from peft import get_peft_model
 
     adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    copies = {parameter for saved in _saved_modules(adapted) for parameter in saved.parameters()}
+    convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)
     return adapted
+
+
+def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
+    for wrapper in adapted.modules():
+        saved = wrapper._modules.get("modules_to_save")
+        if saved is not None:
+            yield saved
+
+
+def convert(
+    parameters: Iterable[nn.Parameter], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
+    """Cast or move `parameters` in place. Views of one memory, by which PEFT ties adapters, stay such views."""
+    sharing: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        sharing.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+    for held in sharing.values():
+        if len(held) == 1:
+            held[0].data = held[0].data.to(device=device, dtype=dtype)
+            continue
+        elements = held[0].untyped_storage().nbytes() // held[0].element_size()
+        memory = held[0].data.as_strided((elements,), (1,), 0).to(device=device, dtype=dtype)
+        for parameter in held:
+            parameter.data = memory.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())

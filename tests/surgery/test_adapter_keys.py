@@ -19,6 +19,7 @@ from surgery.adapter_keys import by_peft_key
 from surgery.errors import AdapterError, ConfigError
 from surgery.rehearsal import rehearse
 from surgery.twin import twin_of
+from tests.distributed.kept import ROUTED
 from tests.helpers.models import save_tiny
 
 IDS = torch.arange(3, 13).view(2, 5)
@@ -207,3 +208,47 @@ def test_a_twin_has_no_wrappers_and_is_nobody_elses() -> None:
     assert inner.scale._buffers["seen"] is twin[0].scale.seen  # type: ignore[union-attr]
     hollow: Any = twin_of(model, lambda *_: {}, hollow=[inner.scale])[model]  # type: ignore[list-item]
     assert not list(hollow[0].scale.buffers())
+
+
+def tied_lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shard", [surgery.FSDP2(), surgery.FSDP1(), surgery.FSDP1(use_orig_params=True)], ids=str)
+def test_adapters_that_peft_ties_are_refused_where_fsdp_would_part_them(
+    tmp_path: Path, shard: surgery.FSDP1 | surgery.FSDP2, dtype: torch.dtype
+) -> None:
+    tied = save_tiny(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match="by giving both the same memory"):
+        surgery.plan(tied, world_size=2, shard=shard, dtype=dtype, lora=tied_lora())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_that_peft_ties_stay_tied_in_one_process(tmp_path: Path, dtype: torch.dtype) -> None:
+    tied = save_tiny(tmp_path, tie_word_embeddings=True)
+    with surgery.qlora(tied, lora=tied_lora(), dtype=dtype, report=surgery.Report()) as model:
+        memory: dict[int, int] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == dtype
+                place = parameter.untyped_storage().data_ptr()
+                memory[place] = memory.get(place, 0) + 1
+        assert sorted(memory.values())[-2:] == [2, 2]
+
+
+def test_a_copy_of_what_upstream_keeps_in_float32_is_trained_in_float32(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "glm4_moe", **ROUTED)
+    lora = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["gate"])
+    with surgery.qlora(folder, lora=lora, report=surgery.Report()) as model:
+        gates = {p.dtype for name, p in model.named_parameters() if p.requires_grad and "gate" in name}
+        others = {p.dtype for name, p in model.named_parameters() if p.requires_grad and "gate" not in name}
+    assert (gates, others) == ({torch.float32}, {torch.bfloat16})
+    assert surgery.plan(folder, world_size=2, shard=surgery.FSDP1(), lora=lora)
+    with pytest.raises(ConfigError, match=r"FSDP2 trains parameters of one dtype .*gate.* is float32"):
+        surgery.plan(folder, world_size=2, shard=surgery.FSDP2(), lora=lora)
+
+
+def test_numbers_that_would_make_adapters_infinite(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_alpha=nan: expected a finite number"):
+        surgery.plan(tiny, world_size=1, lora=LoraConfig(target_modules=["q_proj"], lora_alpha=float("nan")))
