@@ -121,8 +121,8 @@ def _record(value: dict[str, Any], at: Location) -> Record:
     present = [shape for shape in SHAPES if shape <= value.keys()]
     if len(present) != 1:
         found = ", ".join(map(repr, value)) or "no keys"
-        problem = "expected the keys of one shape" if present else "expected the keys"
-        raise at.error(f"{problem}, {EXPECTED}; found {found}")
+        problem = "expected the keys of one shape," if present else "expected the keys"
+        raise at.error(f"{problem} {EXPECTED}; found {found}")
     _check_used(value, present[0], at)
     if "text" in value:
         return Text(text=_string(value["text"], "text", at), at=at)
