@@ -8,8 +8,8 @@ is taken away first and comes last. Who is killed on the way is finished, or cle
 
 from __future__ import annotations
 
-import errno
 import filecmp
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery import tokenizer_files
-from surgery.errors import AdapterError, ConfigError
+from surgery.checkpoint.header import read_header
+from surgery.errors import AdapterError, CheckpointError, ConfigError
 from surgery.folder_lock import locked
+from surgery.place import allocate, made, refuse_base, refuse_model, refuse_what_stays
 from surgery.whole import remove_partials, sync, write_safetensors
 
 if TYPE_CHECKING:
@@ -31,6 +33,12 @@ __all__ = ["AdapterFolder", "hold", "make_room"]
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
+#: What may be written, or replaced, beside an adapter; the last by `surgery finetune`.
+_COMPANIONS = (CARD, *tokenizer_files.NAMES, "summary.json")
+
+#: A key of the metadata of `WEIGHTS`: names of the tokenizer's files that were saved with them, as a JSON list.
+_TOKENIZER = "tokenizer_files"
+
 #: Where a new adapter is written, and what that folder is called from the moment that it is whole.
 STAGED, WHOLE = ".surgery-staged", ".surgery-whole"
 
@@ -39,8 +47,6 @@ _ORDER = {WEIGHTS: 0, CONFIG: 2, CARD: 3}
 
 #: Bytes for configuration, card and header; names of tensors are up to a 64th of them.
 _BESIDE = 1 << 16
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _held: dict[Path, AdapterFolder] = {}
 
@@ -52,40 +58,49 @@ def hold(directory: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
     It is made if it is not there, tried by writing to it, and put in order after processes that were killed. Links are
     followed. A folder that was made, and nothing was put in, is removed at the end.
 
-    Raises `ConfigError` if it cannot be written, if another process has it, or if there is an adapter in it and
-    `overwrite` is false.
+    Raises `ConfigError` if it cannot be written, if another process has it, if a whole model is in it, or if there is
+    an adapter, or a file of a name that one has, and `overwrite` is false.
     """
+    if not os.fspath(directory):
+        raise ConfigError("expected a folder for the adapter, found an empty path")
     path = Path(os.path.realpath(directory))
     folder = _held.get(path)
     if folder is not None:
-        folder.check(overwrite=overwrite)
+        # What has come in the way since it was tried is left to `save`, which loses nothing.
+        if not overwrite:
+            folder.check(overwrite=False)
         yield folder
         return
+    refuse_model(path)
     with ExitStack() as stack:
         folder = AdapterFolder(path)
         try:
-            stack.enter_context(_made(path))
+            stack.enter_context(made(path))
             stack.enter_context(locked(path))
             stack.callback(folder.leave)
             folder.settle()
+            folder.check(overwrite=overwrite)
         except OSError as error:
             reason = error.strerror or error
             raise ConfigError(
                 f"the output folder {path} cannot be written: {reason}; choose another output, or mend that"
             ) from error
-        folder.check(overwrite=overwrite)
         _held[path] = folder
         stack.callback(_held.pop, path)
         yield folder
 
 
-def make_room(nbytes: int) -> None:
-    """Reserve what an adapter and its tokenizer of `nbytes` need in every folder that this process holds.
+def make_room(nbytes: int, *, base: Path) -> None:
+    """Reserve what an adapter of `nbytes` and the tokenizer of `base` need in every folder that this process holds.
 
-    Raises `ConfigError` where there is less.
+    Raises `ConfigError` where there is less, or where the folder is `base` itself.
     """
     for folder in _held.values():
-        folder.make_room(nbytes + nbytes // 64 + _BESIDE)
+        refuse_base(folder.path, base)
+        sizes = tokenizer_files.tokenizer_sizes(base)
+        total = nbytes + sum(sizes)
+        # Beside the tokenizer: weights, configuration, card and summary.
+        folder.make_room(total + total // 64 + _BESIDE, files=4 + len(sizes))
 
 
 class AdapterFolder:
@@ -110,26 +125,37 @@ class AdapterFolder:
 
     def check(self, *, overwrite: bool) -> None:
         """Raise `ConfigError` if there is something that may not, or cannot, be replaced by a file."""
-        for name in (CONFIG, WEIGHTS, CARD):
-            file = self.path / name
-            if file.is_dir():
-                raise ConfigError(f"expected {name} in {self.path} to be a file, found a folder; choose another output")
-            if file.exists() and not overwrite and name != CARD:
+        refuse_what_stays(self.path, (CONFIG, WEIGHTS, *_COMPANIONS))
+        if overwrite:
+            return
+        for name in (CONFIG, WEIGHTS):
+            if (self.path / name).exists():
                 raise ConfigError(
                     f"{self.path} already has an adapter ({name}); choose another output, or overwrite it"
                 )
+        foreign = [name for name in _COMPANIONS if os.path.lexists(self.path / name)]
+        if foreign:
+            raise ConfigError(
+                f"{self.path} has no adapter, but files of names that one has ({', '.join(foreign)}); choose another "
+                "output, or overwrite them"
+            )
 
-    def make_room(self, nbytes: int) -> None:
-        """Reserve `nbytes` of the disk until an adapter is written. Raises `ConfigError` where there is less."""
+    def make_room(self, nbytes: int, *, files: int = 1) -> None:
+        """Reserve `nbytes` of the disk, in so many files, until an adapter is written.
+
+        Raises `ConfigError` where there is less.
+        """
         try:
             self._stage()
+            for number in range(1, files):
+                (self._staged / str(number)).touch()
             with (self._staged / "room").open("wb") as file:
-                _allocate(file.fileno(), nbytes)
+                allocate(file.fileno(), nbytes)
         except OSError as error:
             free = shutil.disk_usage(self.path).free
             shutil.rmtree(self._staged, ignore_errors=True)
             raise ConfigError(
-                f"the adapter needs {nbytes:,} bytes in {self.path}, found {free:,} free "
+                f"the adapter needs {nbytes:,} bytes in {self.path}, for {files} files, found {free:,} free "
                 f"({error.strerror or error}); choose another output, or remove something there"
             ) from error
 
@@ -179,7 +205,9 @@ class AdapterFolder:
     def _write(
         self, tensors: Mapping[str, torch.Tensor], config: PeftConfig, card: str, tokenizer: Mapping[str, bytes]
     ) -> None:
-        write_safetensors(self._staged / WEIGHTS, _separate(tensors), {"format": "pt"})
+        names = list(tokenizer) or _saved_tokenizer(self.path / WEIGHTS)
+        metadata = {"format": "pt", _TOKENIZER: json.dumps(sorted(names))}
+        write_safetensors(self._staged / WEIGHTS, _separate(tensors), metadata)
         config.save_pretrained(str(self._staged))
         (self._staged / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer.items():
@@ -198,11 +226,12 @@ class AdapterFolder:
             file.unlink()
 
     def _outdated(self, new: Path) -> list[Path]:
-        """Files in place of a tokenizer that has other files in `new`."""
+        """Files in place that the earlier adapter has saved of its tokenizer, which has other files in `new`."""
         names = {file.name for file in new.iterdir()}
         if names.isdisjoint(tokenizer_files.NAMES):
             return []
-        return [self.path / name for name in tokenizer_files.NAMES if name not in names and (self.path / name).exists()]
+        saved = _saved_tokenizer(self.path / WEIGHTS)
+        return [self.path / name for name in saved if name not in names and (self.path / name).exists()]
 
     def _move_in_place(self) -> None:
         """Move the files of a whole adapter, from wherever that was stopped."""
@@ -216,6 +245,15 @@ class AdapterFolder:
             file.replace(self.path / file.name)
         self._whole.rmdir()
         sync(self.path)
+
+
+def _saved_tokenizer(weights: Path) -> list[str]:
+    """Names of the tokenizer's files that were saved with `weights`; none if that was not by us."""
+    try:
+        names = set(json.loads(read_header(weights).metadata.get(_TOKENIZER, "[]")))
+    except (CheckpointError, ValueError, TypeError):
+        return []
+    return sorted(names.intersection(tokenizer_files.NAMES))
 
 
 def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -243,27 +281,5 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return separate
 
 
-def _allocate(descriptor: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, max(nbytes, 1))
-    except OSError as error:
-        # A file system that cannot reserve is asked what is free instead.
-        if error.errno in _FULL or shutil.disk_usage(descriptor).free < nbytes:
-            raise
-
-
 def _is_same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
-
-
-@contextmanager
-def _made(path: Path) -> Iterator[None]:
-    """A block at the end of which a folder that was made for it goes again, if it is empty."""
-    is_new = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # there is something in it
-                path.rmdir()

@@ -19,6 +19,7 @@ from surgery.distributed.exchange import current_ranks
 from surgery.distributed.failures import everyone, together
 from surgery.fqn import clean, join
 from surgery.model_card import render_card
+from surgery.place import refuse_base
 from surgery.tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def save_adapter(
         training: what the model card says of the training: rows by title of a section.
 
     Raises:
-        ConfigError: the folder cannot be written, or another process has it; before anything is gathered.
+        ConfigError: the folder cannot be written, another process has it, or it is that of a whole model.
         AdapterError: a trainable parameter is missing from what PEFT saves, all of them are zero-sized, a value is not
             finite, or writing fails.
         PeerError: another rank has failed.
@@ -160,6 +161,8 @@ def _write(
 ) -> None:
     config = config_to_save(model, active_adapter(model))
     base = base_folder(config)
+    if base is not None:
+        refuse_base(folder.path, base)
     folder.save(
         state, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
     )

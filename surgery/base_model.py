@@ -49,9 +49,13 @@ def base_folder(config: PeftConfig) -> Path | None:
 def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     """A copy of the configuration of `adapter`, for inference; with `CAUSAL_LM` where no task was given for one.
 
-    Names are in order, so that the same configuration is the same file.
+    Where it names no base model, it gets that of another adapter of `model`, as for one that was added later. Names are
+    in order, so that the same configuration is the same file.
     """
     config = copy.deepcopy(model.peft_config[adapter])
+    named = [each for each in model.peft_config.values() if each.base_model_name_or_path]
+    if named and not config.base_model_name_or_path:
+        config.base_model_name_or_path, config.revision = named[0].base_model_name_or_path, named[0].revision
     config.inference_mode = True
     for name, value in vars(config).items():
         if isinstance(value, set):

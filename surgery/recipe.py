@@ -50,7 +50,6 @@ from surgery.rehearsal import Trained, rehearse
 from surgery.report import Report
 from surgery.slices import Division
 from surgery.targets import find_targets
-from surgery.tokenizer_files import tokenizer_bytes
 from surgery.walk import Site, tied_parameters
 from surgery.weights import plan_weights
 
@@ -284,7 +283,7 @@ class QLoRA:
             precisions=precisions(model, chosen, self.dtype),
         )
         inventory = take_inventory(model, targets, trained, unsharded=unsharded)
-        make_room(inventory.adapter_elements * self.dtype.itemsize + tokenizer_bytes(checkpoint.path))
+        make_room(inventory.adapter_elements * self.dtype.itemsize, base=checkpoint.path)
         self._foresee(inventory)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
         layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))

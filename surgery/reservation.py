@@ -28,12 +28,12 @@ def reserve(
 
     Args:
         directory: for the adapter; links are followed.
-        overwrite: whether an adapter that is there may be replaced.
+        overwrite: whether an adapter that is there, or a file of a name that one has, may be replaced.
         device: on which the process group speaks; None means this rank's accelerator, or the CPU.
 
     Raises:
-        ConfigError: the folder cannot be written, another process has it, or there is an adapter in it that may not be
-            replaced.
+        ConfigError: the folder cannot be written, another process has it, it is that of a whole model, or there is an
+            adapter, or a file of a name that one has, which may not be replaced.
         PeerError: on the other ranks.
     """
     ranks = current_ranks(launched_world_size())

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["NAMES", "read_tokenizer", "tokenizer_bytes"]
+__all__ = ["NAMES", "read_tokenizer", "tokenizer_sizes"]
 
 NAMES = (
     "added_tokens.json",
@@ -47,9 +47,9 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
         return {}
 
 
-def tokenizer_bytes(folder: Path) -> int:
-    """How large the files are together."""
-    return sum(file.stat().st_size for file in _files(folder))
+def tokenizer_sizes(folder: Path) -> list[int]:
+    """Bytes of each of the files."""
+    return [file.stat().st_size for file in _files(folder)]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "fqn", "converted", "numerals", "twin", "whole"),
     ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
-    ("folder_lock", "model_card", "tokenizer_files"),
+    ("folder_lock", "model_card", "place", "tokenizer_files"),
     ("checkpoint",),
     ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
     ("landing", "distributed", "loading", "initials"),

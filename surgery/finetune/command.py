@@ -77,7 +77,10 @@ def finetune(
         typer.Option(help="Folder for the adapter (PEFT format), tokenizer and summary.json.", rich_help_panel=_OUTPUT),
     ] = Path("adapter"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.", rich_help_panel=_OUTPUT)
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an adapter that is there, or files of its names.", rich_help_panel=_OUTPUT
+        ),
     ] = False,
     metrics: Annotated[
         Path | None,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery.adapter_folder import CARD, CONFIG, STAGED, WEIGHTS, WHOLE, hold
+from surgery.adapter_folder import CARD, CONFIG, STAGED, WEIGHTS, WHOLE, hold, make_room
 from surgery.errors import AdapterError, ConfigError
 from surgery.folder_lock import LOCK
 from tests.helpers.apart import mount_alone, mount_tmpfs, remount, run_apart
@@ -401,14 +401,162 @@ def test_adapter_of_a_killed_process_may_not_be_replaced_either(tmp_path: Path) 
     assert read(tmp_path / "here") == NEW
 
 
-def test_file_in_the_way_is_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / WEIGHTS).mkdir()
-    with pytest.raises(ConfigError, match="to be a file, found a folder"), hold(tmp_path):
+@pytest.mark.parametrize("name", [WEIGHTS, CARD, "tokenizer_config.json", "vocab.txt", "summary.json"])
+def test_folder_in_the_way_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=f"expected {name} in .* to be a file, found a folder"), hold(tmp_path):
+        pass
+    assert names(tmp_path) == {name}
+
+
+@pytest.mark.parametrize("name", [CARD, "vocab.txt", "tokenizer.json", "summary.json"])
+def test_file_that_no_adapter_has_left_is_not_replaced_unasked(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("foreign")
+    (tmp_path / "notes.txt").write_text("foreign")
+    with pytest.raises(ConfigError, match=f"has no adapter, but .*{name}"), hold(tmp_path, overwrite=False):
+        pass
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "foreign", "notes.txt": "foreign"}
+
+
+def test_only_what_an_adapter_has_saved_is_removed(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    (tmp_path / "dict.txt").write_text("foreign")
+    save(tmp_path, OLD, vocabulary="vocab.json")
+    (tmp_path / "vocab.txt").write_text("foreign")
+    with hold(tmp_path) as folder:  # another adapter, the same tokenizer
+        folder.save({"a": torch.zeros(1)}, LoraConfig(), card="", tokenizer={})
+    assert "vocab.json" in names(tmp_path)
+    save(tmp_path, NEW)
+    assert names(tmp_path) == FILES | {"dict.txt", "vocab.txt"}
+    assert {(tmp_path / name).read_text() for name in ("dict.txt", "vocab.txt")} == {"foreign"}
+
+
+def test_nothing_is_removed_beside_weights_of_others(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / "vocab.txt").write_text("foreign")
+    save(tmp_path, NEW)
+    assert names(tmp_path) == FILES | {"vocab.txt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", ""),
+        ("model-00001-of-00002.safetensors", ""),
+        ("model.safetensors.index.json", "{}"),
+        ("pytorch_model.bin", ""),
+        ("config.json", '{"model_type": "llama"}'),
+    ],
+)
+def test_folder_of_a_model_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text(content)
+    (tmp_path / "link").symlink_to("model")
+    for path in (tmp_path / "model", tmp_path / "link", tmp_path / "model" / ".." / "model"):
+        with pytest.raises(ConfigError, match="found that of a model"), hold(path):
+            pass
+    assert names(tmp_path / "model") == {name}
+    save(tmp_path / "model" / "adapter", NEW)
+    assert read(tmp_path / "model" / "adapter") == NEW
+
+
+def test_folder_of_the_base_is_refused_whatever_its_weights_are_called(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "weights.safetensors").touch()
+    (tmp_path / "link").symlink_to("base")
+    with hold(tmp_path / "base"), pytest.raises(ConfigError, match="the base model's own folder"):
+        make_room(1, base=tmp_path / "link")
+    with hold(tmp_path / "base" / "adapter"):
+        make_room(1, base=tmp_path / "link")
+    assert names(tmp_path / "base") == {"weights.safetensors"}
+
+
+def test_config_that_is_no_model_s_is_let_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"lr": 1}')
+    save(tmp_path, NEW)
+    assert names(tmp_path) == FILES | {"config.json"}
+
+
+def test_empty_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="found an empty path"), hold(""):
         pass
 
 
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "hard link", "file"])
+def test_lock_of_somebody_else_is_not_written_to(tmp_path: Path, kind: str) -> None:
+    folder, theirs = tmp_path / "adapter", tmp_path / "theirs"
+    folder.mkdir()
+    lock = folder / LOCK
+    if kind != "dangling":
+        theirs.write_text("process of theirs" if kind == "hard link" else "theirs")
+    if kind == "hard link":
+        lock.hardlink_to(theirs)
+    elif kind == "file":
+        theirs.rename(lock)
+    else:
+        lock.symlink_to(theirs)
+    before = {file: file.read_text() for file in (lock, theirs) if file.exists()}
+    with pytest.raises(ConfigError, match="to be the lock of an earlier job"), hold(folder):
+        pass
+    assert {file: file.read_text() for file in (lock, theirs) if file.exists()} == before
+    assert os.path.lexists(lock)
+
+
+def test_what_cannot_be_replaced_is_refused_at_once(tmp_path: Path) -> None:
+    for message in run_apart(hold_over_mounts, tmp_path):
+        assert "cannot be replaced: it is a mount point; choose another output" in message
+
+
+def hold_over_mounts(folder: Path) -> list[str]:
+    import subprocess
+
+    mount_alone()
+    save(folder, OLD)
+    (folder / "summary.json").touch()
+    messages = []
+    for name in (WEIGHTS, "tokenizer.json", "summary.json"):
+        subprocess.run(["mount", "--bind", folder / name, folder / name], check=True)
+        messages.append(refusal(lambda: save(folder, NEW)))
+        subprocess.run(["umount", folder / name], check=True)
+    assert read(folder) == OLD
+    return messages
+
+
+def test_file_that_only_forbids_writing_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path, OLD)
+    for file in tmp_path.iterdir():
+        file.chmod(0o444)
+    save(tmp_path, NEW)
+    assert read(tmp_path) == NEW
+
+
+def test_disk_without_names_for_files(tmp_path: Path) -> None:
+    message, left = run_apart(room_without_inodes, tmp_path)
+    assert message.startswith("ConfigError: the adapter needs")
+    assert "for 6 files" in message
+    assert left == {LOCK}
+
+
+def room_without_inodes(folder: Path) -> tuple[str, set[str]]:
+    base, point = folder / "base", folder / "point"
+    base.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).touch()
+    mount_alone()
+    mount_tmpfs(point, "nr_inodes=8")  # itself, the lock, what is staged and its folder; one is missing
+    with hold(point):
+        make_room(1, base=base)
+    mount_tmpfs(point, "nr_inodes=7")
+    with hold(point):
+        return refusal(lambda: make_room(1, base=base)), names(point)
+
+
 def test_file_that_cannot_be_replaced_costs_no_training(tmp_path: Path) -> None:
-    """It is a mount of its own: what was trained is whole beside it, and is moved once that is gone."""
+    """It has become a mount of its own: what was trained is whole beside it, and is moved once that is gone."""
     message, value, left = run_apart(save_over_mounted_file, tmp_path)
     assert message.startswith(f"AdapterError: the adapter is whole in {tmp_path / WHOLE}, but")
     assert (value, left) == (NEW, FILES)
@@ -419,8 +567,9 @@ def save_over_mounted_file(folder: Path) -> tuple[str, int | None, set[str]]:
 
     mount_alone()
     save(folder, OLD)
-    subprocess.run(["mount", "--bind", folder / WEIGHTS, folder / WEIGHTS], check=True)
-    message = refusal(lambda: save(folder, NEW))
+    with hold(folder):
+        subprocess.run(["mount", "--bind", folder / WEIGHTS, folder / WEIGHTS], check=True)
+        message = refusal(lambda: save(folder, NEW))
     assert read(folder / WHOLE) in (NEW, None)
     subprocess.run(["umount", folder / WEIGHTS], check=True)
     with hold(folder):

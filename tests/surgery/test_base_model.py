@@ -101,6 +101,19 @@ def test_task_of_another_model_is_left_open() -> None:
     assert "pipeline_tag" not in render_card(config, {})
 
 
+def test_adapter_that_was_added_later_has_the_same_base() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Plain(), LoraConfig(target_modules=["first"]))
+    model.peft_config["default"].base_model_name_or_path = "team/tiny"
+    model.peft_config["default"].revision = COMMIT
+    model.add_adapter("second", LoraConfig(target_modules=["first"]))
+    model.add_adapter("third", LoraConfig(target_modules=["first"], base_model_name_or_path="team/other"))
+    saved = [config_to_save(model, name) for name in ("default", "second", "third")]
+    found = [(config.base_model_name_or_path, config.revision) for config in saved]
+    assert found == [("team/tiny", COMMIT), ("team/tiny", COMMIT), ("team/other", None)]
+
+
 @pytest.mark.parametrize("name", ["/nowhere", "not an id!", "a/b/c", "../x", "team/never-downloaded", "", None])
 def test_base_that_is_not_on_this_machine(name: str | None) -> None:
     from peft import LoraConfig
