@@ -158,6 +158,8 @@ def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> A
         patterns=tuple(group.patterns),
     )
     entries = [index[name] for name in group.sources]
+    for entry in entries:
+        _check_known(group.name, entry)
     try:
         dry = assignment.convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
     except Exception as error:  # whatever operation fails, on tensors that do not belong together
@@ -171,6 +173,16 @@ def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> A
     for name, tensor in dry.items():
         _check_fits(model, name, tensor, entries)
     return replace(assignment, targets=tuple(dry), dtypes=tuple(tensor.dtype for tensor in dry.values()))
+
+
+def _check_known(name: str, entry: TensorEntry) -> None:
+    if entry.unknown is not None:
+        raise WeightsMismatchError(
+            f"{name} is to be filled by {entry.name} in {entry.file.name}, whose dtype {entry.unknown!r:.80} is not "
+            f"supported: convert the tensor to F64, F32, F16 or BF16",
+            path=entry.file,
+            tensor=entry.name,
+        )
 
 
 def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:

@@ -55,6 +55,10 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "BF16": torch.bfloat16,
         "F8_E4M3": torch.float8_e4m3fn,
         "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "C64": torch.complex64,
         "I64": torch.int64,
         "I32": torch.int32,
         "I16": torch.int16,
@@ -70,7 +74,11 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: the bytes `start` to `end` (exclusive) of `file`."""
+    """Where one tensor lies: the bytes `start` to `end` (exclusive) of `file`.
+
+    unknown: the name of a dtype that torch does not have. Such a tensor is its bytes, uint8 of shape `(nbytes,)`, and
+    fills no parameter.
+    """
 
     name: str
     file: Path
@@ -78,6 +86,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+    unknown: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +142,7 @@ def parse_header(raw: bytes, *, file: Path, file_size: int) -> Header:
         raise _corrupt(file, f"its header is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise _corrupt(file, f"its header should be a JSON object, found {type(fields).__name__}")
-    metadata = _metadata(fields.pop("__metadata__", {}), file=file)
+    metadata = _metadata(fields.pop("__metadata__", None), file=file)
     entries = [_entry(name, spec, file=file, data_start=data_start) for name, spec in fields.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
     _check_ranges(entries, file=file, data_start=data_start, file_size=file_size)
@@ -180,6 +189,8 @@ def _header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
 
 
 def _metadata(found: Any, *, file: Path) -> dict[str, str]:
+    if found is None:
+        return {}
     if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
         return found
     raise _corrupt(file, "its __metadata__ should map strings to strings")
@@ -188,23 +199,20 @@ def _metadata(found: Any, *, file: Path) -> dict[str, str]:
 def _entry(name: str, spec: Any, *, file: Path, data_start: int) -> TensorEntry:
     if not isinstance(spec, dict):
         raise _corrupt(file, f"its header should describe a tensor with an object, found {spec!r:.80}", name)
-    dtype = DTYPES.get(spec["dtype"]) if isinstance(spec.get("dtype"), str) else None
-    if dtype is None:
-        raise CheckpointError(
-            f"Tensor {name!r} in {file} has the dtype {spec.get('dtype')!r:.80}, which is not supported. "
-            f"Expected one of {', '.join(DTYPES)}: convert the tensor to one of them.",
-            path=file,
-            tensor=name,
-        )
-    shape, offsets = spec.get("shape"), spec.get("data_offsets")
+    stored, shape, offsets = spec.get("dtype"), spec.get("shape"), spec.get("data_offsets")
+    if not isinstance(stored, str):
+        raise _corrupt(file, f"its dtype should be a name, found {stored!r:.80}", name)
     if not _are_sizes(shape):
         raise _corrupt(file, f"its shape should be a list of sizes, found {shape!r:.80}", name)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _corrupt(file, f"its data_offsets should be [begin, end], found {offsets!r:.80}", name)
     begin, end = offsets
+    dtype = DTYPES.get(stored)
+    if dtype is None:
+        dtype, shape = torch.uint8, [end - begin]
     needed = _elements(shape) * dtype.itemsize
     if end - begin != needed:
-        wanted = f"{spec['dtype']} of shape {shape!s:.80} needs {needed if needed < _TOO_LARGE else '2**63 or more'}"
+        wanted = f"{stored} of shape {shape!s:.80} needs {needed if needed < _TOO_LARGE else '2**63 or more'}"
         problem = f"its data_offsets cover {end - begin} bytes, {wanted}"
         raise _corrupt(file, problem, name)
     return TensorEntry(
@@ -214,6 +222,7 @@ def _entry(name: str, spec: Any, *, file: Path, data_start: int) -> TensorEntry:
         shape=tuple(shape),
         start=data_start + begin,
         end=data_start + end,
+        unknown=None if stored in DTYPES else stored,
     )
 
 

@@ -31,6 +31,9 @@ WIDTH = 120
 #: What is of one process alone: where an object is that has no text of its own, and the number of a device.
 OF_ONE_PROCESS = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")
 
+#: A whole number as a float is written, which equals the integer.
+WHOLE = re.compile(r"(-?\d+)\.0")
+
 
 def facts_of(value: object, name: str = "", *, without: AbstractSet[str] = frozenset()) -> dict[str, str]:
     """`value`, a tree of dataclasses, mappings and sequences, as facts by dotted names; `without` some, wherever."""
@@ -57,6 +60,8 @@ def _facts(value: object, name: str, without: AbstractSet[str]) -> Iterator[tupl
 
 def _text(value: object) -> str:
     value = value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, float) and value.is_integer():
+        return f"{value + 0:.1f}"  # all digits, and no sign of zero
     return OF_ONE_PROCESS.sub("", value if isinstance(value, str) else repr(value))
 
 
@@ -70,7 +75,7 @@ def same_on_every_rank(
     name: of this comparison, one of its own among those of `ranks`. device: what the process group speaks; None inside
     of `everyone`, where ranks meet at gates.
     """
-    digests = {topic: _digest(json.dumps(sorted(facts.items())).encode()) for topic, facts in topics.items()}
+    digests = {topic: _digest(json.dumps(sorted(_compared(facts).items())).encode()) for topic, facts in topics.items()}
     if all_alike(ranks, name, json.dumps(digests), device=device):
         return
     key = f"{ranks.alarm}/{name}"
@@ -103,6 +108,11 @@ def all_alike(ranks: Ranks, name: str, value: str, *, device: torch.device | Non
         return ranks.count(key, 0) == ranks.world_size
 
 
+def _compared(facts: Facts) -> dict[str, str]:
+    """`facts` with equal numbers written alike."""
+    return {name: WHOLE.sub(r"\1", value) if WHOLE.fullmatch(value) else value for name, value in facts.items()}
+
+
 def _meet(ranks: Ranks, name: str, device: torch.device | None) -> None:
     if device is not None:
         with everyone(ranks, device=device):
@@ -127,8 +137,9 @@ def _refusal(differing: Mapping[str, Sequence[Facts]]) -> str:
         f"the ranks differ in {' and '.join(differing)}, and would train a mixture without a word; give all the same"
     ]
     for topic, by_rank in differing.items():
+        compared = [_compared(facts) for facts in by_rank]
         names = list(dict.fromkeys(name for facts in by_rank for name in facts))
-        names = [name for name in names if len({facts.get(name) for facts in by_rank}) > 1]
+        names = [name for name in names if len({facts.get(name) for facts in compared}) > 1]
         lines += [f"  {topic}: {name} is {_values([facts.get(name) for facts in by_rank])}" for name in names[:SHOWN]]
         if len(names) > SHOWN:
             lines.append(f"  {topic}: so do {len(names) - SHOWN} more")

@@ -57,7 +57,7 @@ def meet(ranks: Ranks, device: torch.device, *, failed: bool = False) -> bool:
     """
     if ranks.world_size == 1:
         return failed
-    failures = torch.tensor([float(failed)], device=device)
+    failures = torch.tensor([failed], dtype=torch.float32, device=device)
     try:
         dist.all_reduce(failures)
         return failures.item() > 0

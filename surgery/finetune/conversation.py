@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from surgery.errors import DataError
 from surgery.finetune.records import Conversation
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["Span", "encode_marked", "has_generation_markers", "render_conversation"]
 
 Span: TypeAlias = tuple[int, int]
+
+#: Characters from which on a message is looked for in the rendered text; a shorter one could be there by chance.
+TELLING = 24
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -32,9 +36,9 @@ def has_generation_markers(record: Conversation, tokenizer: PreTrainedTokenizerB
 def encode_marked(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and 1 for each token inside a `{% generation %}` block.
 
-    Raises `DataError` if the template refuses the messages, or does not show the tools.
+    Raises `DataError` if the template refuses the messages, or does not show one, or the tools.
     """
-    _check_tools_are_shown(record, tokenizer)
+    _check_all_is_shown(record, tokenizer, _render(record, tokenizer, len(record.messages)))
     with _template_errors(record):
         encoding = tokenizer.apply_chat_template(
             _dicts(record, len(record.messages)),
@@ -52,25 +56,49 @@ def render_conversation(record: Conversation, tokenizer: PreTrainedTokenizerBase
 
     What the template writes before an answer (the generation prompt) is left out of its range where the
     template renders answers after it unchanged; otherwise the turn's header is part of the range. Raises
-    `DataError` if the template refuses the messages, does not show the tools, or renders a turn differently once
-    later turns follow.
+    `DataError` if the template refuses the messages, does not show one, or the tools, or renders a turn differently
+    once later turns follow.
     """
-    _check_tools_are_shown(record, tokenizer)
     text = _render(record, tokenizer, len(record.messages))
+    _check_all_is_shown(record, tokenizer, text)
     turns = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
     return text, tuple(_span(record, tokenizer, turn, text) for turn in turns)
 
 
-def _check_tools_are_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Many templates know nothing of tools, and would leave them out without a word."""
-    if not record.tools:
-        return
-    count = len(record.messages)
-    if _render(record, tokenizer, count) == _render(replace(record, tools=()), tokenizer, count):
+def _check_all_is_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Many templates know nothing of tools, or of some roles, and would leave them out without a word.
+
+    text: the whole `record` as rendered.
+    """
+    for index, message in enumerate(record.messages):
+        if not _is_shown(record, tokenizer, index, text):
+            raise record.at.error(
+                f"the chat template of the checkpoint does not show messages[{index}], of the role {message.role!r}, "
+                "to the model, or not to its end; remove that message, or give the checkpoint a chat_template.jinja "
+                "that renders it"
+            )
+    if record.tools and text == _render(replace(record, tools=()), tokenizer, len(record.messages)):
         raise record.at.error(
             'the chat template of the checkpoint does not show tools to the model; remove "tools", or give the '
             "checkpoint a chat_template.jinja that renders them"
         )
+
+
+def _is_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase, index: int, text: str) -> bool:
+    """Whether the content of a message decides what `text` is: by finding it there, or else by adding a word to it.
+
+    A template that parses the content, or takes parts of it out, still shows the word, or refuses it.
+    """
+    message = record.messages[index]
+    content = message.content.strip()
+    if len(content) >= TELLING and text.count(content) >= sum(m.content.count(content) for m in record.messages):
+        return True
+    longer = replace(message, content=f"{message.content} seen")
+    changed = replace(record, messages=(*record.messages[:index], longer, *record.messages[index + 1 :]))
+    try:
+        return _render(changed, tokenizer, len(record.messages)) != text
+    except DataError:
+        return True
 
 
 def _span(record: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> Span:

@@ -96,8 +96,12 @@ class TrainingOptions:
         for name in ("warmup_steps", "weight_decay"):
             _at_least(name, getattr(self, name), 0)
         _at_least("seed", self.seed, 0, most=2**63)
+        if not self.lr > 0:
+            raise ConfigError(f"expected a learning rate above 0, found {self.lr}")
+        _at_least("the learning rate", self.lr, 0)
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}")
+        _at_least("clip (leave it out for no clipping)", self.clip, 0)
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ConfigError(
                 "activation offload needs activation checkpointing (reentrant or non-reentrant): without it the "

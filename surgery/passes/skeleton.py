@@ -90,7 +90,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             path=checkpoint.path,
         )
     _refuse_other_weights(checkpoint)
-    with _blaming_the_config(checkpoint):
+    with _blaming(checkpoint, "config.json"):
         config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
@@ -106,8 +106,14 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         from transformers.initialization import no_init_weights
 
         # Some constructors draw initial values themselves.
-        with _blaming_the_config(checkpoint), no_init_weights(), torch.random.fork_rng(devices=[]), bounded(checkpoint):
+        with (
+            _blaming(checkpoint, "config.json"),
+            no_init_weights(),
+            torch.random.fork_rng(devices=[]),
+            bounded(checkpoint),
+        ):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        with _blaming(checkpoint, "generation_config.json"):
             load_generation_config(model, _folder(checkpoint))
         trained: nn.Module = model.train()
         return trained
@@ -127,14 +133,14 @@ def _own_config(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _blaming_the_config(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turns whatever a config class or a model's constructor raises, each its own kind, into a `ConfigError`."""
+def _blaming(checkpoint: Checkpoint, file: str) -> Iterator[None]:
+    """Turns whatever a class of transformers makes of `file`, each an error of its own, into a `ConfigError`."""
     try:
         yield
     except SurgeryError:
         raise
     except Exception as error:
-        raise ConfigError(f"{checkpoint.path}: transformers cannot use this config.json: {error}") from error
+        raise ConfigError(f"{checkpoint.path}: transformers cannot use this {file}: {error}") from error
 
 
 def _refuse_other_weights(checkpoint: Checkpoint) -> None:

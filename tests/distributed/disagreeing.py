@@ -114,6 +114,8 @@ SAYS: dict[str, tuple[str, ...]] = {
 
 #: What ranks may be told differently, since it comes to the same.
 SAME: dict[str, tuple[Callable[[], Told], Callable[[], Told]]] = {
+    "equal numbers": (lambda: _lora(lora_alpha=8), lambda: _lora(lora_alpha=8.0)),
+    "default dtype": (dict, lambda: {"default_dtype": torch.float64}),
     "another copy, in other files": (dict, lambda: {"folder": "one-file"}),
     "targets in another order": (
         lambda: _lora(target_modules=["q_proj", "v_proj"]),
@@ -171,6 +173,9 @@ def _load(folder: Path, told: Told) -> str:
     options = {**_lora(), "shard": FSDP2(), **told}
     name = options.pop("folder", "first")
     with contextlib.ExitStack() as stack:
+        if "default_dtype" in options:
+            torch.set_default_dtype(options.pop("default_dtype"))
+            stack.callback(torch.set_default_dtype, torch.float32)
         if "version" in options:
             _pretend(stack.enter_context(pytest.MonkeyPatch.context()), options.pop("version"))
         source = "owner/name" if name is None else folder / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 import patches
 import surgery
 from surgery.checkpoint import Checkpoint
-from surgery.errors import PassError, WeightsMismatchError
+from surgery.errors import ConfigError, PassError, WeightsMismatchError
 from surgery.passes.skeleton import Skeleton, causal_lm
 from surgery.weights import Assignment, plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
@@ -132,6 +133,48 @@ def test_duplicate_of_another_shape_is_refused_unread(tmp_path: Path, reads: lis
     with pytest.raises(WeightsMismatchError, match=r"lm_head\.weight with shape \(96, 32\)"):
         surgery.qlora(folder, report=surgery.Report())
     assert reads == []
+
+
+def relabelled(folder: Path, name: str, dtype: str, tensor: torch.Tensor) -> None:
+    """Add `tensor` to a checkpoint of one file, with `dtype` in its header."""
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensor}))
+    file = next(file for file in folder.glob("*.safetensors") if name.encode() in file.read_bytes())
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    fields = json.loads(raw[8 : 8 + length])
+    fields[name]["dtype"] = dtype
+    header = json.dumps(fields).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tensor"),
+    [
+        ("F4", torch.zeros(2, 4, dtype=torch.uint8)),
+        ("C64", torch.zeros(2, dtype=torch.complex64)),
+        ("F8_E8M0", torch.ones(2, dtype=torch.float8_e8m0fnu)),
+        ("F8_E4M3FNUZ", torch.ones(2, dtype=torch.float8_e4m3fnuz)),
+    ],
+)
+def test_a_dtype_that_cannot_be_loaded_matters_only_to_a_parameter(
+    tmp_path: Path, dtype: str, tensor: torch.Tensor
+) -> None:
+    more, norm = save_tiny(tmp_path / "more"), save_tiny(tmp_path / "norm")
+    relabelled(more, "model.more.weight", dtype, tensor)
+    assert len(plan(more)) == 21
+    relabelled(norm, "model.norm.weight", dtype, tensor)
+    with pytest.raises(WeightsMismatchError, match=r"model\.norm\.weight"):
+        plan(norm)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '"text"', '{"watermarking_config": 3}', '{"max_new_tokens": -1}', '{"cache_implementation": "x"}']
+)
+def test_the_file_that_transformers_cannot_use_is_named(tmp_path: Path, content: str) -> None:
+    folder = save_tiny(tmp_path)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot use this generation_config\.json"):
+        plan(folder)
 
 
 @pytest.mark.parametrize("number", ["1" * 5000, "²"])

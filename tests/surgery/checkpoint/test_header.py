@@ -64,6 +64,22 @@ def test_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "of another time"])
+def test_a_tensor_of_an_unknown_dtype_is_its_bytes(tmp_path: Path, dtype: str) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(assemble({"a": tensor(), "b": tensor(4, 7, dtype=dtype, shape=[2, 3])}, bytes(7)))
+    known, unknown = read_header(file).entries
+    assert (known.unknown, unknown.unknown) == (None, dtype)
+    assert (unknown.dtype, unknown.shape, unknown.start, unknown.end) == (torch.uint8, (3,), known.end, known.end + 3)
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(assemble({"__metadata__": None, "a": tensor()}, bytes(4)))
+    header = read_header(file)
+    assert (dict(header.metadata), [entry.name for entry in header.entries]) == ({}, ["a"])
+
+
 @pytest.mark.parametrize(
     ("content", "problem", "name"),
     [
@@ -85,8 +101,10 @@ def test_metadata_scalars_and_empty_tensors(tmp_path: Path) -> None:
         pytest.param(assemble(b'{"a": {}, "a": {}}'), "'a' appears twice", None, id="repeated tensor"),
         pytest.param(assemble({"__metadata__": {"a": 1}}), "__metadata__", None, id="metadata of numbers"),
         pytest.param(assemble({"a": 3}), "describe a tensor with an object", "a", id="no object"),
-        pytest.param(assemble({"a": tensor(dtype="F4")}, bytes(4)), "dtype 'F4'", "a", id="dtype"),
-        pytest.param(assemble({"a": tensor(dtype=["F32"])}, bytes(4)), "not supported", "a", id="dtype list"),
+        pytest.param(assemble({"a": tensor(dtype=["F32"])}, bytes(4)), "dtype should be a name", "a", id="dtype list"),
+        pytest.param(assemble({"a": tensor(dtype=None)}, bytes(4)), "dtype should be a name", "a", id="no dtype"),
+        pytest.param(assemble({"a": tensor(6, 2, dtype="F4")}, bytes(6)), "data_offsets", "a", id="reversed F4"),
+        pytest.param(assemble({"a": tensor(dtype="F4")}, bytes(3)), "truncated", "a", id="F4 beyond the end"),
         pytest.param(assemble({"a": tensor(shape=[-1])}, bytes(4)), "shape", "a", id="negative size"),
         pytest.param(assemble({"a": tensor(shape=[True])}, bytes(4)), "shape", "a", id="boolean size"),
         pytest.param(assemble({"a": tensor(shape=None)}, bytes(4)), "shape", "a", id="no shape"),

@@ -133,6 +133,58 @@ def test_a_template_that_leaves_tools_out_is_refused(template: str) -> None:
         encode(WITH_TOOLS, tiny_tokenizer(chat_template=template))
 
 
+#: Templates that leave out messages, and the one of `CHAT` that is named.
+LEFT_OUT = {
+    "a role": ("{% for m in messages if m.role != 'system' %}BODY{% endfor %}", 0),
+    "all but the last two": ("{% for m in messages[-2:] %}BODY{% endfor %}", 0),
+    "all but the first three": ("{% for m in messages[:3] %}BODY{% endfor %}", 3),
+    "earlier answers": ("{% for m in messages if m.role != 'assistant' or m == messages[-1] %}BODY{% endfor %}", 2),
+    "by content": ("{% for m in messages if not m.content.startswith('by') %}BODY{% endfor %}", 3),
+    "all but the header": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{% else %}BODY{% endif %}{% endfor %}",
+        1,
+    ),
+}
+BODY = "<|{{ m.role }}|>{{ m.content }}{{ eos_token }}"
+MARKED_BODY = (
+    "<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("body", [BODY, MARKED_BODY], ids=["prefixes", "generation markers"])
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_template_that_leaves_a_message_out_is_refused(case: str, length: int, body: str) -> None:
+    template, index = LEFT_OUT[case]
+    chat = conversation(*((m.role, " ".join([m.content] * length)) for m in CHAT.messages))
+    role = CHAT.messages[index].role
+    with pytest.raises(DataError, match=rf"data\.jsonl:7: .* does not show messages\[{index}\], of the role '{role}'"):
+        encode(chat, tiny_tokenizer(chat_template=template.replace("BODY", body)))
+
+
+#: Templates that change what they show, or look at it, and leave out no message.
+SHOWN_OTHERWISE = {
+    "trimmed": "{{ m.content | trim }}",
+    "upper case": "{{ m.content | upper }}",
+    "without what was thought": "{{ m.content.split('</think>') | last }}",
+    "as JSON": "{{ m.content | tojson }}",
+    "one content alone": (
+        "{% if m.role == 'tool' and m.content != '22 degrees' %}{{ raise_exception('no number') }}{% endif %}"
+        "{{ 'warm' if m.role == 'tool' else m.content }}"
+    ),
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN_OTHERWISE.values(), ids=SHOWN_OTHERWISE)
+def test_a_template_that_shows_messages_in_another_form_is_not_refused(shown: str) -> None:
+    template = "{% for m in messages %}<|{{ m.role }}|>" + shown + "{{ eos_token }}{% endfor %}"
+    chat = conversation(
+        ("system", " "), ("user", ""), ("assistant", "<think>x</think>"), ("tool", "22 degrees"), ("assistant", "warm")
+    )
+    assert encode(chat, tiny_tokenizer(chat_template=template)).targets
+
+
 def test_generation_prompt_that_answers_do_not_keep_leaves_the_header_in() -> None:
     template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}")
     tokenizer = tiny_tokenizer(chat_template=template)
