@@ -156,7 +156,7 @@ class AdapterFolder:
             shutil.rmtree(self._staged, ignore_errors=True)
             raise ConfigError(
                 f"the adapter needs {nbytes:,} bytes in {self.path}, for {files} files, found {free:,} free "
-                f"({error.strerror or error}); choose another output, or remove something there"
+                f"({error.strerror or error}, of bytes or of files); choose another output, or remove something there"
             ) from error
 
     def save(

@@ -547,10 +547,10 @@ def room_without_inodes(folder: Path) -> tuple[str, set[str]]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).touch()
     mount_alone()
-    mount_tmpfs(point, "nr_inodes=8")  # itself, the lock, what is staged and its folder; one is missing
+    mount_tmpfs(point, "nr_inodes=9")  # itself, the lock, the folder to write to, and six files in it
     with hold(point):
         make_room(1, base=base)
-    mount_tmpfs(point, "nr_inodes=7")
+    mount_tmpfs(point, "nr_inodes=8")
     with hold(point):
         return refusal(lambda: make_room(1, base=base)), names(point)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -149,3 +150,21 @@ def test_adapter_with_nan_is_not_saved(tiny: Path, data: Path, tmp_path: Path) -
     assert code == 2
     assert re.search(r"found NaN or infinity in \d+ of 28 tensors .*lora_\w\.weight: [\d,]+ of", message)
     assert contents(tmp_path / "adapter") == before
+
+
+def test_outputs_that_are_refused_before_anything_is_read(tiny: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint)
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = contents(checkpoint)
+    for output in (checkpoint, tmp_path / "link"):
+        code, message, read = finetune(checkpoint, data, output, "--overwrite")
+        assert (code, read) == (2, 0)
+        assert "expected a folder for an adapter, found that of a model" in message
+    assert contents(checkpoint) == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "README.md").write_text("foreign")
+    code, message, read = finetune(tiny, data, tmp_path / "foreign")
+    assert (code, read) == (2, 0)
+    assert "has no adapter, but files of names that one has (README.md)" in message
+    assert (tmp_path / "foreign" / "README.md").read_text() == "foreign"
