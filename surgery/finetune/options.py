@@ -98,7 +98,7 @@ class TrainingOptions:
         _at_least("seed", self.seed, 0, most=2**63)
         if not self.lr > 0:
             raise ConfigError(f"expected a learning rate above 0, found {self.lr}")
-        _at_least("the learning rate", self.lr, 0)
+        _at_least("the learning rate", self.lr, 0, most=1e30)  # AdamW divides it by less than 1, in float32
         if self.clip is not None and not self.clip > 0:
             raise ConfigError(f"expected clip to be above 0 (leave it out for no clipping), found {self.clip}")
         _at_least("clip (leave it out for no clipping)", self.clip, 0)

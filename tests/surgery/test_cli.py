@@ -110,7 +110,7 @@ def test_checkpoint_that_is_missing(data: Path, tmp_path: Path) -> None:
         (["--seed", "1" * 30], "seed to be 9.22337e+18 or less"),
         (["--lora-alpha", "1" * 1000], "lora_alpha to be 1e+15 or less"),
         (["--max-length", "1" * 600], "the maximum length to be 1e+15 or less"),
-        (["--lr", "1" * 5000, "--max-steps", "1"], "learning rate above 0"),
+        (["--lr", "1" * 5000, "--max-steps", "1"], "learning rate to be 1e+30 or less"),
         (["--weight-decay", "inf"], "weight_decay to be 1e+15 or less"),
         (["--lora-r", "0"], "LoRA rank to be 1 or more"),
         (["--lr", "-1", "--max-steps", "1"], "learning rate above 0"),
