@@ -32,7 +32,7 @@ def name_base(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def base_folder(config: PeftConfig) -> Path | None:
-    """Where the base model is on this machine, hub cache included; None if it is not. Nothing is downloaded."""
+    """The folder of the base model on this machine, hub cache included; None if it has none. Nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
