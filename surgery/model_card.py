@@ -44,7 +44,7 @@ def render_card(config: PeftConfig, sections: Mapping[str, Section]) -> str:
 
 
 def _targets(config: PeftConfig) -> object:
-    """As given, or the names without what comes before them: PEFT may list each module of each layer."""
+    """The targets as given, or their last names only: PEFT may list each module of each layer."""
     targets = getattr(config, "target_modules", None)
     return targets if isinstance(targets, str) or not targets else sorted({each.rpartition(".")[2] for each in targets})
 

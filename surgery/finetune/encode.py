@@ -135,7 +135,7 @@ def _tokenize(
 
 
 def _begun_again(ids: Sequence[int], offsets: Sequence[Span]) -> slice:
-    """Where a text itself begins with the tokens that the tokenizer has put before it, such as `<s>`."""
+    """The tokens of a text that repeat those which the tokenizer has put before it, such as `<s>`."""
     added = next((place for place, (start, stop) in enumerate(offsets) if start != stop), len(ids))
     for count in range(added, 0, -1):
         if ids[added - count : added] == ids[added : added + count]:
