@@ -9,12 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.adapters import adapter_state, save_adapter
+    from surgery.adapters.reservation import reserve
+    from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest
     from surgery.attestation.forward import attesting
     from surgery.checkpoint import Checkpoint
+    from surgery.comm.ranks import PeerError
     from surgery.config import FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
-    from surgery.distributed.exchange import PeerError
     from surgery.errors import (
         AdapterError,
         AttestationError,
@@ -28,13 +29,12 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
-    from surgery.lifetime import release
-    from surgery.passes.checkpointing import checkpoint_activations
+    from surgery.model.checkpointing import checkpoint_activations
+    from surgery.passes.lifetime import release
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.setting import Training
     from surgery.recipe import qlora
-    from surgery.report import Report
-    from surgery.reservation import reserve
+    from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
 __all__ = [
@@ -73,20 +73,20 @@ __all__ = [
 ]
 
 _MODULES = {
-    "surgery.adapters": ("adapter_state", "save_adapter"),
+    "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest",),
     "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
     "surgery.config": ("FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
-    "surgery.distributed.exchange": ("PeerError",),
+    "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": tuple(name for name in __all__ if name.endswith("Error") and name != "PeerError"),
-    "surgery.lifetime": ("release",),
-    "surgery.passes.checkpointing": ("checkpoint_activations",),
+    "surgery.passes.lifetime": ("release",),
+    "surgery.model.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.setting": ("Training",),
     "surgery.recipe": ("qlora",),
-    "surgery.report": ("Report",),
-    "surgery.reservation": ("reserve",),
+    "surgery.telemetry.report": ("Report",),
+    "surgery.adapters.reservation": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

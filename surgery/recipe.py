@@ -12,46 +12,45 @@ import torch
 from torch import nn
 
 import patches
-from surgery import guards
-from surgery.adapter_folder import make_room
-from surgery.adapter_options import check_adapter
-from surgery.agreed import adapter_facts, environment, same_model, source_facts
-from surgery.base_model import name_base
+from surgery.adapters.base_model import name_base
+from surgery.adapters.deferred import DeferredValues
+from surgery.adapters.folder import make_room
+from surgery.adapters.options import check_adapter
+from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
+from surgery.comm.background import Staging, return_freed_memory, undisturbed
+from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
+from surgery.comm.failures import collective, everyone
+from surgery.comm.heartbeat import beating
+from surgery.comm.nodes import Node
+from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement, parse_placement
-from surgery.distributed import fsdp2
-from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
-from surgery.distributed.exchange import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
-from surgery.distributed.failures import collective, everyone
-from surgery.distributed.nodes import Node
-from surgery.distributed.pulse import beating
 from surgery.errors import ConfigError
-from surgery.filling import Filling, Meeting, Source, filling
-from surgery.initials import Initials
-from surgery.lifetime import as_context_manager, keep
-from surgery.loading import Staging, return_freed_memory, undisturbed
-from surgery.numerals import whole_number
-from surgery.parts import Parts
+from surgery.model.consistency import adapter_facts, environment, same_model, source_facts
+from surgery.model.pretrained import is_pretrained, mark_quantized
+from surgery.model.skeleton import Skeleton, causal_lm
+from surgery.model.tree import Site, tied_parameters
+from surgery.model.weights import plan_weights
 from surgery.passes.adapt import Adapt, convert, draws_later, needs_weights
-from surgery.passes.base import Pass, group_into_layers
+from surgery.passes.base import Pass, group_into_batches
+from surgery.passes.buffers import ShardBuffers
+from surgery.passes.filling import Filling, Meeting, Source, filling
+from surgery.passes.lifetime import as_context_manager, keep
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.replace import Replace, precisions, quantizable, transposed
 from surgery.passes.shard import FullyShard, Wrap, check_dtypes
-from surgery.passes.skeleton import Skeleton, causal_lm
-from surgery.placement import Residence
+from surgery.passes.targets import find_targets
 from surgery.planning.fitting import check_fits, free_memory, predictions
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.setting import Setting
-from surgery.pretrained import is_pretrained, mark_quantized
 from surgery.quantizers.bnb import BnbQuantizer, linear4bits
 from surgery.quantizers.misread import misread_weights
-from surgery.rehearsal import Trained, rehearse
-from surgery.report import Report
-from surgery.slices import Division
-from surgery.targets import find_targets
-from surgery.walk import Site, tied_parameters
-from surgery.weights import plan_weights
+from surgery.sharding import fsdp2, guards
+from surgery.sharding.devices import Devices
+from surgery.sharding.partition import Partition
+from surgery.telemetry.numbers import whole_number
+from surgery.telemetry.report import Report
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -242,7 +241,9 @@ class QLoRA:
         """The model with all its weights, adapted; with placement `sharded` it is sharded before it is filled."""
         quantizer = BnbQuantizer(quant=self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
         model, source = self._prepare(checkpoint, quantizer)
-        parts = Parts(quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank)
+        parts = ShardBuffers(
+            quantizer=quantizer, division=self._division, residence=self._residence, rank=self.ranks.rank
+        )
         with filling(model, source, parts, meeting, self.report) as fill:
             before, after = self._around_filling(meeting, fill)
             model = self._pipeline(before, Replace.ensures).run(model)
@@ -286,7 +287,7 @@ class QLoRA:
         make_room(inventory.adapter_elements * self.dtype.itemsize, base=checkpoint.path)
         self._foresee(inventory)
         staging = Staging.on(self.device, run_elements=quantizer.run_elements(self.device))
-        layers = group_into_layers(targets, elements=staging.layer_limit(self.ranks.world_size))
+        layers = group_into_batches(targets, elements=staging.layer_limit(self.ranks.world_size))
         return model, Source(checkpoint=checkpoint, layers=layers, staging=staging)
 
     def _rehearse(self, model: nn.Module, chosen: list[Site]) -> tuple[Trained, ...]:
@@ -334,7 +335,7 @@ class QLoRA:
             return (), adapt
         return adapt, ()
 
-    def _draw(self, fill: Filling, initials: Initials) -> None:
+    def _draw(self, fill: Filling, initials: DeferredValues) -> None:
         """Draw what this rank will have of adapters: its shards, or all of them, on the CPU until FSDP takes them."""
         if self.placement != "sharded":
             fill.draw(initials, rows=range, device=torch.device("cpu"))
@@ -366,16 +367,16 @@ class QLoRA:
         return Pipeline(passes=passes, given=given, report=self.report)  # type: ignore[arg-type]
 
     @property
-    def _division(self) -> Division:
+    def _division(self) -> Partition:
         mesh = self.shard.mesh if isinstance(self.shard, FSDP2) else None
-        return Division.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
+        return Partition.of(self.placement, world_size=self.ranks.world_size, mesh=mesh)
 
     @property
-    def _residence(self) -> Residence:
+    def _residence(self) -> Devices:
         # Unsharded, nothing would move the weights from a CPU to the device later.
         placement = self.placement if self.shard is not None else "replicated"
         offload = self.shard is not None and self.shard.cpu_offload
-        return Residence.of(placement, rank=self.ranks.rank, compute_device=self.device, cpu_offload=offload)
+        return Devices.of(placement, rank=self.ranks.rank, compute_device=self.device, cpu_offload=offload)
 
     def _build_patches(self) -> patches.Transaction:
         return patches.transaction(*BUILD_PATCHES, reason="PEFT and FSDP rebuild a 4-bit model that is partly on meta")

@@ -11,11 +11,11 @@ from torch import nn
 
 from surgery.attestation.agreement import complete, fingerprint, of_all_ranks, state_disagreements
 from surgery.attestation.differences import Attestation, Difference, error_of
-from surgery.attestation.record import Record, Records, records_of, settle
 from surgery.attestation.rest import shard_differences, state_differences
 from surgery.attestation.shards import shards_of
-from surgery.distributed.failures import together
+from surgery.comm.failures import together
 from surgery.errors import ConfigError, SelectorError
+from surgery.quantizers.record import Record, Records, records_of, settle
 
 __all__ = ["attest", "chosen_records", "raise_any", "rest_differences"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from surgery.attestation.digest import PAGE
 from surgery.errors import AttestationError
+from surgery.quantizers.digest import PAGE
 
 __all__ = ["Attestation", "Difference", "Where", "error_of", "union"]
 

@@ -14,11 +14,11 @@ from torch import nn
 from surgery.attestation.agreement import fingerprint, gather_whole, of_all_ranks, rank
 from surgery.attestation.attest import chosen_records, raise_any, rest_differences
 from surgery.attestation.differences import Attestation, Difference
-from surgery.attestation.digest import Piece, page_count, page_sums
-from surgery.attestation.record import Record, Records
 from surgery.attestation.shards import shards_of
-from surgery.distributed.failures import together
+from surgery.comm.failures import together
 from surgery.errors import AttestationError
+from surgery.quantizers.digest import Piece, page_count, page_sums
+from surgery.quantizers.record import Record, Records
 
 __all__ = ["Watch", "attesting"]
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from surgery.attestation import states
 from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
 from surgery.attestation.differences import Difference
-from surgery.attestation.digest import Piece, on_cpu, page_count, page_sums, pages_between
-from surgery.attestation.record import Record, Records, Sums
 from surgery.attestation.shards import Shard
+from surgery.quantizers import states
+from surgery.quantizers.digest import Piece, on_cpu, page_count, page_sums, pages_between
+from surgery.quantizers.record import Record, Records, Sums
 
 __all__ = ["shard_differences", "state_differences"]
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from surgery.attestation.digest import Piece
 from surgery.errors import ConfigError
-from surgery.slices import chunk
+from surgery.quantizers.digest import Piece
+from surgery.sharding.partition import chunk
 
 __all__ = ["Shard", "shards_of"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from surgery.checkpoint.hub_errors import explain
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, read_weight_map
-from surgery.checkpoint.meeting import Meeting, is_node_leader, meet
 from surgery.checkpoint.patience import patience, say_cache_is_taken
+from surgery.checkpoint.rendezvous import Meeting, is_node_leader, meet
 from surgery.errors import CheckpointError
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from surgery.errors import CheckpointError, ConfigError
-from surgery.whole import write_safetensors
+from surgery.telemetry.atomic import write_safetensors
 
 __all__ = ["MAX_SHARD_BYTES", "write_checkpoint"]
 

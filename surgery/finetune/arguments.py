@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import ConfigError
 from surgery.finetune.choices import FsdpVersion, QuantStorageName, StrategyName
-from surgery.numerals import whole_number
+from surgery.telemetry.numbers import whole_number
 
 if TYPE_CHECKING:
     import torch

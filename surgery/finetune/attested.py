@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery import attest, attesting
 from surgery.attestation.differences import Attestation
-from surgery.report import Report
+from surgery.telemetry.report import Report
 
 __all__ = ["Attested", "Attestor", "Check"]
 

@@ -9,7 +9,7 @@ from surgery.finetune.options import Job
 from surgery.finetune.world import World
 from surgery.planning.fitting import predictions
 from surgery.planning.setting import Training
-from surgery.report import Report
+from surgery.telemetry.report import Report
 
 __all__ = ["predict_training"]
 

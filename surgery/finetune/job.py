@@ -12,11 +12,11 @@ from torch import nn
 
 import patches
 from surgery import qlora, release, reserve, save_adapter, trace
-from surgery.agreed import source_facts
+from surgery.adapters.card import versions
 from surgery.checkpoint import Checkpoint
+from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
+from surgery.comm.failures import everyone
 from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
-from surgery.distributed.comparison import Facts, facts_of, same_on_every_rank
-from surgery.distributed.failures import everyone
 from surgery.errors import ConfigError
 from surgery.finetune.attested import Attested, Attestor
 from surgery.finetune.card import card_sections
@@ -27,13 +27,13 @@ from surgery.finetune.options import Job
 from surgery.finetune.prepare import Plan, make_plan, read_data
 from surgery.finetune.progress import ProgressTracker
 from surgery.finetune.session import Session, Training
-from surgery.finetune.sharding import sharding_of
 from surgery.finetune.summary import Summary, gather_phases, patch_rows, write_summary
 from surgery.finetune.trackers import Tracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
-from surgery.model_card import versions
-from surgery.passes.checkpointing import checkpoint_activations
-from surgery.report import Report, anonymous_memory
+from surgery.model.checkpointing import checkpoint_activations
+from surgery.model.consistency import source_facts
+from surgery.sharding.training import sharding_of
+from surgery.telemetry.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
 
 __all__ = ["run"]

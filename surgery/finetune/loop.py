@@ -16,7 +16,7 @@ from surgery.finetune.batches import GlobalBatch, MicroBatch
 from surgery.finetune.garbage import collecting_between_steps
 from surgery.finetune.loss import gradient_scale, token_loss
 from surgery.finetune.schedule import Schedule
-from surgery.finetune.sharding import Sharding
+from surgery.sharding.training import Sharding
 
 __all__ = ["StepMetrics", "Trainer", "TrainingError"]
 

@@ -16,7 +16,7 @@ from surgery.errors import AdapterError
 from surgery.finetune.attested import Attested
 from surgery.finetune.options import Job
 from surgery.finetune.session import Training
-from surgery.whole import write_whole
+from surgery.telemetry.atomic import write_whole
 
 __all__ = ["Phases", "Summary", "gather_phases", "patch_rows", "write_summary"]
 

@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import Ranks, current_ranks, store_holder
-from surgery.distributed.failures import collective
-from surgery.distributed.pulse import beating, wait_for_the_others
+from surgery.comm.failures import collective
+from surgery.comm.heartbeat import beating, wait_for_the_others
+from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.errors import ConfigError
-from surgery.numerals import whole_number
+from surgery.telemetry.numbers import whole_number
 
 __all__ = ["World", "join_world"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
-from surgery.initials import Initials, Undrawn
+from surgery.adapters.deferred import DeferredValues, Undrawn
 from surgery.passes.base import Pass
 from surgery.quantizers.bnb import is_params4bit, with_data
 
@@ -136,7 +136,7 @@ class Adapt(Pass):
     lora: LoraConfig
     dtype: torch.dtype
     rng_state: torch.Tensor
-    later: Callable[[Initials], None] | None = None
+    later: Callable[[DeferredValues], None] | None = None
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""

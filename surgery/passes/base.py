@@ -12,16 +12,16 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import nn
 
-from surgery.distributed.exchange import PeerError, StoppedError
+from surgery.comm.ranks import PeerError, StoppedError
 from surgery.errors import PassError
-from surgery.fqn import split
-from surgery.targets import Target
+from surgery.model.fqn import split
+from surgery.passes.targets import Target
 
-__all__ = ["Layer", "LayerPass", "MeetingPass", "ModelPass", "Naming", "Pass", "group_into_layers"]
+__all__ = ["Batch", "BatchPass", "MeetingPass", "ModelPass", "Naming", "Pass", "group_into_batches"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Layer:
+class Batch:
     """What is read, quantized and exchanged together: targets that follow each other, of one module at least."""
 
     number: int
@@ -33,7 +33,7 @@ class Layer:
         return split(self.targets[0].fqn)[0]
 
 
-def group_into_layers(targets: Iterable[Target], *, elements: int) -> list[Layer]:
+def group_into_batches(targets: Iterable[Target], *, elements: int) -> list[Batch]:
     """Layers of at most so many `elements`, unless one assignment alone has more. The same on every rank."""
     groups: list[list[Target]] = []
     size = 0
@@ -44,7 +44,7 @@ def group_into_layers(targets: Iterable[Target], *, elements: int) -> list[Layer
             size = 0
         groups[-1].append(target)
         size += target.form.numel
-    return [Layer(number=number, targets=tuple(group)) for number, group in enumerate(groups)]
+    return [Batch(number=number, targets=tuple(group)) for number, group in enumerate(groups)]
 
 
 class Naming:
@@ -89,7 +89,7 @@ class ModelPass(Protocol):
 
 
 @runtime_checkable
-class LayerPass(Protocol):
+class BatchPass(Protocol):
     """A pass over one layer at a time. The pipeline runs all consecutive ones on a layer before the next layer, but for
     a `MeetingPass` among them.
     """
@@ -98,15 +98,15 @@ class LayerPass(Protocol):
     requires: ClassVar[frozenset[str]]
     ensures: ClassVar[frozenset[str]]
 
-    def run_layer(self, layer: Layer) -> None:
+    def run_batch(self, layer: Batch) -> None:
         """Work on the targets of `layer`."""
         ...
 
 
 @runtime_checkable
-class MeetingPass(LayerPass, Protocol):
+class MeetingPass(BatchPass, Protocol):
     """A layer pass in which ranks wait for each other. It, and those after it, are one layer behind those before it."""
 
-    def arrive(self, layer: Layer) -> None:
-        """Tell the others that the passes before are done with `layer`; from then on they may count on `run_layer`."""
+    def arrive(self, layer: Batch) -> None:
+        """Tell the others that the passes before are done with `layer`; from then on they may count on `run_batch`."""
         ...

@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.collect import all_gather_flat, gather_parts, scatter_parts
-from surgery.distributed.exchange import Ranks
-from surgery.distributed.failures import collective
-from surgery.distributed.nodes import Node
-from surgery.parts import Part, Parts
-from surgery.passes.base import Layer, Naming, Pass
-from surgery.slices import chunk
-from surgery.targets import Target
+from surgery.comm.collectives import all_gather_flat, gather_parts, scatter_parts
+from surgery.comm.failures import collective
+from surgery.comm.nodes import Node
+from surgery.comm.ranks import Ranks
+from surgery.passes.base import Batch, Naming, Pass
+from surgery.passes.buffers import ShardBuffer, ShardBuffers
+from surgery.passes.targets import Target
+from surgery.sharding.partition import chunk
 
 __all__ = ["Exchange"]
 
@@ -38,23 +38,23 @@ class Exchange(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"parts"})
     ensures: ClassVar[frozenset[str]] = frozenset({"full-parts"})
 
-    parts: Parts
+    parts: ShardBuffers
     ranks: Ranks
     node: Node
     stop: threading.Event = field(repr=False)
     replicas: dist.ProcessGroup | None = field(default=None, repr=False)
 
-    def arrive(self, layer: Layer) -> None:
+    def arrive(self, layer: Batch) -> None:
         """Tell the other ranks that this one has its parts of `layer`."""
         self.ranks.arrive(str(layer.number), stop=self.stop)
 
-    def run_layer(self, layer: Layer) -> None:
+    def run_batch(self, layer: Batch) -> None:
         """Complete the parts of `layer`, at which this rank has arrived."""
         self.ranks.pass_gate(str(layer.number), stop=self.stop)
         with collective(self.ranks), Naming(self.name, layer.fqn):
             self._complete(layer)
 
-    def _complete(self, layer: Layer) -> None:
+    def _complete(self, layer: Batch) -> None:
         for _, group in groupby(layer.targets, lambda target: target.assignment):
             targets = list(group)
             if targets[0].source is None:
@@ -64,7 +64,7 @@ class Exchange(Pass):
         for part in parts:
             self._gather_replicas(part)
 
-    def _make_states(self, quantized: Sequence[Part]) -> None:
+    def _make_states(self, quantized: Sequence[ShardBuffer]) -> None:
         statistics = self._statistics(quantized)
         for part in quantized:
             part.statistics = None
@@ -78,8 +78,8 @@ class Exchange(Pass):
         """Give each rank of the node its elements of tensors that one of them has converted."""
         converter = self.node.converter(targets, self.parts.division)
         for part in self.parts.of(targets):
-            takers = self.node.takers(part.target, self.parts.division)
-            if takers in ([], [converter]):
+            receivers = self.node.receivers(part.target, self.parts.division)
+            if receivers in ([], [converter]):
                 values = part.converted
             else:
                 assert converter is not None
@@ -88,7 +88,7 @@ class Exchange(Pass):
             if values is not None and part.slice.elements:
                 self.parts.fill(part, part.slice.elements.start, values)
 
-    def _scatter(self, part: Part, converter: int) -> torch.Tensor:
+    def _scatter(self, part: ShardBuffer, converter: int) -> torch.Tensor:
         slices = self.parts.division.slices(part.target.form)
         return scatter_parts(
             part.converted,
@@ -99,7 +99,7 @@ class Exchange(Pass):
             group=self.node.group,
         )
 
-    def _statistics(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def _statistics(self, parts: Sequence[ShardBuffer]) -> list[torch.Tensor]:
         """The statistics of all blocks of each of `parts`, float32, in order."""
         mine = [part.statistics for part in parts if part.statistics is not None]
         if self.ranks.world_size == 1 or not mine:
@@ -114,7 +114,7 @@ class Exchange(Pass):
         ]
         return [torch.cat([found[rank][number] for rank in _in_order(of)]) for number, of in enumerate(blocks)]
 
-    def _gather_replicas(self, part: Part) -> None:
+    def _gather_replicas(self, part: ShardBuffer) -> None:
         """Fill the rows that this rank keeps and others have read."""
         grid = self.parts.division.grid_of(part.target.form)
         if grid.replicas == 1:

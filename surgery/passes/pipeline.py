@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from surgery.errors import ConfigError
-from surgery.passes.base import Layer, LayerPass, MeetingPass, ModelPass, Naming
-from surgery.report import Report
+from surgery.passes.base import Batch, BatchPass, MeetingPass, ModelPass, Naming
+from surgery.telemetry.report import Report
 
 __all__ = ["Pipeline"]
 
@@ -20,7 +20,7 @@ def _nothing() -> None:
     """The default checkpoint between layers."""
 
 
-def _no_layers(_model: nn.Module) -> tuple[Layer, ...]:
+def _no_layers(_model: nn.Module) -> tuple[Batch, ...]:
     """The default for a pipeline without layer passes."""
     return ()
 
@@ -35,8 +35,8 @@ class Pipeline:
     between: called before every layer and every model pass; raises to stop, as when another rank has failed.
     """
 
-    passes: tuple[ModelPass | LayerPass, ...]
-    layers: Callable[[nn.Module], Iterable[Layer]] = _no_layers
+    passes: tuple[ModelPass | BatchPass, ...]
+    layers: Callable[[nn.Module], Iterable[Batch]] = _no_layers
     report: Report
     given: frozenset[str] = frozenset()
     between: Callable[[], None] = field(default=_nothing)
@@ -51,7 +51,7 @@ class Pipeline:
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model` after all passes. A failure is a `PassError` that names the pass and the FQN."""
-        for by_layer, group in itertools.groupby(self.passes, lambda step: isinstance(step, LayerPass)):
+        for by_layer, group in itertools.groupby(self.passes, lambda step: isinstance(step, BatchPass)):
             steps = tuple(group)
             model = self._run_layers(model, steps) if by_layer else self._run_model(model, steps)  # type: ignore[arg-type]
         return model
@@ -63,10 +63,10 @@ class Pipeline:
                 model = step.run(model)
         return model
 
-    def _run_layers(self, model: nn.Module, steps: tuple[LayerPass, ...]) -> nn.Module:
+    def _run_layers(self, model: nn.Module, steps: tuple[BatchPass, ...]) -> nn.Module:
         ahead, behind = _split(steps)
         with self.report.phase("+".join(step.name for step in steps)):
-            waiting: Layer | None = None
+            waiting: Batch | None = None
             for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
                 with _keeping_a_promise(behind, waiting):
                     self.between()
@@ -80,23 +80,23 @@ class Pipeline:
         return model
 
 
-def _split(steps: tuple[LayerPass, ...]) -> tuple[tuple[LayerPass, ...], tuple[LayerPass, ...]]:
+def _split(steps: tuple[BatchPass, ...]) -> tuple[tuple[BatchPass, ...], tuple[BatchPass, ...]]:
     """The passes before the first `MeetingPass`, and from it on."""
     meetings = [number for number, step in enumerate(steps) if isinstance(step, MeetingPass)]
     first = meetings[0] if meetings else len(steps)
     return steps[:first], steps[first:]
 
 
-def _run(steps: tuple[LayerPass, ...], layer: Layer | None) -> None:
+def _run(steps: tuple[BatchPass, ...], layer: Batch | None) -> None:
     """All `steps` on `layer`, if there is one."""
     for step in steps if layer is not None else ():
         assert layer is not None
         with Naming(step.name, layer.fqn):
-            step.run_layer(layer)
+            step.run_batch(layer)
 
 
 @contextlib.contextmanager
-def _keeping_a_promise(behind: tuple[LayerPass, ...], waiting: Layer | None) -> Iterator[None]:
+def _keeping_a_promise(behind: tuple[BatchPass, ...], waiting: Batch | None) -> Iterator[None]:
     """Where the block fails, the others may have begun with the layer `waiting`, since this rank has arrived there: it
     takes part, or finds that they do not, before the failure goes on its way.
     """

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from surgery.errors import SelectorError
-from surgery.match import match_any, require_matches
+from surgery.model.pretrained import is_pretrained, not_converted, planned_dtypes
+from surgery.model.selectors import match_any, require_matches
+from surgery.model.tree import Site, replace_module, sites
 from surgery.passes.base import Pass
-from surgery.pretrained import is_pretrained, not_converted, planned_dtypes
 from surgery.quantizers.base import Quantizer
 from surgery.quantizers.bnb import is_conv1d, is_linear_like
-from surgery.walk import Site, replace_module, sites
 
 __all__ = ["Replace", "precisions", "quantizable", "transposed"]
 

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from surgery import guards
 from surgery.config import FSDP1, FSDP2
-from surgery.distributed import fsdp1, fsdp2
+from surgery.model.pretrained import is_pretrained
+from surgery.model.tree import decoder_blocks
 from surgery.passes.base import Pass
-from surgery.pretrained import is_pretrained
 from surgery.quantizers.bnb import is_params4bit, kept_parameters, linear4bits
-from surgery.walk import decoder_blocks
+from surgery.sharding import fsdp1, fsdp2, guards
 
 __all__ = ["FullyShard", "Wrap", "check_dtypes"]
 

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from surgery.fqn import split
-from surgery.rehearsal import Trained
-from surgery.slices import Form
-from surgery.targets import Target
-from surgery.walk import Site, decoder_blocks, ends_of
+from surgery.adapters.rehearsal import Trained
+from surgery.model.fqn import split
+from surgery.model.tree import Site, decoder_blocks, ends_of
+from surgery.passes.targets import Target
+from surgery.sharding.partition import Form
 
 __all__ = ["Inventory", "Unit", "take_inventory"]
 
@@ -54,7 +54,7 @@ class Inventory:
 
     unsharded: bytes of parameters that are in no unit, whole on every rank.
     hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored, initialized:
-    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `surgery.weights.WeightPlan`.
+    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `WeightPlan`.
     """
 
     targets: tuple[Target, ...]

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from surgery.distributed.collect import RUN_BYTES
-from surgery.landing import THREADS
-from surgery.loading import Staging
-from surgery.passes.base import Layer
+from surgery.comm.background import Staging
+from surgery.comm.collectives import RUN_BYTES
+from surgery.comm.device_to_host import THREADS
+from surgery.passes.base import Batch
+from surgery.passes.targets import Target
 from surgery.planning.adapted import adapters_as_made, adapters_being_drawn, adapters_held, adapters_whole
 from surgery.planning.allowances import CPU_QUANTIZE_BYTES, CUDA_QUANTIZE_BYTES, DIGEST_BYTES
 from surgery.planning.figures import Memory
@@ -19,14 +20,13 @@ from surgery.planning.peaks import Peaks
 from surgery.planning.setting import Setting
 from surgery.planning.statistics import STATISTIC_BYTES, quant_state_bytes
 from surgery.planning.wrapping import held_when_sharded, wrap
-from surgery.slices import Slice
-from surgery.targets import Target
+from surgery.sharding.partition import Slice
 
 __all__ = ["plan_load"]
 
 
 def plan_load(
-    inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Layer], *, rank: int
+    inventory: Inventory, setting: Setting, staging: Staging, layers: Sequence[Batch], *, rank: int
 ) -> Memory:
     """The figures of `rank`. `layers` are those that the passes will visit."""
     buffers = _staging_bytes(inventory, staging) + _landing_bytes(setting, rank)
@@ -52,7 +52,7 @@ def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
     )
 
 
-def _quantized(layer: Layer) -> list[Target]:
+def _quantized(layer: Batch) -> list[Target]:
     return [target for target in layer.targets if target.is_quantized]
 
 
@@ -74,7 +74,7 @@ class _Walk:
     rank: int
     always: int  # on the host, whatever else happens
     pinned: int  # of that
-    waiting: Layer | None = None
+    waiting: Batch | None = None
     beside: int = 0
     host: int = 0
     device: int = 0
@@ -95,7 +95,7 @@ class _Walk:
         else:
             self.device += size
 
-    def visit(self, layer: Layer) -> None:
+    def visit(self, layer: Batch) -> None:
         """Load it; then exchange and place the one before."""
         on_host = [target for target in layer.targets if self._is_made_on_host(target)]
         self.host += sum(map(self._capacity, on_host))
@@ -120,11 +120,11 @@ class _Walk:
         self._place(made, quantized)
         self.beside = 0
 
-    def _made(self, layer: Layer) -> int:
+    def _made(self, layer: Batch) -> int:
         """Bytes of its parts on the device."""
         return sum(self._capacity(target) for target in layer.targets if not self._is_made_on_host(target))
 
-    def _loaded(self, layer: Layer) -> int:
+    def _loaded(self, layer: Batch) -> int:
         """The same with this rank's statistics."""
         blocks = sum(len(self._slice(target).blocks) for target in _quantized(layer))
         return self._made(layer) + blocks * STATISTIC_BYTES
@@ -178,14 +178,14 @@ class _Walk:
         arriving = mine + self.setting.world_size * longest + max(mine + longest, everyones)
         return max(arriving, everyones + nested)
 
-    def _gathering(self, layer: Layer) -> int:
+    def _gathering(self, layer: Batch) -> int:
         """Of the rows that ranks read for each other. NCCL needs nothing; gloo copies what goes out and comes in."""
         if not self.setting.on_cpu:
             return 0
         sizes = [(self._capacity(t), self.setting.loading.grid_of(t.form).replicas) for t in layer.targets]
         return max((size + size // replicas for size, replicas in sizes if replicas > 1), default=0)
 
-    def _converting(self, layer: Layer) -> int:
+    def _converting(self, layer: Batch) -> int:
         """What the rank that converts has on its CPU: the sources of one assignment, and what becomes of them."""
         found = [0]
         for assignment, group in groupby(layer.targets, lambda target: target.assignment):

@@ -12,9 +12,9 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.peek import peek
+from surgery.comm.background import Staging
 from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement
-from surgery.loading import Staging
-from surgery.passes.base import group_into_layers
+from surgery.passes.base import group_into_batches
 from surgery.planning.figures import RankPlan
 from surgery.planning.groups import RankClass, classify
 from surgery.planning.inventory import Inventory
@@ -84,7 +84,7 @@ class MemoryPlan:
 def make_plan(inventory: Inventory, setting: Setting, training: Training | None) -> MemoryPlan:
     """The plan for a model of which `inventory` was taken. Pure arithmetic."""
     staging = Staging.on(setting.device, run_elements=RUN_ELEMENTS[setting.device.type])
-    layers = group_into_layers(inventory.targets, elements=staging.layer_limit(setting.world_size))
+    layers = group_into_batches(inventory.targets, elements=staging.layer_limit(setting.world_size))
     classes = []
     for ranks in classify(inventory, setting):
         figures = RankPlan(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from surgery import guards
-from surgery.adapter_options import check_adapter
+from surgery.adapters.options import check_adapter
 from surgery.config import FSDP1, FSDP2, Placement, Quant
 from surgery.errors import ConfigError
-from surgery.slices import Division, Grid
+from surgery.sharding import guards
+from surgery.sharding.partition import Grid, Partition
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -111,11 +111,11 @@ class Setting:
         return self.placement != "rank0-cpu" or self.shard is None
 
     @property
-    def loading(self) -> Division:
+    def loading(self) -> Partition:
         """Who reads and who keeps what while the model is loaded."""
         placement: Placement = self.placement if self.shard is not None else "replicated"
         mesh = self.mesh if isinstance(self.shard, FSDP2) else None
-        return Division.of(placement, world_size=self.world_size, mesh=mesh)
+        return Partition.of(placement, world_size=self.world_size, mesh=mesh)
 
     @property
     def sharding(self) -> Grid:

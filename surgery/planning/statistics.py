@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from surgery.config import Quant
+from surgery.passes.targets import Target
 from surgery.planning.allowances import STATE_BYTES
-from surgery.targets import Target
 
 __all__ = ["STATISTIC_BYTES", "quant_state_bytes"]
 

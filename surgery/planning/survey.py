@@ -8,18 +8,18 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from surgery import guards
+from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
+from surgery.model.skeleton import Skeleton, causal_lm
+from surgery.model.tree import tied_parameters
+from surgery.model.weights import plan_weights
 from surgery.passes.replace import Replace, quantizable, transposed
 from surgery.passes.shard import check_dtypes
-from surgery.passes.skeleton import Skeleton, causal_lm
+from surgery.passes.targets import find_targets
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.setting import Setting
 from surgery.quantizers.bnb import BnbQuantizer
-from surgery.rehearsal import Trained, rehearse
-from surgery.targets import find_targets
-from surgery.walk import tied_parameters
-from surgery.weights import plan_weights
+from surgery.sharding import guards
 
 __all__ = ["survey"]
 

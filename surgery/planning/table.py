@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from surgery.config import FSDP1
-from surgery.converted import group_names, say_converted, say_ignored, say_initialized
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.groups import RankClass
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.setting import Setting, Training
 from surgery.planning.sizes import say_size
+from surgery.telemetry.notices import group_names, say_converted, say_ignored, say_initialized
 
 __all__ = ["headline", "notes", "render"]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.fqn import join
+from surgery.model.fqn import join
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -141,7 +141,7 @@ def _quantize_together(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.T
 
 
 def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Parts of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
+    """ShardBuffers of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
     return [tensor] if len(sizes) == 1 else [part.clone() for part in torch.split(tensor, list(sizes))]
 
 

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 
 import patches
-from surgery.fqn import clean, join
+from surgery.model.fqn import clean, join
 
 __all__ = ["REMEDY", "misread_weights"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from surgery.measurements import Phase, Sample
+from surgery.telemetry.measurements import Phase, Sample
 from surgery.tracing import figures
 from surgery.tracing.axes import Axes, Range
 from surgery.tracing.kinds import Kind

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.errors import TraceError
+from surgery.telemetry.atomic import remove_partials, write_whole
 from surgery.tracing.page import render
 from surgery.tracing.record import RankTrace
-from surgery.whole import remove_partials, write_whole
 
 __all__ = ["PAGE", "draw", "read_ranks", "start_afresh", "write_rank"]
 

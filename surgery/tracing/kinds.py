@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from surgery.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import Phase, Prediction, Sample
 from surgery.tracing.record import RankTrace
 
 __all__ = ["DEVICE", "HOST", "Kind", "measured_peak", "values_of"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from surgery.converted import say_converted
+from surgery.telemetry.notices import say_converted
 from surgery.tracing import figures
 from surgery.tracing.axes import Axes
 from surgery.tracing.chart import LARGE, SMALL, chart

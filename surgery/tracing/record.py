@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, TypeVar, get_type_hints
 
-from surgery.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import Phase, Prediction, Sample
 
 __all__ = ["FORMAT", "VERSION", "RankTrace"]
 

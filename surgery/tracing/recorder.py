@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from surgery.errors import ConfigError, TraceError
-from surgery.numerals import whole_number
 from surgery.recipe import default_device
-from surgery.report import Report
+from surgery.telemetry.numbers import whole_number
+from surgery.telemetry.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
 from surgery.tracing.record import RankTrace
 

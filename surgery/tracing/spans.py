@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from surgery.measurements import Phase
+from surgery.telemetry.measurements import Phase
 from surgery.tracing.record import RankTrace
 
 __all__ = ["extent", "lanes", "loading"]

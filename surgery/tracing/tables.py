@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from surgery.measurements import Phase
+from surgery.telemetry.measurements import Phase
 from surgery.tracing import figures
 from surgery.tracing.kinds import DEVICE, HOST, Kind, measured_peak
 from surgery.tracing.markup import Element, element, measured

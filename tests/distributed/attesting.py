@@ -15,9 +15,9 @@ from torch import nn
 import patches
 import surgery
 from surgery.attestation.differences import Attestation, Difference
-from surgery.attestation.record import records_of
 from surgery.attestation.shards import shards_of
 from surgery.config import Placement
+from surgery.quantizers.record import records_of
 from tests.distributed.exactness import lora, loss_of
 from tests.helpers.rewritten_nans import rewritten_nans
 

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surgery.config import FSDP2
-from surgery.guards import FSDP2_SHARDS_INTEGERS
+from surgery.sharding.guards import FSDP2_SHARDS_INTEGERS
 from tests.distributed.exactness import Case
 from tests.helpers.models import save_tiny
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import patches
 import surgery
-from surgery.distributed import pulse
+from surgery.comm import heartbeat as pulse
 from surgery.finetune import job, loop
 from surgery.finetune.options import Job
 

@@ -185,7 +185,7 @@ def _require_table(packed: torch.Tensor, quant_state: Any, name: str) -> None:
 
 def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
     """The gradients of this rank's part of the batch, and its mean loss."""
-    from surgery.finetune.sharding import sharding_of
+    from surgery.sharding.training import sharding_of
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = batch(step).chunk(world)[rank].to(device).chunk(micro_batches)
@@ -252,7 +252,7 @@ def _unit_gradients(prefix: str, unit: Any, device: torch.device) -> dict[str, t
 
 
 def _plain(name: str) -> str:
-    from surgery.fqn import clean
+    from surgery.model.fqn import clean
 
     return ".".join(part for part in clean(name).split(".") if part)
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import surgery
 from surgery.checkpoint import Checkpoint, Reader, TensorEntry
-from surgery.distributed import pulse
+from surgery.comm import heartbeat as pulse
 from tests.distributed.loads import in_small_steps
 
 __all__ = ["FAILURES", "EndedError", "all_fail", "build_or_fail", "fail"]
@@ -99,7 +99,7 @@ def _memory_runs_out_in_exchange(folder: Path, patch: pytest.MonkeyPatch) -> Pat
 
 
 def _fails_in_place(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    from surgery.passes.place import Place
+    from surgery.passes.relocate import Place
 
     patch.setattr(Place, "_move", lambda *args: _raise(MemoryError("no memory left to place")))
     return folder

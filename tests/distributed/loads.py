@@ -83,7 +83,7 @@ class WatchedCheckpoint(Checkpoint):
 
 def in_small_steps(patch: pytest.MonkeyPatch) -> None:
     """Make a layer of every few tensors, and read large ones in chunks: otherwise a tiny model is one of each."""
-    from surgery.loading import Staging
+    from surgery.comm.background import Staging
 
     staging = Staging(elements=4096, buffers=3, threads=2, run_elements=4096, layer_elements=2000)
     patch.setattr(Staging, "on", lambda *args, **options: staging)
@@ -130,7 +130,7 @@ def load(job: Job, setup: Setup) -> Loaded:
 
 def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers by plain FQN, gathered from their shards."""
-    from surgery.fqn import clean
+    from surgery.model.fqn import clean
 
     is_fsdp1 = isinstance(model, FullyShardedDataParallel)
     summoned = FullyShardedDataParallel.summon_full_params(model, writeback=False) if is_fsdp1 else None
@@ -143,7 +143,7 @@ def states_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     """`quant_state` of every 4-bit layer, as a dict, by plain FQN."""
     from bitsandbytes.nn import Linear4bit
 
-    from surgery.fqn import clean
+    from surgery.model.fqn import clean
 
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     return {_plain(clean(name)): layer.quant_state.as_dict() for name, layer in layers.items()}

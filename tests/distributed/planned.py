@@ -13,7 +13,7 @@ import torch
 import surgery
 from memory.measure import UPSTREAM
 from surgery.config import FSDP1, FSDP2, Placement
-from surgery.report import Report, anonymous_memory
+from surgery.telemetry.report import Report, anonymous_memory
 
 #: glibc's `M_MMAP_THRESHOLD`, and a value of it.
 MMAP_THRESHOLD, BYTES = -3, 1 << 18

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import PeerError, Ranks, current_ranks
-from surgery.distributed.failures import everyone
+from surgery.comm.failures import everyone
+from surgery.comm.ranks import PeerError, Ranks, current_ranks
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

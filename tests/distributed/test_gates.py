@@ -10,8 +10,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from surgery.distributed import pulse
-from surgery.distributed.exchange import PeerError, Ranks, StoppedError, current_ranks
+from surgery.comm import heartbeat as pulse
+from surgery.comm.ranks import PeerError, Ranks, StoppedError, current_ranks
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 import patches
 import surgery
-from surgery.agreed import environment
-from surgery.distributed.comparison import same_on_every_rank
-from surgery.distributed.exchange import Ranks, current_ranks
+from surgery.comm.comparison import same_on_every_rank
+from surgery.comm.ranks import Ranks, current_ranks
 from surgery.errors import ConfigError
+from surgery.model.consistency import environment
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import layers
 from tests.helpers.ranks import run_ranks

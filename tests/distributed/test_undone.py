@@ -54,8 +54,9 @@ def failed_in_block(checkpoint: Path, shard: FSDP1 | FSDP2) -> None:
 
 
 def failed_in_shard(checkpoint: Path, shard: FSDP1 | FSDP2, error: BaseException | None = None) -> None:
-    import patches
     from surgery.distributed import fsdp1, fsdp2
+
+    import patches
 
     module: Any
     module, name = (fsdp1, "wrap") if isinstance(shard, FSDP1) else (fsdp2, "shard")
@@ -95,7 +96,7 @@ def _left_by(job: Callable[[Path, FSDP1 | FSDP2], None], checkpoint: Path, shard
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     import patches
-    from surgery.distributed.exchange import PeerError
+    from surgery.comm.ranks import PeerError
     from surgery.errors import PassError
     from tests.helpers.snapshot import Snapshot
 

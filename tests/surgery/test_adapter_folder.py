@@ -18,15 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery.adapter_folder import CARD, CONFIG, STAGED, WEIGHTS, WHOLE, hold, make_room
+from surgery.adapters.folder import CARD, CONFIG, STAGED, WEIGHTS, WHOLE, hold, make_room
+from surgery.adapters.lock import LOCK
 from surgery.errors import AdapterError, ConfigError
-from surgery.folder_lock import LOCK
 from tests.helpers.apart import mount_alone, mount_tmpfs, remount, run_apart
 
 OLD, NEW = 1, 2
 
 #: The lines at which a process is killed are those of these files.
-TRACED = {"adapter_folder.py", "folder_lock.py", "whole.py"}
+TRACED = {"folder.py", "lock.py", "atomic.py"}
 
 FILES = {WEIGHTS, CONFIG, CARD, "tokenizer.json"}
 

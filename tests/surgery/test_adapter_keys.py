@@ -15,10 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.adapter_keys import by_peft_key
+from surgery.adapters.keys import by_peft_key
+from surgery.adapters.rehearsal import rehearse
 from surgery.errors import AdapterError, ConfigError
-from surgery.rehearsal import rehearse
-from surgery.twin import twin_of
+from surgery.model.twin import twin_of
 from tests.distributed.kept import ROUTED
 from tests.helpers.models import save_tiny
 

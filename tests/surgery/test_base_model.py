@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.base_model import base_folder, config_to_save
-from surgery.model_card import render_card
-from surgery.tokenizer_files import NAMES, read_tokenizer
+from surgery.adapters.base_model import base_folder, config_to_save
+from surgery.adapters.card import render_card
+from surgery.adapters.tokenizer import NAMES, read_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

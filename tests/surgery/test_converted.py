@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.converted import group_names, say_converted
+from surgery.telemetry.notices import group_names, say_converted
 
 
 def test_names_that_differ_in_numbers_are_one_group() -> None:

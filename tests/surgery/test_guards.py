@@ -15,11 +15,11 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import patches
 import surgery
-from surgery import guards
-from surgery.adapter_options import OPTIONS
+from surgery.adapters.options import OPTIONS
 from surgery.config import FSDP1, FSDP2, Quant, default_placement
 from surgery.errors import ConfigError, PassError, SelectorError
-from surgery.guards import check_precision, check_ties, check_units
+from surgery.sharding import guards
+from surgery.sharding.guards import check_precision, check_ties, check_units
 
 #: Opening it would be a CheckpointError: a ConfigError proves that it was not tried.
 NOWHERE = Path("/no/such/checkpoint")

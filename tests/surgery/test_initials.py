@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from surgery.distributed.exchange import StoppedError
-from surgery.initials import Drawing, Initials, Undrawn
+from surgery.adapters.deferred import DeferredValues, Drawing, Undrawn
+from surgery.comm.ranks import StoppedError
 from surgery.passes.adapt import draws_later
-from surgery.slices import chunk
+from surgery.sharding.partition import chunk
 
 SEED = 5
 
@@ -49,7 +49,7 @@ def adapted_at_once(lora: LoraConfig, dtype: torch.dtype) -> tuple[dict[str, tor
     return {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}, torch.get_rng_state()
 
 
-def adapted_later(lora: LoraConfig, dtype: torch.dtype) -> tuple[Any, Initials, torch.Tensor]:
+def adapted_later(lora: LoraConfig, dtype: torch.dtype) -> tuple[Any, DeferredValues, torch.Tensor]:
     """The model, what is to be drawn, and the state to draw from; the base draws first, as at once."""
     torch.manual_seed(SEED)
     base, state = Model().to(dtype), torch.get_rng_state()
@@ -59,7 +59,7 @@ def adapted_later(lora: LoraConfig, dtype: torch.dtype) -> tuple[Any, Initials, 
     return model, undrawn.take(model), state
 
 
-def drawn(initials: Initials, state: torch.Tensor, *, shards: int = 1, shard: int = 0) -> Drawing:
+def drawn(initials: DeferredValues, state: torch.Tensor, *, shards: int = 1, shard: int = 0) -> Drawing:
     drawing = Drawing(
         initials=initials,
         rng_state=state,
@@ -71,7 +71,7 @@ def drawn(initials: Initials, state: torch.Tensor, *, shards: int = 1, shard: in
     return drawing
 
 
-def names_of(model: nn.Module, initials: Initials) -> list[str]:
+def names_of(model: nn.Module, initials: DeferredValues) -> list[str]:
     """FQNs of the parameters that are drawn, in their order."""
     parameters = {parameter: name for name, parameter in model.named_parameters()}
     return [parameters[initial.places[0][0]._parameters[initial.places[0][1]]] for initial in initials.parameters]  # type: ignore[index]

@@ -15,9 +15,9 @@ from torch import nn
 import surgery
 from surgery.config import FSDP1, FSDP2
 from surgery.errors import ConfigError
-from surgery.guards import check_kept
+from surgery.model.skeleton import Skeleton
 from surgery.passes.shard import check_dtypes
-from surgery.passes.skeleton import Skeleton
+from surgery.sharding.guards import check_kept
 from tests.helpers.models import save_tiny, tiny_config
 
 HEAD = {"head_dim": 16}

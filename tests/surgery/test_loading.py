@@ -16,8 +16,8 @@ import torch
 import patches
 import surgery
 from surgery.checkpoint import Reader, TensorEntry
-from surgery.distributed.exchange import StoppedError
-from surgery.loading import Staging, in_background, undisturbed
+from surgery.comm.background import Staging, in_background, undisturbed
+from surgery.comm.ranks import StoppedError
 
 CPU = torch.device("cpu")
 

@@ -19,13 +19,13 @@ from torch import nn
 from surgery.checkpoint import TensorEntry
 from surgery.config import BLOCKSIZES, STORAGE_DTYPES, Placement, Quant
 from surgery.errors import ConfigError
-from surgery.parts import Part, Parts
-from surgery.placement import Residence
+from surgery.model.weights import Assignment
+from surgery.passes.buffers import ShardBuffer, ShardBuffers
+from surgery.passes.targets import Target, find_targets
 from surgery.quantizers import bnb
 from surgery.quantizers.bnb import BnbQuantizer, packed_shape
-from surgery.slices import Division, chunk
-from surgery.targets import Target, find_targets
-from surgery.weights import Assignment
+from surgery.sharding.devices import Devices
+from surgery.sharding.partition import Partition, chunk
 from tests.helpers.lookup import require_looked_up
 from tests.helpers.whole_blocks import right_kernels
 
@@ -82,7 +82,7 @@ def target_of(weight: torch.Tensor, quantizer: BnbQuantizer) -> Target:
     return target
 
 
-def filled(target: Target, parts: Parts, flat: torch.Tensor, step: int) -> Part:
+def filled(target: Target, parts: ShardBuffers, flat: torch.Tensor, step: int) -> ShardBuffer:
     """The part of one rank, given what it reads of `flat` in chunks of `step`."""
     with rooms_marked():
         part = parts.begin(target)
@@ -95,25 +95,25 @@ def filled(target: Target, parts: Parts, flat: torch.Tensor, step: int) -> Part:
 @contextmanager
 def rooms_marked() -> Iterator[None]:
     """What a part has memory for and is not written shows."""
-    stock = Parts._make_room
+    stock = ShardBuffers._make_room
 
-    def marked(parts: Parts, part: Part) -> None:
+    def marked(parts: ShardBuffers, part: ShardBuffer) -> None:
         stock(parts, part)
         part.data.view(torch.uint8).fill_(0xA5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Parts, "_make_room", marked)
+        patch.setattr(ShardBuffers, "_make_room", marked)
         yield
 
 
-def state_of(parts: Sequence[Part], quantizer: BnbQuantizer, shape: torch.Size) -> QuantState:
+def state_of(parts: Sequence[ShardBuffer], quantizer: BnbQuantizer, shape: torch.Size) -> QuantState:
     """The state of the whole, from the statistics of all ranks."""
     in_order = sorted(parts, key=lambda part: (part.slice.blocks.start, part.slice.blocks.stop))
     statistics = torch.cat([part.statistics for part in in_order if part.statistics is not None])
     return quantizer.states([statistics], [shape])[0]
 
 
-def joined(parts: Sequence[Part]) -> torch.Tensor:
+def joined(parts: Sequence[ShardBuffer]) -> torch.Tensor:
     """The packed rows that all ranks have made, in the order of the ranks, which is that of the rows here."""
     in_order = sorted(parts, key=lambda part: (part.slice.reads.start, part.slice.reads.stop))
     return torch.cat([part.read_rows() for part in in_order])
@@ -146,17 +146,17 @@ def whole(weight: torch.Tensor, quant: Quant, dtype: torch.dtype) -> tuple[torch
     return packed, state
 
 
-def division_of(world: tuple[Placement, tuple[int, int]]) -> Division:
+def division_of(world: tuple[Placement, tuple[int, int]]) -> Partition:
     placement, mesh = world
-    return Division.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)
+    return Partition.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)
 
 
 def parts_of_all_ranks(
-    target: Target, quantizer: BnbQuantizer, division: Division, flat: torch.Tensor, step: int
-) -> list[Part]:
-    residence = Residence(compute_device=CPU, data_device=CPU)
+    target: Target, quantizer: BnbQuantizer, division: Partition, flat: torch.Tensor, step: int
+) -> list[ShardBuffer]:
+    residence = Devices(compute_device=CPU, data_device=CPU)
     each = [
-        Parts(quantizer=quantizer, division=division, residence=residence, rank=rank)
+        ShardBuffers(quantizer=quantizer, division=division, residence=residence, rank=rank)
         for rank in range(division.grid.world_size)
     ]
     return [filled(target, parts, flat, step) for parts in each]
@@ -199,7 +199,7 @@ def test_parts_of_all_ranks_join_to_the_bits_of_the_whole(
 def test_a_part_is_the_shard_of_fsdp2(weight: torch.Tensor, shards: int, blocksize: int) -> None:
     quant = Quant(blocksize=blocksize, quant_storage=torch.uint8)
     quantizer = BnbQuantizer(quant=quant, dtype=torch.float32, compute_dtype=None)
-    division = Division.of("sharded", world_size=shards)
+    division = Partition.of("sharded", world_size=shards)
     parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.reshape(-1), blocksize)
     expected, _ = whole(weight, quant, torch.float32)
     for rank, part in enumerate(parts):
@@ -238,7 +238,7 @@ def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
     weight = torch.randn(3, elements // 2 + 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     quant = Quant(quant_storage=torch.bfloat16)
     quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
-    division = Division.of("sharded", world_size=1)
+    division = Partition.of("sharded", world_size=1)
     parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.view(-1), 2 * elements)
     expected, expected_state = whole(weight, quant, torch.bfloat16)
     assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.config import BLOCKSIZES, STORAGE_DTYPES
-from surgery.slices import Division, Form, Grid, Slice, chunk
+from surgery.sharding.partition import Form, Grid, Partition, Slice, chunk
 
 
 @st.composite
@@ -31,11 +31,11 @@ def plain_forms(draw: st.DrawFn) -> Form:
 
 
 @st.composite
-def divisions(draw: st.DrawFn) -> Division:
+def divisions(draw: st.DrawFn) -> Partition:
     """Every division that a placement makes."""
     placement = draw(st.sampled_from(("sharded", "replicated", "rank0-cpu")))
     mesh = draw(st.tuples(st.integers(1, 3), st.integers(1, 5)))
-    return Division.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)  # type: ignore[arg-type]
+    return Partition.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)  # type: ignore[arg-type]
 
 
 forms = packed_forms() | plain_forms()
@@ -59,12 +59,12 @@ def test_chunks_are_those_of_torch(rows: int, parts: int) -> None:
 
 
 @given(form=forms, division=divisions())
-def test_every_row_is_read_by_one_rank(form: Form, division: Division) -> None:
+def test_every_row_is_read_by_one_rank(form: Form, division: Partition) -> None:
     assert in_order([share.reads for share in division.slices(form)]) == list(range(form.rows))
 
 
 @given(form=forms, division=divisions())
-def test_who_keeps_rows_reads_them_or_its_replicas_do(form: Form, division: Division) -> None:
+def test_who_keeps_rows_reads_them_or_its_replicas_do(form: Form, division: Partition) -> None:
     shares = division.slices(form)
     for share in shares:
         same = [other.reads for other in shares if other.keeps == share.keeps]
@@ -76,7 +76,7 @@ def test_who_keeps_rows_reads_them_or_its_replicas_do(form: Form, division: Divi
 def test_shards_are_those_of_fsdp2(form: Form, mesh: tuple[int, int]) -> None:
     """`fully_shard` chunks dimension 0 over the columns of its mesh, and repeats that in each of its rows."""
     replicas, shards = mesh
-    division = Division.of("sharded", world_size=replicas * shards, mesh=mesh)
+    division = Partition.of("sharded", world_size=replicas * shards, mesh=mesh)
     sizes = [len(part) for part in torch.arange(form.rows).chunk(shards)]
     expected = [form.rows] * shards if form.is_buffer else sizes + [0] * (shards - len(sizes))
     assert lengths([share.keeps for share in division.slices(form)]) == expected * replicas
@@ -84,25 +84,25 @@ def test_shards_are_those_of_fsdp2(form: Form, mesh: tuple[int, int]) -> None:
 
 @given(form=forms, world_size=st.integers(1, 6))
 def test_replicas_keep_everything(form: Form, world_size: int) -> None:
-    shares = Division.of("replicated", world_size=world_size).slices(form)
+    shares = Partition.of("replicated", world_size=world_size).slices(form)
     assert {share.keeps for share in shares} == {range(form.rows)}
 
 
 @given(form=plain_forms().filter(lambda form: not form.is_buffer), world_size=st.integers(1, 6))
 def test_rank0_alone_reads_what_it_keeps_alone(form: Form, world_size: int) -> None:
-    first, *others = Division.of("rank0-cpu", world_size=world_size).slices(form)
+    first, *others = Partition.of("rank0-cpu", world_size=world_size).slices(form)
     assert (first.keeps, first.reads, first.elements) == (range(form.rows), range(form.rows), range(form.numel))
     assert all(not share.keeps and not share.reads and not share.elements for share in others)
 
 
 @given(form=packed_forms(), world_size=st.integers(1, 6))
 def test_all_ranks_quantize_for_rank0(form: Form, world_size: int) -> None:
-    shares = Division.of("rank0-cpu", world_size=world_size).slices(form)
-    assert shares == Division.of("sharded", world_size=world_size).slices(form)
+    shares = Partition.of("rank0-cpu", world_size=world_size).slices(form)
+    assert shares == Partition.of("sharded", world_size=world_size).slices(form)
 
 
 @given(form=packed_forms(), division=divisions())
-def test_elements_are_the_rows_rounded_out_to_whole_blocks(form: Form, division: Division) -> None:
+def test_elements_are_the_rows_rounded_out_to_whole_blocks(form: Form, division: Partition) -> None:
     assert form.blocksize is not None
     for share in division.slices(form):
         exact = form.elements(share.reads)
@@ -116,7 +116,7 @@ def test_elements_are_the_rows_rounded_out_to_whole_blocks(form: Form, division:
 
 
 @given(form=plain_forms(), division=divisions())
-def test_what_is_not_quantized_is_read_exactly(form: Form, division: Division) -> None:
+def test_what_is_not_quantized_is_read_exactly(form: Form, division: Partition) -> None:
     shares = division.slices(form)
     assert in_order([share.elements for share in shares]) == list(range(form.numel))
     assert not any(share.blocks for share in shares)
@@ -124,7 +124,7 @@ def test_what_is_not_quantized_is_read_exactly(form: Form, division: Division) -
 
 
 @given(form=packed_forms(), division=divisions())
-def test_ranks_read_two_blocks_each_at_most_beyond_the_tensor(form: Form, division: Division) -> None:
+def test_ranks_read_two_blocks_each_at_most_beyond_the_tensor(form: Form, division: Partition) -> None:
     assert form.blocksize is not None
     shares = division.slices(form)
     assert set(chain.from_iterable(share.elements for share in shares)) == set(range(form.numel))
@@ -133,7 +133,7 @@ def test_ranks_read_two_blocks_each_at_most_beyond_the_tensor(form: Form, divisi
 
 
 @given(form=packed_forms(), division=divisions())
-def test_every_block_is_counted_by_one_rank_that_reads_it_whole(form: Form, division: Division) -> None:
+def test_every_block_is_counted_by_one_rank_that_reads_it_whole(form: Form, division: Partition) -> None:
     assert form.blocksize is not None
     shares = division.slices(form)
     assert in_order([share.blocks for share in shares]) == list(range(form.blocks))
@@ -143,7 +143,7 @@ def test_every_block_is_counted_by_one_rank_that_reads_it_whole(form: Form, divi
 
 
 @given(form=forms, division=divisions())
-def test_there_is_room_for_the_largest_shard_and_for_equal_parts_of_replicas(form: Form, division: Division) -> None:
+def test_there_is_room_for_the_largest_shard_and_for_equal_parts_of_replicas(form: Form, division: Partition) -> None:
     shares, replicas = division.slices(form), division.grid_of(form).replicas
     rooms = [division.capacity(form, rank) for rank in range(len(shares))]
     longest = max(lengths([share.keeps for share in shares]))
@@ -155,7 +155,7 @@ def test_there_is_room_for_the_largest_shard_and_for_equal_parts_of_replicas(for
 
 
 @given(form=plain_forms().filter(lambda form: form.is_buffer), division=divisions())
-def test_every_rank_keeps_buffers_and_reads_a_part_of_them(form: Form, division: Division) -> None:
+def test_every_rank_keeps_buffers_and_reads_a_part_of_them(form: Form, division: Partition) -> None:
     world_size = division.grid.world_size
     shares = division.slices(form)
     assert {share.keeps for share in shares} == {range(form.rows)}
@@ -167,22 +167,22 @@ def test_every_rank_keeps_buffers_and_reads_a_part_of_them(form: Form, division:
 @pytest.mark.parametrize(
     ("placement", "mesh", "expected"),
     [
-        ("sharded", None, Division(grid=Grid(shards=6))),
-        ("sharded", (2, 3), Division(grid=Grid(replicas=2, shards=3))),
-        ("sharded", (6, 1), Division(grid=Grid(replicas=6))),
-        ("replicated", None, Division(grid=Grid(replicas=6))),
-        ("replicated", (2, 3), Division(grid=Grid(replicas=6))),
-        ("rank0-cpu", None, Division(grid=Grid(shards=6), rank0_only=True)),
+        ("sharded", None, Partition(grid=Grid(shards=6))),
+        ("sharded", (2, 3), Partition(grid=Grid(replicas=2, shards=3))),
+        ("sharded", (6, 1), Partition(grid=Grid(replicas=6))),
+        ("replicated", None, Partition(grid=Grid(replicas=6))),
+        ("replicated", (2, 3), Partition(grid=Grid(replicas=6))),
+        ("rank0-cpu", None, Partition(grid=Grid(shards=6), rank0_only=True)),
     ],
 )
-def test_divisions_of_placements(placement: str, mesh: tuple[int, int] | None, expected: Division) -> None:
-    assert Division.of(placement, world_size=6, mesh=mesh) == expected  # type: ignore[arg-type]
+def test_divisions_of_placements(placement: str, mesh: tuple[int, int] | None, expected: Partition) -> None:
+    assert Partition.of(placement, world_size=6, mesh=mesh) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("placement", ["sharded", "replicated", "rank0-cpu"])
 def test_one_rank_keeps_and_reads_all(placement: str) -> None:
     form = Form(rows=5, row=8, numel=39, blocksize=32)
-    division = Division.of(placement, world_size=1)  # type: ignore[arg-type]
+    division = Partition.of(placement, world_size=1)  # type: ignore[arg-type]
     assert not division.rank0_only
     assert division.slices(form) == (Slice(keeps=range(5), reads=range(5), elements=range(39), blocks=range(2)),)
     assert division.capacity(form, 0) == 5
@@ -190,7 +190,7 @@ def test_one_rank_keeps_and_reads_all(placement: str) -> None:
 
 def test_three_shards_of_a_small_weight() -> None:
     """47 elements in 6 rows of 8 (float32 storage), and blocks of 32: the second shard lies within the first block."""
-    division = Division.of("sharded", world_size=3)
+    division = Partition.of("sharded", world_size=3)
     assert division.slices(Form(rows=6, row=8, numel=47, blocksize=32)) == (
         Slice(keeps=range(2), reads=range(2), elements=range(32), blocks=range(1)),
         Slice(keeps=range(2, 4), reads=range(2, 4), elements=range(32), blocks=range(1, 1)),

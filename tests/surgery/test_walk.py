@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from surgery.walk import decoder_blocks, ends_of
+from surgery.model.tree import decoder_blocks, ends_of
 from tests.helpers.models import tiny_config
 
 

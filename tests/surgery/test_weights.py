@@ -15,8 +15,8 @@ import patches
 import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError, PassError, WeightsMismatchError
-from surgery.passes.skeleton import Skeleton, causal_lm
-from surgery.weights import Assignment, plan_weights
+from surgery.model.skeleton import Skeleton, causal_lm
+from surgery.model.weights import Assignment, plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
 from tests.helpers.models import save_tiny
 
@@ -97,7 +97,7 @@ def test_one_element_that_differs_unties(tmp_path: Path) -> None:
 
 
 def test_what_samples_do_not_see_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.ties.SAMPLE", 16)
+    monkeypatch.setattr("surgery.model.ties.SAMPLE", 16)
     with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ") as caught:
         surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
     assert isinstance(caught.value.__cause__, WeightsMismatchError)

@@ -16,9 +16,9 @@ import surgery
 from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from gpu_checks.training import make_checkpoint
-from surgery.attestation.digest import page_sums
-from surgery.attestation.record import records_of
 from surgery.attestation.shards import shards_of
+from surgery.quantizers.digest import page_sums
+from surgery.quantizers.record import records_of
 from surgery.recipe import FSDP2_PATCHES, RESIDENT_PATCHES
 
 __all__ = ["check_attest"]

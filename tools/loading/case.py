@@ -10,7 +10,7 @@ import torch
 
 from loading.options import Options
 from loading.world import World
-from surgery.report import Report
+from surgery.telemetry.report import Report
 
 if TYPE_CHECKING:
     from peft import LoraConfig

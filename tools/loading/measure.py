@@ -16,7 +16,7 @@ from loading.outcome import Journal, Load, Outcome, Training
 from loading.profiling import profile
 from loading.ways import LOADERS
 from loading.world import World
-from surgery.report import Report
+from surgery.telemetry.report import Report
 
 __all__ = ["measure_all"]
 

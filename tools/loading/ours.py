@@ -16,7 +16,7 @@ from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.schedule import Schedule
-from surgery.finetune.sharding import sharding_of
+from surgery.sharding.training import sharding_of
 
 __all__ = ["load_ours"]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import surgery
 from surgery.quantizers.bnb import linear4bits
-from surgery.report import Report, anonymous_memory
+from surgery.telemetry.report import Report, anonymous_memory
 
 __all__ = ["OURS", "WAYS", "Measured", "Sizes", "measure"]
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.attestation import digest
-from surgery.attestation.digest import PAGE, Piece, page_count, page_sums
+from surgery.quantizers import digest
+from surgery.quantizers.digest import PAGE, Piece, page_count, page_sums
 
 #: Around the borders of words, pages, and of the runs that are computed at a time.
 RUN = digest.RUN_BYTES["cpu"]

@@ -15,7 +15,7 @@ from surgery.finetune.encode import Sample
 from surgery.finetune.loop import StepMetrics, Trainer, TrainingError
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.schedule import Schedule
-from surgery.finetune.sharding import sharding_of
+from surgery.sharding.training import sharding_of
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from surgery.adapter_folder import hold
+from surgery.adapters.folder import hold
 from surgery.checkpoint import Reader
 from surgery.cli import app
 from tests.helpers.apart import mount_alone, mount_tmpfs, remount, run_apart

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.finetune.batches import global_batches, share
 from surgery.finetune.encode import Sample
-from surgery.finetune.sharding import Fsdp1, Fsdp2, Unsharded, sharding_of
+from surgery.sharding.training import Fsdp1, Fsdp2, Unsharded, sharding_of
 from tests.helpers.ranks import run_ranks
 from tests.surgery.finetune.test_loop import CPU, TinyLM, trainer
 

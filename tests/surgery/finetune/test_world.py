@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from surgery.distributed.exchange import PeerError
+from surgery.comm.ranks import PeerError
 from surgery.errors import ConfigError
 from surgery.finetune.world import World, join_world
 from tests.helpers.ranks import _free_port, run_ranks

@@ -18,14 +18,15 @@ from torch import nn
 
 import patches
 import surgery
-from surgery import filling, lifetime, recipe
+from surgery import recipe
 from surgery.checkpoint import Reader
+from surgery.model.skeleton import Skeleton
+from surgery.passes import filling, lifetime
 from surgery.passes.adapt import Adapt
 from surgery.passes.exchange import Exchange
-from surgery.passes.load import Load
-from surgery.passes.place import Place
+from surgery.passes.read import Load
+from surgery.passes.relocate import Place
 from surgery.passes.replace import Replace
-from surgery.passes.skeleton import Skeleton
 from tests.helpers.snapshot import Snapshot
 from tests.surgery.lifetime.behaviour import InjectedError, assert_stock, build, run
 
@@ -36,9 +37,9 @@ PLACES: list[tuple[Any, str, int]] = [
     (Skeleton, "build_on_meta", 1),
     (Replace, "run", 1),
     (Reader, "read_bytes", 4),
-    (Load, "run_layer", 1),
-    (Exchange, "run_layer", 1),
-    (Place, "run_layer", 1),
+    (Load, "run_batch", 1),
+    (Exchange, "run_batch", 1),
+    (Place, "run_batch", 1),
     (Adapt, "run", 1),
     (filling, "install", 1),
 ]
@@ -98,7 +99,7 @@ def test_failure_in_the_block(tiny: Path, unchanged: Snapshot, error: BaseExcept
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line run of where the recipe ends: in `QLoRA.run` and `surgery.lifetime`."""
+    """Raises KeyboardInterrupt at the n-th line run of where the recipe ends: in `QLoRA.run` and `lifetime`."""
 
     def __init__(self, at: int) -> None:
         self.left = at

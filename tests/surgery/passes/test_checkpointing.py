@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper, CheckpointWrapper
 
 from surgery.errors import ConfigError
-from surgery.passes.checkpointing import checkpoint_activations
+from surgery.model.checkpointing import checkpoint_activations
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.errors import WeightsMismatchError
-from surgery.passes.skeleton import Skeleton, causal_lm
+from surgery.model.skeleton import Skeleton, causal_lm
 from tests.helpers.damage import CONTRADICTIONS, edit_config
 from tests.helpers.models import save_tiny
 

@@ -11,8 +11,8 @@ from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.errors import ConfigError, SelectorError
-from surgery.rehearsal import Trained, rehearse
 from tests.helpers.models import tiny_config
 
 CONFIGS: dict[str, dict[str, Any]] = {

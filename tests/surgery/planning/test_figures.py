@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from surgery.checkpoint import Checkpoint
+from surgery.comm.background import Staging
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
-from surgery.loading import Staging
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.fitting import check_fits, fits_gpu, predictions
 from surgery.planning.inventory import Inventory

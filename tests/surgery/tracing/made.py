@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.measurements import History, Phase, Prediction, Sample
+from surgery.telemetry.measurements import History, Phase, Prediction, Sample
 from surgery.tracing.record import RankTrace
 
 MIB = 2**20

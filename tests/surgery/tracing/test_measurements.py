@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.measurements import History, Sample
+from surgery.telemetry.measurements import History, Sample
 
 BYTES = st.integers(0, 2**40)
 

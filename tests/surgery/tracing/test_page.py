@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from surgery.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import Phase, Prediction, Sample
 from surgery.tracing.page import render
 from surgery.tracing.record import RankTrace
 from tests.surgery.tracing.made import MIB, Page, trace_of

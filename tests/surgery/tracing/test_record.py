@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from surgery.measurements import Prediction
+from surgery.telemetry.measurements import Prediction
 from surgery.tracing.record import RankTrace
 from tests.surgery.tracing.made import trace_of
 

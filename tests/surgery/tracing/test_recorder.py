@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import surgery
 from surgery.errors import ConfigError, TraceError
-from surgery.measurements import Phase
+from surgery.telemetry.measurements import Phase
 from surgery.tracing.folder import read_ranks
 from surgery.tracing.record import RankTrace
 from tests.helpers.models import save_tiny

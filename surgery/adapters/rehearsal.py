@@ -1,0 +1,227 @@
+"""Adapters tried on a copy of the model on meta, before a weight is read: built, divided into units, and saved."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgery.adapters.keys import by_peft_key
+from surgery.adapters.names import check_built, check_modules, check_targets, unknown_targets
+from surgery.config import FSDP1, FSDP2
+from surgery.errors import ConfigError
+from surgery.model.fqn import join
+from surgery.model.tree import Site, decoder_blocks, sites
+from surgery.model.twin import twin_of
+from surgery.passes.adapt import adapted_by_peft
+from surgery.quantizers.bnb import kept_parameters
+from surgery.sharding import fsdp1, fsdp2
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+__all__ = ["Trained", "rehearse"]
+
+#: What PEFT calls the base model inside of its own.
+BASE = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A parameter that will be trained. fqn: in the base model, with PEFT's names below the module that is adapted.
+
+    is_base: whether it is one of the checkpoint's, trained in place, and `fqn` its name there.
+    """
+
+    fqn: str
+    shape: torch.Size
+    is_base: bool
+
+
+def rehearse(
+    model: nn.Module,
+    lora: LoraConfig,
+    *,
+    quantized: Collection[nn.Module],
+    dtype: torch.dtype,
+    storage: torch.dtype,
+    shard: FSDP1 | FSDP2 | None,
+) -> tuple[Trained, ...]:
+    """What PEFT will make trainable in `model`, which is on meta, and stays as it is.
+
+    quantized: its modules that go to 4 bits, in `storage`. dtype: of adapters.
+
+    Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained sharded
+    so, or not saved. Of decoder blocks that get the same adapters one stands for all.
+    """
+    check_modules(model, lora)
+    unknown = unknown_targets(model, lora)
+    blocks = decoder_blocks(model)
+    alike = _alike(blocks) if _is_uniform(lora) else {}
+    made = twin_of(model, _parameters_of(quantized, storage), hollow=[block.module for block in alike])
+    base = {parameter: name for name, parameter in made[model].named_parameters()}
+    adapted = _built(model, made[model], lora, dtype, unknown)
+    check_built(model, lora, adapted, unknown)
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
+    packed = {made[module] for module in quantized if module in made}
+    _check_quantized(adapted, packed)
+    tried = [_site(site, made) for site in blocks if site not in alike]
+    _check_sharding(adapted, tried, shard, _kept(adapted, packed, dtype))
+    _check_saving(adapted)
+    own = [
+        Trained(fqn=base.get(parameter) or name.removeprefix(BASE), shape=parameter.shape, is_base=parameter in base)
+        for name, parameter in trained.items()
+    ]
+    return (*own, *_repeated(own, alike))
+
+
+def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dtype, unknown: Sequence[str]) -> Any:
+    """The twin, adapted; on meta, so that nothing is drawn."""
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # PEFT says them again when it adapts the model itself
+            return adapted_by_peft(twin, lora, dtype)
+    except Exception as error:
+        if lora.target_modules is None or type(error).__name__ == "NoMatchingPeftModuleError":
+            check_targets(model, unknown)
+        raise ConfigError(f"lora: PEFT cannot build these adapters: {type(error).__name__}: {error}") from error
+
+
+def _check_saving(adapted: PeftModel) -> None:
+    """Name what would be saved, as `save_adapter` does once it has gathered it."""
+    every = adapted.named_parameters(remove_duplicate=False)
+    try:
+        by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
+    except Exception as error:
+        raise ConfigError(
+            f"lora: these adapters could be trained, and not be saved: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _parameters_of(quantized: Collection[nn.Module], storage: torch.dtype) -> Any:
+    packed = set(quantized) if storage.is_floating_point else set()
+    new: dict[nn.Parameter, nn.Parameter] = {}
+
+    def parameters(_fqn: str, module: nn.Module) -> dict[str, Any]:
+        return {
+            name: None if p is None else new.setdefault(p, _like(p, storage if module in packed else p.dtype))
+            for name, p in module._parameters.items()
+        }
+
+    return parameters
+
+
+def _like(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    data = torch.empty(parameter.shape, dtype=dtype, device="meta")
+    return nn.Parameter(data, requires_grad=dtype.is_floating_point and parameter.requires_grad)
+
+
+def _is_uniform(lora: Any) -> bool:
+    """Whether the options cannot tell one decoder block from another: they are plain names, none with a number."""
+    numbers = (lora.layers_to_transform is not None, lora.layers_pattern)
+    indices = getattr(lora, "trainable_token_indices", None)
+    parameters = getattr(lora, "target_parameters", None)
+    named = (lora.target_modules, lora.exclude_modules, lora.modules_to_save, parameters)
+    patterns = (*named, lora.rank_pattern, lora.alpha_pattern, indices if isinstance(indices, dict) else None)
+    names = [name for each in patterns for name in ([each] if isinstance(each, str) else each or ())]
+    return not any(numbers) and all(name.lower() == "all-linear" or _is_plain(name) for name in names)
+
+
+def _is_plain(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
+def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
+    """Blocks -> the first one that has the same modules and parameters, under the same names; without those first."""
+    first: dict[object, Site] = {}
+    found = {site: first.setdefault(_kind(site.module), site) for site in blocks}
+    holders = Counter(parameter for site in blocks for parameter in site.module.parameters())
+    shared = {site for site in blocks if site.aliases or any(holders[p] > 1 for p in site.module.parameters())}
+    return {site: other for site, other in found.items() if site is not other and not {site, other} & shared}
+
+
+def _kind(block: nn.Module) -> object:
+    return tuple((site.fqn, type(site.module), *map(_shape, site.module._parameters.items())) for site in sites(block))
+
+
+def _shape(held: tuple[str, nn.Parameter | None]) -> object:
+    name, parameter = held
+    return None if parameter is None else (name, parameter.shape, parameter.dtype)
+
+
+def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Trained]:
+    for site, other in alike.items():
+        start = f"{other.fqn}."
+        for each in own:
+            if each.fqn.startswith(start):
+                yield Trained(fqn=join(site.fqn, each.fqn.removeprefix(start)), shape=each.shape, is_base=each.is_base)
+
+
+def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
+    return Site(fqn=f"{BASE}{site.fqn}", module=made[site.module])
+
+
+def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
+    """A copy of a 4-bit weight, or an adapter of its packed form, would be trained as if its bits were numbers."""
+    for name, module in adapted.named_modules():
+        fqn = name.removeprefix(BASE)
+        if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):
+            raise ConfigError(
+                f"lora.modules_to_save: {fqn} is, or has in it, a layer that goes to 4 bits, which can neither be "
+                "trained nor saved: leave it out, or keep it in 16 bits with skip_modules"
+            )
+        if "parameter_name" in vars(module) and module.get_base_layer() in packed:
+            raise ConfigError(
+                f"lora.target_parameters: {fqn}.{module.parameter_name} goes to 4 bits, and adapters of parameters "
+                "would be added to its packed form: use target_modules, or keep it in 16 bits with skip_modules"
+            )
+
+
+def _check_views(adapted: PeftModel) -> None:
+    """FSDP copies each parameter into shards, after which one that is a view of another would be trained apart."""
+    first: dict[int, str] = {}
+    for name, parameter in adapted.named_parameters():
+        other = first.setdefault(parameter.untyped_storage()._cdata, name)
+        if other != name:
+            raise ConfigError(
+                f"lora: PEFT ties {name.removeprefix(BASE)} to {other.removeprefix(BASE)} by giving both the same "
+                "memory, which FSDP does not keep: use ensure_weight_tying=False, or no shard"
+            )
+
+
+def _kept(adapted: PeftModel, packed: set[nn.Module], dtype: torch.dtype) -> set[nn.Parameter]:
+    """The frozen parameters that FSDP1 will leave whole on every rank, since upstream keeps them in another dtype."""
+    stored = {parameter for module in packed for parameter in module.parameters(recurse=False)}
+    found = kept_parameters(adapted, dtype, ends=False).values()
+    return {parameter for parameter in found if not parameter.requires_grad and parameter not in stored}
+
+
+def _check_sharding(
+    adapted: PeftModel, blocks: Sequence[Site], shard: FSDP1 | FSDP2 | None, unsharded: set[nn.Parameter]
+) -> None:
+    if shard is not None:
+        _check_views(adapted)
+    if isinstance(shard, FSDP2):
+        fsdp2.check_groups(adapted, blocks)
+    if not isinstance(shard, FSDP1):
+        return
+    wrapped = [
+        f"{name.removeprefix(BASE).replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in adapted.named_modules()
+        if "parameter_name" in vars(module)
+    ]
+    if wrapped:
+        raise ConfigError(
+            f"lora: PEFT adapts {', '.join(wrapped[:3])}{', ...' if len(wrapped) > 3 else ''} as parameters, which it "
+            "replaces while a module runs, and FSDP1 does not let it: use shard=FSDP2() (--fsdp 2), or name in "
+            "target_modules linear layers alone, such as q_proj and v_proj"
+        )
+    modules = [block.module for block in blocks]
+    fsdp1.plan_units(adapted, modules, use_orig_params=shard.use_orig_params, policy=shard.units, unsharded=unsharded)

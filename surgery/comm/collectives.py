@@ -1,0 +1,105 @@
+"""What ranks send each other while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
+
+Everything travels as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from surgery.comm.device_to_host import HostCopies
+from surgery.comm.failures import noticing_ends
+
+__all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_rank0", "scatter_parts"]
+
+#: The name since torch 2.13, where the older one warns.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+#: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank. On a CPU there is
+#: nothing to gain by more, and glibc would not give larger pieces back.
+RUN_BYTES = {"cuda": 16 << 20, "cpu": 1 << 20}
+
+
+def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """`(ranks, max(sizes))`: row i begins with the 1-D tensor of rank i, which has `sizes[i]` elements."""
+    longest = max(sizes)
+    padded = mine.new_zeros(longest)
+    padded[: mine.numel()] = mine
+    out = mine.new_empty(len(sizes) * longest)
+    with noticing_ends():
+        all_gather_single(_bytes(out), _bytes(padded))
+    return out.view(len(sizes), longest)
+
+
+def gather_parts(
+    whole: torch.Tensor, parts: Sequence[range], position: int, *, group: dist.ProcessGroup | None
+) -> None:
+    """Fill the 1-D `whole` on every rank of `group`: rank i of it has the elements `parts[i]`, as `torch.chunk` makes
+    them; `whole` has room for as many more elements as the last parts lack, and they are undefined afterwards.
+    """
+    longest = len(parts[0])
+    everything = whole[: len(parts) * longest]
+    start = position * longest
+    mine = everything[start : start + longest]
+    # NCCL gathers in place; gloo does not promise to.
+    sent = mine if mine.is_cuda else mine.clone()
+    with noticing_ends():
+        all_gather_single(_bytes(everything), _bytes(sent), group=group)
+
+
+def gather_to_rank0(
+    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, landing: HostCopies
+) -> None:
+    """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
+
+    A bounded run at a time. `out` is full once `landing` has been waited for.
+    """
+    run = RUN_BYTES.get(mine.device.type, RUN_BYTES["cuda"]) // mine.element_size()
+    longest = max(len(part) for part in parts)
+    for start in range(0, longest, run):
+        length = min(run, longest - start)
+        padded = mine.new_zeros(length)
+        piece = mine[start : start + length]
+        padded[: piece.numel()] = piece
+        received = None if out is None else [torch.empty_like(padded) for _ in parts]
+        with noticing_ends():
+            dist.gather(_bytes(padded), None if received is None else [_bytes(tensor) for tensor in received], dst=0)
+        if out is None or received is None:
+            continue
+        for part, tensor in zip(parts, received, strict=True):
+            wanted = part[start : start + length]
+            landing.copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
+
+
+def scatter_parts(
+    whole: torch.Tensor | None,
+    parts: Sequence[range],
+    position: int,
+    *,
+    like: torch.Tensor,
+    source: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """This rank's elements, `parts[position]`, of a flat tensor that the rank `source` alone has, passed as `whole`.
+
+    `parts` are those of the ranks of `group`, in its order; `source` is a rank of the whole job. `like` is any tensor
+    of the dtype and on the device of what is received.
+    """
+    longest = max(len(part) for part in parts)
+    received = like.new_empty(longest)
+    sent = None
+    if whole is not None:
+        sent = [like.new_zeros(longest) for _ in parts]
+        for buffer, part in zip(sent, parts, strict=True):
+            buffer[: len(part)] = whole[part.start : part.stop]
+    with noticing_ends():
+        dist.scatter(_bytes(received), None if sent is None else [_bytes(b) for b in sent], src=source, group=group)
+    return received[: len(parts[position])]
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as uint8, so that no backend takes packed bits for numbers."""
+    return tensor.view(torch.uint8)

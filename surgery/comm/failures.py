@@ -1,0 +1,149 @@
+"""One rank's failure is every rank's: all stop with its error, and none is left waiting in a collective."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from surgery.comm.heartbeat import beating, silent_ranks
+from surgery.comm.ranks import PeerError, Ranks, current_ranks, lost
+
+__all__ = ["collective", "everyone", "meet", "noticing_ends", "together"]
+
+#: What NCCL says where it is not its own rank that is at fault (torch 2.13, `ProcessGroupNCCL.cpp`, `NCCLUtils.cpp`).
+REMOTE = re.compile("remote|network|connection|abort|ncclSystemError|time[d ]*out", re.IGNORECASE)
+
+#: A connection that is in order, with a rank that has nothing to say.
+SLOW = re.compile("time[d ]*out", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
+    """A block without collectives that all ranks leave together: if one fails, all do, with its error.
+
+    A rank that fails raises the alarm, so that the others stop at their next layer instead of finishing, then meets
+    them at the end of the block; they raise `PeerError`. A rank that dies outright is noticed there.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # raised below, once the others are told
+        if not _is_of_others(error):
+            ranks.raise_alarm(error)
+        failure = error
+    except BaseException as error:  # an interrupt waits for nobody
+        ranks.raise_alarm(error, apart=True)
+        raise
+    if failure is not None and ranks.apart.is_set():
+        raise failure
+    if failure is not None:
+        with contextlib.suppress(PeerError):  # a rank that is gone is no news to one that has failed itself
+            meet(ranks, device, failed=True)
+        raise failure
+    # Asked only if there was a failure: by now the alarm may be one from after this block, which another rank has left.
+    if meet(ranks, device):
+        ranks.check_alarm()
+        raise lost(None)
+
+
+def meet(ranks: Ranks, device: torch.device, *, failed: bool = False) -> bool:
+    """Wait for the other ranks, on the `device` that their group speaks; whether any of them came having `failed`.
+
+    Raises `PeerError` if one is gone.
+    """
+    if ranks.world_size == 1:
+        return failed
+    failures = torch.tensor([failed], dtype=torch.float32, device=device)
+    try:
+        dist.all_reduce(failures)
+        return failures.item() > 0
+    except RuntimeError as error:
+        raise _reason(ranks, error) from error
+
+
+@contextlib.contextmanager
+def collective(ranks: Ranks) -> Iterator[None]:
+    """A block with collectives: that a connection is lost in it becomes the `PeerError` of the rank that has ended.
+
+    Which rank that was is known if it has raised the alarm, as one does that fails in such a block; or if it no longer
+    beats (see `beating`, which is to be around this block). The ranks do not meet at its end, because they could be
+    waiting for each other inside: the others notice when the process of the one that failed has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_others(error):
+            ranks.raise_alarm(error, apart=True)
+            raise
+        reason = _reason(ranks, error)
+        ranks.pass_on(reason)
+        if reason is error:
+            raise
+        raise reason from error
+    except BaseException as error:  # an interrupt
+        ranks.raise_alarm(error, apart=True)
+        raise
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """`collective` for a block, or as `@together()` a function, that has no `Ranks` yet; with `beating` around it."""
+    ranks = current_ranks()
+    with beating(ranks), collective(ranks):
+        yield
+
+
+@contextlib.contextmanager
+def noticing_ends() -> Iterator[None]:
+    """Around a collective: that its connection is lost means that another rank is gone, and is raised as `PeerError`.
+
+    For code that does not know its `Ranks`, somewhere inside of `collective`, which finds out what rank that was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_of_others(error):
+            raise lost(None) from error
+        raise
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Whether `error`, or what caused it, says that other ranks do not answer.
+
+    gloo raises plain RuntimeErrors, which name a file of its sources: `[.../gloo/transport/tcp/pair.cc:553] Connection
+    closed by peer` (torch 2.13).
+    """
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return any(
+        isinstance(cause, (PeerError, dist.DistNetworkError, dist.DistStoreError))
+        or (isinstance(cause, dist.DistBackendError) and REMOTE.search(str(cause)) is not None)
+        or (isinstance(cause, RuntimeError) and "gloo/" in str(cause))
+        for cause in causes
+    )
+
+
+def _reason(ranks: Ranks, error: BaseException) -> PeerError:
+    """Why other ranks do not answer: what one of them has said, or which of them no longer show that they live."""
+    try:
+        ranks.check_alarm()
+    except PeerError as peer:
+        if peer.rank not in (None, ranks.rank):
+            return peer
+    if isinstance(error, PeerError) and error.rank is not None:
+        return error
+    try:
+        silent = silent_ranks(ranks)
+    except PeerError as peer:
+        return peer
+    if SLOW.search(str(error)) and not silent:
+        return ranks.too_slow()
+    if len(silent) < 2:
+        return lost(*silent or (None,))
+    which = f"one or more of the ranks {', '.join(map(str, silent))}"
+    return PeerError(str(lost(None)).replace("another rank", which), rank=None)

@@ -1,0 +1,175 @@
+"""Build the model on meta, with real non-persistent buffers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import CheckpointError, ConfigError, SurgeryError
+from surgery.model.extent import bounded
+from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
+from surgery.passes.base import Pass
+
+__all__ = ["Skeleton", "causal_lm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton(Pass):
+    """Calls `build` with every parameter going to meta.
+
+    After: parameters and persistent buffers are on meta; buffers that no checkpoint holds (rotary frequencies, say) are
+    real, on `device`; tied parameters are one object. A model of transformers has the dtypes and the values that it
+    would have if transformers had loaded it in `dtype`; of another module every parameter is in `dtype`.
+    """
+
+    name: ClassVar[str] = "skeleton"
+    ensures: ClassVar[frozenset[str]] = frozenset({"on-meta"})
+
+    build: Callable[[], nn.Module]
+    dtype: torch.dtype
+    device: torch.device
+
+    def build_on_meta(self) -> nn.Module:
+        """The new model."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            skeleton = self.build()
+        # Registering on meta has made one parameter of every name.
+        getattr(skeleton, "tie_weights", lambda: None)()
+        _place_buffers(skeleton, self.device)
+        if is_pretrained(skeleton):
+            for module, name, dtype in list(stored_dtypes(skeleton, self.dtype)):
+                _cast(module, name, dtype)
+            compute_buffers(skeleton, self.device)
+            return skeleton
+        for parameter in skeleton.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+        return skeleton
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Parameters in place, so that ties survive."""
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        module._buffers[name] = module.get_buffer(name).to(dtype)
+    elif parameter.dtype != dtype:
+        parameter.data = parameter.data.to(dtype)
+
+
+def _place_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            persistent = name not in module._non_persistent_buffers_set
+            module._buffers[name] = buffer.to("meta" if persistent else device)
+
+
+def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """A builder of the decoder-only transformers model that `checkpoint.config` describes.
+
+    Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model; what is built
+    may turn out to be impossible, which is a `ConfigError` too, or larger than what the checkpoint holds, which ends it
+    at once (`WeightsMismatchError`). Code that the checkpoint brings or asks for is not run.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if checkpoint.config is None:
+        raise CheckpointError(
+            f"{checkpoint.path} has no config.json, so its architecture is unknown: add one, or pass model= a function "
+            "that builds the nn.Module",
+            path=checkpoint.path,
+        )
+    _refuse_other_weights(checkpoint)
+    with _blaming(checkpoint, "config.json"):
+        config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
+        )
+    _refuse_hub_kernels(config, checkpoint)
+    own = _own_config(config)
+    own._name_or_path = str(checkpoint.source)
+    for part in (own, getattr(own, "text_config", None) or own):
+        part.use_cache = False
+
+    def build() -> nn.Module:
+        from transformers.initialization import no_init_weights
+
+        # Some constructors draw initial values themselves.
+        with (
+            _blaming(checkpoint, "config.json"),
+            no_init_weights(),
+            torch.random.fork_rng(devices=[]),
+            bounded(checkpoint),
+        ):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        with _blaming(checkpoint, "generation_config.json"):
+            load_generation_config(model, _folder(checkpoint))
+        trained: nn.Module = model.train()
+        return trained
+
+    return build
+
+
+def _own_config(config: Any) -> Any:
+    """The part of `config` that the model is built from: of a vision-language one, the text's, where transformers has
+    a causal language model for that alone.
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.sub_configs.get("text_config")
+    of_class = getattr(AutoModelForCausalLM._model_mapping[type(config)], "config_class", None)
+    return config.get_text_config() if text is not None and of_class is text else config
+
+
+@contextlib.contextmanager
+def _blaming(checkpoint: Checkpoint, file: str) -> Iterator[None]:
+    """Turns whatever a class of transformers makes of `file`, each an error of its own, into a `ConfigError`."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{checkpoint.path}: transformers cannot use this {file}: {error}") from error
+
+
+def _refuse_other_weights(checkpoint: Checkpoint) -> None:
+    """Transformers would load a file that the config names instead, or an adapter that lies beside the weights too."""
+    named = (checkpoint.config or {}).get("transformers_weights")
+    if named is not None and [file.name for file in checkpoint.index.files] != [named]:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json says that the weights are in {named!r:.200} (transformers_weights): give "
+            "the path of that file, or remove the entry",
+            path=checkpoint.path,
+        )
+    if (_folder(checkpoint) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{checkpoint.path} holds an adapter beside the model (adapter_config.json), which transformers would load "
+            "on top of it: move one of them to another folder",
+            path=checkpoint.path,
+        )
+
+
+def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:
+    """A config can name a hub repository whose compiled attention kernels transformers would download and call."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        asked = getattr(part, "_attn_implementation", None)
+        if isinstance(asked, str) and "/" in asked:
+            raise ConfigError(
+                f"{checkpoint.path}: config.json asks for attention code from the hub ({asked}), which is not run on a "
+                "checkpoint's word: remove _attn_implementation from it"
+            )
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent

@@ -1,0 +1,132 @@
+"""Walking a module tree: every module once, with the aliases that share it; decoder blocks; tied parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from surgery.model.fqn import join, split
+
+__all__ = ["Site", "decoder_blocks", "ends_of", "own_tensors", "replace_module", "sites", "tied_parameters"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One place in a module tree. `fqn` is the first name under which `module` is met; `aliases` are the others."""
+
+    fqn: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every module of `model` once, parents before children, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    for module, (first, *others) in names.items():
+        yield Site(fqn=first, module=module, aliases=tuple(others))
+
+
+def replace_module(model: nn.Module, site: Site, new: nn.Module) -> None:
+    """Put `new` wherever `site.module` was: at its FQN and at every alias, so that sharing survives."""
+    if not site.fqn:
+        raise ValueError("the root module cannot be replaced in its own tree")
+    for fqn in (site.fqn, *site.aliases):
+        parent, name = split(fqn)
+        setattr(model.get_submodule(parent), name, new)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """`(name, tensor)` of the parameters and persistent buffers that `module` itself holds: what a checkpoint fills."""
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None)
+    yield from (
+        (name, b)
+        for name, b in module._buffers.items()
+        if b is not None and name not in module._non_persistent_buffers_set
+    )
+
+
+def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First FQN of every parameter or persistent buffer of `model` -> the other FQNs that share it (often none)."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in own_tensors(module):
+            names.setdefault(id(tensor), []).append(join(prefix, name))
+    return {first: tuple(others) for first, *others in names.values()}
+
+
+def decoder_blocks(model: nn.Module) -> list[Site]:
+    """The repeated blocks of `model`: children of every outermost `ModuleList` (or `Sequential` of one class).
+
+    Found from the structure, not from class names: what a decoder repeats lives in a container of equals. Containers
+    within a block (experts, say) are not looked at, and a container without parameters is none.
+    """
+    found: list[Site] = []
+    inside: set[nn.Module] = set()
+    for site in sites(model):
+        if site.module in inside or not _repeats(site.module):
+            continue
+        inside.update(site.module.modules())
+        found.extend(Site(fqn=join(site.fqn, name), module=child) for name, child in site.module.named_children())
+    return found
+
+
+def _repeats(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return False
+    children = list(module.children())
+    if len({type(child) for child in children}) != 1 and not isinstance(module, nn.ModuleList):
+        return False
+    return bool(children) and all(any(True for _ in child.parameters()) for child in children)
+
+
+def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
+    """What comes before the `blocks` of a language model, and what comes after: `(embedding, (last norm, head))`.
+
+    The embedding is None if there is none, or if the head shares its weight: then it is among the others. The last norm
+    is found by its place, beside the blocks and after them. What a model does not have is left out, and so is an end
+    that shares a parameter with the rest of the model, such as the bias of BERT's head.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    norm = _after(model, blocks)
+    before: tuple[nn.Module | None, ...] = (embedding,)
+    after: tuple[nn.Module | None, ...] = (norm, head)
+    if embedding is not None and head is not None and _share(embedding, head):
+        before, after = (), (norm, embedding, head)
+    rest = _parameters_beside(model, {*(site.module for site in blocks), *before, *after})
+    ends = (tuple(module for module in end if module is not None) for end in (before, after))
+    first, last = (() if any(not rest.isdisjoint(m.parameters()) for m in end) else end for end in ends)
+    return (first[0] if first else None), last
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    return not set(one.parameters()).isdisjoint(other.parameters())
+
+
+def _parameters_beside(model: nn.Module, parts: Collection[nn.Module | None]) -> set[nn.Parameter]:
+    """The parameters of `model` that modules hold which are in none of its `parts`."""
+    found: set[nn.Parameter] = set()
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in parts:
+            found.update(parameter for parameter in module._parameters.values() if parameter is not None)
+            stack.extend(module.children())
+    return found
+
+
+def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
+    """The last module with parameters of its own beside the container of the last block, and after it."""
+    container = split(blocks[-1].fqn)[0] if blocks else ""
+    if not container:  # no blocks, or the model itself is what contains them
+        return None
+    parent, name = split(container)
+    siblings = dict(model.get_submodule(parent).named_children())
+    later = list(siblings)[list(siblings).index(name) + 1 :]
+    plain = [siblings[each] for each in later if siblings[each]._parameters]
+    return next((module for module in reversed(plain) if all(p.dim() == 1 for p in module.parameters())), None)

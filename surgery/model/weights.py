@@ -1,0 +1,211 @@
+"""Which checkpoint tensors fill which parameters, decided and checked before anything is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint, Index, TensorEntry
+from surgery.errors import WeightsMismatchError
+from surgery.model.defaults import fill_buffers
+from surgery.model.keys import Group, group_keys
+from surgery.model.ties import untie_different
+from surgery.model.tree import tied_parameters
+
+__all__ = ["Assignment", "WeightPlan", "plan_weights"]
+
+#: Names shown of a long list of missing or unexpected keys.
+SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logical:
+    """What a converter asks a model for: config, and parameters on meta in the shapes that they have unquantized."""
+
+    config: Any
+    parameters: Mapping[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that FQN. Raises `KeyError` if there is none."""
+        return self.parameters[name]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Logical:
+        """Of `model`, before its layers are replaced."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(config=getattr(model, "config", None), parameters=parameters)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assignment:
+    """Checkpoint tensors and the parameters that they fill.
+
+    sources: checkpoint keys, each read once.
+    targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
+    duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
+    converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
+    logical: the model as converters know it; None without one.
+    dtypes: of the targets as the checkpoint has them.
+    """
+
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+    duplicates: tuple[str, ...] = ()
+    converter: Any = field(default=None, repr=False)
+    logical: Logical | None = field(default=None, repr=False)
+    patterns: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{target: tensor}` from `{source: tensor}`; meta tensors give the targets' shapes."""
+        if self.converter is None:
+            return {self.targets[0]: tensors[self.sources[0]]}
+        converter = copy.deepcopy(self.converter)
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            converter.add_tensor(self.targets[0], source, pattern, tensors[source])
+        assert self.logical is not None
+        converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightPlan:
+    """What is loaded of a checkpoint, in the model's order, and the names of what is not, as in transformers.
+
+    ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
+    holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
+    """
+
+    assignments: tuple[Assignment, ...]
+    ignored: tuple[str, ...] = ()
+    initialized: tuple[str, ...] = ()
+
+
+def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device) -> WeightPlan:
+    """Match the tensors of `checkpoint` with the parameters and persistent buffers of `model`.
+
+    `model` is on meta, before replacement. One of transformers is treated as `from_pretrained` does: names are
+    converted by its own tables, what it has no use for is ignored, and persistent buffers that the checkpoint lacks are
+    put on `device` with their initial values. Of any other, every name must match. Tied parameters that are stored
+    with different values are untied; nothing is read but samples of those.
+
+    Raises `WeightsMismatchError` if a parameter would stay as it was initialized, a checkpoint key of a plain module
+    has no place, or a shape or dtype cannot be right.
+    """
+    from transformers import PreTrainedModel
+
+    index = checkpoint.index
+    groups, unplaced, repeated = group_keys(model, index)
+    logical = Logical.of(model)
+    stored = {name: _finish(model, index, group, logical) for name, group in groups.items()}
+    filled = {target for assignment in stored.values() for target in assignment.targets}
+    missing = [first for first, aliases in tied_parameters(model).items() if filled.isdisjoint((first, *aliases))]
+    initialized = fill_buffers(model, missing, device=device)
+    missing = sorted(set(missing).difference(initialized))
+    unexpected = [] if isinstance(model, PreTrainedModel) else unplaced
+    if missing or unexpected:
+        raise _mismatch(checkpoint, missing, unplaced)
+    untie_different(model, stored, checkpoint)
+    assignments = []
+    for first, aliases in tied_parameters(model).items():
+        names = [name for name in (first, *aliases) if name in stored]
+        if names:
+            assignments.append(_fill(first, names, stored))
+    return WeightPlan(
+        assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored), initialized=initialized
+    )
+
+
+def _fill(first: str, names: Sequence[str], stored: Mapping[str, Assignment]) -> Assignment:
+    """The assignment of the parameter that is met as `first`, and that is `stored` under some of its `names`."""
+    name, *others = names
+    chosen = stored[name]
+    return replace(
+        chosen,
+        targets=tuple(first if target == name else target for target in chosen.targets),
+        duplicates=tuple(source for other in others for source in stored[other].sources),
+    )
+
+
+def _mismatch(checkpoint: Checkpoint, missing: Sequence[str], unplaced: Sequence[str]) -> WeightsMismatchError:
+    parts = [
+        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in (("parameters no tensor fills", missing), ("tensors that fit nowhere", unplaced))
+        if names
+    ]
+    absent = [name for name in missing if name in checkpoint.index.ignored]
+    hint = f" (its index lists {absent[0]}, but no file holds it)" if absent else ""
+    return WeightsMismatchError(
+        f"{checkpoint.path} does not hold the weights of this model{hint}: {'; '.join(parts)}. Check that the "
+        "architecture in config.json is the one that wrote these weights",
+        missing=missing,
+        unexpected=unplaced,
+    )
+
+
+def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> Assignment:
+    """The assignment of `group`, after a dry run on meta that finds its targets and checks their shapes and dtypes."""
+    assignment = Assignment(
+        targets=(group.name,),
+        sources=tuple(group.sources),
+        converter=group.converter,
+        logical=logical,
+        patterns=tuple(group.patterns),
+    )
+    entries = [index[name] for name in group.sources]
+    for entry in entries:
+        _check_known(group.name, entry)
+    try:
+        dry = assignment.convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
+    except Exception as error:  # whatever operation fails, on tensors that do not belong together
+        raise WeightsMismatchError(
+            f"{group.name} cannot be made of {len(entries)} tensors of the checkpoint "
+            f"({', '.join(group.sources[:SHOWN])}): {error}. Check that the architecture in config.json is the one "
+            "that wrote these weights",
+            path=entries[0].file,
+            tensor=entries[0].name,
+        ) from error
+    for name, tensor in dry.items():
+        _check_fits(model, name, tensor, entries)
+    return replace(assignment, targets=tuple(dry), dtypes=tuple(tensor.dtype for tensor in dry.values()))
+
+
+def _check_known(name: str, entry: TensorEntry) -> None:
+    if entry.unknown is not None:
+        raise WeightsMismatchError(
+            f"{name} is to be filled by {entry.name} in {entry.file.name}, whose dtype {entry.unknown!r:.80} is not "
+            f"supported: convert the tensor to F64, F32, F16 or BF16",
+            path=entry.file,
+            tensor=entry.name,
+        )
+
+
+def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:
+    """Shape must be equal; floating goes into floating of any width, everything else into its own dtype."""
+    parent, _, leaf = name.rpartition(".")
+    wanted = getattr(model.get_submodule(parent), leaf)
+    entry = next(iter(entries))
+    if tuple(tensor.shape) != tuple(wanted.shape):
+        raise WeightsMismatchError(
+            f"{name} has shape {tuple(wanted.shape)} in the model, but {entry.file.name} holds {entry.name} with shape "
+            f"{tuple(entry.shape)}: config.json and the weights are not of the same model",
+            path=entry.file,
+            tensor=entry.name,
+        )
+    if tensor.dtype == wanted.dtype or (_castable(tensor.dtype) and wanted.dtype.is_floating_point):
+        return
+    raise WeightsMismatchError(
+        f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "
+        "float64, float32, float16 and bfloat16 weights can be loaded here",
+        path=entry.file,
+        tensor=entry.name,
+    )
+
+
+def _castable(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -1,0 +1,1 @@
+"""Measurements of this process, and what is said of them: times, memory, bytes, progress."""

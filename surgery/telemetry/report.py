@@ -1,0 +1,208 @@
+"""What happened while a model was built: seconds, bytes read and memory per phase, and a progress bar on rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from surgery.telemetry.measurements import History, Phase, Prediction, Sample
+from surgery.telemetry.notices import group_names, say_converted, say_ignored, say_initialized, say_misread
+from surgery.telemetry.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
+
+__all__ = ["Phase", "Report", "anonymous_memory"]
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Measurements of one rank, from when it is made. Any thread may use it.
+
+    show_progress: draw a bar for layer loops, and say on stderr what is ignored or read once per node: for rank 0.
+    phases: in the order in which they ended.
+    predictions: what a plan expects, by the group of phases; see `predict`.
+    history: memory over time, while `recording`; otherwise empty.
+    bytes_read: from checkpoints so far; see `count_bytes`.
+    read_once_per_node: how many checkpoint tensors one rank of each node reads and converts for the others, by their
+        name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
+    ignored: how many names of the checkpoint are not used, by name as above; see `note_ignored`.
+    initialized: how many buffers the checkpoint lacks, likewise; see `note_initialized`.
+    misread: how many weights bitsandbytes dequantizes wrongly on this CPU, likewise; see `note_misread`.
+    """
+
+    show_progress: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    phases: list[Phase] = field(default_factory=list)
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    history: History = field(default_factory=History)
+    bytes_read: int = 0
+    read_once_per_node: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    initialized: dict[str, int] = field(default_factory=dict)
+    misread: dict[str, int] = field(default_factory=dict)
+    _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
+    _running: list[Phase] = field(default_factory=list, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _sampler: Sampler = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Weights go to a GPU through buffers that stay as they are, and each look takes the interpreter from the
+        # threads that load.
+        self._sampler = Sampler(SAMPLE_PERIOD if self.device.type == "cpu" else 10 * SAMPLE_PERIOD)
+
+    @property
+    def seconds(self) -> float:
+        """Since the report was made."""
+        return time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def phase(self, name: str, *, group: str = "load") -> Iterator[Phase]:
+        """Measure a block.
+
+        Phases of one thread do not nest. Those of two threads may overlap: memory and bytes read are the process's, so
+        that each then has those of both.
+        """
+        phase = Phase(name=name, group=group, start=self.seconds, host_before=anonymous_memory())
+
+        def look() -> None:
+            phase.host_peak = max(phase.host_peak, anonymous_memory())
+
+        self._begin(phase)
+        try:
+            with self._sampler.calling(look):
+                yield phase
+        finally:
+            self._end(phase)
+
+    def count_bytes(self, count: int) -> None:
+        """Say that `count` more bytes have been read from a checkpoint."""
+        with self._lock:
+            self.bytes_read += count
+            for phase in self._running:
+                phase.bytes_read += count
+
+    def predict(self, group: str, *, host: int | None = None, device: int | None = None) -> None:
+        """Note the peaks that a plan expects of the phases of `group`, in bytes above what is held now."""
+        self.predictions[group] = Prediction(
+            host=host, device=device, host_before=anonymous_memory(), device_before=self._device_memory()[0]
+        )
+
+    def note_read_once_per_node(self, keys: Iterable[str]) -> None:
+        """Note, before anything is read, the checkpoint keys of which no rank can read a range alone.
+
+        That is what the model merges, splits or transposes. With `show_progress` a line on stderr names it, if there is
+        any.
+        """
+        self.read_once_per_node = group_names(keys)
+        if self.read_once_per_node:
+            self._say(say_converted(self.read_once_per_node))
+
+    def note_ignored(self, names: Iterable[str]) -> None:
+        """Note the names of the checkpoint that the model has no use for, as upstream ignores them too.
+
+        With `show_progress` a line on stderr names them, if there are any.
+        """
+        self.ignored = group_names(names)
+        if self.ignored:
+            self._say(say_ignored(self.ignored))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[History]:
+        """Fill `history` while the block runs, between phases too."""
+
+        def look() -> None:
+            self.history.add(Sample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
+
+        with self._sampler.calling(look):
+            yield self.history
+
+    def track(self, items: Sequence[T], *, describe: Callable[[T], str]) -> Iterator[T]:
+        """The items, with a progress bar that names the current one."""
+        if not self.show_progress:
+            yield from items
+            return
+        from tqdm.auto import tqdm
+
+        with tqdm(items, desc="Loading", unit="layer", leave=False, dynamic_ncols=True) as bar:
+            for item in bar:
+                bar.set_postfix_str(describe(item), refresh=False)
+                yield item
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes."""
+        return {
+            phase.name: {
+                "start": round(phase.start, 3),
+                "seconds": round(phase.seconds, 3),
+                "bytes_read": phase.bytes_read,
+                "host_before": phase.host_before,
+                "host_peak": phase.host_peak,
+                "device_peak": phase.device_peak,
+            }
+            for phase in self.phases
+        }
+
+    def note_initialized(self, names: Iterable[str]) -> None:
+        """Note the buffers that keep their initial values, because the checkpoint has none for them; said likewise."""
+        self.initialized = group_names(names)
+        if self.initialized:
+            self._say(say_initialized(self.initialized))
+
+    def note_misread(self, names: Iterable[str]) -> None:
+        """Note the 4-bit weights that bitsandbytes' kernel for this CPU dequantizes wrongly; said likewise."""
+        self.misread = group_names(names)
+        if self.misread:
+            self._say(say_misread(self.misread))
+
+    def _say(self, line: str) -> None:
+        if not self.show_progress:
+            return
+        from tqdm.auto import tqdm
+
+        # As the bar is, so that whatever is drawn goes on below the line.
+        tqdm.write(line, file=sys.stderr)
+
+    def _begin(self, phase: Phase) -> None:
+        with self._lock:
+            self._note_device_peak()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._running.append(phase)
+
+    def _end(self, phase: Phase) -> None:
+        try:
+            # Not while another phase runs: its thread would go on giving the device work, and this one wait for that.
+            if self.device.type == "cuda" and len(self._running) == 1:
+                torch.cuda.synchronize(self.device)  # raises what an earlier kernel has failed with
+        finally:
+            with self._lock:
+                self._note_device_peak()
+                self._running = [each for each in self._running if each is not phase]
+                phase.seconds = self.seconds - phase.start
+                self.phases.append(phase)
+
+    def _note_device_peak(self) -> None:
+        """Give the peak so far to the phases that run: torch has one for the process, which the next phase resets."""
+        if self.device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated(self.device)
+        for phase in self._running:
+            phase.device_peak = max(phase.device_peak, peak)
+
+    def _device_memory(self) -> tuple[int, int]:
+        """Bytes that torch has allocated on the device now, and that it has reserved; 0 without a GPU."""
+        if self.device.type != "cuda":
+            return 0, 0
+        # One call for both figures; the functions for single ones flatten and sort all that there are.
+        statistics = torch.cuda.memory_stats_as_nested_dict(self.device)
+        if not statistics:
+            return 0, 0  # CUDA has not been used yet
+        allocated, reserved = statistics["allocated_bytes"], statistics["reserved_bytes"]
+        return int(allocated["all"]["current"]), int(reserved["all"]["current"])
