@@ -10,7 +10,17 @@ from torch import nn
 
 from surgery.model.fqn import join, split
 
-__all__ = ["Site", "decoder_blocks", "ends_of", "own_tensors", "replace_module", "sites", "tied_parameters"]
+__all__ = [
+    "Site",
+    "decoder_blocks",
+    "ends_of",
+    "is_conv1d",
+    "is_linear_like",
+    "own_tensors",
+    "replace_module",
+    "sites",
+    "tied_parameters",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -130,3 +140,13 @@ def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
     later = list(siblings)[list(siblings).index(name) + 1 :]
     plain = [siblings[each] for each in later if siblings[each]._parameters]
     return next((module for module in reversed(plain) if all(p.dim() == 1 for p in module.parameters())), None)
+
+
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether `module` multiplies by one weight: exactly `nn.Linear`, or transformers' transposed `Conv1D`."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as `(in, out)`."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

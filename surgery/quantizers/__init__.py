@@ -1,1 +1,5 @@
-"""Back ends that turn a weight into its quantized form. One protocol, one file for each."""
+"""Formats of quantized weights: the protocol is in `base`, and each format is a file of its own, imported here."""
+
+from surgery.quantizers import bnb, none
+
+__all__ = ["bnb", "none"]

@@ -1,118 +1,324 @@
-"""What a quantizer back end does for the passes, and the sizes that it has to keep to."""
+"""The seam between loading and storage: what a format answers, and which format serves which options.
+
+Everything that differs by how weights are stored is a method of `QuantFormat`. A new format is one file with a
+subclass, and one `register` line; ranks divide, read and exchange weights by what its `layout` says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from surgery.errors import QuantizerError
+from surgery.errors import ConfigError, QuantizerError
+from surgery.model.fqn import join
+from surgery.model.tree import is_conv1d, is_linear_like
 
-__all__ = ["Quantizer", "check_layout", "check_run", "check_runs"]
+__all__ = [
+    "Layout",
+    "QuantFormat",
+    "check_layout",
+    "check_run",
+    "check_runs",
+    "format_for",
+    "format_of",
+    "kept_parameters",
+    "quantized_modules",
+    "register",
+]
+
+#: Elements quantized at a time, unless a format says other. On a GPU 128 MiB of a 16-bit weight, so that most parts are
+#: one run.
+RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+
+#: Bytes of a statistic as it is computed and exchanged: float32.
+STATISTIC_BYTES = 4
 
 
-class Quantizer(Protocol):
-    """Replaces linear modules by quantized ones on meta, and makes what fills them, range by range.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a format packs one weight: its elements in flat order, each byte with so many of them.
 
-    The layout is fixed, since ranks divide weights by it: two elements make a byte, in the order of the flat weight, an
-    odd last element takes a byte of its own, and a block of `blocksize` elements has one float32 statistic. Another
-    one, such as a byte an element, is refused as `QuantizerError`: by `check_layout` before anything is read, and by
-    `check_run` when a run comes out of `quantize`.
+    values_per_byte: 2 for 4 bits, 1 for 8. blocksize: elements that share one float32 statistic, a multiple of
+    `values_per_byte`. The last byte and the last block of a weight may be partial.
     """
 
+    values_per_byte: int
+    blocksize: int
+
+    def packed_bytes(self, numel: int) -> int:
+        """Bytes that `numel` elements pack into."""
+        return -(-numel // self.values_per_byte)
+
+    def blocks(self, numel: int) -> int:
+        """Number of statistics of `numel` elements."""
+        return -(-numel // self.blocksize)
+
+    def packed_shape(self, shape: Sequence[int], storage: torch.dtype) -> tuple[int, int]:
+        """Shape `(n, 1)` of the packed form, in elements of `storage`, of a weight of logical `shape`.
+
+        Raises `ConfigError` where the bytes do not fill the last element of `storage`.
+        """
+        size = self.packed_bytes(torch.Size(shape).numel())
+        if size % storage.itemsize:
+            raise ConfigError(
+                f"a weight of shape {tuple(shape)} packs into {size} bytes, which {storage} ({storage.itemsize} bytes "
+                "an element) cannot hold: choose a smaller quant_storage, or leave the module in 16 bits with "
+                "skip_modules"
+            )
+        return size // storage.itemsize, 1
+
+
+class QuantFormat:
+    """How the weights of one model are stored, and made of what a checkpoint has.
+
+    A subclass defines `replacement`, `is_quantized`, `layout` and `quantize`, and what differs from the defaults here:
+    packed weights are plain parameters `(n, 1)` of dtype `storage`; a module keeps its state in `quant_state`.
+
+    options: what the user chose, such as `surgery.Quant("nf4")`. dtype: of the model; weights are cast to it before
+    they are quantized. compute_dtype: in which quantized layers multiply.
+    """
+
+    #: What plans and reports call it.
+    label: ClassVar[str]
+
+    #: Patches that a model in this format needs in order to run, on its quantized modules.
+    resident_patches: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
+        self.options = options
+        self.dtype = dtype
+        self.compute_dtype = compute_dtype
+
     @property
-    def blocksize(self) -> int:
-        """Elements that share one statistic; even."""
-        ...
+    def storage(self) -> torch.dtype:
+        """Dtype of packed tensors; the same bytes whatever it is."""
+        return self.dtype
+
+    @property
+    def skip_modules(self) -> tuple[str, ...]:
+        """Regular expressions, searched in a module's FQN; what matches stays as it is."""
+        return tuple(getattr(self.options, "skip_modules", ()))
+
+    # Modules. --------------------------------------------------------------------------------------------------------
+
+    #: Whether a model without a module to quantize is refused.
+    needs_modules: ClassVar[bool] = True
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` has a quantized form: exactly `nn.Linear`, or transformers' transposed `Conv1D`."""
+        return is_linear_like(module)
+
+    def replacement(self, module: Any) -> nn.Module:
+        """A frozen quantized module in the place of `module`, on meta, its weight `(n, 1)` in `storage`."""
+        raise NotImplementedError
+
+    @classmethod
+    def is_quantized(cls, module: nn.Module) -> bool:
+        """Whether `module` is one of this format's, and its `weight` is packed."""
+        del module
+        return False
+
+    def logical(self, module: Any) -> torch.Size:
+        """Shape of the weight of a quantized `module` before it was quantized: `(out, in)`."""
+        return torch.Size((module.out_features, module.in_features))
+
+    def is_transposed(self, module: nn.Module) -> bool:
+        """Whether the checkpoint has the weight of `module`, which is not replaced yet, as `(in, out)`."""
+        return is_conv1d(module)
+
+    def layout(self, module: Any) -> Layout:
+        """How the weight of a quantized `module` is packed."""
+        raise NotImplementedError
+
+    def mark(self, model: nn.Module) -> None:
+        """Set on `model`, its modules replaced, what upstream sets on a model that it loads in this format."""
+
+    # Values. ---------------------------------------------------------------------------------------------------------
 
     def run_elements(self, device: torch.device) -> int:
-        """How many elements to quantize at once on `device`: whole blocks."""
-        ...
+        """Number of elements to quantize at once on `device`: whole blocks."""
+        return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
 
-    def replacement(self, linear: nn.Module) -> nn.Module:
-        """A quantized module for `linear`, on meta, its weight in the shape and dtype in which it will be stored.
+    def quantize(
+        self, run: torch.Tensor, layout: Layout, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(packed, statistics)` of a flat run of whole blocks, in any floating dtype, on its device.
 
-        That is `(n, 1)`, where `n` elements of that dtype have as many bytes as the packed weight.
+        Both are 1-D: uint8 with `layout.packed_bytes(n)` elements, float32 with `layout.blocks(n)`. Only the last block
+        of a weight may be partial. The run is cast first, to `dtype`, or to the model's where that is None.
         """
-        ...
-
-    def is_quantized(self, module: nn.Module) -> bool:
-        """Whether `module` is one of ours, and its `weight` is to be quantized."""
-        ...
-
-    def logical(self, module: nn.Module) -> torch.Size:
-        """The shape of the weight of a quantized `module` before it was quantized."""
-        ...
-
-    def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(packed uint8, float32 statistics)` of a flat run of whole blocks, in any floating dtype, on its device.
-
-        Only the last block of a weight may be partial. It is cast first, to `dtype` where one is given. Of a run of
-        `n` elements, both are 1-D: `ceil(n / 2)` bytes, and `ceil(n / blocksize)` statistics.
-        """
-        ...
+        raise NotImplementedError
 
     def states(
-        self,
-        statistics: Sequence[torch.Tensor],
-        shapes: Sequence[torch.Size],
-        dtypes: Sequence[torch.dtype | None] | None = None,
+        self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[Any]:
-        """What belongs to the packed data of whole weights of logical `shapes`, each from the statistics of all its
-        blocks, float32, in order; on their device. dtypes: in which each was quantized, as above. Many weights at once
-        are little more work than one.
+        """The states of whole weights of logical `shapes`, each from the statistics of all its blocks, in order.
+
+        dtypes: in which each was quantized; None for the model's. Many weights at once are little more work than one.
         """
-        ...
+        del shapes, dtypes
+        return list(statistics)
 
-    def parameter(self, module: nn.Module, packed: torch.Tensor, state: Any) -> nn.Parameter:
-        """The frozen parameter of `module` over `packed`; `state` is what `states` gave."""
-        ...
+    def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
+        """The frozen parameter of a quantized `module` over `packed`; `state` is what `states` gave."""
+        del module, state
+        return nn.Parameter(packed, requires_grad=False)
 
-    def set_state(self, module: nn.Module, state: Any) -> None:
-        """Give the module its state, which it keeps whatever becomes of the parameter."""
-        ...
+    def set_state(self, module: Any, state: Any) -> None:
+        """Give `module` its state, which it keeps whatever becomes of the parameter."""
+        module.quant_state = state
+
+    def like(self, parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+        """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+    # Attestation. ----------------------------------------------------------------------------------------------------
+
+    def state_of(self, module: Any) -> Any:
+        """The state that forward of a quantized `module` uses."""
+        return module.quant_state
+
+    def state_tensors(self, state: Any) -> Mapping[str, torch.Tensor]:
+        """The tensors of a state by name."""
+        return {"statistics": state} if isinstance(state, torch.Tensor) else {}
+
+    def state_settings(self, state: Any) -> Mapping[str, str]:
+        """Everything else that a state says of how to read the tensors, as text by name."""
+        del state
+        return {}
+
+    # Upstream's faults. ----------------------------------------------------------------------------------------------
+
+    def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
+        """Patches, as `patches.transaction` takes them, while PEFT or FSDP rebuild `model`."""
+        del model
+        return ()
+
+    def misread(self, model: nn.Module) -> list[str]:
+        """FQNs of the weights of `model` that upstream takes for others on this machine."""
+        del model
+        return []
+
+    # The memory plan. ------------------------------------------------------------------------------------------------
+
+    def state_bytes(self, blocks: int) -> int:
+        """Bytes of the state of a weight of so many blocks, as every rank has it."""
+        return blocks * STATISTIC_BYTES
+
+    def finishing_bytes(self, blocks: int) -> int:
+        """Temporary bytes that `states` takes for so many blocks, beside their float32 statistics."""
+        del blocks
+        return 0
+
+    def quantizing_bytes(self, device: torch.device) -> float:
+        """Temporary bytes for each element that is being quantized on `device`."""
+        del device
+        return 8.0
+
+    def dequantized_bytes(self, numel: int, blocks: int) -> int:
+        """Temporary bytes of the weight of a layer while it multiplies."""
+        del blocks
+        return numel * (self.compute_dtype or self.dtype).itemsize
 
 
-def check_layout(quantizer: Quantizer, fqn: str, stored: torch.Tensor, logical: torch.Size) -> None:
-    """Raises QuantizerError where the weight `fqn`, of shape `logical`, is `stored` on meta in another layout."""
-    name, blocksize = type(quantizer).__name__, quantizer.blocksize
-    if blocksize < 1 or blocksize % 2:
+_FORMATS: dict[type, type[QuantFormat]] = {}
+
+
+def register(options: type, kind: type[QuantFormat]) -> None:
+    """Have `kind` serve every `quant=` of the class `options`."""
+    _FORMATS[options] = kind
+
+
+def format_for(options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> QuantFormat:
+    """The format that serves `options`; raises `ConfigError` if none does."""
+    kind = _FORMATS.get(type(options))
+    if kind is None:
+        known = ", ".join(each.__name__ for each in _FORMATS if each is not type(None))
+        raise ConfigError(f"quant: expected None or one of {known}; got {options!r:.80}")
+    return kind(options, dtype=dtype, compute_dtype=compute_dtype)
+
+
+def format_of(module: nn.Module) -> type[QuantFormat] | None:
+    """The format that `module` is in; None if it is not quantized."""
+    return next((kind for kind in _FORMATS.values() if kind.is_quantized(module)), None)
+
+
+def quantized_modules(model: nn.Module) -> list[nn.Module]:
+    """Every quantized module of `model`, once each, whatever its format."""
+    return [module for module in model.modules() if format_of(module) is not None]
+
+
+def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:
+    """Floating-point parameters of `model`, by FQN, that are neither in `dtype`, the model's, nor packed.
+
+    Upstream keeps them so. ends: with those of the embedding and of the output head, which may be large.
+    """
+    named = ("get_input_embeddings", "get_output_embeddings")
+    left_out = set() if ends else {getattr(model, name, lambda: None)() for name in named}
+    return {
+        join(prefix, name): parameter
+        for prefix, module in model.named_modules()
+        if module not in left_out
+        for name, parameter in _floating(module)
+        if parameter.dtype not in _stored(module, dtype)
+    }
+
+
+def _floating(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from ((name, p) for name, p in module._parameters.items() if p is not None and p.is_floating_point())
+
+
+def _stored(module: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes of what `module` holds if upstream keeps none of it in another one."""
+    weight: Any = module._parameters.get("weight") if format_of(module) is not None else None
+    return (dtype,) if weight is None else (dtype, weight.dtype)
+
+
+def check_layout(quant: QuantFormat, fqn: str, stored: torch.Tensor, logical: torch.Size, layout: Layout) -> None:
+    """Raise `QuantizerError` where the weight `fqn`, of shape `logical`, is `stored` on meta in another layout."""
+    name = type(quant).__name__
+    if layout.values_per_byte < 1 or layout.blocksize < 1 or layout.blocksize % layout.values_per_byte:
         raise QuantizerError(
-            f"{name}: expected an even blocksize, since two elements make a byte, found {blocksize}: choose another"
+            f"{name}: expected a blocksize of whole bytes, {layout.values_per_byte} elements each, found "
+            f"{layout.blocksize}: choose a multiple"
         )
-    expected, found = -(-logical.numel() // 2), stored.numel() * stored.dtype.itemsize
+    expected, found = layout.packed_bytes(logical.numel()), stored.numel() * stored.dtype.itemsize
     if found != expected or stored.shape[1:].numel() != 1:
         raise QuantizerError(
-            f"{name}: expected {fqn}, of shape {tuple(logical)}, to be stored as (n, 1) in {expected} bytes, two "
-            f"elements a byte; found {tuple(stored.shape)} of {stored.dtype}, {found} bytes: other layouts cannot be "
-            "divided among ranks; make `replacement` and `quantize` keep to the one that Quantizer describes"
+            f"{name}: expected {fqn}, of shape {tuple(logical)}, to be stored as (n, 1) in {expected} bytes, "
+            f"{layout.values_per_byte} elements a byte; found {tuple(stored.shape)} of {stored.dtype}, {found} bytes: "
+            "make `replacement` keep to what `layout` says"
         )
 
 
-def check_runs(quantizer: Quantizer, device: torch.device) -> None:
-    """Raises QuantizerError where runs on `device` are not whole blocks."""
-    elements = quantizer.run_elements(device)
-    if elements < 1 or elements % quantizer.blocksize:
+def check_runs(quant: QuantFormat, layout: Layout, device: torch.device) -> None:
+    """Raise `QuantizerError` where runs on `device` are not whole blocks of `layout`."""
+    elements = quant.run_elements(device)
+    if elements < 1 or elements % layout.blocksize:
         raise QuantizerError(
-            f"{type(quantizer).__name__}: expected runs of whole blocks of {quantizer.blocksize} elements, found "
+            f"{type(quant).__name__}: expected runs of whole blocks of {layout.blocksize} elements, found "
             f"run_elements({str(device)!r}) of {elements}: return a multiple"
         )
 
 
 def check_run(
-    quantizer: Quantizer, fqn: str, run: torch.Tensor, packed: torch.Tensor, statistics: torch.Tensor
+    quant: QuantFormat, fqn: str, numel: int, made: tuple[torch.Tensor, torch.Tensor], layout: Layout
 ) -> None:
-    """Raises QuantizerError where what `quantize` has made of `run`, a part of `fqn`, is not of the promised sizes."""
-    blocks = -(-run.numel() // quantizer.blocksize)
-    expected = _described(torch.uint8, -(-run.numel() // 2)), _described(torch.float32, blocks)
-    found = tuple(f"{each.dtype} {tuple(each.shape)}" for each in (packed, statistics))
+    """Raise `QuantizerError` where what `quantize` has `made` of a run of `fqn` is not as `layout` says."""
+    expected = (
+        _described(torch.uint8, layout.packed_bytes(numel)),
+        _described(torch.float32, layout.blocks(numel)),
+    )
+    found = tuple(f"{each.dtype} {tuple(each.shape)}" for each in made)
     if found != expected:
         raise QuantizerError(
-            f"{type(quantizer).__name__}: expected `quantize` to make of {run.numel()} elements of {fqn} packed data "
-            f"{expected[0]}, two elements a byte, and statistics {expected[1]}, one for each block of "
-            f"{quantizer.blocksize}; found {found[0]} and {found[1]}"
+            f"{type(quant).__name__}: expected `quantize` to make of {numel} elements of {fqn} packed data "
+            f"{expected[0]}, {layout.values_per_byte} elements a byte, and statistics {expected[1]}, one for each "
+            f"block of {layout.blocksize}; found {found[0]} and {found[1]}"
         )
 
 

@@ -1,33 +1,26 @@
-"""4-bit weights of bitsandbytes: packed shapes, quantization in runs of whole blocks, `Params4bit`, `quant_state`."""
+"""4-bit linear layers of bitsandbytes: quantization in runs of whole blocks, `Params4bit`, `quant_state`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+import patches
 from surgery.config import Quant
-from surgery.errors import ConfigError
-from surgery.model.fqn import join
+from surgery.model.fqn import clean, join
+from surgery.model.pretrained import is_pretrained, mark_quantized
+from surgery.model.tree import is_conv1d
+from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat, register
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = [
-    "BnbQuantizer",
-    "as_params4bit",
-    "is_linear_like",
-    "is_params4bit",
-    "kept_parameters",
-    "linear4bits",
-    "packed_shape",
-    "with_data",
-]
+__all__ = ["REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -37,31 +30,19 @@ RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 #: Statistics that share one statistic of their own, with double quantization; as in upstream's `quantize_4bit`.
 NESTED_BLOCKSIZE = 256
 
+#: Temporary bytes for each element that is being quantized: on a GPU the element itself, in 16 bits, its packed half
+#: byte and its share of a statistic; on a CPU what bitsandbytes' kernel was seen to take.
+QUANTIZE_BYTES = {"cpu": 16.0, "cuda": 2.57}
 
-def packed_shape(shape: torch.Size | tuple[int, ...], storage: torch.dtype) -> tuple[int, int]:
-    """Shape `(n, 1)` of the packed form, in elements of `storage`, of a weight of logical `shape`.
+#: Bytes of a quant_state beside its statistics: tables of codes, offset, in blocks of the CUDA allocator.
+STATE_BYTES = 2048
 
-    Two 4-bit values make a byte, and an odd last value takes a byte of its own; bytes that do not fill an element of
-    `storage` cannot be stored, and raise `ConfigError`.
-    """
-    elements = torch.Size(shape).numel()
-    size = (elements + 1) // 2
-    if size % storage.itemsize:
-        raise ConfigError(
-            f"a weight of shape {tuple(shape)} packs into {size} bytes, which {storage} ({storage.itemsize} bytes an "
-            "element) cannot hold: choose a smaller quant_storage, or leave the module in 16 bits with skip_modules"
-        )
-    return size // storage.itemsize, 1
+#: The patch under which a CPU dequantizes right what it misreads.
+REMEDY = "bitsandbytes.cpu-dequantize-flat"
 
-
-def is_linear_like(module: nn.Module) -> bool:
-    """Whether bitsandbytes has a 4-bit form of `module`: exactly `nn.Linear`, or transformers' transposed `Conv1D`."""
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as `(in, out)`."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+#: Where the kernel that misreads is used: rows of a multiple of so many values, and smaller blocks than that. Elsewhere
+#: the one that bitsandbytes has for any processor is, and right.
+STEP, BLOCKSIZE_LIMIT = 16, 2048
 
 
 def linear4bits(model: nn.Module) -> list[Linear4bit]:
@@ -69,24 +50,6 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
     from bitsandbytes.nn import Linear4bit
 
     return [module for module in model.modules() if isinstance(module, Linear4bit)]
-
-
-def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:
-    """Floating-point parameters of `model`, by FQN, that are neither in `dtype`, the model's, nor packed.
-
-    Upstream keeps them so. ends: with those of the embedding and of the output head, which may be large.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    named = ("get_input_embeddings", "get_output_embeddings")
-    left_out = set() if ends else {getattr(model, name, lambda: None)() for name in named}
-    found: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        stored = {dtype, module.weight.dtype} if isinstance(module, Linear4bit) else {dtype}
-        for name, parameter in module._parameters.items() if module not in left_out else ():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype not in stored:
-                found[join(prefix, name)] = parameter
-    return found
 
 
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,108 +152,204 @@ def is_params4bit(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, Params4bit)
 
 
-def with_data(parameter: Any, data: torch.Tensor) -> nn.Parameter:
-    """A `Params4bit` like `parameter`, with the same `quant_state`, over `data`."""
-    from bitsandbytes.nn import Params4bit
+class Bnb4bit(QuantFormat):
+    """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on a CPU)."""
 
-    return Params4bit(
-        data,
-        requires_grad=False,
-        quant_state=parameter.quant_state,
-        blocksize=parameter.blocksize,
-        compress_statistics=parameter.compress_statistics,
-        quant_type=parameter.quant_type,
-        quant_storage=parameter.quant_storage,
-        module=parameter.module,
-        bnb_quantized=True,
+    label = "bitsandbytes 4-bit"
+    resident_patches = (
+        "bitsandbytes.linear4bit-shape",
+        "bitsandbytes.linear4bit-apply",
+        "bitsandbytes.no-rewrap",
+        "bitsandbytes.keep-packing",
     )
 
-
-@dataclass(frozen=True, kw_only=True)
-class BnbQuantizer:
-    """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on CPU).
-
-    dtype: of the model: weights are cast to it before they are quantized, as `from_pretrained(dtype=...)` does.
-    compute_dtype: in which the layer multiplies; None lets bitsandbytes follow its input.
-    """
-
-    quant: Quant
-    dtype: torch.dtype
-    compute_dtype: torch.dtype | None
+    options: Quant
 
     @property
-    def blocksize(self) -> int:
-        """Elements that share one absmax."""
-        return self.quant.blocksize
+    def storage(self) -> torch.dtype:
+        """`quant_storage`, or the dtype of the model."""
+        return self.options.storage_for(self.dtype)
 
-    def run_elements(self, device: torch.device) -> int:
-        """Whole blocks; every block size is a power of two, and divides these."""
-        return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` is a linear layer, or a `Linear4bit` that upstream has made on meta."""
+        return super().takes(module) or (self.is_quantized(module) and not _is_packed(module))
 
-    def replacement(self, linear: Any) -> nn.Module:
-        """A frozen `Linear4bit` on meta, its weight in packed shape, for an `nn.Linear` or `Conv1D`.
+    def replacement(self, module: Any) -> nn.Module:
+        """A frozen `Linear4bit` on meta, its weight in packed shape; the module itself if it is one already.
 
         Its bias takes the dtype of the storage, unless it is kept in another one than the model's.
         """
-        from bitsandbytes.nn import Linear4bit
-
-        out_features, in_features = linear.weight.shape[:: -1 if is_conv1d(linear) else 1]
-        storage = self.quant.storage_for(self.dtype)
-        packed = packed_shape((out_features, in_features), storage)
-        bias = getattr(linear, "bias", None)
-        new: Any = Linear4bit(
-            in_features,
-            out_features,
-            bias=bias is not None,
-            compute_dtype=self.compute_dtype,
-            compress_statistics=self.quant.double_quant,
-            quant_type=self.quant.quant_type,
-            quant_storage=storage,
-            device="meta",
-        )
-        new.weight = as_params4bit(torch.empty(packed, dtype=storage, device="meta"), new, self.quant)
+        new = module if self.is_quantized(module) else self._linear4bit(module)
+        packed = self.layout(new).packed_shape(self.logical(new), self.storage)
+        new.weight = as_params4bit(torch.empty(packed, dtype=self.storage, device="meta"), new, self.options)
+        bias = getattr(module, "bias", None)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
-            bias_dtype = storage if storage.is_floating_point and bias.dtype == self.dtype else bias.dtype
-            new.bias = nn.Parameter(torch.empty(bias.shape, dtype=bias_dtype, device="meta"))
-        new.train(linear.training)
-        # As transformers sets them: what to transpose when it saves, and what not to initialize.
-        new.source_cls, new._is_hf_initialized = type(linear), True
+            as_stored = self.storage.is_floating_point and bias.dtype == self.dtype
+            dtype = self.storage if as_stored else bias.dtype
+            new.bias = nn.Parameter(torch.empty(bias.shape, dtype=dtype, device="meta"))
+        new.train(module.training)
+        new._is_hf_initialized = True  # as transformers sets it: what not to initialize
         frozen: nn.Module = new.requires_grad_(requires_grad=False)
         return frozen
 
-    def is_quantized(self, module: nn.Module) -> bool:
+    def _linear4bit(self, linear: Any) -> Any:
+        from bitsandbytes.nn import Linear4bit
+
+        out_features, in_features = linear.weight.shape[:: -1 if is_conv1d(linear) else 1]
+        new: Any = Linear4bit(
+            in_features,
+            out_features,
+            bias=getattr(linear, "bias", None) is not None,
+            compute_dtype=self.compute_dtype,
+            compress_statistics=self.options.double_quant,
+            quant_type=self.options.quant_type,
+            quant_storage=self.storage,
+            device="meta",
+        )
+        new.source_cls = type(linear)  # as transformers sets it: what to transpose when it saves
+        return new
+
+    @classmethod
+    def is_quantized(cls, module: nn.Module) -> bool:
         """Whether `module` is a `Linear4bit`."""
         from bitsandbytes.nn import Linear4bit
 
         return isinstance(module, Linear4bit)
 
-    def logical(self, module: Any) -> torch.Size:
-        """`(out, in)`."""
-        return torch.Size((module.out_features, module.in_features))
+    def is_transposed(self, module: nn.Module) -> bool:
+        """Whether `module` is transformers' `Conv1D`, or the `Linear4bit` that upstream has made of one."""
+        made_of = getattr(module, "source_cls", None)
+        return super().is_transposed(module) or getattr(made_of, "__name__", None) == "Conv1D"
 
-    def quantize(self, run: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """By the same kernel as `bitsandbytes.functional.quantize_4bit`, which makes a table of codes each time too."""
-        return _quantize_blocks(run.to(dtype or self.dtype), self.quant)
+    def layout(self, module: Any) -> Layout:
+        """Two elements a byte, in blocks of `blocksize`."""
+        del module
+        return Layout(values_per_byte=2, blocksize=self.options.blocksize)
+
+    def mark(self, model: nn.Module) -> None:
+        """Set what transformers sets on a model that it loads in 4 bits, and what PEFT chooses its LoRA layer by."""
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+        if is_pretrained(model):
+            compute_dtype = self.compute_dtype or self.dtype
+            mark_quantized(model, self.options, dtype=self.dtype, compute_dtype=compute_dtype)
+
+    def run_elements(self, device: torch.device) -> int:
+        """Whole blocks; every block size is a power of two, and divides these."""
+        return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
+
+    def quantize(
+        self, run: torch.Tensor, layout: Layout, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed bytes and absmax, by the kernel under `bitsandbytes.functional.quantize_4bit`."""
+        del layout
+        return _quantize_blocks(run.to(dtype or self.dtype), self.options)
 
     def states(
-        self,
-        statistics: Sequence[torch.Tensor],
-        shapes: Sequence[torch.Size],
-        dtypes: Sequence[torch.dtype | None] | None = None,
+        self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[QuantState]:
         """The `QuantState`s that `quantize_4bit` would have made of the whole weights.
 
         With double quantization the statistics of a weight are quantized too, all together, because their mean is taken
         off first.
         """
-        quantized_from = [dtype or self.dtype for dtype in dtypes or [None] * len(shapes)]
-        return _quant_states(statistics, shapes, quantized_from, self.quant)
+        return _quant_states(statistics, shapes, [dtype or self.dtype for dtype in dtypes], self.options)
 
     def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
         """A `Params4bit`."""
-        return as_params4bit(packed, module, self.quant, state)
+        return as_params4bit(packed, module, self.options, state)
 
-    def set_state(self, module: Any, state: QuantState) -> None:
-        """As `module.quant_state`, where bitsandbytes looks for it when a parameter has lost its own."""
-        module.quant_state = state
+    def like(self, parameter: Any, data: torch.Tensor) -> nn.Parameter:
+        """A `Params4bit` with the same `quant_state`, or a plain parameter, as `parameter` is."""
+        if not is_params4bit(parameter):
+            return super().like(parameter, data)
+        from bitsandbytes.nn import Params4bit
+
+        return Params4bit(
+            data,
+            requires_grad=False,
+            quant_state=parameter.quant_state,
+            blocksize=parameter.blocksize,
+            compress_statistics=parameter.compress_statistics,
+            quant_type=parameter.quant_type,
+            quant_storage=parameter.quant_storage,
+            module=parameter.module,
+            bnb_quantized=True,
+        )
+
+    def state_of(self, module: Any) -> QuantState:
+        """The `quant_state` of the parameter, or the module's own where sharding took that away."""
+        state: QuantState | None = getattr(module._parameters.get("weight"), "quant_state", None)
+        own: QuantState = module.quant_state
+        return own if state is None else state
+
+    def state_tensors(self, state: Any) -> dict[str, torch.Tensor]:
+        """`absmax`, `code`, `offset`, and those of the state of the statistics: `state2.absmax`."""
+        found: dict[str, torch.Tensor] = {}
+        for name, value in vars(state).items():
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif type(value) is type(state):
+                found.update((f"{name}.{inner}", tensor) for inner, tensor in self.state_tensors(value).items())
+        return found
+
+    def state_settings(self, state: Any) -> dict[str, str]:
+        """The types, sizes and dtypes that say how to read the tensors."""
+        found: dict[str, str] = {}
+        for name, value in vars(state).items():
+            if type(value) is type(state):
+                found.update((f"{name}.{inner}", text) for inner, text in self.state_settings(value).items())
+            elif not isinstance(value, torch.Tensor):
+                found[name] = repr(value)
+        return found
+
+    def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
+        """`quant_state.to` as a no-op, for the states of this model."""
+        states = [layer.quant_state for layer in linear4bits(model)]
+        return (patches.on("bitsandbytes.quant-state-to-noop", states),)
+
+    def misread(self, model: nn.Module) -> list[str]:
+        """FQNs of the 4-bit weights that bitsandbytes' kernel for a CPU dequantizes wrongly, ours and stock's alike.
+
+        Their rows are not whole blocks. Empty where the processor has no such kernel, or `REMEDY` is active.
+        """
+        names = [
+            clean(join(name, "weight"))
+            for name, module in model.named_modules()
+            if self.is_quantized(module) and _has_partial_blocks(module)
+        ]
+        if not names or any(receipt.id == REMEDY for receipt in patches.active()):
+            return []
+        return names if str(patches.verdict(REMEDY)) == "needed" else []
+
+    def state_bytes(self, blocks: int) -> int:
+        """Bytes of the `quant_state` of a weight of so many blocks."""
+        if not self.options.double_quant:
+            return blocks * STATISTIC_BYTES + STATE_BYTES
+        return blocks + -(-blocks // NESTED_BLOCKSIZE) * STATISTIC_BYTES + STATE_BYTES
+
+    def finishing_bytes(self, blocks: int) -> int:
+        """Temporary bytes of double quantization: statistics less their mean, twice, and as bytes, twice."""
+        return blocks * STATISTIC_BYTES * 5 // 2 if self.options.double_quant else 0
+
+    def quantizing_bytes(self, device: torch.device) -> float:
+        """Temporary bytes for each element that is being quantized."""
+        return QUANTIZE_BYTES.get(device.type, QUANTIZE_BYTES["cuda"])
+
+    def dequantized_bytes(self, numel: int, blocks: int) -> int:
+        """Bytes of the weight in 16 bits, and of its statistics in float32 if they are quantized too."""
+        statistics = blocks * STATISTIC_BYTES if self.options.double_quant else 0
+        return super().dequantized_bytes(numel, blocks) + statistics
+
+
+def _is_packed(module: Any) -> bool:
+    return bool(getattr(module.weight, "bnb_quantized", False))
+
+
+def _has_partial_blocks(layer: Any) -> bool:
+    state: Any = layer.quant_state  # of a shard, whose parameter says nothing of blocks
+    rows = layer.in_features
+    return bool(rows % state.blocksize) and rows % STEP == 0 and state.blocksize < BLOCKSIZE_LIMIT
+
+
+register(Quant, Bnb4bit)

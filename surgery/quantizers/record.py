@@ -1,23 +1,20 @@
-"""What is remembered of each 4-bit layer from when it was quantized; beside the modules, never on them."""
+"""Records of quantized layers as they were made: kept beside the modules, never on them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from surgery.errors import ConfigError
-from surgery.model.fqn import split
-from surgery.passes.buffers import ShardBuffer
-from surgery.quantizers import states
-from surgery.quantizers.bnb import linear4bits
+from surgery.quantizers.base import QuantFormat, quantized_modules
 from surgery.quantizers.digest import Piece, on_cpu, page_sums
 
-__all__ = ["Record", "Records", "Sums", "record", "records_of", "settle"]
+__all__ = ["Made", "Record", "Records", "Sums", "record", "records_of", "settle"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,7 +35,7 @@ class Sums:
 class Record:
     """One layer as it was quantized.
 
-    fqn: of the module, in the model before adapters and sharding. nbytes: of its packed weight.
+    fqn: of the module, in the model before adapters and sharding. quant: its format. nbytes: of its packed weight.
     device: where it was quantized, and what the ranks' process group speaks.
     own: of bytes that this rank has vouched for: those that it made, later those that it was found to hold rightly.
     states: page sums of the tensors of `quant_state`, and settings: the rest of it; whole on every rank.
@@ -47,6 +44,7 @@ class Record:
     """
 
     fqn: str
+    quant: QuantFormat
     nbytes: int
     device: torch.device
     own: Sums
@@ -62,42 +60,50 @@ Records: TypeAlias = Mapping[nn.Module, Record]
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 
 
-def record(parts: Iterable[ShardBuffer]) -> None:
-    """Remember the quantized ones of `parts`, whose rows this rank has made and whose state is known.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """A packed weight that this rank has made a part of.
+
+    fqn: of its module. modules: that hold it. nbytes: of the whole weight. piece: the part. state: of the whole weight.
+    """
+
+    fqn: str
+    modules: tuple[nn.Module, ...]
+    nbytes: int
+    piece: Piece
+    state: Any
+
+
+def record(made: Sequence[Made], quant: QuantFormat) -> None:
+    """Remember weights as this rank has made them, in the format `quant`.
 
     Waits for no device: what is remembered stays there, 1 byte for every 8 KiB of packed weights, until it is used.
     """
-    quantized = [part for part in parts if part.target.is_quantized]
-    packed = [Piece(data=part.read_rows(), start=_first_byte(part)) for part in quantized]
-    of_states = [states.tensors(part.state) for part in quantized]
+    of_states = [quant.state_tensors(each.state) for each in made]
     # Once each: tables of codes are the same tensors for all weights.
     flat = {tensor: Piece(data=tensor) for tensors in of_states for tensor in tensors.values()}
-    sums = page_sums([*packed, *flat.values()])
-    of_tensor = dict(zip(flat, sums[len(packed) :], strict=True))
-    for part, piece, pages, tensors in zip(quantized, packed, sums, of_states, strict=False):
-        made = Record(
-            fqn=split(part.target.fqn)[0],
-            nbytes=part.target.nbytes,
-            device=part.data.device,
-            own=Sums.of(piece, pages),
+    sums = page_sums([*(each.piece for each in made), *flat.values()])
+    of_tensor = dict(zip(flat, sums[len(made) :], strict=True))
+    for each, pages, tensors in zip(made, sums, of_states, strict=False):
+        found = Record(
+            fqn=each.fqn,
+            quant=quant,
+            nbytes=each.nbytes,
+            device=each.piece.data.device,
+            own=Sums.of(each.piece, pages),
             states={name: of_tensor[tensor] for name, tensor in tensors.items()},
-            settings=states.settings(part.state),
+            settings=dict(quant.state_settings(each.state)),
         )
-        _records.update((module, made) for module, _ in part.target.places)
-
-
-def _first_byte(part: ShardBuffer) -> int:
-    """Where in the packed weight the rows begin that this rank has made."""
-    return part.slice.reads.start * part.row * part.data.element_size()
+        _records.update((module, found) for module in each.modules)
 
 
 def records_of(model: nn.Module) -> dict[nn.Module, Record]:
-    """The record of every 4-bit layer of `model`; raises `ConfigError` if there is none of a layer, or no layer."""
-    layers = linear4bits(model)
+    """The record of every quantized layer of `model`; raises `ConfigError` if there is none of a layer, or no layer."""
+    layers = quantized_modules(model)
     unknown = [layer for layer in layers if layer not in _records]
     if not layers or unknown:
         raise ConfigError(
-            f"expected a model whose 4-bit layers surgery.qlora has quantized, found {len(layers)} layers, of "
+            f"expected a model whose quantized layers surgery.qlora has made, found {len(layers)} layers, of "
             f"{len(unknown)} of which nothing was recorded then: attest what surgery.qlora returned, not a copy"
         )
     return {layer: _records[layer] for layer in layers}

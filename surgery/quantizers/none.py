@@ -1,0 +1,24 @@
+"""No quantization: linear layers stay as the checkpoint has them, in 16 or 32 bits, frozen under adapters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from surgery.quantizers.base import QuantFormat, register
+
+__all__ = ["Unquantized"]
+
+
+class Unquantized(QuantFormat):
+    """The format of `quant=None`: it takes no module."""
+
+    label = "unquantized"
+    needs_modules = False
+
+    def takes(self, module: nn.Module) -> bool:
+        """False, of every module."""
+        del module
+        return False
+
+
+register(type(None), Unquantized)

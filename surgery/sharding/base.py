@@ -1,0 +1,284 @@
+"""The seam between loading and sharding: what a strategy answers, and which strategy serves which options.
+
+Everything that differs by how ranks share a model is a method of `ShardStrategy`. A new strategy is one file with a
+subclass, and one `register` line; nothing else asks which strategy it has to do with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from surgery.errors import ConfigError
+from surgery.model.tree import Site
+from surgery.quantizers.base import QuantFormat
+from surgery.quantizers.digest import Piece
+from surgery.sharding.partition import Grid, Partition
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Devices", "Shard", "ShardStrategy", "Unit", "register", "strategy_for", "strategy_of"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Where a rank computes, and where it keeps what it has loaded until the model takes it.
+
+    compute: where weights are quantized, and where every quantization state lives, on every rank.
+    data: where weights, packed or not, wait; `meta` on a rank that keeps none.
+    """
+
+    compute: torch.device
+    data: torch.device
+
+    @property
+    def keeps_data(self) -> bool:
+        """Whether this rank holds weights at all."""
+        return self.data.type != "meta"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """A rank's part of a packed weight between uses.
+
+    group: the ranks that hold the whole weight among them, each byte once; None where this rank holds all of it.
+    """
+
+    piece: Piece
+    group: dist.ProcessGroup | None = None
+
+
+class ShardStrategy:
+    """How the ranks of one job share a model. The methods here are those of a model that every rank holds whole.
+
+    options: what the user chose, such as `surgery.FSDP2(...)`; None for none. placement: where weights wait until the
+    model is complete, one of `placements`. device: the kind that ranks compute on, this rank's where there is a job.
+    """
+
+    #: What plans and reports call it.
+    label: ClassVar[str] = "unsharded"
+
+    #: The placements that it can work with, its default first.
+    placements: ClassVar[tuple[str, ...]] = ("replicated", "rank0-cpu")
+
+    def __init__(
+        self, options: Any, *, world_size: int = 1, device: torch.device | None = None, placement: str | None = None
+    ) -> None:
+        self.options = options
+        self.world_size = world_size
+        self.device = device or torch.device("cpu")
+        self.placement = placement or self.placements[0]
+
+    # What it refuses. Each raises `ConfigError` before a weight is read. ---------------------------------------------
+
+    def check(self) -> None:
+        """Refuse options, placement, world size and device that cannot work together; needs no process group."""
+        if self.placement not in self.placements:
+            raise ConfigError(
+                f"placement must be one of {', '.join(self.placements)} for {self.label}; got {self.placement!r}"
+            )
+
+    def check_group(self) -> None:
+        """Refuse to begin without what must be set up by then, such as a process group."""
+
+    def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
+        """Refuse packed storage that cannot be sharded so. adapted: whether the model will have adapters."""
+
+    def check_adapters(self, lora: LoraConfig) -> None:
+        """Refuse options of adapters that cannot be built or trained in this sharding."""
+
+    def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse tied parameters that cannot be kept tied; `tied` is first FQN -> aliases, of the whole model."""
+
+    def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
+        """FQNs of the parameters of `model` that will be whole on every rank though the model is sharded.
+
+        `model` is on meta, its modules are replaced, and it is not adapted yet. Refuses what cannot be sharded.
+        """
+        del model, quant
+        return frozenset()
+
+    def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
+        """Refuse adapters that cannot be sharded; `adapted` is a copy on meta, `blocks` its decoder blocks."""
+
+    # Who reads and who keeps what. -----------------------------------------------------------------------------------
+
+    @property
+    def partition(self) -> Partition:
+        """Who reads, and who keeps, which rows while the model is loaded."""
+        return Partition(grid=Grid(replicas=self.world_size))
+
+    @property
+    def at_rest(self) -> Grid:
+        """Over how many ranks parameters are divided once the model is complete."""
+        return Grid(replicas=self.world_size)
+
+    def devices(self, rank: int) -> Devices:
+        """Where `rank` computes, and where it keeps what it has loaded."""
+        del rank
+        return Devices(compute=self.device, data=self.device)
+
+    def adapter_rows(self, rank: int, rows: int) -> range:
+        """The rows that `rank` keeps of an adapter's `rows` while values are drawn."""
+        del rank
+        return range(rows)
+
+    def adapter_device(self, rank: int) -> torch.device:
+        """Where `rank` keeps the values drawn for adapters until the model is complete."""
+        del rank
+        return torch.device("cpu")
+
+    # Building. -------------------------------------------------------------------------------------------------------
+
+    #: Whether the model is sharded while it is on meta, so that no rank ever holds more than its shard.
+    shards_on_meta: bool = False
+
+    #: Whether weights are kept whole by at least one rank until the model is complete, and so can be read by PEFT.
+    keeps_whole: bool = True
+
+    def meet(self) -> None:
+        """Set up what takes a collective, such as a mesh; called on all ranks alike, before they go their own ways."""
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks that keep the same shards as this one; None where that is all ranks, or this one alone."""
+        return None
+
+    def shard_on_meta(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
+        """`model`, sharded before it is filled. Not collective. Called if `shards_on_meta`."""
+        del quant
+        return model
+
+    def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
+        """The filled `model`, sharded if it is not yet, its adapters the same on all ranks; collective."""
+        raise NotImplementedError
+
+    #: Patches that `finish` needs, beside those of the format; undone when it returns.
+    build_patches: tuple[str, ...] = ()
+
+    #: Patches that a model with packed weights needs in order to run, on its quantized layers.
+    resident_patches: tuple[str, ...] = ()
+
+    # A model that exists. --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def made(cls, model: nn.Module) -> bool:
+        """Whether `model` is sharded by this strategy."""
+        del model
+        return False
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
+        """The strategy of a model for which `made` is true, for the methods from here on."""
+        del model
+        return cls(None, device=device)
+
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
+        """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
+        del model
+        return {layer: Shard(piece=Piece(data=layer.weight.detach())) for layer in layers}  # type: ignore[operator,arg-type]
+
+    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
+
+        One that is tied has each of its names.
+        """
+        raise NotImplementedError
+
+    # A training loop. ------------------------------------------------------------------------------------------------
+
+    @property
+    def averaged_over(self) -> int:
+        """Number of ranks that gradients are averaged over."""
+        return 1
+
+    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """A block for forward and backward of a micro-batch; gradients are exchanged in the last only."""
+        del model, is_last
+        return nullcontext()
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+        """Clip the gradients of the whole model to `max_norm` (None: measure); returns their norm before."""
+        raise NotImplementedError
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """A loss scaler that sees an overflow on any rank; one that does nothing unless `enabled`."""
+        return torch.amp.GradScaler(self.device.type, enabled=enabled)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, in place."""
+        return value
+
+    # The memory plan. ------------------------------------------------------------------------------------------------
+
+    #: Whether shards wait on the CPU between uses.
+    cpu_offload: bool = False
+
+    def gathered_at_loss(self, units: Sequence[Unit]) -> int:
+        """Bytes that are unsharded on a rank when the loss is computed."""
+        del units
+        return 0
+
+    def gathered_in_backward(self, units: Sequence[Unit]) -> int:
+        """Bytes of weights that are unsharded on a rank in backward through the largest block."""
+        del units
+        return 0
+
+    def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
+        """`(host, device)`: bytes of weights at each moment of `finish` on `rank`; device where ranks compute.
+
+        units: in the order in which they are sharded. unsharded: bytes of parameters that stay whole.
+        """
+        del units, unsharded, rank
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """What a strategy gathers together: bytes when whole, frozen weights and adapters apart.
+
+    kind: `block`, `embedding`, `tail` (the last norm and the head) or `root` (the rest).
+    """
+
+    kind: str
+    weights: int
+    adapters: int
+
+    @property
+    def whole(self) -> int:
+        """Bytes of both."""
+        return self.weights + self.adapters
+
+
+_STRATEGIES: dict[type, type[ShardStrategy]] = {}
+
+
+def register(options: type, strategy: type[ShardStrategy]) -> None:
+    """Have `strategy` serve every `shard=` of the class `options`."""
+    _STRATEGIES[options] = strategy
+
+
+def strategy_for(
+    options: Any, *, world_size: int = 1, device: torch.device | None = None, placement: str | None = None
+) -> ShardStrategy:
+    """The strategy that serves `options`; raises `ConfigError` if none does, or a placement that there is not."""
+    kind = _STRATEGIES.get(type(options))
+    if kind is None:
+        known = ", ".join(each.__name__ for each in _STRATEGIES)
+        raise ConfigError(f"shard: expected None or one of {known}; got {options!r:.80}")
+    return kind(options, world_size=world_size, device=device, placement=placement)
+
+
+def strategy_of(model: nn.Module, device: torch.device | None = None) -> ShardStrategy:
+    """The strategy by which `model` is sharded, as found in its modules."""
+    for kind in _STRATEGIES.values():
+        if kind.made(model):
+            return kind.of(model, device)
+    return _STRATEGIES[type(None)].of(model, device)
