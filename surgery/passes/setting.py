@@ -1,0 +1,82 @@
+"""The setting of a model: how it is stored, sharded and adapted, on how many ranks of which kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.adapters.options import check_adapter
+from surgery.errors import ConfigError
+from surgery.quantizers.base import QuantFormat, format_for
+from surgery.sharding.base import ShardStrategy, strategy_for
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Setting"]
+
+#: Number of GPUs of one machine, where nobody says how many there are.
+RANKS_PER_NODE = 8
+
+#: More ranks, samples or tokens than there will be; a plan looks at ranks one by one.
+MOST = 1 << 20
+
+
+def at_least_one(**values: int) -> None:
+    """Raise `ConfigError` for a value below 1, or above what can be planned."""
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"expected {name} to be 1 or more, found {value}")
+        if value > MOST:
+            raise ConfigError(f"expected {name} to be {MOST:,} or less, found more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a model is built for, with every default filled in. Refuses, as `ConfigError`, what cannot work together.
+
+    quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
+    placement: where weights wait until the model is complete; None is the strategy's default. dtype: of what is not
+    quantized. compute_dtype: in which quantized layers multiply. device: that ranks compute on, this rank's where there
+    is a job. world_size, ranks_per_node: number of ranks, and of those on one machine.
+    """
+
+    quant: Any
+    shard: Any
+    lora: LoraConfig | None
+    placement: str | None
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: torch.device
+    world_size: int = 1
+    ranks_per_node: int = RANKS_PER_NODE
+
+    def __post_init__(self) -> None:
+        at_least_one(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype}")
+        self.strategy.check()
+        self.strategy.check_format(self.format, adapted=self.lora is not None)
+        if self.lora is not None:
+            check_adapter(self.lora)
+            self.strategy.check_adapters(self.lora)
+
+    @cached_property
+    def format(self) -> QuantFormat:
+        """How weights are stored."""
+        return format_for(self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+
+    @cached_property
+    def strategy(self) -> ShardStrategy:
+        """How ranks share the model."""
+        return strategy_for(
+            self.shard, world_size=self.world_size, device=self.device, placement=self.placement
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether ranks compute on the CPU, so that all memory is the host's."""
+        return self.device.type == "cpu"
