@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from surgery.adapters.deferred import DeferredValues, Undrawn
+from surgery.model.convert import convert
 from surgery.passes.base import Pass
 from surgery.quantizers.bnb import is_params4bit, with_data
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "convert", "drawing_from", "draws_later", "needs_weights"]
+__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "drawing_from", "draws_later", "needs_weights"]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
 PLAIN = frozenset(
@@ -169,20 +170,3 @@ def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
         saved = wrapper._modules.get("modules_to_save")
         if saved is not None:
             yield saved
-
-
-def convert(
-    parameters: Iterable[nn.Parameter], *, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> None:
-    """Cast or move `parameters` in place. Views of one memory, by which PEFT ties adapters, stay such views."""
-    sharing: dict[int, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        sharing.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
-    for held in sharing.values():
-        if len(held) == 1:
-            held[0].data = held[0].data.to(device=device, dtype=dtype)
-            continue
-        elements = held[0].untyped_storage().nbytes() // held[0].element_size()
-        memory = held[0].data.as_strided((elements,), (1,), 0).to(device=device, dtype=dtype)
-        for parameter in held:
-            parameter.data = memory.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
