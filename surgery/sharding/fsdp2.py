@@ -23,7 +23,7 @@ from surgery.model.tree import Site, decoder_blocks, ends_of
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
 from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
 from surgery.sharding.fsdp import Fsdp
-from surgery.sharding.partition import Grid, Partition
+from surgery.sharding.partition import Partition
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -232,7 +232,7 @@ class Fsdp2(Fsdp):
     @classmethod
     def made(cls, model: nn.Module) -> bool:
         """Whether `model` is, or has in it, an `FSDPModule`."""
-        return outermost(model, FSDPModule) is not None  # type: ignore[type-abstract]
+        return outermost(model, FSDPModule) is not None
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
