@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from surgery.attestation.differences import Difference
 
 __all__ = [
     "AdapterError",
-    "AttestationError",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -88,17 +83,6 @@ class AdapterError(SurgeryError):
         super().__init__(message)
         self.missing = tuple(missing)
         self.not_finite = dict(not_finite or {})
-
-
-class AttestationError(SurgeryError):
-    """4-bit weights that are not what was quantized; `differences` says of which layer, on which rank, and how many.
-
-    Raised on all ranks alike. `differences` is empty if there was nothing to look at.
-    """
-
-    def __init__(self, message: str, *, differences: Sequence[Difference] = ()) -> None:
-        super().__init__(message)
-        self.differences = tuple(differences)
 
 
 class PassError(SurgeryError, RuntimeError):
