@@ -18,10 +18,10 @@ from surgery.adapters.folder import make_room
 from surgery.checkpoint import Checkpoint
 from surgery.comm.background import return_freed_memory, undisturbed
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
+from surgery.comm.environment import default_device, launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.nodes import Node
-from surgery.comm.environment import default_device, launched_world_size
 from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
 from surgery.config import Quant
 from surgery.errors import ConfigError
@@ -98,9 +98,13 @@ class Bound:
         """
         outer = self.model if model is None else model
         if not is_waiting(self.model):
-            raise ConfigError("fill: expected a bound model that waits for its weights, found one that is filled already")
+            raise ConfigError(
+                "fill: expected a bound model that waits for its weights, found one that is filled already"
+            )
         if all(module is not self.model for module in outer.modules()):
-            raise ConfigError(f"fill: expected a module around the bound model, found a {type(outer).__name__} without it")
+            raise ConfigError(
+                f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
+            )
         bound = self._prepared.setting
         with building(bound.device) as ranks:
             changes = {"shard": shard, "placement": placement, "lora": _lora_of(outer), "world_size": ranks.world_size}

@@ -96,7 +96,9 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
             if parameter is not None and parameter.is_meta:
                 if parameter not in stand_ins:
                     # One element in memory, shown as often as the shape says.
-                    stand_ins[parameter] = like(parameter, torch.empty(1, dtype=parameter.dtype).expand(parameter.shape))
+                    stand_ins[parameter] = like(
+                        parameter, torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
+                    )
                 module._parameters[name] = stand_ins[parameter]
     originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
     try:

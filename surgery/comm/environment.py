@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
 
-__all__ = ["launched_rank", "launched_world_size", "local_rank", "local_world_size"]
+__all__ = ["default_device", "launched_rank", "launched_world_size", "local_rank", "local_world_size"]
 
 
 def launched_rank() -> int | None:
@@ -28,6 +30,14 @@ def local_rank() -> int | None:
 def local_world_size() -> int | None:
     """`LOCAL_WORLD_SIZE`, how many ranks this node has, or None. Raises `ConfigError` for anything but a number."""
     return _number("LOCAL_WORLD_SIZE")
+
+
+def default_device() -> torch.device:
+    """This rank's accelerator (`LOCAL_RANK`), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank = local_rank()
+    return torch.device("cuda", torch.cuda.current_device() if rank is None else rank)
 
 
 def _number(name: str) -> int | None:

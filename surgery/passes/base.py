@@ -126,7 +126,9 @@ def find_passes(given: Sequence[Pass | str]) -> tuple[Pass, ...]:
         if not isinstance(each, Pass) or isinstance(each, type):
             raise ConfigError(f"passes: expected objects of surgery.Pass or names, found {each!r:.80}")
         if each.after not in PLACES:
-            raise ConfigError(f"pass {each.name}: expected after to be one of {', '.join(PLACES)}, found {each.after!r}")
+            raise ConfigError(
+                f"pass {each.name}: expected after to be one of {', '.join(PLACES)}, found {each.after!r}"
+            )
     return found
 
 

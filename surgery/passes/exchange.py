@@ -80,7 +80,9 @@ class Exchange(BatchPass):
         for buffer in quantized:
             buffer.statistics = None
         shapes = [buffer.target.logical for buffer in quantized if buffer.target.logical is not None]
-        states = self.loading.setting.format.states(statistics, shapes, [buffer.target.precision for buffer in quantized])
+        states = self.loading.setting.format.states(
+            statistics, shapes, [buffer.target.precision for buffer in quantized]
+        )
         for buffer, state in zip(quantized, states, strict=True):
             buffer.state = state
 

@@ -79,7 +79,9 @@ def _install_drawn(drawing: Drawing) -> None:
             _put(module, leaf, new)
 
 
-def _made(module: nn.Module, leaf: str, buffer: ShardBuffer, quant: QuantFormat, *, clone: bool = False) -> torch.Tensor:
+def _made(
+    module: nn.Module, leaf: str, buffer: ShardBuffer, quant: QuantFormat, *, clone: bool = False
+) -> torch.Tensor:
     """What `module` is to hold, in the place and in the form of what it holds now."""
     old = _held(module, leaf)
     data = buffer.tensor().clone() if clone else buffer.tensor()

@@ -33,7 +33,9 @@ class Replace(Pass):
         for site in self.chosen:
             held = [name for name, parameter in site.module.named_parameters() if not parameter.is_meta]
             if held:
-                raise ConfigError(f"{site.fqn}.{held[0]} is not on meta: build the model on meta, and bind it before fill()")
+                raise ConfigError(
+                    f"{site.fqn}.{held[0]} is not on meta: build the model on meta, and bind it before fill()"
+                )
             new = self.quant.replacement(site.module)
             if new is not site.module:
                 replace_module(model, site, new)

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from surgery.comm.environment import default_device
 from surgery.errors import ConfigError, TraceError
-from surgery.recipe import default_device
 from surgery.telemetry.numbers import whole_number
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
