@@ -131,8 +131,8 @@ def plan(
     from surgery.finetune.options import LoraOptions
     from surgery.planning.plan import make_plan
     from surgery.planning.setting import Setting, Training
-    from surgery.planning.sizes import parse_size
     from surgery.planning.survey import survey
+    from surgery.telemetry.numbers import parse_size
 
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     policy = policy_of(precision)

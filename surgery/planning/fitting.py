@@ -8,7 +8,7 @@ from surgery.errors import ConfigError
 from surgery.planning.advice import Advice, advise
 from surgery.planning.allowances import OUTSIDE_ALLOCATOR
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.sizes import say_size
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["check_fits", "fits_gpu", "free_memory", "predictions"]
 

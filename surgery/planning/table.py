@@ -11,8 +11,8 @@ from surgery.planning.figures import RankPlan, Step
 from surgery.planning.groups import RankClass
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.setting import Setting, Training
-from surgery.planning.sizes import say_size
-from surgery.telemetry.notices import group_names, say_converted, say_ignored, say_initialized
+from surgery.telemetry.notices import group_names, say
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["headline", "notes", "render"]
 
@@ -62,11 +62,11 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
             f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
         )
     if plan.inventory.ignored:
-        yield say_ignored(group_names(plan.inventory.ignored))
+        yield say("ignored", group_names(plan.inventory.ignored))
     if plan.inventory.initialized:
-        yield say_initialized(group_names(plan.inventory.initialized))
+        yield say("initialized", group_names(plan.inventory.initialized))
     if plan.read_once_per_node:
-        yield f"{say_converted(group_names(plan.read_once_per_node))} That is not in the bytes read above."
+        yield f"{say('read_once_per_node', group_names(plan.read_once_per_node))} That is not in the bytes read above."
 
 
 def _at(step: Step) -> str:

@@ -10,7 +10,7 @@ from surgery.planning.advice import Advice, advise_all
 from surgery.planning.allowances import OUTSIDE_ALLOCATOR
 from surgery.planning.fitting import fits_gpu
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.sizes import say_size
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["as_dict", "say"]
 
