@@ -16,8 +16,9 @@ import torch
 import patches
 import surgery
 from surgery.checkpoint import Reader, TensorEntry
-from surgery.comm.background import Staging, in_background, undisturbed
+from surgery.comm.background import in_background, undisturbed
 from surgery.comm.ranks import StoppedError
+from surgery.passes.staging import Staging
 
 CPU = torch.device("cpu")
 
