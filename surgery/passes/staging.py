@@ -22,7 +22,6 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 class Staging:
     """How a rank reads ahead: `buffers` of `elements` each, filled by `threads`; and how much makes a layer.
 
-    run_elements: how many are quantized at a time; more or less than one buffer holds.
     layer_elements: what one rank reads of a layer is about as much, in elements. Each layer costs a meeting of all
     ranks, and holds its float32 statistics of all ranks.
     """
@@ -30,7 +29,6 @@ class Staging:
     elements: int
     buffers: int
     threads: int
-    run_elements: int
     layer_elements: int
 
     def layer_limit(self, world_size: int) -> int:
@@ -38,7 +36,7 @@ class Staging:
         return min(self.layer_elements * world_size, LAYER_LIMIT)
 
     @classmethod
-    def on(cls, device: torch.device, *, run_elements: int) -> Staging:
+    def on(cls, device: torch.device) -> Staging:
         """A GPU is fed by as many threads as there are cores for it, up to 12: one copies some 3 GB/s out of the page
         cache, and 12 keep ahead of quantizing. A CPU quantizes more slowly than one thread reads.
         """
@@ -47,7 +45,6 @@ class Staging:
                 elements=CHUNK_ELEMENTS["cpu"],
                 buffers=3,
                 threads=1,
-                run_elements=run_elements,
                 layer_elements=1 << 23,
             )
         threads = max(1, min(12, cores() // max(torch.cuda.device_count(), 1)))
@@ -55,7 +52,6 @@ class Staging:
             elements=CHUNK_ELEMENTS["cuda"],
             buffers=threads + 4,
             threads=threads,
-            run_elements=run_elements,
             layer_elements=1 << 28,
         )
 
