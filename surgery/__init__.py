@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.lifetime import release
     from surgery.planning.plan import MemoryPlan, plan
-    from surgery.planning.setting import Training
+    from surgery.planning.training import Training
     from surgery.recipe import qlora
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
@@ -96,7 +96,7 @@ _MODULES = {
     "surgery.passes.lifetime": ("release",),
     "surgery.model.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),
-    "surgery.planning.setting": ("Training",),
+    "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.reservation": ("reserve",),

@@ -7,8 +7,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Placement, precision
 from surgery.finetune.options import Job
 from surgery.finetune.world import World
-from surgery.planning.fitting import predictions
-from surgery.planning.setting import Training
+from surgery.planning.training import Training
+from surgery.planning.verdict import predictions
 from surgery.telemetry.report import Report
 
 __all__ = ["predict_training"]
