@@ -1,4 +1,4 @@
-"""Bind, then fill: a model on meta gets its place in a checkpoint first, and its weights when it has its final shape."""
+"""Bind, then fill: a model on meta gets its place in a checkpoint first, and its weights in its final shape."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def _lora_of(model: nn.Module) -> LoraConfig | None:
     from peft import PeftModel
 
     adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return None if adapted is None else adapted.active_peft_config  # type: ignore[return-value]  # check_adapter looks
+    return None if adapted is None else adapted.active_peft_config
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -65,6 +65,7 @@ def qlora(
             the checkpoint's config.json describes.
         device: on which this rank computes; None means its accelerator, or the CPU.
         report: filled with seconds and memory peaks per phase; None makes one that shows progress on rank 0.
+        passes: third parties' passes, each a `surgery.Pass` or the name of one that is installed.
 
     Raises:
         ConfigError: options that cannot work together, before anything is read.

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ConfigError
-from surgery.passes.adapt import PLAIN
+from surgery.adapters.attach import PLAIN
 
 if TYPE_CHECKING:
     from peft import LoraConfig

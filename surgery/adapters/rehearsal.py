@@ -17,7 +17,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
 from surgery.model.twin import twin_of
-from surgery.passes.adapt import adapted_by_peft
+from surgery.adapters.attach import adapted_by_peft
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.sharding.base import ShardStrategy
 

@@ -123,7 +123,7 @@ def find_passes(given: Sequence[Pass | str]) -> tuple[Pass, ...]:
     """
     found = tuple(_named(each) if isinstance(each, str) else each for each in given)
     for each in found:
-        if not isinstance(each, Pass) or isinstance(each, type):
+        if not isinstance(each, Pass):
             raise ConfigError(f"passes: expected objects of surgery.Pass or names, found {each!r:.80}")
         if each.after not in PLACES:
             raise ConfigError(

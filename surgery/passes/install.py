@@ -1,4 +1,4 @@
-"""Pass `install`: loaded tensors into the model that they belong to, as it is by then: adapted, maybe sharded on meta."""
+"""Pass `install`: loaded tensors into the model as it is by then: adapted, maybe sharded on meta."""
 
 from __future__ import annotations
 

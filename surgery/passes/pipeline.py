@@ -32,14 +32,15 @@ class Pipeline:
         """`model` after all passes. A failure is a `PassError` that names the pass and the FQN."""
         for is_collective, group in itertools.groupby(self.passes, lambda step: step.is_collective):
             with contextlib.nullcontext() if is_collective else self._together():
-                for over_batches, steps in itertools.groupby(group, lambda step: isinstance(step, BatchPass)):
-                    model = self._run_batches(model, list(steps)) if over_batches else self._run_each(model, steps)
+                for over_batches, found in itertools.groupby(group, lambda step: isinstance(step, BatchPass)):
+                    run = self._run_batches if over_batches else self._run_each
+                    model = run(model, tuple(found))
         return model
 
     def _together(self) -> contextlib.AbstractContextManager[None]:
         return everyone(self.loading.ranks, device=self.loading.setting.device)
 
-    def _run_each(self, model: nn.Module, steps: Iterator[Pass]) -> nn.Module:
+    def _run_each(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:
         for step in steps:
             if not step.is_collective:
                 self.loading.ranks.check_alarm()

@@ -25,7 +25,8 @@ def wait(model: nn.Module) -> None:
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
         _waiting[model] = weakref.finalize(model, patches.revert, *transaction.receipts)
         transaction.commit()
-    model.__class__ = _refusing(type(model))
+    kind: Any = type(model)
+    model.__class__ = _refusing(kind)
 
 
 def is_waiting(model: nn.Module) -> bool:
