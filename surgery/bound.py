@@ -201,7 +201,7 @@ def choices(
         "adapters": adapter_facts(setting["lora"]),
         "sharding": facts_of({name: setting[name] for name in ("placement", "shard")}),
         "precision": facts_of({name: setting[name] for name in ("dtype", "compute_dtype")}),
-        "passes": facts_of([each if isinstance(each, str) else (each.name, each) for each in passes]),
+        "passes": facts_of([each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]),
         **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
         **environment(setting["device"]),
     }

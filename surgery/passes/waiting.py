@@ -65,9 +65,13 @@ class _Refusing:
         if not stays:
             raise NotFilledError("a move to a device")
         packed = {module: module._parameters["weight"] for module in quantized_modules(model)}
-        super()._apply(fn, recurse)  # type: ignore[misc]  # always mixed into an nn.Module
-        for module, weight in packed.items():
-            module._parameters["weight"] = weight
+        for module in packed:
+            module._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]  # always mixed into an nn.Module
+        finally:
+            for module, weight in packed.items():
+                module._parameters["weight"] = weight
         return model
 
 

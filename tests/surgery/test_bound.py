@@ -1,0 +1,227 @@
+"""A model is bound to a checkpoint first, changed as its user likes, and filled with what it has become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+import patches
+import surgery
+from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks
+from tests.surgery.binding import IDS, bind, bound_and_adapted, logits, lora, on_meta
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("bound") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> torch.Tensor:
+    with surgery.qlora(checkpoint, report=surgery.Report()) as model:
+        return logits(model)
+
+
+def test_nothing_is_read_before_it_is_filled(checkpoint: Path, expected: torch.Tensor) -> None:
+    bound = bind(checkpoint)
+    assert bound.report.bytes_read == 0
+    assert all(parameter.is_meta for parameter in bound.model.parameters())
+    with bound.fill() as model:
+        assert model is bound.model
+        assert bound.report.bytes_read > 0
+        assert torch.equal(logits(model), expected)
+        surgery.attest(model)
+    assert not patches.active()
+
+
+def test_a_model_of_upstream_that_was_replaced_already(checkpoint: Path, expected: torch.Tensor) -> None:
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        model = replace_with_bnb_linear(on_meta(checkpoint), ["lm_head"], config)
+    with surgery.bind(model, checkpoint, report=surgery.Report()).fill() as filled:
+        assert torch.equal(logits(filled), expected)
+
+
+def test_a_plain_module_with_the_checkpoints_names(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 64))
+    save_file(dict(source.state_dict()), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 64))
+    filled = surgery.bind(model, tmp_path, quant=None, report=surgery.Report()).fill()
+    x = torch.randn(3, 64)
+    assert torch.equal(filled(x), source(x))
+
+
+def test_adapters_that_peft_has_added_on_meta_keep_their_values(checkpoint: Path) -> None:
+    torch.manual_seed(3)
+    with surgery.qlora(checkpoint, lora=lora(), report=surgery.Report()) as model:
+        wanted = logits(model)
+    torch.manual_seed(3)
+    bound = bind(checkpoint)
+    adapted = get_peft_model(bound.model, lora(), autocast_adapter_dtype=False)
+    with bound.fill(adapted) as model:
+        assert isinstance(model, PeftModel)
+        assert torch.equal(logits(model), wanted)
+        assert model.peft_config["default"].base_model_name_or_path == str(checkpoint)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_bound_and_adapted_on_two_ranks(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    bound = bind(checkpoint)
+    model = get_peft_model(bound.model, lora(), autocast_adapter_dtype=False)
+    with bound.fill(model) as filled:
+        wanted = logits(filled)
+    found = run_ranks(bound_and_adapted, 2, checkpoint, ["FSDP1", "FSDP2", "DDP", "replicated FSDP2"])
+    for of_rank in found:
+        for name, (first, layers, loss) in of_rank.items():
+            assert layers == 14, name
+            assert torch.equal(first, wanted), name
+            assert loss == pytest.approx(found[0]["DDP"][2], abs=1e-3), name
+
+
+def test_a_cast_between_counts(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    model = prepare_model_for_kbit_training(bound.model, use_gradient_checkpointing=False)
+    assert model.model.norm.weight.dtype == torch.float32
+    with bound.fill(model) as filled:
+        assert filled.model.norm.weight.dtype == torch.float32
+        assert filled.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert filled.model.norm.weight.abs().sum() > 0
+
+
+def test_a_whole_cast_spares_packed_weights(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    nn.Module.float(bound.model)
+    with bound.fill() as filled:
+        assert filled.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert filled.model.embed_tokens.weight.dtype == torch.float32
+        surgery.attest(filled)
+
+
+def test_what_requires_a_gradient_by_then_does(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    bound.model.requires_grad_(False)
+    bound.model.model.norm.weight.requires_grad = True
+    with bound.fill() as filled:
+        assert [name for name, p in filled.named_parameters() if p.requires_grad] == ["model.norm.weight"]
+
+
+def test_tied_between(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    bound.model.lm_head.weight = bound.model.model.embed_tokens.weight
+    with bound.fill() as filled:
+        assert filled.lm_head.weight is filled.model.embed_tokens.weight
+        assert not filled.lm_head.weight.is_meta
+
+
+def test_wrapped_in_activation_checkpointing_between(checkpoint: Path, expected: torch.Tensor) -> None:
+    bound = bind(checkpoint)
+    surgery.checkpoint_activations(bound.model)
+    with bound.fill() as filled:
+        assert torch.equal(logits(filled), expected)
+
+
+EARLY: dict[str, Callable[[Any], object]] = {
+    "forward": lambda model: model(input_ids=IDS),
+    "state_dict": lambda model: model.state_dict(),
+    "load_state_dict": lambda model: model.load_state_dict({}),
+    "a move": lambda model: nn.Module.to(model, "cpu"),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "resizing": lambda model: model.resize_token_embeddings(200),
+    "generate": lambda model: model.generate(IDS, max_new_tokens=1),
+    "saving": lambda model: model.save_pretrained("nowhere"),
+}
+
+
+@pytest.mark.parametrize("use", EARLY.values(), ids=EARLY)
+def test_a_bound_model_used_too_early_says_what_to_call(
+    use: Callable[[Any], object], checkpoint: Path, expected: torch.Tensor
+) -> None:
+    bound = bind(checkpoint)
+    with pytest.raises(surgery.NotFilledError, match=r"call fill\(\) of what surgery.bind\(\) returned first"):
+        use(bound.model)
+    with bound.fill() as filled:
+        assert torch.equal(logits(filled), expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model(input_ids=IDS),
+        lambda model: model.merge_and_unload(),
+        lambda model: model.merge_adapter(),
+        lambda model: model.unload(),
+        lambda model: model.save_pretrained("nowhere"),
+        lambda model: model.to("cpu"),
+    ],
+    ids=["forward", "merge_and_unload", "merge_adapter", "unload", "saving", "a move"],
+)
+def test_so_does_peft_around_it(use: Callable[[Any], object], checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    adapted = get_peft_model(bound.model, lora())
+    with pytest.raises(surgery.NotFilledError):
+        use(adapted)
+
+
+def test_other_models_are_left_alone_meanwhile(checkpoint: Path) -> None:
+    bind(checkpoint)
+    other = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+    other(torch.randn(1, 8))
+    other.merge_and_unload()
+
+
+def test_a_bound_model_that_is_dropped_leaves_nothing(checkpoint: Path) -> None:
+    import gc
+
+    bound = bind(checkpoint)
+    assert patches.active()
+    del bound
+    gc.collect()
+    assert not patches.active()
+
+
+def test_twice_filled_is_refused(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    with bound.fill(), pytest.raises(surgery.ConfigError, match="found one that is filled"):
+        bound.fill()
+
+
+def test_another_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(surgery.ConfigError, match="expected a module around the bound model"):
+        bind(checkpoint).fill(nn.Linear(2, 2))
+
+
+def test_a_model_in_memory_is_refused(checkpoint: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with pytest.raises(surgery.ConfigError, match=r"expected a model on meta, found model\.embed_tokens\.weight"):
+        surgery.bind(model, checkpoint)
+
+
+def test_a_refused_fill_can_be_tried_again(checkpoint: Path, expected: torch.Tensor) -> None:
+    bound = bind(checkpoint)
+    with pytest.raises(surgery.ConfigError, match="needs a process group"):
+        bound.fill(shard=surgery.FSDP2())
+    with bound.fill() as filled:
+        assert torch.equal(logits(filled), expected)
