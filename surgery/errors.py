@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "NotFilledError",
     "PassError",
     "QuantizerError",
     "SelectorError",
@@ -91,6 +92,17 @@ class PassError(SurgeryError, RuntimeError):
         super().__init__(message)
         self.pass_name = pass_name
         self.fqn = fqn
+
+
+class NotFilledError(SurgeryError, RuntimeError):
+    """A bound model that is used before it has its weights; `use` is what was tried."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(
+            f"{use} needs weights, and this model is bound to a checkpoint and not filled yet: call fill() of what "
+            "surgery.bind() returned first"
+        )
+        self.use = use
 
 
 class QuantizerError(SurgeryError, ValueError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from surgery.adapters.attach import PLAIN
 from surgery.errors import ConfigError
-from surgery.passes.adapt import PLAIN
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -7,8 +7,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.config import precision
 from surgery.finetune.options import Job
 from surgery.finetune.world import World
-from surgery.planning.fitting import predictions
-from surgery.planning.setting import Training
+from surgery.planning.training import Training
+from surgery.planning.verdict import predictions
 from surgery.sharding.base import ShardStrategy
 from surgery.telemetry.report import Report
 

@@ -1,4 +1,4 @@
-"""Cast or move parameters in place."""
+"""Casting and moving parameters in place, so that what shares memory goes on sharing it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Which option would make a plan fit: each one tried alone, in order; if none is enough, one after the other."""
+"""The options that would make a plan fit: each one tried alone, in order; if none is enough, one after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from surgery.config import FSDP2
 from surgery.errors import ConfigError
 from surgery.planning.plan import MemoryPlan, make_plan
-from surgery.planning.setting import Setting, Training
+from surgery.planning.training import Training
+from surgery.sharding.advice import Proposal, offloaded, on_ranks, shards_alone
 
 __all__ = ["Advice", "advise", "advise_all"]
 
@@ -18,7 +18,7 @@ MOST_RANKS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """options: as one would type them. device_peak: of the rank with most, with all of them."""
+    """options: as a user types them. device_peak: the highest of any rank, with all of them."""
 
     options: tuple[str, ...]
     device_peak: int
@@ -26,7 +26,7 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Option:
-    """One change. text: what to type for it."""
+    """A change, and the plan with it. text: what a user types for it."""
 
     text: str
     plan: MemoryPlan
@@ -41,7 +41,7 @@ def advise(plan: MemoryPlan, memory: int) -> Advice | None:
 
 
 def advise_all(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
-    """What would bring every rank of `plan` below `memory` bytes: all single options, or else the first combination."""
+    """All single options that bring every rank of `plan` below `memory` bytes, or else the first combination."""
     alone = False
     for change in CHANGES:
         option = _tried(change, plan, memory)
@@ -66,75 +66,73 @@ def _combined(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
 
 
 def _tried(change: Change, plan: MemoryPlan, memory: int) -> _Option | None:
-    """What `change` makes of `plan`; None where it does not apply, or would be refused (some adapters, sharded so)."""
+    """The plan after `change`; None where that does not apply, or would be refused (some adapters, sharded so)."""
     try:
         return change(plan, memory)
     except ConfigError:
         return None
 
 
-def _changed(plan: MemoryPlan, *, setting: Setting | None = None, training: Training | None = None) -> MemoryPlan:
-    return make_plan(plan.inventory, setting or plan.setting, training or plan.training)
+def _retrained(plan: MemoryPlan, training: Training, text: str) -> _Option:
+    return _Option(text=text, plan=make_plan(plan.inventory, plan.setting, training))
+
+
+def _shared(plan: MemoryPlan, proposal: Proposal | None, world_size: int | None = None) -> _Option | None:
+    """The plan with another sharding, and on other ranks where `world_size` says so."""
+    if proposal is None:
+        return None
+    setting = replace(
+        plan.setting,
+        shard=proposal.shard,
+        placement=proposal.placement,
+        world_size=world_size or plan.setting.world_size,
+    )
+    return _Option(text=proposal.text, plan=make_plan(plan.inventory, setting, plan.training))
 
 
 def _checkpointing(plan: MemoryPlan, _memory: int) -> _Option | None:
     if plan.training is None or plan.training.checkpointing:
         return None
-    changed = _changed(plan, training=replace(plan.training, checkpointing=True))
-    return _Option(text="--activation-checkpointing", plan=changed)
+    return _retrained(plan, replace(plan.training, checkpointing=True), "--activation-checkpointing")
 
 
 def _sharded(plan: MemoryPlan, _memory: int) -> _Option | None:
-    if plan.setting.placement == "sharded" or plan.setting.world_size == 1:
-        return None
-    offload = plan.setting.cpu_offload
-    setting = replace(plan.setting, placement="sharded", shard=FSDP2(cpu_offload=offload))
-    return _Option(text="--fsdp 2 --placement sharded", plan=_changed(plan, setting=setting))
+    return _shared(plan, shards_alone(plan.setting.strategy))
+
+
+def _cpu_offload(plan: MemoryPlan, _memory: int) -> _Option | None:
+    return _shared(plan, offloaded(plan.setting.strategy))
 
 
 def _more_ranks(plan: MemoryPlan, memory: int) -> _Option | None:
     """The smallest number of ranks that is enough; if none is, of those that were tried the one that needs least."""
-    if plan.setting.mesh is not None or plan.setting.world_size >= MOST_RANKS:
-        return None
     low, tried = plan.setting.world_size, []
     while low < MOST_RANKS:
         high = min(2 * low, MOST_RANKS)
-        tried.append(_on_ranks(plan, high))
-        if tried[-1].device_peak <= memory:
-            return _ranks_option(_fewest(plan, memory, low=low, enough=tried[-1]))
+        option = _on_ranks(plan, high)
+        if option is None:
+            return None
+        if option.plan.device_peak <= memory:
+            return _fewest(plan, memory, low=low, enough=option)
+        tried.append(option)
         low = high
-    return _ranks_option(min(tried, key=lambda each: each.device_peak))
+    return min(tried, key=lambda each: each.plan.device_peak, default=None)
 
 
-def _fewest(plan: MemoryPlan, memory: int, *, low: int, enough: MemoryPlan) -> MemoryPlan:
-    """The plan for the smallest number of ranks above `low` that fits, by bisection; `enough` fits."""
-    while enough.setting.world_size - low > 1:
-        middle = (low + enough.setting.world_size) // 2
+def _fewest(plan: MemoryPlan, memory: int, *, low: int, enough: _Option) -> _Option:
+    """The smallest number of ranks above `low` that fits, by bisection; `enough` fits."""
+    while enough.plan.setting.world_size - low > 1:
+        middle = (low + enough.plan.setting.world_size) // 2
         tried = _on_ranks(plan, middle)
-        if tried.device_peak <= memory:
+        if tried is not None and tried.plan.device_peak <= memory:
             enough = tried
         else:
             low = middle
     return enough
 
 
-def _ranks_option(plan: MemoryPlan) -> _Option:
-    return _Option(text=f"--world {plan.setting.world_size}", plan=plan)
-
-
-def _on_ranks(plan: MemoryPlan, world_size: int) -> MemoryPlan:
-    shard, placement = plan.setting.shard, plan.setting.placement
-    if shard is None:
-        shard, placement = FSDP2(), "sharded"
-    return _changed(plan, setting=replace(plan.setting, world_size=world_size, shard=shard, placement=placement))
-
-
-def _cpu_offload(plan: MemoryPlan, _memory: int) -> _Option | None:
-    shard = plan.setting.shard
-    if shard is None or shard.cpu_offload or plan.setting.on_cpu:
-        return None
-    setting = replace(plan.setting, shard=replace(shard, cpu_offload=True))
-    return _Option(text="--cpu-offload", plan=_changed(plan, setting=setting))
+def _on_ranks(plan: MemoryPlan, world_size: int) -> _Option | None:
+    return _shared(plan, on_ranks(plan.setting.strategy, world_size), world_size)
 
 
 def _smaller_batch(plan: MemoryPlan, memory: int) -> _Option | None:
@@ -152,7 +150,7 @@ def _halved(plan: MemoryPlan, memory: int, name: str, *, least: int) -> _Option 
     training = plan.training
     while training is not None and getattr(training, name) // 2 >= least:
         training = replace(training, **{name: getattr(training, name) // 2})
-        option = _Option(text=f"--{name} {getattr(training, name)}", plan=_changed(plan, training=training))
+        option = _retrained(plan, training, f"--{name} {getattr(training, name)}")
         if option.plan.device_peak <= memory:
             break
     return option

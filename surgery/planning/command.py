@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.finetune.arguments import parse_mesh, parse_storage, parse_targets
-from surgery.finetune.choices import OptimizerName, PrecisionName, QuantStorageName, QuantType
+from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, parse_targets
+from surgery.finetune.choices import (
+    FsdpVersion,
+    OptimizerName,
+    PlacementName,
+    PrecisionName,
+    QuantStorageName,
+    QuantType,
+)
 
 if TYPE_CHECKING:
-    from surgery.config import FSDP1, FSDP2
     from surgery.planning.plan import MemoryPlan
 
 __all__ = ["EPILOG", "plan"]
@@ -46,9 +52,6 @@ _TRAINING = "Training"
 _ADAPTER = "Adapter"
 _QUANTIZATION = "Quantization and precision"
 _SHARDING = "Ranks and sharding"
-
-FsdpVersion = Literal["1", "2"]
-PlacementName = Literal["sharded", "rank0-cpu", "replicated"]
 
 
 def plan(
@@ -126,21 +129,22 @@ def plan(
     import torch
 
     from surgery.checkpoint.peek import peek
-    from surgery.config import Quant, default_placement
+    from surgery.config import Quant
     from surgery.config import precision as policy_of
     from surgery.finetune.options import LoraOptions
+    from surgery.passes.prepare import prepare
+    from surgery.passes.setting import Setting
+    from surgery.planning.inventory import take_inventory
     from surgery.planning.plan import make_plan
-    from surgery.planning.setting import Setting, Training
-    from surgery.planning.sizes import parse_size
-    from surgery.planning.survey import survey
+    from surgery.planning.training import Training
+    from surgery.telemetry.numbers import parse_size
 
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     policy = policy_of(precision)
-    shard = _sharding(fsdp, world=world, mesh=parse_mesh(mesh), cpu_offload=cpu_offload)
     setting = Setting(
         world_size=world,
-        placement=placement or default_placement(shard),
-        shard=shard,
+        placement=placement,
+        shard=_sharding(fsdp, world=world, mesh=mesh, cpu_offload=cpu_offload),
         quant=Quant(
             quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=parse_storage(quant_storage)
         ),
@@ -150,25 +154,21 @@ def plan(
         device=torch.device(device),
     )
     training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
-    made = make_plan(survey(peek(model, revision=revision), setting, build=None), setting, training)
-    _say(made, model, memory, as_json=as_json)
+    inventory = take_inventory(prepare(peek(model, revision=revision), setting))
+    _say(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 
-def _sharding(
-    version: FsdpVersion, *, world: int, mesh: tuple[int, int] | None, cpu_offload: bool
-) -> FSDP1 | FSDP2 | None:
-    from surgery.config import FSDP1, FSDP2
+def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: bool) -> Any:
+    """The sharding of several ranks; None for one, which is not sharded."""
     from surgery.errors import ConfigError
 
-    if world == 1 and (mesh is not None or cpu_offload):
+    if world > 1:
+        return parse_shard(fsdp, mesh=parse_mesh(mesh), cpu_offload=cpu_offload)
+    if mesh is not None or cpu_offload:
         raise ConfigError(
             "expected --world of 2 or more with --mesh or --cpu-offload, found 1: one rank is not sharded"
         )
-    if world == 1:
-        return None
-    if version == "2":
-        return FSDP2(mesh=mesh, cpu_offload=cpu_offload)
-    return FSDP1(strategy="hybrid-shard" if mesh is not None else "full-shard", mesh=mesh, cpu_offload=cpu_offload)
+    return None
 
 
 def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
@@ -178,9 +178,8 @@ def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> 
     from rich.console import Console
     from rich.measure import Measurement
 
-    from surgery.planning.fitting import fits_gpu
     from surgery.planning.table import headline, notes, render
-    from surgery.planning.verdict import as_dict, say
+    from surgery.planning.verdict import as_dict, fits_gpu, say
 
     if as_json:
         typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory)}, indent=1))

@@ -4,12 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Memory", "RankPlan", "Step"]
+__all__ = ["Memory", "Peaks", "RankPlan", "Step"]
+
+
+@dataclass(kw_only=True)
+class Peaks:
+    """Maxima over moments that are noted one after the other, in bytes.
+
+    host, device: of each. anonymous: of the host without what is pinned. both: of host and device together.
+    """
+
+    host: int = 0
+    anonymous: int = 0
+    device: int = 0
+    both: int = 0
+
+    def note(self, *, host: int, device: int, pinned: int = 0) -> None:
+        """A moment at which so much is held; `pinned` is part of `host`."""
+        self.host = max(self.host, host)
+        self.anonymous = max(self.anonymous, host - pinned)
+        self.device = max(self.device, device)
+        self.both = max(self.both, host + device)
+
+    def memory(self, *, host_held: int, device_held: int, on_cpu: bool) -> Memory:
+        """The figures of a phase with these peaks, at whose end so much is held."""
+        if on_cpu:
+            held = host_held + device_held
+            return Memory(host_held=held, host_peak=self.both, anonymous_peak=self.both, device_held=0, device_peak=0)
+        return Memory(
+            host_held=host_held,
+            host_peak=self.host,
+            anonymous_peak=self.anonymous,
+            device_held=device_held,
+            device_peak=self.device,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What is held at the end of loading, and the peak before. With a CPU for device, all is the host's.
+    """What is held at the end of loading, and the peak before. Where ranks compute on a CPU, all is the host's.
 
     anonymous_peak: of the host without buffers for a GPU: the driver maps these, so that the anonymous memory of the
     process, which a report measures, does not have them.
@@ -21,18 +54,13 @@ class Memory:
     device_held: int
     device_peak: int
 
-    def on_cpu(self, *, peak: int) -> Memory:
-        """The same where the device is the CPU, and `peak` is of both together."""
-        held = self.host_held + self.device_held
-        return Memory(host_held=held, host_peak=peak, anonymous_peak=peak, device_held=0, device_peak=0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """A training step at its worst moment; the peaks are sums of what is above them.
 
     weights, quant_state, adapters, gradients, optimizer: what the rank holds between steps.
-    gathered: what FSDP has unsharded then. dequantized: the 16-bit weight of a linear layer while it multiplies.
+    gathered: what the sharding has whole then. dequantized: the weight of a quantized layer while it multiplies.
     activations: an estimate, from the shapes of the linear layers, for attention that keeps no scores. logits: with
         their gradients.
     on_host: what of it waits on the CPU (with cpu_offload), and so is no part of the device's peak.
@@ -56,7 +84,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """bytes_read: from the checkpoint, without what one rank of each node reads for the others."""
+    """The figures of one rank. train: None if only loading was planned.
+
+    bytes_read: from the checkpoint, without what one rank of each node reads for the others.
+    """
 
     bytes_read: int
     load: Memory
@@ -64,10 +95,10 @@ class RankPlan:
 
     @property
     def device_peak(self) -> int:
-        """Of loading and training."""
+        """Device peak over loading and training."""
         return max(self.load.device_peak, self.train.device_peak if self.train is not None else 0)
 
     @property
     def host_peak(self) -> int:
-        """Of loading and training."""
+        """Host peak over loading and training."""
         return max(self.load.host_peak, self.train.host_peak if self.train is not None else 0)

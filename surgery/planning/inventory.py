@@ -1,46 +1,50 @@
-"""What a model is made of, as far as its memory goes: sizes of tensors by FSDP unit, features by decoder block."""
+"""What a model is made of, as far as its memory goes: sizes of tensors by unit, features by decoder block."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from surgery.adapters.rehearsal import Trained
 from surgery.model.fqn import split
 from surgery.model.tree import Site, decoder_blocks, ends_of
+from surgery.passes.prepare import Prepared
 from surgery.passes.targets import Target
+from surgery.sharding.base import Unit
 from surgery.sharding.partition import Form
 
-__all__ = ["Inventory", "Unit", "take_inventory"]
+__all__ = ["Inventory", "UnitTensors", "row_bytes", "take_inventory"]
 
-EMBEDDING, TAIL, ROOT = "embedding", "tail", "root"
+BLOCK, EMBEDDING, TAIL, ROOT = "block", "embedding", "tail", "root"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
-    """What FSDP2 gathers together.
+class UnitTensors:
+    """The tensors of a unit, by their rows, along which they are divided.
 
-    name: a decoder block's FQN, or one of `embedding`, `tail` (the last norm and the head) and `root` (the rest).
-    weights: rows, and bytes of a row, of each frozen tensor. adapters: rows and elements of a row.
-    features: of a decoder block: what its linear layers take and give, in elements a token; 0 for the others.
+    kind: as of a `Unit`. weights: rows, and bytes of a row, of each frozen tensor. adapters: rows, and elements of a
+    row. features: elements a token that the linear layers of a block take and give; 0 for other kinds.
     """
 
-    name: str
+    kind: str
     weights: tuple[tuple[int, int], ...]
     adapters: tuple[tuple[int, int], ...]
     features: int = 0
 
-    def weight_bytes(self, shards: int = 1, *, position: int | None = None) -> int:
-        """Bytes of the weights, or of one of `shards` parts: padded to the largest one, or of that at `position`."""
-        return sum(_rows(rows, shards, position) * row for rows, row in self.weights)
+    def weight_bytes(self, shards: int = 1) -> int:
+        """Bytes of the weights, or of one of `shards` parts, padded to the largest one."""
+        return sum(-(-rows // shards) * row for rows, row in self.weights)
 
     def adapter_elements(self, shards: int = 1, *, position: int | None = None) -> int:
-        """The same of the adapters, in elements."""
+        """Elements of the adapters, or of one of `shards` parts: padded to the largest one, or that at `position`."""
         return sum(_rows(rows, shards, position) * row for rows, row in self.adapters)
+
+    def whole(self, dtype: torch.dtype) -> Unit:
+        """The unit in bytes, with adapters in `dtype`."""
+        return Unit(kind=self.kind, weights=self.weight_bytes(), adapters=self.adapter_elements() * dtype.itemsize)
 
 
 def _rows(rows: int, shards: int, position: int | None) -> int:
@@ -53,12 +57,12 @@ class Inventory:
     """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
 
     unsharded: bytes of parameters that are in no unit, whole on every rank.
-    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one. ignored, initialized:
-    names of the checkpoint that nothing is made of, and of buffers that it lacks; see `WeightPlan`.
+    hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
+    ignored, initialized: names as `Prepared` has them.
     """
 
     targets: tuple[Target, ...]
-    units: tuple[Unit, ...]
+    units: tuple[UnitTensors, ...]
     unsharded: int
     hidden: int
     vocabulary: int
@@ -67,31 +71,30 @@ class Inventory:
 
     @property
     def parameters(self) -> int:
-        """Elements that the checkpoint fills."""
+        """Number of elements that the checkpoint fills."""
         return sum(target.form.numel for target in self.targets)
 
     @cached_property
-    def forms(self) -> dict[tuple[Form, int], int]:
-        """Kinds of tensors, by form and by bytes of a stored row -> how many there are."""
-        found: dict[tuple[Form, int], int] = {}
+    def forms(self) -> dict[Form, int]:
+        """How many tensors there are of each form."""
+        found: dict[Form, int] = {}
         for target in self.targets:
-            kind = target.form, row_bytes(target)
-            found[kind] = found.get(kind, 0) + 1
+            found[target.form] = found.get(target.form, 0) + 1
         return found
 
     @property
-    def blocks(self) -> tuple[Unit, ...]:
+    def blocks(self) -> tuple[UnitTensors, ...]:
         """The decoder blocks."""
-        return tuple(unit for unit in self.units if unit.name not in (EMBEDDING, TAIL, ROOT))
-
-    def unit(self, name: str) -> Unit | None:
-        """The unit of that name, if there is one."""
-        return next((unit for unit in self.units if unit.name == name), None)
+        return tuple(unit for unit in self.units if unit.kind == BLOCK)
 
     @property
     def adapter_elements(self) -> int:
-        """Of all adapters, whole."""
+        """Elements of all adapters, whole."""
         return sum(unit.adapter_elements() for unit in self.units)
+
+    def whole_units(self, dtype: torch.dtype) -> tuple[Unit, ...]:
+        """All units in bytes, in the order in which they are sharded, with adapters in `dtype`."""
+        return tuple(unit.whole(dtype) for unit in self.units)
 
 
 def row_bytes(target: Target) -> int:
@@ -99,32 +102,29 @@ def row_bytes(target: Target) -> int:
     return target.shape[1:].numel() * target.dtype.itemsize
 
 
-def take_inventory(
-    model: nn.Module, targets: Sequence[Target], trained: Sequence[Trained], *, unsharded: Collection[str]
-) -> Inventory:
-    """Of `model`, on meta, its linear modules replaced and not adapted yet. trained: what will be, of it and beside it.
+def take_inventory(prepared: Prepared) -> Inventory:
+    """The inventory of a prepared model.
 
-    unsharded: FQNs of parameters. What is trained in place is counted with the adapters, as what has a gradient, and
-    not with the frozen weights.
+    What is trained in place is counted with the adapters, as what has a gradient, and not with the frozen weights.
     """
-    blocks = decoder_blocks(model)
+    model, blocks = prepared.model, decoder_blocks(prepared.model)
     unit_of = _unit_of(model, blocks)
     weights: dict[str, list[tuple[int, int]]] = {}
     adapters: dict[str, list[tuple[int, int]]] = {}
-    in_place = {each.fqn for each in trained if each.is_base}
-    for target in targets:
-        if not target.form.is_buffer and target.fqn not in unsharded and target.fqn not in in_place:
+    elsewhere = prepared.unsharded | {each.fqn for each in prepared.trained if each.is_base}
+    for target in prepared.targets:
+        if not target.form.is_buffer and target.fqn not in elsewhere:
             name = unit_of.get(target.places[0][0], ROOT)
             weights.setdefault(name, []).append((target.form.rows, row_bytes(target)))
     unit_at = {name: unit_of[module] for name, module in model.named_modules() if module in unit_of}
-    for each in trained:
+    for each in prepared.trained:
         adapters.setdefault(_unit_at(each.fqn, unit_at), []).append((each.shape[0], each.shape[1:].numel()))
     features = {block.fqn: sum(map(_features, block.module.modules())) for block in blocks}
     return Inventory(
-        targets=tuple(targets),
+        targets=prepared.targets,
         units=tuple(
-            Unit(
-                name=name,
+            UnitTensors(
+                kind=BLOCK if name in features else name,
                 weights=tuple(weights.get(name, ())),
                 adapters=tuple(adapters.get(name, ())),
                 features=features.get(name, 0),
@@ -132,13 +132,16 @@ def take_inventory(
             for name in (*features, EMBEDDING, TAIL, ROOT)
             if name in weights or name in adapters
         ),
-        unsharded=sum(target.nbytes for target in targets if target.fqn in unsharded),
+        unsharded=sum(target.nbytes for target in prepared.targets if target.fqn in prepared.unsharded),
         hidden=_hidden(model, blocks),
         vocabulary=_vocabulary(model),
+        ignored=prepared.ignored,
+        initialized=prepared.initialized,
     )
 
 
 def _unit_of(model: nn.Module, blocks: Sequence[Site]) -> dict[nn.Module, str]:
+    """The unit of every module that is in one: a block by its FQN, the others by their kind."""
     embedding, tail = ends_of(model, blocks)
     found = {module: site.fqn for site in blocks for module in site.module.modules()}
     found |= {module: TAIL for end in tail for module in end.modules()}
@@ -157,7 +160,7 @@ def _unit_at(fqn: str, units: dict[str, str]) -> str:
 
 
 def _features(module: nn.Module) -> int:
-    """What goes into a linear layer and comes out, for a token; of fused experts, into those that are active."""
+    """Elements a token that a linear layer takes and gives; for fused experts those of the active ones."""
     if isinstance(module, nn.Linear):
         return module.in_features + module.out_features
     config = getattr(module, "config", None)

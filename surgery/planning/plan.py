@@ -12,18 +12,17 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.peek import peek
-from surgery.comm.background import Staging
-from surgery.config import FSDP1, FSDP2, Placement, Quant, default_placement
+from surgery.config import Quant
 from surgery.passes.base import group_into_batches
+from surgery.passes.prepare import prepare
+from surgery.passes.setting import Setting
+from surgery.passes.staging import Staging
 from surgery.planning.figures import RankPlan
-from surgery.planning.groups import RankClass, classify
-from surgery.planning.inventory import Inventory
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.loading import plan_load
-from surgery.planning.reading import bytes_read, read_once_per_node
-from surgery.planning.setting import Setting, Training
-from surgery.planning.survey import survey
-from surgery.planning.training import plan_step
-from surgery.quantizers.bnb import RUN_ELEMENTS
+from surgery.planning.ranks import RankClass, bytes_read, classify, read_once_per_node
+from surgery.planning.training import Training, plan_step
+from surgery.sharding.advice import default_options
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -47,7 +46,7 @@ class MemoryPlan:
     inventory: Inventory = field(repr=False)
 
     def of_rank(self, rank: int) -> RankPlan:
-        """The figures of `rank`; of what it reads, to within a block a tensor. Raises `IndexError` if there is none."""
+        """The figures of `rank`, with what it reads to within a block a tensor; raises `IndexError` if there is none."""
         for ranks, figures in self.classes:
             if rank in ranks.ranks:
                 return figures
@@ -55,19 +54,19 @@ class MemoryPlan:
 
     @property
     def device_peak(self) -> int:
-        """Of the rank with most, loading and training."""
+        """Highest device peak of any rank."""
         return max(figures.device_peak for _, figures in self.classes)
 
     @property
     def host_peak(self) -> int:
-        """Of the rank with most, loading and training."""
+        """Highest host peak of any rank."""
         return max(figures.host_peak for _, figures in self.classes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, sizes in bytes."""
+        """The plan for JSON, sizes in bytes."""
         return {
             "world_size": self.setting.world_size,
-            "placement": self.setting.placement,
+            "placement": self.setting.strategy.placement,
             "sharding": None if self.setting.shard is None else type(self.setting.shard).__name__,
             "device": self.setting.device.type,
             "parameters": self.inventory.parameters,
@@ -83,13 +82,13 @@ class MemoryPlan:
 
 def make_plan(inventory: Inventory, setting: Setting, training: Training | None) -> MemoryPlan:
     """The plan for a model of which `inventory` was taken. Pure arithmetic."""
-    staging = Staging.on(setting.device, run_elements=RUN_ELEMENTS[setting.device.type])
-    layers = group_into_batches(inventory.targets, elements=staging.layer_limit(setting.world_size))
+    staging = Staging.on(setting.device)
+    batches = group_into_batches(inventory.targets, elements=staging.layer_limit(setting.world_size))
     classes = []
     for ranks in classify(inventory, setting):
         figures = RankPlan(
             bytes_read=bytes_read(inventory, setting, ranks.typical),
-            load=plan_load(inventory, setting, staging, layers, rank=ranks.typical),
+            load=plan_load(inventory, setting, staging, batches, rank=ranks.typical),
             train=plan_step(inventory, setting, training, rank=ranks.typical) if training is not None else None,
         )
         classes.append((ranks, figures))
@@ -106,10 +105,10 @@ def plan(
     checkpoint: Checkpoint | str | os.PathLike[str],
     *,
     world_size: int,
-    quant: Quant = Quant(),  # noqa: B008  # frozen
+    quant: Any = Quant(),  # noqa: B008  # frozen
     lora: LoraConfig | None = None,
-    placement: Placement | None = None,
-    shard: FSDP1 | FSDP2 | None = None,
+    placement: str | None = None,
+    shard: Any = None,
     dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype | None = None,
     model: Callable[[], nn.Module] | None = None,
@@ -138,11 +137,10 @@ def plan(
         ConfigError: options that cannot work together.
         CheckpointError: a checkpoint that is broken, or not of this model.
     """
-    shard = FSDP2() if shard is None and world_size > 1 else shard
     setting = Setting(
         world_size=world_size,
-        placement=placement or default_placement(shard),
-        shard=shard,
+        placement=placement,
+        shard=default_options(world_size) if shard is None else shard,
         quant=quant,
         lora=lora,
         dtype=dtype,
@@ -150,4 +148,4 @@ def plan(
         device=torch.device(device),
     )
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else peek(checkpoint)
-    return make_plan(survey(opened, setting, model), setting, training)
+    return make_plan(take_inventory(prepare(opened, setting, build=model)), setting, training)

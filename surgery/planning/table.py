@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
 
-from surgery.config import FSDP1
+from surgery.passes.setting import Setting
 from surgery.planning.figures import RankPlan, Step
-from surgery.planning.groups import RankClass
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.setting import Setting, Training
-from surgery.planning.sizes import say_size
-from surgery.telemetry.notices import group_names, say_converted, say_ignored, say_initialized
+from surgery.planning.ranks import RankClass
+from surgery.planning.training import Training
+from surgery.telemetry.notices import group_names, say
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["headline", "notes", "render"]
 
@@ -23,14 +23,13 @@ Row = tuple[str, Callable[[RankPlan], int]]
 
 
 def headline(plan: MemoryPlan, source: str) -> str:
-    """What the plan is of, in a line."""
+    """The model, its ranks and its format, in a line."""
     setting, inventory = plan.setting, plan.inventory
     stored = sum(target.form.numel * target.read_as.itemsize for target in inventory.targets)
-    shard = "unsharded" if setting.shard is None else f"FSDP{1 if isinstance(setting.shard, FSDP1) else 2}"
     return (
         f"{source}: {inventory.parameters / 1e9:,.1f} B parameters, {say_size(stored)}; {setting.world_size} "
-        f"rank{'s' if setting.world_size > 1 else ''}, {shard}, placement {setting.placement}, "
-        f"{setting.quant.quant_type} in blocks of {setting.quant.blocksize}"
+        f"rank{'s' if setting.world_size > 1 else ''}, {setting.strategy.label}, placement "
+        f"{setting.strategy.placement}, {setting.format.description}"
     )
 
 
@@ -50,7 +49,7 @@ def render(plan: MemoryPlan) -> Table:
 
 
 def notes(plan: MemoryPlan) -> Iterator[str]:
-    """What the table does not say, a line each."""
+    """Remarks on the table, a line each."""
     hidden = len(plan.classes) - COLUMNS
     if hidden > 0:
         yield f"{hidden} more kinds of ranks are not shown: they need no more than these."
@@ -62,11 +61,11 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
             f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
         )
     if plan.inventory.ignored:
-        yield say_ignored(group_names(plan.inventory.ignored))
+        yield say("ignored", group_names(plan.inventory.ignored))
     if plan.inventory.initialized:
-        yield say_initialized(group_names(plan.inventory.initialized))
+        yield say("initialized", group_names(plan.inventory.initialized))
     if plan.read_once_per_node:
-        yield f"{say_converted(group_names(plan.read_once_per_node))} That is not in the bytes read above."
+        yield f"{say('read_once_per_node', group_names(plan.read_once_per_node))} That is not in the bytes read above."
 
 
 def _at(step: Step) -> str:
@@ -106,7 +105,7 @@ def _train_rows(setting: Setting) -> list[Row]:
         _row("activations (estimate)", lambda s: s.activations),
         _row("logits (estimate)", lambda s: s.logits),
     ]
-    if setting.cpu_offload:
+    if setting.strategy.cpu_offload:
         rows.append(_row("of these on the CPU", lambda s: s.on_host))
     rows.append(_row("host, peak", lambda s: s.host_peak))
     if not setting.on_cpu:

@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from surgery.config import FSDP1, FSDP2
-from surgery.planning.activations import Activations, estimate
-from surgery.planning.adapted import adapters_held
-from surgery.planning.allowances import GATHERED_BLOCKS
+from surgery.passes.setting import Setting, at_least_one
 from surgery.planning.figures import Step
-from surgery.planning.host import fixed_bytes
-from surgery.planning.inventory import EMBEDDING, ROOT, TAIL, Inventory, Unit
-from surgery.planning.setting import Setting, Training
-from surgery.planning.statistics import STATISTIC_BYTES, quant_state_bytes
-from surgery.planning.wrapping import held_when_sharded
+from surgery.planning.held import adapters_held, fixed_bytes, state_bytes, weights_held
+from surgery.planning.inventory import Inventory
 
-__all__ = ["plan_step"]
+__all__ = ["Training", "plan_step"]
 
 #: AdamW's, in the dtype of the parameter.
 ADAMW_STATES = 2
 
-#: Gradients are reduced in float32.
-REDUCE_BYTES = 4
+FLOAT32_BYTES = 4
+
+#: Copies of the logits in float32 at the worst moment of cross entropy: log-probabilities, and two gradients. With
+#: this and the next, 8B under FSDP1 on two H200s (1 x 1024 tokens, no recomputation) peaked 4 % below the plan.
+LOSS_COPIES = 3
+
+#: Copies of the hidden state in float32 that the norms of a block keep for backward.
+NORM_COPIES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What decides the memory of a training step.
+
+    batch, seq: samples that a rank puts through the model at once, and tokens of each.
+    optimizer: AdamW keeps two states an element, in the dtype of the parameter; SGD (without momentum) none.
+    checkpointing: whether activations of decoder blocks are recomputed in backward.
+    """
+
+    batch: int = 1
+    seq: int = 1024
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        at_least_one(batch=self.batch, seq=self.seq)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a rank puts through the model at once."""
+        return self.batch * self.seq
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +53,10 @@ class _Moment:
     """A moment of a step, by what is held beside what a rank holds between steps."""
 
     name: str
-    gathered: int
-    dequantized: int
-    activations: int
-    logits: int
+    gathered: int = 0
+    dequantized: int = 0
+    activations: int = 0
+    logits: int = 0
 
     @property
     def total(self) -> int:
@@ -41,15 +65,11 @@ class _Moment:
 
 def plan_step(inventory: Inventory, setting: Setting, training: Training, *, rank: int) -> Step:
     """The figures of `rank`, at the worse of two moments: the loss, and backward through the largest block."""
-    adapters = adapters_held(inventory, setting)
-    weights = held_when_sharded(inventory, setting)
-    state = quant_state_bytes(inventory.targets, setting.quant)
-    states = ADAMW_STATES if training.optimizer == "adamw" else 0
-    position = rank % setting.sharding.shards
-    own = sum(unit.adapter_elements(setting.sharding.shards, position=position) for unit in inventory.units)
-    optimizer = states * own * setting.dtype.itemsize
-    on_host = weights + 2 * adapters + optimizer if setting.cpu_offload else 0
-    moment = max(_moments(inventory, setting, estimate(inventory, setting, training)), key=lambda m: m.total)
+    weights, adapters = weights_held(inventory, setting), adapters_held(inventory, setting)
+    state = state_bytes(inventory.targets, setting)
+    optimizer = _optimizer(inventory, setting, training, rank)
+    on_host = weights + 2 * adapters + optimizer if setting.strategy.cpu_offload else 0
+    moment = max(_moments(inventory, setting, training), key=lambda moment: moment.total)
     total = weights + state + 2 * adapters + optimizer + moment.total
     return Step(
         weights=weights,
@@ -68,72 +88,51 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
     )
 
 
-def _moments(inventory: Inventory, setting: Setting, activations: Activations) -> tuple[_Moment, ...]:
-    return (
-        _Moment(
-            name="loss",
-            gathered=_gathered_at_loss(inventory, setting),
-            dequantized=0,
-            activations=activations.kept,
-            logits=activations.logits,
-        ),
-        _Moment(
-            name="backward",
-            gathered=_gathered_in_backward(inventory, setting),
-            dequantized=_dequantized(inventory, setting),
-            activations=activations.kept + activations.recomputed,
-            logits=0,
-        ),
-    )
+def _optimizer(inventory: Inventory, setting: Setting, training: Training, rank: int) -> int:
+    """Bytes of the optimizer's states of what `rank` has of the adapters."""
+    shards = setting.strategy.at_rest.shards
+    own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
+    return (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
 
 
-def _gathered_at_loss(inventory: Inventory, setting: Setting) -> int:
-    """FSDP2: the last norm and the head, as they were gathered and as parameters, since nothing follows that would free
-    the buffer; and what the root has. FSDP1: the root unit, which has all of these, and the last blocks.
+def _moments(inventory: Inventory, setting: Setting, training: Training) -> tuple[_Moment, _Moment]:
+    """The loss and backward. An estimate: attention is taken to keep no scores.
+
+    Each linear layer keeps its input, for the adapter, and its output, for what comes after; norms keep copies in
+    float32. A checkpointed block keeps its input alone.
     """
-    if not _gathers(setting):
+    norms = NORM_COPIES * inventory.hidden * FLOAT32_BYTES
+    blocks = [unit.features * setting.compute_dtype.itemsize + norms for unit in inventory.blocks]
+    inputs = len(blocks) * inventory.hidden * setting.dtype.itemsize
+    kept = training.tokens * (inputs if training.checkpointing else sum(blocks))
+    recomputed = training.tokens * max(blocks, default=0) if training.checkpointing else 0
+    logit = LOSS_COPIES * FLOAT32_BYTES + setting.compute_dtype.itemsize
+    units = inventory.whole_units(setting.dtype)
+    loss = _Moment(
+        name="loss",
+        gathered=setting.strategy.gathered_at_loss(units),
+        activations=kept,
+        logits=training.tokens * inventory.vocabulary * logit,
+    )
+    backward = _Moment(
+        name="backward",
+        gathered=setting.strategy.gathered_in_backward(units) + _reduced(inventory, setting),
+        dequantized=_dequantized(inventory, setting),
+        activations=kept + recomputed,
+    )
+    return loss, backward
+
+
+def _reduced(inventory: Inventory, setting: Setting) -> int:
+    """Gradients of one block's adapters on their way to being reduced in float32; 0 where they are not sharded."""
+    if setting.strategy.at_rest.shards == 1:
         return 0
-    units = {unit.name: _whole(unit, setting) for unit in inventory.units}
-    if setting.gathers_all:
-        return sum(units.values())
-    if isinstance(setting.shard, FSDP1):
-        return _ends(units)
-    return 2 * units.get(TAIL, 0) + units.get(ROOT, 0)
-
-
-def _gathered_in_backward(inventory: Inventory, setting: Setting) -> int:
-    """The largest blocks, and the gradients of one block's adapters on their way to being reduced."""
-    if not _gathers(setting):
-        return 0
-    units = {unit.name: _whole(unit, setting) for unit in inventory.units}
-    reduced = max((unit.adapter_elements() for unit in inventory.blocks), default=0)
-    gradients = reduced * (setting.dtype.itemsize + REDUCE_BYTES)
-    if setting.gathers_all:
-        return sum(units.values()) + gradients
-    largest = sorted((units[unit.name] for unit in inventory.blocks), reverse=True)
-    if isinstance(setting.shard, FSDP2):
-        return sum(largest[:1]) * GATHERED_BLOCKS + units.get(ROOT, 0) + gradients
-    return sum(largest[:2]) + _ends(units) + gradients
-
-
-def _ends(units: dict[str, int]) -> int:
-    return sum(units.get(name, 0) for name in (EMBEDDING, TAIL, ROOT))
-
-
-def _gathers(setting: Setting) -> bool:
-    return setting.shard is not None and setting.sharding.shards > 1
-
-
-def _whole(unit: Unit, setting: Setting) -> int:
-    return unit.weight_bytes() + unit.adapter_elements() * setting.dtype.itemsize
+    elements = max((unit.adapter_elements() for unit in inventory.blocks), default=0)
+    return elements * (setting.dtype.itemsize + FLOAT32_BYTES)
 
 
 def _dequantized(inventory: Inventory, setting: Setting) -> int:
-    """Of the largest layer: the weight in 16 bits, and its statistics in float32 if they are quantized too."""
-    largest = max(
-        (target.form for target in inventory.targets if target.is_quantized), key=lambda f: f.numel, default=None
-    )
-    if largest is None:
-        return 0
-    statistics = largest.blocks * STATISTIC_BYTES if setting.quant.double_quant else 0
-    return largest.numel * setting.compute_dtype.itemsize + statistics
+    """Temporary bytes of the largest quantized layer."""
+    quantized = (target.form for target in inventory.targets if target.is_quantized)
+    largest = max(quantized, key=lambda form: form.numel, default=None)
+    return 0 if largest is None else setting.format.dequantized_bytes(largest.numel, largest.blocks)

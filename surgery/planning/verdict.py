@@ -1,4 +1,4 @@
-"""Whether a plan fits GPUs of a given size, and what would make it fit, as text and for JSON."""
+"""Whether a plan fits the memory that there is, what would make it fit, and the peaks that it predicts."""
 
 from __future__ import annotations
 
@@ -6,13 +6,65 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from surgery.planning.advice import Advice, advise_all
-from surgery.planning.allowances import OUTSIDE_ALLOCATOR
-from surgery.planning.fitting import fits_gpu
-from surgery.planning.plan import MemoryPlan
-from surgery.planning.sizes import say_size
+import torch
 
-__all__ = ["as_dict", "say"]
+from surgery.errors import ConfigError
+from surgery.planning.advice import Advice, advise, advise_all
+from surgery.planning.plan import MemoryPlan
+from surgery.telemetry.numbers import say_size
+
+__all__ = ["as_dict", "check_fits", "fits_gpu", "free_memory", "predictions", "say"]
+
+#: Device memory that torch's allocator does not count: the CUDA context, cuBLAS, NCCL. Round, and on the safe side.
+OUTSIDE_ALLOCATOR = 768 << 20
+
+
+def fits_gpu(plan: MemoryPlan, gpu_memory: int) -> bool:
+    """Whether every rank stays within a GPU of `gpu_memory` bytes, of which the driver and NCCL take their part."""
+    return plan.device_peak + OUTSIDE_ALLOCATOR <= gpu_memory
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that torch's allocator can still give out on this GPU, in this process."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, allowed) + reserved - allocated
+
+
+def check_fits(plan: MemoryPlan, available_device_bytes: int) -> None:
+    """Raise `ConfigError` if a rank would need more than torch's allocator can still get, naming what would fit.
+
+    To be called on every rank with the least that any of them has, so that all refuse or none.
+    """
+    if plan.device_peak <= available_device_bytes:
+        return
+    ranks, figures = max(plan.classes, key=lambda found: found[1].device_peak)
+    when = "to load" if figures.load.device_peak == figures.device_peak else "to train"
+    raise ConfigError(
+        f"{ranks.label} would need {say_size(figures.device_peak)} of device memory {when}, but "
+        f"{say_size(available_device_bytes)} is free: {_said(advise(plan, available_device_bytes))}"
+    )
+
+
+def _said(advice: Advice | None) -> str:
+    if advice is None:
+        return "nothing that surgery plan knows of would make it fit; use a smaller model or GPUs with more memory"
+    return f"it would fit with {' and '.join(advice.options)} ({say_size(advice.device_peak)})"
+
+
+def predictions(plan: MemoryPlan, rank: int) -> dict[str, tuple[int, int]]:
+    """`{"load": (host, device), "train": (host, device)}`: peaks of `rank` in bytes above what is held before loading.
+
+    On the host of anonymous memory.
+
+    For `Report.predict`, which is to be called for both before loading begins.
+    """
+    figures = plan.of_rank(rank)
+    found = {"load": (figures.load.anonymous_peak, figures.load.device_peak)}
+    if figures.train is not None:
+        found["train"] = (figures.train.host_peak, figures.train.device_peak)
+    return found
 
 
 def say(plan: MemoryPlan, gpu_memory: int | None) -> Iterator[str]:
@@ -32,7 +84,7 @@ def say(plan: MemoryPlan, gpu_memory: int | None) -> Iterator[str]:
 
 
 def as_dict(plan: MemoryPlan, gpu_memory: int | None) -> dict[str, Any]:
-    """For JSON: `fits` is None without `gpu_memory`."""
+    """The verdict for JSON; `fits` is None without `gpu_memory`."""
     if gpu_memory is None:
         return {"gpu_memory": None, "fits": None, "would_fit_with": []}
     fits = fits_gpu(plan, gpu_memory)

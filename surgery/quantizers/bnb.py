@@ -156,14 +156,14 @@ class Bnb4bit(QuantFormat):
     """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on a CPU)."""
 
     label = "bitsandbytes 4-bit"
-    resident_patches = (
-        "bitsandbytes.linear4bit-shape",
-        "bitsandbytes.linear4bit-apply",
-        "bitsandbytes.no-rewrap",
-        "bitsandbytes.keep-packing",
-    )
+    resident_patches = ("linear4bit-resident",)
 
     options: Quant
+
+    @property
+    def description(self) -> str:
+        """The 4-bit type and its blocks."""
+        return f"{self.options.quant_type} in blocks of {self.options.blocksize}"
 
     @property
     def storage(self) -> torch.dtype:
@@ -259,10 +259,11 @@ class Bnb4bit(QuantFormat):
         """A `Params4bit`."""
         return as_params4bit(packed, module, self.options, state)
 
-    def like(self, parameter: Any, data: torch.Tensor) -> nn.Parameter:
+    @staticmethod
+    def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
         """A `Params4bit` with the same `quant_state`, or a plain parameter, as `parameter` is."""
         if not is_params4bit(parameter):
-            return super().like(parameter, data)
+            return QuantFormat.like(parameter, data)
         from bitsandbytes.nn import Params4bit
 
         return Params4bit(

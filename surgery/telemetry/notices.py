@@ -1,12 +1,44 @@
-"""Names of tensors that need a word: counted in groups, and said in a line."""
+"""Notices about tensors: their names counted in groups, and said in a line."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
-__all__ = ["group_names", "say_converted", "say_ignored", "say_initialized", "say_misread"]
+__all__ = ["Notice", "group_names", "say"]
 
-#: Groups that a line names at most; a model has few, however many layers and experts it has.
+#: Kinds of notices, by the field of `Report` that keeps their names.
+Notice = Literal["read_once_per_node", "ignored", "initialized", "misread"]
+
+#: What a line says of one name, of several, and of either.
+_TEXTS: Mapping[Notice, tuple[str, str, str]] = {
+    "read_once_per_node": (
+        "tensor is",
+        "tensors are",
+        "merged, split or transposed for the model, so read once per node, by one rank for the others",
+    ),
+    "ignored": (
+        "name",
+        "names",
+        "in the checkpoint with no place in this model, ignored as transformers does",
+    ),
+    "initialized": (
+        "buffer is",
+        "buffers are",
+        "not in the checkpoint; what transformers initializes is used",
+    ),
+    "misread": (
+        "4-bit weight is",
+        "4-bit weights are",
+        (
+            "dequantized wrongly by bitsandbytes on this CPU, where rows are not whole blocks. The result equals "
+            'stock\'s; for the right one, run inside of patches.transaction("bitsandbytes.cpu-dequantize-flat", '
+            'reason="...")'
+        ),
+    ),
+}
+
+#: Most groups that a line names; a model has few, however many layers and experts it has.
 SHOWN = 8
 
 
@@ -23,41 +55,11 @@ def group_names(keys: Iterable[str]) -> dict[str, int]:
     return {_common_name(members): len(members) for members in groups.values()}
 
 
-def say_converted(groups: Mapping[str, int]) -> str:
-    """What happens to the tensors of `groups`, of which there is at least one, and which they are."""
+def say(notice: Notice, groups: Mapping[str, int]) -> str:
+    """The line about `groups`, at least one: how many names there are, what happens to them, and which they are."""
+    one, several, what = _TEXTS[notice]
     total = sum(groups.values())
-    return (
-        f"{total:,} tensor{' is' if total == 1 else 's are'} merged, split or transposed for the model, so read once "
-        f"per node, by one rank for the others: {', '.join(_names(groups))}."
-    )
-
-
-def say_ignored(groups: Mapping[str, int]) -> str:
-    """That the names of `groups`, of which there is at least one, are not used, and which they are."""
-    total = sum(groups.values())
-    return (
-        f"{total:,} name{'' if total == 1 else 's'} in the checkpoint with no place in this model, ignored as "
-        f"transformers does: {', '.join(_names(groups))}."
-    )
-
-
-def say_initialized(groups: Mapping[str, int]) -> str:
-    """That the buffers of `groups`, of which there is at least one, are not in the checkpoint."""
-    total = sum(groups.values())
-    return (
-        f"{total:,} buffer{' is' if total == 1 else 's are'} not in the checkpoint; what transformers initializes is "
-        f"used: {', '.join(_names(groups))}."
-    )
-
-
-def say_misread(groups: Mapping[str, int]) -> str:
-    """That bitsandbytes multiplies by other weights than those of `groups`, of which there is at least one."""
-    total = sum(groups.values())
-    return (
-        f"{total:,} 4-bit weight{' is' if total == 1 else 's are'} dequantized wrongly by bitsandbytes on this CPU, "
-        "where rows are not whole blocks. The result equals stock's; for the right one, run inside of "
-        f'patches.transaction("bitsandbytes.cpu-dequantize-flat", reason="..."): {", ".join(_names(groups))}.'
-    )
+    return f"{total:,} {one if total == 1 else several} {what}: {', '.join(_names(groups))}."
 
 
 def _names(groups: Mapping[str, int]) -> list[str]:

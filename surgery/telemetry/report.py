@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from surgery.telemetry.measurements import History, Phase, Prediction, Sample
-from surgery.telemetry.notices import group_names, say_converted, say_ignored, say_initialized, say_misread
+from surgery.telemetry.notices import Notice, group_names, say
 from surgery.telemetry.sampling import SAMPLE_PERIOD, Sampler, anonymous_memory
 
 __all__ = ["Phase", "Report", "anonymous_memory"]
@@ -30,11 +30,10 @@ class Report:
     predictions: what a plan expects, by the group of phases; see `predict`.
     history: memory over time, while `recording`; otherwise empty.
     bytes_read: from checkpoints so far; see `count_bytes`.
-    read_once_per_node: how many checkpoint tensors one rank of each node reads and converts for the others, by their
-        name, with `*` for numbers in which they differ; see `note_read_once_per_node`.
-    ignored: how many names of the checkpoint are not used, by name as above; see `note_ignored`.
-    initialized: how many buffers the checkpoint lacks, likewise; see `note_initialized`.
-    misread: how many weights bitsandbytes dequantizes wrongly on this CPU, likewise; see `note_misread`.
+    read_once_per_node: checkpoint tensors that one rank of each node reads and converts for the others, because the
+        model merges, splits or transposes them. ignored: names of the checkpoint that the model has no use for.
+        initialized: buffers that the checkpoint lacks. misread: weights that bitsandbytes dequantizes wrongly on this
+        CPU. Each is names, with `*` for numbers in which they differ, and how many there are; see `note`.
     """
 
     show_progress: bool = False
@@ -94,24 +93,15 @@ class Report:
             host=host, device=device, host_before=anonymous_memory(), device_before=self._device_memory()[0]
         )
 
-    def note_read_once_per_node(self, keys: Iterable[str]) -> None:
-        """Note, before anything is read, the checkpoint keys of which no rank can read a range alone.
+    def note(self, notice: Notice, names: Iterable[str]) -> None:
+        """Keep `names` in the field called `notice`, counted in groups; with `show_progress` say any on stderr."""
+        groups = group_names(names)
+        setattr(self, notice, groups)
+        if groups and self.show_progress:
+            from tqdm.auto import tqdm
 
-        That is what the model merges, splits or transposes. With `show_progress` a line on stderr names it, if there is
-        any.
-        """
-        self.read_once_per_node = group_names(keys)
-        if self.read_once_per_node:
-            self._say(say_converted(self.read_once_per_node))
-
-    def note_ignored(self, names: Iterable[str]) -> None:
-        """Note the names of the checkpoint that the model has no use for, as upstream ignores them too.
-
-        With `show_progress` a line on stderr names them, if there are any.
-        """
-        self.ignored = group_names(names)
-        if self.ignored:
-            self._say(say_ignored(self.ignored))
+            # As the bar is, so that whatever is drawn goes on below the line.
+            tqdm.write(say(notice, groups), file=sys.stderr)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[History]:
@@ -148,26 +138,6 @@ class Report:
             }
             for phase in self.phases
         }
-
-    def note_initialized(self, names: Iterable[str]) -> None:
-        """Note the buffers that keep their initial values, because the checkpoint has none for them; said likewise."""
-        self.initialized = group_names(names)
-        if self.initialized:
-            self._say(say_initialized(self.initialized))
-
-    def note_misread(self, names: Iterable[str]) -> None:
-        """Note the 4-bit weights that bitsandbytes' kernel for this CPU dequantizes wrongly; said likewise."""
-        self.misread = group_names(names)
-        if self.misread:
-            self._say(say_misread(self.misread))
-
-    def _say(self, line: str) -> None:
-        if not self.show_progress:
-            return
-        from tqdm.auto import tqdm
-
-        # As the bar is, so that whatever is drawn goes on below the line.
-        tqdm.write(line, file=sys.stderr)
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.telemetry.notices import group_names, say_converted
+from surgery.telemetry.notices import group_names, say
 
 
 def test_names_that_differ_in_numbers_are_one_group() -> None:
@@ -24,13 +24,13 @@ def test_names_that_differ_otherwise_are_not_joined() -> None:
 
 
 def test_the_line_names_groups_with_counts() -> None:
-    assert say_converted({"h.*.c_attn.weight": 1200, "head.weight": 1}) == (
+    assert say("read_once_per_node", {"h.*.c_attn.weight": 1200, "head.weight": 1}) == (
         "1,201 tensors are merged, split or transposed for the model, so read once per node, by one rank for the "
         "others: h.*.c_attn.weight (1,200), head.weight."
     )
-    assert say_converted({"head.weight": 1}).startswith("1 tensor is merged")
+    assert say("read_once_per_node", {"head.weight": 1}).startswith("1 tensor is merged")
 
 
 def test_the_line_is_short_whatever_a_model_has() -> None:
-    said = say_converted({f"part_{number}.*.weight": 2 for number in range(30)})
+    said = say("read_once_per_node", {f"part_{number}.*.weight": 2 for number in range(30)})
     assert said.endswith("part_6.*.weight (2), part_7.*.weight (2), 44 more.")

@@ -16,8 +16,9 @@ import torch
 import patches
 import surgery
 from surgery.checkpoint import Reader, TensorEntry
-from surgery.comm.background import Staging, in_background, undisturbed
+from surgery.comm.background import in_background, undisturbed
 from surgery.comm.ranks import StoppedError
+from surgery.passes.staging import Staging
 
 CPU = torch.device("cpu")
 
@@ -94,7 +95,7 @@ def test_ctrl_c_while_loading_ends_all_threads(tiny: Path, monkeypatch: pytest.M
         time.sleep(0.1)
         stock(reader, entry, out, **where)
 
-    staging = Staging(elements=4096, buffers=1, threads=1, run_elements=4096, layer_elements=1000)
+    staging = Staging(elements=4096, buffers=1, threads=1, layer_elements=1000)
     monkeypatch.setattr(Staging, "on", lambda *args, **options: staging)
     monkeypatch.setattr(Reader, "read_bytes", slowly)
     # A shell that starts tests in the background has them ignore the signal, and then Python does not handle it.

@@ -8,7 +8,7 @@ from surgery.config import FSDP1
 from surgery.planning.advice import advise, advise_all
 from surgery.planning.inventory import Inventory
 from surgery.planning.plan import make_plan
-from surgery.planning.setting import Training
+from surgery.planning.training import Training
 from tests.surgery.planning.conftest import setting
 
 GIB = 1 << 30

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from surgery.checkpoint import Checkpoint
-from surgery.comm.background import Staging
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
+from surgery.passes.prepare import prepare
+from surgery.passes.staging import Staging
 from surgery.planning.figures import RankPlan, Step
-from surgery.planning.fitting import check_fits, fits_gpu, predictions
-from surgery.planning.inventory import Inventory
+from surgery.planning.held import weights_held
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
-from surgery.planning.setting import Training
-from surgery.planning.survey import survey
-from surgery.planning.wrapping import held_when_sharded
+from surgery.planning.training import Training
+from surgery.planning.verdict import check_fits, fits_gpu, predictions
 from tests.helpers.models import save_tiny
 from tests.surgery.planning.conftest import setting
 
@@ -99,7 +99,7 @@ def test_on_cpus_everything_is_the_hosts(inventory: Inventory) -> None:
 
 
 def test_pinned_buffers_are_no_anonymous_memory(inventory: Inventory) -> None:
-    buffers = Staging.on(torch.device("cuda"), run_elements=1 << 26)
+    buffers = Staging.on(torch.device("cuda"))
     found = rank0(inventory).load
     assert found.host_peak - found.anonymous_peak == buffers.buffers * buffers.elements * 2  # of 16-bit weights
     on_cpu = rank0(inventory, device=torch.device("cpu")).load
@@ -157,8 +157,8 @@ def test_what_upstream_keeps_in_float32_counts_four_bytes_and_is_whole_under_fsd
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "glm4_moe", first_k_dense_replace=1, **experts))
     for sharding, share in (({"shard": FSDP1(), "placement": "rank0-cpu"}, 1), ({"shard": FSDP2()}, 2)):
         of_two = setting(lora=None, **sharding)
-        taken = survey(checkpoint, of_two, None)
+        taken = take_inventory(prepare(checkpoint, of_two))
         gate = next(target for target in taken.targets if target.fqn.endswith("mlp.gate.weight"))
         assert gate.nbytes == 4 * 64 * 4
         rest = sum(t.nbytes for t in taken.targets if not t.form.is_buffer and t is not gate)
-        assert held_when_sharded(taken, of_two) == rest // 2 + gate.nbytes // share
+        assert weights_held(taken, of_two) == rest // 2 + gate.nbytes // share

@@ -12,8 +12,8 @@ import surgery
 from surgery.checkpoint import index
 from surgery.checkpoint.header import read_header
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.setting import Training
-from surgery.planning.sizes import say_size
+from surgery.planning.training import Training
+from surgery.telemetry.numbers import say_size
 from tests.surgery.planning.conftest import lora
 
 WORLDS = (8, 64, 256, 1024)

@@ -138,7 +138,7 @@ def test_what_is_read_once_per_node_is_kept_by_name_and_said(
     capsys: pytest.CaptureFixture[str], *, show_progress: bool
 ) -> None:
     report = Report(show_progress=show_progress)
-    report.note_read_once_per_node(["h.0.c_attn.weight", "h.1.c_attn.weight"])
+    report.note("read_once_per_node", ["h.0.c_attn.weight", "h.1.c_attn.weight"])
     assert report.read_once_per_node == {"h.*.c_attn.weight": 2}
     out, err = capsys.readouterr()
     assert out == ""
@@ -147,7 +147,7 @@ def test_what_is_read_once_per_node_is_kept_by_name_and_said(
 
 def test_where_nothing_is_read_once_per_node_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(show_progress=True)
-    report.note_read_once_per_node([])
+    report.note("read_once_per_node", [])
     assert report.read_once_per_node == {}
     assert capsys.readouterr() == ("", "")
 

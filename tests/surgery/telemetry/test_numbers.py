@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from surgery.errors import ConfigError
-from surgery.planning.sizes import parse_size, say_size
+from surgery.telemetry.numbers import parse_size, say_size
 
 
 @pytest.mark.parametrize(

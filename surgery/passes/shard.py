@@ -1,0 +1,52 @@
+"""Pass `shard`: the model over the ranks, by its strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+import patches
+from surgery.errors import ConfigError
+from surgery.passes.base import Pass
+from surgery.passes.loading import Loading
+
+__all__ = ["Finish", "Shard"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Pass):
+    """Shards a model that is on meta. After: what is on meta is the rank's shard of it, to be filled."""
+
+    name = "shard"
+
+    loading: Loading
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """The sharded model."""
+        setting = self.loading.setting
+        return setting.strategy.shard_on_meta(model, setting.format)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish(Pass):
+    """Shards a model that is filled, unless it is sharded already. After: adapters are the same on all ranks."""
+
+    name = "shard"
+    is_collective = True
+
+    loading: Loading
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """The complete model."""
+        setting, devices = self.loading.setting, self.loading.buffers.devices
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty and devices.keeps_data:
+            raise ConfigError(f"{empty[0]} is on meta ({len(empty)} in all): a complete model comes after install")
+        with patches.transaction(
+            *setting.format.build_patches(model),
+            *setting.strategy.build_patches,
+            "torch.meta-param-replacement",
+            reason="a sharding rebuilds a model that is partly on meta",
+        ):
+            return setting.strategy.finish(model, setting.format)

@@ -1,0 +1,52 @@
+"""Other ways to share a model that a memory plan may propose, each with what a user types for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from surgery.config import FSDP2
+from surgery.sharding.base import ShardStrategy
+
+__all__ = ["Proposal", "default_options", "offloaded", "on_ranks", "shards_alone"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """Options of a strategy and a placement; `text` is what a user types for them."""
+
+    text: str
+    shard: Any
+    placement: str
+
+
+def default_options(world_size: int) -> FSDP2 | None:
+    """Options of the strategy of so many ranks where a user chooses none."""
+    return FSDP2() if world_size > 1 else None
+
+
+def shards_alone(strategy: ShardStrategy) -> Proposal | None:
+    """A way in which no rank ever holds more than its shard; None where it is so, or there is one rank."""
+    if strategy.shards_on_meta or strategy.world_size == 1:
+        return None
+    shard = FSDP2(cpu_offload=strategy.cpu_offload)
+    return Proposal(text="--fsdp 2 --placement sharded", shard=shard, placement="sharded")
+
+
+def offloaded(strategy: ShardStrategy) -> Proposal | None:
+    """The same with shards on the CPU between uses; None where that is so, or cannot be."""
+    cannot = getattr(strategy.options, "cpu_offload", None) is None or strategy.device.type == "cpu"
+    if strategy.cpu_offload or cannot:
+        return None
+    shard = replace(strategy.options, cpu_offload=True)
+    return Proposal(text="--cpu-offload", shard=shard, placement=strategy.placement)
+
+
+def on_ranks(strategy: ShardStrategy, world_size: int) -> Proposal | None:
+    """The same on `world_size` ranks, or a sharding where there is none; None where a mesh says how many there are."""
+    if getattr(strategy.options, "mesh", None) is not None:
+        return None
+    text = f"--world {world_size}"
+    if strategy.options is None:
+        return Proposal(text=text, shard=FSDP2(), placement="sharded")
+    return Proposal(text=text, shard=strategy.options, placement=strategy.placement)
