@@ -61,9 +61,7 @@ class Ddp(Unsharded):
         return outermost(model, DistributedDataParallel) is not None
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Copies on rank 0's CPU; the parameters of the other ranks are the same."""
-        if dist.get_rank() != 0:
-            return {}
+        """Copies on rank 0, by names without the wrapper."""
         name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
         state = super().trainable_state(root.module)
         return {clean(join(name, inner)): tensor for inner, tensor in state.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from surgery.comm.ranks import broadcast_from_rank0
@@ -42,7 +43,9 @@ class Unsharded(ShardStrategy):
         return model
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Copies of the trainable parameters by plain FQN, on the CPU of every rank."""
+        """Copies on rank 0, whose parameters are those of all ranks, or its own."""
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return {}
         named = model.named_parameters(remove_duplicate=False)
         return copies({clean(name): parameter for name, parameter in named if parameter.requires_grad})
 

@@ -15,15 +15,15 @@ from torch import nn
 import patches
 import surgery
 from surgery.attestation.differences import Attestation, Difference
-from surgery.attestation.shards import shards_of
 from surgery.config import Placement
 from surgery.quantizers.record import records_of
+from surgery.sharding.base import strategy_of
 from tests.distributed.exactness import lora, loss_of
 from tests.helpers.rewritten_nans import rewritten_nans
 
 PATCH = "torch.fsdp2-bit-exact-gather"
 
-FSDP1, FSDP2 = surgery.FSDP1, surgery.FSDP2
+DDP, FSDP1, FSDP2 = surgery.DDP, surgery.FSDP1, surgery.FSDP2
 DTYPE = torch.bfloat16
 #: In the flat parameter of its block, two ranks hold a part of it each.
 LAYER = "model.layers.1.mlp.gate_proj"
@@ -34,7 +34,7 @@ class Setup:
     """A way to build the model."""
 
     name: str
-    shard: FSDP1 | FSDP2 | None
+    shard: DDP | FSDP1 | FSDP2 | None
     placement: Placement | None = None
     quant: dict[str, Any] = field(default_factory=dict)
 
@@ -51,6 +51,7 @@ ON_TWO = [
     Setup(name="fsdp1-block-units", shard=FSDP1(use_orig_params=True, units="block")),
     Setup(name="fsdp1-shard-grad-op", shard=FSDP1(strategy="shard-grad-op")),
     Setup(name="fsdp1-no-shard", shard=FSDP1(strategy="no-shard")),
+    Setup(name="ddp", shard=DDP()),
     Setup(name="unsharded", shard=None),
 ]
 #: Adapters and all are bfloat16, so that FSDP2 copies a block as such.
@@ -130,7 +131,7 @@ def plant(model: nn.Module, place: Place, layer: str = LAYER) -> Callable[[], No
         return lambda: setattr(state, "blocksize", state.blocksize * 2)
     if place == "gathered":
         return module.register_forward_pre_hook(lambda module, _: _flip(module.weight, 0, 1, 2, 100, 1001)).remove
-    tensor = state.absmax if place == "absmax" else shards_of(model, [module])[module].piece.data
+    tensor = state.absmax if place == "absmax" else strategy_of(model).shards(model, [module])[module].piece.data
     _flip(tensor, 5)
     return lambda: _flip(tensor, 5)
 

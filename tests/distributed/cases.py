@@ -9,8 +9,8 @@ import torch
 from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from surgery.config import FSDP2
-from surgery.sharding.guards import FSDP2_SHARDS_INTEGERS
+from surgery.config import DDP, FSDP2
+from surgery.sharding.fsdp2 import SHARDS_INTEGERS
 from tests.distributed.exactness import Case
 from tests.helpers.models import save_tiny
 
@@ -117,14 +117,27 @@ INTEGER_CASES = [
     ),
 ]
 
+DDP_CASES = [
+    Case(name="ddp", kind=DDP),
+    Case(name="ddp-storage-uint8", kind=DDP, quant={"quant_storage": torch.uint8}),
+    Case(name="ddp-biased-fp4", kind=DDP, model="biased", quant={"quant_type": "fp4"}),
+    Case(name="ddp-tied", kind=DDP, model="tied"),
+    Case(name="ddp-odd", kind=DDP, model="odd"),
+    Case(name="ddp-checkpointing", kind=DDP, checkpointing="non-reentrant"),
+    Case(name="ddp-accumulation", kind=DDP, accumulation=2),
+    Case(name="ddp-many-buckets", kind=DDP, shard={"bucket_cap_mb": 0.001, "gradient_as_bucket_view": False}),
+    Case(name="ddp-static-graph", kind=DDP, shard={"static_graph": True}),
+]
+
 CASES = [
     *FSDP1_CASES,
     *FSDP2_CASES,
-    *(INTEGER_CASES if Version(torch.__version__).release >= FSDP2_SHARDS_INTEGERS else ()),
+    *DDP_CASES,
+    *(INTEGER_CASES if Version(torch.__version__).release >= SHARDS_INTEGERS else ()),
 ]
 
 #: Also on one rank, where a process group gathers from nobody.
-ON_ONE = [case for case in CASES if case.kind is FSDP2 and case.model in ("tied", "odd")]
+ON_ONE = [case for case in CASES if case.kind in (FSDP2, DDP) and case.model in ("tied", "odd")]
 
 #: Meshes of one shard.
 ON_TWO = [

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from surgery.config import FSDP1, FSDP2, Placement
+from surgery.config import DDP, FSDP1, FSDP2, Placement
 from tests.helpers.lookup import look_up, require_looked_up
 from tests.helpers.whole_blocks import right_kernels
 
@@ -33,7 +33,7 @@ class Case:
     name: str
     model: str = "llama"
     quant: dict[str, Any] = field(default_factory=dict)
-    kind: type[FSDP1 | FSDP2] = FSDP1
+    kind: type[DDP | FSDP1 | FSDP2] = FSDP1
     shard: dict[str, Any] = field(default_factory=dict)
     checkpointing: str | None = None
     placement: Placement | None = None
@@ -185,13 +185,13 @@ def _require_table(packed: torch.Tensor, quant_state: Any, name: str) -> None:
 
 def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
     """The gradients of this rank's part of the batch, and its mean loss."""
-    from surgery.sharding.training import sharding_of
+    from surgery.sharding.base import strategy_of
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = batch(step).chunk(world)[rank].to(device).chunk(micro_batches)
-    sharding, total = sharding_of(model, device), torch.zeros((), device=device)
+    strategy, total = strategy_of(model, device), torch.zeros((), device=device)
     for number, ids in enumerate(parts, start=1):
-        with sharding.micro_step(is_last=number == len(parts)):
+        with strategy.micro_step(model, is_last=number == len(parts)):
             loss = loss_of(model, ids) / len(parts)
             loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
         total += loss.detach()
@@ -254,7 +254,7 @@ def _unit_gradients(prefix: str, unit: Any, device: torch.device) -> dict[str, t
 def _plain(name: str) -> str:
     from surgery.model.fqn import clean
 
-    return ".".join(part for part in clean(name).split(".") if part)
+    return ".".join(part for part in clean(name).split(".") if part).removeprefix("module.")  # of DDP
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

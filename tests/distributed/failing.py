@@ -142,7 +142,7 @@ def _fails_to_install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def _fails_in_shard(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    from surgery.distributed import fsdp1, fsdp2
+    from surgery.sharding import fsdp1, fsdp2
 
     for owner, name in ((fsdp1, "wrap"), (fsdp2, "shard")):
         patch.setattr(owner, name, lambda *args, **kwargs: _raise(MemoryError("no memory left to shard")))

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from surgery.checkpoint import Checkpoint, Reader, TensorEntry
-from surgery.config import FSDP1, FSDP2, Placement, Quant
+from surgery.config import DDP, FSDP1, FSDP2, Placement, Quant
 
 __all__ = ["Job", "Loaded", "Setup", "WatchedCheckpoint", "in_small_steps", "load", "load_all"]
 
@@ -27,7 +27,7 @@ class Setup:
     """How the ranks share a model. local_world_size: how many of them are said to be on one node; None: all."""
 
     placement: Placement
-    shard: FSDP1 | FSDP2 | None
+    shard: DDP | FSDP1 | FSDP2 | None
     local_world_size: int | None = None
 
 
@@ -150,7 +150,7 @@ def states_of(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part)
+    return ".".join(part for part in name.split(".") if part).removeprefix("module.")  # of DDP
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
-from surgery.config import FSDP1, FSDP2
+from surgery.config import DDP, FSDP1, FSDP2
 from tests.distributed.misfits import refused_misfits
 
 __all__ = ["REFUSALS", "Refusal", "refused_on_this_rank"]
@@ -23,7 +23,7 @@ class Refusal:
     """How to shard (None: not at all), and arguments of `surgery.Quant`, `peft.LoraConfig` and `surgery.qlora`."""
 
     name: str
-    shard: FSDP1 | FSDP2 | None = field(default_factory=FSDP1)
+    shard: DDP | FSDP1 | FSDP2 | None = field(default_factory=FSDP1)
     quant: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -62,6 +62,18 @@ REFUSALS = (
         shard=FSDP2(),
         options={"placement": "rank0-cpu"},
         says=("rank0-cpu", "FSDP2 does not do", "'sharded'", "shard=FSDP1()"),
+    ),
+    Refusal(
+        name="shards-of-ddp",
+        shard=DDP(),
+        options={"placement": "sharded"},
+        says=("placement sharded", "the whole model on every rank", "placement='replicated'", "shard=FSDP2()"),
+    ),
+    Refusal(
+        name="rank0-of-ddp",
+        shard=DDP(),
+        options={"placement": "rank0-cpu"},
+        says=("placement rank0-cpu", "the whole model on every rank", "placement='replicated'"),
     ),
     Refusal(
         name="mesh",

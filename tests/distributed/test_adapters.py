@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from surgery.config import FSDP1, FSDP2
+from surgery.config import DDP, FSDP1, FSDP2
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import tiny_tokenizer
@@ -25,7 +25,7 @@ class Way:
     """How a model is sharded (None: one process) when its adapter is saved."""
 
     name: str
-    shard: FSDP1 | FSDP2 | None
+    shard: DDP | FSDP1 | FSDP2 | None
     checkpointing: bool = False
 
 
@@ -40,6 +40,8 @@ SHARDED = [
     Way(name="fsdp2-kept-after-forward", shard=FSDP2(reshard_after_forward=False)),
     Way(name="fsdp2-replicas", shard=FSDP2(mesh=(2, 1))),
     Way(name="fsdp2-cpu-offload", shard=FSDP2(cpu_offload=True)),
+    Way(name="ddp", shard=DDP()),
+    Way(name="ddp-checkpointing", shard=DDP(), checkpointing=True),
 ]
 WHOLE = [Way(name="whole", shard=None), Way(name="whole-checkpointing", shard=None, checkpointing=True)]
 

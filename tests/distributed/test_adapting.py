@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from surgery.config import FSDP1, FSDP2
+from surgery.config import DDP, FSDP1, FSDP2
 from tests.distributed.adapting import LORAS, SEED, Adapted, adapt, adapt_all, lora_of
 from tests.distributed.loads import Setup
 from tests.helpers.models import save_tiny
@@ -24,6 +24,7 @@ WAYS = {
     "rank0-cpu": (2, Setup(placement="rank0-cpu", shard=FSDP1())),
     "replicated-fsdp1": (2, Setup(placement="replicated", shard=FSDP1())),
     "replicated-fsdp2": (2, Setup(placement="replicated", shard=FSDP2())),
+    "ddp": (2, Setup(placement="replicated", shard=DDP())),
     "unsynchronized": (2, Setup(placement="replicated", shard=FSDP1(sync_module_states=False))),
 }
 

@@ -54,7 +54,7 @@ def failed_in_block(checkpoint: Path, shard: FSDP1 | FSDP2) -> None:
 
 
 def failed_in_shard(checkpoint: Path, shard: FSDP1 | FSDP2, error: BaseException | None = None) -> None:
-    from surgery.distributed import fsdp1, fsdp2
+    from surgery.sharding import fsdp1, fsdp2
 
     import patches
 

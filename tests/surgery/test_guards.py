@@ -11,15 +11,12 @@ import torch
 from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import CordaConfig
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import patches
 import surgery
 from surgery.adapters.options import OPTIONS
-from surgery.config import FSDP1, FSDP2, Quant, default_placement
+from surgery.config import DDP, FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError, PassError, SelectorError
-from surgery.sharding import guards
-from surgery.sharding.guards import check_precision, check_ties, check_units
 
 #: Opening it would be a CheckpointError: a ConfigError proves that it was not tried.
 NOWHERE = Path("/no/such/checkpoint")
@@ -38,18 +35,13 @@ def refused(*says: str, **options: Any) -> None:
     assert patches.active() == []
 
 
-@pytest.mark.parametrize("shard", [FSDP1(), FSDP2()])
-def test_sharding_without_a_process_group(shard: FSDP1 | FSDP2) -> None:
-    refused(type(shard).__name__, "process group", "torchrun", shard=shard)
+@pytest.mark.parametrize("shard", [FSDP1(), FSDP2(), DDP()])
+def test_sharding_without_a_process_group(shard: FSDP1 | FSDP2 | DDP) -> None:
+    refused(type(shard).__name__, "process group", "torchrun", shard=shard, lora=lora())
 
 
 def test_shards_of_a_model_that_is_not_sharded() -> None:
     refused("placement sharded", "without shard there is none", "shard=FSDP2()", placement="sharded")
-
-
-@pytest.mark.parametrize(("shard", "placement"), [(None, "replicated"), (FSDP1(), "rank0-cpu"), (FSDP2(), "sharded")])
-def test_placement_that_a_sharding_has_by_itself(shard: FSDP1 | FSDP2 | None, placement: str) -> None:
-    assert default_placement(shard) == placement
 
 
 @pytest.mark.parametrize("promised", ["2", "8"])
@@ -186,55 +178,14 @@ def test_fsdp2_options(options: dict[str, Any], says: str) -> None:
     assert FSDP2(mesh=(4, 1)).mesh == (4, 1)  # which FSDP2 can do, other than FSDP1
 
 
+def test_ddp_options() -> None:
+    with pytest.raises(ConfigError, match="bucket_cap_mb must be above 0; got -1"):
+        DDP(bucket_cap_mb=-1)
+
+
 def test_precision_name() -> None:
     with pytest.raises(ConfigError, match=r"precision must be one of bf16, .*; got 'int8'"):
         surgery.precision("int8")
-
-
-STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
-CASTS = (None, torch.bfloat16, torch.float16, torch.float32)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("cast", CASTS)
-def test_fsdp1_never_casts_packed_weights(storage: torch.dtype, cast: torch.dtype | None) -> None:
-    """Of all combinations, those pass in which FSDP1 flattens the storage and leaves its bits alone."""
-    shard = FSDP1(mixed_precision=None if cast is None else MixedPrecision(param_dtype=cast))
-    quant = Quant(quant_storage=storage)
-    if storage.is_floating_point and cast in (None, storage):
-        check_precision(quant, shard, torch.float32)
-        return
-    with pytest.raises(ConfigError, match=f"quant_storage={storage}"):
-        check_precision(quant, shard, torch.float32)
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("cast", CASTS)
-def test_fsdp2_never_casts_packed_weights(storage: torch.dtype, cast: torch.dtype | None) -> None:
-    """Integers it leaves alone."""
-    shard = FSDP2(mixed_precision=None if cast is None else MixedPrecisionPolicy(param_dtype=cast))
-    quant = Quant(quant_storage=storage)
-    if storage == torch.uint8 or cast in (None, storage):
-        check_precision(quant, shard, torch.float32)
-        return
-    with pytest.raises(ConfigError, match=f"quant_storage={storage}: FSDP2 would cast packed"):
-        check_precision(quant, shard, torch.float32)
-
-
-def test_integers_that_fsdp2_of_an_older_torch_cannot_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As this torch is to a requirement of a later one."""
-    monkeypatch.setattr(guards, "FSDP2_SHARDS_INTEGERS", (99, 1))
-    with pytest.raises(ConfigError, match=r"uint8 cannot be sharded by FSDP2 of torch .*use torch 99\.1 or later"):
-        check_precision(Quant(quant_storage=torch.uint8), FSDP2(), torch.bfloat16)
-    check_precision(Quant(quant_storage=torch.bfloat16), FSDP2(), torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", surgery.PRECISIONS)
-def test_every_precision_policy_fits_its_own_storage(name: str) -> None:
-    policy = surgery.precision(name)
-    check_precision(Quant(), FSDP1(mixed_precision=policy.mixed_precision()), policy.dtype)
-    check_precision(Quant(), FSDP2(mixed_precision=policy.mixed_precision_policy()), policy.dtype)
-    check_units(Quant(), lora(), FSDP1(units="block", use_orig_params=True), policy.dtype)
 
 
 def test_uint8_storage_is_fine_in_one_process(tiny: Path) -> None:
@@ -284,13 +235,3 @@ def test_weight_that_storage_cannot_hold(tmp_path: Path, reads: list[str]) -> No
     with pytest.raises(PassError, match=r"shape \(3, 3\) packs into 5 bytes, which torch.float32 .*skip_modules"):
         surgery.qlora(tmp_path, model=model, dtype=torch.float32, report=surgery.Report())
     assert reads == []
-
-
-@pytest.mark.parametrize(("strategy", "world_size"), [("no-shard", 2), ("full-shard", 1)])
-def test_ties_that_fsdp1_would_lose(strategy: Any, world_size: int) -> None:
-    tied = {"embed.weight": ("head.weight",), "norm.weight": ()}
-    with pytest.raises(ConfigError, match=r"embed\.weight is tied to head\.weight.*use_orig_params=False"):
-        check_ties(FSDP1(strategy=strategy, use_orig_params=True), tied, world_size)
-    check_ties(FSDP1(strategy=strategy), tied, world_size)
-    check_ties(FSDP1(strategy=strategy, use_orig_params=True), {"norm.weight": ()}, world_size)
-    check_ties(FSDP1(use_orig_params=True), tied, 2)

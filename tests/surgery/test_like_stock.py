@@ -11,13 +11,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import surgery
-from surgery.config import FSDP1, FSDP2
+from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
 from surgery.model.skeleton import Skeleton
-from surgery.passes.shard import check_dtypes
-from surgery.sharding.guards import check_kept
+from surgery.quantizers.base import format_for
+from surgery.sharding.base import strategy_for
+from surgery.sharding.fsdp import check_kept
 from tests.helpers.models import save_tiny, tiny_config
 
 HEAD = {"head_dim": 16}
@@ -240,21 +242,20 @@ def test_nothing_but_computed_buffers_leaves_meta() -> None:
     }
 
 
-@pytest.mark.parametrize("shard", [FSDP1, FSDP2])
-def test_casting_what_is_kept_is_refused(shard: type[FSDP1 | FSDP2]) -> None:
-    from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
-
-    precision = MixedPrecision if shard is FSDP1 else MixedPrecisionPolicy
-    config = shard(mixed_precision=precision(param_dtype=torch.bfloat16))
+@pytest.mark.parametrize("precision", [MixedPrecision, MixedPrecisionPolicy])
+def test_casting_what_is_kept_is_refused(precision: type[MixedPrecision | MixedPrecisionPolicy]) -> None:
+    cast = precision(param_dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"would cast .*: a\.weight, b \(2 in all\)"):
-        check_kept(config, ["a.weight", "b"], {}, torch.bfloat16)
-    check_kept(config, [], {"c": torch.float32}, torch.bfloat16)
-    check_kept(shard(), ["a.weight"], {"c": torch.float32}, torch.bfloat16)
+        check_kept(cast, ["a.weight", "b"], {}, torch.bfloat16)
+    check_kept(cast, [], {"c": torch.float32}, torch.bfloat16)
+    check_kept(None, ["a.weight"], {"c": torch.float32}, torch.bfloat16)
+
+
+def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2, dtype: torch.dtype) -> frozenset[str]:
+    return strategy_for(shard, world_size=2).check_model(model, format_for(Quant(), dtype=dtype))
 
 
 def test_casting_computed_buffers_is_refused() -> None:
-    from torch.distributed.fsdp import MixedPrecision
-
     with pytest.raises(ConfigError, match=r"buffer_dtype=torch\.bfloat16 would cast .*rotary_emb\.inv_freq"):
         check_dtypes(
             skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)), torch.bfloat16
@@ -263,8 +264,6 @@ def test_casting_computed_buffers_is_refused() -> None:
 
 
 def test_fsdp1_leaves_whole_what_is_kept_and_fsdp2_gathers_it() -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     model = skeleton("glm4_moe", **FAMILIES["router, other heads"][1])
     gate = "model.layers.1.mlp.gate.weight"
     assert check_dtypes(model, FSDP1(), torch.bfloat16) == {gate}

@@ -16,10 +16,10 @@ import surgery
 from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from gpu_checks.training import make_checkpoint
-from surgery.attestation.shards import shards_of
 from surgery.quantizers.digest import page_sums
 from surgery.quantizers.record import records_of
 from surgery.recipe import FSDP2_PATCHES, RESIDENT_PATCHES
+from surgery.sharding.base import strategy_of
 
 __all__ = ["check_attest"]
 
@@ -69,7 +69,7 @@ def _model(job: Job, folder: str) -> nn.Module:
 def _cost(job: Job, model: nn.Module) -> dict[str, Any]:
     """Milliseconds: of attesting the first time, when what was recorded is exchanged, and then; of forwards."""
     first = _milliseconds(job, lambda: surgery.attest(model))
-    pieces = [shard.piece for shard in shards_of(model, records_of(model)).values()]
+    pieces = [shard.piece for shard in strategy_of(model).shards(model, records_of(model)).values()]
     forward = partial(_forward, job, model)
     forward()
     found = surgery.attest(model)
@@ -119,7 +119,7 @@ def _wait(job: Job) -> None:
 def _find_a_planted_bit(job: Job, model: nn.Module) -> dict[str, Any]:
     """Change a bit in the middle of the last layer's shard, on the last rank; change it back."""
     module, record = list(records_of(model).items())[-1]
-    data = shards_of(model, [module])[module].piece.data.detach().view(-1).view(torch.uint8)
+    data = strategy_of(model).shards(model, [module])[module].piece.data.detach().view(-1).view(torch.uint8)
     place, mask = data.numel() // 2, 64 if job.rank == job.world - 1 else 0
     data[place] ^= mask
     found = _error(lambda: surgery.attest(model))

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import patches
 from surgery.cli import app
 from surgery.config import FSDP1, FSDP2
-from surgery.errors import AttestationError
+from surgery.attestation.differences import AttestationError
 from surgery.finetune.attested import Check
 from surgery.finetune.job import run
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions

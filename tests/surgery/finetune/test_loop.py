@@ -15,7 +15,7 @@ from surgery.finetune.encode import Sample
 from surgery.finetune.loop import StepMetrics, Trainer, TrainingError
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.schedule import Schedule
-from surgery.sharding.training import sharding_of
+from surgery.sharding.base import strategy_of
 
 CPU = torch.device("cpu")
 
@@ -57,13 +57,13 @@ SAMPLES = [
 
 
 def trainer(model: nn.Module, *, lr: float = 0.1, steps: int = 10, **options: Any) -> Trainer:
-    sharding = sharding_of(model, CPU)
+    strategy = strategy_of(model, CPU)
     return Trainer(
         model=model,
         optimizer=build_optimizer(model, "sgd", lr=lr),
-        sharding=sharding,
+        strategy=strategy,
         schedule=Schedule(name="linear", peak=lr, steps=steps),
-        scaler=sharding.grad_scaler(enabled=False),
+        scaler=strategy.grad_scaler(enabled=False),
         device=CPU,
         **options,
     )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.config import BLOCKSIZES, STORAGE_DTYPES
+from surgery.config import BLOCKSIZES, DDP, FSDP1, FSDP2, STORAGE_DTYPES
+from surgery.sharding.base import strategy_for
 from surgery.sharding.partition import Form, Grid, Partition, Slice, chunk
+
+HYBRID = FSDP1(strategy="hybrid-shard", mesh=(2, 3))
 
 
 @st.composite
@@ -32,10 +36,14 @@ def plain_forms(draw: st.DrawFn) -> Form:
 
 @st.composite
 def divisions(draw: st.DrawFn) -> Partition:
-    """Every division that a placement makes."""
-    placement = draw(st.sampled_from(("sharded", "replicated", "rank0-cpu")))
+    """Every division that a strategy makes."""
     mesh = draw(st.tuples(st.integers(1, 3), st.integers(1, 5)))
-    return Partition.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)  # type: ignore[arg-type]
+    options = draw(st.sampled_from((FSDP2(mesh=mesh), FSDP1(), DDP(), None)))
+    return division_of(options, mesh[0] * mesh[1])
+
+
+def division_of(options: Any, world_size: int, placement: str | None = None) -> Partition:
+    return strategy_for(options, world_size=world_size, placement=placement).partition
 
 
 forms = packed_forms() | plain_forms()
@@ -76,7 +84,7 @@ def test_who_keeps_rows_reads_them_or_its_replicas_do(form: Form, division: Part
 def test_shards_are_those_of_fsdp2(form: Form, mesh: tuple[int, int]) -> None:
     """`fully_shard` chunks dimension 0 over the columns of its mesh, and repeats that in each of its rows."""
     replicas, shards = mesh
-    division = Partition.of("sharded", world_size=replicas * shards, mesh=mesh)
+    division = division_of(FSDP2(mesh=mesh), replicas * shards)
     sizes = [len(part) for part in torch.arange(form.rows).chunk(shards)]
     expected = [form.rows] * shards if form.is_buffer else sizes + [0] * (shards - len(sizes))
     assert lengths([share.keeps for share in division.slices(form)]) == expected * replicas
@@ -84,21 +92,21 @@ def test_shards_are_those_of_fsdp2(form: Form, mesh: tuple[int, int]) -> None:
 
 @given(form=forms, world_size=st.integers(1, 6))
 def test_replicas_keep_everything(form: Form, world_size: int) -> None:
-    shares = Partition.of("replicated", world_size=world_size).slices(form)
+    shares = division_of(DDP(), world_size).slices(form)
     assert {share.keeps for share in shares} == {range(form.rows)}
 
 
 @given(form=plain_forms().filter(lambda form: not form.is_buffer), world_size=st.integers(1, 6))
 def test_rank0_alone_reads_what_it_keeps_alone(form: Form, world_size: int) -> None:
-    first, *others = Partition.of("rank0-cpu", world_size=world_size).slices(form)
+    first, *others = division_of(FSDP1(), world_size).slices(form)
     assert (first.keeps, first.reads, first.elements) == (range(form.rows), range(form.rows), range(form.numel))
     assert all(not share.keeps and not share.reads and not share.elements for share in others)
 
 
 @given(form=packed_forms(), world_size=st.integers(1, 6))
 def test_all_ranks_quantize_for_rank0(form: Form, world_size: int) -> None:
-    shares = Partition.of("rank0-cpu", world_size=world_size).slices(form)
-    assert shares == Partition.of("sharded", world_size=world_size).slices(form)
+    shares = division_of(FSDP1(), world_size).slices(form)
+    assert shares == division_of(FSDP2(), world_size).slices(form)
 
 
 @given(form=packed_forms(), division=divisions())
@@ -165,24 +173,32 @@ def test_every_rank_keeps_buffers_and_reads_a_part_of_them(form: Form, division:
 
 
 @pytest.mark.parametrize(
-    ("placement", "mesh", "expected"),
+    ("options", "placement", "loading", "at_rest"),
     [
-        ("sharded", None, Partition(grid=Grid(shards=6))),
-        ("sharded", (2, 3), Partition(grid=Grid(replicas=2, shards=3))),
-        ("sharded", (6, 1), Partition(grid=Grid(replicas=6))),
-        ("replicated", None, Partition(grid=Grid(replicas=6))),
-        ("replicated", (2, 3), Partition(grid=Grid(replicas=6))),
-        ("rank0-cpu", None, Partition(grid=Grid(shards=6), rank0_only=True)),
+        (FSDP2(), None, Partition(grid=Grid(shards=6)), Grid(shards=6)),
+        (FSDP2(mesh=(2, 3)), None, Partition(grid=Grid(replicas=2, shards=3)), Grid(replicas=2, shards=3)),
+        (FSDP2(mesh=(6, 1)), None, Partition(grid=Grid(replicas=6)), Grid(replicas=6)),
+        (FSDP2(), "replicated", Partition(grid=Grid(replicas=6)), Grid(shards=6)),
+        (FSDP2(mesh=(2, 3)), "replicated", Partition(grid=Grid(replicas=6)), Grid(replicas=2, shards=3)),
+        (FSDP1(), None, Partition(grid=Grid(shards=6), rank0_only=True), Grid(shards=6)),
+        (FSDP1(), "replicated", Partition(grid=Grid(replicas=6)), Grid(shards=6)),
+        (HYBRID, None, Partition(grid=Grid(shards=6), rank0_only=True), Grid(replicas=2, shards=3)),
+        (FSDP1(strategy="no-shard"), None, Partition(grid=Grid(shards=6), rank0_only=True), Grid(replicas=6)),
+        (DDP(), None, Partition(grid=Grid(replicas=6)), Grid(replicas=6)),
+        (None, None, Partition(grid=Grid(replicas=6)), Grid(replicas=6)),
     ],
 )
-def test_divisions_of_placements(placement: str, mesh: tuple[int, int] | None, expected: Partition) -> None:
-    assert Partition.of(placement, world_size=6, mesh=mesh) == expected  # type: ignore[arg-type]
+def test_division_while_a_model_is_loaded_and_after(
+    options: Any, placement: str | None, loading: Partition, at_rest: Grid
+) -> None:
+    strategy = strategy_for(options, world_size=6, placement=placement)
+    assert (strategy.partition, strategy.at_rest) == (loading, at_rest)
 
 
-@pytest.mark.parametrize("placement", ["sharded", "replicated", "rank0-cpu"])
-def test_one_rank_keeps_and_reads_all(placement: str) -> None:
+@pytest.mark.parametrize("options", [FSDP2(), FSDP1(), DDP(), None], ids=str)
+def test_one_rank_keeps_and_reads_all(options: Any) -> None:
     form = Form(rows=5, row=8, numel=39, blocksize=32)
-    division = Partition.of(placement, world_size=1)  # type: ignore[arg-type]
+    division = division_of(options, 1)
     assert not division.rank0_only
     assert division.slices(form) == (Slice(keeps=range(5), reads=range(5), elements=range(39), blocks=range(2)),)
     assert division.capacity(form, 0) == 5
@@ -190,7 +206,7 @@ def test_one_rank_keeps_and_reads_all(placement: str) -> None:
 
 def test_three_shards_of_a_small_weight() -> None:
     """47 elements in 6 rows of 8 (float32 storage), and blocks of 32: the second shard lies within the first block."""
-    division = Partition.of("sharded", world_size=3)
+    division = division_of(FSDP2(), 3)
     assert division.slices(Form(rows=6, row=8, numel=47, blocksize=32)) == (
         Slice(keeps=range(2), reads=range(2), elements=range(32), blocks=range(1)),
         Slice(keeps=range(2, 4), reads=range(2, 4), elements=range(32), blocks=range(1, 1)),

@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._comm_hooks.default_hooks import DefaultState, reduce_scatter_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.finetune.batches import global_batches, share
 from surgery.finetune.encode import Sample
-from surgery.sharding.training import Fsdp1, Fsdp2, Unsharded, sharding_of
+from surgery.sharding.base import strategy_of
 from tests.helpers.ranks import run_ranks
 from tests.surgery.finetune.test_loop import CPU, TinyLM, trainer
 
@@ -41,7 +43,7 @@ def train(model: nn.Module, *, batch_size: int, rank: int, world: int, scaler: b
     """Losses, gradient norms, and the evaluation loss after training."""
     subject = trainer(model, lr=0.5, steps=STEPS, max_norm=0.05)
     if scaler:
-        subject = type(subject)(**{**vars(subject), "scaler": subject.sharding.grad_scaler(enabled=True)})
+        subject = type(subject)(**{**vars(subject), "scaler": subject.strategy.grad_scaler(enabled=True)})
     order = global_batches(len(SAMPLES), size=SIZE, steps=STEPS, epochs=2, seed=0)
     layout = {"batch_size": batch_size, "world": world, "rank": rank, "pad": 0}
     metrics = list(subject.train(share(SAMPLES, indices, **layout) for indices in order))
@@ -124,7 +126,7 @@ def overflow_on_one_rank(kind: str, fused: bool) -> tuple[bool, float, float]:
     model = fully_sharded((2,)) if kind == "fsdp2" else FullyShardedDataParallel(TinyLM(), device_id=CPU)
     optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     subject = replace(trainer(model), optimizer=optimizer)
-    scaler = subject.sharding.grad_scaler(enabled=True)
+    scaler = subject.strategy.grad_scaler(enabled=True)
     before = [local(parameter).clone() for parameter in model.parameters()]
     batch = share(SAMPLES, range(4), batch_size=2, world=2, rank=dist.get_rank(), pad=0).micro_batches[0]
     loss = model(input_ids=batch.ids).logits.sum()
@@ -133,7 +135,7 @@ def overflow_on_one_rank(kind: str, fused: bool) -> tuple[bool, float, float]:
         gradient = next(p.grad for p in model.parameters() if p.grad is not None)
         local(gradient).view(-1)[0] = torch.inf
     scaler.unscale_(subject.optimizer)
-    norm = subject.sharding.clip(1.0).item()
+    norm = subject.strategy.clip(model, 1.0).item()
     scaler.step(subject.optimizer)
     scale = scaler.get_scale()
     scaler.update()
@@ -206,16 +208,69 @@ def test_fsdp2_exchanges_the_gradients_of_each_group_once_a_step() -> None:
     assert run_ranks(count_exchanges_of_fsdp2, 2) == [[2, 2], [2, 2]]
 
 
-def test_sharding_is_found_in_the_model() -> None:
-    assert isinstance(sharding_of(TinyLM(), CPU), Unsharded)
-
-
-def find_nested() -> tuple[bool, bool]:
-    fsdp1 = nn.Sequential(FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU))
-    fsdp2 = nn.Sequential(fully_sharded((2,)))
-    return isinstance(sharding_of(fsdp1, CPU), Fsdp1), isinstance(sharding_of(fsdp2, CPU), Fsdp2)
+def train_replicated(batch_size: int, scaler: bool) -> Any:
+    model = DistributedDataParallel(TinyLM())
+    results = train(model, batch_size=batch_size, rank=dist.get_rank(), world=dist.get_world_size(), scaler=scaler)
+    return *results, model.module.state_dict()
 
 
 @pytest.mark.distributed
-def test_fsdp_is_found_below_the_root() -> None:
-    assert run_ranks(find_nested, 2) == [(True, True)] * 2
+@pytest.mark.parametrize(("world", "batch_size", "scaler"), [(2, 3, False), (2, 1, True), (3, 2, False)])
+def test_ranks_of_ddp_equal_one_process(world: int, batch_size: int, scaler: bool) -> None:
+    reference = TinyLM()
+    losses, norms, evaluation = train(reference, batch_size=SIZE, rank=0, world=1)
+    for found in run_ranks(train_replicated, world, batch_size, scaler):
+        assert found[0] == pytest.approx(losses, rel=1e-5)
+        assert found[1] == pytest.approx(norms, rel=1e-5)
+        assert found[2] == pytest.approx(evaluation, rel=1e-5)
+        torch.testing.assert_close(found[3], reference.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def count_exchanges_of_ddp() -> list[int]:
+    """How often gradients were exchanged: after a step of three micro-batches, and after another of one."""
+    model = DistributedDataParallel(TinyLM())
+    calls: list[None] = []
+
+    def counting(state, bucket):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202  # DDP wants no text here
+        calls.append(None)
+        return allreduce_hook(state, bucket)
+
+    model.register_comm_hook(dist.group.WORLD, counting)
+    counts = []
+    for batch_size in (2, 6):
+        batch = share(SAMPLES, range(12), batch_size=batch_size, world=2, rank=dist.get_rank(), pad=0)
+        list(trainer(model).train([batch]))
+        counts.append(len(calls))
+    return counts
+
+
+@pytest.mark.distributed
+def test_ddp_exchanges_gradients_once_a_step() -> None:
+    assert run_ranks(count_exchanges_of_ddp, 2) == [[1, 2], [1, 2]]
+
+
+def test_a_plain_model_is_unsharded() -> None:
+    assert strategy_of(TinyLM(), CPU).label == "unsharded"
+
+
+def find_nested() -> list[str]:
+    fsdp1 = FullyShardedDataParallel(nn.Sequential(TinyLM()), device_id=CPU)
+    models = (fsdp1, fully_sharded((2,)), DistributedDataParallel(TinyLM()))
+    return [strategy_of(nn.Sequential(model)).label for model in models]
+
+
+@pytest.mark.distributed
+def test_sharding_is_found_below_the_root() -> None:
+    assert run_ranks(find_nested, 2) == [["FSDP1", "FSDP2", "DDP"]] * 2
+
+
+def state_below_the_root() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    model = nn.Sequential(DistributedDataParallel(TinyLM()))
+    return strategy_of(model).trainable_state(model), {f"0.{name}": p.data for name, p in TinyLM().named_parameters()}
+
+
+@pytest.mark.distributed
+def test_state_of_ddp_is_whole_on_rank_0_under_plain_names() -> None:
+    (found, expected), (elsewhere, _) = run_ranks(state_below_the_root, 2)
+    assert elsewhere == {}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
