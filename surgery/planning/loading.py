@@ -52,10 +52,11 @@ def plan_load(
         if waiting is not None:
             held.complete(waiting, beside=sizes.loaded)
         waiting = sizes
+    held.always -= passing
+    held.pinned = 0
     if waiting is not None:
         held.complete(waiting, beside=0)
-    held.always -= passing
-    held.pinned = held.landing = 0
+    held.landing = 0
     return _finished(held, inventory)
 
 

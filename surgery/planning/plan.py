@@ -46,7 +46,7 @@ class MemoryPlan:
     inventory: Inventory = field(repr=False)
 
     def of_rank(self, rank: int) -> RankPlan:
-        """The figures of `rank`, with what it reads to within a block a tensor; raises `IndexError` if there is none."""
+        """The figures of `rank`; what it reads is to within a block a tensor. Raises `IndexError` for no rank."""
         for ranks, figures in self.classes:
             if rank in ranks.ranks:
                 return figures
