@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from surgery.adapters.reservation import reserve
     from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest
+    from surgery.attestation.differences import AttestationError
     from surgery.attestation.forward import attesting
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
-    from surgery.config import FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
+    from surgery.config import DDP, FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
     from surgery.errors import (
         AdapterError,
-        AttestationError,
         CheckpointError,
         ConfigError,
         DataError,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.tracing.recorder import trace
 
 __all__ = [
+    "DDP",
     "FSDP1",
     "FSDP2",
     "PRECISIONS",
@@ -75,11 +76,23 @@ __all__ = [
 _MODULES = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest",),
+    "surgery.attestation.differences": ("AttestationError",),
     "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
+    "surgery.config": ("DDP", "FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.comm.ranks": ("PeerError",),
-    "surgery.errors": tuple(name for name in __all__ if name.endswith("Error") and name != "PeerError"),
+    "surgery.errors": (
+        "AdapterError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "PassError",
+        "QuantizerError",
+        "SelectorError",
+        "SurgeryError",
+        "TraceError",
+        "WeightsMismatchError",
+    ),
     "surgery.passes.lifetime": ("release",),
     "surgery.model.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Literal, Self, get_args
 
 import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
@@ -13,13 +13,13 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from surgery.errors import ConfigError
 
 __all__ = [
+    "DDP",
     "FSDP1",
     "FSDP2",
     "PRECISIONS",
     "Placement",
     "Precision",
     "Quant",
-    "default_placement",
     "parse_placement",
     "precision",
 ]
@@ -132,6 +132,11 @@ class FSDP1:
                 "the gradients, and says nothing. Use a shard dimension of 2 or more, or strategy no-shard"
             )
 
+    def in_precision(self, policy: Precision) -> Self:
+        """These options, with the mixed precision of `policy` where none is chosen."""
+        chosen = self.mixed_precision is not None
+        return self if chosen else replace(self, mixed_precision=policy.mixed_precision())
+
 
 @dataclass(frozen=True, kw_only=True)
 class FSDP2:
@@ -156,12 +161,37 @@ class FSDP2:
         if self.mesh is not None:
             _check_mesh(self.mesh)
 
+    def in_precision(self, policy: Precision) -> Self:
+        """These options, with the mixed precision of `policy` where none is chosen."""
+        chosen = self.mixed_precision is not None
+        return self if chosen else replace(self, mixed_precision=policy.mixed_precision_policy())
 
-def default_placement(shard: FSDP1 | FSDP2 | None) -> Placement:
-    """Where weights wait to be sharded, where the user does not say."""
-    if isinstance(shard, FSDP1):
-        return "rank0-cpu"
-    return "replicated" if shard is None else "sharded"
+
+@dataclass(frozen=True, kw_only=True)
+class DDP:
+    """Replication by `torch.nn.parallel.DistributedDataParallel`: every rank holds the whole model.
+
+    Gradients of adapters are averaged in the dtype that adapters have.
+
+    find_unused_parameters: for models that do not use every adapter in every step, such as adapted experts.
+    gradient_as_bucket_view: keep gradients in the buffers that are exchanged, instead of beside them.
+    bucket_cap_mb: MiB of gradients that are exchanged together.
+    static_graph: the same adapters are used in every step, in the same order.
+    """
+
+    find_unused_parameters: bool = False
+    gradient_as_bucket_view: bool = True
+    bucket_cap_mb: float = 25
+    static_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.bucket_cap_mb > 0:
+            raise ConfigError(f"bucket_cap_mb must be above 0; got {self.bucket_cap_mb!r}")
+
+    def in_precision(self, policy: Precision) -> Self:
+        """These options: there is nothing to add for any policy."""
+        del policy
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

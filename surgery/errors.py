@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from surgery.attestation.differences import Difference
 
 __all__ = [
     "AdapterError",
-    "AttestationError",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "NotFilledError",
     "PassError",
     "QuantizerError",
     "SelectorError",
@@ -89,17 +85,6 @@ class AdapterError(SurgeryError):
         self.not_finite = dict(not_finite or {})
 
 
-class AttestationError(SurgeryError):
-    """4-bit weights that are not what was quantized; `differences` says of which layer, on which rank, and how many.
-
-    Raised on all ranks alike. `differences` is empty if there was nothing to look at.
-    """
-
-    def __init__(self, message: str, *, differences: Sequence[Difference] = ()) -> None:
-        super().__init__(message)
-        self.differences = tuple(differences)
-
-
 class PassError(SurgeryError, RuntimeError):
     """A pass failed at one site; the exception that made it fail is the `__cause__`."""
 
@@ -107,6 +92,17 @@ class PassError(SurgeryError, RuntimeError):
         super().__init__(message)
         self.pass_name = pass_name
         self.fqn = fqn
+
+
+class NotFilledError(SurgeryError, RuntimeError):
+    """A bound model that is used before it has its weights; `use` is what was tried."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(
+            f"{use} needs weights, and this model is bound to a checkpoint and not filled yet: call fill() of what "
+            "surgery.bind() returned first"
+        )
+        self.use = use
 
 
 class QuantizerError(SurgeryError, ValueError):

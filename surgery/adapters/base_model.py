@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from surgery.checkpoint import Checkpoint
 
@@ -75,5 +74,5 @@ def _is_causal_lm(model: nn.Module) -> bool:
 
 
 def _class_of(model: nn.Module) -> type:
-    """The class of `model`, without the one that FSDP2 puts in front of it."""
-    return type(model).__mro__[2 if isinstance(model, FSDPModule) else 0]
+    """The class of `model`, without those that sharding puts in front of it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))

@@ -176,13 +176,13 @@ def _is_on_cpu(kwargs: dict[str, Any]) -> bool:
 
 @dataclass(kw_only=True, eq=False)
 class Drawing:
-    """Draws `initials` from a generator in `rng_state`, and keeps of every parameter what this rank has of it.
+    """Draws `deferred` from a generator in `rng_state`, and keeps of every parameter what this rank has of it.
 
-    rows: of how many -> those that it keeps. device: where. values: of each of `initials.parameters`, once `run` has
+    rows: of how many -> those that it keeps. device: where. values: of each of `deferred.parameters`, once `run` has
     returned. stop: set when they are not wanted any more.
     """
 
-    initials: DeferredValues
+    deferred: DeferredValues
     rng_state: torch.Tensor
     rows: Callable[[int], range]
     device: torch.device
@@ -195,12 +195,12 @@ class Drawing:
         generator = torch.Generator()
         generator.set_state(self.rng_state)
         users: dict[int, list[Initial]] = {}
-        for initial in self.initials.parameters:
+        for initial in self.deferred.parameters:
             users.setdefault(initial.number, []).append(initial)
-        last = {step.number: place for place, step in enumerate(self.initials.steps)}
+        last = {step.number: place for place, step in enumerate(self.deferred.steps)}
         whole: dict[int, torch.Tensor] = {}
         found: dict[Initial, torch.Tensor] = {}
-        for place, step in enumerate(self.initials.steps):
+        for place, step in enumerate(self.deferred.steps):
             if self.stop.is_set():
                 raise StoppedError("stopped while initial values were drawn")
             if step.number not in whole:
@@ -210,10 +210,10 @@ class Drawing:
             if last[step.number] == place:
                 values = whole.pop(step.number)
                 found.update((initial, self._part(initial, values)) for initial in users.get(step.number, ()))
-        for initial in self.initials.parameters:
+        for initial in self.deferred.parameters:
             if initial not in found:  # nothing fills it
                 found[initial] = self._part(initial, self._empty(initial.number))
-        self.values = _together([found[initial] for initial in self.initials.parameters], self.device)
+        self.values = _together([found[initial] for initial in self.deferred.parameters], self.device)
         self._drawn = generator.get_state()
 
     def go_on(self) -> None:
@@ -222,7 +222,7 @@ class Drawing:
             torch.set_rng_state(self._drawn)
 
     def _empty(self, number: int) -> torch.Tensor:
-        shape, dtype = self.initials.made[number]
+        shape, dtype = self.deferred.made[number]
         return torch.empty(shape, dtype=dtype)
 
     def _part(self, initial: Initial, whole: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surgery.errors import AdapterError, ConfigError
-from surgery.model.fqn import clean, split
+from surgery.model.fqn import PEFT_PREFIX, clean, split
 from surgery.model.twin import twin_of
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _check_read_back(model: Any, found: Mapping[str, torch.Tensor], adapter: str
     lost = sorted(meta.keys() - read.keys())
     if not lost:
         return
-    modules = sorted({key.partition(".lora_")[0].removeprefix("base_model.model.") for key in lost})
+    modules = sorted({key.partition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in lost})
     raise AdapterError(
         f"PEFT would save {len(lost)} of {len(found)} tensors of this adapter, and not find them when it loads it, "
         f"since it takes their names for those of a checkpoint: {', '.join(modules[:4])}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from surgery.config import FSDP1, FSDP2, Placement
 from surgery.errors import ConfigError
-from surgery.passes.adapt import PLAIN
+from surgery.adapters.attach import PLAIN
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,28 +27,11 @@ OPTIONS = PLAIN | {
     "use_dora",
 }
 
-#: Options that read base weights while they are made, and what for.
-READS = {
-    "use_dora": "computes its magnitudes from the base weight",
-    "trainable_token_indices": "starts from rows of the embedding",
-}
 
-
-def check_adapter(lora: LoraConfig | None, placement: Placement, shard: FSDP1 | FSDP2 | None, world_size: int) -> None:
-    """Raise `ConfigError` for what is no LoRA, and for options of LoRA that cannot work in this sharding."""
-    if lora is None:
-        return
+def check_adapter(lora: LoraConfig) -> None:
+    """Raise `ConfigError` for what is no LoRA, and for options of LoRA that cannot work in any sharding."""
     _check_kind(lora)
     _check_options(lora)
-    if placement == "sharded":
-        _check_sharded(lora)
-    if lora.use_dora and placement == "rank0-cpu" and world_size > 1:
-        raise ConfigError(
-            "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta under "
-            "placement rank0-cpu: use placement='replicated', or use_dora=False"
-        )
-    if isinstance(shard, FSDP1) and not shard.use_orig_params:
-        _check_units(lora)
 
 
 def _check_kind(lora: Any) -> None:
@@ -91,23 +73,3 @@ def _check_options(lora: Any) -> None:
             raise ConfigError(f"{name}={value!r}: expected a finite number, since adapters would be NaN or infinite")
     if lora.inference_mode:
         raise ConfigError("inference_mode=True leaves nothing to train: use inference_mode=False")
-
-
-def _check_sharded(lora: LoraConfig) -> None:
-    """With placement sharded the model is adapted before any rank has a weight, and none ever has a whole one."""
-    for name, what in READS.items():
-        if getattr(lora, name, None):
-            raise ConfigError(
-                f"{name} {what}, but with placement sharded no rank holds a whole weight: use placement='replicated', "
-                f"or leave {name} out"
-            )
-
-
-def _check_units(lora: LoraConfig) -> None:
-    """Without `use_orig_params` adapters are FSDP1 units of their own, and base weights are freed when these run."""
-    for name in READS:
-        if getattr(lora, name, None):
-            raise ConfigError(
-                f"{name} reads the base weight while the adapter runs, but without use_orig_params adapters are FSDP1 "
-                f"units of their own, and the weight is freed by then: use use_orig_params=True, or leave {name} out"
-            )

@@ -13,22 +13,18 @@ from torch import nn
 
 from surgery.adapters.keys import by_peft_key
 from surgery.adapters.names import check_built, check_modules, check_targets, unknown_targets
-from surgery.config import FSDP1, FSDP2
 from surgery.errors import ConfigError
-from surgery.model.fqn import join
+from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
 from surgery.model.twin import twin_of
-from surgery.passes.adapt import adapted_by_peft
-from surgery.quantizers.bnb import kept_parameters
-from surgery.sharding import fsdp1, fsdp2
+from surgery.adapters.attach import adapted_by_peft
+from surgery.quantizers.base import QuantFormat, kept_parameters
+from surgery.sharding.base import ShardStrategy
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 __all__ = ["Trained", "rehearse"]
-
-#: What PEFT calls the base model inside of its own.
-BASE = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +44,23 @@ def rehearse(
     lora: LoraConfig,
     *,
     quantized: Collection[nn.Module],
-    dtype: torch.dtype,
-    storage: torch.dtype,
-    shard: FSDP1 | FSDP2 | None,
+    quant: QuantFormat,
+    strategy: ShardStrategy,
 ) -> tuple[Trained, ...]:
     """What PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
-    quantized: its modules that go to 4 bits, in `storage`. dtype: of adapters.
+    quantized: its modules that will be in the format `quant`, whose dtype adapters have.
 
-    Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained sharded
-    so, or not saved. Of decoder blocks that get the same adapters one stands for all.
+    Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained as
+    `strategy` shards it, or not saved. Of decoder blocks that get the same adapters one stands for all.
     """
     check_modules(model, lora)
     unknown = unknown_targets(model, lora)
     blocks = decoder_blocks(model)
     alike = _alike(blocks) if _is_uniform(lora) else {}
-    made = twin_of(model, _parameters_of(quantized, storage), hollow=[block.module for block in alike])
+    made = twin_of(model, _parameters_of(quantized, quant.storage), hollow=[block.module for block in alike])
     base = {parameter: name for name, parameter in made[model].named_parameters()}
-    adapted = _built(model, made[model], lora, dtype, unknown)
+    adapted = _built(model, made[model], lora, quant.dtype, unknown)
     check_built(model, lora, adapted, unknown)
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     if not trained:
@@ -73,10 +68,12 @@ def rehearse(
     packed = {made[module] for module in quantized if module in made}
     _check_quantized(adapted, packed)
     tried = [_site(site, made) for site in blocks if site not in alike]
-    _check_sharding(adapted, tried, shard, _kept(adapted, packed, dtype))
+    strategy.check_adapted(adapted, tried, _kept(adapted, packed, quant.dtype))
     _check_saving(adapted)
     own = [
-        Trained(fqn=base.get(parameter) or name.removeprefix(BASE), shape=parameter.shape, is_base=parameter in base)
+        Trained(
+            fqn=base.get(parameter) or name.removeprefix(PEFT_PREFIX), shape=parameter.shape, is_base=parameter in base
+        )
         for name, parameter in trained.items()
     ]
     return (*own, *_repeated(own, alike))
@@ -165,13 +162,13 @@ def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Train
 
 
 def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
-    return Site(fqn=f"{BASE}{site.fqn}", module=made[site.module])
+    return Site(fqn=f"{PEFT_PREFIX}{site.fqn}", module=made[site.module])
 
 
 def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
     """A copy of a 4-bit weight, or an adapter of its packed form, would be trained as if its bits were numbers."""
     for name, module in adapted.named_modules():
-        fqn = name.removeprefix(BASE)
+        fqn = name.removeprefix(PEFT_PREFIX)
         if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):
             raise ConfigError(
                 f"lora.modules_to_save: {fqn} is, or has in it, a layer that goes to 4 bits, which can neither be "
@@ -184,44 +181,8 @@ def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
             )
 
 
-def _check_views(adapted: PeftModel) -> None:
-    """FSDP copies each parameter into shards, after which one that is a view of another would be trained apart."""
-    first: dict[int, str] = {}
-    for name, parameter in adapted.named_parameters():
-        other = first.setdefault(parameter.untyped_storage()._cdata, name)
-        if other != name:
-            raise ConfigError(
-                f"lora: PEFT ties {name.removeprefix(BASE)} to {other.removeprefix(BASE)} by giving both the same "
-                "memory, which FSDP does not keep: use ensure_weight_tying=False, or no shard"
-            )
-
-
 def _kept(adapted: PeftModel, packed: set[nn.Module], dtype: torch.dtype) -> set[nn.Parameter]:
     """The frozen parameters that FSDP1 will leave whole on every rank, since upstream keeps them in another dtype."""
     stored = {parameter for module in packed for parameter in module.parameters(recurse=False)}
     found = kept_parameters(adapted, dtype, ends=False).values()
     return {parameter for parameter in found if not parameter.requires_grad and parameter not in stored}
-
-
-def _check_sharding(
-    adapted: PeftModel, blocks: Sequence[Site], shard: FSDP1 | FSDP2 | None, unsharded: set[nn.Parameter]
-) -> None:
-    if shard is not None:
-        _check_views(adapted)
-    if isinstance(shard, FSDP2):
-        fsdp2.check_groups(adapted, blocks)
-    if not isinstance(shard, FSDP1):
-        return
-    wrapped = [
-        f"{name.removeprefix(BASE).replace('.base_layer', '')}.{module.parameter_name}"
-        for name, module in adapted.named_modules()
-        if "parameter_name" in vars(module)
-    ]
-    if wrapped:
-        raise ConfigError(
-            f"lora: PEFT adapts {', '.join(wrapped[:3])}{', ...' if len(wrapped) > 3 else ''} as parameters, which it "
-            "replaces while a module runs, and FSDP1 does not let it: use shard=FSDP2() (--fsdp 2), or name in "
-            "target_modules linear layers alone, such as q_proj and v_proj"
-        )
-    modules = [block.module for block in blocks]
-    fsdp1.plan_units(adapted, modules, use_orig_params=shard.use_orig_params, policy=shard.units, unsharded=unsharded)

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from surgery.adapters.folder import hold
+from surgery.comm.environment import default_device, launched_world_size
 from surgery.comm.failures import everyone
 from surgery.comm.ranks import current_ranks
-from surgery.recipe import default_device, launched_world_size
 
 __all__ = ["reserve"]
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from surgery.adapters.base_model import base_folder, config_to_save
 from surgery.adapters.card import render_card
@@ -20,7 +18,7 @@ from surgery.adapters.place import refuse_base
 from surgery.adapters.tokenizer import read_tokenizer
 from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import current_ranks
-from surgery.model.fqn import clean, join
+from surgery.sharding.base import strategy_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,62 +89,7 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     One that is tied has each of its names.
     """
-    groups = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if groups:
-        return _gathered_state(model, groups)
-    units = [(name, unit) for name, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel)]
-    if not units:
-        named = model.named_parameters(remove_duplicate=False)
-        return _tied({clean(name): p for name, p in named if p.requires_grad})
-    state: dict[str, torch.Tensor] = {}
-    on_rank0 = torch.distributed.get_rank() == 0
-    for prefix, unit in units:
-        if not any(p.requires_grad for _, p in _own_parameters(unit)):
-            continue
-        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            if on_rank0:
-                found = [(clean(join(prefix, name)), p) for name, p in _own_parameters(unit) if p.requires_grad]
-                state |= _tied(dict(found))
-    return state
-
-
-def _tied(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU; names of one parameter have one tensor."""
-    moved = {parameter: parameter.detach().cpu().clone() for parameter in set(parameters.values())}
-    return {name: moved[parameter] for name, parameter in parameters.items()}
-
-
-def _gathered_state(model: nn.Module, groups: Iterable[FSDPModule]) -> dict[str, torch.Tensor]:
-    """The same under FSDP2: one parameter at a time is whole on the device."""
-    for group in groups:
-        group.reshard()  # a forward without a backward, in evaluation, may have left it whole
-    state: dict[nn.Parameter, torch.Tensor] = {}
-    on_rank0 = torch.distributed.get_rank() == 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            whole = _whole(parameter.detach())
-            state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
-    if not on_rank0:
-        return {}
-    named = model.named_parameters(remove_duplicate=False)
-    return {clean(name): state[parameter] for name, parameter in named if parameter in state}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    # Shards that wait on the CPU meet on the device of the mesh, whose backend all process groups have.
-    moved: Any = tensor.to(tensor.device_mesh.device_type)
-    whole: torch.Tensor = moved.full_tensor()
-    return whole
-
-
-def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters below `unit` that no other unit inside of it holds."""
-    yield from ((join(prefix, name), p) for name, p in unit._parameters.items() if p is not None)
-    for name, child in unit.named_children():
-        if not isinstance(child, FullyShardedDataParallel):
-            yield from _own_parameters(child, join(prefix, name))
+    return strategy_of(model).trainable_state(model)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,10 +12,10 @@ from torch import nn
 from surgery.attestation.agreement import complete, fingerprint, of_all_ranks, state_disagreements
 from surgery.attestation.differences import Attestation, Difference, error_of
 from surgery.attestation.rest import shard_differences, state_differences
-from surgery.attestation.shards import shards_of
 from surgery.comm.failures import together
 from surgery.errors import ConfigError, SelectorError
 from surgery.quantizers.record import Record, Records, records_of, settle
+from surgery.sharding.base import strategy_of
 
 __all__ = ["attest", "chosen_records", "raise_any", "rest_differences"]
 
@@ -80,7 +80,7 @@ def _choose(records: dict[nn.Module, Record], layers: int | Sequence[str] | None
 
 def rest_differences(model: nn.Module, records: Records) -> list[Difference]:
     """What this rank has to say of its shards and quant_states; collective, once all have said it."""
-    found = shard_differences(records, shards_of(model, records))
+    found = shard_differences(records, strategy_of(model).shards(model, records))
     return [*found, *state_differences(records), *state_disagreements(list(records.values()))]
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from surgery.errors import AttestationError
+from surgery.errors import SurgeryError
 from surgery.quantizers.digest import PAGE
 
-__all__ = ["Attestation", "Difference", "Where", "error_of", "union"]
+__all__ = ["Attestation", "AttestationError", "Difference", "Where", "error_of", "union"]
 
 Where: TypeAlias = Literal["at rest", "in forward", "quant_state"]
 
@@ -44,6 +44,17 @@ class Difference:
     of_pages: int = 0
     words: int | None = None
     of_words: int = 0
+
+
+class AttestationError(SurgeryError):
+    """4-bit weights that are not what was quantized; `differences` says of which layer, on which rank, and how many.
+
+    Raised on all ranks alike. `differences` is empty if there was nothing to look at.
+    """
+
+    def __init__(self, message: str, *, differences: Sequence[Difference] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,11 @@ from torch import nn
 
 from surgery.attestation.agreement import fingerprint, gather_whole, of_all_ranks, rank
 from surgery.attestation.attest import chosen_records, raise_any, rest_differences
-from surgery.attestation.differences import Attestation, Difference
-from surgery.attestation.shards import shards_of
+from surgery.attestation.differences import Attestation, AttestationError, Difference
 from surgery.comm.failures import together
-from surgery.errors import AttestationError
 from surgery.quantizers.digest import Piece, page_count, page_sums
 from surgery.quantizers.record import Record, Records
+from surgery.sharding.base import strategy_of
 
 __all__ = ["Watch", "attesting"]
 
@@ -113,7 +112,7 @@ def _judge(model: nn.Module, records: Records, watch: Watch) -> None:
             "compiled model keeps the hooks that it had when it was compiled; attest it before"
         )
     bad = {name for of_rank in of_all_ranks([records[layer].fqn for layer in watch._seen]) for name in of_rank}
-    shards = shards_of(model, records)
+    shards = strategy_of(model).shards(model, records)
     found = []
     for layer, record in records.items():
         if record.fqn in bad:

@@ -12,18 +12,17 @@ from torch import nn
 
 from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
 from surgery.attestation.differences import Difference
-from surgery.attestation.shards import Shard
-from surgery.quantizers import states
 from surgery.quantizers.digest import Piece, on_cpu, page_count, page_sums, pages_between
 from surgery.quantizers.record import Record, Records, Sums
+from surgery.sharding.base import Shard
 
 __all__ = ["shard_differences", "state_differences"]
 
 
 def state_differences(records: Records) -> list[Difference]:
     """Where `quant_state` on this rank is not what it was; not collective."""
-    now = {layer: states.state_of(layer) for layer in records}
-    tensors = {layer: states.tensors(state) for layer, state in now.items()}
+    now = {layer: record.quant.state_of(layer) for layer, record in records.items()}
+    tensors = {layer: record.quant.state_tensors(now[layer]) for layer, record in records.items()}
     wanted = [(layer, name) for layer, record in records.items() for name in record.states]
     pieces = [Piece(data=tensors[layer][name]) for layer, name in wanted if name in tensors[layer]]
     sums = iter(on_cpu(page_sums(pieces)))
@@ -34,7 +33,7 @@ def state_differences(records: Records) -> list[Difference]:
         if pages:
             found.append(_of_state(records[layer].fqn, name, pages, len(was)))
     for layer, record in records.items():
-        settings = states.settings(now[layer])
+        settings = record.quant.state_settings(now[layer])
         changed = {name: text for name, text in record.settings.items() if settings.get(name) != text}
         found += [_of_state(record.fqn, f"{name} is {settings.get(name)}, was {was}") for name, was in changed.items()]
     return found

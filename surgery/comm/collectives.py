@@ -51,11 +51,11 @@ def gather_parts(
 
 
 def gather_to_rank0(
-    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, landing: HostCopies
+    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, copies: HostCopies
 ) -> None:
     """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
 
-    A bounded run at a time. `out` is full once `landing` has been waited for.
+    A bounded run at a time. `out` is full once `copies` have been waited for.
     """
     run = RUN_BYTES.get(mine.device.type, RUN_BYTES["cuda"]) // mine.element_size()
     longest = max(len(part) for part in parts)
@@ -71,7 +71,7 @@ def gather_to_rank0(
             continue
         for part, tensor in zip(parts, received, strict=True):
             wanted = part[start : start + length]
-            landing.copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
+            copies.copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
 
 
 def scatter_parts(

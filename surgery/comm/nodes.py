@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from surgery.passes.targets import Target
-from surgery.sharding.partition import Partition
 from surgery.telemetry.numbers import whole_number
 
 __all__ = ["Node", "node_ranks"]
@@ -41,15 +39,10 @@ class Node:
         groups = [dist.new_group(list(node)) for node in nodes]
         return cls(ranks=ranks, group=groups[rank // len(ranks)])
 
-    def receivers(self, target: Target, division: Partition) -> list[int]:
-        """The ranks of this node that get elements of `target`."""
-        slices = division.slices(target.form)
-        return [rank for rank in self.ranks if slices[rank].elements]
+    def converter(self, name: str, receivers: Iterable[Sequence[int]]) -> int | None:
+        """The rank of this node that reads and converts what the tensor `name`, and others with it, are made of.
 
-    def converter(self, targets: Sequence[Target], division: Partition) -> int | None:
-        """The rank of this node that reads and converts what fills `targets`, all of one assignment; they take turns.
-
-        None if no rank here gets any of it; if one alone does, that one.
+        Ranks take turns. None if no rank here receives any of it; if one alone does, that one.
         """
-        receivers = sorted({rank for target in targets for rank in self.receivers(target, division)})
-        return receivers[sum(targets[0].fqn.encode()) % len(receivers)] if receivers else None
+        found = sorted({rank for ranks in receivers for rank in ranks})
+        return found[sum(name.encode()) % len(found)] if found else None

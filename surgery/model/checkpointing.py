@@ -14,10 +14,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
     offload_wrapper,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import ConfigError
+from surgery.model.fqn import WRAPPER_SEGMENTS
 from surgery.model.tree import decoder_blocks
 
 __all__ = ["checkpoint_activations"]
@@ -32,7 +32,7 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload
 
     Raises `ConfigError` for a model in which no decoder block, or no embedding that is needed, is found.
     """
-    blocks = {_inside_fsdp(site.module) for site in decoder_blocks(model)}
+    blocks = {_unwrapped(site.module) for site in decoder_blocks(model)}
     if not blocks:
         raise ConfigError(
             "activation checkpointing needs decoder blocks, but the model has no ModuleList of blocks; "
@@ -46,8 +46,9 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload
     return model
 
 
-def _inside_fsdp(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, FullyShardedDataParallel) else module
+def _unwrapped(module: nn.Module) -> nn.Module:
+    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if name in module._modules), None)
+    return module if inner is None else inner
 
 
 def _wrap(module: nn.Module, *, reentrant: bool, offload: bool) -> nn.Module:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["WRAPPER_SEGMENTS", "clean", "join", "split"]
+__all__ = ["PEFT_PREFIX", "WRAPPER_SEGMENTS", "clean", "join", "split"]
 
 #: Attribute names under which FSDP1 and torch's activation checkpointing keep the module that they wrap.
 WRAPPER_SEGMENTS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+#: What PEFT puts before the names of the base model inside of its own.
+PEFT_PREFIX = "base_model.model."
 
 
 def clean(fqn: str) -> str:

@@ -1,12 +1,11 @@
-"""Build the model on meta, with real non-persistent buffers."""
+"""Skeletons: models on meta, with real buffers where no checkpoint holds them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,46 +13,71 @@ from torch import nn
 from surgery.checkpoint import Checkpoint
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.model.extent import bounded
+from surgery.model.fqn import join, split
 from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
-from surgery.passes.base import Pass
 
-__all__ = ["Skeleton", "causal_lm"]
+__all__ = ["build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Skeleton(Pass):
-    """Calls `build` with every parameter going to meta.
+def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """What `build` makes, with every parameter and persistent buffer on meta.
 
-    After: parameters and persistent buffers are on meta; buffers that no checkpoint holds (rotary frequencies, say) are
-    real, on `device`; tied parameters are one object. A model of transformers has the dtypes and the values that it
-    would have if transformers had loaded it in `dtype`; of another module every parameter is in `dtype`.
+    Buffers that no checkpoint holds (rotary frequencies, say) are real, on `device`; tied parameters are one object. A
+    model of transformers has the dtypes and the values that it would have if transformers had loaded it in `dtype`; of
+    another module every parameter is in `dtype`.
     """
+    from accelerate import init_empty_weights
 
-    name: ClassVar[str] = "skeleton"
-    ensures: ClassVar[frozenset[str]] = frozenset({"on-meta"})
-
-    build: Callable[[], nn.Module]
-    dtype: torch.dtype
-    device: torch.device
-
-    def build_on_meta(self) -> nn.Module:
-        """The new model."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
-            skeleton = self.build()
-        # Registering on meta has made one parameter of every name.
-        getattr(skeleton, "tie_weights", lambda: None)()
-        _place_buffers(skeleton, self.device)
-        if is_pretrained(skeleton):
-            for module, name, dtype in list(stored_dtypes(skeleton, self.dtype)):
-                _cast(module, name, dtype)
-            compute_buffers(skeleton, self.device)
-            return skeleton
-        for parameter in skeleton.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(self.dtype)
+    with init_empty_weights(include_buffers=False):
+        skeleton = build()
+    # Registering on meta has made one parameter of every name.
+    getattr(skeleton, "tie_weights", lambda: None)()
+    _place_buffers(skeleton, device)
+    if is_pretrained(skeleton):
+        for module, name, wanted in list(stored_dtypes(skeleton, dtype)):
+            _cast(module, name, wanted)
+        compute_buffers(skeleton, device)
         return skeleton
+    for parameter in skeleton.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return skeleton
+
+
+def require_meta(model: nn.Module) -> None:
+    """Raise `ConfigError` unless every parameter of `model` is on meta."""
+    real = [name for name, parameter in model.named_parameters() if not parameter.is_meta]
+    if real:
+        raise ConfigError(
+            f"bind: expected a model on meta, found {real[0]} in memory ({len(real)} in all): build it in a block of "
+            'torch.device("meta"), or of accelerate.init_empty_weights(include_buffers=False)'
+        )
+
+
+def compute_own_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers of a `model` that somebody else has built on meta where `build_on_meta` puts them.
+
+    Raises `ConfigError` for a buffer on meta that no checkpoint holds, in a module that transformers cannot initialize.
+    """
+    lost = [
+        name
+        for prefix, module in model.named_modules()
+        for name in (join(prefix, each) for each in module._non_persistent_buffers_set)
+        if model.get_buffer(name) is not None and model.get_buffer(name).is_meta
+    ]
+    if lost and not is_pretrained(model):
+        raise ConfigError(
+            f"bind: {lost[0]} is on meta, and no checkpoint holds it: build the model in a block of "
+            "accelerate.init_empty_weights(include_buffers=False)"
+        )
+    for name in lost:
+        path, leaf = split(name)
+        owner = model.get_submodule(path)
+        owner._buffers[leaf] = torch.empty_like(owner.get_buffer(leaf), device=device)
+    getattr(model, "tie_weights", lambda: None)()
+    _place_buffers(model, device)
+    if is_pretrained(model):
+        compute_buffers(model, device)
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -1,188 +1,48 @@
-"""Add LoRA adapters through PEFT, on whatever device the base weights are."""
+"""Pass `adapt`: adapters of PEFT around the model."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
-from surgery.adapters.deferred import DeferredValues, Undrawn
+from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later
+from surgery.adapters.deferred import Undrawn
+from surgery.errors import ConfigError
 from surgery.passes.base import Pass
-from surgery.quantizers.bnb import is_params4bit, with_data
+from surgery.passes.loading import Loading
+from surgery.quantizers.base import format_of
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig
 
-__all__ = ["PLAIN", "Adapt", "adapted_by_peft", "convert", "drawing_from", "draws_later", "needs_weights"]
-
-#: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
-PLAIN = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-
-#: Values of `init_lora_weights` that are drawn at random, without a look at anything.
-RANDOM = (True, False, "gaussian")
+__all__ = ["Adapt"]
 
 
-def needs_weights(lora: LoraConfig) -> bool:
-    """Whether PEFT reads base weights to make these adapters, so that the model cannot be adapted on meta."""
-    names = ("use_dora", "modules_to_save", "trainable_token_indices")
-    return any(getattr(lora, name, None) for name in names)
-
-
-def draws_later(lora: LoraConfig) -> bool:
-    """Whether initial values can be drawn after PEFT has built the adapters: nothing that it builds depends on them.
-
-    So it is if no option is set but those known to have nothing to do with them, whatever options there will be.
-    """
-    default = type(lora)()
-    others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
-    return lora.init_lora_weights in RANDOM and not others
-
-
-@contextlib.contextmanager
-def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
-    """A block in which torch's CPU generator goes on from `rng_state`.
-
-    If that is its own state, it goes on from there after the block too; otherwise it is as it was.
-    """
-    own = torch.get_rng_state()
-    if torch.equal(own, rng_state):
-        yield
-        return
-    torch.set_rng_state(rng_state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(own)
-
-
-@contextlib.contextmanager
-def appearing_real(model: nn.Module) -> Iterator[None]:
-    """A block in which every parameter on meta looks as if it were on the CPU; it takes no memory.
-
-    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
-    """
-    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                module._parameters[name] = stand_ins.setdefault(parameter, _stand_in(parameter))
-    originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            for name, found in module._parameters.items():
-                if found is not None and found in originals:
-                    module._parameters[name] = _like(originals[found], found)
-
-
-def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
-    original.requires_grad = stand_in.requires_grad
-    return original
-
-
-def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
-    """One element in memory, shown as often as the shape says."""
-    data = torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
-    if is_params4bit(parameter):
-        return with_data(parameter, data)
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Adapt(Pass):
-    """Wraps the model by `peft.get_peft_model`; adapters are in `dtype`, base weights are frozen.
+    """After: the model is a `PeftModel`; adapters are in the model's dtype, base weights are frozen.
 
-    Adapters live on the device of their base weight, or on the CPU where that is on meta. Their initial values are
-    drawn from `rng_state`, rank 0's, so that they are the same on all ranks.
-
-    later: takes what is to be drawn; adapters stay on meta until they are given it. None: values are drawn at once.
+    Adapters live on the device of their base weight, or on the CPU where that is on meta. Initial values are drawn from
+    rank 0's generator, so that they are the same on all ranks: at once, or in a thread while the adapters are on meta,
+    if nothing that PEFT builds depends on them.
     """
 
-    name: ClassVar[str] = "adapt"
-    requires: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"adapted"})
+    name = "adapt"
 
+    loading: Loading
     lora: LoraConfig
-    dtype: torch.dtype
-    rng_state: torch.Tensor
-    later: Callable[[DeferredValues], None] | None = None
 
     def run(self, model: nn.Module) -> nn.Module:
         """The `PeftModel`."""
-        # What transformers sets on a model that it loads in 4 bits, and what PEFT looks at to choose its LoRA layer.
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]
-        if self.later is None:
-            with drawing_from(self.rng_state), appearing_real(model):
-                return adapted_by_peft(model, self.lora, self.dtype)
+        setting = self.loading.setting
+        if setting.format.needs_modules and not any(format_of(module) for module in model.modules()):
+            raise ConfigError("no module is quantized yet: adapt comes after replace")
+        if not draws_later(self.lora):
+            with drawing_from(self.loading.job.rng_state), appearing_real(model):
+                return adapted_by_peft(model, self.lora, setting.dtype)
         with appearing_real(model), Undrawn() as undrawn:
-            adapted = adapted_by_peft(model, self.lora, self.dtype)
-        self.later(undrawn.take(adapted))
+            adapted = adapted_by_peft(model, self.lora, setting.dtype)
+        self.loading.draw(undrawn.take(adapted))
         return adapted
-
-
-def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
-    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is.
-
-    But for copies that PEFT makes of whole modules: they have the dtypes of those, which upstream may keep in another.
-    """
-    from peft import get_peft_model
-
-    adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
-    copies = {parameter for saved in _saved_modules(adapted) for parameter in saved.parameters()}
-    convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)
-    return adapted
-
-
-def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
-    for wrapper in adapted.modules():
-        saved = wrapper._modules.get("modules_to_save")
-        if saved is not None:
-            yield saved
-
-
-def convert(
-    parameters: Iterable[nn.Parameter], *, dtype: torch.dtype | None = None, device: torch.device | None = None
-) -> None:
-    """Cast or move `parameters` in place. Views of one memory, by which PEFT ties adapters, stay such views."""
-    sharing: dict[int, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        sharing.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
-    for held in sharing.values():
-        if len(held) == 1:
-            held[0].data = held[0].data.to(device=device, dtype=dtype)
-            continue
-        elements = held[0].untyped_storage().nbytes() // held[0].element_size()
-        memory = held[0].data.as_strided((elements,), (1,), 0).to(device=device, dtype=dtype)
-        for parameter in held:
-            parameter.data = memory.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())

@@ -1,40 +1,89 @@
-"""What a pass is: frozen data with a name, that changes the whole model or one layer of it.
-
-`requires` and `ensures` are facts about the model, by name; a pipeline checks that every required fact is ensured by
-an earlier pass before it runs the first one.
-"""
+"""The passes that build a model: what a pass is, its place in the order, and finding those of third parties."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import ClassVar
 
+import torch
 from torch import nn
 
 from surgery.comm.ranks import PeerError, StoppedError
-from surgery.errors import PassError
+from surgery.errors import ConfigError, PassError
 from surgery.model.fqn import split
+from surgery.passes.buffers import ShardBuffer
 from surgery.passes.targets import Target
 
-__all__ = ["Batch", "BatchPass", "MeetingPass", "ModelPass", "Naming", "Pass", "group_into_batches"]
+__all__ = ["GROUP", "PLACES", "Batch", "BatchPass", "Naming", "Pass", "find_passes", "group_into_batches", "placed"]
+
+#: The entry point group by which an installed distribution offers passes by name.
+GROUP = "surgery.passes"
+
+#: The built-in passes after which `Pass.run` can have its place.
+PLACES = ("replace", "adapt", "install", "shard")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """A step in the building of a model. Third parties subclass it, and override what they need.
+
+    A pass that fails, on any rank, ends the building on all ranks with its name and the place where it failed. It must
+    not call a collective: ranks are not at the same tensor at the same time.
+    """
+
+    #: What errors and reports call it.
+    name: ClassVar[str]
+
+    #: The built-in pass that `run` follows: `replace` (on meta; nothing is read), `adapt` (on meta, with adapters),
+    #: `install` (filled), or `shard` (complete).
+    after: ClassVar[str] = "replace"
+
+    #: Whether all ranks call collectives in it, alike; for passes that are built in.
+    is_collective: ClassVar[bool] = False
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """Change `model` and return it, or return what replaces it."""
+        return model
+
+    def see_values(self, target: Target, start: int, values: torch.Tensor) -> None:
+        """Look at `values` of a tensor, 1-D, from flat element `start` on, as they are before they are quantized.
+
+        Each rank sees its part, piece by piece: `values` are in the checkpoint's dtype, on the CPU or the rank's
+        device, and only valid during the call.
+        """
+
+    def see_tensor(self, buffer: ShardBuffer) -> None:
+        """Look at this rank's part of a tensor once it is complete: packed, with its statistics, or as it is."""
+
+
+class BatchPass(Pass):
+    """A built-in pass over the tensors of one batch at a time."""
+
+    def run_batch(self, batch: Batch) -> None:
+        """Work on the tensors of `batch`."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, eq=False)
 class Batch:
-    """What is read, quantized and exchanged together: targets that follow each other, of one module at least."""
+    """Tensors that are read, quantized and exchanged together: some that follow each other, of one module at least.
+
+    buffers: this rank's part of each, from the moment at which they are read.
+    """
 
     number: int
     targets: tuple[Target, ...]
+    buffers: list[ShardBuffer] = field(default_factory=list, repr=False)
 
     @property
     def fqn(self) -> str:
-        """The module of its first target."""
+        """The module of its first tensor."""
         return split(self.targets[0].fqn)[0]
 
 
 def group_into_batches(targets: Iterable[Target], *, elements: int) -> list[Batch]:
-    """Layers of at most so many `elements`, unless one assignment alone has more. The same on every rank."""
+    """Batches of at most so many `elements`, unless one assignment alone has more; the same on every rank."""
     groups: list[list[Target]] = []
     size = 0
     for target in targets:
@@ -48,8 +97,9 @@ def group_into_batches(targets: Iterable[Target], *, elements: int) -> list[Batc
 
 
 class Naming:
-    """Turns an exception inside the block into a `PassError` that says where it happened, unless it says so already, or
-    came from outside: another rank has failed, or this one elsewhere.
+    """A block in which an exception becomes a `PassError` that says where it happened.
+
+    Not if it says so already, or came from outside: another rank has failed, or this one elsewhere.
     """
 
     def __init__(self, pass_name: str, fqn: str) -> None:
@@ -66,47 +116,36 @@ class Naming:
             ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pass:
-    """Base of all passes; subclasses add their options as fields."""
+def find_passes(given: Sequence[Pass | str]) -> tuple[Pass, ...]:
+    """The passes of `given`, each a pass, or the name of one that an installed distribution offers.
 
-    name: ClassVar[str]
-    requires: ClassVar[frozenset[str]] = frozenset()
-    ensures: ClassVar[frozenset[str]] = frozenset()
-
-
-@runtime_checkable
-class ModelPass(Protocol):
-    """A pass over the whole model. Returns the model to go on with, which may be another object."""
-
-    name: ClassVar[str]
-    requires: ClassVar[frozenset[str]]
-    ensures: ClassVar[frozenset[str]]
-
-    def run(self, model: nn.Module) -> nn.Module:
-        """Change `model` and return it, or return what replaces it."""
-        ...
-
-
-@runtime_checkable
-class BatchPass(Protocol):
-    """A pass over one layer at a time. The pipeline runs all consecutive ones on a layer before the next layer, but for
-    a `MeetingPass` among them.
+    Raises `ConfigError` for a name that there is not, what is no pass, and a place that there is not.
     """
+    found = tuple(_named(each) if isinstance(each, str) else each for each in given)
+    for each in found:
+        if not isinstance(each, Pass):
+            raise ConfigError(f"passes: expected objects of surgery.Pass or names, found {each!r:.80}")
+        if each.after not in PLACES:
+            raise ConfigError(
+                f"pass {each.name}: expected after to be one of {', '.join(PLACES)}, found {each.after!r}"
+            )
+    return found
 
-    name: ClassVar[str]
-    requires: ClassVar[frozenset[str]]
-    ensures: ClassVar[frozenset[str]]
 
-    def run_batch(self, layer: Batch) -> None:
-        """Work on the targets of `layer`."""
-        ...
+def _named(name: str) -> Pass:
+    offered = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in offered:
+        known = ", ".join(sorted(offered)) or "none is installed"
+        raise ConfigError(f"passes: expected the name of an installed pass ({known}), found {name!r:.80}")
+    try:
+        made = offered[name].load()
+        return made() if isinstance(made, type) else made  # type: ignore[no-any-return]  # checked by the caller
+    except Exception as error:
+        raise ConfigError(
+            f"pass {name} ({offered[name].value}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
 
-@runtime_checkable
-class MeetingPass(BatchPass, Protocol):
-    """A layer pass in which ranks wait for each other. It, and those after it, are one layer behind those before it."""
-
-    def arrive(self, layer: Batch) -> None:
-        """Tell the others that the passes before are done with `layer`; from then on they may count on `run_batch`."""
-        ...
+def placed(passes: Iterable[Pass], after: str) -> tuple[Pass, ...]:
+    """Those of `passes` that change the model after the built-in pass `after`."""
+    return tuple(each for each in passes if each.after == after and type(each).run is not Pass.run)

@@ -1,111 +1,99 @@
-"""Send each other what one rank has and others need: parts of converted tensors, statistics, replicas."""
+"""Pass `exchange`: what one rank has and others need: parts of converted tensors, statistics, replicas."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 
 from surgery.comm.collectives import all_gather_flat, gather_parts, scatter_parts
 from surgery.comm.failures import collective
-from surgery.comm.nodes import Node
-from surgery.comm.ranks import Ranks
-from surgery.passes.base import Batch, Naming, Pass
-from surgery.passes.buffers import ShardBuffer, ShardBuffers
-from surgery.passes.targets import Target
+from surgery.errors import ConfigError
+from surgery.passes.base import Batch, BatchPass, Naming
+from surgery.passes.buffers import ShardBuffer
+from surgery.passes.loading import Loading
+from surgery.passes.quantize import Quantize
 from surgery.sharding.partition import chunk
 
 __all__ = ["Exchange"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange(Pass):
-    """After: every part is full, and every quantized one has the state of the whole weight.
+class Exchange(BatchPass):
+    """After: every buffer is full, and every quantized one has the state of the whole weight.
 
-    Collective. All ranks wait for each other before a layer, so that one that has failed leaves none in a collective.
+    Collective. All ranks wait for each other before a batch, so that one that has failed leaves none in a collective.
     They load another one first: ranks are never equally fast.
-
-    stop: set when this rank has failed elsewhere. replicas: the group of the ranks that keep the same shards, None
-    where that is all ranks or this one alone.
     """
 
-    name: ClassVar[str] = "exchange"
-    requires: ClassVar[frozenset[str]] = frozenset({"parts"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"full-parts"})
+    name = "exchange"
 
-    parts: ShardBuffers
-    ranks: Ranks
-    node: Node
-    stop: threading.Event = field(repr=False)
-    replicas: dist.ProcessGroup | None = field(default=None, repr=False)
+    loading: Loading
+    quantize: Quantize
 
-    def arrive(self, layer: Batch) -> None:
-        """Tell the other ranks that this one has its parts of `layer`."""
-        self.ranks.arrive(str(layer.number), stop=self.stop)
+    def run_batch(self, batch: Batch) -> None:
+        """Complete the buffers of `batch`, at which this rank has arrived."""
+        self.loading.ranks.pass_gate(str(batch.number), stop=self.loading.stop)
+        with collective(self.loading.ranks), Naming(self.name, batch.fqn):
+            self._complete(batch)
 
-    def run_batch(self, layer: Batch) -> None:
-        """Complete the parts of `layer`, at which this rank has arrived."""
-        self.ranks.pass_gate(str(layer.number), stop=self.stop)
-        with collective(self.ranks), Naming(self.name, layer.fqn):
-            self._complete(layer)
+    def _complete(self, batch: Batch) -> None:
+        for _, group in groupby(batch.buffers, lambda buffer: buffer.target.assignment):
+            buffers = list(group)
+            if buffers[0].target.source is None:
+                self._hand_out(buffers)
+        if any(buffer.pieces or not buffer.is_full for buffer in batch.buffers):
+            raise ConfigError("a tensor of this batch is not complete on this rank: exchange comes after quantize")
+        self._make_states([buffer for buffer in batch.buffers if buffer.target.is_quantized])
+        for buffer in batch.buffers:
+            self._gather_replicas(buffer)
 
-    def _complete(self, layer: Batch) -> None:
-        for _, group in groupby(layer.targets, lambda target: target.assignment):
-            targets = list(group)
-            if targets[0].source is None:
-                self._hand_out(targets)
-        parts = self.parts.of(layer.targets)
-        self._make_states([part for part in parts if part.target.is_quantized])
-        for part in parts:
-            self._gather_replicas(part)
+    def _hand_out(self, buffers: Sequence[ShardBuffer]) -> None:
+        """Give each rank of the node its elements of tensors that one of them has converted."""
+        converter = self.loading.converter([buffer.target for buffer in buffers])
+        for buffer in buffers:
+            if self.loading.receivers(buffer.target) in ([], [converter]):
+                values = buffer.converted
+            else:
+                assert converter is not None
+                values = self._scatter(buffer, converter)
+            buffer.converted = None
+            if values is not None and buffer.slice.elements:
+                buffer.pieces = ((buffer.slice.elements.start, values),)
+                self.quantize.take(buffer)
+
+    def _scatter(self, buffer: ShardBuffer, converter: int) -> torch.Tensor:
+        node, shares = self.loading.job.node, self.loading.buffers.partition.slices(buffer.target.form)
+        return scatter_parts(
+            buffer.converted,
+            [shares[rank].elements for rank in node.ranks],
+            node.ranks.index(self.loading.ranks.rank),
+            like=torch.empty(0, dtype=buffer.target.read_as, device=self.loading.device),
+            source=converter,
+            group=node.group,
+        )
 
     def _make_states(self, quantized: Sequence[ShardBuffer]) -> None:
         statistics = self._statistics(quantized)
-        for part in quantized:
-            part.statistics = None
-        shapes = [part.target.logical for part in quantized if part.target.logical is not None]
-        precisions = [part.target.precision for part in quantized]
-        states = self.parts.quantizer.states(statistics, shapes, *([precisions] if any(precisions) else ()))
-        for part, state in zip(quantized, states, strict=True):
-            part.state = state
-
-    def _hand_out(self, targets: Sequence[Target]) -> None:
-        """Give each rank of the node its elements of tensors that one of them has converted."""
-        converter = self.node.converter(targets, self.parts.division)
-        for part in self.parts.of(targets):
-            receivers = self.node.receivers(part.target, self.parts.division)
-            if receivers in ([], [converter]):
-                values = part.converted
-            else:
-                assert converter is not None
-                values = self._scatter(part, converter)
-            part.converted = None
-            if values is not None and part.slice.elements:
-                self.parts.fill(part, part.slice.elements.start, values)
-
-    def _scatter(self, part: ShardBuffer, converter: int) -> torch.Tensor:
-        slices = self.parts.division.slices(part.target.form)
-        return scatter_parts(
-            part.converted,
-            [slices[rank].elements for rank in self.node.ranks],
-            self.node.ranks.index(self.parts.rank),
-            like=torch.empty(0, dtype=part.target.read_as, device=self.parts.residence.compute_device),
-            source=converter,
-            group=self.node.group,
+        for buffer in quantized:
+            buffer.statistics = None
+        shapes = [buffer.target.logical for buffer in quantized if buffer.target.logical is not None]
+        states = self.loading.setting.format.states(
+            statistics, shapes, [buffer.target.precision for buffer in quantized]
         )
+        for buffer, state in zip(quantized, states, strict=True):
+            buffer.state = state
 
-    def _statistics(self, parts: Sequence[ShardBuffer]) -> list[torch.Tensor]:
-        """The statistics of all blocks of each of `parts`, float32, in order."""
-        mine = [part.statistics for part in parts if part.statistics is not None]
-        if self.ranks.world_size == 1 or not mine:
+    def _statistics(self, quantized: Sequence[ShardBuffer]) -> list[torch.Tensor]:
+        """The statistics of all blocks of each weight, float32, in order."""
+        mine = [buffer.statistics for buffer in quantized if buffer.statistics is not None]
+        world_size, partition = self.loading.ranks.world_size, self.loading.buffers.partition
+        if world_size == 1 or not mine:
             return mine
-        blocks = [[share.blocks for share in self.parts.division.slices(part.target.form)] for part in parts]
-        ends = [[0, *accumulate(len(of[rank]) for of in blocks)] for rank in range(self.ranks.world_size)]
+        blocks = [[share.blocks for share in partition.slices(buffer.target.form)] for buffer in quantized]
+        ends = [[0, *accumulate(len(of[rank]) for of in blocks)] for rank in range(world_size)]
         rows = all_gather_flat(torch.cat(mine), [last for *_, last in ends])
         # Of each rank a part for every weight, and what its row is longer than that.
         found = [
@@ -114,17 +102,17 @@ class Exchange(Pass):
         ]
         return [torch.cat([found[rank][number] for rank in _in_order(of)]) for number, of in enumerate(blocks)]
 
-    def _gather_replicas(self, part: ShardBuffer) -> None:
+    def _gather_replicas(self, buffer: ShardBuffer) -> None:
         """Fill the rows that this rank keeps and others have read."""
-        grid = self.parts.division.grid_of(part.target.form)
+        grid = self.loading.buffers.partition.grid_of(buffer.target.form)
         if grid.replicas == 1:
             return
-        rows = range(len(part.slice.keeps))
+        rows = range(len(buffer.slice.keeps))
         gather_parts(
-            part.data,
-            [_scaled(chunk(rows, grid.replicas, replica), part.row) for replica in range(grid.replicas)],
-            self.parts.rank // grid.shards,
-            group=self.replicas if grid.shards > 1 else None,
+            buffer.data,
+            [_scaled(chunk(rows, grid.replicas, replica), buffer.row) for replica in range(grid.replicas)],
+            self.loading.ranks.rank // grid.shards,
+            group=self.loading.setting.strategy.replicas if grid.shards > 1 else None,
         )
 
 

@@ -1,8 +1,9 @@
-"""Put loaded tensors into the model that they belong to, as it is by then: adapted, maybe sharded on meta."""
+"""Pass `install`: loaded tensors into the model as it is by then: adapted, maybe sharded on meta."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,59 +11,84 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from surgery.adapters.deferred import Drawing
-from surgery.passes.buffers import ShardBuffer, ShardBuffers
+from surgery.errors import ConfigError
+from surgery.passes.base import Pass
+from surgery.passes.buffers import ShardBuffer
+from surgery.passes.loading import Loading
+from surgery.quantizers.base import QuantFormat
 
-__all__ = ["install", "install_initials"]
+__all__ = ["Install", "install"]
 
 
-def install(model: nn.Module, parts: ShardBuffers) -> None:
-    """Give every module of `model` what was loaded for it, and empty `parts`.
+@dataclass(frozen=True, kw_only=True)
+class Install(Pass):
+    """After: every parameter and persistent buffer has what was loaded or drawn for it."""
+
+    name = "install"
+
+    loading: Loading
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """`model`, filled in place; nothing of it is left in the batches."""
+        buffers = [buffer for batch in self.loading.batches for buffer in batch.buffers]
+        for batch in self.loading.batches:
+            batch.buffers.clear()
+        if not buffers:
+            raise ConfigError("nothing was loaded: install comes after read, quantize, exchange and relocate")
+        install(model, buffers, self.loading.setting.format)
+        for drawing, background in self.loading.drawings:
+            background.wait()
+            _install_drawn(drawing)
+            drawing.go_on()
+        return model
+
+
+def install(model: nn.Module, buffers: list[ShardBuffer], quant: QuantFormat) -> None:
+    """Give every module of `model` what was loaded for it, and empty `buffers`.
 
     A parameter that is sharded on meta becomes the same shard over the loaded memory; another one becomes what the
-    quantizer makes of it, or a plain parameter. Tied ones stay tied, and `requires_grad` stays what it is. Copies that
+    format makes of it, or a plain parameter. Tied ones stay tied, and `requires_grad` stays what it is. Copies that
     PEFT has made of modules (`modules_to_save`) get copies of the same values.
     """
     copies = _copies(model)
-    while parts.found:
-        _, part = parts.found.popitem()
-        _set_state(part, parts)
+    while buffers:
+        buffer = buffers.pop()
+        if buffer.target.is_quantized:
+            for module, _ in buffer.target.places:
+                quant.set_state(module, buffer.state)
         new: torch.Tensor | None = None
         cloned: dict[torch.Tensor, torch.Tensor] = {}
-        for module, leaf in part.target.places:
+        for module, leaf in buffer.target.places:
             if new is None:
-                new = _made(module, leaf, part, parts)
+                new = _made(module, leaf, buffer, quant)
             _put(module, leaf, new)
             for copy in copies.get(module, ()):
                 old = _held(copy, leaf)
                 if old not in cloned:  # copies that PEFT has tied stay tied
-                    cloned[old] = _made(copy, leaf, part, parts, clone=True)
+                    cloned[old] = _made(copy, leaf, buffer, quant, clone=True)
                 _put(copy, leaf, cloned[old])
 
 
-def install_initials(drawing: Drawing) -> None:
+def _install_drawn(drawing: Drawing) -> None:
     """Give adapters on meta, which may have become shards there, the values that were drawn for them."""
     while drawing.values:
-        initial, values = drawing.initials.parameters[len(drawing.values) - 1], drawing.values.pop()
+        initial, values = drawing.deferred.parameters[len(drawing.values) - 1], drawing.values.pop()
         module, leaf = initial.places[0]
         new = _like(_held(module, leaf), values)
         for module, leaf in initial.places:
             _put(module, leaf, new)
 
 
-def _set_state(part: ShardBuffer, parts: ShardBuffers) -> None:
-    if part.target.is_quantized:
-        for module, _ in part.target.places:
-            parts.quantizer.set_state(module, part.state)
-
-
-def _made(module: nn.Module, leaf: str, part: ShardBuffer, parts: ShardBuffers, *, clone: bool = False) -> torch.Tensor:
+def _made(
+    module: nn.Module, leaf: str, buffer: ShardBuffer, quant: QuantFormat, *, clone: bool = False
+) -> torch.Tensor:
     """What `module` is to hold, in the place and in the form of what it holds now."""
     old = _held(module, leaf)
-    data = part.tensor().clone() if clone else part.tensor()
+    data = buffer.tensor().clone() if clone else buffer.tensor()
     if not isinstance(old, nn.Parameter):
         return data
-    if part.target.is_quantized and not isinstance(old, DTensor):
-        return parts.quantizer.parameter(module, data, part.state)
+    if buffer.target.is_quantized and not isinstance(old, DTensor):
+        return quant.parameter(module, data, buffer.state)
     return _like(old, data)
 
 

@@ -1,104 +1,95 @@
-"""Run passes in order, consecutive layer passes layer by layer."""
+"""The pipeline: passes in order, those over batches one batch at a time, and no rank left waiting where one fails."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from surgery.errors import ConfigError
-from surgery.passes.base import Batch, BatchPass, MeetingPass, ModelPass, Naming
-from surgery.telemetry.report import Report
+from surgery.comm.failures import everyone
+from surgery.passes.base import Batch, BatchPass, Naming, Pass
+from surgery.passes.exchange import Exchange
+from surgery.passes.loading import Loading
 
 __all__ = ["Pipeline"]
 
 
-def _nothing() -> None:
-    """The default checkpoint between layers."""
-
-
-def _no_layers(_model: nn.Module) -> tuple[Batch, ...]:
-    """The default for a pipeline without layer passes."""
-    return ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Passes in order. It owns the layer loop: all consecutive layer passes finish one layer before the next begins,
-    but where ranks meet, the passes before are done with the next layer, so that a rank that is ahead need not wait.
+    """Passes in order, and what they share while a model is filled.
 
-    layers: what the layer passes visit.
-    given: facts that hold before the first pass.
-    between: called before every layer and every model pass; raises to stop, as when another rank has failed.
+    All batch passes finish one batch before the next begins. But at `exchange` ranks meet: it and those behind it are
+    one batch later than those before, so that a rank that is ahead need not wait.
     """
 
-    passes: tuple[ModelPass | BatchPass, ...]
-    layers: Callable[[nn.Module], Iterable[Batch]] = _no_layers
-    report: Report
-    given: frozenset[str] = frozenset()
-    between: Callable[[], None] = field(default=_nothing)
-
-    def __post_init__(self) -> None:
-        ensured = set(self.given)
-        for step in self.passes:
-            lacking = sorted(step.requires - ensured)
-            if lacking:
-                raise ConfigError(f"pass {step.name} requires {', '.join(lacking)}, which no earlier pass ensures")
-            ensured |= step.ensures
+    passes: Sequence[Pass]
+    loading: Loading
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model` after all passes. A failure is a `PassError` that names the pass and the FQN."""
-        for by_layer, group in itertools.groupby(self.passes, lambda step: isinstance(step, BatchPass)):
-            steps = tuple(group)
-            model = self._run_layers(model, steps) if by_layer else self._run_model(model, steps)  # type: ignore[arg-type]
+        for is_collective, group in itertools.groupby(self.passes, lambda step: step.is_collective):
+            with contextlib.nullcontext() if is_collective else self._together():
+                for over_batches, found in itertools.groupby(group, lambda step: isinstance(step, BatchPass)):
+                    run = self._run_batches if over_batches else self._run_each
+                    model = run(model, tuple(found))
         return model
 
-    def _run_model(self, model: nn.Module, steps: tuple[ModelPass, ...]) -> nn.Module:
+    def _together(self) -> contextlib.AbstractContextManager[None]:
+        return everyone(self.loading.ranks, device=self.loading.setting.device)
+
+    def _run_each(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:
         for step in steps:
-            self.between()
-            with self.report.phase(step.name), Naming(step.name, "the model"):
+            if not step.is_collective:
+                self.loading.ranks.check_alarm()
+            with self.loading.report.phase(step.name), Naming(step.name, "the model"):
                 model = step.run(model)
         return model
 
-    def _run_layers(self, model: nn.Module, steps: tuple[BatchPass, ...]) -> nn.Module:
-        ahead, behind = _split(steps)
-        with self.report.phase("+".join(step.name for step in steps)):
-            waiting: Batch | None = None
-            for layer in self.report.track(list(self.layers(model)), describe=lambda layer: layer.fqn):
-                with _keeping_a_promise(behind, waiting):
-                    self.between()
-                    _run(ahead, layer)
-                _run(behind, waiting)
-                waiting = None
-                for step in behind[:1]:
-                    step.arrive(layer)  # type: ignore[attr-defined]  # the first one is the meeting pass
-                    waiting = layer
-            _run(behind, waiting)
+    def _run_batches(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:
+        """Run batch passes in a thread, so that an interrupt of this one ends the loading of weights."""
+        self.loading.in_background(lambda: self._visit(*_split(steps))).wait()
+        self.loading.settle()
         return model
 
+    def _visit(self, ahead: Sequence[BatchPass], behind: Sequence[BatchPass]) -> None:
+        report, waiting = self.loading.report, None
+        with report.phase("+".join(step.name for step in (*ahead, *behind))):
+            for batch in report.track(self.loading.batches, describe=lambda batch: batch.fqn):
+                with _keeping_a_promise(behind, waiting):
+                    self.loading.ranks.check_alarm()
+                    _run(ahead, batch)
+                _run(behind, waiting)
+                waiting = None
+                if behind:
+                    self.loading.ranks.arrive(str(batch.number), stop=self.loading.stop)
+                    waiting = batch
+            _run(behind, waiting)
+            self.loading.raise_failure()
 
-def _split(steps: tuple[BatchPass, ...]) -> tuple[tuple[BatchPass, ...], tuple[BatchPass, ...]]:
-    """The passes before the first `MeetingPass`, and from it on."""
-    meetings = [number for number, step in enumerate(steps) if isinstance(step, MeetingPass)]
-    first = meetings[0] if meetings else len(steps)
-    return steps[:first], steps[first:]
+
+def _split(steps: Sequence[Pass]) -> tuple[Sequence[BatchPass], Sequence[BatchPass]]:
+    """The passes before `exchange`, and from it on."""
+    passes = [step for step in steps if isinstance(step, BatchPass)]
+    first = next((number for number, step in enumerate(passes) if isinstance(step, Exchange)), len(passes))
+    return passes[:first], passes[first:]
 
 
-def _run(steps: tuple[BatchPass, ...], layer: Batch | None) -> None:
-    """All `steps` on `layer`, if there is one."""
-    for step in steps if layer is not None else ():
-        assert layer is not None
-        with Naming(step.name, layer.fqn):
-            step.run_batch(layer)
+def _run(steps: Sequence[BatchPass], batch: Batch | None) -> None:
+    """Run all `steps` on `batch`, if there is one."""
+    for step in steps if batch is not None else ():
+        assert batch is not None
+        with Naming(step.name, batch.fqn):
+            step.run_batch(batch)
 
 
 @contextlib.contextmanager
-def _keeping_a_promise(behind: tuple[BatchPass, ...], waiting: Batch | None) -> Iterator[None]:
-    """Where the block fails, the others may have begun with the layer `waiting`, since this rank has arrived there: it
-    takes part, or finds that they do not, before the failure goes on its way.
+def _keeping_a_promise(behind: Sequence[BatchPass], waiting: Batch | None) -> Iterator[None]:
+    """A block after whose failure this rank still takes part in the batch `waiting`, if the others do.
+
+    It has arrived there, so that they may have begun; then the failure goes on its way.
     """
     try:
         yield

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from surgery.adapters.rehearsal import Trained
+from surgery.adapters.rehearsal import Trained, rehearse
+from surgery.checkpoint import Checkpoint
+from surgery.comm.ranks import Ranks
+from surgery.model.consistency import same_model
+from surgery.model.tree import tied_parameters
+from surgery.model.weights import plan_weights
+from surgery.passes.base import Naming
+from surgery.passes.replace import Replace, precisions, quantizable
 from surgery.passes.setting import Setting
-from surgery.passes.targets import Target
+from surgery.passes.targets import Target, find_targets
+from surgery.quantizers.base import check_runs
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,3 +38,46 @@ class Prepared:
     unsharded: frozenset[str]
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+
+
+def prepare(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    setting: Setting,
+    *,
+    ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+    device: torch.device | None = None,
+) -> Prepared:
+    """Match `model`, which is on meta, with `checkpoint`, and replace its modules; no weight is read.
+
+    To be called on all ranks alike, inside of `everyone`. device: of buffers that the checkpoint lacks; None is the
+    setting's. Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known.
+    """
+    quant, strategy = setting.format, setting.strategy
+    same_model(ranks, model, checkpoint)
+    weights = plan_weights(model, checkpoint, device=device or setting.device)
+    chosen = quantizable(model, quant)
+    tied = tied_parameters(model)
+    strategy.check_ties(tied)
+    trained: tuple[Trained, ...] = ()
+    if setting.lora is not None:
+        quantized = [site.module for site in chosen]
+        trained = rehearse(model, setting.lora, quantized=quantized, quant=quant, strategy=strategy)
+    transposed = frozenset(f"{site.fqn}.weight" for site in chosen if quant.is_transposed(site.module))
+    kept = precisions(model, chosen, setting.dtype)
+    with Naming(Replace.name, "the model"):
+        model = Replace(quant=quant, chosen=chosen).run(model)
+    targets = find_targets(
+        model, weights.assignments, checkpoint.index, quant, tied=tied, transposed=transposed, precisions=kept
+    )
+    for layout in {target.layout for target in targets if target.layout is not None}:
+        check_runs(quant, layout, setting.device)
+    return Prepared(
+        model=model,
+        setting=setting,
+        targets=targets,
+        trained=trained,
+        unsharded=strategy.check_model(model, quant),
+        ignored=weights.ignored,
+        initialized=weights.initialized,
+    )

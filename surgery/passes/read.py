@@ -1,93 +1,96 @@
-"""Read this rank's part of a layer from the checkpoint, and quantize it."""
+"""Pass `read`: this rank's part of a batch, from the checkpoint; quantized or copied as it arrives, by `quantize`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
 
 import torch
+from torch import nn
 
-from surgery.checkpoint import Chunk, Index, Prefetch, Reader, Request
-from surgery.comm.nodes import Node
+from surgery.checkpoint import Chunk
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
 from surgery.model.weights import Assignment
-from surgery.passes.base import Batch, Naming, Pass
-from surgery.passes.buffers import ShardBuffer, ShardBuffers
+from surgery.passes.base import Batch, BatchPass, Naming, Pass
+from surgery.passes.buffers import ShardBuffer
+from surgery.passes.loading import Loading
 from surgery.passes.targets import Target
-from surgery.sharding.partition import Partition
 
-__all__ = ["Load", "requests"]
-
-
-def requests(layers: Iterable[Batch], division: Partition, rank: int) -> Iterator[Request]:
-    """The ranges that `rank` reads of the tensors that map to one target each, in the order in which it uses them."""
-    for layer in layers:
-        for target in layer.targets:
-            elements = division.slice(target.form, rank).elements
-            if target.source is not None and elements:
-                yield Request(entry=target.source, start=elements.start, stop=elements.stop)
+__all__ = ["Read", "ReadAhead"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load(Pass):
-    """After: of every target the part that this rank reads, quantized if that is what the target is.
+class ReadAhead(Pass):
+    """Begin to read, in threads, what the model has on meta; passes that shape it go on meanwhile."""
+
+    name = "read-ahead"
+
+    loading: Loading
+
+    def run(self, model: nn.Module) -> nn.Module:
+        """`model`, unchanged."""
+        self.loading.read_ahead(model)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read(BatchPass):
+    """After: every tensor of the batch has a shard buffer, and the pieces that are read for it, yet to be taken.
 
     A tensor that upstream's conversion merges or splits, or that the checkpoint holds transposed, is no range of a
-    file: one rank of each node reads and converts it, and the next pass hands out its parts.
+    file: one rank of each node reads and converts it, and `exchange` hands out its parts.
     """
 
-    name: ClassVar[str] = "load"
-    requires: ClassVar[frozenset[str]] = frozenset({"quantized-modules"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"parts"})
+    name = "read"
 
-    index: Index = field(repr=False)
-    reader: Reader = field(repr=False)
-    prefetch: Prefetch = field(repr=False)
-    parts: ShardBuffers
-    node: Node
+    loading: Loading
 
-    def run_batch(self, layer: Batch) -> None:
-        """Fill the parts of `layer`."""
-        for assignment, group in groupby(layer.targets, lambda target: target.assignment):
+    def run_batch(self, batch: Batch) -> None:
+        """Give `batch` its buffers."""
+        for assignment, group in groupby(batch.targets, lambda target: target.assignment):
             targets = list(group)
             with Naming(self.name, split(targets[0].fqn)[0]):
-                self._fill(targets, assignment)
+                batch.buffers += self._buffers(targets, assignment)
 
-    def _fill(self, targets: list[Target], assignment: Assignment) -> None:
-        parts = [self.parts.begin(target) for target in targets]
+    def _buffers(self, targets: list[Target], assignment: Assignment) -> list[ShardBuffer]:
+        found = [self.loading.buffers.begin(target) for target in targets]
         if targets[0].source is not None:
-            self._stream(parts[0])
-        elif self.node.converter(targets, self.parts.division) == self.parts.rank:
-            self._convert(parts, assignment)
+            found[0].pieces = self._stream(found[0])
+        elif self.loading.converter(targets) == self.loading.ranks.rank:
+            self._convert(found, assignment)
+        return found
 
-    def _stream(self, part: ShardBuffer) -> None:
-        position = part.slice.elements.start
-        while position < part.slice.elements.stop:
-            chunk = self.prefetch.next()
-            for duplicate in part.target.assignment.duplicates:
-                self._check_same(chunk, duplicate, part.target)
-            self.parts.fill(part, chunk.start, chunk.data)
+    def _stream(self, buffer: ShardBuffer) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield `(start, values)` of what the rank reads of one tensor; each is valid until the next is asked for."""
+        assert self.loading.prefetch is not None
+        position = buffer.slice.elements.start
+        while position < buffer.slice.elements.stop:
+            chunk = self.loading.prefetch.next()
+            for duplicate in buffer.target.assignment.duplicates:
+                self._check_same(chunk, duplicate, buffer.target)
+            yield chunk.start, chunk.data
             position = chunk.start + chunk.data.numel()
-            chunk.release(_recorded(self.parts.residence.compute_device))
+            chunk.release(_recorded(self.loading.device))
 
-    def _convert(self, parts: list[ShardBuffer], assignment: Assignment) -> None:
-        tensors = assignment.convert({name: self.reader.read(self.index[name]) for name in assignment.sources})
+    def _convert(self, buffers: list[ShardBuffer], assignment: Assignment) -> None:
+        reader, index = self.loading.reader, self.loading.checkpoint.index
+        tensors = assignment.convert({name: reader.read(index[name]) for name in assignment.sources})
         for name in assignment.duplicates:
-            if not _equal(self.reader.read(self.index[name]), tensors[assignment.targets[0]], parts[0].target):
+            if not _equal(reader.read(index[name]), tensors[assignment.targets[0]], buffers[0].target):
                 raise _differ(name, assignment)
-        for part in parts:
-            tensor = tensors[part.target.fqn]
-            part.converted = (tensor.t() if part.target.is_transposed else tensor).reshape(-1)
+        for buffer in buffers:
+            tensor = tensors[buffer.target.fqn]
+            buffer.converted = (tensor.t() if buffer.target.is_transposed else tensor).reshape(-1)
 
     def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
-        """Tensors saved once more under a tied name must say the same: one of them would be lost without a word.
+        """Compare a tensor that is saved once more under a tied name: one of two would be lost without a word.
 
-        Samples have said so already (`surgery.model.ties`); what they have missed is found here.
+        Samples have been compared already (`surgery.model.ties`); what they have missed is found here.
         """
-        other = self.reader.read_range(self.index[name], chunk.start, chunk.start + chunk.data.numel())
+        entry = self.loading.checkpoint.index[name]
+        other = self.loading.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())
         if not _equal(other, chunk.data, target):
             raise _differ(name, target.assignment)
 

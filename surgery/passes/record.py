@@ -1,31 +1,46 @@
-"""Remember what was quantized, so that it can be attested."""
+"""Pass `record`: digests of what was quantized, so that it can be attested."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from surgery.passes.base import Batch, Pass
-from surgery.passes.buffers import ShardBuffers
-from surgery.quantizers.record import record
+from surgery.errors import ConfigError
+from surgery.model.fqn import split
+from surgery.passes.base import Batch, BatchPass
+from surgery.passes.buffers import ShardBuffer
+from surgery.passes.loading import Loading
+from surgery.quantizers.digest import Piece
+from surgery.quantizers.record import Made, record
 
-__all__ = ["Remember"]
+__all__ = ["Record"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remember(Pass):
-    """After: of every 4-bit layer there is a digest of what this rank has made of it, and of its state.
+class Record(BatchPass):
+    """After: of every quantized layer there is a digest of what this rank has made of it, and of its state.
 
-    Before parts are moved, so that all that can happen to them is attested. A digest takes a hundredth of the time that
-    quantizing takes.
+    Before buffers are moved, so that all that can happen to them is attested. A digest takes a hundredth of the time
+    that quantizing takes.
     """
 
-    name: ClassVar[str] = "remember"
-    requires: ClassVar[frozenset[str]] = frozenset({"full-parts"})
-    ensures: ClassVar[frozenset[str]] = frozenset()
+    name = "record"
 
-    parts: ShardBuffers
+    loading: Loading
 
-    def run_batch(self, layer: Batch) -> None:
-        """Remember the quantized parts of `layer`."""
-        record(self.parts.of(layer.targets))
+    def run_batch(self, batch: Batch) -> None:
+        """Remember the quantized tensors of `batch`."""
+        quantized = [buffer for buffer in batch.buffers if buffer.target.is_quantized]
+        if any(buffer.state is None for buffer in quantized):
+            raise ConfigError("a quantized weight has no state yet: record comes after exchange")
+        record([_made(buffer) for buffer in quantized], self.loading.setting.format)
+
+
+def _made(buffer: ShardBuffer) -> Made:
+    target = buffer.target
+    return Made(
+        fqn=split(target.fqn)[0],
+        modules=tuple(module for module, _ in target.places),
+        nbytes=target.nbytes,
+        piece=Piece(data=buffer.read_rows(), start=buffer.slice.reads.start * buffer.row * target.dtype.itemsize),
+        state=buffer.state,
+    )

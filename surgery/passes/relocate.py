@@ -1,63 +1,60 @@
-"""Move parts to where they wait until the model takes them."""
+"""Pass `relocate`: shard buffers to where they wait until the model takes them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 
 from surgery.comm.collectives import gather_to_rank0
-from surgery.comm.device_to_host import HostCopies
 from surgery.comm.failures import collective
-from surgery.comm.ranks import Ranks
-from surgery.passes.base import Batch, Naming, Pass
-from surgery.passes.buffers import ShardBuffer, ShardBuffers
+from surgery.errors import ConfigError
+from surgery.passes.base import Batch, BatchPass, Naming
+from surgery.passes.buffers import ShardBuffer
+from surgery.passes.loading import Loading
 
-__all__ = ["Place"]
+__all__ = ["Relocate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place(Pass):
-    """After: every part is on the rank's data device. `quant_state` and buffers stay on the compute device.
+class Relocate(BatchPass):
+    """After: every buffer is on the rank's data device. States and the model's buffers stay where it computes.
 
     Collective where rank 0 keeps everything: the others send it what they have quantized, and keep shapes on meta. Rank
-    0 copies a layer to its CPU while the next one is made; what it has last must be waited for (`landing`).
+    0 copies a batch to its CPU while the next one is made.
     """
 
-    name: ClassVar[str] = "place"
-    requires: ClassVar[frozenset[str]] = frozenset({"full-parts"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"placed"})
+    name = "relocate"
 
-    parts: ShardBuffers
-    ranks: Ranks
-    landing: HostCopies = field(repr=False)
+    loading: Loading
 
-    def run_batch(self, layer: Batch) -> None:
-        """Move the parts of `layer`."""
-        self.landing.wait()
-        with collective(self.ranks), Naming(self.name, layer.fqn):
-            for part in self.parts.of(layer.targets):
-                self._move(part)
+    def run_batch(self, batch: Batch) -> None:
+        """Move the buffers of `batch`."""
+        if any(buffer.target.is_quantized and buffer.state is None for buffer in batch.buffers):
+            raise ConfigError("a quantized weight has no state yet: relocate comes after exchange")
+        self.loading.host_copies.wait()
+        with collective(self.loading.ranks), Naming(self.name, batch.fqn):
+            for buffer in batch.buffers:
+                self._move(buffer)
 
-    def _move(self, part: ShardBuffer) -> None:
-        if part.target.form.is_buffer:
+    def _move(self, buffer: ShardBuffer) -> None:
+        if buffer.target.form.is_buffer:
             return
-        if self.parts.division.rank0_only:
-            self._send_to_rank0(part)
-        elif part.data.device != self.parts.residence.data_device:
-            part.data = part.data.to(self.parts.residence.data_device)
+        data_device = self.loading.buffers.devices.data
+        if self.loading.buffers.partition.rank0_only:
+            self._send_to_rank0(buffer)
+        elif buffer.data.device != data_device:
+            buffer.data = buffer.data.to(data_device)
 
-    def _send_to_rank0(self, part: ShardBuffer) -> None:
-        numel = part.target.shape.numel()
-        keeps = self.parts.residence.keeps_data
-        if part.target.is_quantized:
-            whole = torch.empty(numel, dtype=part.target.dtype) if keeps else None
-            rows = [share.reads for share in self.parts.division.slices(part.target.form)]
-            gather_to_rank0(
-                part.read_rows(), rows, out=whole, landing=self.landing
-            )  # a row of a packed weight is one element
+    def _send_to_rank0(self, buffer: ShardBuffer) -> None:
+        target, keeps = buffer.target, self.loading.buffers.devices.keeps_data
+        numel = target.shape.numel()
+        if target.is_quantized:
+            whole = torch.empty(numel, dtype=target.dtype) if keeps else None
+            # A row of a packed weight is one element.
+            rows = [share.reads for share in self.loading.buffers.partition.slices(target.form)]
+            gather_to_rank0(buffer.read_rows(), rows, out=whole, copies=self.loading.host_copies)
         else:
-            whole = part.data if keeps else None
-        part.data = torch.empty(numel, dtype=part.target.dtype, device="meta") if whole is None else whole
-        part.is_whole = True
+            whole = buffer.data if keeps else None
+        buffer.data = torch.empty(numel, dtype=target.dtype, device="meta") if whole is None else whole
+        buffer.is_whole = True

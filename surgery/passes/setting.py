@@ -72,9 +72,7 @@ class Setting:
     @cached_property
     def strategy(self) -> ShardStrategy:
         """How ranks share the model."""
-        return strategy_for(
-            self.shard, world_size=self.world_size, device=self.device, placement=self.placement
-        )
+        return strategy_for(self.shard, world_size=self.world_size, device=self.device, placement=self.placement)
 
     @property
     def on_cpu(self) -> bool:

@@ -172,7 +172,8 @@ class QuantFormat:
         """Give `module` its state, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
 
-    def like(self, parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    @staticmethod
+    def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
         """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
 

@@ -259,10 +259,11 @@ class Bnb4bit(QuantFormat):
         """A `Params4bit`."""
         return as_params4bit(packed, module, self.options, state)
 
-    def like(self, parameter: Any, data: torch.Tensor) -> nn.Parameter:
+    @staticmethod
+    def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
         """A `Params4bit` with the same `quant_state`, or a plain parameter, as `parameter` is."""
         if not is_params4bit(parameter):
-            return super().like(parameter, data)
+            return QuantFormat.like(parameter, data)
         from bitsandbytes.nn import Params4bit
 
         return Params4bit(

@@ -1,1 +1,5 @@
-"""How ranks share a model: the partition of its tensors, and one file for each sharding strategy."""
+"""How ranks share a model: the protocol is in `base`, and each strategy is a file of its own, imported here."""
+
+from surgery.sharding import ddp, fsdp1, fsdp2, unsharded
+
+__all__ = ["ddp", "fsdp1", "fsdp2", "unsharded"]

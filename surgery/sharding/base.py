@@ -6,25 +6,48 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from surgery.config import parse_placement
 from surgery.errors import ConfigError
 from surgery.model.tree import Site
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece
-from surgery.sharding.partition import Grid, Partition
+from surgery.sharding.partition import Grid, Partition, chunk
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Devices", "Shard", "ShardStrategy", "Unit", "register", "strategy_for", "strategy_of"]
+__all__ = [
+    "READS_WEIGHTS",
+    "Devices",
+    "Shard",
+    "ShardStrategy",
+    "Unit",
+    "limit_of",
+    "outermost",
+    "register",
+    "strategy_for",
+    "strategy_of",
+]
+
+T = TypeVar("T")
+
+#: Options of LoRA that read base weights while adapters are made, and what for.
+READS_WEIGHTS = {
+    "use_dora": "computes its magnitudes from the base weight",
+    "trainable_token_indices": "starts from rows of the embedding",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +105,17 @@ class ShardStrategy:
         """Refuse options, placement, world size and device that cannot work together; needs no process group."""
         if self.placement not in self.placements:
             raise ConfigError(
-                f"placement must be one of {', '.join(self.placements)} for {self.label}; got {self.placement!r}"
+                f"placement must be {' or '.join(self.placements)} for {self.label}; got {self.placement}: leave it "
+                "out, or use another sharding"
             )
 
     def check_group(self) -> None:
-        """Refuse to begin without what must be set up by then, such as a process group."""
+        """Refuse to begin without what must be set up by then: a process group, where there are options."""
+        if self.options is not None and not dist.is_initialized():
+            raise ConfigError(
+                f"shard={type(self.options).__name__}() needs a process group: start with torchrun and call "
+                "torch.distributed.init_process_group() first, or pass shard=None for a single process"
+            )
 
     def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
         """Refuse packed storage that cannot be sharded so. adapted: whether the model will have adapters."""
@@ -110,12 +139,12 @@ class ShardStrategy:
 
     # Who reads and who keeps what. -----------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def partition(self) -> Partition:
         """Who reads, and who keeps, which rows while the model is loaded."""
         return Partition(grid=Grid(replicas=self.world_size))
 
-    @property
+    @cached_property
     def at_rest(self) -> Grid:
         """Over how many ranks parameters are divided once the model is complete."""
         return Grid(replicas=self.world_size)
@@ -176,14 +205,18 @@ class ShardStrategy:
 
     @classmethod
     def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
-        """The strategy of a model for which `made` is true, for the methods from here on."""
-        del model
-        return cls(None, device=device)
+        """The strategy of a model for which `made` is true, for the methods from here on; it has no options.
+
+        device: where ranks compute; None takes it from the model.
+        """
+        found = next((parameter.device for parameter in model.parameters()), None)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        return cls(None, world_size=world_size, device=device or found)
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
         del model
-        return {layer: Shard(piece=Piece(data=layer.weight.detach())) for layer in layers}  # type: ignore[operator,arg-type]
+        return {layer: _own_shard(layer) for layer in layers}
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
@@ -257,6 +290,40 @@ class Unit:
         return self.weights + self.adapters
 
 
+def outermost(model: nn.Module, kind: type[T]) -> T | None:
+    """The first module of `model`, itself included, that is of the class `kind`; None if there is none."""
+    return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def limit_of(max_norm: float | None) -> float:
+    """The norm to clip to, infinite for None."""
+    return math.inf if max_norm is None else max_norm
+
+
+def _own_shard(layer: nn.Module) -> Shard:
+    """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if isinstance(weight, DTensor):
+        return _sharded_along_rows(weight)
+    return Shard(piece=Piece(data=weight.detach()))
+
+
+def _sharded_along_rows(weight: DTensor) -> Shard:
+    mesh, local = weight.device_mesh, weight.to_local()
+    sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    if not sharded:
+        return Shard(piece=Piece(data=local))
+    if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
+        raise ConfigError(
+            f"expected packed weights to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
+        )
+    rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    start = rows.start * weight.shape[1:].numel() * weight.element_size()
+    return Shard(piece=Piece(data=local, start=start), group=mesh.get_group(sharded[0]))
+
+
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}
 
 
@@ -271,9 +338,10 @@ def strategy_for(
     """The strategy that serves `options`; raises `ConfigError` if none does, or a placement that there is not."""
     kind = _STRATEGIES.get(type(options))
     if kind is None:
-        known = ", ".join(each.__name__ for each in _STRATEGIES)
+        known = ", ".join(each.__name__ for each in _STRATEGIES if each is not type(None))
         raise ConfigError(f"shard: expected None or one of {known}; got {options!r:.80}")
-    return kind(options, world_size=world_size, device=device, placement=placement)
+    wanted = None if placement is None else parse_placement(placement)
+    return kind(options, world_size=world_size, device=device, placement=wanted)
 
 
 def strategy_of(model: nn.Module, device: torch.device | None = None) -> ShardStrategy:

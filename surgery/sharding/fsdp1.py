@@ -1,23 +1,37 @@
-"""FSDP1 around a 4-bit model: what becomes a unit, how meta ranks get memory, and the wrapping itself."""
+"""FSDP1 around a quantized model: what becomes a unit, how meta ranks get memory, and the wrapping itself."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP1, Units
 from surgery.errors import ConfigError
-from surgery.model.fqn import join
+from surgery.model.fqn import PEFT_PREFIX, clean, join
+from surgery.model.tree import Site, decoder_blocks
+from surgery.quantizers.base import QuantFormat, kept_parameters
+from surgery.quantizers.digest import Piece
+from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
+from surgery.sharding.fsdp import Fsdp
+from surgery.sharding.partition import Grid, Partition
+from surgery.sharding.unsharded import copies
 
-__all__ = ["materializer", "plan_units", "wrap"]
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Fsdp1", "materializer", "plan_units", "wrap"]
 
 STRATEGIES = {
     "full-shard": ShardingStrategy.FULL_SHARD,
@@ -157,7 +171,7 @@ def _owned_parameters(model: nn.Module, units: set[nn.Module]) -> Iterator[tuple
 
 
 def materializer(
-    device: torch.device, made: dict[nn.Parameter, nn.Parameter], shared: set[nn.Parameter]
+    quant: QuantFormat, device: torch.device, made: dict[nn.Parameter, nn.Parameter], shared: set[nn.Parameter]
 ) -> Callable[[nn.Module], None]:
     """A `param_init_fn`: gives meta parameters of a module uninitialized memory on `device`, for a broadcast to fill.
 
@@ -171,7 +185,7 @@ def materializer(
                 continue
             new = made.get(parameter)
             if new is None:
-                new = _empty(parameter, device)
+                new = _empty(parameter, quant, device)
             if parameter in shared:
                 made[parameter] = new
             module._parameters[name] = new
@@ -184,18 +198,13 @@ def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, count in places.items() if count > 1}
 
 
-def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """An uninitialized parameter like `parameter`, of the same class, with the same `quant_state` if it has one."""
-    from surgery.quantizers.bnb import with_data
-
-    data = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-    if getattr(parameter, "quant_state", None) is not None:
-        return with_data(parameter, data)
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+def _empty(parameter: nn.Parameter, quant: QuantFormat, device: torch.device) -> nn.Parameter:
+    """An uninitialized parameter like `parameter`, of the same kind, with the same state if it has one."""
+    return quant.like(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
 
 
 def _bring(
-    model: nn.Module, parameters: set[nn.Parameter], config: FSDP1, *, device: torch.device
+    model: nn.Module, parameters: set[nn.Parameter], config: FSDP1, *, quant: QuantFormat, device: torch.device
 ) -> list[nn.Parameter]:
     """What takes the place of `parameters`, whole on `device`, with rank 0's values if the others have none."""
     brought: dict[nn.Parameter, nn.Parameter] = {}
@@ -204,7 +213,7 @@ def _bring(
             if parameter is None or parameter not in parameters:
                 continue
             if parameter not in brought:
-                data = _empty(parameter, device) if parameter.is_meta else parameter.data.to(device)
+                data = _empty(parameter, quant, device) if parameter.is_meta else parameter.data.to(device)
                 brought[parameter] = nn.Parameter(data, requires_grad=False)
             module._parameters[name] = brought[parameter]
     new = list(brought.values())
@@ -218,6 +227,7 @@ def wrap(
     units: set[nn.Module],
     config: FSDP1,
     *,
+    quant: QuantFormat,
     device: torch.device,
     unsharded: set[nn.Parameter],
 ) -> FullyShardedDataParallel:
@@ -235,14 +245,293 @@ def wrap(
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
         cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
         mixed_precision=config.mixed_precision,
-        param_init_fn=materializer(device, made, _shared_parameters(model)),
+        param_init_fn=materializer(quant, device, made, _shared_parameters(model)),
         device_id=device,
         sync_module_states=config.sync_module_states,
         use_orig_params=config.use_orig_params,
         forward_prefetch=config.forward_prefetch,
         limit_all_gathers=config.limit_all_gathers,
-        ignored_states=_bring(model, unsharded, config, device=device),
+        ignored_states=_bring(model, unsharded, config, quant=quant, device=device),
         **options,
     )
     made.clear()  # FSDP keeps the function that fills it, and whole parameters would stay beside their shards
     return wrapped
+
+
+class Fsdp1(Fsdp):
+    """The strategy of `surgery.FSDP1`: each unit of the model is one flat parameter, of which a rank keeps a range.
+
+    What upstream keeps in another dtype than the model's stays whole on every rank: router gates and the like are
+    small, are read from outside of the module that holds them, and would not fit in the flat parameter of a block.
+    """
+
+    label = "FSDP1"
+    placements = ("rank0-cpu", "replicated")
+    options: FSDP1 | None
+
+    def __init__(self, options: Any, **setting: Any) -> None:
+        super().__init__(options, **setting)
+        self.waits_on_rank0 = self.placement == "rank0-cpu"
+        self.build_patches = ("torch.fsdp1-sync-on-cpu",) if self.device.type == "cpu" else ()
+        self.keeps_gathered = options is not None and options.strategy == "shard-grad-op"
+
+    @property
+    def chosen(self) -> FSDP1:
+        """The options; a model that was found sharded has none."""
+        assert self.options is not None
+        return self.options
+
+    def check(self) -> None:
+        """Refuse placements and devices that FSDP1 does nothing sensible with."""
+        if self.placement == "sharded":
+            raise ConfigError(
+                "placement sharded keeps each rank's shard alone, but FSDP1 makes its shards itself: use "
+                "shard=FSDP2(), or placement='rank0-cpu'"
+            )
+        super().check()
+        if self.waits_on_rank0 and not self.chosen.sync_module_states and self.world_size > 1:
+            raise ConfigError(
+                "placement rank0-cpu with sync_module_states=False: the ranks other than 0 would train on "
+                "uninitialized memory, and FSDP says nothing. Leave sync_module_states=True, or use "
+                "placement='replicated'"
+            )
+        if self.cpu_offload and self.device.type == "cpu":
+            raise ConfigError(
+                "cpu_offload moves parameters between an accelerator and the CPU; here there is only a CPU"
+            )
+
+    def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
+        """Refuse integers, casts, and blocks that would not fit one flat parameter where `units="block"` asks so."""
+        if not quant.storage.is_floating_point:
+            raise ConfigError(
+                f"quant_storage={quant.storage} cannot be sharded by FSDP1, which flattens floating-point tensors "
+                f"only: use quant_storage={quant.dtype} (the same bytes under another name), or leave it None"
+            )
+        super().check_format(quant, adapted=adapted)
+        if self.chosen.units == "block":
+            self._check_blocks(quant, adapted=adapted)
+
+    def _check_blocks(self, quant: QuantFormat, *, adapted: bool) -> None:
+        if quant.storage != quant.dtype:
+            raise ConfigError(
+                f"units='block' with quant_storage={quant.storage}: norms{' and adapters' if adapted else ''} are "
+                f"{quant.dtype}, and FSDP1 flattens one dtype only. Use units='auto', which wraps them on their own, "
+                "or quant_storage=None"
+            )
+        if adapted and not self.chosen.use_orig_params:
+            raise ConfigError(
+                "units='block' puts trainable adapters and frozen weights into one flat parameter, which FSDP1 refuses "
+                "without use_orig_params: use use_orig_params=True, or units='auto', which wraps adapters on their own"
+            )
+
+    def check_adapters(self, lora: LoraConfig) -> None:
+        """Refuse adapters that read base weights where these are on meta, or freed by then.
+
+        Without `use_orig_params` adapters are units of their own, and base weights are freed when these run.
+        """
+        if lora.use_dora and self.waits_on_rank0 and self.world_size > 1:
+            raise ConfigError(
+                "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta "
+                "under placement rank0-cpu: use placement='replicated', or use_dora=False"
+            )
+        for name in () if self.chosen.use_orig_params else READS_WEIGHTS:
+            if getattr(lora, name, None):
+                raise ConfigError(
+                    f"{name} reads the base weight while the adapter runs, but without use_orig_params adapters are "
+                    "FSDP1 units of their own, and the weight is freed by then: use use_orig_params=True, or leave "
+                    f"{name} out"
+                )
+
+    def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse ties where FSDP1 keeps parameters and shards nothing: it loses them from the second forward on.
+
+        One rank is as unsharded as strategy no-shard.
+        """
+        names = [name for name, aliases in tied.items() if aliases]
+        if not self.chosen.use_orig_params or not names:
+            return
+        if self.chosen.strategy == "no-shard" or self.world_size == 1:
+            raise ConfigError(
+                f"{names[0]} is tied to {tied[names[0]][0]}, which FSDP1 cannot handle with use_orig_params=True while "
+                f"it shards nothing ({'strategy no-shard' if self.world_size > 1 else 'one rank'}): its second forward "
+                "fails. Use use_orig_params=False, or a sharding strategy on two ranks or more"
+            )
+
+    def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
+        """FQNs of what upstream keeps in another dtype. Refuses what cannot be divided into units."""
+        unsharded = kept_parameters(model, quant.dtype, ends=False)
+        self._units(model, set(unsharded.values()), use_orig_params=True)  # what is trained is not known yet
+        kept = [name for name in kept_parameters(model, quant.dtype) if name not in unsharded]
+        self._check_kept(model, kept, quant.dtype)
+        return frozenset(unsharded)
+
+    def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
+        """Refuse views, adapters of parameters, and what cannot be divided into units."""
+        super().check_adapted(adapted, blocks, unsharded)
+        wrapped = [
+            f"{name.removeprefix(PEFT_PREFIX).replace('.base_layer', '')}.{module.parameter_name}"
+            for name, module in adapted.named_modules()
+            if "parameter_name" in vars(module)
+        ]
+        if wrapped:
+            raise ConfigError(
+                f"lora: PEFT adapts {', '.join(wrapped[:3])}{', ...' if len(wrapped) > 3 else ''} as parameters, which "
+                "it replaces while a module runs, and FSDP1 does not let it: use shard=FSDP2() (--fsdp 2), or name in "
+                "target_modules linear layers alone, such as q_proj and v_proj"
+            )
+        self._units(adapted, unsharded, use_orig_params=self.chosen.use_orig_params, blocks=blocks)
+
+    def _units(
+        self,
+        model: nn.Module,
+        unsharded: set[nn.Parameter],
+        *,
+        use_orig_params: bool,
+        blocks: Sequence[Site] | None = None,
+    ) -> set[nn.Module]:
+        modules = [site.module for site in (decoder_blocks(model) if blocks is None else blocks)]
+        return plan_units(
+            model, modules, use_orig_params=use_orig_params, policy=self.chosen.units, unsharded=unsharded
+        )
+
+    @cached_property
+    def partition(self) -> Partition:
+        """All ranks quantize a part each for rank 0; or each has everything."""
+        if self.waits_on_rank0 and self.world_size > 1:
+            return Partition(grid=Grid(shards=self.world_size), rank0_only=True)
+        return super().partition
+
+    @cached_property
+    def at_rest(self) -> Grid:
+        """The mesh; strategy no-shard divides nothing."""
+        if self.options is not None and self.options.strategy == "no-shard":
+            return Grid(replicas=self.world_size)
+        return super().at_rest
+
+    def devices(self, rank: int) -> Devices:
+        """Rank 0 keeps all weights on its CPU, the others none; or each has them on its device."""
+        if not self.waits_on_rank0:
+            return super().devices(rank)
+        return Devices(compute=self.device, data=torch.device("cpu" if rank == 0 else "meta"))
+
+    def finish(self, model: nn.Module, quant: QuantFormat) -> FullyShardedDataParallel:
+        """The `FullyShardedDataParallel` around `model`: every rank holds its shard, with rank 0's values."""
+        if self.world_size > 1 and not self.chosen.sync_module_states:
+            trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            broadcast_from_rank0(trainable, device=self.device)
+        kept = kept_parameters(model, quant.dtype, ends=False).values()
+        unsharded = {parameter for parameter in kept if not parameter.requires_grad}
+        units = self._units(model, unsharded, use_orig_params=self.chosen.use_orig_params)
+        return wrap(model, units, self.chosen, quant=quant, device=self.device, unsharded=unsharded)
+
+    @classmethod
+    def made(cls, model: nn.Module) -> bool:
+        """Whether `model` is, or has in it, a `FullyShardedDataParallel`."""
+        return outermost(model, FullyShardedDataParallel) is not None
+
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
+        """Ranges of flat parameters, and whole weights that are in none."""
+        layers, flat = list(layers), dict(_flat_shards(model))
+        whole = super().shards(model, [layer for layer in layers if layer not in flat])
+        return {layer: flat.get(layer) or whole[layer] for layer in layers}
+
+    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """One unit at a time is whole on the device."""
+        state: dict[str, torch.Tensor] = {}
+        for prefix, unit in list(model.named_modules()):
+            if not isinstance(unit, FullyShardedDataParallel) or not _trains(unit):
+                continue
+            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+                found = {clean(join(prefix, name)): p for name, p in _own_parameters(unit) if p.requires_grad}
+                state |= copies(found) if dist.get_rank() == 0 else {}
+        return state
+
+    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """A block under `no_sync` in all but the last."""
+        return nullcontext() if is_last else _root(model).no_sync()
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+        """Clip by FSDP, which knows the other ranks' shards; torch.nn.utils would see this rank's alone."""
+        return _root(model).clip_grad_norm_(limit_of(max_norm))
+
+    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
+        """The scaler that exchanges what it has found."""
+        return _ScalarFlags(self.device.type, enabled=enabled)
+
+    def _at_end(self, units: Sequence[Unit]) -> int:
+        """The root unit, which has all but the blocks."""
+        return sum(unit.whole for unit in units if unit.kind != "block")
+
+    def _in_block(self, blocks: Sequence[int], units: Sequence[Unit]) -> int:
+        """The block itself and the next one, beside the root unit."""
+        return sum(blocks[:2]) + self._at_end(units)
+
+    def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
+        """One moment for each unit: memory for its parameters, where there is none yet; a flat copy; and its shard."""
+        in_blocks = [unit.weights for unit in units if unit.kind == "block"]
+        sizes = [*in_blocks, sum(unit.weights for unit in units) - sum(in_blocks)]
+        has_weights = rank == 0 or not self.waits_on_rank0
+        is_here = has_weights and (self.device.type == "cpu" or not self.waits_on_rank0)
+        left, held = sum(sizes) if has_weights else 0, unsharded
+        for size in sizes:
+            shard = -(-size // self.at_rest.shards)
+            work = held + (1 if is_here else 2) * size + shard
+            yield (left, work) if self.waits_on_rank0 else (0, work + left)
+            held += shard
+            left -= size if has_weights else 0
+
+
+def _root(model: nn.Module) -> FullyShardedDataParallel:
+    root = outermost(model, FullyShardedDataParallel)
+    assert root is not None
+    return root
+
+
+class _ScalarFlags(ShardedGradScaler):
+    """Its flags of an overflow are vectors of one element, but a fused optimizer takes scalars (torch 2.13)."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Unscale the gradients of `optimizer`, and see whether one on any rank is not finite."""
+        if not self.is_enabled():
+            return
+        super().unscale_(optimizer)
+        flags: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        flags.update((device, flag.reshape(())) for device, flag in flags.items())
+
+
+def _trains(unit: nn.Module) -> bool:
+    return any(parameter.requires_grad for _, parameter in _own_parameters(unit))
+
+
+def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters below `unit` that no other unit inside of it holds."""
+    yield from ((join(prefix, name), p) for name, p in unit._parameters.items() if p is not None)
+    for name, child in unit.named_children():
+        if not isinstance(child, FullyShardedDataParallel):
+            yield from _own_parameters(child, join(prefix, name))
+
+
+def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
+    """The shards of layers whose weights are in flat parameters, by layer."""
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        handle: Any = unit._handle
+        if handle is not None:
+            yield from _unit_shards(handle)
+
+
+def _unit_shards(handle: Any) -> Iterator[tuple[nn.Module, Shard]]:
+    """The same of one unit; `handle` keeps where in its flat parameter each parameter is."""
+    flat = handle.flat_param
+    # Before the first forward, and where nothing is sharded, there is one tensor only.
+    local = getattr(flat, "_local_shard", flat.data) if handle.uses_sharded_strategy else flat.data
+    group = handle.process_group if handle.uses_sharded_strategy else None
+    for where, info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
+        if where.param_name != "weight":
+            continue
+        first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
+        data = local[first : first + numel] if info.in_shard else local[:0]
+        piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
+        yield where.module, Shard(piece=piece, group=group)
+
+
+register(FSDP1, Fsdp1)

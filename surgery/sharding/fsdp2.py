@@ -1,35 +1,44 @@
-"""FSDP2 around a 4-bit model: which modules make a group, and sharding it while it is on meta."""
+"""FSDP2 around a quantized model: which modules make a group, and sharding it while it is on meta."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
-from surgery.model.fqn import join
-from surgery.model.tree import Site, ends_of
+from surgery.model.fqn import clean, join
+from surgery.model.tree import Site, decoder_blocks, ends_of
+from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
+from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
+from surgery.sharding.fsdp import Fsdp
+from surgery.sharding.partition import Partition
 
-__all__ = ["check_groups", "make_mesh", "replicas_of", "shard", "share_among_replicas"]
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
+__all__ = ["SHARDS_INTEGERS", "Fsdp2", "check_groups", "shard"]
 
-def make_mesh(config: FSDP2, *, device: torch.device) -> DeviceMesh:
-    """The mesh of `config`: `(shard,)`, or `(replicate, shard)`; to be called on all ranks alike."""
-    if config.mesh is None:
-        return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
+#: The first torch whose FSDP2 shards parameters of an integer dtype.
+SHARDS_INTEGERS = (2, 13)
 
+#: How many blocks a rank has unsharded at most, by its streams: the one that computes, the next one as it was gathered,
+#: and that one as parameters. (Read in torch 2.13, `_fsdp_param_group.py`; not measured.)
+GATHERED_BLOCKS = 3
 
-def replicas_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group of the ranks that keep the same shards as this one; None in a mesh of one dimension."""
-    return mesh.get_group("replicate") if mesh.ndim > 1 else None
+#: What torch.nn.utils adds to the norm that it divides by.
+CLIP_EPSILON = 1e-6
 
 
 def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceMesh) -> None:
@@ -104,14 +113,218 @@ def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) 
         stack.extend((join(prefix, name), child, group) for name, child in module.named_children())
 
 
-def share_among_replicas(parameters: Iterable[nn.Parameter], mesh: DeviceMesh, *, device: torch.device) -> None:
-    """Give every replica the first one's values of sharded `parameters`, in place; collective."""
-    group = replicas_of(mesh)
-    if group is None:
-        return
-    for parameter in parameters:
-        assert isinstance(parameter, DTensor)
-        local = parameter.to_local().detach()
-        sent = local.to(device)
-        dist.broadcast(sent, group=group, group_src=0)
-        local.copy_(sent)
+class Fsdp2(Fsdp):
+    """The strategy of `surgery.FSDP2`: every parameter is divided along dimension 0, on meta or once it is filled."""
+
+    label = "FSDP2"
+    placements = ("sharded", "replicated")
+    options: FSDP2 | None
+    resident_patches = ("torch.fsdp2-bit-exact-gather",)
+
+    def __init__(self, options: Any, **setting: Any) -> None:
+        super().__init__(options, **setting)
+        self.shards_on_meta = self.placement == "sharded"
+        self.keeps_whole = not self.shards_on_meta
+        self.keeps_gathered = options is not None and options.reshard_after_forward is False
+        self.mesh: DeviceMesh | None = None
+
+    def check(self) -> None:
+        """Refuse to wait for a broadcast that FSDP2 does not make."""
+        if self.placement == "rank0-cpu":
+            raise ConfigError(
+                "placement rank0-cpu waits for FSDP1 to broadcast rank 0's weights, which FSDP2 does not do: use "
+                "placement='sharded', where no rank holds more than its shard, or shard=FSDP1()"
+            )
+        super().check()
+
+    def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
+        """Refuse integers that this torch cannot shard, and casts."""
+        is_integer = not quant.storage.is_floating_point
+        if is_integer and Version(torch.__version__).release < SHARDS_INTEGERS:
+            raise ConfigError(
+                f"quant_storage={quant.storage} cannot be sharded by FSDP2 of torch {torch.__version__}, which makes "
+                f"parameters that require gradients of it: use torch {'.'.join(map(str, SHARDS_INTEGERS))} or later, "
+                f"or quant_storage={quant.dtype} (the same bytes under another name)"
+            )
+        super().check_format(quant, adapted=adapted)
+
+    def check_adapters(self, lora: LoraConfig) -> None:
+        """Refuse adapters that read base weights if no rank ever has a whole one."""
+        for name, what in READS_WEIGHTS.items() if self.shards_on_meta else ():
+            if getattr(lora, name, None):
+                raise ConfigError(
+                    f"{name} {what}, but with placement sharded no rank holds a whole weight: use "
+                    f"placement='replicated', or leave {name} out"
+                )
+
+    def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
+        """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
+        self._check_kept(model, list(kept_parameters(model, quant.dtype)), quant.dtype)
+        return frozenset()
+
+    def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
+        """Refuse views, ties between groups, and groups that train several dtypes."""
+        super().check_adapted(adapted, blocks, unsharded)
+        check_groups(adapted, blocks)
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Each rank reads and keeps its shard; or each keeps everything."""
+        return Partition(grid=self.at_rest) if self.shards_on_meta else super().partition
+
+    def devices(self, rank: int) -> Devices:
+        """Weights wait on the device, or as shards on the CPU if they are offloaded."""
+        found = super().devices(rank)
+        on_cpu = self.shards_on_meta and self.cpu_offload
+        return Devices(compute=found.compute, data=torch.device("cpu")) if on_cpu else found
+
+    def adapter_rows(self, rank: int, rows: int) -> range:
+        """The rows of its shard, if the model is sharded by then."""
+        return self.partition.rows_of(rank, rows) if self.shards_on_meta else super().adapter_rows(rank, rows)
+
+    def adapter_device(self, rank: int) -> torch.device:
+        """Where weights wait, if the model is sharded by then."""
+        return self.devices(rank).data if self.shards_on_meta else super().adapter_device(rank)
+
+    def meet(self) -> None:
+        """Make the mesh: `(shard,)`, or `(replicate, shard)`."""
+        shape, names = self.mesh_shape or (self.world_size,), ("replicate", "shard")
+        self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names[-len(shape) :])
+
+    @property
+    def _met(self) -> DeviceMesh:
+        assert self.mesh is not None, "meet() comes first"
+        return self.mesh
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The ranks of this one's column of the mesh."""
+        return self._met.get_group("replicate") if self._met.ndim > 1 else None
+
+    def shard_on_meta(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
+        """`model` itself, sharded in place: what is on meta stays there, the rest is this rank's shard of it."""
+        del quant
+        _make_plain(model)
+        assert self.options is not None
+        shard(model, decoder_blocks(model), self.options, self._met)
+        return model
+
+    def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
+        """`model` itself, with rank 0's adapters, or the first replica's shards of them."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.shards_on_meta:
+            self._share_among_replicas(trainable)
+            return model
+        if self.world_size > 1:
+            broadcast_from_rank0(trainable, device=self.device)
+        return self.shard_on_meta(model, quant)
+
+    def _share_among_replicas(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every replica the first one's values of sharded `parameters`, in place."""
+        group = self.replicas
+        for parameter in parameters if group is not None else ():
+            assert isinstance(parameter, DTensor)
+            local = parameter.to_local().detach()
+            sent = local.to(self.device)
+            dist.broadcast(sent, group=group, group_src=0)
+            local.copy_(sent)
+
+    @classmethod
+    def made(cls, model: nn.Module) -> bool:
+        """Whether `model` is, or has in it, an `FSDPModule`."""
+        return outermost(model, FSDPModule) is not None
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
+        """The strategy of `model`, over the mesh of its parameters, on the device of that."""
+        mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+        found = super().of(model, device or (None if mesh is None else torch.device(mesh.device_type)))
+        found.mesh = mesh
+        return found
+
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
+        """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
+        _reshard(model)
+        return super().shards(model, layers)
+
+    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """One parameter at a time is whole on the device."""
+        _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
+        state: dict[nn.Parameter, torch.Tensor] = {}
+        on_rank0 = dist.get_rank() == 0
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                whole = _whole(parameter.detach())
+                state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
+        if not on_rank0:
+            return {}
+        named = model.named_parameters(remove_duplicate=False)
+        return {clean(name): state[parameter] for name, parameter in named if parameter in state}
+
+    @contextmanager
+    def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
+        """A block in which gradients add up on each rank, whole; they are exchanged in the last backward."""
+        root = outermost(model, FSDPModule)
+        assert root is not None
+        root.set_requires_gradient_sync(is_last)
+        yield
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+        """Clip by the norm over all shards, in float32, on this rank's own parts of them.
+
+        torch.nn.utils would ask of each gradient, in each of its operations, how it is sharded (13 ms a step for the
+        adapters of an 8B model).
+        """
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+        squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
+        squares = squares.to(self.device)  # where the group speaks; shards may wait on the CPU
+        dist.all_reduce(squares, group=self._met.get_group(self._met.ndim - 1))  # replicas have the same gradients
+        norm = squares.sqrt()
+        torch._foreach_mul_(local, (limit_of(max_norm) / (norm + CLIP_EPSILON)).clamp(max=1.0).to(local[0].device))
+        return norm
+
+    def _at_end(self, units: Sequence[Unit]) -> int:
+        """The last norm and the head, as they were gathered and as parameters, and what the root has.
+
+        Nothing follows that would free the buffer.
+        """
+        return sum((2 if unit.kind == "tail" else 1) * unit.whole for unit in units if unit.kind in ("tail", "root"))
+
+    def _in_block(self, blocks: Sequence[int], units: Sequence[Unit]) -> int:
+        """Copies of the largest block, and what the root has."""
+        return sum(blocks[:1]) * GATHERED_BLOCKS + sum(unit.whole for unit in units if unit.kind == "root")
+
+    def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
+        """One moment, with everything whole: parameters are sharded one after the other, and freed."""
+        del unsharded, rank
+        return () if self.shards_on_meta else ((0, sum(unit.weights for unit in units)),)
+
+
+def _make_plain(model: nn.Module) -> None:
+    """Give quantized layers on meta plain parameters, which FSDP2 makes of theirs anyway: for each operation on one of
+    its own class bitsandbytes goes through Python.
+    """
+    for layer in quantized_modules(model):
+        weight = layer._parameters["weight"]
+        if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
+            plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
+
+
+def _reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Shards that wait on the CPU meet on the device of the mesh, whose backend all process groups have.
+    moved: Any = tensor.to(tensor.device_mesh.device_type)
+    whole: torch.Tensor = moved.full_tensor()
+    return whole
+
+
+register(FSDP2, Fsdp2)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from surgery.config import Placement
-
 __all__ = ["Form", "Grid", "Partition", "Slice", "chunk"]
 
 
@@ -85,18 +83,6 @@ class Partition:
 
     grid: Grid
     rank0_only: bool = False
-
-    @classmethod
-    def of(cls, placement: Placement, *, world_size: int, mesh: tuple[int, int] | None = None) -> Partition:
-        """`sharded`: by shard of `mesh` (replicate, shard), default all ranks. `replicated`: every rank keeps all.
-        `rank0-cpu`: all ranks quantize a part each, and rank 0 is sent the others'.
-        """
-        if placement == "replicated":
-            return cls(grid=Grid(replicas=world_size))
-        if placement == "rank0-cpu" and world_size > 1:
-            return cls(grid=Grid(shards=world_size), rank0_only=True)
-        replicas, shards = mesh or (1, world_size)
-        return cls(grid=Grid(replicas=replicas, shards=shards))
 
     def slice(self, form: Form, rank: int) -> Slice:
         """What `rank` reads and keeps of a tensor of `form`."""

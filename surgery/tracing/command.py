@@ -33,7 +33,7 @@ def trace(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The page; the JSON of all ranks gets the same name with .json.",
+            help="The page; the JSON of all ranks, for https://ui.perfetto.dev, gets the same name with .json.",
             metavar="FILE.html",
             show_default="DIR/trace.html",
         ),

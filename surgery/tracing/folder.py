@@ -1,4 +1,4 @@
-"""The files of a trace: one for each rank, then the joined JSON and the page beside it."""
+"""The files of a trace: one for each rank, then the page, and the JSON of all ranks that trace viewers open."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from surgery.errors import TraceError
 from surgery.telemetry.atomic import remove_partials, write_whole
+from surgery.tracing.chrome import trace_events
 from surgery.tracing.page import render
 from surgery.tracing.record import RankTrace
 
@@ -21,7 +22,7 @@ _RANK_FILE = re.compile(r"rank-(\d{5,})\.json")
 
 
 def start_afresh(folder: Path, *, rank: int, world_size: int) -> None:
-    """Make `folder`, and remove what this rank has left there before; rank 0 also that of ranks there are no more.
+    """Make `folder`, and remove this rank's files of an earlier run; rank 0 also those of ranks there are no more.
 
     Raises `TraceError` if this rank could not write there either.
     """
@@ -73,7 +74,7 @@ def read_ranks(folder: Path) -> tuple[RankTrace, ...]:
 
 
 def draw(folder: Path, page: Path) -> tuple[RankTrace, ...]:
-    """Join the traces in `folder` into `page` and the JSON beside it; returns what is on the page.
+    """Join the traces in `folder` into `page` and the JSON beside it; return the traces that are on it.
 
     Raises `TraceError`, as `read_ranks` does, or if they cannot be written.
     """
@@ -91,7 +92,10 @@ def draw(folder: Path, page: Path) -> tuple[RankTrace, ...]:
 
 
 def _join(traces: Sequence[RankTrace]) -> str:
-    return json.dumps({"world_size": traces[0].world_size, "ranks": [trace.as_dict() for trace in traces]}) + "\n"
+    """Our figures beside the events: viewers skip what they do not know."""
+    ranks = [trace.as_dict() for trace in traces]
+    joined = {"traceEvents": trace_events(traces), "world_size": traces[0].world_size, "ranks": ranks}
+    return json.dumps(joined, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _read(file: Path, rank: int) -> RankTrace:
@@ -99,7 +103,7 @@ def _read(file: Path, rank: int) -> RankTrace:
         trace = RankTrace.from_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise TraceError(f"{file} cannot be read: {error.strerror or error}", path=file) from error
-    except ValueError as error:  # that of json, of UTF-8 and our own
+    except ValueError as error:  # json's, that of UTF-8, and our own
         raise TraceError(f"{file} is not the trace of a rank: {error}; remove it, or run again", path=file) from error
     if trace.rank != rank:
         raise TraceError(f"{file} is the trace of rank {trace.rank}; name it {_name(trace.rank)}", path=file)

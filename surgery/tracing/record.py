@@ -1,23 +1,26 @@
-"""What one rank leaves behind: its measurements as JSON, and read again with every field checked."""
+"""The trace of one rank: its measurements as JSON, and read again with every field checked."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from surgery.telemetry.measurements import Phase, Prediction, Sample
 
-__all__ = ["FORMAT", "VERSION", "RankTrace"]
+__all__ = ["FORMAT", "KINDS", "VERSION", "RankTrace", "predicted_peak"]
 
-#: What tells a trace from other JSON. The version grows when a field changes its meaning, or is needed and new.
+#: Kinds of memory: phases have `host_peak`, predictions `host` and `host_before`; the same for the device.
+KINDS = ("host", "device")
+
+#: The mark of a trace in JSON. The version grows when a field changes its meaning, or is needed and new.
 FORMAT = "surgery-trace"
 VERSION = 1
 
-#: By the annotation of a field: how an error names it, and what `json` makes of it.
+#: By the annotation of a field: its name in an error, and the types that `json` makes of it.
 _EXPECTED: Mapping[object, tuple[str, tuple[type, ...]]] = {
     str: ("text", (str,)),
     str | None: ("text or null", (str, NoneType)),
@@ -30,8 +33,6 @@ _EXPECTED: Mapping[object, tuple[str, tuple[type, ...]]] = {
 _TOO_MUCH = 2**63
 
 _YEAR_10000 = 253_402_300_800
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,30 @@ class RankTrace:
     read_once_per_node: Mapping[str, int] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
 
+    @property
+    def uses_device(self) -> bool:
+        """Whether the device has held anything, or should have."""
+        held = any(sample.device_allocated or sample.device_reserved for sample in self.samples)
+        peaks = any(phase.device_peak for phase in self.phases)
+        return held or peaks or any(each.device is not None for each in self.predictions.values())
+
+    def extent(self, group: str) -> tuple[float, float] | None:
+        """Seconds at which the first phase of `group` began and its last ended; None if there was none."""
+        found = [phase for phase in self.phases if phase.group == group]
+        if not found:
+            return None
+        return min(phase.start for phase in found), max(phase.start + phase.seconds for phase in found)
+
+    def lanes(self) -> list[int]:
+        """A lane for each phase, from 0, so that no two in a lane overlap."""
+        ends: list[float] = []
+        found = []
+        for phase in self.phases:
+            free = next((lane for lane, end in enumerate(ends) if end <= phase.start), len(ends))
+            ends[free : free + 1] = [phase.start + phase.seconds]
+            found.append(free)
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """JSON's types only; samples as columns."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -69,29 +94,23 @@ class RankTrace:
         }
 
     def as_json(self) -> str:
-        """One line."""
+        """One line of JSON."""
         return json.dumps(self.as_dict(), separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> RankTrace:
-        """What `as_json` gave; raises `ValueError` saying what is wrong with any other text."""
+        """Parse what `as_json` gave. Raises `ValueError`, saying what is wrong, for any other text."""
         try:
             found = json.loads(text)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
-        values = _of_this_version(found)
-        trace = _read(
-            cls,
-            {
-                **values,
-                "phases": tuple(_read(Phase, each) for each in _list(values, "phases")),
-                "predictions": {
-                    group: _read(Prediction, each) for group, each in _dict(values.get("predictions")).items()
-                },
-                "read_once_per_node": _counts(values.get("read_once_per_node", {})),
-                "samples": tuple(_samples(_dict(values.get("samples")))),
-            },
-        )
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"expected an object whose format is {FORMAT!r}; this is some other JSON")
+        if found.get("version") != VERSION:
+            raise ValueError(
+                f"expected version {VERSION}, found {found.get('version')!r}; read it with the release that wrote it"
+            )
+        trace: RankTrace = _read(cls, {"read_once_per_node": {}, **found}, "trace")
         if trace.rank >= trace.world_size:
             raise ValueError(f"expected a rank below the world size of {trace.world_size}, found {trace.rank}")
         if trace.started >= _YEAR_10000:
@@ -99,57 +118,49 @@ class RankTrace:
         return trace
 
 
-def _of_this_version(found: object) -> dict[str, Any]:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"expected an object whose format is {FORMAT!r}; this is some other JSON")
-    if found.get("version") != VERSION:
-        raise ValueError(
-            f"expected version {VERSION}, found {found.get('version')!r}; read it with the release that wrote it"
-        )
+def predicted_peak(prediction: Prediction, kind: str) -> int | None:
+    """Bytes of `kind` that a plan expects at the peak, with what was held before; None if it expects nothing."""
+    above: int | None = getattr(prediction, kind)
+    return None if above is None else above + int(getattr(prediction, f"{kind}_before"))
+
+
+def _read(hint: Any, found: object, name: str) -> Any:
+    """Make what `hint` says from JSON's types. Raises `ValueError`, naming the field that is missing or wrong."""
+    if hint in _EXPECTED:
+        return _plain(hint, found, name)
+    if hint == tuple[Sample, ...]:
+        return _samples(_dict(found))
+    if get_origin(hint) is tuple:
+        return tuple(_read(get_args(hint)[0], each, name) for each in _list(found, name))
+    values = _dict(found)
+    if get_origin(hint) is Mapping:
+        return {key: _read(get_args(hint)[1], each, f"a count of {name}") for key, each in values.items()}
+    fields = get_type_hints(hint)
+    if missing := fields.keys() - values.keys():
+        raise ValueError(f"expected the field(s) {', '.join(sorted(missing))}, found none")
+    return hint(**{key: _read(kind, values[key], key) for key, kind in fields.items()})
+
+
+def _plain(hint: Any, found: object, name: str) -> object:
+    expected, kinds = _EXPECTED[hint]
+    fits = isinstance(found, kinds) and not isinstance(found, bool)
+    if fits and isinstance(found, (int, float)):
+        fits = 0 <= found < _TOO_MUCH
+    if not fits:
+        raise ValueError(f"expected {name} to be {expected}, found {found!r:.40}")
     return found
 
 
-def _counts(found: object) -> dict[str, int]:
-    counts = _dict(found)
-    for count in counts.values():
-        _check("a count of read_once_per_node", count, int)
-    return counts
-
-
-def _samples(columns: Mapping[str, Any]) -> Iterable[Sample]:
-    lists = [_list(columns, name) for name in Sample._fields]
+def _samples(columns: Mapping[str, object]) -> tuple[Sample, ...]:
+    lists = [_list(columns.get(name), name) for name in Sample._fields]
     if len({*map(len, lists)}) > 1:
         raise ValueError(f"expected samples in columns of one length, found {[*map(len, lists)]}")
-    seconds, *_ = lists
     for column, kind in zip(lists, get_type_hints(Sample).values(), strict=True):
         for value in column:
-            _check("a sample", value, kind)
-    if sorted(seconds) != seconds:
+            _plain(kind, value, "a sample")
+    if sorted(lists[0]) != lists[0]:
         raise ValueError("expected samples in order of time")
-    return map(Sample._make, zip(*lists, strict=True))
-
-
-def _read(kind: type[T], found: object) -> T:
-    """`kind`, a dataclass, made from an object; every field of a plain type is checked, and needed if not defaulted."""
-    values = _dict(found)
-    hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # is a dataclass
-    missing = fields.keys() - values.keys()
-    if missing:
-        raise ValueError(f"expected the field(s) {', '.join(sorted(missing))}, found none")
-    for name in fields:
-        _check(name, values[name], hints[name])
-    return kind(**{name: values[name] for name in fields})
-
-
-def _check(name: str, value: object, hint: object) -> None:
-    """Raise `ValueError` unless `value` is of the plain type that `hint` is; other hints are left to others."""
-    expected, kinds = _EXPECTED.get(hint, ("anything", (object,)))
-    fits = isinstance(value, kinds) and not isinstance(value, bool)
-    if fits and isinstance(value, (int, float)):
-        fits = 0 <= value < _TOO_MUCH
-    if not fits:
-        raise ValueError(f"expected {name} to be {expected}, found {value!r:.40}")
+    return tuple(map(Sample._make, zip(*lists, strict=True)))
 
 
 def _dict(found: object) -> dict[str, Any]:
@@ -158,8 +169,7 @@ def _dict(found: object) -> dict[str, Any]:
     raise ValueError(f"expected an object, found {type(found).__name__}")
 
 
-def _list(values: Mapping[str, Any], name: str) -> list[Any]:
-    found = values.get(name)
+def _list(found: object, name: str) -> list[Any]:
     if isinstance(found, list):
         return found
     raise ValueError(f"expected {name} to be a list, found {type(found).__name__}")

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from surgery.comm.environment import launched_rank, launched_world_size
 from surgery.errors import ConfigError, TraceError
-from surgery.recipe import default_device
-from surgery.telemetry.numbers import whole_number
+from surgery.comm.environment import default_device
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
 from surgery.tracing.record import RankTrace
@@ -26,9 +26,10 @@ def trace(folder: str | os.PathLike[str], *, device: torch.device | None = None)
     """Record memory over time while the block runs; to be given to `qlora` as its `report`.
 
     Each rank writes `folder/rank-00000.json` when its block ends, also when that is by an exception, whose type is then
-    in the file. Rank 0 draws `folder/trace.html` and joins `folder/trace.json` from the files that are there; so does
-    the rank that is the last to end, if all write to the same file system. Ranks do not wait for each other: `surgery
-    trace` draws again from what was collected later. An earlier trace in `folder` is replaced.
+    in the file. Rank 0 draws `folder/trace.html` and joins `folder/trace.json`, which https://ui.perfetto.dev opens,
+    from the files that are there; so does the rank that is the last to end, if all write to the same file system. Ranks
+    do not wait for each other: `surgery trace` draws again from what was collected later. An earlier trace in `folder`
+    is replaced.
 
     Args:
         folder: made if it is not there.
@@ -42,35 +43,14 @@ def trace(folder: str | os.PathLike[str], *, device: torch.device | None = None)
     rank, world_size = _rank_and_world()
     start_afresh(place, rank=rank, world_size=world_size)
     report = Report(show_progress=rank == 0, device=device or default_device())
-    recorder = _Recorder(report, rank=rank, world_size=world_size)
-    try:
-        with report.recording():
-            yield report
-    except BaseException as error:
-        try:
-            write_rank(recorder.result(error), place)
-        except TraceError as failure:
-            error.add_note(f"Nor is there a trace of it: {failure}")
-        raise
-    write_rank(recorder.result(), place)
+    started = time.time() - report.seconds
 
-
-class _Recorder:
-    """What the trace of `report` says besides what the report has."""
-
-    def __init__(self, report: Report, *, rank: int, world_size: int) -> None:
-        self._report = report
-        self._rank, self._world_size = rank, world_size
-        self._started = time.time() - report.seconds
-
-    def result(self, error: BaseException | None = None) -> RankTrace:
-        """The trace up to now, ended by `error`."""
-        report = self._report
+    def result(error: BaseException | None = None) -> RankTrace:
         return RankTrace(
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=rank,
+            world_size=world_size,
             device=_name(report.device),
-            started=self._started,
+            started=started,
             seconds=report.seconds,
             bytes_read=report.bytes_read,
             error=None if error is None else type(error).__name__,
@@ -80,19 +60,31 @@ class _Recorder:
             samples=tuple(report.history.samples),
         )
 
+    try:
+        with report.recording():
+            yield report
+    except BaseException as error:
+        try:
+            write_rank(result(error), place)
+        except TraceError as failure:
+            error.add_note(f"Nor is there a trace of it: {failure}")
+        raise
+    write_rank(result(), place)
+
 
 def _rank_and_world() -> tuple[int, int]:
-    """Rank and world size: of the process group, or as the launcher says of one that is still to be made."""
+    """Rank and world size, of the process group, or of the one that the launcher says is still to be made."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    number, size = whole_number(rank), whole_number(world_size)
-    if number is None or size is None or number >= size:
+    rank, world_size = launched_rank() or 0, launched_world_size()
+    if world_size is None:
+        world_size = 1
+    if rank >= world_size:
         raise ConfigError(
-            f"expected RANK to be a number below WORLD_SIZE, found RANK={rank!r:.80} and "
-            f"WORLD_SIZE={world_size!r:.80}; correct or unset both"
+            f"expected RANK to be a number below WORLD_SIZE, found RANK='{rank}' and WORLD_SIZE='{world_size}'; "
+            "correct or unset both"
         )
-    return number, size
+    return rank, world_size
 
 
 def _name(device: torch.device) -> str:

@@ -1,0 +1,135 @@
+"""Adapters added through PEFT, on whatever device the base weights are."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from surgery.model.convert import convert
+from surgery.quantizers.base import QuantFormat, format_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+__all__ = ["PLAIN", "adapted_by_peft", "appearing_real", "drawing_from", "draws_later", "needs_weights"]
+
+#: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
+PLAIN = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+
+#: Values of `init_lora_weights` that are drawn at random, without a look at anything.
+RANDOM = (True, False, "gaussian")
+
+
+def needs_weights(lora: LoraConfig) -> bool:
+    """Whether PEFT reads base weights to make these adapters, so that the model cannot be adapted on meta."""
+    names = ("use_dora", "modules_to_save", "trainable_token_indices")
+    return any(getattr(lora, name, None) for name in names)
+
+
+def draws_later(lora: LoraConfig) -> bool:
+    """Whether initial values can be drawn after PEFT has built the adapters: nothing that it builds depends on them.
+
+    So it is if no option is set but those known to have nothing to do with them, whatever options there will be.
+    """
+    default = type(lora)()
+    others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
+    return lora.init_lora_weights in RANDOM and not others
+
+
+@contextlib.contextmanager
+def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
+    """A block in which torch's CPU generator goes on from `rng_state`.
+
+    If that is its own state, it goes on from there after the block too; otherwise it is as it was.
+    """
+    own = torch.get_rng_state()
+    if torch.equal(own, rng_state):
+        yield
+        return
+    torch.set_rng_state(rng_state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(own)
+
+
+@contextlib.contextmanager
+def appearing_real(model: nn.Module) -> Iterator[None]:
+    """A block in which every parameter on meta looks as if it were on the CPU; it takes no memory.
+
+    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
+    """
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        like = (format_of(module) or QuantFormat).like
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in stand_ins:
+                    # One element in memory, shown as often as the shape says.
+                    stand_ins[parameter] = like(
+                        parameter, torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
+                    )
+                module._parameters[name] = stand_ins[parameter]
+    originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for name, found in module._parameters.items():
+                if found is not None and found in originals:
+                    module._parameters[name] = _like(originals[found], found)
+
+
+def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
+    original.requires_grad = stand_in.requires_grad
+    return original
+
+
+def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
+    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is.
+
+    But for copies that PEFT makes of whole modules: they have the dtypes of those, which upstream may keep in another.
+    """
+    from peft import get_peft_model
+
+    adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
+    copies = {parameter for saved in _saved_modules(adapted) for parameter in saved.parameters()}
+    convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)
+    return adapted
+
+
+def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
+    for wrapper in adapted.modules():
+        saved = wrapper._modules.get("modules_to_save")
+        if saved is not None:
+            yield saved

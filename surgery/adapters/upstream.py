@@ -1,0 +1,74 @@
+"""Patches of PEFT for a model that waits for its weights; each acts on that model alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import nn
+
+import patches
+from surgery.adapters.attach import appearing_real
+from surgery.errors import NotFilledError
+
+__all__ = ["WAITING"]
+
+#: Patches that a bound model has until it is filled.
+WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
+
+_PEFT = "https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py"
+
+
+def _given_model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs["model"]
+
+
+def _own_model(instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
+    return instance.model
+
+
+@patches.register(
+    "peft.adapters-of-meta",
+    target="peft.tuners.tuners_utils:BaseTuner.inject_adapter",
+    reason="PEFT moves new adapters to the device of their base weight; on meta their initial values are lost",
+    upstream=_PEFT,
+    requires={"peft": ">=0.18"},
+    subject=_given_model,
+)
+def keep_initial_values(
+    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Adapters on the CPU with their values, around base weights on meta."""
+    model: nn.Module = _given_model(_instance, args, kwargs)
+    with appearing_real(model):
+        return wrapped(*args, **kwargs)
+
+
+@patches.register(
+    "peft.no-merge-before-fill",
+    target="peft.tuners.tuners_utils:BaseTuner.merge_adapter",
+    reason="adapters merged into weights on meta are lost without a word when these are filled",
+    upstream=_PEFT,
+    requires={"peft": ">=0.18"},
+    subject=_own_model,
+)
+def refuse_merging(
+    _wrapped: Callable[..., Any], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+) -> NoReturn:
+    """Raise `NotFilledError`."""
+    raise NotFilledError("merge_adapter()")
+
+
+@patches.register(
+    "peft.no-unload-before-fill",
+    target="peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge",
+    reason="adapters merged into weights on meta are lost without a word when these are filled",
+    upstream=_PEFT,
+    requires={"peft": ">=0.18"},
+    subject=_own_model,
+)
+def refuse_unloading(
+    _wrapped: Callable[..., Any], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+) -> NoReturn:
+    """Raise `NotFilledError`."""
+    raise NotFilledError("merge_and_unload()")

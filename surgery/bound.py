@@ -1,0 +1,301 @@
+"""Bind, then fill: a model on meta gets its place in a checkpoint first, and its weights in its final shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import patches
+from surgery.adapters.attach import needs_weights
+from surgery.adapters.base_model import name_base
+from surgery.adapters.folder import make_room
+from surgery.checkpoint import Checkpoint
+from surgery.comm.background import return_freed_memory, undisturbed
+from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
+from surgery.comm.environment import default_device, launched_world_size
+from surgery.comm.failures import collective, everyone
+from surgery.comm.heartbeat import beating
+from surgery.comm.nodes import Node
+from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
+from surgery.config import Quant
+from surgery.errors import ConfigError
+from surgery.model.consistency import adapter_facts, environment, source_facts
+from surgery.model.skeleton import compute_own_buffers, require_meta
+from surgery.model.tree import tied_parameters
+from surgery.passes.adapt import Adapt
+from surgery.passes.base import Pass, find_passes, placed
+from surgery.passes.exchange import Exchange
+from surgery.passes.install import Install
+from surgery.passes.lifetime import as_context_manager, keep
+from surgery.passes.loading import Job, Loading, loading
+from surgery.passes.pipeline import Pipeline
+from surgery.passes.prepare import Prepared, prepare
+from surgery.passes.quantize import Quantize
+from surgery.passes.read import Read, ReadAhead
+from surgery.passes.record import Record
+from surgery.passes.relocate import Relocate
+from surgery.passes.setting import Setting
+from surgery.passes.shard import Finish, Shard
+from surgery.passes.waiting import is_waiting, stop_waiting, wait
+from surgery.planning.fitting import check_fits, free_memory, predictions
+from surgery.planning.inventory import take_inventory
+from surgery.planning.plan import make_plan
+from surgery.quantizers.base import quantized_modules
+from surgery.telemetry.report import Report
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Bound", "bind", "building", "choices", "fill", "foresee", "set_up"]
+
+
+@dataclass(kw_only=True, eq=False)
+class Bound:
+    """A model on meta, every parameter of which has its place in a checkpoint. Nothing is read yet.
+
+    Until `fill` it may be adapted by PEFT, cast (packed weights apart), tied, and wrapped in activation checkpointing.
+    Used too early, it raises `NotFilledError`.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint = field(repr=False)
+    report: Report = field(repr=False)
+    _prepared: Prepared = field(repr=False)
+
+    def fill(
+        self,
+        model: nn.Module | None = None,
+        *,
+        shard: Any = None,
+        placement: str | None = None,
+        passes: Sequence[Pass | str] = (),
+    ) -> nn.Module:
+        """Read, quantize and install what this rank owns; to be called on all ranks alike.
+
+        Parameters keep the dtype and `requires_grad` that they have by then. Resident patches are in force until
+        `surgery.release(model)`, the end of `with bound.fill() as model:`, or its collection.
+
+        Args:
+            model: the outermost module around the bound one, such as a `PeftModel`; None is the bound one.
+            shard: as in `surgery.qlora`, like `placement` and `passes`.
+            placement: where weights wait until the model is complete.
+            passes: third parties' passes.
+
+        Returns:
+            The complete model: `model`, or what wraps it under FSDP1 and DDP.
+
+        Raises:
+            ConfigError: options that cannot work together, a model that is filled already, or adapters that cannot be
+                sharded so.
+            PassError: a pass failed; names the pass and the FQN.
+            PeerError: it did on another rank.
+        """
+        outer = self.model if model is None else model
+        if not is_waiting(self.model):
+            raise ConfigError(
+                "fill: expected a bound model that waits for its weights, found one that is filled already"
+            )
+        if all(module is not self.model for module in outer.modules()):
+            raise ConfigError(
+                f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
+            )
+        bound = self._prepared.setting
+        with building(bound.device) as ranks:
+            changes = {"shard": shard, "placement": placement, "lora": _lora_of(outer), "world_size": ranks.world_size}
+            topics = choices({**vars(bound), **changes}, passes, None)
+            same_on_every_rank(ranks, "fill", topics, device=bound.device)
+            found, setting = find_passes(passes), replace(bound, **changes)
+            job = set_up(setting, ranks)
+            with everyone(ranks, device=bound.device):
+                setting.strategy.check_ties(tied_parameters(self.model))
+                unsharded = setting.strategy.check_model(self.model, setting.format)
+                stop_waiting(self.model)
+            # Each rank has drawn the values of its adapters by itself.
+            if ranks.world_size > 1:
+                trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
+                broadcast_from_rank0(trained, device=bound.device)
+            prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
+            return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
+
+
+def bind(
+    model: nn.Module,
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    *,
+    quant: Any = Quant(),  # noqa: B008  # frozen
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    report: Report | None = None,
+) -> Bound:
+    """Give every parameter of `model`, which is on meta, its place in `checkpoint`; to be called on all ranks alike.
+
+    Linear modules are replaced by quantized ones, on meta, in place. Nothing is read.
+
+    Args:
+        model: any module with parameters on meta and the checkpoint's names, or a model of transformers, for which
+            names are converted by its own tables. Buffers that no checkpoint holds are real, or computed by
+            transformers.
+        checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
+        quant: as in `surgery.qlora`; None leaves weights in 16 bits.
+        dtype: of the model; None is that of its first floating-point parameter.
+        compute_dtype: in which quantized layers multiply; None means `dtype`.
+        device: on which this rank computes; None means its accelerator, or the CPU.
+        report: filled with seconds and memory peaks per phase; None makes one that shows progress on rank 0.
+
+    Raises:
+        ConfigError: a parameter is not on meta, or options that cannot work together.
+        CheckpointError: a checkpoint that is broken, or not of this model.
+    """
+    device = device or default_device()
+    dtype = dtype or _dtype_of(model)
+    with building(device) as ranks:
+        asked = {
+            "quant": quant,
+            "shard": None,
+            "lora": None,
+            "placement": None,
+            "dtype": dtype,
+            "compute_dtype": compute_dtype or dtype,
+            "device": device,
+            "world_size": ranks.world_size,
+        }
+        same_on_every_rank(ranks, "bind", choices(asked, (), checkpoint), device=device)
+        setting = Setting(**asked)
+        report = report or Report(show_progress=ranks.rank == 0, device=device)
+        with everyone(ranks, device=device), undisturbed(device):
+            require_meta(model)
+            opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+            compute_own_buffers(model, device)
+            with report.phase("bind"):
+                prepared = prepare(model, opened, setting, ranks=ranks)
+    wait(prepared.model)
+    return Bound(model=prepared.model, checkpoint=opened, report=report, _prepared=prepared)
+
+
+@contextmanager
+def building(device: torch.device) -> Iterator[Ranks]:
+    """A block in which the ranks of this job build a model together; where one fails, all do."""
+    ranks = current_ranks(launched_world_size())
+    with (
+        beating(ranks),
+        collective(ranks),
+        patches.transaction("torch.meta-param-replacement", reason="a quantized model is built partly on meta"),
+        undisturbed(device),
+    ):
+        yield ranks
+
+
+def choices(
+    setting: Mapping[str, Any], passes: Sequence[Pass | str], checkpoint: Checkpoint | str | os.PathLike[str] | None
+) -> dict[str, Facts]:
+    """What all ranks must have been asked for alike, before they do anything together; by the fields of `Setting`."""
+    return {
+        "quantization": facts_of(setting["quant"]),
+        "adapters": adapter_facts(setting["lora"]),
+        "sharding": facts_of({name: setting[name] for name in ("placement", "shard")}),
+        "precision": facts_of({name: setting[name] for name in ("dtype", "compute_dtype")}),
+        "passes": facts_of([each if isinstance(each, str) else (each.name, each) for each in passes]),
+        **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
+        **environment(setting["device"]),
+    }
+
+
+def set_up(setting: Setting, ranks: Ranks) -> Job:
+    """What takes a collective, before ranks go their own ways."""
+    setting.strategy.check_group()
+    setting.strategy.meet()
+    return Job(ranks=ranks, node=Node.of(ranks.rank, ranks.world_size), rng_state=rank0_rng_state(ranks))
+
+
+def foresee(prepared: Prepared, checkpoint: Checkpoint, ranks: Ranks, report: Report) -> None:
+    """Note what the memory plan expects of loading, and reserve the disk that an adapter will need.
+
+    Raises `ConfigError` for what cannot fit this rank's GPU, or the disk.
+    """
+    setting, inventory = prepared.setting, take_inventory(prepared)
+    make_room(inventory.adapter_elements * setting.dtype.itemsize, base=checkpoint.path)
+    plan = make_plan(inventory, setting, training=None)
+    host, device = predictions(plan, ranks.rank)["load"]
+    report.predict("load", host=host, device=device)
+    report.note_ignored(prepared.ignored)
+    report.note_initialized(prepared.initialized)
+    report.note_read_once_per_node(plan.read_once_per_node)
+    if setting.device.type == "cuda":
+        check_fits(plan, free_memory(setting.device))
+
+
+def fill(
+    prepared: Prepared,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    job: Job,
+    report: Report,
+    *,
+    lora: LoraConfig | None = None,
+    passes: Sequence[Pass] = (),
+) -> nn.Module:
+    """`model`, which holds the prepared one, complete: adapted by `lora`, filled, sharded, its patches resident."""
+    setting = prepared.setting
+    with loading(checkpoint, prepared.targets, setting, job, report, watchers=passes) as shared:
+        model = Pipeline(passes=tuple(_in_order(shared, lora, passes)), loading=shared).run(model)
+    name_base(model, checkpoint)
+    return_freed_memory()
+    if setting.on_cpu:
+        report.note_misread(setting.format.misread(model))
+    layers = quantized_modules(model)
+    needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
+    with patches.transaction(*needed, on=layers, reason="a quantized model runs on these layers") as resident:
+        keep(model, resident.receipts)
+        as_context_manager(model)
+        # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
+        resident.commit()
+    return model
+
+
+def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) -> Iterator[Pass]:
+    """All passes of a fill. Weights are read ahead as soon as no pass can change any more what is to be read."""
+    strategy = shared.setting.strategy
+    early = lora is not None and (strategy.shards_on_meta or not needs_weights(lora))
+    adapt = [] if lora is None else [Adapt(loading=shared, lora=lora), *placed(passes, "adapt")]
+    quantize = Quantize(loading=shared)
+    yield from placed(passes, "replace")
+    if early and len(adapt) > 1:
+        yield from adapt
+        yield ReadAhead(loading=shared)
+    else:
+        yield ReadAhead(loading=shared)
+        yield from adapt if early else ()
+    if strategy.shards_on_meta:
+        yield Shard(loading=shared)
+    yield Read(loading=shared)
+    yield quantize
+    yield Exchange(loading=shared, quantize=quantize)
+    yield Record(loading=shared)
+    yield Relocate(loading=shared)
+    yield Install(loading=shared)
+    yield from adapt if not early else ()
+    yield from placed(passes, "install")
+    yield Finish(loading=shared)
+    yield from placed(passes, "shard")
+
+
+def _lora_of(model: nn.Module) -> LoraConfig | None:
+    """The configuration of the active adapter of `model`, if PEFT has adapted it."""
+    from peft import PeftModel
+
+    adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
+    return None if adapted is None else adapted.active_peft_config
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    found = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if found is None:
+        raise ConfigError(f"bind: {type(model).__name__} has no floating-point parameter: give dtype=")
+    return found

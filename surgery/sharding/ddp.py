@@ -1,0 +1,87 @@
+"""DDP: every rank has the whole model, and gradients of adapters are averaged over ranks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from surgery.config import DDP
+from surgery.errors import ConfigError
+from surgery.model.fqn import clean, join
+from surgery.quantizers.base import QuantFormat
+from surgery.sharding.base import outermost, register
+from surgery.sharding.unsharded import Unsharded
+
+__all__ = ["Ddp"]
+
+
+class Ddp(Unsharded):
+    """The strategy of `surgery.DDP`."""
+
+    label = "DDP"
+    placements = ("replicated",)
+    options: DDP | None
+
+    def check(self) -> None:
+        """Refuse placements under which a rank would lack weights."""
+        if self.placement != "replicated":
+            raise ConfigError(
+                f"placement {self.placement} leaves ranks without weights, and DDP runs the whole model on every rank: "
+                "use placement='replicated', or shard=FSDP2()"
+            )
+
+    def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
+        """Refuse a model that has nothing to train."""
+        del quant
+        if not adapted:
+            raise ConfigError(
+                "DDP averages gradients, but without lora nothing is trained: pass lora=, or leave shard out"
+            )
+
+    def finish(self, model: nn.Module, quant: QuantFormat) -> DistributedDataParallel:
+        """The `DistributedDataParallel` around `model`."""
+        assert self.options is not None
+        return DistributedDataParallel(
+            super().finish(model, quant),
+            init_sync=False,  # all have loaded the same weights, and adapters are rank 0's already
+            broadcast_buffers=False,  # nor does a decoder change its buffers
+            find_unused_parameters=self.options.find_unused_parameters,
+            gradient_as_bucket_view=self.options.gradient_as_bucket_view,
+            bucket_cap_mb=self.options.bucket_cap_mb,
+            static_graph=self.options.static_graph,
+        )
+
+    @classmethod
+    def made(cls, model: nn.Module) -> bool:
+        """Whether `model` is, or has in it, a `DistributedDataParallel`."""
+        return outermost(model, DistributedDataParallel) is not None
+
+    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Copies on rank 0's CPU; the parameters of the other ranks are the same."""
+        if dist.get_rank() != 0:
+            return {}
+        name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
+        state = super().trainable_state(root.module)
+        return {clean(join(name, inner)): tensor for inner, tensor in state.items()}
+
+    @property
+    def averaged_over(self) -> int:
+        """Number of all ranks."""
+        return self.world_size
+
+    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
+        """A block under `no_sync` in all but the last."""
+        root = outermost(model, DistributedDataParallel)
+        return nullcontext() if is_last or root is None else root.no_sync()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        dist.all_reduce(value)
+        return value
+
+
+register(DDP, Ddp)

@@ -1,0 +1,61 @@
+"""No sharding: every rank has the whole model, and trains it by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from surgery.comm.ranks import broadcast_from_rank0
+from surgery.errors import ConfigError
+from surgery.model.convert import convert
+from surgery.model.fqn import clean
+from surgery.quantizers.base import QuantFormat
+from surgery.sharding.base import ShardStrategy, limit_of, register
+
+__all__ = ["Unsharded", "copies"]
+
+
+class Unsharded(ShardStrategy):
+    """The strategy of `shard=None`. On several ranks adapters begin alike; nothing is exchanged after that."""
+
+    def check(self) -> None:
+        """Refuse placements that wait for a sharding."""
+        if self.placement == "sharded":
+            raise ConfigError(
+                "placement sharded keeps each rank's shard alone, but without shard there is none to keep: use "
+                "shard=FSDP2(), or placement='replicated'"
+            )
+        if self.placement == "rank0-cpu" and self.world_size > 1:
+            raise ConfigError(
+                f"placement rank0-cpu leaves {self.world_size - 1} of {self.world_size} ranks on meta, and without "
+                "shard nothing would bring the weights to them: use shard=FSDP1(), or placement='replicated'"
+            )
+        super().check()
+
+    def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
+        """`model` itself, its adapters on the device, with rank 0's values."""
+        del quant
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        convert(trainable, device=self.device)
+        if self.world_size > 1:
+            broadcast_from_rank0(trainable, device=self.device)
+        return model
+
+    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Copies of the trainable parameters by plain FQN, on the CPU of every rank."""
+        named = model.named_parameters(remove_duplicate=False)
+        return copies({clean(name): parameter for name, parameter in named if parameter.requires_grad})
+
+    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
+        """Clip by the norm of this rank's gradients, which are all there are; returns it."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return nn.utils.clip_grad_norm_(trainable, limit_of(max_norm))
+
+
+def copies(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU; names of one parameter have one tensor."""
+    moved = {parameter: parameter.detach().cpu().clone() for parameter in set(parameters.values())}
+    return {name: moved[parameter] for name, parameter in parameters.items()}
+
+
+register(type(None), Unsharded)

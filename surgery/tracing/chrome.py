@@ -1,0 +1,90 @@
+"""Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing open and draw better than we could.
+
+A rank is a process of it; a thread is a lane of phases, as many as it takes for none to overlap in one; memory is in
+counters. Times are whole microseconds since the first rank began, by the clocks of the nodes. Of the file, viewers read
+`traceEvents` and skip the rest. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.tracing.record import KINDS, RankTrace, predicted_peak
+
+__all__ = ["Event", "trace_events"]
+
+Event = dict[str, Any]
+
+#: Counters of samples, in bytes: their names, and the field of a sample.
+_COUNTERS = {
+    "host memory": "host",
+    "device memory, allocated": "device_allocated",
+    "device memory, reserved": "device_reserved",
+}
+
+
+def trace_events(traces: Sequence[RankTrace]) -> list[Event]:
+    """The events of all `traces`, of which there is at least one: metadata first, then the others by their time."""
+    began = min(trace.started for trace in traces)
+    ranks = [_Rank(trace, trace.started - began) for trace in traces]
+    metadata = [event for rank in ranks for event in rank.metadata()]
+    return metadata + sorted((event for rank in ranks for event in rank.events()), key=lambda event: event["ts"])
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """The trace of one rank, which began `offset` seconds after the first."""
+
+    trace: RankTrace
+    offset: float
+
+    def metadata(self) -> Iterator[Event]:
+        rank = self.trace.rank
+        yield self._event("M", "process_name", args={"name": f"rank {rank}"})
+        yield self._event("M", "process_labels", args={"labels": self.trace.device})
+        yield self._event("M", "process_sort_index", args={"sort_index": rank})
+        for lane in sorted(set(self.trace.lanes())):
+            yield self._event("M", "thread_name", tid=lane + 1, args={"name": "phases"})
+
+    def events(self) -> Iterator[Event]:
+        yield from self._phases()
+        for name, field in _COUNTERS.items():
+            if field == "host" or self.trace.uses_device:
+                yield from self._counter(name, field)
+        for kind in KINDS:
+            yield from self._predictions(kind)
+        if self.trace.error is not None:
+            yield self._event("i", f"ended with {self.trace.error}", self.trace.seconds, s="p")
+
+    def _phases(self) -> Iterator[Event]:
+        for phase, lane in zip(self.trace.phases, self.trace.lanes(), strict=True):
+            figures = dataclasses.asdict(phase)
+            name, start, seconds, group = (figures.pop(key) for key in ("name", "start", "seconds", "group"))
+            # From end to end, so that rounding makes no two of a lane overlap.
+            took = self._microseconds(start + seconds) - self._microseconds(start)
+            yield self._event("X", name, start, tid=lane + 1, dur=took, cat=group, args=figures)
+
+    def _counter(self, name: str, field: str) -> Iterator[Event]:
+        """The samples, without those that repeat the one before: a counter keeps its value until the next."""
+        for value, run in itertools.groupby(self.trace.samples, key=lambda sample: getattr(sample, field)):
+            yield self._event("C", name, next(run).seconds, args={"bytes": value})
+
+    def _predictions(self, kind: str) -> Iterator[Event]:
+        """The predicted peak of each group of phases, with what was held before, while the group runs; then 0."""
+        for group, prediction in self.trace.predictions.items():
+            peak, extent = predicted_peak(prediction, kind), self.trace.extent(group)
+            if peak is None or extent is None:
+                continue
+            for seconds, value in zip(extent, (peak, 0), strict=True):
+                yield self._event("C", f"{kind} memory, predicted for {group}", seconds, args={"bytes": value})
+
+    def _event(self, phase: str, name: str, seconds: float | None = None, *, tid: int = 0, **more: Any) -> Event:
+        time = 0 if seconds is None else self._microseconds(seconds)
+        return {"ph": phase, "name": name, "pid": self.trace.rank, "tid": tid, "ts": time, **more}
+
+    def _microseconds(self, seconds: float) -> int:
+        return round((self.offset + seconds) * 1e6)
