@@ -243,7 +243,16 @@ def finetune(
     from surgery.config import Quant
     from surgery.finetune.job import run
     from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
+    from surgery.sharding.base import strategy_for
 
+    shard = parse_shard(
+        fsdp,
+        mesh=parse_mesh(mesh),
+        cpu_offload=cpu_offload,
+        sharding=sharding,
+        use_orig_params=use_orig_params,
+        reshard_after_forward=reshard_after_forward,
+    )
     job = Job(
         model=model,
         revision=revision,
@@ -279,15 +288,8 @@ def finetune(
             quant_storage=parse_storage(quant_storage),
         ),
         precision=precision,
-        placement=None if low_memory else "replicated",
-        shard=parse_shard(
-            fsdp,
-            mesh=parse_mesh(mesh),
-            cpu_offload=cpu_offload,
-            sharding=sharding,
-            use_orig_params=use_orig_params,
-            reshard_after_forward=reshard_after_forward,
-        ),
+        placement=None if low_memory else strategy_for(shard).placements[-1],
+        shard=shard,
         output=output,
         overwrite=overwrite,
         metrics=metrics,

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from surgery import plan
 from surgery.checkpoint import Checkpoint
-from surgery.config import FSDP1, FSDP2, Placement, precision
+from surgery.config import precision
 from surgery.finetune.options import Job
 from surgery.finetune.world import World
 from surgery.planning.training import Training
 from surgery.planning.verdict import predictions
+from surgery.sharding.base import ShardStrategy
 from surgery.telemetry.report import Report
 
 __all__ = ["predict_training"]
 
 
-def predict_training(
-    job: Job,
-    checkpoint: Checkpoint,
-    world: World,
-    report: Report,
-    *,
-    shard: FSDP1 | FSDP2 | None,
-    placement: Placement | None,
-) -> None:
+def predict_training(job: Job, checkpoint: Checkpoint, world: World, report: Report, strategy: ShardStrategy) -> None:
     """Note the peak of a training step of `job`, with samples of its maximum length, in `report`."""
     policy = precision(job.precision)
     training = Training(
@@ -36,8 +29,8 @@ def predict_training(
         world_size=world.size,
         quant=job.quant,
         lora=job.lora.config(),
-        placement=placement,
-        shard=shard,
+        placement=strategy.placement,
+        shard=strategy.options,
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=world.device.type,

@@ -16,7 +16,7 @@ from surgery.adapters.card import versions
 from surgery.checkpoint import Checkpoint
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
 from surgery.comm.failures import everyone
-from surgery.config import FSDP1, FSDP2, Placement, default_placement, precision
+from surgery.config import precision
 from surgery.errors import ConfigError
 from surgery.finetune.attested import Attested, Attestor
 from surgery.finetune.card import card_sections
@@ -32,7 +32,7 @@ from surgery.finetune.trackers import Tracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
 from surgery.model.checkpointing import checkpoint_activations
 from surgery.model.consistency import source_facts
-from surgery.sharding.training import sharding_of
+from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
 from surgery.telemetry.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
 
@@ -68,8 +68,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                 config=job,
                 device=str(world.device),
                 world_size=world.size,
-                sharding=type(job.shard).__name__ if world.size > 1 else None,
-                placement=_placement(job, world),
+                sharding=_strategy(job, world).label if world.size > 1 else None,
+                placement=_strategy(job, world).placement,
                 samples={
                     "train": len(plan.dataset.train),
                     "evaluation": len(plan.dataset.evaluation),
@@ -126,30 +126,34 @@ def _options(job: Job) -> dict[str, Facts]:
 
 
 def _check_world(job: Job, world: World) -> None:
-    if world.size == 1 and job.shard not in (FSDP1(), FSDP2()):
+    if world.size == 1 and job.shard != type(job.shard)():
         raise ConfigError(
             f"expected more than one rank for {job.shard}, found a single process; start it with "
             "torchrun --nproc-per-node N -m surgery finetune ..., or leave out the options of sharding"
         )
     if world.size == 1 or not job.lora.dora:
         return
-    if isinstance(job.shard, FSDP1) and not job.shard.use_orig_params:
+    if not getattr(job.shard, "use_orig_params", True):
         raise ConfigError(
             "DoRA reads the base weight while the adapter runs, but with flat parameters adapters are FSDP1 units of "
             "their own and the base weight is already freed: add --use-orig-params, or leave out --dora"
         )
-    if _placement(job, world) != "replicated":
+    if _strategy(job, world).partition.grid.shards > 1:
         raise ConfigError(
             "DoRA computes its magnitudes from whole base weights, which ranks do not have with --low-memory: add "
             "--no-low-memory, or leave out --dora"
         )
 
 
-def _placement(job: Job, world: World) -> Placement:
-    """One process has everything."""
+def _strategy(job: Job, world: World) -> ShardStrategy:
+    """How the ranks share the model; one process has everything.
+
+    Where the job says nothing of mixed precision, it is as its precision policy says.
+    """
     if world.size == 1:
-        return "replicated"
-    return job.placement or default_placement(job.shard)
+        return strategy_for(None, device=world.device)
+    options = job.shard.in_precision(precision(job.precision))
+    return strategy_for(options, world_size=world.size, device=world.device, placement=job.placement)
 
 
 def _report(job: Job, world: World) -> AbstractContextManager[Report]:
@@ -219,15 +223,15 @@ def _train(
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
     policy = precision(job.precision)
-    shard, placement = _shard(job) if world.size > 1 else None, _placement(job, world)
+    strategy = _strategy(job, world)
     if job.trace is not None:
-        predict_training(job, checkpoint, world, report, shard=shard, placement=placement)
+        predict_training(job, checkpoint, world, report, strategy)
     return qlora(
         checkpoint,
         quant=job.quant,
         lora=job.lora.config(),
-        placement=placement,
-        shard=shard,
+        placement=strategy.placement,
+        shard=strategy.options,
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=world.device,
@@ -235,28 +239,18 @@ def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn
     )
 
 
-def _shard(job: Job) -> FSDP1 | FSDP2:
-    """As the job says; where it says nothing of mixed precision, as its precision policy does."""
-    if job.shard.mixed_precision is not None:
-        return job.shard
-    policy = precision(job.precision)
-    if isinstance(job.shard, FSDP1):
-        return dataclasses.replace(job.shard, mixed_precision=policy.mixed_precision())
-    return dataclasses.replace(job.shard, mixed_precision=policy.mixed_precision_policy())
-
-
 def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
     options, policy = job.training, precision(job.precision)
     if options.activation_checkpointing != "none":
         reentrant = options.activation_checkpointing == "reentrant"
         checkpoint_activations(model, reentrant=reentrant, offload=options.activation_offload)
-    sharding = sharding_of(model, world.device)
+    strategy = strategy_of(model, world.device)
     return Trainer(
         model=model,
         optimizer=build_optimizer(model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay),
-        sharding=sharding,
+        strategy=strategy,
         schedule=plan.schedule,
-        scaler=sharding.grad_scaler(enabled=policy.grad_scaler),
+        scaler=strategy.grad_scaler(enabled=policy.grad_scaler),
         device=world.device,
         autocast=policy.autocast,
         max_norm=options.clip,

@@ -16,7 +16,7 @@ from surgery.finetune.batches import GlobalBatch, MicroBatch
 from surgery.finetune.garbage import collecting_between_steps
 from surgery.finetune.loss import gradient_scale, token_loss
 from surgery.finetune.schedule import Schedule
-from surgery.sharding.training import Sharding
+from surgery.sharding.base import ShardStrategy
 
 __all__ = ["StepMetrics", "Trainer", "TrainingError"]
 
@@ -61,7 +61,7 @@ class Trainer:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    sharding: Sharding
+    strategy: ShardStrategy
     schedule: Schedule
     scaler: torch.amp.GradScaler
     device: torch.device
@@ -89,7 +89,7 @@ class Trainer:
                 targets += batch.targets
                 for micro in batch.micro_batches:
                     total += self._loss(micro)
-        return self.sharding.sum(total).item() / targets
+        return self.strategy.sum(total).item() / targets
 
     def _step(self, step: int, batch: GlobalBatch) -> StepMetrics:
         start = time.perf_counter()
@@ -104,7 +104,7 @@ class Trainer:
                 step=step + 1,
             )
         self.scaler.unscale_(self.optimizer)
-        norm = self.sharding.clip(self.max_norm).item()
+        norm = self.strategy.clip(self.model, self.max_norm).item()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,15 +113,15 @@ class Trainer:
 
     def _accumulate(self, batch: GlobalBatch) -> float:
         """Gradients of the mean loss over the global batch, and that loss."""
-        scale = gradient_scale(targets=batch.targets, averaged_over=self.sharding.averaged_over)
+        scale = gradient_scale(targets=batch.targets, averaged_over=self.strategy.averaged_over)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         last = len(batch.micro_batches) - 1
         for index, micro in enumerate(batch.micro_batches):
-            with self.sharding.micro_step(is_last=index == last):
+            with self.strategy.micro_step(self.model, is_last=index == last):
                 loss = self._loss(micro)
                 torch.autograd.backward(self.scaler.scale(loss * scale))
             total += loss.detach()
-        return self.sharding.sum(total).item() / batch.targets
+        return self.strategy.sum(total).item() / batch.targets
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         micro = micro.to(self.device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from surgery.config import FSDP1, FSDP2, Placement, Quant, parse_placement, precision
+from surgery.config import FSDP2, Placement, Quant, parse_placement, precision
 from surgery.errors import ConfigError
 from surgery.finetune.choices import (
     ActivationCheckpointing,
@@ -156,7 +156,7 @@ class Job:
     model: a folder, or a hub id with its `revision`.
     output: the folder for the adapter and `summary.json`; one that holds an adapter is refused by the job, unless
         `overwrite`.
-    shard: how to shard where there is more than one rank; in one process nothing is. placement: None is the default of
+    shard: options of a sharding, for more than one rank; in one process nothing is. placement: None is the default of
         that sharding; see `surgery.qlora`.
     attest: show that the base model stays what was quantized, see `surgery.attest`; a difference stops the job.
     metrics: a JSONL file, replaced. trace: a folder for what every rank did, see `surgery.trace`.
@@ -172,7 +172,7 @@ class Job:
     quant: Quant = field(default_factory=Quant)
     precision: PrecisionName = "bf16"
     placement: Placement | None = None
-    shard: FSDP1 | FSDP2 = field(default_factory=FSDP2)
+    shard: Any = field(default_factory=FSDP2)
     metrics: Path | None = None
     trace: Path | None = None
     attest: bool = False

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from surgery.config import parse_placement
+from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
 from surgery.model.tree import Site
 from surgery.quantizers.base import QuantFormat
@@ -89,10 +89,15 @@ class ShardStrategy:
     label: ClassVar[str] = "unsharded"
 
     #: The placements that it can work with, its default first.
-    placements: ClassVar[tuple[str, ...]] = ("replicated", "rank0-cpu")
+    placements: ClassVar[tuple[Placement, ...]] = ("replicated", "rank0-cpu")
 
     def __init__(
-        self, options: Any, *, world_size: int = 1, device: torch.device | None = None, placement: str | None = None
+        self,
+        options: Any,
+        *,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        placement: Placement | None = None,
     ) -> None:
         self.options = options
         self.world_size = world_size
