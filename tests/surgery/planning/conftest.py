@@ -10,9 +10,8 @@ from peft import LoraConfig
 
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP2, Quant
-from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
-from surgery.planning.inventory import Inventory, take_inventory
+from surgery.planning.inventory import Inventory, survey
 from tests.helpers.hollow import LLAMA_70B, LLAMA_405B, write_hollow
 
 
@@ -47,4 +46,4 @@ def folder_405b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def inventory(folder_70b: Path) -> Inventory:
-    return take_inventory(prepare(Checkpoint.open(folder_70b), setting()))
+    return survey(Checkpoint.open(folder_70b), setting())
