@@ -35,7 +35,7 @@ from surgery.passes.install import Install
 from surgery.passes.lifetime import as_context_manager, keep
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.prepare import Prepared, prepare
+from surgery.passes.prepare import Prepared, match
 from surgery.passes.quantize import Quantize
 from surgery.passes.read import Read, ReadAhead
 from surgery.passes.record import Record
@@ -43,7 +43,7 @@ from surgery.passes.relocate import Relocate
 from surgery.passes.setting import Setting
 from surgery.passes.shard import Finish, Shard
 from surgery.passes.waiting import is_waiting, stop_waiting, wait
-from surgery.planning.fitting import check_fits, free_memory, predictions
+from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.quantizers.base import quantized_modules
@@ -174,7 +174,7 @@ def bind(
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             compute_own_buffers(model, device)
             with report.phase("bind"):
-                prepared = prepare(model, opened, setting, ranks=ranks)
+                prepared = match(model, opened, setting, ranks=ranks, device=device)
     wait(prepared.model)
     return Bound(model=prepared.model, checkpoint=opened, report=report, _prepared=prepared)
 
@@ -224,9 +224,9 @@ def foresee(prepared: Prepared, checkpoint: Checkpoint, ranks: Ranks, report: Re
     plan = make_plan(inventory, setting, training=None)
     host, device = predictions(plan, ranks.rank)["load"]
     report.predict("load", host=host, device=device)
-    report.note_ignored(prepared.ignored)
-    report.note_initialized(prepared.initialized)
-    report.note_read_once_per_node(plan.read_once_per_node)
+    report.note("ignored", prepared.ignored)
+    report.note("initialized", prepared.initialized)
+    report.note("read_once_per_node", plan.read_once_per_node)
     if setting.device.type == "cuda":
         check_fits(plan, free_memory(setting.device))
 
@@ -248,7 +248,7 @@ def fill(
     name_base(model, checkpoint)
     return_freed_memory()
     if setting.on_cpu:
-        report.note_misread(setting.format.misread(model))
+        report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
     with patches.transaction(*needed, on=layers, reason="a quantized model runs on these layers") as resident:

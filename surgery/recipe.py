@@ -15,7 +15,6 @@ from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.environment import default_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
-from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.passes.base import Pass, find_passes
 from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
@@ -93,8 +92,7 @@ def qlora(
             # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             with report.phase("skeleton"):
-                skeleton = build_on_meta(model or causal_lm(opened, dtype), dtype=dtype, device=device)
-                prepared = prepare(skeleton, opened, setting, ranks=ranks)
+                prepared = prepare(opened, setting, build=model, ranks=ranks, device=device)
             foresee(prepared, opened, ranks, report)
         return fill(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ConfigError
 from surgery.adapters.attach import PLAIN
+from surgery.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from surgery.adapters.attach import adapted_by_peft
 from surgery.adapters.keys import by_peft_key
 from surgery.adapters.names import check_built, check_modules, check_targets, unknown_targets
 from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
 from surgery.model.twin import twin_of
-from surgery.adapters.attach import adapted_by_peft
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.sharding.base import ShardStrategy
 

@@ -79,8 +79,8 @@ class Loading:
 
     def read_ahead(self, model: nn.Module) -> None:
         """Begin to read what `model` has by now on meta; its parameters are adapted, cast or sharded meanwhile."""
-        quant, strategy = self.setting.format, self.setting.strategy
-        staging = Staging.on(self.device, run_elements=quant.run_elements(self.device))
+        strategy = self.setting.strategy
+        staging = Staging.on(self.device)
         targets = current_targets(model, self.targets)
         self.batches = group_into_batches(targets, elements=staging.layer_limit(self.ranks.world_size))
         self.buffers.reserve(targets)

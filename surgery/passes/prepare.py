@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
 from surgery.model.consistency import same_model
+from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import tied_parameters
 from surgery.model.weights import plan_weights
 from surgery.passes.base import Naming
@@ -19,7 +21,7 @@ from surgery.passes.setting import Setting
 from surgery.passes.targets import Target, find_targets
 from surgery.quantizers.base import check_runs
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "match", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,21 +43,37 @@ class Prepared:
 
 
 def prepare(
+    checkpoint: Checkpoint,
+    setting: Setting,
+    *,
+    build: Callable[[], nn.Module] | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008  # frozen
+    device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
+) -> Prepared:
+    """Build a model on meta, and `match` it with `checkpoint`; no weight is read.
+
+    build: makes the module; None builds what the checkpoint's config.json describes. ranks, device: as for `match`.
+    """
+    build = build or causal_lm(checkpoint, setting.dtype)
+    model = build_on_meta(build, dtype=setting.dtype, device=device)
+    return match(model, checkpoint, setting, ranks=ranks, device=device)
+
+
+def match(
     model: nn.Module,
     checkpoint: Checkpoint,
     setting: Setting,
     *,
-    ranks: Ranks = Ranks(),  # noqa: B008  # frozen
-    device: torch.device | None = None,
+    ranks: Ranks,
+    device: torch.device,
 ) -> Prepared:
     """Match `model`, which is on meta, with `checkpoint`, and replace its modules; no weight is read.
 
-    To be called on all ranks alike, inside of `everyone`. device: of buffers that the checkpoint lacks; None is the
-    setting's. Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known.
+    To be called on all ranks alike, inside of `everyone`. device: of buffers that no checkpoint holds. Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known.
     """
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)
-    weights = plan_weights(model, checkpoint, device=device or setting.device)
+    weights = plan_weights(model, checkpoint, device=device)
     chosen = quantizable(model, quant)
     tied = tied_parameters(model)
     strategy.check_ties(tied)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from surgery.passes.adapt import draws_later
+from surgery.adapters.attach import draws_later
 from surgery.passes.setting import Setting
 from surgery.passes.targets import Target
 from surgery.planning.inventory import Inventory

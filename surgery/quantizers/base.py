@@ -94,6 +94,11 @@ class QuantFormat:
         self.compute_dtype = compute_dtype
 
     @property
+    def description(self) -> str:
+        """The format with its options, for people."""
+        return self.label
+
+    @property
     def storage(self) -> torch.dtype:
         """Dtype of packed tensors; the same bytes whatever it is."""
         return self.dtype

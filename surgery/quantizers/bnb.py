@@ -166,6 +166,11 @@ class Bnb4bit(QuantFormat):
     options: Quant
 
     @property
+    def description(self) -> str:
+        """The 4-bit type and its blocks."""
+        return f"{self.options.quant_type} in blocks of {self.options.blocksize}"
+
+    @property
     def storage(self) -> torch.dtype:
         """`quant_storage`, or the dtype of the model."""
         return self.options.storage_for(self.dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element, tostring
 
-from surgery.planning.sizes import say_size
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["Element", "duration", "element", "file_bytes", "measured", "memory", "rate", "write"]
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from surgery.planning.sizes import say_size
+from surgery.telemetry.numbers import say_size
 from surgery.telemetry.measurements import Phase
-from surgery.telemetry.notices import say_converted
+from surgery.telemetry.notices import say
 from surgery.tracing.markup import Element, duration, element, file_bytes, measured, memory, rate, write
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 
@@ -86,7 +86,7 @@ def _facts(traces: Sequence[RankTrace]) -> Iterator[Element]:
     # The same on every rank that has come so far.
     converted = next((trace.read_once_per_node for trace in traces if trace.read_once_per_node), None)
     if converted:
-        yield element("p", say_converted(converted), class_="quiet")
+        yield element("p", say("read_once_per_node", converted), class_="quiet")
     missing = sorted(set(range(traces[0].world_size)) - {trace.rank for trace in traces})
     if missing:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")

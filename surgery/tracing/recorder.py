@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from surgery.comm.environment import launched_rank, launched_world_size
+from surgery.comm.environment import default_device, launched_rank, launched_world_size
 from surgery.errors import ConfigError, TraceError
-from surgery.comm.environment import default_device
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
 from surgery.tracing.record import RankTrace
