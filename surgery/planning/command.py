@@ -132,8 +132,9 @@ def plan(
     from surgery.config import Quant
     from surgery.config import precision as policy_of
     from surgery.finetune.options import LoraOptions
+    from surgery.passes.prepare import prepare
     from surgery.passes.setting import Setting
-    from surgery.planning.inventory import survey
+    from surgery.planning.inventory import take_inventory
     from surgery.planning.plan import make_plan
     from surgery.planning.training import Training
     from surgery.telemetry.numbers import parse_size
@@ -153,7 +154,7 @@ def plan(
         device=torch.device(device),
     )
     training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
-    inventory = survey(peek(model, revision=revision), setting)
+    inventory = take_inventory(prepare(peek(model, revision=revision), setting))
     _say(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint
 from surgery.model.fqn import split
-from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, decoder_blocks, ends_of
-from surgery.passes.prepare import Prepared, prepare
-from surgery.passes.setting import Setting
+from surgery.passes.prepare import Prepared
 from surgery.passes.targets import Target
 from surgery.sharding.base import Unit
 from surgery.sharding.partition import Form
 
-__all__ = ["Inventory", "UnitTensors", "row_bytes", "survey", "take_inventory"]
+__all__ = ["Inventory", "UnitTensors", "row_bytes", "take_inventory"]
 
 BLOCK, EMBEDDING, TAIL, ROOT = "block", "embedding", "tail", "root"
 
@@ -103,16 +100,6 @@ class Inventory:
 def row_bytes(target: Target) -> int:
     """Bytes of one stored row of `target`."""
     return target.shape[1:].numel() * target.dtype.itemsize
-
-
-def survey(checkpoint: Checkpoint, setting: Setting, build: Callable[[], nn.Module] | None = None) -> Inventory:
-    """The inventory of the model that `build` makes, or `config.json` describes; no weight is read.
-
-    Raises what `surgery.qlora` raises before it reads one, so that what is planned can be done.
-    """
-    cpu = torch.device("cpu")
-    model = build_on_meta(build or causal_lm(checkpoint, setting.dtype), dtype=setting.dtype, device=cpu)
-    return take_inventory(prepare(model, checkpoint, setting, device=cpu))
 
 
 def take_inventory(prepared: Prepared) -> Inventory:

@@ -14,10 +14,11 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.peek import peek
 from surgery.config import Quant
 from surgery.passes.base import group_into_batches
+from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
 from surgery.planning.figures import RankPlan
-from surgery.planning.inventory import Inventory, survey
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.loading import plan_load
 from surgery.planning.ranks import RankClass, bytes_read, classify, read_once_per_node
 from surgery.planning.training import Training, plan_step
@@ -147,4 +148,4 @@ def plan(
         device=torch.device(device),
     )
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else peek(checkpoint)
-    return make_plan(survey(opened, setting, model), setting, training)
+    return make_plan(take_inventory(prepare(opened, setting, build=model)), setting, training)

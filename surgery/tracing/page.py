@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from surgery.telemetry.numbers import say_size
 from surgery.telemetry.measurements import Phase
 from surgery.telemetry.notices import say
+from surgery.telemetry.numbers import say_size
 from surgery.tracing.markup import Element, duration, element, file_bytes, measured, memory, rate, write
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 

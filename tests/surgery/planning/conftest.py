@@ -10,8 +10,9 @@ from peft import LoraConfig
 
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP2, Quant
+from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
-from surgery.planning.inventory import Inventory, survey
+from surgery.planning.inventory import Inventory, take_inventory
 from tests.helpers.hollow import LLAMA_70B, LLAMA_405B, write_hollow
 
 
@@ -46,4 +47,4 @@ def folder_405b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def inventory(folder_70b: Path) -> Inventory:
-    return survey(Checkpoint.open(folder_70b), setting())
+    return take_inventory(prepare(Checkpoint.open(folder_70b), setting()))

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.errors import ConfigError, SelectorError
+from surgery.quantizers.base import format_for
+from surgery.sharding.base import strategy_for
 from tests.helpers.models import tiny_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -41,7 +43,8 @@ def model_of(model_type: str = "llama", **changes: Any) -> Any:
 
 
 def rehearsed(model: Any, lora: LoraConfig) -> tuple[Trained, ...]:
-    return rehearse(model, lora, quantized=[], dtype=torch.bfloat16, storage=torch.bfloat16, shard=None)
+    plain = format_for(None, dtype=torch.bfloat16)
+    return rehearse(model, lora, quantized=[], quant=plain, strategy=strategy_for(None))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

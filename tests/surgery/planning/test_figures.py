@@ -11,10 +11,11 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
+from surgery.passes.prepare import prepare
 from surgery.passes.staging import Staging
 from surgery.planning.figures import RankPlan, Step
 from surgery.planning.held import weights_held
-from surgery.planning.inventory import Inventory, survey
+from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.training import Training
 from surgery.planning.verdict import check_fits, fits_gpu, predictions
@@ -156,7 +157,7 @@ def test_what_upstream_keeps_in_float32_counts_four_bytes_and_is_whole_under_fsd
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "glm4_moe", first_k_dense_replace=1, **experts))
     for sharding, share in (({"shard": FSDP1(), "placement": "rank0-cpu"}, 1), ({"shard": FSDP2()}, 2)):
         of_two = setting(lora=None, **sharding)
-        taken = survey(checkpoint, of_two)
+        taken = take_inventory(prepare(checkpoint, of_two))
         gate = next(target for target in taken.targets if target.fqn.endswith("mlp.gate.weight"))
         assert gate.nbytes == 4 * 64 * 4
         rest = sum(t.nbytes for t in taken.targets if not t.form.is_buffer and t is not gate)
