@@ -43,9 +43,9 @@ from surgery.passes.relocate import Relocate
 from surgery.passes.setting import Setting
 from surgery.passes.shard import Finish, Shard
 from surgery.passes.waiting import is_waiting, stop_waiting, wait
-from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
+from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
 from surgery.telemetry.report import Report
 

@@ -15,14 +15,17 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "qlora-build": ("bitsandbytes.quant-state-to-noop", "torch.meta-param-replacement"),
         # Needed for a 4-bit model to run on a CPU; to be limited to its quant_states.
         "qlora-on-cpu": ("bitsandbytes.cpu-matmul-flat", "bitsandbytes.cpu-dequantize-flat"),
-        # Needed for a sharded 4-bit model to run; to be limited to its layers.
-        "qlora-resident": (
+        # Needed for a 4-bit model to run, sharded or not; to be limited to its layers.
+        "linear4bit-resident": (
             "bitsandbytes.linear4bit-shape",
             "bitsandbytes.linear4bit-apply",
             "bitsandbytes.no-rewrap",
             "bitsandbytes.keep-packing",
-            "torch.fsdp2-bit-exact-gather",
         ),
+        # Needed for FSDP2 to gather packed weights; to be limited to quantized layers.
+        "fsdp2-resident": ("torch.fsdp2-bit-exact-gather",),
+        # Both.
+        "qlora-resident": ("linear4bit-resident", "fsdp2-resident"),
         # All that building, running and saving one takes, on GPUs or without.
         "qlora-low-memory": (
             "qlora-build",

@@ -69,7 +69,8 @@ def match(
 ) -> Prepared:
     """Match `model`, which is on meta, with `checkpoint`, and replace its modules; no weight is read.
 
-    To be called on all ranks alike, inside of `everyone`. device: of buffers that no checkpoint holds. Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known.
+    To be called on all ranks alike, inside of `everyone`. device: of buffers that no checkpoint holds. Raises what
+    would end the loading, adapting, sharding or saving of this model, as far as it is known.
     """
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)

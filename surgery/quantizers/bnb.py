@@ -156,12 +156,7 @@ class Bnb4bit(QuantFormat):
     """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on a CPU)."""
 
     label = "bitsandbytes 4-bit"
-    resident_patches = (
-        "bitsandbytes.linear4bit-shape",
-        "bitsandbytes.linear4bit-apply",
-        "bitsandbytes.no-rewrap",
-        "bitsandbytes.keep-packing",
-    )
+    resident_patches = ("linear4bit-resident",)
 
     options: Quant
 
