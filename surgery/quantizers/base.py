@@ -104,11 +104,6 @@ class QuantFormat:
         return self.dtype
 
     @property
-    def description(self) -> str:
-        """The format with what was chosen of it, in a few words."""
-        return self.label
-
-    @property
     def skip_modules(self) -> tuple[str, ...]:
         """Regular expressions, searched in a module's FQN; what matches stays as it is."""
         return tuple(getattr(self.options, "skip_modules", ()))

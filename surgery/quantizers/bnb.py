@@ -170,11 +170,6 @@ class Bnb4bit(QuantFormat):
         """`quant_storage`, or the dtype of the model."""
         return self.options.storage_for(self.dtype)
 
-    @property
-    def description(self) -> str:
-        """The data type and the blocksize."""
-        return f"{self.options.quant_type} in blocks of {self.options.blocksize}"
-
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is a linear layer, or a `Linear4bit` that upstream has made on meta."""
         return super().takes(module) or (self.is_quantized(module) and not _is_packed(module))
