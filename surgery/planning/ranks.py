@@ -1,4 +1,4 @@
-"""Which ranks are alike, so that each kind is planned once; and how much a rank reads."""
+"""Ranks that are alike, so that each kind is planned once; and the bytes that a rank reads."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _elements_read(inventory: Inventory, setting: Setting, rank: int) -> int:
 
 
 def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    """What `rank` reads of tensors that map to one parameter each; a copy under a tied name is read to be compared."""
+    """Bytes that `rank` reads of tensors that map to one parameter each; a copy under a tied name is compared."""
     partition = setting.strategy.partition
     total = 0
     for target in inventory.targets:
