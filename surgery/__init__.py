@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from surgery.attestation.attest import attest
     from surgery.attestation.differences import AttestationError
     from surgery.attestation.forward import attesting
+    from surgery.bound import Bound, bind
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
     from surgery.config import DDP, FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        NotFilledError,
         PassError,
         QuantizerError,
         SelectorError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         WeightsMismatchError,
     )
     from surgery.model.checkpointing import checkpoint_activations
+    from surgery.passes.base import Pass
     from surgery.passes.lifetime import release
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
@@ -44,11 +47,14 @@ __all__ = [
     "PRECISIONS",
     "AdapterError",
     "AttestationError",
+    "Bound",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "MemoryPlan",
+    "NotFilledError",
+    "Pass",
     "PassError",
     "PeerError",
     "Precision",
@@ -63,6 +69,7 @@ __all__ = [
     "adapter_state",
     "attest",
     "attesting",
+    "bind",
     "checkpoint_activations",
     "plan",
     "precision",
@@ -76,6 +83,8 @@ __all__ = [
 _MODULES = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest",),
+    "surgery.bound": ("Bound", "bind"),
+    "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
@@ -86,6 +95,7 @@ _MODULES = {
         "CheckpointError",
         "ConfigError",
         "DataError",
+        "NotFilledError",
         "PassError",
         "QuantizerError",
         "SelectorError",

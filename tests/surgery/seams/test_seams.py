@@ -1,0 +1,66 @@
+"""A format and a sharding of one file each, and one line to register it, are right everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.sharding.base import strategy_for
+from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks
+from tests.surgery.seams.everywhere import Everywhere
+from tests.surgery.seams.loads import norms, trained, trained_each
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+
+LAYERS = 14  # two blocks of seven
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("seams") / "model")
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> dict[str, tuple[float, int, str]]:
+    return norms(checkpoint, ["one process"])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_format_of_one_byte_a_value_is_right_in_every_sharding(
+    world_size: int, checkpoint: Path, expected: dict[str, tuple[float, int, str]]
+) -> None:
+    shardings = ["FSDP1", "FSDP1 with original parameters", "FSDP2", "DDP", "everywhere"]
+    for found in run_ranks(norms, world_size, checkpoint, shardings):
+        assert len(found) == 2 * len(shardings) - 1
+        for name, (norm, layers, digest) in found.items():
+            wanted, _, of_one = expected[f"one process, {name.rpartition(', ')[2]}"]
+            assert norm == pytest.approx(wanted, rel=1e-3), name
+            assert (layers, digest) == (LAYERS, of_one), name
+
+
+def test_the_shardings_train_as_one_process(checkpoint: Path) -> None:
+    quants: dict[str, Any] = {"nf4": surgery.Quant(), "none": None}
+    shards: dict[str, Any] = {"DDP": surgery.DDP(), "FSDP1": surgery.FSDP1(), "FSDP2": surgery.FSDP2()}
+    cases = {f"{s}, {q}": (shard, quant) for s, shard in shards.items() for q, quant in quants.items()}
+    cases["everywhere, nf4"] = Everywhere(), surgery.Quant()
+    alone = {q: trained(checkpoint, None, quant) for q, quant in quants.items()}
+    first, second = run_ranks(trained_each, 2, checkpoint, cases)
+    for name, (losses, adapters) in first.items():
+        wanted, wanted_adapters = alone[name.rpartition(", ")[2]]
+        assert len(set(wanted)) == 4, "nothing was learned"
+        assert losses == pytest.approx(wanted, abs=2e-5), name
+        assert second[name][0] == losses
+        assert second[name][1] == {}
+        assert adapters.keys() == wanted_adapters.keys(), name
+        for key, value in adapters.items():
+            torch.testing.assert_close(value, wanted_adapters[key], atol=2e-4, rtol=1e-3, msg=f"{name}: {key}")
+
+
+def test_a_sharding_that_nobody_registered_is_refused() -> None:
+    with pytest.raises(surgery.ConfigError, match=r"shard: expected None or one of .*FSDP2.*; got 'fsdp'"):
+        strategy_for("fsdp")
