@@ -1,4 +1,4 @@
-"""How far a rank reads ahead, and how much of a model is loaded together."""
+"""Reading ahead: how far, and how much of a model is loaded together."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 @dataclass(frozen=True, kw_only=True)
 class Staging:
-    """How a rank reads ahead: `buffers` of `elements` each, filled by `threads`; and how much makes a layer.
+    """Buffers that a rank reads ahead into: `buffers` of `elements` each, filled by `threads`; and the size of a batch.
 
-    layer_elements: what one rank reads of a layer is about as much, in elements. Each layer costs a meeting of all
-    ranks, and holds its float32 statistics of all ranks.
+    layer_elements: elements of a batch that one rank reads, about. Each batch costs a meeting of all ranks, and holds
+    its float32 statistics of all ranks.
     """
 
     elements: int
@@ -32,12 +32,14 @@ class Staging:
     layer_elements: int
 
     def layer_limit(self, world_size: int) -> int:
-        """Elements of a layer, over all ranks."""
+        """Most elements of a batch, over all ranks."""
         return min(self.layer_elements * world_size, LAYER_LIMIT)
 
     @classmethod
     def on(cls, device: torch.device) -> Staging:
-        """A GPU is fed by as many threads as there are cores for it, up to 12: one copies some 3 GB/s out of the page
+        """The staging for a kind of device.
+
+        A GPU is fed by as many threads as there are cores for it, up to 12: one copies some 3 GB/s out of the page
         cache, and 12 keep ahead of quantizing. A CPU quantizes more slowly than one thread reads.
         """
         if device.type == "cpu":

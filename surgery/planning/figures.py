@@ -42,7 +42,7 @@ class Peaks:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What is held at the end of loading, and the peak before. Where ranks compute on a CPU, all is the host's.
+    """Bytes held at the end of loading, and the peak before. Where ranks compute on a CPU, all is the host's.
 
     anonymous_peak: of the host without buffers for a GPU: the driver maps these, so that the anonymous memory of the
     process, which a report measures, does not have them.
@@ -59,7 +59,7 @@ class Memory:
 class Step:
     """A training step at its worst moment; the peaks are sums of what is above them.
 
-    weights, quant_state, adapters, gradients, optimizer: what the rank holds between steps.
+    weights, quant_state, adapters, gradients, optimizer: held between steps.
     gathered: what the sharding has whole then. dequantized: the weight of a quantized layer while it multiplies.
     activations: an estimate, from the shapes of the linear layers, for attention that keeps no scores. logits: with
         their gradients.

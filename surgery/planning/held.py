@@ -1,4 +1,4 @@
-"""What a rank holds whatever it does: Python's objects, quantization states, shards of weights and adapters."""
+"""Memory that a rank holds in every phase: Python's objects, quantization states, shards of weights and adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as its memory goes: sizes of tensors by unit, features by decoder block."""
+"""The sizes that a model's memory depends on: of tensors by unit, of features by decoder block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from surgery.model.fqn import split
 from surgery.model.tree import Site, decoder_blocks, ends_of
 from surgery.passes.prepare import Prepared
 from surgery.passes.targets import Target
+from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Unit
 from surgery.sharding.partition import Form
 
@@ -54,8 +55,9 @@ def _rows(rows: int, shards: int, position: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inventory:
-    """targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
+    """The tensors of a model, and the sizes that activations depend on.
 
+    targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
     unsharded: bytes of parameters that are in no unit, whole on every rank.
     hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
     ignored, initialized: names as `Prepared` has them.
@@ -76,7 +78,7 @@ class Inventory:
 
     @cached_property
     def forms(self) -> dict[Form, int]:
-        """How many tensors there are of each form."""
+        """Number of tensors of each form."""
         found: dict[Form, int] = {}
         for target in self.targets:
             found[target.form] = found.get(target.form, 0) + 1
@@ -119,7 +121,8 @@ def take_inventory(prepared: Prepared) -> Inventory:
     unit_at = {name: unit_of[module] for name, module in model.named_modules() if module in unit_of}
     for each in prepared.trained:
         adapters.setdefault(_unit_at(each.fqn, unit_at), []).append((each.shape[0], each.shape[1:].numel()))
-    features = {block.fqn: sum(map(_features, block.module.modules())) for block in blocks}
+    quant = prepared.setting.format
+    features = {block.fqn: sum(_features(each, quant) for each in block.module.modules()) for block in blocks}
     return Inventory(
         targets=prepared.targets,
         units=tuple(
@@ -159,8 +162,10 @@ def _unit_at(fqn: str, units: dict[str, str]) -> str:
     return ROOT
 
 
-def _features(module: nn.Module) -> int:
+def _features(module: nn.Module, quant: QuantFormat) -> int:
     """Elements a token that a linear layer takes and gives; for fused experts those of the active ones."""
+    if quant.is_quantized(module):
+        return sum(quant.logical(module))
     if isinstance(module, nn.Linear):
         return module.in_features + module.out_features
     config = getattr(module, "config", None)

@@ -1,4 +1,4 @@
-"""What one rank holds and peaks at while it loads, batch by batch."""
+"""Memory of one rank while it loads, batch by batch."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ def plan_load(
         if waiting is not None:
             held.complete(waiting, beside=sizes.loaded)
         waiting = sizes
+    held.always -= passing
+    held.pinned = 0
     if waiting is not None:
         held.complete(waiting, beside=0)
-    held.always -= passing
-    held.pinned = held.landing = 0
+    held.landing = 0
     return _finished(held, inventory)
 
 
@@ -168,7 +169,7 @@ def _converting(targets: Iterable[Target]) -> int:
 
 @dataclass(kw_only=True)
 class _Held:
-    """What is held so far: parts by where they wait, states on the device.
+    """Bytes held so far: parts by where they wait, states on the device.
 
     always: on the host, whatever else happens; pinned: of that. landing: of a batch that is on its way from rank 0's
     GPU to its CPU, while the next one is made.

@@ -1,4 +1,4 @@
-"""A memory plan: what every rank of a job reads, holds and peaks at, before anything is loaded."""
+"""A memory plan: bytes that every rank of a job reads, holds and peaks at, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MemoryPlan:
     inventory: Inventory = field(repr=False)
 
     def of_rank(self, rank: int) -> RankPlan:
-        """The figures of `rank`, with what it reads to within a block a tensor; raises `IndexError` if there is none."""
+        """The figures of `rank`; what it reads is to within a block a tensor. Raises `IndexError` for no rank."""
         for ranks, figures in self.classes:
             if rank in ranks.ranks:
                 return figures
@@ -115,7 +115,7 @@ def plan(
     device: str = "cuda",
     training: Training | None = Training(),  # noqa: B008  # frozen
 ) -> MemoryPlan:
-    """What every rank would read, hold and peak at, if `surgery.qlora` were called like this on `world_size` ranks.
+    """Plan the memory of every rank, if `surgery.qlora` were called like this on `world_size` ranks.
 
     Needs no process group and no GPU, and reads no weight: of a hub id it fetches the headers of the files, and
     downloads none of them.

@@ -1,14 +1,16 @@
-"""Which ranks are alike, so that each kind is planned once; and how much a rank reads."""
+"""Ranks that are alike, so that each kind is planned once; and the bytes that a rank reads."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from surgery.passes.setting import Setting
 from surgery.planning.inventory import Inventory
-from surgery.sharding.partition import chunk
+from surgery.sharding.partition import Form, Partition, chunk
 
 __all__ = ["RankClass", "bytes_read", "classify", "read_once_per_node"]
 
@@ -72,23 +74,26 @@ def classify(inventory: Inventory, setting: Setting) -> tuple[RankClass, ...]:
 def _steps(inventory: Inventory, setting: Setting) -> dict[Axis, set[int]]:
     """The positions on each axis from which on ranks keep or read another number of rows."""
     partition, at_rest = setting.strategy.partition, setting.strategy.at_rest
-    found: dict[Axis, set[int]] = {(1, setting.world_size): {1}}  # rank 0 may be given what others have
+    found: dict[Axis, set[int]] = defaultdict(set)
+    found[1, setting.world_size] = {1}  # rank 0 may be given what others have
     for form in inventory.forms:
         grid = partition.grid_of(form)
-        kept = _falls(grid.shards, lambda shard, form=form: len(partition.slice(form, shard).keeps))
-        found.setdefault((1, grid.shards), set()).update(kept)
-        for shard in {0, *kept} if grid.replicas > 1 else ():
-            reads = _falls(
-                grid.replicas,
-                lambda replica, first=shard, shards=grid.shards, form=form: len(
-                    partition.slice(form, replica * shards + first).reads
-                ),
-            )
-            found.setdefault((grid.shards, grid.replicas), set()).update(reads)
+        kept = _falls(grid.shards, partial(_rows_kept, partition, form))
+        found[1, grid.shards].update(kept)
+        for shard in {0, *kept}:
+            reads = _falls(grid.replicas, partial(_rows_read, partition, form, shard))
+            found[grid.shards, grid.replicas].update(reads)
     for rows in _heights(inventory):
-        own = _falls(at_rest.shards, lambda position, rows=rows: _adapter_rows(rows, at_rest.shards, position))
-        found.setdefault((1, at_rest.shards), set()).update(own)
+        found[1, at_rest.shards].update(_falls(at_rest.shards, partial(_adapter_rows, rows, at_rest.shards)))
     return found
+
+
+def _rows_kept(partition: Partition, form: Form, rank: int) -> int:
+    return len(partition.slice(form, rank).keeps)
+
+
+def _rows_read(partition: Partition, form: Form, shard: int, replica: int) -> int:
+    return len(partition.slice(form, replica * partition.grid_of(form).shards + shard).reads)
 
 
 def _falls(count: int, size: Callable[[int], int]) -> list[int]:
@@ -123,7 +128,7 @@ def _elements_read(inventory: Inventory, setting: Setting, rank: int) -> int:
 
 
 def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    """What `rank` reads of tensors that map to one parameter each; a copy under a tied name is read to be compared."""
+    """Bytes that `rank` reads of tensors that map to one parameter each; a copy under a tied name is compared."""
     partition = setting.strategy.partition
     total = 0
     for target in inventory.targets:

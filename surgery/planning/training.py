@@ -1,4 +1,4 @@
-"""What one rank holds and peaks at in a training step."""
+"""Memory of one rank in a training step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NORM_COPIES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What decides the memory of a training step.
+    """The choices that decide the memory of a training step.
 
     batch, seq: samples that a rank puts through the model at once, and tokens of each.
     optimizer: AdamW keeps two states an element, in the dtype of the parameter; SGD (without momentum) none.

@@ -1,4 +1,4 @@
-"""Whether a plan fits the memory that there is, what would make it fit, and the peaks that it predicts."""
+"""The verdict on a plan: whether it fits the memory that there is, what would make it fit, the peaks it predicts."""
 
 from __future__ import annotations
 

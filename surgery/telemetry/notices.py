@@ -43,7 +43,7 @@ SHOWN = 8
 
 
 def group_names(keys: Iterable[str]) -> dict[str, int]:
-    """How many of `keys`, which are unique, differ in numbers alone, by their name with `*` where they do.
+    """Count those of `keys`, which are unique, that differ in numbers alone, by their name with `*` where they do.
 
     In the order in which each group first appears: `{"model.layers.*.mlp.experts.*.w1.weight": 256}`. A key that is
     alone is its own name.

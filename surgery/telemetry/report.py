@@ -1,4 +1,4 @@
-"""What happened while a model was built: seconds, bytes read and memory per phase, and a progress bar on rank 0."""
+"""The report on how a model was built: seconds, bytes read and memory per phase, and a progress bar on rank 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of plans share: checkpoints of large models that weigh nothing, and their inventories."""
+"""Shared by the tests of plans: checkpoints of large models that weigh nothing, and their inventories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which option would make a plan fit."""
+"""Options that would make a plan fit."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def plans(folder_405b: Path) -> dict[int, MemoryPlan]:
 
 
 def calls(work: Callable[[], object]) -> int:
-    """How many Python functions are called while `work` is done: the same on every machine, whatever else it does."""
+    """Number of Python functions called while `work` is done: the same on every machine, whatever else it does."""
     count = 0
 
     def look(_frame: object, event: str, _argument: object) -> None:
