@@ -13,25 +13,33 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-#: Layers of `surgery`, first to last; a module imports from its own layer and from earlier ones.
-LAYERS = (
-    ("errors", "fqn", "converted", "numerals", "twin", "whole"),
-    ("config", "match", "walk", "placement", "measurements", "sampling", "report", "pretrained"),
-    ("folder_lock", "model_card", "place", "tokenizer_files"),
-    ("checkpoint",),
-    ("slices", "keys", "defaults", "ties", "weights", "quantizers", "targets", "parts"),
-    ("landing", "distributed", "loading", "initials"),
-    ("guards", "lifetime", "attestation", "passes", "install", "base_model", "adapter_folder", "adapter_keys"),
-    ("adapters", "agreed"),
-    ("adapter_options", "adapter_names", "rehearsal"),
-    ("filling",),
-    ("planning",),
-    ("recipe",),
-    ("tracing", "reservation"),
-    ("",),  # the package itself: its public names
-    ("finetune",),
-    ("integrations", "cli", "__main__"),
+#: Rooms of `surgery`, first to last; a module imports from its own room and from earlier ones, in functions and for
+#: type checkers too.
+ROOMS = (
+    "errors",
+    "config",
+    "telemetry",
+    "comm",
+    "checkpoint",
+    "model",
+    "quantizers",
+    "sharding",
+    "adapters",
+    "passes",
+    "planning",
+    "bound",
+    "recipe",
+    "attestation",
+    "tracing",
+    "",  # the package itself: its public names
+    "finetune",
+    "cli",
+    "__main__",
 )
+
+#: What nobody outside of the rooms of formats and strategies may know.
+SEAMS = ("quantizers", "sharding", "config")
+STRATEGIES = ("unsharded", "ddp", "fsdp", "fsdp1", "fsdp2")
 
 
 def modules(package: str) -> dict[str, Path]:
@@ -41,12 +49,12 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imports(name: str, file: Path, *, inside_functions: bool) -> Iterator[str]:
-    """Absolute names of what a module imports; what only type checkers see is left out."""
+    """Absolute names of what a module imports, for type checkers too if `inside_functions`."""
     package = name if file.stem == "__init__" else name.rpartition(".")[0]
     pending: list[ast.AST] = [ast.parse(file.read_text())]
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not inside_functions:
             pending.extend(node.orelse)
             continue
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not inside_functions:
@@ -78,25 +86,34 @@ def test_no_file_imports_in_a_circle(package: str) -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
-def layer_of(name: str) -> int:
-    """The number of the layer that a module of `surgery` is in."""
-    # A command is a part of the command line, wherever its file is.
-    part = "cli" if name.endswith(".command") else name.removeprefix("surgery").strip(".").partition(".")[0]
-    found = [number for number, layer in enumerate(LAYERS) if part in layer]
-    assert found, f"{name} is in no layer: add it to LAYERS, where its imports allow"
-    return found[0]
+def room_of(name: str) -> str:
+    """The room of `surgery` that a module is in; a command belongs to the command line, wherever its file is."""
+    room = "cli" if name.endswith(".command") else name.removeprefix("surgery").strip(".").partition(".")[0]
+    assert room in ROOMS, f"{name} is in no room: add it to ROOMS, where its imports allow"
+    return room
 
 
-def test_every_file_imports_from_earlier_layers_only() -> None:
+def imported_rooms() -> Iterator[tuple[str, str]]:
+    """`(module, module that it imports)` of `surgery`, for type checkers too."""
     known = modules("surgery")
+    for name, file in known.items():
+        found = {resolve(imported, known) for imported in imports(name, file, inside_functions=True)}
+        yield from ((name, other) for other in found if other is not None and name != "surgery")
+
+
+def test_every_file_imports_from_its_own_and_earlier_rooms_only() -> None:
+    order = {room: number for number, room in enumerate(ROOMS)}
     wrong = [
-        f"{name} imports {found}"
-        for name, file in known.items()
-        if name != "surgery"
-        for imported in imports(name, file, inside_functions=True)
-        if (found := resolve(imported, known)) and layer_of(found) > layer_of(name)
+        f"{name} imports {other}" for name, other in imported_rooms() if order[room_of(other)] > order[room_of(name)]
     ]
     assert wrong == []
+
+
+def test_no_file_imports_in_a_circle_for_type_checkers_either() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, other in imported_rooms():
+        graph.setdefault(name, set()).update({other} - {name})
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_patches_never_imports_surgery_nor_torch_outside_functions() -> None:
@@ -118,12 +135,59 @@ def test_surgery_uses_the_public_names_of_patches() -> None:
             assert root != "patches" or rest in ("", *patches.__all__), f"{name} imports {imported}"
 
 
-def test_sharding_back_ends_do_not_import_each_other() -> None:
-    known = modules("surgery.distributed".replace(".", "/"))
-    back_ends = {name for name in known if name.rpartition(".")[2].startswith("fsdp")}
-    for name in back_ends:
-        found = {resolve(i, known) for i in imports(name, known[name], inside_functions=True)}
-        assert not (found & back_ends) - {name}
+def outside_the_seams() -> Iterator[tuple[str, ast.Module]]:
+    """The modules of `surgery` that must work with any format and any strategy."""
+    for name, file in modules("surgery").items():
+        if room_of(name) not in SEAMS:
+            yield name, ast.parse(file.read_text())
+
+
+def test_nobody_asks_which_strategy_it_is() -> None:
+    options = {"FSDP1", "FSDP2", "DDP", "Fsdp1", "Fsdp2", "Ddp", "Unsharded", "FSDPModule", "FullyShardedDataParallel"}
+    asked = [
+        f"{name}: {ast.unparse(node)}"
+        for name, tree in outside_the_seams()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type")
+        if options & {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    ]
+    assert asked == []
+
+
+def test_nobody_names_a_placement() -> None:
+    named = [
+        f"{name}, line {node.lineno}: {node.value}"
+        for name, tree in outside_the_seams()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in ("sharded", "rank0-cpu", "replicated")
+    ]
+    assert named == []
+
+
+def test_nobody_imports_a_concrete_format_or_strategy() -> None:
+    concrete = (
+        "surgery.quantizers.bnb",
+        "surgery.quantizers.none",
+        *(f"surgery.sharding.{each}" for each in STRATEGIES),
+    )
+    wrong = [
+        f"{name} imports {other}"
+        for name, other in imported_rooms()
+        if room_of(name) not in SEAMS and other in concrete
+    ]
+    assert wrong == []
+
+
+def test_strategies_do_not_import_each_other() -> None:
+    # Of two that are alike, each has its base in common.
+    of = {f"surgery.sharding.{each}" for each in ("ddp", "fsdp1", "fsdp2")}
+    assert [(name, other) for name, other in imported_rooms() if {name, other} <= of and name != other] == []
+
+
+def test_few_files_are_smaller_than_an_idea() -> None:
+    sizes = {name: len(file.read_text().splitlines()) for name, file in modules("surgery").items()}
+    packages = {name for name, file in modules("surgery").items() if file.stem in ("__init__", "__main__")}
+    assert len([name for name, size in sizes.items() if size < 40 and name not in packages]) <= 5
 
 
 def test_importing_patches_imports_no_upstream_library() -> None:

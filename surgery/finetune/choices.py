@@ -10,7 +10,6 @@ __all__ = [
     "LoggerName",
     "LoraInit",
     "OptimizerName",
-    "PlacementName",
     "PrecisionName",
     "QuantStorageName",
     "QuantType",

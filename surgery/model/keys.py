@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import WeightsMismatchError
 
-__all__ = ["Group", "group_keys"]
+__all__ = ["Assignment", "Group", "Logical", "group_keys"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,3 +90,53 @@ class _Renamer:
         if name not in self.state and key in self.state:
             name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
         return name, self.by_pattern.get(pattern) if pattern else None, pattern
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Logical:
+    """What a converter asks a model for: config, and parameters on meta in the shapes that they have unquantized."""
+
+    config: Any
+    parameters: Mapping[str, torch.Tensor]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that FQN. Raises `KeyError` if there is none."""
+        return self.parameters[name]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Logical:
+        """Of `model`, before its layers are replaced."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return cls(config=getattr(model, "config", None), parameters=parameters)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Assignment:
+    """Checkpoint tensors and the parameters that they fill.
+
+    sources: checkpoint keys, each read once.
+    targets: parameter or persistent-buffer FQNs. More than one only where `converter` splits.
+    duplicates: further checkpoint keys that hold the same tensor again under the name of a tied parameter.
+    converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
+    logical: the model as converters know it; None without one.
+    dtypes: of the targets as the checkpoint has them.
+    """
+
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+    duplicates: tuple[str, ...] = ()
+    converter: Any = field(default=None, repr=False)
+    logical: Logical | None = field(default=None, repr=False)
+    patterns: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`{target: tensor}` from `{source: tensor}`; meta tensors give the targets' shapes."""
+        if self.converter is None:
+            return {self.targets[0]: tensors[self.sources[0]]}
+        converter = copy.deepcopy(self.converter)
+        for source, pattern in zip(self.sources, self.patterns, strict=True):
+            converter.add_tensor(self.targets[0], source, pattern, tensors[source])
+        assert self.logical is not None
+        converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}

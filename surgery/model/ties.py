@@ -14,7 +14,7 @@ from surgery.model.fqn import split
 from surgery.model.tree import tied_parameters
 
 if TYPE_CHECKING:
-    from surgery.model.weights import Assignment
+    from surgery.model.keys import Assignment
 
 __all__ = ["untie_different"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from surgery.checkpoint import Chunk
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
-from surgery.model.weights import Assignment
+from surgery.model.keys import Assignment
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading

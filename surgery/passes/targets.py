@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import Index, TensorEntry
 from surgery.model.fqn import split
-from surgery.model.weights import Assignment
+from surgery.model.keys import Assignment
 from surgery.quantizers.base import Layout, QuantFormat, check_layout
 from surgery.sharding.partition import Form
 

@@ -10,7 +10,6 @@ from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, p
 from surgery.finetune.choices import (
     FsdpVersion,
     OptimizerName,
-    PlacementName,
     PrecisionName,
     QuantStorageName,
     QuantType,
@@ -69,9 +68,9 @@ def plan(
     ] = None,
     fsdp: Annotated[FsdpVersion, typer.Option(help="Which FSDP, on several ranks.", rich_help_panel=_SHARDING)] = "2",
     placement: Annotated[
-        PlacementName | None,
+        str | None,
         typer.Option(
-            help="Where weights wait to be sharded.",
+            help="Where weights wait to be sharded: sharded, rank0-cpu or replicated.",
             rich_help_panel=_SHARDING,
             show_default="sharded; rank0-cpu with --fsdp 1",
         ),

@@ -19,7 +19,7 @@ from torch import nn
 from surgery.checkpoint import TensorEntry
 from surgery.config import BLOCKSIZES, STORAGE_DTYPES, Placement, Quant
 from surgery.errors import ConfigError
-from surgery.model.weights import Assignment
+from surgery.model.keys import Assignment
 from surgery.passes.buffers import ShardBuffer, ShardBuffers
 from surgery.passes.targets import Target, find_targets
 from surgery.quantizers import bnb

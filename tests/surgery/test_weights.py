@@ -16,7 +16,8 @@ import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError, PassError, WeightsMismatchError
 from surgery.model.skeleton import Skeleton, causal_lm
-from surgery.model.weights import Assignment, plan_weights
+from surgery.model.keys import Assignment
+from surgery.model.weights import plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
 from tests.helpers.models import save_tiny
 
