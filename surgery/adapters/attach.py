@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.model.convert import convert
+from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat, format_of
 
 if TYPE_CHECKING:

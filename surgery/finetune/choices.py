@@ -23,7 +23,6 @@ LoggerName: TypeAlias = Literal["tensorboard", "wandb"]
 # pissa and olora are refused, with the reason: they need the unquantized weights.
 LoraInit: TypeAlias = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
 OptimizerName: TypeAlias = Literal["adamw", "sgd"]
-PlacementName: TypeAlias = Literal["sharded", "rank0-cpu", "replicated"]
 PrecisionName: TypeAlias = Literal["bf16", "fp32", "bf16-autocast", "fp16-autocast"]
 # uint8 is what bitsandbytes defaults to; under FSDP1 it is refused, with the reason.
 QuantStorageName: TypeAlias = Literal["auto", "bfloat16", "float16", "float32", "uint8"]

@@ -22,10 +22,10 @@ from surgery.finetune.attested import Attested, Attestor
 from surgery.finetune.card import card_sections
 from surgery.finetune.foresight import predict_training
 from surgery.finetune.loop import Trainer
-from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.options import Job
 from surgery.finetune.prepare import Plan, make_plan, read_data
 from surgery.finetune.progress import ProgressTracker
+from surgery.finetune.schedule import build_optimizer
 from surgery.finetune.session import Session, Training
 from surgery.finetune.summary import Summary, gather_phases, patch_rows, write_summary
 from surgery.finetune.trackers import Tracker, close_with, open_trackers

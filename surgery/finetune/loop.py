@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from surgery.errors import SurgeryError
-from surgery.finetune.batches import GlobalBatch, MicroBatch
-from surgery.finetune.garbage import collecting_between_steps
-from surgery.finetune.loss import gradient_scale, token_loss
+from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
 from surgery.finetune.schedule import Schedule
 from surgery.sharding.base import ShardStrategy
 
-__all__ = ["StepMetrics", "Trainer", "TrainingError"]
+__all__ = ["StepMetrics", "Trainer", "TrainingError", "collecting_between_steps", "gradient_scale", "token_loss"]
 
 
 class TrainingError(SurgeryError, ArithmeticError):
@@ -143,3 +143,51 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross entropy over the tokens that count, a float32 scalar; 0, with zero gradients, if none.
+
+    `logits` is `(batch, length, vocabulary)` in any floating dtype, `targets` is `(batch, length)` int64,
+    already shifted (`targets[i, t]` is what position `t` predicts), `IGNORED` where nothing is learnt.
+    """
+    # float32 before the softmax: over a vocabulary of 100,000 a bfloat16 sum has lost its small terms.
+    # autocast would do the same for cross_entropy, but not for a model that computes in bfloat16 without it.
+    return functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def gradient_scale(*, targets: int, averaged_over: int) -> float:
+    """What to multiply a rank's summed loss by, so that gradients are those of the mean over the batch.
+
+    `targets` is the number of tokens that count in the whole global batch; `averaged_over` is the number of
+    ranks over which gradients are averaged (not summed) when they are exchanged, 1 where they are not.
+    """
+    return averaged_over / targets
+
+
+#: Optimizer steps between two looks.
+STEPS_BETWEEN = 50
+
+
+@contextmanager
+def collecting_between_steps() -> Iterator[Callable[[int], None]]:
+    """A block in which garbage is collected only when what it gives is called with a step that is due.
+
+    Left to itself, Python looks whenever enough objects were made, in the middle of a step, on each rank in another
+    one, and all others wait for that rank in their next collective.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+
+    def collect(step: int) -> None:
+        if step % STEPS_BETWEEN == 0:
+            gc.collect(1)
+
+    try:
+        yield collect
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from surgery.errors import ConfigError
-from surgery.finetune.choices import ScheduleName
+import torch
+from torch import nn
 
-__all__ = ["Schedule"]
+from surgery.errors import ConfigError
+from surgery.finetune.choices import OptimizerName, ScheduleName
+
+__all__ = ["Schedule", "build_optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +49,19 @@ class Schedule:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         remaining = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return self.peak * remaining
+
+
+def build_optimizer(
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of `model`, as they are after sharding.
+
+    AdamW takes one kernel for all of them on a GPU. Raises `ConfigError` if nothing is trainable.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("expected trainable parameters (adapters), found none: every parameter is frozen")
+    if name == "adamw":
+        on_gpu = all(parameter.is_cuda for parameter in trainable)
+        return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=on_gpu)
+    return torch.optim.SGD(trainable, lr=lr, weight_decay=weight_decay)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from surgery.model.fqn import join, split
 
 __all__ = [
     "Site",
+    "convert",
     "decoder_blocks",
     "ends_of",
     "is_conv1d",
@@ -150,3 +151,20 @@ def is_linear_like(module: nn.Module) -> bool:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is transformers' `Conv1D` (GPT-2): a linear layer that keeps its weight as `(in, out)`."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def convert(
+    parameters: Iterable[nn.Parameter], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
+    """Cast or move `parameters` in place. Views of one memory, by which PEFT ties adapters, stay such views."""
+    sharing: dict[int, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        sharing.setdefault(parameter.untyped_storage()._cdata, []).append(parameter)
+    for held in sharing.values():
+        if len(held) == 1:
+            held[0].data = held[0].data.to(device=device, dtype=dtype)
+            continue
+        elements = held[0].untyped_storage().nbytes() // held[0].element_size()
+        memory = held[0].data.as_strided((elements,), (1,), 0).to(device=device, dtype=dtype)
+        for parameter in held:
+            parameter.data = memory.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from surgery.errors import ConfigError, SelectorError
+from surgery.model.fqn import match_any, require_matches
 from surgery.model.pretrained import is_pretrained, not_converted, planned_dtypes
-from surgery.model.selectors import match_any, require_matches
 from surgery.model.tree import Site, replace_module, sites
 from surgery.passes.base import Pass
 from surgery.quantizers.base import QuantFormat

@@ -8,8 +8,8 @@ from torch import nn
 
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.errors import ConfigError
-from surgery.model.convert import convert
 from surgery.model.fqn import clean
+from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import ShardStrategy, limit_of, register
 

@@ -54,9 +54,8 @@ def failed_in_block(checkpoint: Path, shard: FSDP1 | FSDP2) -> None:
 
 
 def failed_in_shard(checkpoint: Path, shard: FSDP1 | FSDP2, error: BaseException | None = None) -> None:
-    from surgery.sharding import fsdp1, fsdp2
-
     import patches
+    from surgery.sharding import fsdp1, fsdp2
 
     module: Any
     module, name = (fsdp1, "wrap") if isinstance(shard, FSDP1) else (fsdp2, "shard")

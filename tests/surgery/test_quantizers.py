@@ -14,6 +14,7 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from surgery.sharding.devices import Devices
 from torch import nn
 
 from surgery.checkpoint import TensorEntry
@@ -24,7 +25,6 @@ from surgery.passes.buffers import ShardBuffer, ShardBuffers
 from surgery.passes.targets import Target, find_targets
 from surgery.quantizers import bnb
 from surgery.quantizers.bnb import BnbQuantizer, packed_shape
-from surgery.sharding.devices import Devices
 from surgery.sharding.partition import Partition, chunk
 from tests.helpers.lookup import require_looked_up
 from tests.helpers.whole_blocks import right_kernels

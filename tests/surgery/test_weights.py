@@ -15,8 +15,8 @@ import patches
 import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError, PassError, WeightsMismatchError
-from surgery.model.skeleton import Skeleton, causal_lm
 from surgery.model.keys import Assignment
+from surgery.model.skeleton import Skeleton, causal_lm
 from surgery.model.weights import plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
 from tests.helpers.models import save_tiny

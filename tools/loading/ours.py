@@ -14,8 +14,7 @@ from loading.case import LEARNING_RATE, MAX_NORM, SEED, Case, Trainee
 from surgery.config import FSDP1, FSDP2, Placement, precision
 from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
 from surgery.finetune.loop import Trainer
-from surgery.finetune.optimizer import build_optimizer
-from surgery.finetune.schedule import Schedule
+from surgery.finetune.schedule import Schedule, build_optimizer
 from surgery.sharding.base import strategy_of
 
 __all__ = ["load_ours"]

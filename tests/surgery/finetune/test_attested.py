@@ -20,9 +20,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from typer.testing import CliRunner
 
 import patches
+from surgery.attestation.differences import AttestationError
 from surgery.cli import app
 from surgery.config import FSDP1, FSDP2
-from surgery.attestation.differences import AttestationError
 from surgery.finetune.attested import Check
 from surgery.finetune.job import run
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions

@@ -13,8 +13,7 @@ from torch import nn
 from surgery.finetune.batches import GlobalBatch, collate, share
 from surgery.finetune.encode import Sample
 from surgery.finetune.loop import StepMetrics, Trainer, TrainingError
-from surgery.finetune.optimizer import build_optimizer
-from surgery.finetune.schedule import Schedule
+from surgery.finetune.schedule import Schedule, build_optimizer
 from surgery.sharding.base import strategy_of
 
 CPU = torch.device("cpu")

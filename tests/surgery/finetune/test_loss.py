@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from surgery.finetune.batches import IGNORED
-from surgery.finetune.loss import gradient_scale, token_loss
+from surgery.finetune.loop import gradient_scale, token_loss
 
 
 def test_sum_over_the_tokens_that_count() -> None:
