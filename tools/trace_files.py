@@ -1,8 +1,8 @@
 """List the files of ours that run while two ranks load a model under FSDP2, and those on the way of one weight.
 
-The way of a weight: every function that the passes call while they have it (its entry in the checkpoint, its target, its
-shard buffer, its values, its state), from the reading of its bytes until it is in the model. Files of `comm` and
-`telemetry` serve all weights alike, and are listed apart.
+The way of a weight: every function that the passes call while they have it (its entry in the checkpoint, its target,
+its shard buffer, its batch), from the reading of its bytes until it is in the model. Files of `comm` and `telemetry`
+serve all weights alike, and are listed apart.
 
 Run it as: python tools/trace_files.py [--weight NAME]
 """
@@ -73,8 +73,8 @@ def load(rank: int, folder: Path, weight: str, results: Any) -> None:
     store = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     if rank == 0:
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=96, **sizes))
+        sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+        model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=96, **sizes))
         model.to(torch.bfloat16).save_pretrained(folder / "model")
     dist.barrier()
     tracer = Tracer(weight)

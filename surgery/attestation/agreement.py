@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from surgery.attestation.differences import Difference
 from surgery.comm.collectives import all_gather_single
-from surgery.quantizers.digest import cut, page_count, pages_between
-from surgery.quantizers.record import Record, Sums
+from surgery.quantizers.digest import Record, Sums, cut, page_count, pages_between
 from surgery.sharding.base import Shard
 
 __all__ = ["add_up", "complete", "fingerprint", "gather_whole", "of_all_ranks", "rank", "spread", "state_disagreements"]

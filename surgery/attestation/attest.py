@@ -14,7 +14,7 @@ from surgery.attestation.differences import Attestation, Difference, error_of
 from surgery.attestation.rest import shard_differences, state_differences
 from surgery.comm.failures import together
 from surgery.errors import ConfigError, SelectorError
-from surgery.quantizers.record import Record, Records, records_of, settle
+from surgery.quantizers.digest import Record, Records, records_of, settle
 from surgery.sharding.base import strategy_of
 
 __all__ = ["attest", "chosen_records", "raise_any", "rest_differences"]

@@ -15,8 +15,7 @@ from surgery.attestation.agreement import fingerprint, gather_whole, of_all_rank
 from surgery.attestation.attest import chosen_records, raise_any, rest_differences
 from surgery.attestation.differences import Attestation, AttestationError, Difference
 from surgery.comm.failures import together
-from surgery.quantizers.digest import Piece, page_count, page_sums
-from surgery.quantizers.record import Record, Records
+from surgery.quantizers.digest import Piece, Record, Records, page_count, page_sums
 from surgery.sharding.base import strategy_of
 
 __all__ = ["Watch", "attesting"]

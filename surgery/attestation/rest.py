@@ -12,8 +12,7 @@ from torch import nn
 
 from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
 from surgery.attestation.differences import Difference
-from surgery.quantizers.digest import Piece, on_cpu, page_count, page_sums, pages_between
-from surgery.quantizers.record import Record, Records, Sums
+from surgery.quantizers.digest import Piece, Record, Records, Sums, on_cpu, page_count, page_sums, pages_between
 from surgery.sharding.base import Shard
 
 __all__ = ["shard_differences", "state_differences"]

@@ -12,9 +12,7 @@ from torch import nn
 
 from surgery.comm.ranks import PeerError, StoppedError
 from surgery.errors import ConfigError, PassError
-from surgery.model.fqn import split
-from surgery.passes.buffers import ShardBuffer
-from surgery.passes.targets import Target
+from surgery.passes.tensors import ShardBuffer, Target
 
 __all__ = ["GROUP", "PLACES", "Batch", "BatchPass", "Naming", "Pass", "find_passes", "group_into_batches", "placed"]
 
@@ -79,7 +77,7 @@ class Batch:
     @property
     def fqn(self) -> str:
         """The module of its first tensor."""
-        return split(self.targets[0].fqn)[0]
+        return self.targets[0].module_fqn
 
 
 def group_into_batches(targets: Iterable[Target], *, elements: int) -> list[Batch]:

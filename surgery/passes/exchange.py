@@ -12,9 +12,9 @@ from surgery.comm.collectives import all_gather_flat, gather_parts, scatter_part
 from surgery.comm.failures import collective
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, BatchPass, Naming
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
 from surgery.passes.quantize import Quantize
+from surgery.passes.tensors import ShardBuffer
 from surgery.sharding.partition import chunk
 
 __all__ = ["Exchange"]

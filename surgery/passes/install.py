@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from surgery.adapters.deferred import Drawing
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
+from surgery.passes.tensors import ShardBuffer
 from surgery.quantizers.base import QuantFormat
 
 __all__ = ["Install", "install"]

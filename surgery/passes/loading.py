@@ -24,10 +24,9 @@ from surgery.comm.nodes import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, Naming, Pass, group_into_batches
-from surgery.passes.buffers import ShardBuffers
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
-from surgery.passes.targets import Target
+from surgery.passes.tensors import ShardBuffers, Target
 from surgery.sharding.partition import Partition
 from surgery.telemetry.report import Report
 

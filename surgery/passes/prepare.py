@@ -18,7 +18,7 @@ from surgery.model.weights import plan_weights
 from surgery.passes.base import Naming
 from surgery.passes.replace import Replace, precisions, quantizable
 from surgery.passes.setting import Setting
-from surgery.passes.targets import Target, find_targets
+from surgery.passes.tensors import Target, find_targets
 from surgery.quantizers.base import check_runs
 
 __all__ = ["Prepared", "match", "prepare"]

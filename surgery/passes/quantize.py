@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, BatchPass, Naming
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
+from surgery.passes.tensors import ShardBuffer
 
 __all__ = ["Quantize"]
 

@@ -11,12 +11,10 @@ from torch import nn
 
 from surgery.checkpoint import Chunk
 from surgery.errors import WeightsMismatchError
-from surgery.model.fqn import split
 from surgery.model.keys import Assignment
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
-from surgery.passes.targets import Target
+from surgery.passes.tensors import ShardBuffer, Target
 
 __all__ = ["Read", "ReadAhead"]
 
@@ -51,7 +49,7 @@ class Read(BatchPass):
         """Give `batch` its buffers."""
         for assignment, group in groupby(batch.targets, lambda target: target.assignment):
             targets = list(group)
-            with Naming(self.name, split(targets[0].fqn)[0]):
+            with Naming(self.name, targets[0].module_fqn):
                 batch.buffers += self._buffers(targets, assignment)
 
     def _buffers(self, targets: list[Target], assignment: Assignment) -> list[ShardBuffer]:

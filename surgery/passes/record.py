@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.errors import ConfigError
-from surgery.model.fqn import split
 from surgery.passes.base import Batch, BatchPass
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
-from surgery.quantizers.digest import Piece
-from surgery.quantizers.record import Made, record
+from surgery.passes.tensors import ShardBuffer
+from surgery.quantizers.digest import Made, Piece, record
 
 __all__ = ["Record"]
 
@@ -38,7 +36,7 @@ class Record(BatchPass):
 def _made(buffer: ShardBuffer) -> Made:
     target = buffer.target
     return Made(
-        fqn=split(target.fqn)[0],
+        fqn=target.module_fqn,
         modules=tuple(module for module, _ in target.places),
         nbytes=target.nbytes,
         piece=Piece(data=buffer.read_rows(), start=buffer.slice.reads.start * buffer.row * target.dtype.itemsize),

@@ -10,8 +10,8 @@ from surgery.comm.collectives import gather_to_rank0
 from surgery.comm.failures import collective
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, BatchPass, Naming
-from surgery.passes.buffers import ShardBuffer
 from surgery.passes.loading import Loading
+from surgery.passes.tensors import ShardBuffer
 
 __all__ = ["Relocate"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from surgery.adapters.attach import draws_later
 from surgery.passes.setting import Setting
-from surgery.passes.targets import Target
+from surgery.passes.tensors import Target
 from surgery.planning.inventory import Inventory
 
 __all__ = [

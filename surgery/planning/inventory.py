@@ -12,7 +12,7 @@ from torch import nn
 from surgery.model.fqn import split
 from surgery.model.tree import Site, decoder_blocks, ends_of
 from surgery.passes.prepare import Prepared
-from surgery.passes.targets import Target
+from surgery.passes.tensors import Target
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Unit
 from surgery.sharding.partition import Form

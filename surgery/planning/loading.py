@@ -11,7 +11,7 @@ from surgery.comm.device_to_host import THREADS
 from surgery.passes.base import Batch
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
-from surgery.passes.targets import Target
+from surgery.passes.tensors import Target
 from surgery.planning.figures import Memory, Peaks
 from surgery.planning.held import (
     adapters_as_made,

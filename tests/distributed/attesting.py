@@ -16,7 +16,7 @@ import patches
 import surgery
 from surgery.attestation.differences import Attestation, Difference
 from surgery.config import Placement
-from surgery.quantizers.record import records_of
+from surgery.quantizers.digest import records_of
 from surgery.sharding.base import strategy_of
 from tests.distributed.exactness import lora, loss_of
 from tests.helpers.rewritten_nans import rewritten_nans

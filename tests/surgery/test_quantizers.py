@@ -21,8 +21,7 @@ from surgery.checkpoint import TensorEntry
 from surgery.config import BLOCKSIZES, STORAGE_DTYPES, Placement, Quant
 from surgery.errors import ConfigError
 from surgery.model.keys import Assignment
-from surgery.passes.buffers import ShardBuffer, ShardBuffers
-from surgery.passes.targets import Target, find_targets
+from surgery.passes.tensors import ShardBuffer, ShardBuffers, Target, find_targets
 from surgery.quantizers import bnb
 from surgery.quantizers.bnb import BnbQuantizer, packed_shape
 from surgery.sharding.partition import Partition, chunk

@@ -16,8 +16,7 @@ import surgery
 from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from gpu_checks.training import make_checkpoint
-from surgery.quantizers.digest import page_sums
-from surgery.quantizers.record import records_of
+from surgery.quantizers.digest import page_sums, records_of
 from surgery.recipe import FSDP2_PATCHES, RESIDENT_PATCHES
 from surgery.sharding.base import strategy_of
 

@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 import surgery
-from surgery.quantizers.record import records_of
+from surgery.quantizers.digest import records_of
 from tests.distributed.exactness import lora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
