@@ -70,8 +70,7 @@ def load(rank: int, folder: Path, weight: str, results: Any) -> None:
 
     import surgery
 
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     if rank == 0:
         sizes: Any = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
         model: Any = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=96, **sizes))
