@@ -1,8 +1,8 @@
 """Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing open and draw better than we could.
 
 A rank is a process of it; a thread is a lane of phases, as many as it takes for none to overlap in one; memory is in
-counters. Times are whole microseconds since the first rank began, by the clocks of the nodes. Of the file, viewers read
-`traceEvents` and skip the rest. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+counters. Times are whole microseconds since the first rank began, by the clocks of the nodes. Viewers read
+`traceEvents` and skip the rest of the file. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
