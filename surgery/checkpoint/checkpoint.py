@@ -27,8 +27,8 @@ class Checkpoint:
     """An unquantized safetensors checkpoint that can be read.
 
     `source` is what the user gave; `path` the folder it is in; `revision` the commit, for a hub id, else
-    None; `config` the content of `config.json`, None where there is none. `fetch`, of a checkpoint that is looked at on
-    the hub, gets the elements `start` to `stop` of a tensor; None where its files are here.
+    None; `config` the content of `config.json`, None if there is none. `fetch` gets the elements `start`
+    to `stop` of a tensor of a checkpoint that is looked at on the hub; None if its files are here.
     """
 
     source: str
@@ -64,7 +64,7 @@ class Checkpoint:
         return self.index.names()
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor `name` lies. Raises `WeightsMismatchError` if the checkpoint does not hold it."""
+        """Entry of the tensor `name`. Raises `WeightsMismatchError` if the checkpoint does not hold it."""
         return self.index.entry(name)
 
     def reader(self, *, on_read: Callable[[int], None] | None = None) -> Reader:
@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """`config.json` of `folder`, None where there is none. Raises `CheckpointError` for one that is no JSON object."""
+    """Read `config.json` of `folder`; None if there is none. Raises `CheckpointError` for one that is no object."""
     file = folder / "config.json"
     if not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Refuse a configuration that says more of a model than the headers of the weights can have."""
+"""Refuse a config.json that describes a model far larger than the headers of the weights can fill."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["contradiction", "require_agreement"]
 _LAYERS = re.compile(r"(n|num)_(\w+_)?layers?|(en|de)coder_layers")
 _WIDTHS = re.compile(r"(\w+_)?(vocab|hidden|intermediate)_size|n_embd|n_inner|d_model|d_ff|(\w+_)?(ffn|head)_dim")
 
-#: What is let through: layers and widths that any model may have, layers a tensor, how often the widest dimension.
-#: Tensors are merged, split or shared, so that the headers need not have the configuration's numbers.
+#: Limits: layers and widths that any model may have, layers a tensor, multiples of the widest dimension. They are wide,
+#: since tensors are merged, split or shared, so that the headers need not have the configuration's numbers.
 _FEW_LAYERS = 1000
 _LAYERS_A_TENSOR = 8
 _NARROW = 1 << 20

@@ -28,6 +28,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "Header",
     "TensorEntry",
+    "header_length",
     "parse_header",
     "parse_json",
     "read_header",
@@ -38,13 +39,13 @@ LENGTH_BYTES = 8
 # The same limit as the reference implementation: a corrupt length must not become an allocation.
 MAX_HEADER_BYTES = 100_000_000
 
-# Of a number in JSON. The largest that a float can hold has 309.
+# Digits of a number in JSON. The largest that a float can hold has 309.
 MAX_DIGITS = 1000
 
-# What no file and no dimension of a tensor reaches.
+# No file and no dimension of a tensor reaches this.
 _TOO_LARGE = 1 << 63
 
-# What a clone without Git LFS leaves in place of a large file begins with "version https://git-lfs".
+# A clone without Git LFS has, in place of a large file, a text that begins with "version https://git-lfs".
 _LFS_POINTER = b"version "
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -74,7 +75,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """Where one tensor lies: the bytes `start` to `end` (exclusive) of `file`.
+    """The place of one tensor: the bytes `start` to `end` (exclusive) of `file`.
 
     unknown: the name of a dtype that torch does not have. Such a tensor is its bytes, uint8 of shape `(nbytes,)`, and
     fills no parameter.
@@ -101,7 +102,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What one file holds: its tensors in file order, and the free text of `__metadata__`.
+    """The tensors of one file, in file order, and the free text of `__metadata__`.
 
     stamp: by which a change of the file is noticed; None where there is no file on this machine.
     """
@@ -121,7 +122,7 @@ def read_header(file: Path) -> Header:
             file_size = stream.seek(0, 2)
             stream.seek(0)
             prefix = stream.read(LENGTH_BYTES)
-            raw = stream.read(_header_length(prefix, file=file, file_size=file_size))
+            raw = stream.read(header_length(prefix, file=file, file_size=file_size))
             stamp = Stamp.of(os.fstat(stream.fileno()), prefix + raw)
     except OSError as error:
         raise CheckpointError(f"Cannot read the checkpoint file {file}: {error}.", path=file) from error
@@ -150,7 +151,7 @@ def parse_header(raw: bytes, *, file: Path, file_size: int) -> Header:
 
 
 def parse_json(raw: bytes) -> Any:
-    """`json.loads`, except that a repeated key or an endless number is an error, and every failure a `ValueError`."""
+    """Parse JSON; a repeated key or an endless number is an error too, and every failure a `ValueError`."""
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_int=_integer)
     except RecursionError as error:
@@ -172,7 +173,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise ValueError(f"the key {repeated!r} appears twice")
 
 
-def _header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
+def header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
+    """Length of the JSON that follows `prefix`, the first `LENGTH_BYTES` of a file. Raises `CheckpointError`."""
     if len(prefix) < LENGTH_BYTES:
         raise _truncated(file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}")
     if prefix == _LFS_POINTER:

@@ -1,4 +1,4 @@
-"""From what the user gives, a path or a hub id, to a local folder or file; downloaded once per node."""
+"""Find the folder or file that a path or a hub id means; a hub repository is downloaded once per node."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 from surgery.checkpoint.hub_errors import explain
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, read_weight_map
 from surgery.checkpoint.patience import patience, say_cache_is_taken
-from surgery.checkpoint.rendezvous import Meeting, is_node_leader, meet
+from surgery.checkpoint.rendezvous import Rendezvous, is_node_leader, rendezvous
 from surgery.errors import CheckpointError
 
 __all__ = [
     "ANY_WEIGHTS",
-    "FOREIGN_WEIGHTS",
+    "NOT_WEIGHTS",
     "PATIENCE_WITH_A_CACHE",
     "Resolved",
     "can_be_hub_id",
@@ -27,13 +27,13 @@ __all__ = [
     "resolve",
 ]
 
-# What a model and its tokenizer are made of, apart from the weights. No pickle, and no code.
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+# Files of a model and its tokenizer, apart from the weights. No pickle, and no code.
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 # Folders of a repository hold other things than the model: other formats, other frameworks, training states.
-_IGNORED = ("*/*",)
+_IGNORED = ["*/*"]
 # Without an index, every safetensors file may be the model, but the format of Mistral's own loader never is.
-ANY_WEIGHTS = ("*.safetensors",)
-FOREIGN_WEIGHTS = ("consolidated*",)
+ANY_WEIGHTS = ["*.safetensors"]
+NOT_WEIGHTS = [*_IGNORED, "consolidated*"]
 
 #: Seconds for a first answer, where there is a snapshot that could be taken without one.
 PATIENCE_WITH_A_CACHE = 3.0
@@ -83,19 +83,19 @@ def resolve(
         raise CheckpointError("Expected a path or a hub id, found an empty string.")
     if isinstance(source, os.PathLike) or not can_be_hub_id(name):
         return _local(Path(name), revision)
-    with meet() as meeting:
+    with rendezvous() as ranks:
         # Asked of all ranks first: a folder that only some of them see must not leave the others waiting.
-        found = meeting.gather(exists(Path(name)))
+        found = ranks.gather(exists(Path(name)))
         if all(found):
             return _local(Path(name), revision)
         if any(found):
-            missing = ", ".join(str(rank) for rank, exists in enumerate(found) if not exists)
+            missing = ", ".join(str(rank) for rank, there in enumerate(found) if not there)
             raise CheckpointError(
                 f"{name!r} is a local path on some ranks and not on others (not on {missing}). "
                 "Give its absolute path on all of them, or start all in the same folder."
             )
         request = _Request(repo_id=name, revision=revision, token=token, local_files_only=local_files_only)
-        return _resolve_together(meeting, request)
+        return _resolve_together(ranks, request)
 
 
 def can_be_hub_id(name: str) -> bool:
@@ -128,8 +128,8 @@ def _local(path: Path, revision: str | None) -> Resolved:
     return Resolved(path=path.absolute(), revision=None)
 
 
-def _resolve_together(meeting: Meeting, request: _Request) -> Resolved:
-    results = meeting.run((lambda: _snapshot(request).name) if is_node_leader() else None)
+def _resolve_together(ranks: Rendezvous, request: _Request) -> Resolved:
+    results = ranks.run((lambda: _snapshot(request).name) if is_node_leader() else None)
     commits = sorted({commit for commit in results if commit is not None})
     if len(commits) != 1:
         raise CheckpointError(
@@ -139,7 +139,7 @@ def _resolve_together(meeting: Meeting, request: _Request) -> Resolved:
         )
     # The commit, not the branch: what a branch means may differ between the hub and the cache.
     cached = replace(request, revision=commits[0], local_files_only=True)
-    folder = meeting.run(lambda: _snapshot(cached))[meeting.rank]
+    folder = ranks.run(lambda: _snapshot(cached))[ranks.rank]
     assert folder is not None
     return Resolved(path=folder, revision=folder.name)
 
@@ -201,7 +201,7 @@ def _files(request: _Request) -> Path:
         # Only the shards that belong to the model: some repositories hold a second copy under other names.
         shards = sorted(set(read_weight_map(folder).values()))
         return _fetch(pinned, allow=[glob.escape(shard) for shard in shards], ignore=())
-    _fetch(pinned, allow=ANY_WEIGHTS, ignore=_IGNORED + FOREIGN_WEIGHTS)
+    _fetch(pinned, allow=ANY_WEIGHTS, ignore=NOT_WEIGHTS)
     if not any(folder.glob("*.safetensors")):
         raise no_weights(request.repo_id, commit=folder.name)
     return folder

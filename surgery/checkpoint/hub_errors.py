@@ -1,4 +1,4 @@
-"""What the errors of `huggingface_hub` mean for the user."""
+"""Errors of `huggingface_hub`, explained to the user."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["explain", "has_timed_out"]
 
 
 def explain(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool = False) -> str:
-    """Say what happened and what to do; the more special kinds of error first."""
+    """Message for the user: what happened and what to do."""
     if has_timed_out(error):
         return _explain_silence(repo_id)
     return _explain_answer(error, repo_id, revision=revision, local_files_only=local_files_only)
@@ -39,7 +39,7 @@ def _explain_answer(error: Exception, repo_id: str, *, revision: str | None, loc
 
 
 def has_timed_out(error: BaseException | None) -> bool:
-    """Whether a timeout of the HTTP library is at the bottom of it; httpx and httpx2 have no class in common."""
+    """Whether `error` comes of a timeout of the HTTP library; httpx and httpx2 have no class in common."""
     if error is None:
         return False
     return any(kind.__name__ == "TimeoutException" for kind in type(error).__mro__) or has_timed_out(error.__cause__)

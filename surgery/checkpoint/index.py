@@ -13,12 +13,12 @@ from surgery.checkpoint.layout import Layout, find_layout
 from surgery.checkpoint.stamp import Stamp
 from surgery.errors import WeightsMismatchError
 
-__all__ = ["Index", "TensorEntry"]
+__all__ = ["Index"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Index(Mapping[str, TensorEntry]):
-    """Name -> `TensorEntry` for every tensor of a checkpoint, in the order of its files.
+    """Map from name to `TensorEntry`, for every tensor of a checkpoint, in the order of its files.
 
     `metadata` joins the `__metadata__` of the files; where two differ, the first file's value stays.
     `ignored`: names that the index file lists and no file holds; and those that a later file holds again, by name of
@@ -72,7 +72,7 @@ class Index(Mapping[str, TensorEntry]):
         return tuple(self.entries)
 
     def entry(self, name: str) -> TensorEntry:
-        """Where the tensor `name` lies. Raises `WeightsMismatchError` if there is none of that name."""
+        """Entry of the tensor `name`. Raises `WeightsMismatchError` if there is none of that name."""
         if name in self.entries:
             return self.entries[name]
         similar = difflib.get_close_matches(name, self.entries, n=1)

@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint: decided from names alone, before any of them is opened.
+"""The files that make up a checkpoint: decided from names alone, before any of them is opened.
 
 A weight map is data from outside. It may name files inside the checkpoint's folder and nothing else.
 """
@@ -31,7 +31,7 @@ class Layout:
 
     @classmethod
     def of_index(cls, folder: Path) -> Layout:
-        """What the index file in `folder` says; whether the files exist is not looked at."""
+        """Layout that the index file in `folder` describes; whether its files exist is not looked at."""
         weight_map = read_weight_map(folder)
         return cls(files=tuple(folder / name for name in sorted(set(weight_map.values()))), listed=tuple(weight_map))
 

@@ -1,4 +1,4 @@
-"""How long the hub is waited for: said after some seconds, and ended after a limit.
+"""Limits to waiting for the hub: the user is told after some seconds, and a limit ends it.
 
 `huggingface_hub` (to 2.4) sets no limit for what it asks the hub's API, so that a host that takes a connection and
 never answers is waited for without end and without a word.
@@ -19,12 +19,12 @@ __all__ = ["Patience", "patience", "say_cache_is_taken"]
 
 log = logging.getLogger("surgery")
 
-#: After how many seconds without an answer it is said what is waited for.
+#: Seconds without an answer after which the user is told of it.
 SAID_AFTER = 5.0
 
 
 class Patience:
-    """Requests for a repository that have no answer yet, and until when each is waited for."""
+    """Requests for a repository that have no answer yet, and the time until which each is waited for."""
 
     def __init__(self, repo_id: str, limit: float, *, at_first: float) -> None:
         self._repo_id, self._limit, self._later = repo_id, at_first, limit
@@ -65,7 +65,7 @@ class Patience:
             timer.cancel()
 
     def end(self) -> None:
-        """Say nothing more."""
+        """Cancel what would be said later."""
         with self._lock:
             for _, timer in self._waiting.values():
                 timer.cancel()
@@ -87,7 +87,7 @@ class Patience:
 
 
 def silence(asked: str, limit: float) -> str:
-    """What to say of a host that does not answer."""
+    """Message about a host that does not answer."""
     return (
         f"The hub has not answered {asked} within {limit:g} s. Check the network and HF_ENDPOINT, or set "
         "HF_HUB_ETAG_TIMEOUT to the number of seconds that it may take (HF_HUB_DOWNLOAD_TIMEOUT for data of files)."

@@ -1,4 +1,4 @@
-"""Read ranges of tensors ahead of whoever uses them: several threads, a bounded number of buffers, results in order."""
+"""Read ranges of tensors ahead of their use: several threads, a bounded number of buffers, results in order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(kw_only=True, eq=False)
 class Chunk:
-    """What was read: `data` (1-D, in the dtype of the file) begins at element `start` of its tensor.
+    """A piece of a tensor: `data` (1-D, in the dtype of the file) begins at element `start` of it.
 
     The memory is used again once `release` was called, and the caller's `until` (an event of the device that still
     copies from it) has happened.
@@ -41,7 +41,7 @@ class Chunk:
 
 
 class Prefetch:
-    """Reads `requests`, each in chunks of at most `chunk_elements`, in order; a context manager that ends its threads.
+    """Reader of `requests` in chunks of at most `chunk_elements`, in order; a context manager that ends its threads.
 
     A rank that asks for chunk after chunk finds them read: `buffers` of them at most are in memory, on pages that
     `pin` locks for the copy engine of a GPU. Buffers are made when they are first read into, each by the thread that
@@ -103,7 +103,7 @@ class Prefetch:
 
 
 class _Buffer:
-    """Memory for one chunk, made on first use, and again only if a wider dtype comes: `tensor` and `memory`, as bytes.
+    """Memory for one chunk, made on first use, again only for a wider dtype: `tensor` and `memory`, both of bytes.
 
     Through `memory` it is read into without a tensor operation, each of which would stop for the interpreter's lock,
     which many threads want.
@@ -114,7 +114,7 @@ class _Buffer:
         self.memory = memoryview(b"")
 
     def make(self, nbytes: int, *, pin: bool) -> None:
-        """Have at least so many bytes."""
+        """Grow to at least `nbytes`."""
         if self.tensor.numel() >= nbytes:
             return
         self.tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pin)

@@ -10,7 +10,7 @@ from surgery.errors import CheckpointError
 
 __all__ = ["require_unquantized"]
 
-# What bitsandbytes (4 and 8 bits), GPTQ, AWQ and compressed-tensors write beside or instead of a weight.
+# Names of the tensors that bitsandbytes (4 and 8 bits), GPTQ, AWQ and compressed-tensors write.
 _TENSOR_SUFFIXES = (
     ".absmax",
     ".nested_absmax",

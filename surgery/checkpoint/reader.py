@@ -17,7 +17,8 @@ from typing import Self
 
 import torch
 
-from surgery.checkpoint.index import Index, TensorEntry
+from surgery.checkpoint.header import TensorEntry
+from surgery.checkpoint.index import Index
 from surgery.errors import CheckpointError
 
 __all__ = ["Reader"]
@@ -27,7 +28,7 @@ OWN_PAGES = 1 << 20
 
 
 class Reader:
-    """Reads from the files of a checkpoint, each opened once, on first use; closes them as a context manager.
+    """Reader of the files of a checkpoint, each opened once, on first use; closes them as a context manager.
 
     A tensor is given by its name in `index` or by its entry. Any number of threads may read at the same time;
     close the reader after the last one has finished. `on_read` is told of every number of bytes, by the thread that
@@ -71,8 +72,9 @@ class Reader:
         self.read_bytes(entry, out.detach().view(-1).view(torch.uint8).numpy().data, start=start)
 
     def read_bytes(self, entry: TensorEntry, out: memoryview, *, start: int = 0) -> None:
-        """Fill `out` with the bytes of the tensor from element `start` on: what `read_into` does, for a caller that has
-        made sure of its sizes, and takes no tensor operation.
+        """Fill `out` with the bytes of the tensor from element `start` on.
+
+        Like `read_into`, without its checks and without a tensor operation.
         """
         self._fill(entry, out, offset=entry.start + start * entry.dtype.itemsize)
 
@@ -89,7 +91,7 @@ class Reader:
             return self._bytes_read.total()
 
     def check_unchanged(self) -> None:
-        """Raise `CheckpointError`, naming it, if a file that was read is not what it was when its header was read."""
+        """Raise `CheckpointError`, naming the file, if one that was read has changed since its header was read."""
         with self._lock:
             for file, descriptor in self._descriptors.items():
                 if file in self._index.stamps:

@@ -5,7 +5,6 @@ Without a process group, or in a group of one, there is nobody to wait for and n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from surgery.comm.environment import local_rank
 from surgery.errors import CheckpointError
 
-__all__ = ["Meeting", "is_node_leader", "meet"]
+__all__ = ["Rendezvous", "is_node_leader", "rendezvous"]
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """The ranks that meet. Each method is collective: every rank calls it, in the same order."""
+class Rendezvous:
+    """The ranks that wait for each other. Each method is collective: every rank calls it, in the same order."""
 
     group: dist.ProcessGroup | None
     rank: int
@@ -67,14 +67,14 @@ class Meeting:
 
 
 @contextmanager
-def meet() -> Iterator[Meeting]:
+def rendezvous() -> Iterator[Rendezvous]:
     """Bring all ranks of the default process group together, over gloo whatever its backend. Collective."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        yield Meeting(group=None, rank=0)
+        yield Rendezvous(group=None, rank=0)
         return
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        yield Meeting(group=group, rank=dist.get_rank())
+        yield Rendezvous(group=group, rank=dist.get_rank())
     finally:
         dist.destroy_process_group(group)
 
@@ -83,4 +83,5 @@ def is_node_leader() -> bool:
     """Whether this rank works for its node: local rank 0. Without `LOCAL_RANK`, all ranks are one node."""
     if not (dist.is_available() and dist.is_initialized()):
         return True
-    return int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
+    rank = local_rank()
+    return (dist.get_rank() if rank is None else rank) == 0

@@ -1,4 +1,4 @@
-"""A few bytes of every tensor of a checkpoint, by which copies of it are told apart without reading them."""
+"""Hashes of a few bytes of every tensor, which tell copies of a checkpoint apart without reading them whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.errors import CheckpointError
 
 __all__ = ["samples"]
 
-#: Bytes of each tensor: what a disk or a network file system reads at least.
+#: Bytes of each tensor: no disk or network file system reads less.
 SAMPLE = 4096
 
 #: Files that are read at a time: one over a network answers after a millisecond.
@@ -22,7 +22,7 @@ THREADS = 8
 
 
 def samples(index: Index, *, seed: bytes) -> dict[str, str]:
-    """Tensor name -> a hash of `SAMPLE` bytes of it (of all, if it has fewer), at a place that `seed` decides.
+    """Map from tensor name to a hash of `SAMPLE` bytes of it (or of all), at a place that `seed` decides.
 
     One small read for each tensor, past any cache of ours. Raises `CheckpointError` if a file cannot be read.
     """

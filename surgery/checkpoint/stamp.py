@@ -1,4 +1,4 @@
-"""What a file of a checkpoint was when its header was read, so that it is noticed if it changes while it is in use."""
+"""Stamps of the files of a checkpoint, by which a change is noticed while they are in use."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Stamp:
         )
 
     def check(self, file: Path, descriptor: int) -> None:
-        """Raise `CheckpointError` unless `file`, which is open, is what it was; costs a look at it, reads nothing."""
+        """Raise `CheckpointError` if `file`, open as `descriptor`, has changed; costs one `stat`, reads nothing."""
         try:
             found = file.stat()
         except OSError as error:
@@ -50,7 +50,7 @@ class Stamp:
             raise _changed(file, "another file has taken its place")
 
     def check_header(self, file: Path, descriptor: int) -> None:
-        """The same, and read its header again."""
+        """Do what `check` does, and compare the header, read again."""
         self.check(file, descriptor)
         try:
             header = os.pread(descriptor, self.header_bytes, 0)

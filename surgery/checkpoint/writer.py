@@ -16,7 +16,7 @@ from surgery.telemetry.atomic import write_safetensors
 
 __all__ = ["MAX_SHARD_BYTES", "write_checkpoint"]
 
-# What transformers writes by default, and what the Hub recommends.
+# The default of transformers, and the Hub's recommendation.
 MAX_SHARD_BYTES = 5_000_000_000
 
 Shard = dict[str, torch.Tensor]
@@ -91,7 +91,7 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -
 
 
 def _serializable(name: str, tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """The values of `tensor`, on the CPU, contiguous, in none of `storages`: as safetensors takes them."""
+    """Copy of `tensor` as safetensors takes it: on the CPU, contiguous, in none of `storages`; itself, if it is so."""
     if tensor.is_meta:
         raise CheckpointError(f"Tensor {name!r} is on the meta device: it has no values.", tensor=name)
     ready = tensor.detach().cpu().contiguous()

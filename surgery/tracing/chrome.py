@@ -1,8 +1,8 @@
 """Chrome's trace format, which https://ui.perfetto.dev and chrome://tracing open and draw better than we could.
 
 A rank is a process of it; a thread is a lane of phases, as many as it takes for none to overlap in one; memory is in
-counters. Times are whole microseconds since the first rank began, by the clocks of the nodes. Of the file, viewers read
-`traceEvents` and skip the rest. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+counters. Times are whole microseconds since the first rank began, by the clocks of the nodes. Viewers read
+`traceEvents` and skip the rest of the file. https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 from __future__ import annotations
@@ -13,34 +13,47 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.tracing.record import KINDS, RankTrace, predicted_peak
+from surgery.telemetry.measurements import History, Sample
+from surgery.tracing.record import RankTrace, predicted_peak
 
 __all__ = ["Event", "trace_events"]
 
 Event = dict[str, Any]
 
-#: Counters of samples, in bytes: their names, and the field of a sample.
+#: Samples of all ranks together, and of each at least, up to which all are drawn: a viewer has to open the file.
+SAMPLES, SAMPLES_EACH = 1 << 16, 1 << 8
+
+#: Counters of each kind of memory, in bytes: their names, and the field of a sample.
 _COUNTERS = {
-    "host memory": "host",
-    "device memory, allocated": "device_allocated",
-    "device memory, reserved": "device_reserved",
+    "host": {"host memory": "host"},
+    "device": {"device memory, allocated": "device_allocated", "device memory, reserved": "device_reserved"},
 }
 
 
 def trace_events(traces: Sequence[RankTrace]) -> list[Event]:
     """The events of all `traces`, of which there is at least one: metadata first, then the others by their time."""
     began = min(trace.started for trace in traces)
-    ranks = [_Rank(trace, trace.started - began) for trace in traces]
+    limit = max(SAMPLES // len(traces), SAMPLES_EACH)
+    ranks = [_Rank(trace, trace.started - began, _thinned(trace.samples, limit)) for trace in traces]
     metadata = [event for rank in ranks for event in rank.metadata()]
     return metadata + sorted((event for rank in ranks for event in rank.events()), key=lambda event: event["ts"])
 
 
+def _thinned(samples: Sequence[Sample], limit: int) -> Sequence[Sample]:
+    """At most `limit` samples, with every peak."""
+    history = History(limit=limit)
+    for sample in samples:
+        history.add(sample)
+    return history.samples
+
+
 @dataclass(frozen=True)
 class _Rank:
-    """The trace of one rank, which began `offset` seconds after the first."""
+    """The trace of one rank, which began `offset` seconds after the first, and the samples of it that are drawn."""
 
     trace: RankTrace
     offset: float
+    samples: Sequence[Sample]
 
     def metadata(self) -> Iterator[Event]:
         rank = self.trace.rank
@@ -52,10 +65,9 @@ class _Rank:
 
     def events(self) -> Iterator[Event]:
         yield from self._phases()
-        for name, field in _COUNTERS.items():
-            if field == "host" or self.trace.uses_device:
+        for kind in self.trace.kinds:
+            for name, field in _COUNTERS[kind].items():
                 yield from self._counter(name, field)
-        for kind in KINDS:
             yield from self._predictions(kind)
         if self.trace.error is not None:
             yield self._event("i", f"ended with {self.trace.error}", self.trace.seconds, s="p")
@@ -70,7 +82,7 @@ class _Rank:
 
     def _counter(self, name: str, field: str) -> Iterator[Event]:
         """The samples, without those that repeat the one before: a counter keeps its value until the next."""
-        for value, run in itertools.groupby(self.trace.samples, key=lambda sample: getattr(sample, field)):
+        for value, run in itertools.groupby(self.samples, key=lambda sample: getattr(sample, field)):
             yield self._event("C", name, next(run).seconds, args={"bytes": value})
 
     def _predictions(self, kind: str) -> Iterator[Event]:

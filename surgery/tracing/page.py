@@ -201,7 +201,7 @@ class _Axes:
     @classmethod
     def of(cls, traces: Sequence[RankTrace]) -> _Axes:
         began = min(trace.started for trace in traces)
-        kinds = KINDS if any(trace.uses_device for trace in traces) else KINDS[:1]
+        kinds = max((trace.kinds for trace in traces), key=len)
         return cls(
             began=began,
             seconds=max(trace.started - began + trace.seconds for trace in traces) or 1.0,

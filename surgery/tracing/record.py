@@ -57,11 +57,11 @@ class RankTrace:
     samples: tuple[Sample, ...] = ()
 
     @property
-    def uses_device(self) -> bool:
-        """Whether the device has held anything, or should have."""
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of memory to show: the device's if it has held anything, or should have."""
         held = any(sample.device_allocated or sample.device_reserved for sample in self.samples)
         peaks = any(phase.device_peak for phase in self.phases)
-        return held or peaks or any(each.device is not None for each in self.predictions.values())
+        return KINDS if held or peaks or any(each.device for each in self.predictions.values()) else KINDS[:1]
 
     def extent(self, group: str) -> tuple[float, float] | None:
         """Seconds at which the first phase of `group` began and its last ended; None if there was none."""

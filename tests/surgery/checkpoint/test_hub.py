@@ -88,7 +88,7 @@ def hub() -> Iterator[HubServer]:
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """Starts processes that open checkpoints, with a cache and an environment of their own."""
+    """Starter of processes that open checkpoints, with a cache and an environment of their own."""
 
     folder: Path
     endpoint: str
@@ -256,7 +256,7 @@ SILENT = ("/revision/main", "/tree/", "/resolve/")
 
 @pytest.mark.parametrize("silent", SILENT)
 def test_a_host_that_never_answers_is_given_up(tmp_path: Path, silent: str) -> None:
-    """What is waited for is said after five seconds; the limit is `huggingface_hub`'s own setting."""
+    """The user is told of the wait after five seconds; the limit is `huggingface_hub`'s own setting."""
     with HubServer(REPOSITORIES, silent=silent) as hub:
         client = Client(folder=tmp_path, endpoint=hub.endpoint)
         limits = {"HF_HUB_ETAG_TIMEOUT": "7", "HF_HUB_DOWNLOAD_TIMEOUT": "7"}

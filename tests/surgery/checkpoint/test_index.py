@@ -1,4 +1,4 @@
-"""Which files make up a checkpoint, and that they agree with each other and with the index file."""
+"""Files of a checkpoint, in agreement with each other and with the index file."""
 
 from __future__ import annotations
 

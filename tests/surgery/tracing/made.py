@@ -21,13 +21,13 @@ VOID = {"meta"}
 
 
 def pages(size: int) -> torch.Tensor:
-    """So many bytes of memory in use, which go back to the system when the tensor is gone; malloc might keep them."""
+    """Tensor of `size` bytes, all in use, that go back to the system with it; malloc might keep them."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 def look(history: History, count: int = 3) -> None:
-    """Wait until memory has been looked at so many times more, by all that look."""
+    """Wait until memory has been sampled `count` times more."""
     enough = len(history.samples) + count
     while len(history.samples) < enough:
         time.sleep(0.001)

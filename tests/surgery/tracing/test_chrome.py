@@ -81,6 +81,17 @@ def test_ranks_are_processes_on_one_clock() -> None:
     assert ended == {"ph": "i", "name": "ended with KeyboardInterrupt", "pid": 1, "tid": 0, "ts": 3_000_000, "s": "p"}
 
 
+def test_counters_of_many_ranks_are_thinned_and_keep_their_peaks() -> None:
+    samples = tuple(Sample(float(second), 100 + second % 7 + (900 if second == 777 else 0)) for second in range(1000))
+    many = [trace_of(rank, 128, samples=samples) for rank in range(128)]
+    counted = [event for event in trace_events(many) if event["name"] == "host memory"]
+    for rank in range(128):
+        values = [event["args"]["bytes"] for event in counted if event["pid"] == rank]
+        assert len(values) <= 512
+        assert max(values) == samples[777].host
+    assert len([event for event in trace_events(many[:1]) if event["name"] == "host memory"]) == 1000
+
+
 def test_phases_of_a_lane_do_not_overlap_by_rounding() -> None:
     phases, start = [], 0.0
     for number in range(1000):

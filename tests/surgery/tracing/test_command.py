@@ -32,7 +32,7 @@ def command(*arguments: object) -> Any:
 
 
 def refused(*arguments: object) -> str:
-    """What stderr says, on one line, of arguments that must be refused."""
+    """Text on stderr, on one line, about arguments that must be refused."""
     result = command(*arguments)
     assert result.exit_code == 2, result.output
     return re.sub(r"\s+", " ", result.stderr)

@@ -1,4 +1,4 @@
-"""`surgery.trace`: what is left behind when a block ends well, or not, in one process and on several ranks."""
+"""`surgery.trace`: files left by a block that ends well, or not, in one process and on several ranks."""
 
 from __future__ import annotations
 

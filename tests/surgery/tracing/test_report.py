@@ -1,4 +1,4 @@
-"""What a report measures: known allocations, overlapping phases, bytes counted by many threads."""
+"""Measurements of a report: known allocations, overlapping phases, bytes counted by many threads."""
 
 from __future__ import annotations
 
