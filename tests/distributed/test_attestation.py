@@ -46,7 +46,6 @@ PLANTINGS: list[Planting] = [
     ("fsdp1-orig-params", "shard", 0, True, (0,)),
     ("fsdp1-no-shard", "shard", 1, False, (1,)),
     ("ddp", "shard", 1, False, (1,)),
-    ("ddp", "gathered", 0, True, (0,)),
     ("unsharded", "shard", 1, False, (1,)),
     ("fsdp2-hybrid", "shard", 3, False, (3,)),
     ("fsdp2-hybrid", "gathered", 2, False, (2,)),

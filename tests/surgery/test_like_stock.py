@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 import surgery
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
-from surgery.model.skeleton import Skeleton
+from surgery.model.skeleton import build_on_meta
 from surgery.quantizers.base import format_for
 from surgery.sharding.base import strategy_for
 from surgery.sharding.fsdp import check_kept
@@ -228,11 +228,11 @@ def skeleton(kind: str, **changes: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(kind, **changes)
-    return Skeleton(
-        build=lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+    return build_on_meta(
+        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-    ).build_on_meta()
+    )
 
 
 def test_nothing_but_computed_buffers_leaves_meta() -> None:
