@@ -15,9 +15,9 @@ from torch import nn
 import patches
 import surgery
 from surgery.attestation.differences import Attestation, Difference
-from surgery.attestation.shards import shards_of
 from surgery.config import Placement
 from surgery.quantizers.record import records_of
+from surgery.sharding.base import strategy_of
 from tests.distributed.exactness import lora, loss_of
 from tests.helpers.rewritten_nans import rewritten_nans
 
@@ -130,7 +130,7 @@ def plant(model: nn.Module, place: Place, layer: str = LAYER) -> Callable[[], No
         return lambda: setattr(state, "blocksize", state.blocksize * 2)
     if place == "gathered":
         return module.register_forward_pre_hook(lambda module, _: _flip(module.weight, 0, 1, 2, 100, 1001)).remove
-    tensor = state.absmax if place == "absmax" else shards_of(model, [module])[module].piece.data
+    tensor = state.absmax if place == "absmax" else strategy_of(model).shards(model, [module])[module].piece.data
     _flip(tensor, 5)
     return lambda: _flip(tensor, 5)
 

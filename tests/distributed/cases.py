@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surgery.config import FSDP2
-from surgery.sharding.guards import FSDP2_SHARDS_INTEGERS
+from surgery.sharding.fsdp2 import SHARDS_INTEGERS
 from tests.distributed.exactness import Case
 from tests.helpers.models import save_tiny
 
@@ -120,7 +120,7 @@ INTEGER_CASES = [
 CASES = [
     *FSDP1_CASES,
     *FSDP2_CASES,
-    *(INTEGER_CASES if Version(torch.__version__).release >= FSDP2_SHARDS_INTEGERS else ()),
+    *(INTEGER_CASES if Version(torch.__version__).release >= SHARDS_INTEGERS else ()),
 ]
 
 #: Also on one rank, where a process group gathers from nobody.

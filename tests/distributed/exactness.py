@@ -185,13 +185,13 @@ def _require_table(packed: torch.Tensor, quant_state: Any, name: str) -> None:
 
 def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
     """The gradients of this rank's part of the batch, and its mean loss."""
-    from surgery.sharding.training import sharding_of
+    from surgery.sharding.base import strategy_of
 
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = batch(step).chunk(world)[rank].to(device).chunk(micro_batches)
-    sharding, total = sharding_of(model, device), torch.zeros((), device=device)
+    strategy, total = strategy_of(model, device), torch.zeros((), device=device)
     for number, ids in enumerate(parts, start=1):
-        with sharding.micro_step(is_last=number == len(parts)):
+        with strategy.micro_step(model, is_last=number == len(parts)):
             loss = loss_of(model, ids) / len(parts)
             loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
         total += loss.detach()

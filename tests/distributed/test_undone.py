@@ -29,7 +29,7 @@ def build(checkpoint: Path, shard: FSDP1 | FSDP2) -> Any:
 
     lora = LoraConfig(r=2, target_modules="all-linear")
     model = surgery.qlora(checkpoint, lora=lora, shard=shard, report=surgery.Report())
-    if set(surgery.recipe.RESIDENT_PATCHES) - {receipt.id for receipt in patches.active()}:
+    if set(patches.select("linear4bit-resident")) - {receipt.id for receipt in patches.active()}:
         raise AssertionError("a resident patch is not there, so that there is less to undo")
     return model
 
@@ -54,9 +54,8 @@ def failed_in_block(checkpoint: Path, shard: FSDP1 | FSDP2) -> None:
 
 
 def failed_in_shard(checkpoint: Path, shard: FSDP1 | FSDP2, error: BaseException | None = None) -> None:
-    from surgery.distributed import fsdp1, fsdp2
-
     import patches
+    from surgery.sharding import fsdp1, fsdp2
 
     module: Any
     module, name = (fsdp1, "wrap") if isinstance(shard, FSDP1) else (fsdp2, "shard")

@@ -16,16 +16,18 @@ import surgery
 from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from gpu_checks.training import make_checkpoint
-from surgery.attestation.shards import shards_of
 from surgery.quantizers.digest import page_sums
 from surgery.quantizers.record import records_of
-from surgery.recipe import FSDP2_PATCHES, RESIDENT_PATCHES
+from surgery.sharding.base import strategy_of
 
 __all__ = ["check_attest"]
 
 TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
 TIMES = 5
+
+#: The patch without which FSDP2 changes packed words.
+GATHER = "torch.fsdp2-bit-exact-gather"
 
 #: Layers that an evaluation of `surgery finetune --attest` watches.
 SAMPLE = 8
@@ -69,7 +71,7 @@ def _model(job: Job, folder: str) -> nn.Module:
 def _cost(job: Job, model: nn.Module) -> dict[str, Any]:
     """Milliseconds: of attesting the first time, when what was recorded is exchanged, and then; of forwards."""
     first = _milliseconds(job, lambda: surgery.attest(model))
-    pieces = [shard.piece for shard in shards_of(model, records_of(model)).values()]
+    pieces = [shard.piece for shard in strategy_of(model).shards(model, records_of(model)).values()]
     forward = partial(_forward, job, model)
     forward()
     found = surgery.attest(model)
@@ -119,7 +121,7 @@ def _wait(job: Job) -> None:
 def _find_a_planted_bit(job: Job, model: nn.Module) -> dict[str, Any]:
     """Change a bit in the middle of the last layer's shard, on the last rank; change it back."""
     module, record = list(records_of(model).items())[-1]
-    data = shards_of(model, [module])[module].piece.data.detach().view(-1).view(torch.uint8)
+    data = strategy_of(model).shards(model, [module])[module].piece.data.detach().view(-1).view(torch.uint8)
     place, mask = data.numel() // 2, 64 if job.rank == job.world - 1 else 0
     data[place] ^= mask
     found = _error(lambda: surgery.attest(model))
@@ -143,12 +145,11 @@ def _stock_gather(job: Job, model: nn.Module) -> dict[str, Any]:
     """Forward with this project's patches but the one for the gather, then with all; the model is released before."""
     layers = list(records_of(model))
     forward = partial(_forward, job, model)
-    verdict = str(patches.verdict(FSDP2_PATCHES[0]))
+    verdict = str(patches.verdict(GATHER))
     surgery.release(model)
-    with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a check of stock FSDP2"):
+    with patches.transaction("linear4bit-resident", on=layers, reason="a check of stock FSDP2"):
         found = _error(lambda: _watched(model, forward, None))
-    everything = (*RESIDENT_PATCHES, *FSDP2_PATCHES)
-    with patches.transaction(*everything, on=layers, reason="a check of FSDP2 as patched", force=True):
+    with patches.transaction("qlora-resident", on=layers, reason="a check of FSDP2 as patched", force=True):
         calls = _watched(model, forward, None)
     differences = found.differences if found else ()
     # On one rank FSDP2 gathers nothing.

@@ -16,7 +16,7 @@ from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
 from surgery.finetune.loop import Trainer
 from surgery.finetune.optimizer import build_optimizer
 from surgery.finetune.schedule import Schedule
-from surgery.sharding.training import sharding_of
+from surgery.sharding.base import strategy_of
 
 __all__ = ["load_ours"]
 
@@ -47,13 +47,13 @@ def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) 
 
 
 def _trainer(model: nn.Module, case: Case) -> Trainer:
-    sharding = sharding_of(model, case.device)
+    strategy = strategy_of(model, case.device)
     return Trainer(
         model=model,
         optimizer=build_optimizer(model, "adamw", lr=LEARNING_RATE),
-        sharding=sharding,
+        strategy=strategy,
         schedule=Schedule(name="constant", peak=LEARNING_RATE, steps=1),
-        scaler=sharding.grad_scaler(enabled=POLICY.grad_scaler),
+        scaler=strategy.grad_scaler(enabled=POLICY.grad_scaler),
         device=case.device,
         autocast=POLICY.autocast,
         max_norm=MAX_NORM,

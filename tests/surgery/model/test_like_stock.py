@@ -15,9 +15,10 @@ from torch import nn
 import surgery
 from surgery.config import FSDP1, FSDP2
 from surgery.errors import ConfigError
-from surgery.model.skeleton import Skeleton
-from surgery.passes.shard import check_dtypes
-from surgery.sharding.guards import check_kept
+from surgery.model.skeleton import build_on_meta
+from surgery.quantizers.base import format_for
+from surgery.sharding.base import strategy_for
+from surgery.sharding.fsdp import check_kept
 from tests.helpers.models import save_tiny, tiny_config
 
 HEAD = {"head_dim": 16}
@@ -226,11 +227,16 @@ def skeleton(kind: str, **changes: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = tiny_config(kind, **changes)
-    return Skeleton(
-        build=lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
+    return build_on_meta(
+        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16),
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
-    ).build_on_meta()
+    )
+
+
+def checked(model: nn.Module, shard: FSDP1 | FSDP2) -> frozenset[str]:
+    """FQNs of what stays whole."""
+    return strategy_for(shard).check_model(model, format_for(surgery.Quant(), dtype=torch.bfloat16))
 
 
 def test_nothing_but_computed_buffers_leaves_meta() -> None:
@@ -245,21 +251,19 @@ def test_casting_what_is_kept_is_refused(shard: type[FSDP1 | FSDP2]) -> None:
     from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
     precision = MixedPrecision if shard is FSDP1 else MixedPrecisionPolicy
-    config = shard(mixed_precision=precision(param_dtype=torch.bfloat16))
+    cast = precision(param_dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"would cast .*: a\.weight, b \(2 in all\)"):
-        check_kept(config, ["a.weight", "b"], {}, torch.bfloat16)
-    check_kept(config, [], {"c": torch.float32}, torch.bfloat16)
-    check_kept(shard(), ["a.weight"], {"c": torch.float32}, torch.bfloat16)
+        check_kept(cast, ["a.weight", "b"], {}, torch.bfloat16)
+    check_kept(cast, [], {"c": torch.float32}, torch.bfloat16)
+    check_kept(None, ["a.weight"], {"c": torch.float32}, torch.bfloat16)
 
 
 def test_casting_computed_buffers_is_refused() -> None:
     from torch.distributed.fsdp import MixedPrecision
 
     with pytest.raises(ConfigError, match=r"buffer_dtype=torch\.bfloat16 would cast .*rotary_emb\.inv_freq"):
-        check_dtypes(
-            skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)), torch.bfloat16
-        )
-    check_dtypes(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.float32)), torch.bfloat16)
+        checked(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)))
+    checked(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.float32)))
 
 
 def test_fsdp1_leaves_whole_what_is_kept_and_fsdp2_gathers_it() -> None:
@@ -267,7 +271,7 @@ def test_fsdp1_leaves_whole_what_is_kept_and_fsdp2_gathers_it() -> None:
 
     model = skeleton("glm4_moe", **FAMILIES["router, other heads"][1])
     gate = "model.layers.1.mlp.gate.weight"
-    assert check_dtypes(model, FSDP1(), torch.bfloat16) == {gate}
-    assert check_dtypes(model, FSDP2(), torch.bfloat16) == frozenset()
+    assert checked(model, FSDP1()) == {gate}
+    assert checked(model, FSDP2()) == frozenset()
     with pytest.raises(ConfigError, match=gate):
-        check_dtypes(model, FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), torch.bfloat16)
+        checked(model, FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))

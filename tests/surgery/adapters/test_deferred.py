@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from surgery.adapters.attach import draws_later
 from surgery.adapters.deferred import DeferredValues, Drawing, Undrawn
 from surgery.comm.ranks import StoppedError
-from surgery.passes.adapt import draws_later
 from surgery.sharding.partition import chunk
 
 SEED = 5
