@@ -19,6 +19,8 @@ from surgery.adapters.keys import by_peft_key
 from surgery.adapters.rehearsal import rehearse
 from surgery.errors import AdapterError, ConfigError
 from surgery.model.twin import twin_of
+from surgery.quantizers.base import format_for
+from surgery.sharding.base import strategy_for
 from tests.distributed.kept import ROUTED
 from tests.helpers.models import save_tiny
 
@@ -187,10 +189,10 @@ def test_blocks_that_share_a_layer_are_refused_under_fsdp2_though_they_are_alike
     with torch.device("meta"):
         model = Stacked()
     lora = LoraConfig(r=2, target_modules=r"layers\.\d\.0")
-    sizes: dict[str, Any] = {"quantized": [], "dtype": torch.float32, "storage": torch.float32}
-    assert rehearse(model, lora, shard=None, **sizes)
+    quant = format_for(None, dtype=torch.float32)
+    assert rehearse(model, lora, quantized=[], quant=quant, strategy=strategy_for(None))
     with pytest.raises(ConfigError, match="are one parameter, but are used in two groups of FSDP2"):
-        rehearse(model, lora, shard=surgery.FSDP2(), **sizes)
+        rehearse(model, lora, quantized=[], quant=quant, strategy=strategy_for(surgery.FSDP2()))
 
 
 def test_a_twin_has_no_wrappers_and_is_nobody_elses() -> None:
