@@ -47,6 +47,7 @@ from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
+from surgery.sharding.base import strategy_for
 from surgery.telemetry.report import Report
 
 if TYPE_CHECKING:
@@ -196,10 +197,12 @@ def choices(
     setting: Mapping[str, Any], passes: Sequence[Pass | str], checkpoint: Checkpoint | str | os.PathLike[str] | None
 ) -> dict[str, Facts]:
     """What all ranks must have been asked for alike, before they do anything together; by the fields of `Setting`."""
+    shard = setting["shard"]
+    placement = strategy_for(shard, placement=setting["placement"]).placement
     return {
         "quantization": facts_of(setting["quant"]),
         "adapters": adapter_facts(setting["lora"]),
-        "sharding": facts_of({name: setting[name] for name in ("placement", "shard")}),
+        "sharding": facts_of({"placement": placement, "shard": shard}),
         "precision": facts_of({name: setting[name] for name in ("dtype", "compute_dtype")}),
         "passes": facts_of([each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]),
         **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),

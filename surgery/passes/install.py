@@ -35,6 +35,8 @@ class Install(Pass):
             batch.buffers.clear()
         if not buffers:
             raise ConfigError("nothing was loaded: install comes after read, quantize, exchange and relocate")
+        if not all(buffer.is_complete for buffer in buffers):
+            raise ConfigError("a tensor is not complete on this rank: install comes after exchange and relocate")
         install(model, buffers, self.loading.setting.format)
         for drawing, background in self.loading.drawings:
             background.wait()

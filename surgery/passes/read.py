@@ -65,9 +65,11 @@ class Read(BatchPass):
         assert self.loading.prefetch is not None
         position = buffer.slice.elements.start
         while position < buffer.slice.elements.stop:
-            chunk = self.loading.prefetch.next()
-            for duplicate in buffer.target.assignment.duplicates:
-                self._check_same(chunk, duplicate, buffer.target)
+            # Named here, since `quantize` asks for the pieces.
+            with Naming(self.name, buffer.target.module_fqn):
+                chunk = self.loading.prefetch.next()
+                for duplicate in buffer.target.assignment.duplicates:
+                    self._check_same(chunk, duplicate, buffer.target)
             yield chunk.start, chunk.data
             position = chunk.start + chunk.data.numel()
             chunk.release(_recorded(self.loading.device))

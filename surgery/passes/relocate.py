@@ -30,8 +30,8 @@ class Relocate(BatchPass):
 
     def run_batch(self, batch: Batch) -> None:
         """Move the buffers of `batch`."""
-        if any(buffer.target.is_quantized and buffer.state is None for buffer in batch.buffers):
-            raise ConfigError("a quantized weight has no state yet: relocate comes after exchange")
+        if not all(buffer.is_complete for buffer in batch.buffers):
+            raise ConfigError("a tensor of this batch is not complete on this rank: relocate comes after exchange")
         self.loading.host_copies.wait()
         with collective(self.loading.ranks), Naming(self.name, batch.fqn):
             for buffer in batch.buffers:

@@ -169,6 +169,11 @@ class ShardBuffer:
         return self.filled == len(self.slice.elements)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to be taken or exchanged."""
+        return self.is_full and not self.pieces and not (self.target.is_quantized and self.state is None)
+
+    @property
     def row(self) -> int:
         """Stored elements that make a row."""
         return self.target.shape[1:].numel()

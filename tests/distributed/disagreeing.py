@@ -185,7 +185,7 @@ def _load(folder: Path, told: Told) -> str:
 
 
 def _pretend(patch: pytest.MonkeyPatch, version: str) -> None:
-    from surgery import agreed
+    from surgery.model import consistency
 
-    stock = agreed.version
-    patch.setattr(agreed, "version", lambda name: version if name == "peft" else stock(name))
+    stock = consistency.version
+    patch.setattr(consistency, "version", lambda name: version if name == "peft" else stock(name))

@@ -84,24 +84,24 @@ def _killed_in_load(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 def _memory_runs_out_in_exchange(folder: Path, patch: pytest.MonkeyPatch) -> Path:
     """Of the fourth weight, when the statistics of the third have gone round."""
-    from surgery.quantizers.bnb import BnbQuantizer
+    from surgery.quantizers.bnb import Bnb4bit
 
-    stock, seen = BnbQuantizer.states, []
+    stock, seen = Bnb4bit.states, []
 
-    def states(quantizer: BnbQuantizer, statistics: list[Any], shapes: list[Any]) -> Any:
+    def states(quant: Bnb4bit, statistics: list[Any], shapes: list[Any], dtypes: list[Any]) -> Any:
         seen.extend(shapes)
         if len(seen) > BEFORE_FAILING:
             raise MemoryError("no memory left for statistics")
-        return stock(quantizer, statistics, shapes)
+        return stock(quant, statistics, shapes, dtypes)
 
-    patch.setattr(BnbQuantizer, "states", states)
+    patch.setattr(Bnb4bit, "states", states)
     return folder
 
 
-def _fails_in_place(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    from surgery.passes.relocate import Place
+def _fails_in_relocate(folder: Path, patch: pytest.MonkeyPatch) -> Path:
+    from surgery.passes.relocate import Relocate
 
-    patch.setattr(Place, "_move", lambda *args: _raise(MemoryError("no memory left to place")))
+    patch.setattr(Relocate, "_move", lambda *args: _raise(MemoryError("no memory left to relocate")))
     return folder
 
 
@@ -135,9 +135,9 @@ def _fails_to_patch(folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 def _fails_to_install(folder: Path, patch: pytest.MonkeyPatch) -> Path:
-    from surgery import filling
+    from surgery.passes import install
 
-    patch.setattr(filling, "install", lambda *args: _raise(MemoryError("no memory left to install")))
+    patch.setattr(install, "install", lambda *args: _raise(MemoryError("no memory left to install")))
     return folder
 
 
@@ -157,7 +157,7 @@ FAILURES: dict[str, Callable[[Path, pytest.MonkeyPatch], Path | Checkpoint]] = {
     "load-memory": _memory_runs_out_in_load,
     "load-killed": _killed_in_load,
     "exchange": _memory_runs_out_in_exchange,
-    "place": _fails_in_place,
+    "relocate": _fails_in_relocate,
     "patch": _fails_to_patch,
     "adapt": _fails_in_adapt,
     "interrupt": _interrupted_in_adapt,

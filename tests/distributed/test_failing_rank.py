@@ -24,9 +24,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 #: Failures that leave no rank in a collective.
 ERRORS = {
     "skeleton": "CheckpointError: Cannot read the model's config",
-    "load-truncated": "PassError: pass load failed at model.",
+    "load-truncated": "PassError: pass read failed at model.",
     "load-changed": "CheckpointError: The checkpoint file ",
-    "load-memory": "PassError: pass load failed at model.layers.0.",
+    "load-memory": "PassError: pass read failed at model.layers.0.",
     "adapt": "PassError: pass adapt failed at the model: OSError: no disk",
     "install": "PassError: pass install failed at the model: MemoryError: no memory left to install",
 }
@@ -55,8 +55,8 @@ def test_failure_reaches_every_rank_and_they_can_go_on(
 AMONG_COLLECTIVES = {
     ("exchange", "fsdp1"): "pass exchange failed at model.layers.",
     ("exchange", "fsdp2"): "pass exchange failed at model.layers.",
-    ("place", "fsdp1"): "pass place failed at model.embed_tokens: MemoryError: no memory left to place",
-    ("place", "fsdp2"): "pass place failed at model.embed_tokens: MemoryError: no memory left to place",
+    ("relocate", "fsdp1"): "pass relocate failed at model.embed_tokens: MemoryError: no memory left to relocate",
+    ("relocate", "fsdp2"): "pass relocate failed at model.embed_tokens: MemoryError: no memory left to relocate",
     ("shard", "fsdp1"): "pass shard failed at the model: MemoryError: no memory left to shard",
     ("patch", "fsdp1"): "'bitsandbytes.quant-state-to-noop' was not applied: the probe raised OSError('no disk')",
 }

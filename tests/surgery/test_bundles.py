@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import patches
-from surgery.recipe import BUILD_PATCHES, FSDP2_PATCHES, RESIDENT_PATCHES
+from surgery.quantizers.bnb import Bnb4bit
+from surgery.sharding.fsdp2 import Fsdp2
 
 
-def test_the_bundles_hold_what_the_recipe_applies() -> None:
-    assert set(BUILD_PATCHES) <= set(patches.select("qlora-build"))
-    assert patches.select("qlora-resident") == [*RESIDENT_PATCHES, *FSDP2_PATCHES]
+def test_the_bundles_hold_what_formats_and_strategies_ask_for() -> None:
+    resident = patches.select(*Bnb4bit.resident_patches, *Fsdp2.resident_patches)
+    building = {"torch.meta-param-replacement", "bitsandbytes.quant-state-to-noop"}
+    assert patches.select("qlora-resident") == resident
+    assert building == set(patches.select("qlora-build"))
     saving = {"torch.fsdp1-sync-on-cpu", "peft.adapter-keys-under-wrappers"}
-    assert {*BUILD_PATCHES, *RESIDENT_PATCHES, *FSDP2_PATCHES, *saving} <= set(patches.select("qlora-low-memory"))
+    assert {*building, *resident, *saving} <= set(patches.select("qlora-low-memory"))

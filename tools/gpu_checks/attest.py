@@ -17,7 +17,6 @@ from gpu_checks.findings import Findings, attempt
 from gpu_checks.job import Job, Ranks
 from gpu_checks.training import make_checkpoint
 from surgery.quantizers.digest import page_sums, records_of
-from surgery.recipe import FSDP2_PATCHES, RESIDENT_PATCHES
 from surgery.sharding.base import strategy_of
 
 __all__ = ["check_attest"]
@@ -25,6 +24,9 @@ __all__ = ["check_attest"]
 TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
 TIMES = 5
+
+#: The patch without which FSDP2 changes packed words.
+GATHER = "torch.fsdp2-bit-exact-gather"
 
 #: Layers that an evaluation of `surgery finetune --attest` watches.
 SAMPLE = 8
@@ -142,12 +144,11 @@ def _stock_gather(job: Job, model: nn.Module) -> dict[str, Any]:
     """Forward with this project's patches but the one for the gather, then with all; the model is released before."""
     layers = list(records_of(model))
     forward = partial(_forward, job, model)
-    verdict = str(patches.verdict(FSDP2_PATCHES[0]))
+    verdict = str(patches.verdict(GATHER))
     surgery.release(model)
-    with patches.transaction(*RESIDENT_PATCHES, on=layers, reason="a check of stock FSDP2"):
+    with patches.transaction("linear4bit-resident", on=layers, reason="a check of stock FSDP2"):
         found = _error(lambda: _watched(model, forward, None))
-    everything = (*RESIDENT_PATCHES, *FSDP2_PATCHES)
-    with patches.transaction(*everything, on=layers, reason="a check of FSDP2 as patched", force=True):
+    with patches.transaction("qlora-resident", on=layers, reason="a check of FSDP2 as patched", force=True):
         calls = _watched(model, forward, None)
     differences = found.differences if found else ()
     # On one rank FSDP2 gathers nothing.

@@ -31,9 +31,7 @@ def import_upstream() -> None:
     """Import `MODULES` and patches, and keep transformers from drawing progress bars."""
     for name in MODULES:
         importlib.import_module(name)
-    from surgery.recipe import BUILD_PATCHES, FSDP2_PATCHES, RESIDENT_PATCHES
-
-    for patch_id in (*BUILD_PATCHES, *FSDP2_PATCHES, *RESIDENT_PATCHES, "torch.fsdp1-sync-on-cpu"):
+    for patch_id in patches.select("qlora-build", "qlora-resident", "torch.fsdp1-sync-on-cpu"):
         patches.get(patch_id)  # each is a module
     from transformers.utils import logging
 

@@ -11,7 +11,6 @@ from torch import nn
 
 import patches
 import surgery
-from surgery import recipe
 from tests.helpers.snapshot import Snapshot
 from tests.surgery.lifetime.behaviour import (
     OBSERVED,
@@ -29,8 +28,8 @@ from tests.surgery.lifetime.behaviour import (
 def test_build_patches_are_undone_and_resident_ones_act_on_its_layers(tiny: Path) -> None:
     with build(tiny) as model:
         active = {receipt.id: receipt.scope_text for receipt in patches.active()}
-        assert active.keys() >= set(recipe.RESIDENT_PATCHES)
-        assert not active.keys() & {*recipe.BUILD_PATCHES, "bitsandbytes.quant-state-to-noop"}
+        assert active.keys() >= set(patches.select("linear4bit-resident"))
+        assert not active.keys() & set(patches.select("qlora-build"))
         assert set(active.values()) == {f"{len(layers_of(model))} instances"}
 
 

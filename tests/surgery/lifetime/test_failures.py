@@ -18,14 +18,15 @@ from torch import nn
 
 import patches
 import surgery
-from surgery import recipe
+from surgery import bound
 from surgery.checkpoint import Reader
-from surgery.model.skeleton import Skeleton
-from surgery.passes import filling, lifetime
+from surgery.passes import install, lifetime, prepare
 from surgery.passes.adapt import Adapt
 from surgery.passes.exchange import Exchange
-from surgery.passes.read import Load
-from surgery.passes.relocate import Place
+from surgery.passes.quantize import Quantize
+from surgery.passes.read import Read
+from surgery.passes.record import Record
+from surgery.passes.relocate import Relocate
 from surgery.passes.replace import Replace
 from tests.helpers.snapshot import Snapshot
 from tests.surgery.lifetime.behaviour import InjectedError, assert_stock, build, run
@@ -34,14 +35,16 @@ ERRORS = [InjectedError("injected"), KeyboardInterrupt()]
 
 #: What is called, and when it fails; half of these run in the thread that loads.
 PLACES: list[tuple[Any, str, int]] = [
-    (Skeleton, "build_on_meta", 1),
+    (prepare, "build_on_meta", 1),
     (Replace, "run", 1),
     (Reader, "read_bytes", 4),
-    (Load, "run_batch", 1),
+    (Read, "run_batch", 1),
+    (Quantize, "run_batch", 1),
     (Exchange, "run_batch", 1),
-    (Place, "run_batch", 1),
+    (Record, "run_batch", 1),
+    (Relocate, "run_batch", 1),
     (Adapt, "run", 1),
-    (filling, "install", 1),
+    (install, "install", 1),
 ]
 
 
@@ -70,17 +73,17 @@ def test_failure_in_any_pass(
             build(tiny)
     assert caught.value is error or caught.value.__cause__ is error
     assert isinstance(error, KeyboardInterrupt) is isinstance(caught.value, KeyboardInterrupt)
-    assert {receipt.id for receipt in active} == set(recipe.BUILD_PATCHES)
+    assert {receipt.id for receipt in active} == {"torch.meta-param-replacement"}
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-")] == []
     assert_stock(unchanged)
 
 
 def test_failure_after_the_last_pass(tiny: Path, unchanged: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(model: nn.Module) -> None:
-        assert len(patches.active()) >= len(recipe.RESIDENT_PATCHES)
+        assert len(patches.active()) >= len(patches.select("linear4bit-resident"))
         raise InjectedError("injected")
 
-    monkeypatch.setattr(recipe, "as_context_manager", fails)
+    monkeypatch.setattr(bound, "as_context_manager", fails)
     with pytest.raises(InjectedError):
         build(tiny)
     assert_stock(unchanged)
@@ -99,7 +102,7 @@ def test_failure_in_the_block(tiny: Path, unchanged: Snapshot, error: BaseExcept
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line run of where the recipe ends: in `QLoRA.run` and `lifetime`."""
+    """Raises KeyboardInterrupt at the n-th line run of where a fill ends: in `fill` and `lifetime`."""
 
     def __init__(self, at: int) -> None:
         self.left = at
@@ -114,7 +117,7 @@ class Interrupter:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         code = frame.f_code
-        is_end = code is recipe.QLoRA.run.__code__ or code.co_filename == lifetime.__file__
+        is_end = code is bound.fill.__code__ or code.co_filename == lifetime.__file__
         return self._line if is_end else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:

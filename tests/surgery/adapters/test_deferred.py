@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from surgery.adapters.attach import draws_later
 from surgery.adapters.deferred import DeferredValues, Drawing, Undrawn
 from surgery.comm.ranks import StoppedError
-from surgery.passes.adapt import draws_later
 from surgery.sharding.partition import chunk
 
 SEED = 5
@@ -59,9 +59,9 @@ def adapted_later(lora: LoraConfig, dtype: torch.dtype) -> tuple[Any, DeferredVa
     return model, undrawn.take(model), state
 
 
-def drawn(initials: DeferredValues, state: torch.Tensor, *, shards: int = 1, shard: int = 0) -> Drawing:
+def drawn(deferred: DeferredValues, state: torch.Tensor, *, shards: int = 1, shard: int = 0) -> Drawing:
     drawing = Drawing(
-        initials=initials,
+        deferred=deferred,
         rng_state=state,
         rows=lambda rows: chunk(range(rows), shards, shard),
         device=torch.device("cpu"),
@@ -71,19 +71,19 @@ def drawn(initials: DeferredValues, state: torch.Tensor, *, shards: int = 1, sha
     return drawing
 
 
-def names_of(model: nn.Module, initials: DeferredValues) -> list[str]:
+def names_of(model: nn.Module, deferred: DeferredValues) -> list[str]:
     """FQNs of the parameters that are drawn, in their order."""
     parameters = {parameter: name for name, parameter in model.named_parameters()}
-    return [parameters[initial.places[0][0]._parameters[initial.places[0][1]]] for initial in initials.parameters]  # type: ignore[index]
+    return [parameters[initial.places[0][0]._parameters[initial.places[0][1]]] for initial in deferred.parameters]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", LORAS)
 def test_values_and_generator_are_those_of_upstream(name: str, dtype: torch.dtype) -> None:
     expected, after = adapted_at_once(lora_of(name), dtype)
-    model, initials, state = adapted_later(lora_of(name), dtype)
-    drawing = drawn(initials, state)
-    found = dict(zip(names_of(model, initials), drawing.values, strict=True))
+    model, deferred, state = adapted_later(lora_of(name), dtype)
+    drawing = drawn(deferred, state)
+    found = dict(zip(names_of(model, deferred), drawing.values, strict=True))
     assert found.keys() == expected.keys()
     for fqn, value in expected.items():
         assert found[fqn].dtype == value.dtype == model.get_parameter(fqn).dtype
@@ -96,9 +96,9 @@ def test_values_and_generator_are_those_of_upstream(name: str, dtype: torch.dtyp
 def test_ranks_keep_the_rows_of_their_shard(shards: int) -> None:
     lora = lora_of("as upstream's layers are made")
     expected, _ = adapted_at_once(lora, torch.float32)
-    model, initials, state = adapted_later(lora, torch.float32)
-    parts = [drawn(initials, state, shards=shards, shard=shard).values for shard in range(shards)]
-    for fqn, *of_ranks in zip(names_of(model, initials), *parts, strict=True):
+    model, deferred, state = adapted_later(lora, torch.float32)
+    parts = [drawn(deferred, state, shards=shards, shard=shard).values for shard in range(shards)]
+    for fqn, *of_ranks in zip(names_of(model, deferred), *parts, strict=True):
         assert torch.equal(torch.cat(of_ranks), expected[fqn]), fqn
         assert all(part.untyped_storage().nbytes() == part.nbytes for part in of_ranks)
 
@@ -106,18 +106,18 @@ def test_ranks_keep_the_rows_of_their_shard(shards: int) -> None:
 def test_what_is_not_drawn_takes_no_memory_and_is_on_meta_in_the_model() -> None:
     with Undrawn():
         assert nn.Linear(1000, 1000).weight.untyped_storage().nbytes() == 4
-    model, initials, _ = adapted_later(lora_of("default"), torch.float32)
+    model, deferred, _ = adapted_later(lora_of("default"), torch.float32)
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    assert sorted(names_of(model, initials)) == sorted(adapters)
+    assert sorted(names_of(model, deferred)) == sorted(adapters)
     assert all(p.is_meta and p.requires_grad for p in adapters.values())
     assert not any(p.is_meta for name, p in model.named_parameters() if "lora_" not in name)
 
 
 def test_another_generator_is_left_alone() -> None:
-    _, initials, state = adapted_later(lora_of("default"), torch.float32)
+    _, deferred, state = adapted_later(lora_of("default"), torch.float32)
     torch.manual_seed(SEED + 1)
     stands = torch.get_rng_state()
-    drawn(initials, state).go_on()
+    drawn(deferred, state).go_on()
     assert torch.equal(torch.get_rng_state(), stands)
 
 
@@ -133,9 +133,9 @@ def test_values_that_are_read_before_they_are_drawn_raise() -> None:
 
 
 def test_drawing_stops_where_it_is_not_wanted_any_more() -> None:
-    _, initials, state = adapted_later(lora_of("default"), torch.float32)
+    _, deferred, state = adapted_later(lora_of("default"), torch.float32)
     drawing = Drawing(
-        initials=initials, rng_state=state, rows=range, device=torch.device("cpu"), stop=threading.Event()
+        deferred=deferred, rng_state=state, rows=range, device=torch.device("cpu"), stop=threading.Event()
     )
     drawing.stop.set()
     with pytest.raises(StoppedError):

@@ -16,7 +16,7 @@ import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError, PassError, WeightsMismatchError
 from surgery.model.keys import Assignment
-from surgery.model.skeleton import Skeleton, causal_lm
+from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
 from tests.helpers.damage import DAMAGES, Damage, edit_tensors
 from tests.helpers.models import save_tiny
@@ -46,8 +46,9 @@ def test_reads_are_seen(tiny: Path, reads: list[str]) -> None:
 
 def plan(folder: Path) -> tuple[Assignment, ...]:
     checkpoint = Checkpoint.open(folder)
-    skeleton = Skeleton(build=causal_lm(checkpoint, torch.bfloat16), dtype=torch.bfloat16, device=torch.device("cpu"))
-    return plan_weights(skeleton.build_on_meta(), checkpoint, device=torch.device("cpu")).assignments
+    build, device = causal_lm(checkpoint, torch.bfloat16), torch.device("cpu")
+    model = build_on_meta(build, dtype=torch.bfloat16, device=device)
+    return plan_weights(model, checkpoint, device=device).assignments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -14,16 +14,17 @@ from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surgery.sharding.devices import Devices
 from torch import nn
 
 from surgery.checkpoint import TensorEntry
-from surgery.config import BLOCKSIZES, STORAGE_DTYPES, Placement, Quant
+from surgery.config import BLOCKSIZES, FSDP1, FSDP2, STORAGE_DTYPES, Placement, Quant
 from surgery.errors import ConfigError
 from surgery.model.keys import Assignment
 from surgery.passes.tensors import ShardBuffer, ShardBuffers, Target, find_targets
 from surgery.quantizers import bnb
-from surgery.quantizers.bnb import BnbQuantizer, packed_shape
+from surgery.quantizers.base import Layout
+from surgery.quantizers.bnb import Bnb4bit
+from surgery.sharding.base import Devices, strategy_for
 from surgery.sharding.partition import Partition, chunk
 from tests.helpers.lookup import require_looked_up
 from tests.helpers.whole_blocks import right_kernels
@@ -68,7 +69,7 @@ def runs_of(elements: int) -> Iterator[None]:
         yield
 
 
-def target_of(weight: torch.Tensor, quantizer: BnbQuantizer) -> Target:
+def target_of(weight: torch.Tensor, quant: Bnb4bit) -> Target:
     """The target of a model with one linear layer, whose weight the checkpoint has as `weight`."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -77,7 +78,7 @@ def target_of(weight: torch.Tensor, quantizer: BnbQuantizer) -> Target:
     )
     assignment = Assignment(targets=("weight",), sources=("weight",), dtypes=(weight.dtype,))
     index: Any = {"weight": entry}
-    (target,) = find_targets(quantizer.replacement(linear), [assignment], index, quantizer, tied={})
+    (target,) = find_targets(quant.replacement(linear), [assignment], index, quant, tied={})
     return target
 
 
@@ -105,11 +106,11 @@ def rooms_marked() -> Iterator[None]:
         yield
 
 
-def state_of(parts: Sequence[ShardBuffer], quantizer: BnbQuantizer, shape: torch.Size) -> QuantState:
+def state_of(parts: Sequence[ShardBuffer], quant: Bnb4bit, shape: torch.Size) -> QuantState:
     """The state of the whole, from the statistics of all ranks."""
     in_order = sorted(parts, key=lambda part: (part.slice.blocks.start, part.slice.blocks.stop))
     statistics = torch.cat([part.statistics for part in in_order if part.statistics is not None])
-    return quantizer.states([statistics], [shape])[0]
+    return quant.states([statistics], [shape], [None])[0]
 
 
 def joined(parts: Sequence[ShardBuffer]) -> torch.Tensor:
@@ -133,6 +134,10 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+def layout_of(quant: Quant) -> Layout:
+    return Layout(values_per_byte=2, blocksize=quant.blocksize)
+
+
 def whole(weight: torch.Tensor, quant: Quant, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState]:
     """What bitsandbytes makes of it."""
     packed, state = quantize_4bit(
@@ -145,18 +150,19 @@ def whole(weight: torch.Tensor, quant: Quant, dtype: torch.dtype) -> tuple[torch
     return packed, state
 
 
-def division_of(world: tuple[Placement, tuple[int, int]]) -> Partition:
+def partition_of(world: tuple[Placement, tuple[int, int]]) -> Partition:
     placement, mesh = world
-    return Partition.of(placement, world_size=mesh[0] * mesh[1], mesh=mesh)
+    shard = FSDP1() if placement == "rank0-cpu" else FSDP2(mesh=mesh)
+    return strategy_for(shard, world_size=mesh[0] * mesh[1], placement=placement).partition
 
 
 def parts_of_all_ranks(
-    target: Target, quantizer: BnbQuantizer, division: Partition, flat: torch.Tensor, step: int
+    target: Target, quant: Bnb4bit, partition: Partition, flat: torch.Tensor, step: int
 ) -> list[ShardBuffer]:
-    residence = Devices(compute_device=CPU, data_device=CPU)
+    devices = Devices(compute=CPU, data=CPU)
     each = [
-        ShardBuffers(quantizer=quantizer, division=division, residence=residence, rank=rank)
-        for rank in range(division.grid.world_size)
+        ShardBuffers(quant=quant, partition=partition, devices=devices, rank=rank)
+        for rank in range(partition.grid.world_size)
     ]
     return [filled(target, parts, flat, step) for parts in each]
 
@@ -177,29 +183,29 @@ def test_parts_of_all_ranks_join_to_the_bits_of_the_whole(
     blocks: tuple[int, int],
 ) -> None:
     """`blocks`: read at a time, and quantized at a time."""
-    quantizer = BnbQuantizer(quant=quant, dtype=dtype, compute_dtype=dtype)
+    quant_format = Bnb4bit(quant, dtype=dtype, compute_dtype=dtype)
     storage = quant.storage_for(dtype)
     if ((weight.numel() + 1) // 2) % storage.itemsize:
         with pytest.raises(ConfigError, match="packs into"):
-            packed_shape(weight.shape, storage)
+            layout_of(quant).packed_shape(weight.shape, storage)
         return
-    target, step = target_of(weight, quantizer), blocks[0] * quant.blocksize
+    target, step = target_of(weight, quant_format), blocks[0] * quant.blocksize
     with runs_of(blocks[1] * quant.blocksize):
-        parts = parts_of_all_ranks(target, quantizer, division_of(world), weight.reshape(-1), step)
+        parts = parts_of_all_ranks(target, quant_format, partition_of(world), weight.reshape(-1), step)
     expected, expected_state = whole(weight, quant, dtype)
     assert target.shape == expected.shape
     assert target.dtype == expected.dtype == joined(parts).dtype
     assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))
-    assert_same_state(state_of(parts, quantizer, weight.shape), expected_state)
+    assert_same_state(state_of(parts, quant_format, weight.shape), expected_state)
 
 
 @settings(deadline=None)
 @given(weight=weights(), shards=st.integers(1, 4), blocksize=st.sampled_from(BLOCKSIZES))
 def test_a_part_is_the_shard_of_fsdp2(weight: torch.Tensor, shards: int, blocksize: int) -> None:
     quant = Quant(blocksize=blocksize, quant_storage=torch.uint8)
-    quantizer = BnbQuantizer(quant=quant, dtype=torch.float32, compute_dtype=None)
-    division = Partition.of("sharded", world_size=shards)
-    parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.reshape(-1), blocksize)
+    quant_format = Bnb4bit(quant, dtype=torch.float32)
+    partition = strategy_for(FSDP2(), world_size=shards).partition
+    parts = parts_of_all_ranks(target_of(weight, quant_format), quant_format, partition, weight.reshape(-1), blocksize)
     expected, _ = whole(weight, quant, torch.float32)
     for rank, part in enumerate(parts):
         rows = chunk(range(len(expected)), shards, rank)
@@ -225,9 +231,9 @@ def test_parts_that_are_not_quantized_are_the_tensor_in_its_dtype(
         module.register_buffer("p", empty)  # FSDP2 refuses scalar parameters
     entry = TensorEntry(name="p", file=Path("p"), dtype=tensor.dtype, shape=tuple(tensor.shape), start=0, end=0)
     assignment, index = Assignment(targets=("p",), sources=("p",), dtypes=(tensor.dtype,)), {"p": entry}
-    quantizer = BnbQuantizer(quant=Quant(), dtype=dtype, compute_dtype=None)
-    (target,) = find_targets(module, [assignment], index, quantizer, tied={})  # type: ignore[arg-type]  # as a mapping
-    parts = parts_of_all_ranks(target, quantizer, division_of(world), tensor.reshape(-1), step)
+    quant_format = Bnb4bit(Quant(), dtype=dtype)
+    (target,) = find_targets(module, [assignment], index, quant_format, tied={})  # type: ignore[arg-type]  # as a mapping
+    parts = parts_of_all_ranks(target, quant_format, partition_of(world), tensor.reshape(-1), step)
     assert torch.equal(joined(parts), tensor.reshape(-1).to(dtype))
     assert all(part.tensor().dim() == tensor.dim() for part in parts if part.slice.keeps)
 
@@ -236,12 +242,12 @@ def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
     elements = bnb.RUN_ELEMENTS["cpu"]
     weight = torch.randn(3, elements // 2 + 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     quant = Quant(quant_storage=torch.bfloat16)
-    quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
-    division = Partition.of("sharded", world_size=1)
-    parts = parts_of_all_ranks(target_of(weight, quantizer), quantizer, division, weight.view(-1), 2 * elements)
+    quant_format = Bnb4bit(quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    partition = strategy_for(FSDP2()).partition
+    parts = parts_of_all_ranks(target_of(weight, quant_format), quant_format, partition, weight.view(-1), 2 * elements)
     expected, expected_state = whole(weight, quant, torch.bfloat16)
     assert torch.equal(as_bytes(joined(parts)), as_bytes(expected))
-    state = state_of(parts, quantizer, weight.shape)
+    state = state_of(parts, quant_format, weight.shape)
     assert_same_state(state, expected_state)
     require_table(joined(parts), state, weight)
 
@@ -252,10 +258,10 @@ def test_states_of_many_weights_are_those_of_each_in_memory_of_its_own(
     shapes: list[tuple[int, int]], double_quant: bool
 ) -> None:
     quant = Quant("nf4", blocksize=64, double_quant=double_quant)
-    quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=None)
+    quant_format = Bnb4bit(quant, dtype=torch.bfloat16)
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    statistics = [quantizer.quantize(weight.view(-1))[1] for weight in weights]
-    states = quantizer.states(statistics, [weight.shape for weight in weights])
+    statistics = [quant_format.quantize(weight.view(-1), layout_of(quant))[1] for weight in weights]
+    states = quant_format.states(statistics, [weight.shape for weight in weights], [None] * len(weights))
     for weight, state in zip(weights, states, strict=True):
         _, expected = quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
         assert_same_state(state, expected)
@@ -263,9 +269,9 @@ def test_states_of_many_weights_are_those_of_each_in_memory_of_its_own(
 
 
 def test_runs_are_of_whole_blocks() -> None:
-    quantizer = BnbQuantizer(quant=Quant(), dtype=torch.bfloat16, compute_dtype=None)
+    quant_format = Bnb4bit(Quant(), dtype=torch.bfloat16)
     for device in (CPU, torch.device("cuda", 0), torch.device("xpu")):
-        assert all(quantizer.run_elements(device) % blocksize == 0 for blocksize in BLOCKSIZES)
+        assert all(quant_format.run_elements(device) % blocksize == 0 for blocksize in BLOCKSIZES)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -289,16 +295,16 @@ def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     )
     stock.to("cpu")
     quant = Quant(quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=storage)
-    quantizer = BnbQuantizer(quant=quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
-    ours: Any = quantizer.replacement(linear)
-    assert quantizer.is_quantized(ours)
-    assert not quantizer.is_quantized(linear)
-    assert quantizer.logical(ours) == linear.weight.shape
+    quant_format = Bnb4bit(quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    ours: Any = quant_format.replacement(linear)
+    assert quant_format.is_quantized(ours)
+    assert not quant_format.is_quantized(linear)
+    assert quant_format.logical(ours) == linear.weight.shape
     assert ours.weight.is_meta
-    packed, statistics = quantizer.quantize(linear.weight.detach().view(-1))
-    (state,) = quantizer.states([statistics], [quantizer.logical(ours)])
-    ours.weight = quantizer.parameter(ours, packed.view(storage).view(ours.weight.shape), state)
-    quantizer.set_state(ours, state)
+    packed, statistics = quant_format.quantize(linear.weight.detach().view(-1), layout_of(quant))
+    (state,) = quant_format.states([statistics], [quant_format.logical(ours)], [None])
+    ours.weight = quant_format.parameter(ours, packed.view(storage).view(ours.weight.shape), state)
+    quant_format.set_state(ours, state)
     assert_same_parameter(ours.weight, stock.weight)
     assert ours.weight.module is ours
     assert ours.quant_state is ours.weight.quant_state is state

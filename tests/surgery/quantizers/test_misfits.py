@@ -1,4 +1,4 @@
-"""One process, which nothing has to be divided for, refuses a quantizer of other sizes as several ranks do."""
+"""One process, which nothing has to be divided for, refuses a format of other sizes as several ranks do."""
 
 from __future__ import annotations
 

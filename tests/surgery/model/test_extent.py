@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.errors import WeightsMismatchError
-from surgery.model.skeleton import Skeleton, causal_lm
+from surgery.model.skeleton import build_on_meta, causal_lm
 from tests.helpers.damage import CONTRADICTIONS, edit_config
 from tests.helpers.models import save_tiny
 
@@ -36,7 +36,7 @@ def built_of(folder: Path) -> int:
 
 def skeleton(folder: Path) -> nn.Module:
     build = causal_lm(Checkpoint.open(folder), torch.bfloat16)
-    return Skeleton(build=build, dtype=torch.bfloat16, device=torch.device("cpu")).build_on_meta()
+    return build_on_meta(build, dtype=torch.bfloat16, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("changes", [changes for changes, _ in CONTRADICTIONS], ids=str)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 import surgery
-from surgery.config import FSDP1, FSDP2, Quant
+from surgery.config import FSDP1, FSDP2
 from surgery.errors import ConfigError
 from surgery.model.skeleton import build_on_meta
 from surgery.quantizers.base import format_for
@@ -235,6 +235,11 @@ def skeleton(kind: str, **changes: Any) -> nn.Module:
     )
 
 
+def checked(model: nn.Module, shard: FSDP1 | FSDP2) -> frozenset[str]:
+    """FQNs of what stays whole."""
+    return strategy_for(shard).check_model(model, format_for(surgery.Quant(), dtype=torch.bfloat16))
+
+
 def test_nothing_but_computed_buffers_leaves_meta() -> None:
     model = skeleton("gptj", rotary_dim=8)
     assert {name for name, tensor in tensors(model).items() if not tensor.is_meta} == {
@@ -242,8 +247,11 @@ def test_nothing_but_computed_buffers_leaves_meta() -> None:
     }
 
 
-@pytest.mark.parametrize("precision", [MixedPrecision, MixedPrecisionPolicy])
-def test_casting_what_is_kept_is_refused(precision: type[MixedPrecision | MixedPrecisionPolicy]) -> None:
+@pytest.mark.parametrize("shard", [FSDP1, FSDP2])
+def test_casting_what_is_kept_is_refused(shard: type[FSDP1 | FSDP2]) -> None:
+    from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
+
+    precision = MixedPrecision if shard is FSDP1 else MixedPrecisionPolicy
     cast = precision(param_dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"would cast .*: a\.weight, b \(2 in all\)"):
         check_kept(cast, ["a.weight", "b"], {}, torch.bfloat16)
@@ -251,22 +259,16 @@ def test_casting_what_is_kept_is_refused(precision: type[MixedPrecision | MixedP
     check_kept(None, ["a.weight"], {"c": torch.float32}, torch.bfloat16)
 
 
-def check_dtypes(model: nn.Module, shard: FSDP1 | FSDP2, dtype: torch.dtype) -> frozenset[str]:
-    return strategy_for(shard, world_size=2).check_model(model, format_for(Quant(), dtype=dtype))
-
-
 def test_casting_computed_buffers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"buffer_dtype=torch\.bfloat16 would cast .*rotary_emb\.inv_freq"):
-        check_dtypes(
-            skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)), torch.bfloat16
-        )
-    check_dtypes(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.float32)), torch.bfloat16)
+        checked(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.bfloat16)))
+    checked(skeleton("llama"), FSDP1(mixed_precision=MixedPrecision(buffer_dtype=torch.float32)))
 
 
 def test_fsdp1_leaves_whole_what_is_kept_and_fsdp2_gathers_it() -> None:
     model = skeleton("glm4_moe", **FAMILIES["router, other heads"][1])
     gate = "model.layers.1.mlp.gate.weight"
-    assert check_dtypes(model, FSDP1(), torch.bfloat16) == {gate}
-    assert check_dtypes(model, FSDP2(), torch.bfloat16) == frozenset()
+    assert checked(model, FSDP1()) == {gate}
+    assert checked(model, FSDP2()) == frozenset()
     with pytest.raises(ConfigError, match=gate):
-        check_dtypes(model, FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), torch.bfloat16)
+        checked(model, FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
