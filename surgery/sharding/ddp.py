@@ -45,15 +45,17 @@ class Ddp(Unsharded):
     def finish(self, model: nn.Module, quant: QuantFormat) -> DistributedDataParallel:
         """The `DistributedDataParallel` around `model`."""
         assert self.options is not None
-        return DistributedDataParallel(
+        wrapped = DistributedDataParallel(
             super().finish(model, quant),
             init_sync=False,  # all have loaded the same weights, and adapters are rank 0's already
-            broadcast_buffers=False,  # nor does a decoder change its buffers
             find_unused_parameters=self.options.find_unused_parameters,
             gradient_as_bucket_view=self.options.gradient_as_bucket_view,
             bucket_cap_mb=self.options.bucket_cap_mb,
             static_graph=self.options.static_graph,
         )
+        # A decoder does not change its buffers. As an argument this is deprecated, and has another name, in torch 2.13.
+        wrapped.broadcast_buffers = False
+        return wrapped
 
     @classmethod
     def made(cls, model: nn.Module) -> bool:
