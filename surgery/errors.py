@@ -106,7 +106,7 @@ class NotFilledError(SurgeryError, RuntimeError):
 
 
 class QuantizerError(SurgeryError, ValueError):
-    """A quantizer whose layout or results are not of the sizes that `surgery.quantizers.base.Quantizer` promises."""
+    """A format whose layout or results are not of the sizes that `surgery.quantizers.base.QuantFormat` promises."""
 
 
 class TraceError(SurgeryError, ValueError):

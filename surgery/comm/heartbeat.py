@@ -37,9 +37,9 @@ def beating(ranks: Ranks) -> Iterator[None]:
         yield
         return
     with contextlib.suppress(RuntimeError):  # a store that is gone is noticed by whoever needs it
-        ranks.count(_pulse(ranks, ranks.rank), 1)
+        ranks.count(_key(ranks, ranks.rank), 1)
     done = threading.Event()
-    thread = threading.Thread(target=_beat, args=(ranks, done), name="surgery-pulse", daemon=True)
+    thread = threading.Thread(target=_beat, args=(ranks, done), name="surgery-heartbeat", daemon=True)
     thread.start()
     try:
         yield
@@ -74,12 +74,12 @@ def wait_for_the_others(ranks: Ranks) -> None:
             time.sleep(BEAT / 10)
 
 
-def _pulse(ranks: Ranks, rank: int) -> str:
-    return f"{ranks.alarm}/pulse/{rank}"
+def _key(ranks: Ranks, rank: int) -> str:
+    return f"{ranks.alarm}/heartbeat/{rank}"
 
 
 def _counts(ranks: Ranks, of: list[int] | range) -> dict[int, int]:
-    return {rank: ranks.count(_pulse(ranks, rank), 0) for rank in of}
+    return {rank: ranks.count(_key(ranks, rank), 0) for rank in of}
 
 
 def _beat(ranks: Ranks, done: threading.Event) -> None:
@@ -87,11 +87,11 @@ def _beat(ranks: Ranks, done: threading.Event) -> None:
     last, silent = 0, 0
     with contextlib.suppress(RuntimeError):
         while not done.wait(BEAT):
-            ranks.count(_pulse(ranks, ranks.rank), 1)
-            count = ranks.count(_pulse(ranks, watched), 0)
+            ranks.count(_key(ranks, ranks.rank), 1)
+            count = ranks.count(_key(ranks, watched), 0)
             silent = 0 if count != last or count >= LEFT or count == 0 else silent + 1
             last = count
             if silent > SILENCE:
                 ranks.pass_on(lost(watched))
                 return
-        ranks.count(_pulse(ranks, ranks.rank), LEFT)
+        ranks.count(_key(ranks, ranks.rank), LEFT)

@@ -115,17 +115,17 @@ class Partition:
 
 
 @functools.cache
-def _slices(division: Partition, form: Form) -> tuple[Slice, ...]:
-    return tuple(_slice(division, form, rank) for rank in range(division.grid.world_size))
+def _slices(partition: Partition, form: Form) -> tuple[Slice, ...]:
+    return tuple(_slice(partition, form, rank) for rank in range(partition.grid.world_size))
 
 
 @functools.cache
-def _slice(division: Partition, form: Form, rank: int) -> Slice:
+def _slice(partition: Partition, form: Form, rank: int) -> Slice:
     rows = range(form.rows)
-    if division.is_rank0s(form):
+    if partition.is_rank0s(form):
         kept = rows if rank == 0 else rows[:0]
         return Slice(keeps=kept, reads=kept, elements=form.elements(kept), blocks=range(0))
-    grid = division.grid_of(form)
+    grid = partition.grid_of(form)
     replica, shard = divmod(rank, grid.shards)
     keeps = chunk(rows, grid.shards, shard)  # of a buffer all, of which each rank reads a part all the same
     reads = chunk(keeps, grid.replicas, replica)

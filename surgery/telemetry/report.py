@@ -126,18 +126,21 @@ class Report:
                 yield item
 
     def as_dict(self) -> dict[str, dict[str, float]]:
-        """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes."""
-        return {
-            phase.name: {
-                "start": round(phase.start, 3),
-                "seconds": round(phase.seconds, 3),
-                "bytes_read": phase.bytes_read,
-                "host_before": phase.host_before,
-                "host_peak": phase.host_peak,
-                "device_peak": phase.device_peak,
-            }
-            for phase in self.phases
-        }
+        """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes.
+
+        Phases of one name are one: they begin with the first, and have the highest peaks of them.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for phase in self.phases:
+            before = {"start": round(phase.start, 3), "host_before": phase.host_before}
+            figures = found.setdefault(
+                phase.name, {**before, "seconds": 0, "bytes_read": 0, "host_peak": 0, "device_peak": 0}
+            )
+            figures["seconds"] = round(figures["seconds"] + phase.seconds, 3)
+            figures["bytes_read"] += phase.bytes_read
+            figures["host_peak"] = max(figures["host_peak"], phase.host_peak)
+            figures["device_peak"] = max(figures["device_peak"], phase.device_peak)
+        return found
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:

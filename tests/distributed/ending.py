@@ -16,7 +16,7 @@ from rich.console import Console
 
 import patches
 import surgery
-from surgery.comm import heartbeat as pulse
+from surgery.comm import heartbeat
 from surgery.finetune import job, loop
 from surgery.finetune.options import Job
 
@@ -71,7 +71,7 @@ ENDS = {"killed": _killed, "fails": _raise_memory_error, "interrupted": _interru
 def end(told: Job, place: str, how: str, ending: int) -> None:
     """Run a job in which the rank `ending` ends; raises `EndedError` on the others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pulse, "MISSED", 4)
+        patch.setattr(heartbeat, "MISSED", 4)
         if dist.get_rank() == ending:
             PLACES[place](patch, ENDS[how])
         try:
@@ -85,7 +85,7 @@ def end(told: Job, place: str, how: str, ending: int) -> None:
 
 def end_in_attest(checkpoint: Path) -> None:
     """Build a model; then rank 1 is killed where the other attests it."""
-    pulse.MISSED = 4
+    heartbeat.MISSED = 4
     model = surgery.qlora(checkpoint, shard=surgery.FSDP2(), report=surgery.Report())
     if dist.get_rank() == 1:
         _killed()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import surgery
 from surgery.checkpoint import Checkpoint, Reader, TensorEntry
-from surgery.comm import heartbeat as pulse
+from surgery.comm import heartbeat
 from tests.distributed.loads import in_small_steps
 
 __all__ = ["FAILURES", "EndedError", "all_fail", "build_or_fail", "fail"]
@@ -176,7 +176,7 @@ def build_or_fail(checkpoint: Path, scratch: Path, failure: str, failing: int, s
     shutil.copytree(checkpoint, source)
     with pytest.MonkeyPatch.context() as patch:
         in_small_steps(patch)
-        patch.setattr(pulse, "SILENCE", 8)  # ranks are missed sooner
+        patch.setattr(heartbeat, "SILENCE", 8)  # ranks are missed sooner
         if dist.get_rank() == failing:
             source = FAILURES[failure](source, patch)
         try:

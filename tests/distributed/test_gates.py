@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from surgery.comm import heartbeat as pulse
+from surgery.comm import heartbeat
 from surgery.comm.ranks import PeerError, Ranks, StoppedError, current_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -78,7 +78,7 @@ def test_a_rank_that_is_stopped_lets_nobody_through_the_next_gate() -> None:
 
 def silent() -> str:
     """Rank 1 shows no sign of life any more while the others wait at a gate for it."""
-    pulse.BEAT, pulse.SILENCE = 0.01, 200
+    heartbeat.BEAT, heartbeat.SILENCE = 0.01, 200
     ranks, stop = current_ranks(), threading.Event()
     if ranks.rank == 1:
         ranks.count(beats(ranks, 1), 1)
@@ -86,7 +86,7 @@ def silent() -> str:
     if ranks.rank == 1:
         wait_until(ranks, "others/missed", 2)
         return ""
-    with pytest.raises(PeerError) as caught, pulse.beating(ranks):
+    with pytest.raises(PeerError) as caught, heartbeat.beating(ranks):
         go_through(ranks, "one", stop)
     assert ranks.apart.is_set()
     ranks.count("others/missed", 1)
@@ -100,7 +100,7 @@ def test_a_rank_that_is_silent_is_missed() -> None:
 
 def beats(ranks: Ranks, rank: int) -> str:
     """Where the beats of a rank are counted."""
-    return f"{ranks.alarm}/pulse/{rank}"
+    return f"{ranks.alarm}/heartbeat/{rank}"
 
 
 def wait_until(ranks: Ranks, key: str, least: int) -> int:
@@ -115,19 +115,19 @@ def slow() -> int:
 
     Slower than a rank that counts as gone: by so many beats of the rank that watches it. Those of the last wait.
     """
-    pulse.BEAT, pulse.SILENCE = 0.01, 200
+    heartbeat.BEAT, heartbeat.SILENCE = 0.01, 200
     ranks, stop = current_ranks(), threading.Event()
-    longer = pulse.SILENCE + 50
-    with pulse.beating(ranks):
+    longer = heartbeat.SILENCE + 50
+    with heartbeat.beating(ranks):
         if ranks.rank == 1:
             wait_until(ranks, beats(ranks, 0), longer)
         go_through(ranks, "one", stop)
         mine = ranks.count(beats(ranks, ranks.rank), 0)
         if ranks.rank != 1:
-            wait_until(ranks, beats(ranks, 1), pulse.LEFT)
+            wait_until(ranks, beats(ranks, 1), heartbeat.LEFT)
             wait_until(ranks, beats(ranks, ranks.rank), mine + longer)
         ranks.check_alarm()
-    assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "surgery-heartbeat"]
     return mine
 
 
@@ -140,7 +140,7 @@ def late() -> str:
     """Rank 1 lives, and does not come to the gate within the time limit of the store."""
     ranks, stop = current_ranks(), threading.Event()
     limit = ranks.store.timeout
-    with pulse.beating(ranks):
+    with heartbeat.beating(ranks):
         if ranks.rank == 1:
             wait_until(ranks, "others/left", 1)
             return ""
@@ -161,9 +161,9 @@ def test_a_gate_has_the_time_limit_of_the_process_group() -> None:
 
 def test_alone_nobody_is_waited_for() -> None:
     ranks, stop = Ranks(), threading.Event()
-    with pulse.beating(ranks):
+    with heartbeat.beating(ranks):
         go_through(ranks, "one", stop)
-        assert not [thread for thread in threading.enumerate() if thread.name == "surgery-pulse"]
+        assert not [thread for thread in threading.enumerate() if thread.name == "surgery-heartbeat"]
         stop.set()
         with pytest.raises(StoppedError):
             go_through(ranks, "two", stop)

@@ -164,6 +164,11 @@ def test_as_dict_has_every_figure_of_every_phase() -> None:
     assert figures["two"]["start"] >= figures["one"]["start"] + 0.01
     assert figures["two"]["bytes_read"] == 9
     assert [phase.group for phase in report.phases] == ["load", "train"]
+    with report.phase("one"):
+        report.count_bytes(5)
+    again = report.as_dict()["one"]
+    assert again["start"] == figures["one"]["start"]
+    assert (again["bytes_read"], again["seconds"] >= figures["one"]["seconds"]) == (5, True)
 
 
 def test_one_thread_samples_for_all_phases_and_ends_with_the_last() -> None:
