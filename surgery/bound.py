@@ -196,7 +196,7 @@ def building(device: torch.device) -> Iterator[Ranks]:
 def choices(
     setting: Mapping[str, Any], passes: Sequence[Pass | str], checkpoint: Checkpoint | str | os.PathLike[str] | None
 ) -> dict[str, Facts]:
-    """What all ranks must have been asked for alike, before they do anything together; by the fields of `Setting`."""
+    """Facts that all ranks must share before they do anything together; `setting` has the fields of `Setting`."""
     shard = setting["shard"]
     placement = strategy_for(shard, placement=setting["placement"]).placement
     return {
@@ -211,7 +211,7 @@ def choices(
 
 
 def set_up(setting: Setting, ranks: Ranks) -> Job:
-    """What takes a collective, before ranks go their own ways."""
+    """Check the process group, and set up meshes and groups, before ranks go their own ways; collective."""
     setting.strategy.check_group()
     setting.strategy.meet()
     return Job(ranks=ranks, node=Node.of(ranks.rank, ranks.world_size), rng_state=rank0_rng_state(ranks))

@@ -22,7 +22,7 @@ __all__ = ["Adapt"]
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Pass):
-    """After: the model is a `PeftModel`; adapters are in the model's dtype, base weights are frozen.
+    """Wrap the model in a `PeftModel`: adapters in the model's dtype, base weights frozen.
 
     Adapters live on the device of their base weight, or on the CPU where that is on meta. Initial values are drawn from
     rank 0's generator, so that they are the same on all ranks: at once, or in a thread while the adapters are on meta,

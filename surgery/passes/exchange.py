@@ -22,7 +22,7 @@ __all__ = ["Exchange"]
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange(BatchPass):
-    """After: every buffer is full, and every quantized one has the state of the whole weight.
+    """Complete every shard buffer of a batch, and make the state of every quantized weight.
 
     Collective. All ranks wait for each other before a batch, so that one that has failed leaves none in a collective.
     They load another one first: ranks are never equally fast.

@@ -22,7 +22,7 @@ __all__ = ["Install", "install"]
 
 @dataclass(frozen=True, kw_only=True)
 class Install(Pass):
-    """After: every parameter and persistent buffer has what was loaded or drawn for it."""
+    """Give every parameter and persistent buffer what was loaded or drawn for it."""
 
     name = "install"
 
@@ -84,7 +84,7 @@ def _install_drawn(drawing: Drawing) -> None:
 def _made(
     module: nn.Module, leaf: str, buffer: ShardBuffer, quant: QuantFormat, *, clone: bool = False
 ) -> torch.Tensor:
-    """What `module` is to hold, in the place and in the form of what it holds now."""
+    """The new tensor of `module`, in the form of the one that it holds now."""
     old = _held(module, leaf)
     data = buffer.tensor().clone() if clone else buffer.tensor()
     if not isinstance(old, nn.Parameter):

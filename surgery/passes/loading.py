@@ -1,4 +1,4 @@
-"""What the passes of one fill share: ranks, shard buffers, the open checkpoint, and threads that end with it.
+"""Shared state of the passes of one fill: ranks, shard buffers, the open checkpoint, and threads that end with it.
 
 Weights are read ahead while the model takes its shape, then quantized, exchanged, and put into it. Quantizing at the
 same time takes longer: of threads that each call one small operation of torch after the other, each waits for the
@@ -73,7 +73,7 @@ class Loading:
 
     @property
     def device(self) -> torch.device:
-        """Where this rank quantizes."""
+        """The device on which this rank quantizes."""
         return self.buffers.devices.compute
 
     def read_ahead(self, model: nn.Module) -> None:

@@ -26,7 +26,7 @@ __all__ = ["Prepared", "match", "prepare"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """What is known of a model before a weight is read.
+    """A model before a weight is read, and all that is known of it.
 
     model: on meta, its modules replaced, not adapted yet. targets: what the checkpoint fills, in the model's order.
     trained: parameters that adapters will make trainable. unsharded: FQNs of parameters that stay whole on every rank.

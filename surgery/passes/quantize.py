@@ -14,7 +14,7 @@ __all__ = ["Quantize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(BatchPass):
-    """After: every buffer of which this rank has read pieces is complete. Watchers see each before and after."""
+    """Fill the shard buffers of a batch with the pieces that were read; watchers see each before and after."""
 
     name = "quantize"
 

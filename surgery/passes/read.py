@@ -35,7 +35,7 @@ class ReadAhead(Pass):
 
 @dataclass(frozen=True, kw_only=True)
 class Read(BatchPass):
-    """After: every tensor of the batch has a shard buffer, and the pieces that are read for it, yet to be taken.
+    """Give every tensor of a batch its shard buffer, with the pieces that are read for it, yet to be taken.
 
     A tensor that upstream's conversion merges or splits, or that the checkpoint holds transposed, is no range of a
     file: one rank of each node reads and converts it, and `exchange` hands out its parts.

@@ -15,7 +15,7 @@ __all__ = ["Record"]
 
 @dataclass(frozen=True, kw_only=True)
 class Record(BatchPass):
-    """After: of every quantized layer there is a digest of what this rank has made of it, and of its state.
+    """Keep a digest of what this rank has made of every quantized layer, and of its state.
 
     Before buffers are moved, so that all that can happen to them is attested. A digest takes a hundredth of the time
     that quantizing takes.

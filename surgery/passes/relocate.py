@@ -18,7 +18,7 @@ __all__ = ["Relocate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Relocate(BatchPass):
-    """After: every buffer is on the rank's data device. States and the model's buffers stay where it computes.
+    """Move the shard buffers of a batch to the rank's data device; states and module buffers stay where it computes.
 
     Collective where rank 0 keeps everything: the others send it what they have quantized, and keep shapes on meta. Rank
     0 copies a batch to its CPU while the next one is made.

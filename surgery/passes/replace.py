@@ -21,7 +21,7 @@ __all__ = ["Replace", "precisions", "quantizable"]
 
 @dataclass(frozen=True, kw_only=True)
 class Replace(Pass):
-    """After: every module that `quantizable` chooses is quantized; aliases of a shared one are the same new one."""
+    """Put quantized modules in the place of the `chosen` ones; aliases of a shared module stay shared."""
 
     name = "replace"
 

@@ -36,7 +36,7 @@ def at_least_one(**values: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a model is built for, with every default filled in. Refuses, as `ConfigError`, what cannot work together.
+    """Every choice that a model is built by. Raises `ConfigError` for what cannot work together.
 
     quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
     placement: where weights wait until the model is complete; None is the strategy's default. dtype: of what is not
@@ -66,12 +66,12 @@ class Setting:
 
     @cached_property
     def format(self) -> QuantFormat:
-        """How weights are stored."""
+        """The format of its weights."""
         return format_for(self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
 
     @cached_property
     def strategy(self) -> ShardStrategy:
-        """How ranks share the model."""
+        """The strategy by which ranks share it."""
         return strategy_for(self.shard, world_size=self.world_size, device=self.device, placement=self.placement)
 
     @property

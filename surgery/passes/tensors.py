@@ -200,8 +200,9 @@ class ShardBuffers:
     rank: int
 
     def reserve(self, targets: Iterable[Target]) -> None:
-        """Have the GPU's memory for all buffers in torch's allocator, at once: one by one they would each wait for the
-        driver. Where it is not to be had, nothing happens; the buffer that does not fit will say so.
+        """Get the GPU memory of all buffers from the driver at once, since one by one each would wait for it.
+
+        Does nothing if there is less; the buffer that does not fit will say so.
         """
         device = self.devices.compute
         if device.type != "cuda" or self.partition.rank0_only:
@@ -211,7 +212,7 @@ class ShardBuffers:
             torch.empty(size, dtype=torch.uint8, device=device)
 
     def _nbytes(self, target: Target) -> int:
-        """Of a buffer, as the allocator rounds it up."""
+        """Size of a buffer as the allocator rounds it up."""
         return -(-self._numel(target) * target.dtype.itemsize // ROUNDING) * ROUNDING
 
     def begin(self, target: Target) -> ShardBuffer:
@@ -252,7 +253,7 @@ class ShardBuffers:
         buffer.data[first : first + values.numel()].copy_(values, non_blocking=True)
 
     def _fill_runs(self, buffer: ShardBuffer, offset: int, values: torch.Tensor) -> None:
-        """`offset` counts from the first element that the rank reads, as runs do."""
+        """Quantize `values` run by run; `offset` counts from the first element that the rank reads, as runs do."""
         size, done = self.quant.run_elements(self.devices.compute), 0
         while done < values.numel():
             begin = (offset + done) // size * size
@@ -307,6 +308,6 @@ class ShardBuffers:
 
 
 def _common(one: range, other: range) -> range:
-    """What two ranges of step 1 share; an empty range inside of `other` if nothing."""
+    """The intersection of two ranges of step 1; an empty range inside of `other` if there is none."""
     start = min(max(one.start, other.start), other.stop)
     return range(start, max(min(one.stop, other.stop), start))

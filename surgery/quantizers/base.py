@@ -40,7 +40,7 @@ STATISTIC_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a format packs one weight: its elements in flat order, each byte with so many of them.
+    """The packing of one weight: its elements in flat order, so many to a byte.
 
     values_per_byte: 2 for 4 bits, 1 for 8. blocksize: elements that share one float32 statistic, a multiple of
     `values_per_byte`. The last byte and the last block of a weight may be partial.
@@ -73,7 +73,7 @@ class Layout:
 
 
 class QuantFormat:
-    """How the weights of one model are stored, and made of what a checkpoint has.
+    """A way to store the weights of a model, and to make them of what a checkpoint has.
 
     A subclass defines `replacement`, `is_quantized`, `layout` and `quantize`, and what differs from the defaults here:
     packed weights are plain parameters `(n, 1)` of dtype `storage`; a module keeps its state in `quant_state`.
@@ -136,7 +136,7 @@ class QuantFormat:
         return is_conv1d(module)
 
     def layout(self, module: Any) -> Layout:
-        """How the weight of a quantized `module` is packed."""
+        """The packing of the weight of a quantized `module`."""
         raise NotImplementedError
 
     def mark(self, model: nn.Module) -> None:

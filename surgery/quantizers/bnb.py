@@ -81,9 +81,7 @@ def _quant_states(
 
 
 def _quantize_statistics(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, QuantState]]:
-    """What `quantize_blockwise(each, blocksize=256)` gives for each; by one kernel for all where no block would have
-    statistics of two.
-    """
+    """The results of `quantize_blockwise(each, blocksize=256)`, by one kernel for all where blocks do not straddle."""
     whole = all(each.numel() % NESTED_BLOCKSIZE == 0 for each in statistics)
     groups = [statistics] if whole and len(statistics) > 1 else [[each] for each in statistics]
     return [found for group in groups for found in _quantize_together(group)]

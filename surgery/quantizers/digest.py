@@ -67,7 +67,7 @@ class Piece:
 
 
 def page_count(nbytes: int) -> int:
-    """How many pages there are in so many bytes, the last of them begun."""
+    """Number of pages in so many bytes, a partial one counted."""
     return -(-nbytes // PAGE)
 
 
@@ -77,7 +77,7 @@ def pages_between(start: int, stop: int) -> range:
 
 
 def page_sums(pieces: Sequence[Piece]) -> list[torch.Tensor]:
-    """For each of `pieces` the sums of `piece.pages`, `(pages,)` int64, on its device, which is the same for all.
+    """The page sums of each of `pieces`, `(pages,)` int64, on their device, which is the same for all.
 
     Bytes of a page that are not in the piece count as zeros. Takes three kernels for every `RUN_BYTES`, however
     many pieces these are, and waits for none.
