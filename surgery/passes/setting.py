@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Setting"]
 
-#: Number of GPUs of one machine, where nobody says how many there are.
-RANKS_PER_NODE = 8
-
 #: More ranks, samples or tokens than there will be; a plan looks at ranks one by one.
 MOST = 1 << 20
 
@@ -41,7 +38,7 @@ class Setting:
     quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
     placement: where weights wait until the model is complete; None is the strategy's default. dtype: of what is not
     quantized. compute_dtype: in which quantized layers multiply. device: that ranks compute on, this rank's where there
-    is a job. world_size, ranks_per_node: number of ranks, and of those on one machine.
+    is a job. world_size: number of ranks.
     """
 
     quant: Any
@@ -52,10 +49,9 @@ class Setting:
     compute_dtype: torch.dtype
     device: torch.device
     world_size: int = 1
-    ranks_per_node: int = RANKS_PER_NODE
 
     def __post_init__(self) -> None:
-        at_least_one(world_size=self.world_size, ranks_per_node=self.ranks_per_node)
+        at_least_one(world_size=self.world_size)
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype must be float32, bfloat16 or float16; got {self.dtype}")
         self.strategy.check()
