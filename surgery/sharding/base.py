@@ -174,9 +174,6 @@ class ShardStrategy:
     #: Whether the model is sharded while it is on meta, so that no rank ever holds more than its shard.
     shards_on_meta: bool = False
 
-    #: Whether weights are kept whole by at least one rank until the model is complete, and so can be read by PEFT.
-    keeps_whole: bool = True
-
     def meet(self) -> None:
         """Set up what takes a collective, such as a mesh; called on all ranks alike, before they go their own ways."""
 
