@@ -124,7 +124,6 @@ class Fsdp2(Fsdp):
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)
         self.shards_on_meta = self.placement == "sharded"
-        self.keeps_whole = not self.shards_on_meta
         self.keeps_gathered = options is not None and options.reshard_after_forward is False
         self.mesh: DeviceMesh | None = None
 
