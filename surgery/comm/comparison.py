@@ -78,7 +78,7 @@ def same_on_every_rank(
     digests = {topic: _digest(json.dumps(sorted(_compared(facts).items())).encode()) for topic, facts in topics.items()}
     if all_alike(ranks, name, json.dumps(digests), device=device):
         return
-    key = f"{ranks.alarm}/{name}"
+    key = f"{ranks.prefix}/{name}"
     with noticing_ends():
         ranks.store.set(f"{key}/{ranks.rank}", json.dumps(digests))
         for topic, digest in digests.items():
@@ -99,7 +99,7 @@ def all_alike(ranks: Ranks, name: str, value: str, *, device: torch.device | Non
     """Whether `value` is the same on all ranks, which all are told; as `same_on_every_rank` for the rest."""
     if ranks.world_size == 1:
         return True
-    key = f"{ranks.alarm}/{name}/{_digest(value.encode())}"
+    key = f"{ranks.prefix}/{name}/{_digest(value.encode())}"
     with noticing_ends():
         ranks.count(key, 1)
     # Behind it every rank has counted itself, so that all come to the same conclusion.

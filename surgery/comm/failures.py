@@ -25,7 +25,7 @@ SLOW = re.compile("time[d ]*out", re.IGNORECASE)
 def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     """A block without collectives that all ranks leave together: if one fails, all do, with its error.
 
-    A rank that fails raises the alarm, so that the others stop at their next layer instead of finishing, then meets
+    A rank that fails reports it, so that the others stop at their next layer instead of finishing, then meets
     them at the end of the block; they raise `PeerError`. A rank that dies outright is noticed there.
     """
     failure: Exception | None = None
@@ -33,20 +33,20 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  # raised below, once the others are told
         if not _is_of_others(error):
-            ranks.raise_alarm(error)
+            ranks.report_failure(error)
         failure = error
     except BaseException as error:  # an interrupt waits for nobody
-        ranks.raise_alarm(error, apart=True)
+        ranks.report_failure(error, desynced=True)
         raise
-    if failure is not None and ranks.apart.is_set():
+    if failure is not None and ranks.desynced.is_set():
         raise failure
     if failure is not None:
         with contextlib.suppress(PeerError):  # a rank that is gone is no news to one that has failed itself
             meet(ranks, device, failed=True)
         raise failure
-    # Asked only if there was a failure: by now the alarm may be one from after this block, which another rank has left.
+    # Asked only if there was a failure: a report may be from after this block by now, which another rank has left.
     if meet(ranks, device):
-        ranks.check_alarm()
+        ranks.raise_peer_failure()
         raise lost(None)
 
 
@@ -69,23 +69,23 @@ def meet(ranks: Ranks, device: torch.device, *, failed: bool = False) -> bool:
 def collective(ranks: Ranks) -> Iterator[None]:
     """A block with collectives: that a connection is lost in it becomes the `PeerError` of the rank that has ended.
 
-    Which rank that was is known if it has raised the alarm, as one does that fails in such a block; or if it no longer
-    beats (see `beating`, which is to be around this block). The ranks do not meet at its end, because they could be
-    waiting for each other inside: the others notice when the process of the one that failed has ended.
+    Which rank that was is known if it has reported a failure, as one does that fails in such a block; or if it no
+    longer beats (see `beating`, which is to be around this block). The ranks do not meet at its end, because they could
+    be waiting for each other inside: the others notice when the process of the one that failed has ended.
     """
     try:
         yield
     except Exception as error:
         if not _is_of_others(error):
-            ranks.raise_alarm(error, apart=True)
+            ranks.report_failure(error, desynced=True)
             raise
         reason = _reason(ranks, error)
-        ranks.pass_on(reason)
+        ranks.relay_failure(reason)
         if reason is error:
             raise
         raise reason from error
     except BaseException as error:  # an interrupt
-        ranks.raise_alarm(error, apart=True)
+        ranks.report_failure(error, desynced=True)
         raise
 
 
@@ -131,7 +131,7 @@ def _is_of_others(error: BaseException) -> bool:
 def _reason(ranks: Ranks, error: BaseException) -> PeerError:
     """Why other ranks do not answer: what one of them has said, or which of them no longer show that they live."""
     try:
-        ranks.check_alarm()
+        ranks.raise_peer_failure()
     except PeerError as peer:
         if peer.rank not in (None, ranks.rank):
             return peer

@@ -51,13 +51,13 @@ def beating(ranks: Ranks) -> Iterator[None]:
 def silent_ranks(ranks: Ranks) -> list[int]:
     """The ranks that show no sign of life in the time of `MISSED` beats, in which the others are in `beating`.
 
-    Raises `PeerError` at once if one of them raises the alarm.
+    Raises `PeerError` at once if one of them reports a failure.
     """
     others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
     try:
         before = _counts(ranks, others)
         for _ in range(MISSED):
-            ranks.check_alarm()
+            ranks.raise_peer_failure()
             time.sleep(BEAT)
         after = _counts(ranks, others)
     except RuntimeError as error:
@@ -66,7 +66,7 @@ def silent_ranks(ranks: Ranks) -> list[int]:
 
 
 def wait_for_the_others(ranks: Ranks) -> None:
-    """Wait until all ranks have left `beating`, for `MISSED` beats at most: they still have to read the alarm."""
+    """Wait until all ranks have left `beating`, for `MISSED` beats at most: they still have to read what failed."""
     with contextlib.suppress(RuntimeError):
         for _ in range(10 * MISSED):
             if min(_counts(ranks, range(ranks.world_size)).values()) >= LEFT:
@@ -75,7 +75,7 @@ def wait_for_the_others(ranks: Ranks) -> None:
 
 
 def _key(ranks: Ranks, rank: int) -> str:
-    return f"{ranks.alarm}/heartbeat/{rank}"
+    return f"{ranks.prefix}/heartbeat/{rank}"
 
 
 def _counts(ranks: Ranks, of: list[int] | range) -> dict[int, int]:
@@ -92,6 +92,6 @@ def _beat(ranks: Ranks, done: threading.Event) -> None:
             silent = 0 if count != last or count >= LEFT or count == 0 else silent + 1
             last = count
             if silent > SILENCE:
-                ranks.pass_on(lost(watched))
+                ranks.relay_failure(lost(watched))
                 return
         ranks.count(_key(ranks, ranks.rank), LEFT)

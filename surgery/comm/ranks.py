@@ -1,4 +1,4 @@
-"""The ranks of a job, and what they tell each other through its store: alarms, gates, counters, small values."""
+"""The ranks of a job, and what they tell each other through its store: failures, gates, counters, small values."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ __all__ = [
 
 
 #: Seconds between two looks at a gate that has been closed for longer than that, and how many such looks there are for
-#: one at the alarm: each is a round trip to the store.
+#: one at the failure key: each is a round trip to the store.
 GATE_PAUSE = 0.002
-LOOKS_PER_ALARM = 16
+LOOKS_PER_CHECK = 16
 
 #: What a gate has counted once a rank has shut it; ranks that come later do not make up for that.
 SHUT = -(1 << 40)
@@ -60,49 +60,49 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    #: A key of the job's store that the first rank in trouble sets, and that the others look at between layers.
-    alarm: str = field(default="surgery/alarm", repr=False)
+    #: The beginning of the keys of these ranks in the job's store.
+    prefix: str = field(default="surgery", repr=False)
     #: The store that the process group was made with; it may outlive the group. None without one.
     store: Any = field(default=None, repr=False, compare=False)
     #: Set once a rank has failed among collectives, or will not wait: the others cannot meet it any more.
-    apart: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    desynced: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
-    def raise_alarm(self, error: BaseException, *, apart: bool = False) -> None:
+    def report_failure(self, error: BaseException, *, desynced: bool = False) -> None:
         """Tell the other ranks that this one has failed, without waiting for them.
 
-        apart: it does not come to where all ranks meet.
+        desynced: it does not come to where all ranks meet.
         """
         message = f"rank {self.rank} failed: {type(error).__name__}: {error}"
-        self._sound(PeerError(message, rank=self.rank), apart=apart)
+        self._report(PeerError(message, rank=self.rank), desynced=desynced)
 
-    def pass_on(self, error: PeerError) -> None:
+    def relay_failure(self, error: PeerError) -> None:
         """Tell the other ranks what this one has noticed of another."""
-        self._sound(error, apart=True)
+        self._report(error, desynced=True)
 
-    def _sound(self, alarm: PeerError, *, apart: bool) -> None:
-        """The first alarm stays: those after it are of what it has led to. Never fails: a store that is gone has nobody
-        to tell.
+    def _report(self, failure: PeerError, *, desynced: bool) -> None:
+        """Set the failure key. The first failure stays, as the cause of those after it. Never fails: a store that is
+        gone has nobody to tell.
         """
-        if apart:
-            self.apart.set()
+        if desynced:
+            self.desynced.set()
         if self.world_size == 1:
             return
         with contextlib.suppress(RuntimeError):
-            if apart:
-                self.count(f"{self.alarm}/apart", 1)
+            if desynced:
+                self.count(f"{self.prefix}/desynced", 1)
             # The answer means that it has arrived.
-            self.store.compare_set(self.alarm, "", f"{'' if alarm.rank is None else alarm.rank}\n{alarm}")
+            self.store.compare_set(self._failure_key, "", f"{'' if failure.rank is None else failure.rank}\n{failure}")
 
-    def check_alarm(self) -> None:
-        """Raise `PeerError` if another rank has raised the alarm. Costs a round trip to the store."""
+    def raise_peer_failure(self) -> None:
+        """Raise `PeerError` if another rank has reported a failure. Costs a round trip to the store."""
         if self.world_size == 1:
             return
         try:
-            if not self.store.check([self.alarm]):
+            if not self.store.check([self._failure_key]):
                 return
-            rank, message = self.store.get(self.alarm).decode().split("\n", 1)
-            if self.count(f"{self.alarm}/apart", 0):
-                self.apart.set()
+            rank, message = self.store.get(self._failure_key).decode().split("\n", 1)
+            if self.count(f"{self.prefix}/desynced", 0):
+                self.desynced.set()
         except RuntimeError as error:
             raise self.lost_store() from error
         raise PeerError(message, rank=int(rank) if rank else None)
@@ -131,7 +131,7 @@ class Ranks:
     def pass_gate(self, name: str, *, stop: threading.Event) -> None:
         """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
 
-        Raises `PeerError` if another rank has raised the alarm instead, or has not come within the time limit of the
+        Raises `PeerError` if another rank has reported a failure instead, or has not come within the time limit of the
         process group, and `StoppedError` once `stop` is set.
         """
         if self.world_size == 1:
@@ -147,15 +147,20 @@ class Ranks:
             raise self.lost_store() from error
 
     def _gate(self, name: str) -> str:
-        return f"{self.alarm}/gate/{name}"
+        return f"{self.prefix}/gate/{name}"
+
+    @property
+    def _failure_key(self) -> str:
+        """A key that the first rank in trouble sets, and that the others look at between layers."""
+        return f"{self.prefix}/failure"
 
     def _reason_to_leave(self, stop: threading.Event, looks: int, limit: float) -> SurgeryError | None:
         """Why not to wait at a gate any longer, after so many `looks` at it and another pause."""
         if stop.wait(min(1e-5 * 2.0 ** min(looks, 16), GATE_PAUSE)):
             return StoppedError("stopped while waiting for the other ranks")
         try:
-            if looks % LOOKS_PER_ALARM == 0:
-                self.check_alarm()
+            if looks % LOOKS_PER_CHECK == 0:
+                self.raise_peer_failure()
         except PeerError as error:
             return error
         return None if time.monotonic() < limit else self.too_slow()
@@ -187,11 +192,11 @@ def store_holder(store: Any) -> int | None:
     return 0 if isinstance(store, dist.TCPStore) and not of_launcher else None  # type: ignore[attr-defined]
 
 
-_alarms = itertools.count()
+_prefixes = itertools.count()
 
 
 def current_ranks(expected_world_size: int | None = None) -> Ranks:
-    """The ranks of the default process group, with an alarm of their own; to be called on all ranks alike.
+    """The ranks of the default process group, with a prefix of their own; to be called on all ranks alike.
 
     `expected_world_size` is what the launcher promised (`WORLD_SIZE`); a process group of another size, or none, would
     train N models side by side without a word, and raises `ConfigError`.
@@ -207,7 +212,7 @@ def current_ranks(expected_world_size: int | None = None) -> Ranks:
     return Ranks(
         rank=dist.get_rank() if initialized else 0,
         world_size=world_size,
-        alarm=f"surgery/alarm/{next(_alarms)}",
+        prefix=f"surgery/{next(_prefixes)}",
         # Private in torch 2.13, and used by torch's own subpackages.
         store=dist.distributed_c10d._get_default_store() if initialized else None,
     )
@@ -226,7 +231,7 @@ def rank0_rng_state(ranks: Ranks) -> torch.Tensor:
     state = torch.get_rng_state()
     if ranks.world_size == 1:
         return state
-    key = f"{ranks.alarm}/rng"
+    key = f"{ranks.prefix}/rng"
     if ranks.rank == 0:
         ranks.store.set(key, state.numpy().tobytes())
         return state

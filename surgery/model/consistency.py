@@ -78,7 +78,7 @@ def same_model(ranks: Ranks, model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _contents(ranks: Ranks, index: Index) -> Facts:
     tensors = {name: f"{_short(entry.dtype)} {tuple(entry.shape)}" for name, entry in index.items()}
-    key = f"{ranks.alarm}/seed"
+    key = f"{ranks.prefix}/seed"
     with noticing_ends():
         if ranks.rank == 0:  # other places in each run, so that none is never looked at
             ranks.store.set(key, os.urandom(16))

@@ -43,7 +43,7 @@ class Pipeline:
     def _run_each(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:
         for step in steps:
             if not step.is_collective:
-                self.loading.ranks.check_alarm()
+                self.loading.ranks.raise_peer_failure()
             with self.loading.report.phase(step.name), Naming(step.name, "the model"):
                 model = step.run(model)
         return model
@@ -59,7 +59,7 @@ class Pipeline:
         with report.phase("+".join(step.name for step in (*ahead, *behind))):
             for batch in report.track(self.loading.batches, describe=lambda batch: batch.fqn):
                 with _keeping_a_promise(behind, waiting):
-                    self.loading.ranks.check_alarm()
+                    self.loading.ranks.raise_peer_failure()
                     _run(ahead, batch)
                 _run(behind, waiting)
                 waiting = None

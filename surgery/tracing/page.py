@@ -28,7 +28,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --host: #2f78d6; --device: #d9731a; --predicted: #9b51d0 }
 body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1080px; padding: 0 1rem }
-p { max-width: 80ch; overflow-wrap: anywhere } .quiet { opacity: .7 } .alarm { color: #d33; font-weight: 600 }
+p { max-width: 80ch; overflow-wrap: anywhere } .quiet { opacity: .7 } .problem { color: #d33; font-weight: 600 }
 .scroll { max-height: 26rem; overflow: auto } summary { cursor: pointer; font-weight: 600 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { border-bottom: 1px solid #8884; padding: .2rem .8rem .2rem 0; text-align: right }
@@ -91,10 +91,10 @@ def _facts(traces: Sequence[RankTrace]) -> Iterator[Element]:
     if missing:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
         text = f"No file yet of {_ranks(len(missing))}: {numbers}. Draw again with: surgery trace DIR"
-        yield element("p", text, class_="alarm")
+        yield element("p", text, class_="problem")
     for trace in traces:
         if trace.error is not None:
-            yield element("p", f"Rank {trace.rank} ended with {trace.error}.", class_="alarm")
+            yield element("p", f"Rank {trace.rank} ended with {trace.error}.", class_="problem")
 
 
 def _ranks(number: int) -> str:

@@ -64,6 +64,6 @@ def test_every_rank_keeps_its_own_error() -> None:
 def test_alone_nothing_is_exchanged() -> None:
     ranks = Ranks()
     with everyone(ranks, device=CPU):
-        ranks.check_alarm()
+        ranks.raise_peer_failure()
     with pytest.raises(InjectedError), everyone(ranks, device=CPU):
         raise InjectedError

@@ -29,7 +29,7 @@ def passed(ranks: Ranks, stop: threading.Event, name: str) -> bool:
     try:
         go_through(ranks, name, stop)
     except StoppedError as error:
-        ranks.raise_alarm(error)
+        ranks.report_failure(error)
         return False
     except PeerError:
         return False
@@ -88,7 +88,7 @@ def silent() -> str:
         return ""
     with pytest.raises(PeerError) as caught, heartbeat.beating(ranks):
         go_through(ranks, "one", stop)
-    assert ranks.apart.is_set()
+    assert ranks.desynced.is_set()
     ranks.count("others/missed", 1)
     return f"{caught.value} {caught.value.rank}"
 
@@ -100,7 +100,7 @@ def test_a_rank_that_is_silent_is_missed() -> None:
 
 def beats(ranks: Ranks, rank: int) -> str:
     """Where the beats of a rank are counted."""
-    return f"{ranks.alarm}/heartbeat/{rank}"
+    return f"{ranks.prefix}/heartbeat/{rank}"
 
 
 def wait_until(ranks: Ranks, key: str, least: int) -> int:
@@ -126,7 +126,7 @@ def slow() -> int:
         if ranks.rank != 1:
             wait_until(ranks, beats(ranks, 1), heartbeat.LEFT)
             wait_until(ranks, beats(ranks, ranks.rank), mine + longer)
-        ranks.check_alarm()
+        ranks.raise_peer_failure()
     assert not [thread for thread in threading.enumerate() if thread.name == "surgery-heartbeat"]
     return mine
 
