@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from surgery.attestation.differences import Difference
-from surgery.comm.collectives import all_gather_single
+from surgery.comm.collectives import all_gather_single, gather_objects
 from surgery.quantizers.digest import Record, Sums, cut, page_count, pages_between
 from surgery.sharding.base import Shard
 
-__all__ = ["add_up", "complete", "fingerprint", "gather_whole", "of_all_ranks", "rank", "spread", "state_disagreements"]
-
-T = TypeVar("T")
+__all__ = ["add_up", "complete", "fingerprint", "gather_whole", "rank", "spread", "state_disagreements"]
 
 
 def rank() -> int:
     """Of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def of_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """`value` of every rank of `group` (None: of all)."""
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[T | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered  # type: ignore[return-value]  # each rank has filled its own
 
 
 def add_up(
@@ -68,10 +56,10 @@ def state_disagreements(records: Sequence[Record]) -> list[Difference]:
 
     All have computed it from the same statistics; on devices of different kinds it could differ all the same.
     """
-    if len(set(of_all_ranks(fingerprint(records)))) == 1:
+    if len(set(gather_objects(fingerprint(records)))) == 1:
         return []
     mine = {each.fqn: each.digest for each in records}
-    by_rank = of_all_ranks(mine)
+    by_rank = gather_objects(mine)
     if rank() != 0:
         return []
     what = "as quantized is not what rank 0 has quantized"
@@ -93,7 +81,7 @@ def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Te
     mine = shard.piece.data.detach().reshape(-1).view(torch.uint8)
     if shard.group is None:
         return mine.cpu()
-    ranges = of_all_ranks((shard.piece.start, shard.piece.stop), shard.group)
+    ranges = gather_objects((shard.piece.start, shard.piece.stop), shard.group)
     longest = max(stop - start for start, stop in ranges)
     sent = torch.zeros(longest, dtype=torch.uint8, device=device)
     sent[: mine.numel()] = mine

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from surgery.attestation.agreement import complete, fingerprint, of_all_ranks, state_disagreements
+from surgery.attestation.agreement import complete, fingerprint, state_disagreements
 from surgery.attestation.differences import Attestation, Difference, error_of
 from surgery.attestation.rest import shard_differences, state_differences
+from surgery.comm.collectives import gather_objects
 from surgery.comm.failures import together
 from surgery.errors import ConfigError, SelectorError
 from surgery.quantizers.digest import Record, Records, records_of, settle
@@ -86,6 +87,6 @@ def rest_differences(model: nn.Module, records: Records) -> list[Difference]:
 
 def raise_any(found: Iterable[Difference], *, layers: int) -> None:
     """Raise `AttestationError` on every rank if any has `found` a difference; collective."""
-    everyone = [difference for of_rank in of_all_ranks(list(found)) for difference in of_rank]
+    everyone = [difference for of_rank in gather_objects(list(found)) for difference in of_rank]
     if everyone:
         raise error_of(everyone, layers=layers)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.attestation.agreement import fingerprint, gather_whole, of_all_ranks, rank
+from surgery.attestation.agreement import fingerprint, gather_whole, rank
 from surgery.attestation.attest import chosen_records, raise_any, rest_differences
 from surgery.attestation.differences import Attestation, AttestationError, Difference
+from surgery.comm.collectives import gather_objects
 from surgery.comm.failures import together
 from surgery.quantizers.digest import Piece, Record, Records, page_count, page_sums
 from surgery.sharding.base import strategy_of
@@ -105,12 +106,12 @@ def _looking(watch: Watch, record: Record) -> Any:
 
 def _judge(model: nn.Module, records: Records, watch: Watch) -> None:
     """Raise on every rank what any of them has seen."""
-    if not any(of_all_ranks(watch.calls)):
+    if not any(gather_objects(watch.calls)):
         raise AttestationError(
             f"none of {len(records)} layers ran in the block, so that nothing was attested: run the model in it. A "
             "compiled model keeps the hooks that it had when it was compiled; attest it before"
         )
-    bad = {name for of_rank in of_all_ranks([records[layer].fqn for layer in watch._seen]) for name in of_rank}
+    bad = {name for of_rank in gather_objects([records[layer].fqn for layer in watch._seen]) for name in of_rank}
     shards = strategy_of(model).shards(model, records)
     found = []
     for layer, record in records.items():

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
+from surgery.attestation.agreement import add_up, rank, spread
 from surgery.attestation.differences import Difference
+from surgery.comm.collectives import gather_objects
 from surgery.quantizers.digest import Piece, Record, Records, Sums, on_cpu, page_count, page_sums, pages_between
 from surgery.sharding.base import Shard
 
@@ -75,7 +76,7 @@ def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> li
     sums = on_cpu(page_sums([shards[layer].piece for layer in records]))
     held = [_held(record, shards[layer], pages) for (layer, record), pages in zip(records.items(), sums, strict=True)]
     own = {each.record.fqn: pages for each in held if each.is_known and (pages := each.differing())}
-    if all(of_all_ranks(all(each.is_known for each in held))):
+    if all(gather_objects(all(each.is_known for each in held))):
         return [_at_rest(each.record, (rank(),), own[each.record.fqn]) for each in held if each.record.fqn in own]
     return _shared_differences(held, own)
 
@@ -101,8 +102,8 @@ def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]])
     for each in held:
         if each.record.fqn not in wrong:
             each.record.own = each.sums
-    anywhere = {fqn for of_rank in of_all_ranks(list(wrong)) for fqn in of_rank}
-    claims = of_all_ranks(
+    anywhere = {fqn for of_rank in gather_objects(list(wrong)) for fqn in of_rank}
+    claims = gather_objects(
         {fqn: _claim(each, adds_up=fqn not in wrong) for each in held if (fqn := each.record.fqn) in anywhere}
     )
     found = []

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import torch.distributed as dist
-
 import patches
+from surgery.comm.collectives import gather_objects
 from surgery.errors import AdapterError
 from surgery.finetune.attested import Attested
 from surgery.finetune.options import Job
@@ -99,11 +98,7 @@ def _mib(phase: Mapping[str, float]) -> str:
 
 def gather_phases(phases: Phases) -> tuple[Phases, ...]:
     """The phases of every rank, on every rank; collective where there is a process group."""
-    if not dist.is_initialized():
-        return (phases,)
-    gathered: list[Phases | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, phases)
-    return tuple(each for each in gathered if each is not None)
+    return tuple(gather_objects(phases))
 
 
 def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:

@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from surgery.comm.environment import expect_number, local_rank
 from surgery.comm.failures import collective
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.errors import ConfigError
-from surgery.telemetry.numbers import whole_number
 
 __all__ = ["World", "join_world"]
 
@@ -62,16 +62,15 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 @contextmanager
 def _joined(timeout: timedelta) -> Iterator[World]:
     if dist.is_initialized():
-        yield _world(_device(int(os.environ.get("LOCAL_RANK", dist.get_rank()))))
+        found = local_rank()
+        yield _world(_device(dist.get_rank() if found is None else found))
         return
-    size = _environment("WORLD_SIZE", default="1")
-    if size < 1:
-        raise ConfigError(f"expected WORLD_SIZE to be 1 or more, found {size}")
+    size = 1 if "WORLD_SIZE" not in os.environ else expect_number("WORLD_SIZE", least=1, advice=_LAUNCH)
     if size == 1:
         yield _world(_device(0))
         return
-    _environment("RANK")
-    device = _device(_environment("LOCAL_RANK"))
+    expect_number("RANK", least=0, advice=_LAUNCH)
+    device = _device(expect_number("LOCAL_RANK", least=0, advice=_LAUNCH))
     is_cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
     try:
@@ -93,23 +92,15 @@ def _world(device: torch.device) -> World:
     return World(ranks=current_ranks(), device=device)
 
 
-def _environment(name: str, *, default: str | None = None) -> int:
-    value = os.environ.get(name, default)
-    number = None if value is None else whole_number(value.removeprefix("-"))
-    if value is None or number is None:
-        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r:.80}; {_LAUNCH}")
-    return -number if value.startswith("-") else number
-
-
-def _device(local_rank: int) -> torch.device:
+def _device(number: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if number >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: expected at least {local_rank + 1}, found "
+            f"local rank {number} has no GPU: expected at least {number + 1}, found "
             f"{torch.cuda.device_count()}; start as many ranks on this node as it has GPUs"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
