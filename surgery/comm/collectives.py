@@ -27,7 +27,7 @@ RUN_BYTES = {"cuda": 16 << 20, "cpu": 1 << 20}
 
 
 def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The `value` of every rank of `group` (None: of all), in rank order; it must pickle. Collective, if there are ranks."""
+    """The `value` of every rank of `group` (None: of all), in rank order; it must pickle. Collective."""
     if not dist.is_initialized():
         return [value]
     gathered: list[T | None] = [None] * dist.get_world_size(group)

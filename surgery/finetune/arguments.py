@@ -1,12 +1,11 @@
-"""Arguments of the command line that are more than a name or a number, as the values that they stand for."""
+"""Choices and arguments of the command line; free of torch, so that it can show its help at once."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import FsdpVersion, QuantStorageName, StrategyName
 from surgery.telemetry.numbers import whole_number
 
 if TYPE_CHECKING:
@@ -14,7 +13,38 @@ if TYPE_CHECKING:
 
     from surgery.config import FSDP1, FSDP2
 
-__all__ = ["parse_list", "parse_mesh", "parse_shard", "parse_storage", "parse_targets", "parse_timeout"]
+__all__ = [
+    "ActivationCheckpointing",
+    "FsdpVersion",
+    "LoggerName",
+    "LoraInit",
+    "OptimizerName",
+    "PrecisionName",
+    "QuantStorageName",
+    "QuantType",
+    "ScheduleName",
+    "StrategyName",
+    "parse_list",
+    "parse_mesh",
+    "parse_shard",
+    "parse_storage",
+    "parse_targets",
+    "parse_timeout",
+]
+
+ActivationCheckpointing: TypeAlias = Literal["none", "reentrant", "non-reentrant"]
+FsdpVersion: TypeAlias = Literal["1", "2"]
+LoggerName: TypeAlias = Literal["tensorboard", "wandb"]
+# pissa and olora are refused, with the reason: they need the unquantized weights.
+LoraInit: TypeAlias = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+OptimizerName: TypeAlias = Literal["adamw", "sgd"]
+PrecisionName: TypeAlias = Literal["bf16", "fp32", "bf16-autocast", "fp16-autocast"]
+# uint8 is what bitsandbytes defaults to; under FSDP1 it is refused, with the reason.
+QuantStorageName: TypeAlias = Literal["auto", "bfloat16", "float16", "float32", "uint8"]
+QuantType: TypeAlias = Literal["nf4", "fp4"]
+ScheduleName: TypeAlias = Literal["cosine", "linear", "constant"]
+StrategyName: TypeAlias = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
+
 
 #: What FSDP2 has for each strategy of FSDP1.
 OF_FSDP2: dict[StrategyName, str] = {

@@ -7,19 +7,24 @@ on the same samples in the same steps. Every rank knows the whole plan; nothing 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import get_args
 
 import torch
 
+from surgery.errors import ConfigError
+from surgery.finetune.arguments import ScheduleName
 from surgery.finetune.encode import Sample
 
 __all__ = [
     "IGNORED",
     "GlobalBatch",
     "MicroBatch",
+    "Schedule",
     "collate",
     "global_batches",
     "idle",
@@ -145,3 +150,39 @@ def idle(sample: Sample) -> MicroBatch:
     """The first two tokens of a sample, none of which is learnt."""
     ids = torch.tensor(sample.ids[:2], dtype=torch.int64).unsqueeze(0)
     return MicroBatch(ids=ids, targets=torch.full_like(ids, IGNORED), mask=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A linear warmup to `peak`, then cosine or linear decay to 0, or no decay.
+
+    Step 0 already learns (at `peak / warmup_steps`), the last step of the warmup is at `peak`, and 0 would be
+    reached at step `steps`, one after the last: no step is wasted at rate 0. Raises `ConfigError` for values
+    out of range.
+    """
+
+    name: ScheduleName
+    peak: float
+    steps: int
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            raise ConfigError(f"expected the schedule to be cosine, linear or constant, found {self.name!r}")
+        if not (self.peak > 0 and math.isfinite(self.peak)):
+            raise ConfigError(f"expected a learning rate above 0, found {self.peak}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ConfigError(
+                f"expected between 0 and {self.steps} warmup steps (there are {self.steps} steps in all), "
+                f"found {self.warmup_steps}"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.name == "constant":
+            return self.peak
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        remaining = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.peak * remaining

@@ -11,32 +11,36 @@ from rich.console import Console
 from torch import nn
 
 import patches
-from surgery import qlora, release, reserve, save_adapter, trace
+from surgery import plan, qlora, release, reserve, save_adapter, trace
 from surgery.adapters.card import versions
 from surgery.checkpoint import Checkpoint
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
 from surgery.comm.failures import everyone
 from surgery.config import precision
 from surgery.errors import ConfigError
-from surgery.finetune.attested import Attested, Attestor
-from surgery.finetune.card import card_sections
-from surgery.finetune.foresight import predict_training
-from surgery.finetune.loop import Trainer
+from surgery.finetune.dataset import Plan, make_plan, read_data
+from surgery.finetune.loop import Session, Tracker, Trainer, Training, build_optimizer
 from surgery.finetune.options import Job
-from surgery.finetune.prepare import Plan, make_plan, read_data
-from surgery.finetune.progress import ProgressTracker
-from surgery.finetune.schedule import build_optimizer
-from surgery.finetune.session import Session, Training
-from surgery.finetune.summary import Summary, gather_phases, patch_rows, write_summary
-from surgery.finetune.trackers import Tracker, close_with, open_trackers
+from surgery.finetune.summary import (
+    Attested,
+    Attestor,
+    Summary,
+    card_sections,
+    gather_phases,
+    patch_rows,
+    write_summary,
+)
+from surgery.finetune.trackers import ProgressTracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
 from surgery.model.checkpointing import checkpoint_activations
 from surgery.model.consistency import source_facts
+from surgery.planning.training import Training as PlannedTraining
+from surgery.planning.verdict import predictions
 from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
 from surgery.telemetry.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["run"]
+__all__ = ["predict_training", "run"]
 
 
 def run(job: Job, *, console: Console | None = None) -> Summary:
@@ -280,3 +284,28 @@ def _memory_in_use(device: torch.device) -> Callable[[], int]:
     if device.type == "cuda":
         return lambda: torch.cuda.memory_allocated(device)
     return anonymous_memory
+
+
+def predict_training(job: Job, checkpoint: Checkpoint, world: World, report: Report, strategy: ShardStrategy) -> None:
+    """Note the peak of a training step of `job`, with samples of its maximum length, in `report`."""
+    policy = precision(job.precision)
+    training = PlannedTraining(
+        batch=job.training.batch_size,
+        seq=job.data.max_length,
+        optimizer=job.training.optimizer,
+        checkpointing=job.training.activation_checkpointing != "none",
+    )
+    expected = plan(
+        checkpoint,
+        world_size=world.size,
+        quant=job.quant,
+        lora=job.lora.config(),
+        placement=strategy.placement,
+        shard=strategy.options,
+        dtype=policy.dtype,
+        compute_dtype=policy.compute_dtype,
+        device=world.device.type,
+        training=training,
+    )
+    host, device = predictions(expected, world.rank)["train"]
+    report.predict("train", host=host, device=device)

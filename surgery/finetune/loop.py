@@ -1,24 +1,40 @@
-"""The training loop: forward, backward, step, over what `surgery.qlora` returns."""
+"""The training loop: steps over what `surgery.qlora` returns, evaluations among them, and who is told."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from surgery.errors import SurgeryError
-from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
-from surgery.finetune.schedule import Schedule
+from surgery.errors import ConfigError, SurgeryError
+from surgery.finetune.arguments import OptimizerName
+from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch, Schedule, global_batches, share
+from surgery.finetune.dataset import Plan
+from surgery.finetune.options import TrainingOptions
 from surgery.sharding.base import ShardStrategy
 
-__all__ = ["StepMetrics", "Trainer", "TrainingError", "collecting_between_steps", "gradient_scale", "token_loss"]
+__all__ = [
+    "Evaluation",
+    "Session",
+    "StepMetrics",
+    "Tracker",
+    "Trainer",
+    "Training",
+    "TrainingError",
+    "build_optimizer",
+    "collecting_between_steps",
+    "gradient_scale",
+    "token_loss",
+]
 
 
 class TrainingError(SurgeryError, ArithmeticError):
@@ -191,3 +207,140 @@ def collecting_between_steps() -> Iterator[Callable[[int], None]]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+class Tracker(Protocol):
+    """Receives every step and every evaluation, in order, and is closed at the end."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """A step has been taken."""
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """The evaluation loss after `step` steps is known; 0 is before training."""
+
+    def close(self, *, failed: bool) -> None:
+        """No more will come; `failed` if training did not get to its end."""
+
+
+def build_optimizer(
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of `model`, as they are after sharding.
+
+    AdamW takes one kernel for all of them on a GPU. Raises `ConfigError` if nothing is trainable.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("expected trainable parameters (adapters), found none: every parameter is frozen")
+    if name == "adamw":
+        on_gpu = all(parameter.is_cuda for parameter in trainable)
+        return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=on_gpu)
+    return torch.optim.SGD(trainable, lr=lr, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The mean token loss on the evaluation samples after so many steps; 0 is the base model."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a run gave: the loss of each step, evaluations, and tokens and seconds of the steps."""
+
+    losses: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
+    tokens: int
+    seconds: float
+
+
+def _unwatched(_step: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One rank's run of a plan. Every rank has the same plan and evaluates at the same steps.
+
+    watch: around every evaluation after so many steps; where there is none, around the first step of training.
+    """
+
+    plan: Plan
+    options: TrainingOptions
+    rank: int
+    world: int
+    trackers: Sequence[Tracker] = ()
+    watch: Callable[[int], AbstractContextManager[object]] = _unwatched
+
+    def run(self, trainer: Trainer) -> Training:
+        """Train to the end; if there is a split, evaluate before, every so many steps, and after the last."""
+        evaluations = [self._evaluate(trainer, 0)] if self._evaluates else []
+        losses: list[float] = []
+        tokens, seconds = 0, 0.0
+        for metrics in self._steps(trainer):
+            losses.append(metrics.loss)
+            tokens += metrics.tokens
+            seconds += metrics.seconds
+            for tracker in self.trackers:
+                tracker.on_step(metrics)
+            if self._is_due(metrics.step):
+                evaluations.append(self._evaluate(trainer, metrics.step))
+        return Training(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
+
+    def _steps(self, trainer: Trainer) -> Iterator[StepMetrics]:
+        steps = trainer.train(self._training_batches())
+        if not self._evaluates:
+            with self.watch(1):
+                first = list(islice(steps, 1))
+            yield from first
+        yield from steps
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.plan.dataset.evaluation)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.options.evaluate_every
+        is_last = step == self.plan.schedule.steps
+        return self._evaluates and (is_last or (every is not None and step % every == 0))
+
+    def _evaluate(self, trainer: Trainer, step: int) -> Evaluation:
+        with self.watch(step):
+            loss = trainer.evaluate(self._evaluation_batches())
+        for tracker in self.trackers:
+            tracker.on_evaluation(step, loss)
+        return Evaluation(step=step, loss=loss)
+
+    def _training_batches(self) -> Iterator[GlobalBatch]:
+        samples = self.plan.dataset.train
+        order = global_batches(
+            len(samples),
+            size=self.plan.batch,
+            steps=self.plan.schedule.steps,
+            epochs=self.options.epochs_to_run,
+            seed=self.options.seed,
+        )
+        for indices in order:
+            yield share(
+                samples,
+                indices,
+                batch_size=self.options.batch_size,
+                world=self.world,
+                rank=self.rank,
+                pad=self.plan.pad,
+            )
+
+    def _evaluation_batches(self) -> Iterator[GlobalBatch]:
+        samples = self.plan.dataset.evaluation
+        size = self.options.batch_size * self.world
+        for start in range(0, len(samples), size):
+            yield share(
+                samples,
+                range(start, min(start + size, len(samples))),
+                batch_size=self.options.batch_size,
+                world=self.world,
+                rank=self.rank,
+                pad=self.plan.pad,
+            )

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file, TensorBoard, Weights & Biases. Only rank 0 has trackers."""
+"""Trackers: where rank 0 sends the numbers of a run: a terminal, a JSONL file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,28 +7,16 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import LoggerName
-from surgery.finetune.loop import StepMetrics
+from surgery.finetune.loop import StepMetrics, Tracker
 
-__all__ = ["JsonlTracker", "Tracker", "close_with", "open_trackers", "require_loggers", "scalars"]
-
-
-class Tracker(Protocol):
-    """Receives every step and every evaluation, in order, and is closed at the end."""
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        """A step has been taken."""
-
-    def on_evaluation(self, step: int, loss: float) -> None:
-        """The evaluation loss after `step` steps is known; 0 is before training."""
-
-    def close(self, *, failed: bool) -> None:
-        """No more will come; `failed` if training did not get to its end."""
+__all__ = ["JsonlTracker", "ProgressTracker", "close_with", "open_trackers", "scalars"]
 
 
 class JsonlTracker:
@@ -112,16 +100,6 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
     }
 
 
-def require_loggers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a logger that does not exist or is not installed; imports none of them."""
-    known = get_args(LoggerName)
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"expected loggers among {', '.join(known)}; found {name!r}")
-        if find_spec(name) is None:
-            raise ConfigError(f"logging to {name} needs a package that is missing; install it: pip install {name}")
-
-
 def open_trackers(
     *, metrics: Path | None, loggers: Sequence[str], output: Path, config: Mapping[str, Any], stack: ExitStack
 ) -> list[Tracker]:
@@ -140,3 +118,48 @@ def close_with(stack: ExitStack, tracker: Tracker) -> Tracker:
     """`tracker`, which is closed when `stack` is."""
     stack.push(lambda kind, _error, _trace: tracker.close(failed=kind is not None))
     return tracker
+
+
+class ProgressTracker:
+    """A tracker that shows loss, learning rate, tokens/s and memory of `steps` steps on `console`.
+
+    `memory` gives the bytes in use, asked once a step.
+    """
+
+    def __init__(self, console: Console, *, steps: int, memory: Callable[[], int]) -> None:
+        self._console = console
+        self._steps = steps
+        self._memory = memory
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, status="")
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Move the bar, or print a line."""
+        self._bar.start()  # not before there is a step: loading the model has a bar of its own
+        status = (
+            f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tok/s  "
+            f"{self._memory() / 2**30:.2f} GiB"
+        )
+        self._bar.update(self._task, completed=metrics.step, status=status)
+        if not self._console.is_terminal:
+            self._say(f"step {metrics.step}/{self._steps}  {status}")
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """Print a line."""
+        name = "base model" if step == 0 else f"after step {step}"
+        self._say(f"evaluation loss, {name}: {loss:.4f}")
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002  # what is shown stays, either way
+        """Take the bar off the terminal."""
+        self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
