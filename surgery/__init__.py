@@ -9,11 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.adapters.reservation import reserve
+    from surgery.adapters.folder import reserve
     from surgery.adapters.save import adapter_state, save_adapter
-    from surgery.attestation.attest import attest
+    from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
-    from surgery.attestation.forward import attesting
     from surgery.bound import Bound, bind
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
@@ -82,11 +81,10 @@ __all__ = [
 
 _MODULES = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
-    "surgery.attestation.attest": ("attest",),
+    "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind"),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
-    "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
     "surgery.config": ("DDP", "FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.comm.ranks": ("PeerError",),
@@ -109,7 +107,7 @@ _MODULES = {
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.telemetry.report": ("Report",),
-    "surgery.adapters.reservation": ("reserve",),
+    "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

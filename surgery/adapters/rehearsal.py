@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from surgery.adapters.attach import adapted_by_peft
-from surgery.adapters.keys import by_peft_key
-from surgery.adapters.names import check_built, check_modules, check_targets, unknown_targets
+from surgery.adapters.options import check_built, check_modules, check_targets, unknown_targets
+from surgery.adapters.save import by_peft_key
 from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites

@@ -12,7 +12,7 @@ from torch import nn
 
 import patches
 from surgery import plan, qlora, release, reserve, save_adapter, trace
-from surgery.adapters.card import versions
+from surgery.adapters.metadata import versions
 from surgery.checkpoint import Checkpoint
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
 from surgery.comm.failures import everyone

@@ -15,9 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.adapters.base_model import base_folder, config_to_save
-from surgery.adapters.card import render_card
-from surgery.adapters.tokenizer import NAMES, read_tokenizer
+from surgery.adapters.metadata import TOKENIZER_FILES, base_folder, config_to_save, read_tokenizer, render_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -132,16 +130,16 @@ def test_given_task_is_kept(tiny: Path) -> None:
 
 def test_tokenizers_of_every_causal_lm_are_known() -> None:
     """As far as the libraries that they need are installed."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_TOKENIZER_FILES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_TOKENIZER_FILES, tokenizer_class_from_name
 
-    classes = [TOKENIZER_MAPPING_NAMES.get(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    classes = [TOKENIZER_MAPPING_TOKENIZER_FILES.get(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_TOKENIZER_FILES]
     files: set[str] = set()
     for name in sorted({name for name in classes if isinstance(name, str)}):
         with suppress(ImportError):
             files |= set(getattr(tokenizer_class_from_name(name), "vocab_files_names", {}).values())
     assert len(files) > 8
-    assert files <= set(NAMES)
+    assert files <= set(TOKENIZER_FILES)
 
 
 def test_tokenizer_that_cannot_be_read_is_left_out_with_a_warning(tmp_path: Path) -> None:
