@@ -6,7 +6,10 @@ Names are imported on first use, so that `surgery --help` does not wait for torc
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from surgery import errors
 
 if TYPE_CHECKING:
     from surgery.adapters.folder import reserve
@@ -79,7 +82,7 @@ __all__ = [
     "trace",
 ]
 
-_MODULES = {
+_MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind"),
@@ -88,19 +91,7 @@ _MODULES = {
     "surgery.checkpoint": ("Checkpoint",),
     "surgery.config": ("DDP", "FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.comm.ranks": ("PeerError",),
-    "surgery.errors": (
-        "AdapterError",
-        "CheckpointError",
-        "ConfigError",
-        "DataError",
-        "NotFilledError",
-        "PassError",
-        "QuantizerError",
-        "SelectorError",
-        "SurgeryError",
-        "TraceError",
-        "WeightsMismatchError",
-    ),
+    "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),
     "surgery.model.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),

@@ -19,32 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["PLAIN", "adapted_by_peft", "appearing_real", "drawing_from", "draws_later", "needs_weights"]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
-PLAIN = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
+PLAIN = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+})  # fmt: skip
 
 #: Values of `init_lora_weights` that are drawn at random, without a look at anything.
 RANDOM = (True, False, "gaussian")

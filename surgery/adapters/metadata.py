@@ -145,33 +145,12 @@ def _cell(value: object) -> str:
 
 
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "bpe.codes",
-    "byte_maps.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "dict.txt",
-    "emoji.json",
-    "merges.txt",
-    "normalizer.json",
-    "prophetnet.tokenizer",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "source.spm",
-    "special_tokens_map.json",
-    "spiece.model",
-    "spm.model",
-    "spm_char.model",
-    "target.spm",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "word_pronunciation.json",
-    "word_shape.json",
-)
+    "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja", "chat_template.json", "dict.txt",
+    "emoji.json", "merges.txt", "normalizer.json", "prophetnet.tokenizer", "sentencepiece.bpe.model",
+    "sentencepiece.model", "source.spm", "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model",
+    "target.spm", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt", "word_pronunciation.json", "word_shape.json",
+)  # fmt: skip
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:

@@ -22,14 +22,9 @@ INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 #: Options of `LoraConfig` that may differ from their default.
 OPTIONS = PLAIN | {
-    "_custom_modules",
-    "alora_invocation_tokens",
-    "ensure_weight_tying",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_dora",
-}
+    "_custom_modules", "alora_invocation_tokens", "ensure_weight_tying", "modules_to_save", "target_parameters",
+    "trainable_token_indices", "use_dora",
+}  # fmt: skip
 
 
 def check_adapter(lora: LoraConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.attestation.differences import Attestation, AttestationError, Difference, error_of
+from surgery.attestation.differences import Attestation, AttestationError, Difference, Where, error_of
 from surgery.attestation.rest import (
     complete,
     fingerprint,
@@ -53,13 +53,18 @@ def attest(model: nn.Module, layers: int | Sequence[str] | None = None, *, seed:
     start = time.perf_counter()
     records = chosen_records(model, layers, seed=seed)
     raise_any(rest_differences(model, records), layers=len(records))
+    return _attestation("at rest", records, start)
+
+
+def _attestation(where: Where, records: Records, start: float, *, calls: int = 0) -> Attestation:
     found = list(records.values())
     return Attestation(
-        where="at rest",
+        where=where,
         layers=tuple(each.fqn for each in found),
         nbytes=sum(each.nbytes for each in found),
         digest=fingerprint(found),
         seconds=time.perf_counter() - start,
+        calls=calls,
     )
 
 
@@ -166,15 +171,7 @@ def attesting(model: nn.Module, layers: int | Sequence[str] | None = None, *, se
         yield watch
     with together(), torch.no_grad():
         _judge(model, records, watch)
-    found = list(records.values())
-    watch.attestation = Attestation(
-        where="in forward",
-        layers=tuple(each.fqn for each in found),
-        nbytes=sum(each.nbytes for each in found),
-        digest=fingerprint(found),
-        seconds=time.perf_counter() - start,
-        calls=watch.calls,
-    )
+    watch.attestation = _attestation("in forward", records, start, calls=watch.calls)
 
 
 def _looking(watch: Watch, record: Record) -> Any:

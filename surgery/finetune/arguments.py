@@ -46,7 +46,7 @@ ScheduleName: TypeAlias = Literal["cosine", "linear", "constant"]
 StrategyName: TypeAlias = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
 
 
-#: What FSDP2 has for each strategy of FSDP1.
+#: Strategies of FSDP1 -> what to do for each with FSDP2.
 OF_FSDP2: dict[StrategyName, str] = {
     "full-shard": "leave it out, since that is what FSDP2 does",
     "shard-grad-op": "use --no-reshard-after-forward",
@@ -66,16 +66,11 @@ def parse_targets(value: str) -> tuple[str, ...]:
 
 
 def parse_storage(name: QuantStorageName) -> torch.dtype | None:
-    """The dtype, or None for `auto`."""
+    """The dtype of that name, or None for `auto`."""
     import torch
 
-    dtypes = {
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float32": torch.float32,
-        "uint8": torch.uint8,
-    }
-    return dtypes.get(name)
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
 
 
 def parse_mesh(value: str | None) -> tuple[int, int] | None:
@@ -98,39 +93,26 @@ def parse_shard(
     use_orig_params: bool | None = None,
     reshard_after_forward: bool | None = None,
 ) -> FSDP1 | FSDP2:
-    """How to shard; None is what was not given. Raises `ConfigError` for what the other FSDP alone has."""
+    """The options of a sharding; None was not given. Raises `ConfigError` for what only the other FSDP has."""
     from surgery.config import FSDP1, FSDP2
 
     if fsdp == "2":
-        _refuse_options_of_fsdp1(sharding=sharding, use_orig_params=use_orig_params)
+        if sharding is not None:
+            raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
+        if use_orig_params is not None:
+            option = "--use-orig-params" if use_orig_params else "--no-use-orig-params"
+            why = "leave it out, since FSDP2 always keeps each parameter"
+            raise ConfigError(f"{option} is FSDP1's: with --fsdp 2, {why}; or use --fsdp 1")
         return FSDP2(mesh=mesh, reshard_after_forward=reshard_after_forward is not False, cpu_offload=cpu_offload)
-    _refuse_options_of_fsdp2(reshard_after_forward=reshard_after_forward)
+    if reshard_after_forward is not None:
+        option = "--reshard-after-forward" if reshard_after_forward else "--no-reshard-after-forward"
+        instead = "leave it out" if reshard_after_forward else "use --sharding shard-grad-op"
+        raise ConfigError(f"{option} is FSDP2's: with --fsdp 1, {instead}; or use --fsdp 2")
     return FSDP1(
         strategy=sharding or ("full-shard" if mesh is None else "hybrid-shard"),
         mesh=mesh,
         use_orig_params=bool(use_orig_params),
         cpu_offload=cpu_offload,
-    )
-
-
-def _refuse_options_of_fsdp1(*, sharding: StrategyName | None, use_orig_params: bool | None) -> None:
-    if sharding is not None:
-        raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
-    if use_orig_params is not None:
-        option = "--use-orig-params" if use_orig_params else "--no-use-orig-params"
-        raise ConfigError(
-            f"{option} is FSDP1's: with --fsdp 2, leave it out, since FSDP2 always keeps each parameter; or use "
-            "--fsdp 1"
-        )
-
-
-def _refuse_options_of_fsdp2(*, reshard_after_forward: bool | None) -> None:
-    if reshard_after_forward is None:
-        return
-    if reshard_after_forward:
-        raise ConfigError("--reshard-after-forward is FSDP2's: with --fsdp 1, leave it out; or use --fsdp 2")
-    raise ConfigError(
-        "--no-reshard-after-forward is FSDP2's: with --fsdp 1, use --sharding shard-grad-op; or use --fsdp 2"
     )
 
 

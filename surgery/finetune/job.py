@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import patches
-from surgery import plan, qlora, release, reserve, save_adapter, trace
+from surgery import plan as memory_plan
+from surgery import qlora, release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.checkpoint import Checkpoint
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
@@ -40,7 +43,7 @@ from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
 from surgery.telemetry.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["predict_training", "run"]
+__all__ = ["run"]
 
 
 def run(job: Job, *, console: Console | None = None) -> Summary:
@@ -65,7 +68,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
         reserve(job.output, overwrite=job.overwrite, device=world.device),
     ):
         checkpoint, plan = _prepare(job, world)
-        with _report(job, world) as report:
+        untraced = nullcontext(Report(show_progress=world.is_main, device=world.device))
+        with untraced if job.trace is None else trace(job.trace, device=world.device) as report:
             with _trackers(job, plan, world, console) as trackers:
                 training, attested = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
             summary = Summary(
@@ -102,7 +106,14 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
 
 def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     """The open checkpoint and the plan; if one rank cannot have them, or has others, all raise."""
-    same_on_every_rank(world.ranks, "options", _options(job), device=world.device)
+    # What decides how ranks work together; what decides of the model is compared when it is built.
+    options: dict[str, Facts] = {
+        "training options": facts_of(job.training),
+        "precision": {"name": job.precision},
+        "attestation": {"asked for": str(job.attest)},
+        "checkpoint": source_facts(job.model),
+    }
+    same_on_every_rank(world.ranks, "options", options, device=world.device)
     with everyone(world.ranks, device=world.device):
         _check_world(job, world)
         if job.trace is not None:
@@ -117,16 +128,6 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     data = {"digest of all tokens": plan.dataset.digest(), "padding": str(plan.pad)}
     same_on_every_rank(world.ranks, "data", {"data": data}, device=world.device)
     return checkpoint, plan
-
-
-def _options(job: Job) -> dict[str, Facts]:
-    """What decides how ranks work together; what decides of the model is compared when it is built."""
-    return {
-        "training options": facts_of(job.training),
-        "precision": {"name": job.precision},
-        "attestation": {"asked for": str(job.attest)},
-        "checkpoint": source_facts(job.model),
-    }
 
 
 def _check_world(job: Job, world: World) -> None:
@@ -160,35 +161,21 @@ def _strategy(job: Job, world: World) -> ShardStrategy:
     return strategy_for(options, world_size=world.size, device=world.device, placement=job.placement)
 
 
-def _report(job: Job, world: World) -> AbstractContextManager[Report]:
-    """What is measured of this rank; left in the folder of the trace, if there is to be one."""
-    if job.trace is not None:
-        return trace(job.trace, device=world.device)
-    return nullcontext(Report(show_progress=world.is_main, device=world.device))
-
-
 @contextmanager
 def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[Sequence[Tracker]]:
-    """Where rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
+    """Open what rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
     with ExitStack() as stack:
         trackers: list[Tracker] = []
         with everyone(world.ranks, device=world.device):
             if world.is_main:
                 _announce(job, plan, world, console)
-                trackers += _open_trackers(job, plan, world, console, stack)
+                config = dataclasses.asdict(job)
+                trackers += open_trackers(
+                    metrics=job.metrics, loggers=job.loggers, output=job.output, config=config, stack=stack
+                )
+                progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
+                trackers.append(close_with(stack, progress))
         yield trackers
-
-
-def _open_trackers(job: Job, plan: Plan, world: World, console: Console, stack: ExitStack) -> list[Tracker]:
-    progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
-    opened = open_trackers(
-        metrics=job.metrics,
-        loggers=job.loggers,
-        output=job.output,
-        config=dataclasses.asdict(job),
-        stack=stack,
-    )
-    return [*opened, close_with(stack, progress)]
 
 
 def _train(
@@ -203,9 +190,9 @@ def _train(
     try:
         # Adapters begin alike on every rank, but each drops out its own.
         torch.manual_seed(job.training.seed + world.rank)
-        trainer = _trainer(job, model, plan, world)
         attestor = Attestor(model=model, enabled=job.attest, report=report)
         session = Session(
+            trainer=_trainer(job, model, plan, world),
             plan=plan,
             options=job.training,
             rank=world.rank,
@@ -215,7 +202,7 @@ def _train(
         )
         attestor.at_rest("start")
         with report.phase("train", group="train"):
-            training = session.run(trainer)
+            training = session.run()
         attestor.at_rest("end")
         with report.phase("save", group="save"):
             save_adapter(model, job.output, training=card_sections(job, plan, training, world.size))
@@ -226,21 +213,29 @@ def _train(
 
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
+    """The model; if there is a trace, the peak that the plan expects of a training step is in it."""
     policy = precision(job.precision)
     strategy = _strategy(job, world)
+    recipe: dict[str, Any] = {
+        "quant": job.quant,
+        "lora": job.lora.config(),
+        "placement": strategy.placement,
+        "shard": strategy.options,
+        "dtype": policy.dtype,
+        "compute_dtype": policy.compute_dtype,
+    }
     if job.trace is not None:
-        predict_training(job, checkpoint, world, report, strategy)
-    return qlora(
-        checkpoint,
-        quant=job.quant,
-        lora=job.lora.config(),
-        placement=strategy.placement,
-        shard=strategy.options,
-        dtype=policy.dtype,
-        compute_dtype=policy.compute_dtype,
-        device=world.device,
-        report=report,
-    )
+        training = PlannedTraining(
+            batch=job.training.batch_size,
+            seq=job.data.max_length,
+            optimizer=job.training.optimizer,
+            checkpointing=job.training.activation_checkpointing != "none",
+        )
+        device = world.device.type
+        expected = memory_plan(checkpoint, world_size=world.size, device=device, training=training, **recipe)
+        peaks = predictions(expected, world.rank)["train"]
+        report.predict("train", host=peaks[0], device=peaks[1])
+    return qlora(checkpoint, device=world.device, report=report, **recipe)
 
 
 def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
@@ -280,32 +275,5 @@ def _say(console: Console, text: str) -> None:
 
 
 def _memory_in_use(device: torch.device) -> Callable[[], int]:
-    """How many bytes rank 0 uses now: of the GPU, or of anonymous memory without one."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.memory_allocated(device)
-    return anonymous_memory
-
-
-def predict_training(job: Job, checkpoint: Checkpoint, world: World, report: Report, strategy: ShardStrategy) -> None:
-    """Note the peak of a training step of `job`, with samples of its maximum length, in `report`."""
-    policy = precision(job.precision)
-    training = PlannedTraining(
-        batch=job.training.batch_size,
-        seq=job.data.max_length,
-        optimizer=job.training.optimizer,
-        checkpointing=job.training.activation_checkpointing != "none",
-    )
-    expected = plan(
-        checkpoint,
-        world_size=world.size,
-        quant=job.quant,
-        lora=job.lora.config(),
-        placement=strategy.placement,
-        shard=strategy.options,
-        dtype=policy.dtype,
-        compute_dtype=policy.compute_dtype,
-        device=world.device.type,
-        training=training,
-    )
-    host, device = predictions(expected, world.rank)["train"]
-    report.predict("train", host=host, device=device)
+    """A function that gives the bytes in use: of the GPU, or of anonymous memory without one."""
+    return partial(torch.cuda.memory_allocated, device) if device.type == "cuda" else anonymous_memory

@@ -19,6 +19,7 @@ from surgery.errors import ConfigError, SurgeryError
 from surgery.finetune.arguments import OptimizerName
 from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch, Schedule, global_batches, share
 from surgery.finetune.dataset import Plan
+from surgery.finetune.encode import Sample
 from surgery.finetune.options import TrainingOptions
 from surgery.sharding.base import ShardStrategy
 
@@ -175,7 +176,7 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_scale(*, targets: int, averaged_over: int) -> float:
-    """What to multiply a rank's summed loss by, so that gradients are those of the mean over the batch.
+    """The factor of a rank's summed loss that makes gradients those of the mean over the batch.
 
     `targets` is the number of tokens that count in the whole global batch; `averaged_over` is the number of
     ranks over which gradients are averaged (not summed) when they are exchanged, 1 where they are not.
@@ -256,10 +257,6 @@ class Training:
     seconds: float
 
 
-def _unwatched(_step: int) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """One rank's run of a plan. Every rank has the same plan and evaluates at the same steps.
@@ -267,30 +264,34 @@ class Session:
     watch: around every evaluation after so many steps; where there is none, around the first step of training.
     """
 
+    trainer: Trainer
     plan: Plan
     options: TrainingOptions
     rank: int
     world: int
-    trackers: Sequence[Tracker] = ()
-    watch: Callable[[int], AbstractContextManager[object]] = _unwatched
+    trackers: Sequence[Tracker]
+    watch: Callable[[int], AbstractContextManager[object]]
 
-    def run(self, trainer: Trainer) -> Training:
+    def run(self) -> Training:
         """Train to the end; if there is a split, evaluate before, every so many steps, and after the last."""
-        evaluations = [self._evaluate(trainer, 0)] if self._evaluates else []
+        evaluations = [self._evaluate(0)] if self._evaluates else []
         losses: list[float] = []
         tokens, seconds = 0, 0.0
-        for metrics in self._steps(trainer):
+        for metrics in self._steps():
             losses.append(metrics.loss)
             tokens += metrics.tokens
             seconds += metrics.seconds
             for tracker in self.trackers:
                 tracker.on_step(metrics)
             if self._is_due(metrics.step):
-                evaluations.append(self._evaluate(trainer, metrics.step))
+                evaluations.append(self._evaluate(metrics.step))
         return Training(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
 
-    def _steps(self, trainer: Trainer) -> Iterator[StepMetrics]:
-        steps = trainer.train(self._training_batches())
+    def _steps(self) -> Iterator[StepMetrics]:
+        samples, count = self.plan.dataset.train, self.plan.schedule.steps
+        epochs, seed = self.options.epochs_to_run, self.options.seed
+        order = global_batches(len(samples), size=self.plan.batch, steps=count, epochs=epochs, seed=seed)
+        steps = self.trainer.train(self._batches(samples, order))
         if not self._evaluates:
             with self.watch(1):
                 first = list(islice(steps, 1))
@@ -306,41 +307,16 @@ class Session:
         is_last = step == self.plan.schedule.steps
         return self._evaluates and (is_last or (every is not None and step % every == 0))
 
-    def _evaluate(self, trainer: Trainer, step: int) -> Evaluation:
+    def _evaluate(self, step: int) -> Evaluation:
+        samples, size = self.plan.dataset.evaluation, self.options.batch_size * self.world
+        order = (range(start, min(start + size, len(samples))) for start in range(0, len(samples), size))
         with self.watch(step):
-            loss = trainer.evaluate(self._evaluation_batches())
+            loss = self.trainer.evaluate(self._batches(samples, order))
         for tracker in self.trackers:
             tracker.on_evaluation(step, loss)
         return Evaluation(step=step, loss=loss)
 
-    def _training_batches(self) -> Iterator[GlobalBatch]:
-        samples = self.plan.dataset.train
-        order = global_batches(
-            len(samples),
-            size=self.plan.batch,
-            steps=self.plan.schedule.steps,
-            epochs=self.options.epochs_to_run,
-            seed=self.options.seed,
-        )
+    def _batches(self, samples: Sequence[Sample], order: Iterable[Sequence[int]]) -> Iterator[GlobalBatch]:
+        size, pad = self.options.batch_size, self.plan.pad
         for indices in order:
-            yield share(
-                samples,
-                indices,
-                batch_size=self.options.batch_size,
-                world=self.world,
-                rank=self.rank,
-                pad=self.plan.pad,
-            )
-
-    def _evaluation_batches(self) -> Iterator[GlobalBatch]:
-        samples = self.plan.dataset.evaluation
-        size = self.options.batch_size * self.world
-        for start in range(0, len(samples), size):
-            yield share(
-                samples,
-                range(start, min(start + size, len(samples))),
-                batch_size=self.options.batch_size,
-                world=self.world,
-                rank=self.rank,
-                pad=self.plan.pad,
-            )
+            yield share(samples, indices, batch_size=size, world=self.world, rank=self.rank, pad=pad)

@@ -48,7 +48,7 @@ class JsonlTracker:
         self._file.close()
 
 
-class TensorBoardTracker:
+class _TensorBoard:
     """Scalars `train/*` and `evaluation/loss` in an event file under `directory`."""
 
     def __init__(self, directory: Path) -> None:
@@ -56,48 +56,36 @@ class TensorBoardTracker:
         self._writer: Any = module.SummaryWriter(log_dir=str(directory))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Add the numbers of a step."""
         for key, value in scalars(metrics).items():
             self._writer.add_scalar(f"train/{key}", value, metrics.step)
 
     def on_evaluation(self, step: int, loss: float) -> None:
-        """Add an evaluation."""
         self._writer.add_scalar("evaluation/loss", loss, step)
 
     def close(self, *, failed: bool) -> None:  # noqa: ARG002  # an event file has no place for it
-        """Flush and close the event file."""
         self._writer.close()
 
 
-class WandbTracker:
+class _Wandb:
     """A Weights & Biases run with the same scalars; its project and mode come from its own environment."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._run: Any = importlib.import_module("wandb").init(config=dict(config))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Log the numbers of a step."""
         self._run.log({f"train/{key}": value for key, value in scalars(metrics).items()}, step=metrics.step)
 
     def on_evaluation(self, step: int, loss: float) -> None:
-        """Log an evaluation."""
         self._run.log({"evaluation/loss": loss}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Finish the run, as failed if it has."""
         self._run.finish(exit_code=int(failed))
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
     """The numbers of a step by name, the step itself left out."""
-    return {
-        "loss": metrics.loss,
-        "lr": metrics.lr,
-        "grad_norm": metrics.grad_norm,
-        "tokens_per_s": metrics.tokens_per_s,
-        "tokens": metrics.tokens,
-        "seconds": metrics.seconds,
-    }
+    names = ("loss", "lr", "grad_norm", "tokens_per_s", "tokens", "seconds")
+    return {name: getattr(metrics, name) for name in names}
 
 
 def open_trackers(
@@ -108,9 +96,9 @@ def open_trackers(
     if metrics is not None:
         openers.append(lambda: JsonlTracker(metrics))
     if "tensorboard" in loggers:
-        openers.append(lambda: TensorBoardTracker(output / "tensorboard"))
+        openers.append(lambda: _TensorBoard(output / "tensorboard"))
     if "wandb" in loggers:
-        openers.append(lambda: WandbTracker(config))
+        openers.append(lambda: _Wandb(config))
     return [close_with(stack, opener()) for opener in openers]
 
 

@@ -26,16 +26,8 @@ _TEXTS: Mapping[Notice, tuple[str, str, str]] = {
         "tensors are",
         "merged, split or transposed for the model, so read once per node, by one rank for the others",
     ),
-    "ignored": (
-        "name",
-        "names",
-        "in the checkpoint with no place in this model, ignored as transformers does",
-    ),
-    "initialized": (
-        "buffer is",
-        "buffers are",
-        "not in the checkpoint; what transformers initializes is used",
-    ),
+    "ignored": ("name", "names", "in the checkpoint with no place in this model, ignored as transformers does"),
+    "initialized": ("buffer is", "buffers are", "not in the checkpoint; what transformers initializes is used"),
     "misread": (
         "4-bit weight is",
         "4-bit weights are",
@@ -191,17 +183,8 @@ class Report:
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes."""
-        return {
-            phase.name: {
-                "start": round(phase.start, 3),
-                "seconds": round(phase.seconds, 3),
-                "bytes_read": phase.bytes_read,
-                "host_before": phase.host_before,
-                "host_peak": phase.host_peak,
-                "device_peak": phase.device_peak,
-            }
-            for phase in self.phases
-        }
+        names = ("start", "seconds", "bytes_read", "host_before", "host_peak", "device_peak")
+        return {phase.name: {name: round(getattr(phase, name), 3) for name in names} for phase in self.phases}
 
     def _begin(self, phase: Phase) -> None:
         with self._lock:
