@@ -37,10 +37,7 @@ def needs_weights(lora: LoraConfig) -> bool:
 
 
 def draws_later(lora: LoraConfig) -> bool:
-    """Whether initial values can be drawn after PEFT has built the adapters: nothing that it builds depends on them.
-
-    So it is if no option is set but those known to have nothing to do with them, whatever options there will be.
-    """
+    """Whether initial values can be drawn after PEFT has built the adapters: no option is set that may depend on them."""
     default = type(lora)()
     others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
     return lora.init_lora_weights in RANDOM and not others
@@ -96,9 +93,9 @@ def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
-    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is.
+    """Adapt `model` as `peft.get_peft_model` does, with all that is trainable in `dtype`; `lora` stays as it is.
 
-    But for copies that PEFT makes of whole modules: they have the dtypes of those, which upstream may keep in another.
+    Copies that PEFT makes of whole modules keep the dtypes of those.
     """
     from peft import get_peft_model
 

@@ -113,7 +113,7 @@ class AdapterFolder:
         self._staged, self._whole = path / STAGED, path / WHOLE
 
     def settle(self) -> None:
-        """Finish a save that had become whole, and remove what had not. Raises `OSError`."""
+        """Finish a save that was whole, and remove one that was not. Raises `OSError`."""
         if self._staged.exists():
             shutil.rmtree(self._staged)
         remove_partials(self.path)
@@ -121,7 +121,7 @@ class AdapterFolder:
             self._move_in_place()
 
     def leave(self) -> None:
-        """The same as `settle`, at the end: what fails here is done by the next who holds the folder."""
+        """Settle at the end of the block; what fails is done by the next who holds the folder."""
         with suppress(OSError):
             self.settle()
 
@@ -220,7 +220,7 @@ class AdapterFolder:
         sync(self._staged)
 
     def _drop_unchanged(self) -> None:
-        """If nothing but weights and card differs from what is in place, leave the rest there: one rename is enough."""
+        """Leave in place all but weights and card, if nothing else differs: one rename is then enough."""
         others = [file for file in self._staged.iterdir() if file.name not in (WEIGHTS, CARD)]
         if self._outdated(self._staged) or not all(_is_same(file, self.path / file.name) for file in others):
             return

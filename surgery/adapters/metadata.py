@@ -1,4 +1,4 @@
-"""What is saved beside the weights of an adapter: its configuration, the model card, and the tokenizer."""
+"""Files saved beside the weights of an adapter: its configuration, the model card, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _targets(config: PeftConfig) -> object:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the distributions that decide what a run does."""
+    """Versions of Python and of the distributions that decide what a run does."""
     found = {"python": platform.python_version()}
     for name in _DISTRIBUTIONS:
         try:
@@ -139,7 +139,7 @@ def versions() -> dict[str, str]:
 
 
 def _cell(value: object) -> str:
-    """On one line, and without the character that ends a cell."""
+    """Text of a table cell: one line, without the character that ends a cell."""
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
     return " ".join(text.split()).replace("|", "\\|")
 
@@ -154,7 +154,7 @@ TOKENIZER_FILES = (
 
 
 def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """The contents of the files by name; of none of them, with a warning, if one cannot be read."""
+    """The contents of the tokenizer's files by name; none, with a warning, if one cannot be read."""
     try:
         return {file.name: file.read_bytes() for file in _files(folder)}
     except OSError as error:  # no reason to lose what has been trained
@@ -163,7 +163,7 @@ def read_tokenizer(folder: Path) -> dict[str, bytes]:
 
 
 def tokenizer_sizes(folder: Path) -> list[int]:
-    """Bytes of each of the files."""
+    """Bytes of each file of the tokenizer."""
     return [file.stat().st_size for file in _files(folder)]
 
 

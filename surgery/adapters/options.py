@@ -126,7 +126,7 @@ def check_built(model: nn.Module, lora: LoraConfig, adapted: PeftModel, unknown:
 
 
 def check_targets(model: nn.Module, lost: Sequence[str]) -> None:
-    """Raise `SelectorError` if `lost`, which match no module of `model`, are any."""
+    """Raise `SelectorError` if there are `lost` targets, which match no module of `model`."""
     if not lost:
         return
     leaves = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
@@ -153,10 +153,7 @@ def _is_pattern(name: str, pattern: str) -> bool:
 
 
 def _check_order(option: str, patterns: dict[str, Any], targets: Sequence[str]) -> None:
-    """PEFT takes the first pattern that matches, and sorts them when it saves them: which is first may be another then.
-
-    Some it adds itself, for fused experts.
-    """
+    """Refuse patterns whose order counts: PEFT takes the first that matches, and sorts them when it saves them."""
     for name in targets:
         found = [pattern for pattern in patterns if _is_pattern(name, pattern)]
         if found and patterns[found[0]] != patterns[min(found)]:

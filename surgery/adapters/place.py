@@ -24,7 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def made(path: Path) -> Iterator[None]:
-    """A block at the end of which a folder that was made for it goes again, if it is empty."""
+    """A block with the folder `path`, which is removed at the end if it was made here and is empty."""
     is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -140,7 +140,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _take(file: Path) -> int:
-    """The descriptor of the locked file, which is in its place: who had it before may have removed it meanwhile."""
+    """The descriptor of the locked file, which is still in its place: its last owner may have removed it."""
     while True:
         if file.is_symlink():
             raise _not_ours(file)

@@ -47,7 +47,7 @@ def rehearse(
     quant: QuantFormat,
     strategy: ShardStrategy,
 ) -> tuple[Trained, ...]:
-    """What PEFT will make trainable in `model`, which is on meta, and stays as it is.
+    """Parameters that PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
     quantized: its modules that will be in the format `quant`, whose dtype adapters have.
 
@@ -92,7 +92,7 @@ def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dty
 
 
 def _check_saving(adapted: PeftModel) -> None:
-    """Name what would be saved, as `save_adapter` does once it has gathered it."""
+    """Refuse adapters that `save_adapter` could not save."""
     every = adapted.named_parameters(remove_duplicate=False)
     try:
         by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
@@ -166,7 +166,7 @@ def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
 
 
 def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
-    """A copy of a 4-bit weight, or an adapter of its packed form, would be trained as if its bits were numbers."""
+    """Refuse copies of 4-bit weights and adapters of their packed form: bits would be trained as numbers."""
     for name, module in adapted.named_modules():
         fqn = name.removeprefix(PEFT_PREFIX)
         if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):

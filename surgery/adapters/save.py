@@ -65,7 +65,7 @@ def save_adapter(
 
 @together()
 def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that belongs into the file of the active adapter, by PEFT's keys, on rank 0's CPU; empty on the others.
+    """The tensors of the active adapter's file, by PEFT's keys, on rank 0's CPU; empty on the others.
 
     Whole trainable parameters, and buffers of the copies of `modules_to_save`. Call it on all ranks alike; they raise
     `AdapterError` together if something would be left out.

@@ -38,7 +38,7 @@ def _own_model(instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -
 def keep_initial_values(
     wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Adapters on the CPU with their values, around base weights on meta."""
+    """Keep adapters on the CPU with their values, around base weights on meta."""
     model: nn.Module = _given_model(_instance, args, kwargs)
     with appearing_real(model):
         return wrapped(*args, **kwargs)

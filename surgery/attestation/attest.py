@@ -95,7 +95,7 @@ def _choose(records: dict[nn.Module, Record], layers: int | Sequence[str] | None
 
 
 def rest_differences(model: nn.Module, records: Records) -> list[Difference]:
-    """What this rank has to say of its shards and quant_states; collective, once all have said it."""
+    """Differences that this rank has found in its shards and quant_states; collective."""
     found = shard_differences(records, strategy_of(model).shards(model, records))
     return [*found, *state_differences(records), *state_disagreements(list(records.values()))]
 
@@ -113,7 +113,7 @@ KEPT = 4
 
 @dataclass(kw_only=True, eq=False)
 class Watch:
-    """What `attesting` yields. calls: of forward so far, on this rank. attestation: set at the end of the block."""
+    """Progress of `attesting`. calls: of forward so far, on this rank. attestation: set at the end of the block."""
 
     calls: int = 0
     attestation: Attestation | None = None
@@ -135,7 +135,7 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Seen:
-    """A weight that forward used and that is not what was quantized, the first time: how many pages, and its bytes."""
+    """A weight, as forward first used it, that is not what was quantized: pages that differ, and its bytes."""
 
     pages: int
     weight: torch.Tensor | None

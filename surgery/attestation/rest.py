@@ -33,7 +33,7 @@ __all__ = [
 
 
 def rank() -> int:
-    """Of this process; 0 without a process group."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -49,7 +49,7 @@ def add_up(
 
 
 def spread(own: Sums, nbytes: int) -> torch.Tensor:
-    """Sums of a part as sums of the whole, the rest of it counted as zeros; `(pages,)` int64 on the CPU."""
+    """Page sums of a part, extended to the whole with zeros; `(pages,)` int64 on the CPU."""
     whole = torch.zeros(page_count(nbytes), dtype=torch.int64)
     pages = pages_between(own.start, own.stop)
     whole[pages.start : pages.stop] = own.pages
@@ -57,7 +57,7 @@ def spread(own: Sums, nbytes: int) -> torch.Tensor:
 
 
 def complete(records: Sequence[Record]) -> None:
-    """Let every rank know the page sums and digests of whole weights, from what each of them has made; once."""
+    """Complete the records, once, with page sums and digests of whole weights, from the sums of all ranks."""
     waiting = [each for each in records if each.whole is None]
     if not waiting:
         return
@@ -68,9 +68,9 @@ def complete(records: Sequence[Record]) -> None:
 
 
 def state_disagreements(records: Sequence[Record]) -> list[Difference]:
-    """Layers of which a rank has computed another `quant_state` than rank 0, which says so for all; others say nothing.
+    """Layers of which a rank has computed another `quant_state` than rank 0; the others return nothing.
 
-    All have computed it from the same statistics; on devices of different kinds it could differ all the same.
+    All compute it from the same statistics, but devices of different kinds may differ.
     """
     if len(set(gather_objects(fingerprint(records)))) == 1:
         return []
@@ -88,7 +88,7 @@ def state_disagreements(records: Sequence[Record]) -> list[Difference]:
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """Of the layers as they were quantized: 16 hexadecimal digits. Not collective."""
+    """Fingerprint of the layers as they were quantized: 16 hexadecimal digits. Not collective."""
     return _hash(part.encode() for each in records for part in (each.fqn, each.digest))
 
 
@@ -123,7 +123,7 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 
 def state_differences(records: Records) -> list[Difference]:
-    """Where `quant_state` on this rank is not what it was; not collective."""
+    """Differences of `quant_state` on this rank from what it was; not collective."""
     now = {layer: record.quant.state_of(layer) for layer, record in records.items()}
     tensors = {layer: record.quant.state_tensors(now[layer]) for layer, record in records.items()}
     wanted = [(layer, name) for layer, record in records.items() for name in record.states]
@@ -157,7 +157,7 @@ def _differing(one: torch.Tensor, other: torch.Tensor) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Held:
-    """What this rank holds of one layer. is_known: these are the bytes that it has vouched for, or none at all."""
+    """Part of one layer on this rank. is_known: these are the bytes that it has vouched for, or none at all."""
 
     record: Record
     shard: Shard
@@ -165,12 +165,12 @@ class _Held:
     is_known: bool
 
     def differing(self) -> list[int]:
-        """Of bytes that are known, the pages that are not as they were."""
+        """Pages that are not as they were, of known bytes."""
         return _differing(self.sums.pages, self.record.own.pages) if self.sums.pages.numel() else []
 
 
 def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> list[Difference]:
-    """Where packed weights on this rank are not what they were; collective. `records` are complete.
+    """Differences of packed weights on this rank from what they were; collective. `records` are complete.
 
     A rank that holds the bytes that it has vouched for compares them by itself. Where the sharding has cut elsewhere,
     sums are added up over the ranks that hold a weight among them. Of a page that is wrong, and that several of them
@@ -200,7 +200,7 @@ def _at_rest(record: Record, ranks: tuple[int, ...], pages: Sequence[int]) -> Di
 
 
 def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]]) -> list[Difference]:
-    """Of weights whose parts do not add up; vouches for the parts of those that do. `own`: pages known to differ."""
+    """Differences of weights whose parts do not add up; vouches for the others. `own`: pages known to differ."""
     wrong = _not_adding_up(held)
     for each in held:
         if each.record.fqn not in wrong:
@@ -219,7 +219,7 @@ def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]])
 
 
 class _Claim(NamedTuple):
-    """What a rank says of its part of a weight that is wrong somewhere; `is_right` is None if it does not know."""
+    """Statement of a rank on its part of a weight that is wrong somewhere; `is_right` is None if it is unknown."""
 
     start: int
     stop: int

@@ -38,7 +38,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What goes through the model at once.
+    """Samples that go through the model at once.
 
     `ids` and `targets` are `(batch, length)` int64. `targets[i, t]` is the token that position `t` predicts,
     the one after it, or `IGNORED`. `mask` is `(batch, length)` int64, 0 at padding, or None where there is
@@ -72,7 +72,7 @@ class GlobalBatch:
 
 
 def steps_in(samples: int, *, size: int, epochs: int | None, max_steps: int | None) -> int:
-    """How many global batches of `size` there are in so many epochs, but at most `max_steps`.
+    """Number of global batches of `size` in so many epochs, but at most `max_steps`.
 
     One of the two limits is given. With `max_steps` alone, epochs follow each other for as long as it takes.
     """

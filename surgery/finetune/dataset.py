@@ -128,7 +128,7 @@ class Records:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a job will train on: samples, the size of a global batch, the learning rate of each step.
+    """Plan of a training run: samples, the size of a global batch, the learning rate of each step.
 
     `pad` is the token that fills batches; it is never learnt.
     """
@@ -190,7 +190,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def _vocab_size(config: dict[str, Any] | None) -> int | None:
-    """How many embeddings the model has; models of text and images keep it one level down."""
+    """Number of embeddings of the model; models of text and images keep it one level down."""
     config = config or {}
     nested = config.get("text_config")
     size = config.get("vocab_size", nested.get("vocab_size") if isinstance(nested, dict) else None)

@@ -72,7 +72,7 @@ def render_conversation(record: Conversation, tokenizer: PreTrainedTokenizerBase
 
 
 def _check_all_is_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Many templates know nothing of tools, or of some roles, and would leave them out without a word.
+    """Refuse what the template leaves out without a word: many know nothing of tools, or of some roles.
 
     text: the whole `record` as rendered.
     """
@@ -175,7 +175,7 @@ class Sample:
 
     @property
     def targets(self) -> int:
-        """How many tokens count in the loss; the first of a sequence, predicted from nothing, never does."""
+        """Number of tokens that count in the loss; the first of a sequence never does."""
         return sum(self.learnt[1:])
 
 

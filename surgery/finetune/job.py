@@ -151,10 +151,7 @@ def _check_world(job: Job, world: World) -> None:
 
 
 def _strategy(job: Job, world: World) -> ShardStrategy:
-    """How the ranks share the model; one process has everything.
-
-    Where the job says nothing of mixed precision, it is as its precision policy says.
-    """
+    """The sharding of the model; in one process none. Mixed precision defaults to the precision policy."""
     if world.size == 1:
         return strategy_for(None, device=world.device)
     options = job.shard.in_precision(precision(job.precision))

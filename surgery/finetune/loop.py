@@ -63,7 +63,7 @@ class StepMetrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """How many tokens of the global batch were learnt from or read in a second."""
+        """Tokens of the global batch in a second."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -190,7 +190,7 @@ STEPS_BETWEEN = 50
 
 @contextmanager
 def collecting_between_steps() -> Iterator[Callable[[int], None]]:
-    """A block in which garbage is collected only when what it gives is called with a step that is due.
+    """A block in which garbage is collected only by the function that it gives, on steps that are due.
 
     Left to itself, Python looks whenever enough objects were made, in the middle of a step, on each rank in another
     one, and all others wait for that rank in their next collective.
@@ -249,7 +249,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What a run gave: the loss of each step, evaluations, and tokens and seconds of the steps."""
+    """Results of a run: the loss of each step, evaluations, and tokens and seconds of the steps."""
 
     losses: tuple[float, ...]
     evaluations: tuple[Evaluation, ...]

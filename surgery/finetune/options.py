@@ -1,4 +1,4 @@
-"""What a fine-tuning job is told, as frozen data; checked when it is made, before anything is opened."""
+"""Options of a fine-tuning job as frozen data, checked when they are made, before anything is opened."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a record was read; `line` is 1-based."""
+    """Place of a record; `line` is 1-based."""
 
     path: Path
     line: int

@@ -1,4 +1,4 @@
-"""What a run was and did: attestations, the model card, and the summary that is gathered from all ranks."""
+"""Records of a run: attestations, the model card, and the summary that is gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Attested:
-    """What a job has shown; the digest is of all 4-bit layers as they were quantized, on any number of ranks."""
+    """Attestations of a job; the digest is of all 4-bit layers as quantized, the same on any number of ranks."""
 
     digest: str
     checks: tuple[Check, ...]
@@ -98,7 +98,7 @@ class Attestor:
         self._note(f"step {step}", watch.attestation)
 
     def result(self) -> Attested | None:
-        """What was shown so far; None if it is not enabled."""
+        """Attestations so far; None if they are not enabled."""
         return Attested(digest=self._digest, checks=tuple(self._checks)) if self.enabled else None
 
     def _note(self, when: str, found: Attestation) -> None:
@@ -187,7 +187,7 @@ class Summary:
         return json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str) + "\n"
 
     def text(self) -> str:
-        """For people: evaluations, attestation, memory per rank, patches."""
+        """Summary for people: evaluations, attestation, memory per rank, patches."""
         attestation = self.attestation.text() if self.attestation is not None else ""
         return "\n\n".join(filter(None, (self._evaluations(), attestation, self._memory(), self._patches())))
 

@@ -36,7 +36,7 @@ class World:
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
         return self.ranks.world_size
 
     @property

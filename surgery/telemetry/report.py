@@ -44,10 +44,9 @@ SHOWN = 8
 
 
 def group_names(keys: Iterable[str]) -> dict[str, int]:
-    """Count those of `keys`, which are unique, that differ in numbers alone, by their name with `*` where they do.
+    """Count `keys`, which are unique, in groups that differ in numbers alone, with `*` where they do.
 
-    In the order in which each group first appears: `{"model.layers.*.mlp.experts.*.w1.weight": 256}`. A key that is
-    alone is its own name.
+    In order of first appearance: `{"model.layers.*.mlp.experts.*.w1.weight": 256}`. A key alone is its own name.
     """
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for key in keys:
@@ -114,7 +113,7 @@ class Report:
 
     @property
     def seconds(self) -> float:
-        """Since the report was made."""
+        """Seconds since the report was made."""
         return time.perf_counter() - self._began
 
     @contextlib.contextmanager
