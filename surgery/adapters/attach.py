@@ -37,7 +37,7 @@ def needs_weights(lora: LoraConfig) -> bool:
 
 
 def draws_later(lora: LoraConfig) -> bool:
-    """Whether initial values can be drawn after PEFT has built the adapters: no option is set that may depend on them."""
+    """Whether initial values can be drawn after PEFT has built the adapters: no option set may depend on them."""
     default = type(lora)()
     others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
     return lora.init_lora_weights in RANDOM and not others
@@ -84,12 +84,8 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             for name, found in module._parameters.items():
                 if found is not None and found in originals:
-                    module._parameters[name] = _like(originals[found], found)
-
-
-def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
-    original.requires_grad = stand_in.requires_grad
-    return original
+                    originals[found].requires_grad = found.requires_grad
+                    module._parameters[name] = originals[found]
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
@@ -100,13 +96,7 @@ def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> P
     from peft import get_peft_model
 
     adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
-    copies = {parameter for saved in _saved_modules(adapted) for parameter in saved.parameters()}
+    saved = [module._modules.get("modules_to_save") for module in adapted.modules()]
+    copies = {parameter for module in saved if module is not None for parameter in module.parameters()}
     convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)
     return adapted
-
-
-def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
-    for wrapper in adapted.modules():
-        saved = wrapper._modules.get("modules_to_save")
-        if saved is not None:
-            yield saved

@@ -27,23 +27,17 @@ OPTIONS = PLAIN | {
 }  # fmt: skip
 
 
-def check_adapter(lora: LoraConfig) -> None:
+def check_adapter(lora: Any) -> None:
     """Raise `ConfigError` for what is no LoRA, and for options of LoRA that cannot work in any sharding."""
-    _check_kind(lora)
-    _check_options(lora)
-
-
-def _check_kind(lora: Any) -> None:
     from peft import LoraConfig
 
-    if isinstance(lora, LoraConfig) and getattr(lora.peft_type, "value", lora.peft_type) == "LORA":
-        return
-    found = type(lora).__name__
-    raise ConfigError(
-        f"lora: expected one peft.LoraConfig, found {found}"
-        + (f" of {len(lora)}" if isinstance(lora, (dict, list, tuple)) else "")
-        + ". Other methods of PEFT, and several adapters in one model, are not supported: use a LoraConfig"
-    )
+    if not isinstance(lora, LoraConfig) or getattr(lora.peft_type, "value", lora.peft_type) != "LORA":
+        found = type(lora).__name__ + (f" of {len(lora)}" if isinstance(lora, (dict, list, tuple)) else "")
+        raise ConfigError(
+            f"lora: expected one peft.LoraConfig, found {found}. Other methods of PEFT, and several adapters in one "
+            "model, are not supported: use a LoraConfig"
+        )
+    _check_options(lora)
 
 
 def _check_options(lora: Any) -> None:

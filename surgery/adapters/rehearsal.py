@@ -67,7 +67,7 @@ def rehearse(
         raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
     packed = {made[module] for module in quantized if module in made}
     _check_quantized(adapted, packed)
-    tried = [_site(site, made) for site in blocks if site not in alike]
+    tried = [Site(fqn=PEFT_PREFIX + site.fqn, module=made[site.module]) for site in blocks if site not in alike]
     strategy.check_adapted(adapted, tried, _kept(adapted, packed, quant.dtype))
     _check_saving(adapted)
     own = [
@@ -128,11 +128,8 @@ def _is_uniform(lora: Any) -> bool:
     named = (lora.target_modules, lora.exclude_modules, lora.modules_to_save, parameters)
     patterns = (*named, lora.rank_pattern, lora.alpha_pattern, indices if isinstance(indices, dict) else None)
     names = [name for each in patterns for name in ([each] if isinstance(each, str) else each or ())]
-    return not any(numbers) and all(name.lower() == "all-linear" or _is_plain(name) for name in names)
-
-
-def _is_plain(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
+    plain = all(name.lower() == "all-linear" or all(map(str.isidentifier, name.split("."))) for name in names)
+    return plain and not any(numbers)
 
 
 def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
@@ -159,10 +156,6 @@ def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Train
         for each in own:
             if each.fqn.startswith(start):
                 yield Trained(fqn=join(site.fqn, each.fqn.removeprefix(start)), shape=each.shape, is_base=each.is_base)
-
-
-def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
-    return Site(fqn=f"{PEFT_PREFIX}{site.fqn}", module=made[site.module])
 
 
 def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:

@@ -23,10 +23,6 @@ def _given_model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any
     return args[0] if args else kwargs["model"]
 
 
-def _own_model(instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    return instance.model
-
-
 @patches.register(
     "peft.adapters-of-meta",
     target="peft.tuners.tuners_utils:BaseTuner.inject_adapter",
@@ -65,5 +61,5 @@ for _id, _method, _use in (
         reason="adapters merged into weights on meta are lost without a word when these are filled",
         upstream=_PEFT,
         requires={"peft": ">=0.18"},
-        subject=_own_model,
+        subject=lambda instance, _args, _kwargs: instance.model,
     )(_refusing(_use))

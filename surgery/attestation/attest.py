@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class Watch:
     attestation: Attestation | None = None
     _seen: dict[nn.Module, _Seen] = field(default_factory=dict, init=False, repr=False)
 
-    def _look(self, layer: Any, record: Record) -> None:
+    @torch.no_grad()
+    def _look(self, record: Record, layer: Any, _inputs: object) -> None:
         """Compare the weight that `layer` is about to use; waits for the device."""
         weight = layer.weight.detach().reshape(-1)
         sums = page_sums([Piece(data=weight)])[0].cpu()
@@ -166,20 +168,11 @@ def attesting(model: nn.Module, layers: int | Sequence[str] | None = None, *, se
     watch = Watch()
     with contextlib.ExitStack() as hooks:
         for layer, record in records.items():
-            hook = layer.register_forward_pre_hook(_looking(watch, record))
-            hooks.callback(hook.remove)
+            hooks.callback(layer.register_forward_pre_hook(partial(watch._look, record)).remove)
         yield watch
     with together(), torch.no_grad():
         _judge(model, records, watch)
     watch.attestation = _attestation("in forward", records, start, calls=watch.calls)
-
-
-def _looking(watch: Watch, record: Record) -> Any:
-    @torch.no_grad()
-    def look(layer: nn.Module, _inputs: object) -> None:
-        watch._look(layer, record)
-
-    return look
 
 
 def _judge(model: nn.Module, records: Records, watch: Watch) -> None:

@@ -261,14 +261,10 @@ def _not_adding_up(held: Sequence[_Held]) -> dict[str, list[int]]:
         groups.setdefault(each.shard.group, []).append(each)
     wrong = {}
     for group, members in groups.items():
-        for each, total in zip(members, _totals(members, group), strict=True):
+        totals = [spread(each.sums, each.record.nbytes) for each in members]
+        if group is not None:  # else there is nothing to add: this rank holds everything
+            totals = add_up(totals, device=members[0].record.device, group=group)
+        for each, total in zip(members, totals, strict=True):
             assert each.record.whole is not None
             wrong[each.record.fqn] = _differing(total, each.record.whole)
     return {fqn: pages for fqn, pages in wrong.items() if pages}
-
-
-def _totals(members: Sequence[_Held], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    vectors = [spread(each.sums, each.record.nbytes) for each in members]
-    if group is None:  # nothing to add: this rank holds everything
-        return vectors
-    return add_up(vectors, device=members[0].record.device, group=group)

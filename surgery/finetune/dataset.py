@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from surgery.checkpoint import Checkpoint
 
-__all__ = ["Dataset", "Plan", "Records", "build_dataset", "load_tokenizer", "make_plan", "read_data", "split"]
+__all__ = ["Dataset", "Plan", "build_dataset", "load_tokenizer", "make_plan", "read_data", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +105,13 @@ def _usable(samples: Sequence[Sample], path: Path, max_length: int, vocab_size: 
             "tokens; raise the maximum length, or shorten the prompts",
             path=path,
         )
-    _check_vocabulary(kept, vocab_size, path)
-    return kept
-
-
-def _check_vocabulary(samples: Sequence[Sample], vocab_size: int | None, path: Path) -> None:
-    largest = max(max(sample.ids) for sample in samples)
+    largest = max(max(sample.ids) for sample in kept)
     if vocab_size is not None and largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gives token {largest} for {path}, but the model has only {vocab_size} "
             "embeddings; use the tokenizer that belongs to the checkpoint"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Records:
-    """The records of the data files, checked but not tokenized."""
-
-    train: Sequence[Record]
-    evaluation: Sequence[Record] | None
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,25 +127,27 @@ class Plan:
     pad: int
 
 
-def read_data(options: DataOptions) -> Records:
-    """The records of the files; raises `DataError` naming file and line."""
+def read_data(options: DataOptions) -> tuple[Sequence[Record], Sequence[Record] | None]:
+    """Records to train on and, with a file for that, to evaluate on; raises `DataError` naming file and line."""
     evaluation = None if options.evaluation is None else read_records(options.evaluation)
-    return Records(train=read_records(options.train), evaluation=evaluation)
+    return read_records(options.train), evaluation
 
 
-def make_plan(job: Job, records: Records, checkpoint: Checkpoint, *, world: int) -> Plan:
+def make_plan(
+    job: Job, train: Sequence[Record], evaluation: Sequence[Record] | None, checkpoint: Checkpoint, *, world: int
+) -> Plan:
     """Tokenize with the checkpoint's tokenizer and lay out the steps.
 
     Raises `ConfigError` or `DataError`. Reads no weights.
     """
     tokenizer = load_tokenizer(checkpoint)
     dataset = build_dataset(
-        records.train,
+        train,
         tokenizer,
         max_length=job.data.max_length,
         seed=job.training.seed,
         vocab_size=_vocab_size(checkpoint.config),
-        evaluation=records.evaluation,
+        evaluation=evaluation,
         evaluation_fraction=job.data.evaluation_fraction,
     )
     options = job.training

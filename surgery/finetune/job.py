@@ -17,6 +17,7 @@ from surgery import plan as memory_plan
 from surgery import qlora, release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.checkpoint import Checkpoint
+from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
 from surgery.comm.failures import everyone
 from surgery.config import precision
@@ -29,7 +30,6 @@ from surgery.finetune.summary import (
     Attestor,
     Summary,
     card_sections,
-    gather_phases,
     patch_rows,
     write_summary,
 )
@@ -85,7 +85,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                     "dropped": plan.dataset.dropped,
                 },
                 training=training,
-                memory=gather_phases(report.as_dict()),
+                memory=tuple(gather_objects(report.as_dict())),
                 read_once_per_node=report.read_once_per_node,
                 ignored=report.ignored,
                 initialized=report.initialized,
@@ -123,7 +123,7 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     with everyone(world.ranks, device=world.device):
         # Collective for a hub id, and then it fails on all ranks or on none, so that they meet here all the same.
         checkpoint = Checkpoint.open(job.model, revision=job.revision)
-        plan = make_plan(job, records, checkpoint, world=world.size)
+        plan = make_plan(job, *records, checkpoint, world=world.size)
     # Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
     data = {"digest of all tokens": plan.dataset.digest(), "padding": str(plan.pad)}
     same_on_every_rank(world.ranks, "data", {"data": data}, device=world.device)

@@ -15,7 +15,6 @@ from torch import nn
 import patches
 from surgery import attest, attesting
 from surgery.attestation.differences import Attestation
-from surgery.comm.collectives import gather_objects
 from surgery.errors import AdapterError
 from surgery.finetune.dataset import Plan
 from surgery.finetune.loop import Training
@@ -30,7 +29,6 @@ __all__ = [
     "Phases",
     "Summary",
     "card_sections",
-    "gather_phases",
     "patch_rows",
     "write_summary",
 ]
@@ -219,25 +217,11 @@ def _mib(phase: Mapping[str, float]) -> str:
     return f"{host:,.0f}; {device:,.0f}" if device else f"{host:,.0f}"
 
 
-def gather_phases(phases: Phases) -> tuple[Phases, ...]:
-    """The phases of every rank, on every rank; collective where there is a process group."""
-    return tuple(gather_objects(phases))
-
-
 def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:
     """Every application of a patch in this process, as text, the first `since` of them left out."""
-    return tuple(
-        {
-            "id": row.id,
-            "target": row.target,
-            "state": str(row.state),
-            "scope": str(row.scope),
-            "verdict": str(row.verdict),
-            "reason": row.reason,
-            "by": row.by,
-        }
-        for row in patches.audit(include_reverted=True)[since:]
-    )
+    names = ("id", "target", "state", "scope", "verdict", "reason", "by")
+    rows = patches.audit(include_reverted=True)[since:]
+    return tuple({name: str(getattr(row, name)) for name in names} for row in rows)
 
 
 def write_summary(summary: Summary, path: Path) -> None:

@@ -63,11 +63,11 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 def _joined(timeout: timedelta) -> Iterator[World]:
     if dist.is_initialized():
         found = local_rank()
-        yield _world(_device(dist.get_rank() if found is None else found))
+        yield World(ranks=current_ranks(), device=_device(dist.get_rank() if found is None else found))
         return
     size = 1 if "WORLD_SIZE" not in os.environ else expect_number("WORLD_SIZE", least=1, advice=_LAUNCH)
     if size == 1:
-        yield _world(_device(0))
+        yield World(ranks=current_ranks(), device=_device(0))
         return
     expect_number("RANK", least=0, advice=_LAUNCH)
     device = _device(expect_number("LOCAL_RANK", least=0, advice=_LAUNCH))
@@ -77,7 +77,7 @@ def _joined(timeout: timedelta) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timeout, device_id=device if is_cuda else None)
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"expected {size} ranks to form a process group, found: {error}; {_LAUNCH}") from error
-    world = _world(device)
+    world = World(ranks=current_ranks(), device=device)
     try:
         yield world
     except BaseException:
@@ -86,10 +86,6 @@ def _joined(timeout: timedelta) -> Iterator[World]:
             wait_for_the_others(world.ranks)
         raise
     dist.destroy_process_group()
-
-
-def _world(device: torch.device) -> World:
-    return World(ranks=current_ranks(), device=device)
 
 
 def _device(number: int) -> torch.device:
