@@ -111,7 +111,9 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
             self._steps.append(Step(number=self._filled(stands[0]), operator=func, args=args[1:]))
             return args[0]
         if func is aten._to_copy.default and _is_on_cpu(kwargs):
-            return self._as(stands[0], kwargs.get("dtype") or args[0].dtype)
+            stand, cast = stands[0], kwargs.get("dtype") or args[0].dtype
+            self._cast.add(stand.number)
+            return self._shown(stand.shown.shape, cast, number=stand.number, casts=(*stand.casts, cast))
         raise NotImplementedError(f"{func} wants values of an adapter that are not drawn yet")
 
     def take(self, model: nn.Module) -> DeferredValues:
@@ -155,10 +157,6 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
         shown = torch.empty_strided(shape, (0,) * len(shape), dtype=dtype)
         self._stands[shown.untyped_storage()._cdata] = _Stand(shown=shown, number=number, casts=casts)
         return shown
-
-    def _as(self, stand: _Stand, dtype: torch.dtype) -> torch.Tensor:
-        self._cast.add(stand.number)
-        return self._shown(stand.shown.shape, dtype, number=stand.number, casts=(*stand.casts, dtype))
 
     def _filled(self, stand: _Stand) -> int:
         """The number of what `stand` stands for. What was cast before it is filled becomes a tensor of its own."""

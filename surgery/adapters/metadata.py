@@ -64,6 +64,8 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     Where it names no base model, it gets that of another adapter of `model`, as for one that was added later. Names are
     in order, so that the same configuration is the same file.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = copy.deepcopy(model.peft_config[adapter])
     named = [each for each in model.peft_config.values() if each.base_model_name_or_path]
     if named and not config.base_model_name_or_path:
@@ -72,23 +74,14 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     for name, value in vars(config).items():
         if isinstance(value, set):
             setattr(config, name, sorted(value))
-    if config.task_type is None and _is_causal_lm(model.get_base_model()):
+    # The class of the base model, without those that sharding puts in front of it.
+    mro = type(model.get_base_model()).__mro__
+    kind = next(each for each in mro if not each.__module__.startswith("torch.distributed."))
+    if config.task_type is None and kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         config.task_type = "CAUSAL_LM"
     if config.task_type is None:
-        kind = _class_of(model.get_base_model())
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return config
-
-
-def _is_causal_lm(model: nn.Module) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return _class_of(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-
-
-def _class_of(model: nn.Module) -> type:
-    """The class of `model`, without those that sharding puts in front of it."""
-    return next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.distributed."))
 
 
 _DISTRIBUTIONS = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers", "accelerate", "wrapt")

@@ -131,7 +131,9 @@ def locked(folder: Path) -> Iterator[None]:
     file = folder / LOCK
     descriptor = _take(file)
     try:
-        _write_owner(descriptor)
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, _OWNER + f"{os.getpid()} on {os.uname().nodename}, since {started}\n".encode(), 0)
         yield
     finally:
         with suppress(OSError):
@@ -191,9 +193,3 @@ def _not_ours(file: Path) -> ConfigError:
         f"expected {file} to be the lock of an earlier job, or not there, found something else; remove it, or choose "
         "another output"
     )
-
-
-def _write_owner(descriptor: int) -> None:
-    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, _OWNER + f"{os.getpid()} on {os.uname().nodename}, since {started}\n".encode(), 0)

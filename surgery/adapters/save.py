@@ -73,14 +73,12 @@ def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
     ranks = current_ranks()
     state = adapter_state(model)
     with everyone(ranks, device=_device(model)):
-        return _by_peft_key(model, state) if ranks.rank == 0 else {}
-
-
-def _by_peft_key(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix, adapted = find_peft_model(model)
-    start = f"{prefix}." if prefix else ""
-    found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
-    return {key: tensor.cpu() for key, tensor in found.items()}
+        if ranks.rank != 0:
+            return {}
+        prefix, adapted = find_peft_model(model)
+        start = f"{prefix}." if prefix else ""
+        found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
+        return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 @together()

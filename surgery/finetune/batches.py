@@ -1,8 +1,8 @@
-"""The order of samples, and who takes which.
+"""The order of samples, the share of each rank, and the learning rate of each step.
 
-A global batch is one optimizer step on all ranks: batch size times accumulation times world size samples. Its
-content depends on the seed and its size alone, so that any layout of ranks with the same global batch trains
-on the same samples in the same steps. Every rank knows the whole plan; nothing has to be exchanged.
+A global batch is one optimizer step on all ranks: batch size times accumulation times world size samples. Its content
+depends on the seed and its size alone, so that any layout of ranks with the same global batch trains on the same
+samples in the same steps. Every rank knows the whole plan; nothing has to be exchanged.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ IGNORED = -100
 class MicroBatch:
     """Samples that go through the model at once.
 
-    `ids` and `targets` are `(batch, length)` int64. `targets[i, t]` is the token that position `t` predicts,
-    the one after it, or `IGNORED`. `mask` is `(batch, length)` int64, 0 at padding, or None where there is
-    none: right padding needs no mask under causal attention, and without one attention kernels take their
-    fast path.
+    All are `(batch, length)` int64. `targets[i, t]` is the token that position `t` predicts, the one after it, or
+    `IGNORED`. `mask` is 0 at padding, or None where there is none: attention kernels then take their fast path.
     """
 
     ids: torch.Tensor
@@ -52,11 +50,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(
-            ids=self.ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-        )
+        ids, targets = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.targets))
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return MicroBatch(ids=ids, targets=targets, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +152,8 @@ def idle(sample: Sample) -> MicroBatch:
 class Schedule:
     """A linear warmup to `peak`, then cosine or linear decay to 0, or no decay.
 
-    Step 0 already learns (at `peak / warmup_steps`), the last step of the warmup is at `peak`, and 0 would be
-    reached at step `steps`, one after the last: no step is wasted at rate 0. Raises `ConfigError` for values
-    out of range.
+    Step 0 learns at `peak / warmup_steps`, the last step of the warmup at `peak`; 0 would be reached one step after the
+    last: no step is wasted at rate 0. Raises `ConfigError` for values out of range.
     """
 
     name: ScheduleName

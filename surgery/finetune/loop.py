@@ -32,7 +32,6 @@ __all__ = [
     "Training",
     "TrainingError",
     "build_optimizer",
-    "collecting_between_steps",
     "gradient_scale",
     "token_loss",
 ]
@@ -71,9 +70,8 @@ class StepMetrics:
 class Trainer:
     """A model and what changes it.
 
-    `model(input_ids=, attention_mask=, use_cache=)` returns an object with `.logits`. `optimizer` holds the
-    trainable parameters, as `model.parameters()` shows them after sharding. `autocast` is the dtype of the
-    autocast around forward, or None. `max_norm` is None for no clipping.
+    `model(input_ids=, attention_mask=, use_cache=)` returns an object with `.logits`. `optimizer` holds the trainable
+    parameters after sharding. `autocast` is the dtype of the autocast around forward. `max_norm` None does not clip.
     """
 
     model: nn.Module
@@ -88,11 +86,10 @@ class Trainer:
     def train(self, batches: Iterable[GlobalBatch]) -> Iterator[StepMetrics]:
         """Take one step for each batch, and yield its metrics after it.
 
-        Raises `TrainingError` on every rank if the loss is not finite; the weights are then as before that
-        step.
+        Raises `TrainingError` on every rank if the loss is not finite; the weights are then as before that step.
         """
         self.model.train()
-        with collecting_between_steps() as collect:
+        with _collecting_between_steps() as collect:
             for step, batch in enumerate(batches):
                 yield self._step(step, batch)
                 collect(step + 1)
@@ -189,7 +186,7 @@ STEPS_BETWEEN = 50
 
 
 @contextmanager
-def collecting_between_steps() -> Iterator[Callable[[int], None]]:
+def _collecting_between_steps() -> Iterator[Callable[[int], None]]:
     """A block in which garbage is collected only by the function that it gives, on steps that are due.
 
     Left to itself, Python looks whenever enough objects were made, in the middle of a step, on each rank in another

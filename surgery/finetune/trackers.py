@@ -22,9 +22,8 @@ __all__ = ["JsonlTracker", "ProgressTracker", "close_with", "open_trackers", "sc
 class JsonlTracker:
     """One JSON object a step, flushed at once, so that the file can be followed and survives a crash.
 
-    Keys: step, loss, lr, grad_norm, tokens_per_s, tokens, seconds. A number that is not finite is null, as
-    JSON has no other way to say it. Evaluations are not in it (every line is a step), but in the summary. An
-    existing file is replaced. Raises `ConfigError` if the file cannot be written.
+    Keys: step, loss, lr, grad_norm, tokens_per_s, tokens, seconds; null for a number that is not finite. Evaluations
+    are in the summary. An existing file is replaced. Raises `ConfigError` if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -49,11 +49,10 @@ class World:
 def join_world(*, timeout: timedelta) -> Iterator[World]:
     """The world that torchrun describes in the environment, or a world of one.
 
-    With more than one rank the default process group is initialised (NCCL with a GPU, gloo without) and left
-    at the end of the block; one that the caller has initialised is used and kept. `timeout` bounds every
-    collective. When the block raises, peers may be waiting in a collective that this rank will never join, so
-    the group is aborted instead of being left in order. Raises `ConfigError` if the environment is incomplete
-    or there are fewer GPUs than ranks; `PeerError` in place of what torch says once another rank has ended.
+    With more than one rank the default process group is initialised (NCCL with a GPU, gloo without) and left at the end
+    of the block, or aborted if it raises, since peers may wait in a collective that this rank will never join. One that
+    the caller has initialised is used and kept. `timeout` bounds every collective. Raises `ConfigError` if the
+    environment is incomplete or there are fewer GPUs than ranks; `PeerError` once another rank has ended.
     """
     with _joined(timeout) as world, beating(world.ranks), collective(world.ranks):
         yield world
