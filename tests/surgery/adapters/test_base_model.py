@@ -130,10 +130,10 @@ def test_given_task_is_kept(tiny: Path) -> None:
 
 def test_tokenizers_of_every_causal_lm_are_known() -> None:
     """As far as the libraries that they need are installed."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_TOKENIZER_FILES
-    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_TOKENIZER_FILES, tokenizer_class_from_name
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
-    classes = [TOKENIZER_MAPPING_TOKENIZER_FILES.get(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_TOKENIZER_FILES]
+    classes = [TOKENIZER_MAPPING_NAMES.get(kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     files: set[str] = set()
     for name in sorted({name for name in classes if isinstance(name, str)}):
         with suppress(ImportError):
