@@ -6,14 +6,16 @@ Names are imported on first use, so that `surgery --help` does not wait for torc
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from surgery import errors
+
 if TYPE_CHECKING:
-    from surgery.adapters.reservation import reserve
+    from surgery.adapters.folder import reserve
     from surgery.adapters.save import adapter_state, save_adapter
-    from surgery.attestation.attest import attest
+    from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
-    from surgery.attestation.forward import attesting
     from surgery.bound import Bound, bind
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
@@ -80,36 +82,23 @@ __all__ = [
     "trace",
 ]
 
-_MODULES = {
+_MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
-    "surgery.attestation.attest": ("attest",),
+    "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind"),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
-    "surgery.attestation.forward": ("attesting",),
     "surgery.checkpoint": ("Checkpoint",),
     "surgery.config": ("DDP", "FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
     "surgery.comm.ranks": ("PeerError",),
-    "surgery.errors": (
-        "AdapterError",
-        "CheckpointError",
-        "ConfigError",
-        "DataError",
-        "NotFilledError",
-        "PassError",
-        "QuantizerError",
-        "SelectorError",
-        "SurgeryError",
-        "TraceError",
-        "WeightsMismatchError",
-    ),
+    "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),
     "surgery.model.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.telemetry.report": ("Report",),
-    "surgery.adapters.reservation": ("reserve",),
+    "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -13,8 +13,8 @@ from torch import nn
 
 import patches
 from surgery.adapters.attach import needs_weights
-from surgery.adapters.base_model import name_base
 from surgery.adapters.folder import make_room
+from surgery.adapters.metadata import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.comm.background import return_freed_memory, undisturbed
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank

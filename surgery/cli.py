@@ -91,7 +91,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _message(error: BaseException) -> str:
-    """What went wrong, and under it what caused that, as far as the message does not already say so."""
+    """The message, and under it those of its causes that it does not already contain."""
     lines = [str(error)]
     cause = error.__cause__
     while cause is not None:

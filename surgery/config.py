@@ -1,4 +1,4 @@
-"""What a user chooses, as frozen data: how to quantize, where packed weights live, how to shard, in which precision."""
+"""Choices of a user, as frozen data: quantization, placement of packed weights, sharding, precision."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parse_placement(value: str) -> Placement:
 
 @dataclass(frozen=True)
 class Quant:
-    """How linear weights are quantized to 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
+    """Quantization of linear weights to 4 bits (QLoRA, https://arxiv.org/abs/2305.14314).
 
     quant_type: `nf4` (normal float, the paper's) or `fp4`.
     blocksize: elements that share one absmax.
@@ -211,13 +211,11 @@ class Precision:
     grad_scaler: bool = False
 
     def mixed_precision(self) -> MixedPrecision | None:
-        """What FSDP1 is told: never a cast of parameters, since packed weights are among them; gradients of 16-bit
-        adapters are reduced in float32.
-        """
+        """Mixed precision of FSDP1: gradients of 16-bit adapters in float32; no parameter, being packed, is cast."""
         return None if self.dtype == torch.float32 else MixedPrecision(reduce_dtype=torch.float32)
 
     def mixed_precision_policy(self) -> MixedPrecisionPolicy | None:
-        """The same for FSDP2."""
+        """Mixed precision of FSDP2, as for FSDP1."""
         return None if self.dtype == torch.float32 else MixedPrecisionPolicy(reduce_dtype=torch.float32)
 
 

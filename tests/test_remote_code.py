@@ -108,7 +108,7 @@ def test_a_chat_template_is_kept_in_its_sandbox() -> None:
 def test_the_same_tokenizer_without_code_of_its_own_is_loaded(folder: Path) -> None:
     """A class that transformers has is taken, whatever the file beside it says."""
     from surgery.checkpoint import Checkpoint
-    from surgery.finetune.prepare import load_tokenizer
+    from surgery.finetune.dataset import load_tokenizer
 
     bring_code(folder)
     file = folder / "tokenizer_config.json"

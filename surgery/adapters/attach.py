@@ -19,32 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["PLAIN", "adapted_by_peft", "appearing_real", "drawing_from", "draws_later", "needs_weights"]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
-PLAIN = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
+PLAIN = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+})  # fmt: skip
 
 #: Values of `init_lora_weights` that are drawn at random, without a look at anything.
 RANDOM = (True, False, "gaussian")
@@ -57,10 +37,7 @@ def needs_weights(lora: LoraConfig) -> bool:
 
 
 def draws_later(lora: LoraConfig) -> bool:
-    """Whether initial values can be drawn after PEFT has built the adapters: nothing that it builds depends on them.
-
-    So it is if no option is set but those known to have nothing to do with them, whatever options there will be.
-    """
+    """Whether initial values can be drawn after PEFT has built the adapters: no option set may depend on them."""
     default = type(lora)()
     others = [name for name in vars(lora) if name not in PLAIN and vars(lora)[name] != vars(default).get(name)]
     return lora.init_lora_weights in RANDOM and not others
@@ -107,29 +84,19 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             for name, found in module._parameters.items():
                 if found is not None and found in originals:
-                    module._parameters[name] = _like(originals[found], found)
-
-
-def _like(original: nn.Parameter, stand_in: nn.Parameter) -> nn.Parameter:
-    original.requires_grad = stand_in.requires_grad
-    return original
+                    originals[found].requires_grad = found.requires_grad
+                    module._parameters[name] = originals[found]
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
-    """`peft.get_peft_model`, and all that is trainable in `dtype`; `lora` stays as it is.
+    """Adapt `model` as `peft.get_peft_model` does, with all that is trainable in `dtype`; `lora` stays as it is.
 
-    But for copies that PEFT makes of whole modules: they have the dtypes of those, which upstream may keep in another.
+    Copies that PEFT makes of whole modules keep the dtypes of those.
     """
     from peft import get_peft_model
 
     adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
-    copies = {parameter for saved in _saved_modules(adapted) for parameter in saved.parameters()}
+    saved = [module._modules.get("modules_to_save") for module in adapted.modules()]
+    copies = {parameter for module in saved if module is not None for parameter in module.parameters()}
     convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)
     return adapted
-
-
-def _saved_modules(adapted: nn.Module) -> Iterator[nn.Module]:
-    for wrapper in adapted.modules():
-        saved = wrapper._modules.get("modules_to_save")
-        if saved is not None:
-            yield saved

@@ -61,7 +61,7 @@ class Initial:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeferredValues:
-    """What is to be drawn, in order, for which parameters; `made` has shape and dtype of every tensor by its number."""
+    """Values to draw, in order, and their parameters; `made` has shape and dtype of every tensor by its number."""
 
     made: Sequence[tuple[torch.Size, torch.dtype]]
     steps: Sequence[Step]
@@ -70,7 +70,7 @@ class DeferredValues:
 
 @dataclass(kw_only=True, eq=False)
 class _Stand:
-    """What stands for the tensor `number` after `casts`: one element, `shown` as often as its shape says."""
+    """Stand-in for the tensor `number` after `casts`: one element, `shown` as often as its shape says."""
 
     shown: torch.Tensor
     number: int
@@ -111,11 +111,13 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
             self._steps.append(Step(number=self._filled(stands[0]), operator=func, args=args[1:]))
             return args[0]
         if func is aten._to_copy.default and _is_on_cpu(kwargs):
-            return self._as(stands[0], kwargs.get("dtype") or args[0].dtype)
+            stand, cast = stands[0], kwargs.get("dtype") or args[0].dtype
+            self._cast.add(stand.number)
+            return self._shown(stand.shown.shape, cast, number=stand.number, casts=(*stand.casts, cast))
         raise NotImplementedError(f"{func} wants values of an adapter that are not drawn yet")
 
     def take(self, model: nn.Module) -> DeferredValues:
-        """What was written down for parameters of `model`, which move to meta. To be called after the block."""
+        """Values that were asked for by parameters of `model`, which move to meta. To be called after the block."""
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -156,10 +158,6 @@ class Undrawn(TorchDispatchMode):  # type: ignore[no-untyped-call]  # upstream's
         self._stands[shown.untyped_storage()._cdata] = _Stand(shown=shown, number=number, casts=casts)
         return shown
 
-    def _as(self, stand: _Stand, dtype: torch.dtype) -> torch.Tensor:
-        self._cast.add(stand.number)
-        return self._shown(stand.shown.shape, dtype, number=stand.number, casts=(*stand.casts, dtype))
-
     def _filled(self, stand: _Stand) -> int:
         """The number of what `stand` stands for. What was cast before it is filled becomes a tensor of its own."""
         if stand.casts:
@@ -191,7 +189,7 @@ class Drawing:
     _drawn: torch.Tensor = field(init=False)
 
     def run(self) -> None:
-        """Draw them, holding few whole ones at a time. Raises `StoppedError` once `stop` is set."""
+        """Draw the values, holding few whole tensors at a time. Raises `StoppedError` once `stop` is set."""
         generator = torch.Generator()
         generator.set_state(self.rng_state)
         users: dict[int, list[Initial]] = {}
@@ -217,7 +215,7 @@ class Drawing:
         self._drawn = generator.get_state()
 
     def go_on(self) -> None:
-        """Have torch's generator stand where it would if it had drawn them, provided that it stands at `rng_state`."""
+        """Advance torch's generator as if it had drawn the values, provided that it stands at `rng_state`."""
         if torch.equal(torch.get_rng_state(), self.rng_state):
             torch.set_rng_state(self._drawn)
 
@@ -234,8 +232,9 @@ class Drawing:
 
 
 def _together(values: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """`values`, all of one dtype, each in memory of its own on `device`, which they move to in one transfer: each of
-    many would wait for what else the device does.
+    """Move `values`, all of one dtype, to memory of their own on `device`, in one transfer.
+
+    Each of many transfers would wait for what else the device does.
     """
     if device.type == "cpu" or not values:
         return list(values)

@@ -19,22 +19,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.adapters import tokenizer as tokenizer_files
-from surgery.adapters.lock import locked
-from surgery.adapters.place import allocate, made, refuse_base, refuse_model, refuse_what_stays
+from surgery.adapters.metadata import TOKENIZER_FILES, tokenizer_sizes
+from surgery.adapters.place import allocate, locked, made, refuse_base, refuse_model, refuse_what_stays
 from surgery.checkpoint.header import read_header
+from surgery.comm.environment import default_device, launched_world_size
+from surgery.comm.failures import everyone
+from surgery.comm.ranks import current_ranks
 from surgery.errors import AdapterError, CheckpointError, ConfigError
 from surgery.telemetry.atomic import remove_partials, sync, write_safetensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["AdapterFolder", "hold", "make_room"]
+__all__ = ["AdapterFolder", "hold", "make_room", "reserve"]
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 
 #: What may be written, or replaced, beside an adapter; the last by `surgery finetune`.
-_COMPANIONS = (CARD, *tokenizer_files.NAMES, "summary.json")
+_COMPANIONS = (CARD, *TOKENIZER_FILES, "summary.json")
 
 #: A key of the metadata of `WEIGHTS`: names of the tokenizer's files that were saved with them, as a JSON list.
 _TOKENIZER = "tokenizer_files"
@@ -97,7 +99,7 @@ def make_room(nbytes: int, *, base: Path) -> None:
     """
     for folder in _held.values():
         refuse_base(folder.path, base)
-        sizes = tokenizer_files.tokenizer_sizes(base)
+        sizes = tokenizer_sizes(base)
         total = nbytes + sum(sizes)
         # Beside the tokenizer: weights, configuration, card and summary.
         folder.make_room(total + total // 64 + _BESIDE, files=4 + len(sizes))
@@ -111,7 +113,7 @@ class AdapterFolder:
         self._staged, self._whole = path / STAGED, path / WHOLE
 
     def settle(self) -> None:
-        """Finish a save that had become whole, and remove what had not. Raises `OSError`."""
+        """Finish a save that was whole, and remove one that was not. Raises `OSError`."""
         if self._staged.exists():
             shutil.rmtree(self._staged)
         remove_partials(self.path)
@@ -119,7 +121,7 @@ class AdapterFolder:
             self._move_in_place()
 
     def leave(self) -> None:
-        """The same as `settle`, at the end: what fails here is done by the next who holds the folder."""
+        """Settle at the end of the block; what fails is done by the next who holds the folder."""
         with suppress(OSError):
             self.settle()
 
@@ -218,7 +220,7 @@ class AdapterFolder:
         sync(self._staged)
 
     def _drop_unchanged(self) -> None:
-        """If nothing but weights and card differs from what is in place, leave the rest there: one rename is enough."""
+        """Leave in place all but weights and card, if nothing else differs: one rename is then enough."""
         others = [file for file in self._staged.iterdir() if file.name not in (WEIGHTS, CARD)]
         if self._outdated(self._staged) or not all(_is_same(file, self.path / file.name) for file in others):
             return
@@ -228,7 +230,7 @@ class AdapterFolder:
     def _outdated(self, new: Path) -> list[Path]:
         """Files in place that the earlier adapter has saved of its tokenizer, which has other files in `new`."""
         names = {file.name for file in new.iterdir()}
-        if names.isdisjoint(tokenizer_files.NAMES):
+        if names.isdisjoint(TOKENIZER_FILES):
             return []
         saved = _saved_tokenizer(self.path / WEIGHTS)
         return [self.path / name for name in saved if name not in names and (self.path / name).exists()]
@@ -253,7 +255,7 @@ def _saved_tokenizer(weights: Path) -> list[str]:
         names = set(json.loads(read_header(weights).metadata.get(_TOKENIZER, "[]")))
     except (CheckpointError, ValueError, TypeError):
         return []
-    return sorted(names.intersection(tokenizer_files.NAMES))
+    return sorted(names.intersection(TOKENIZER_FILES))
 
 
 def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -283,3 +285,31 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _is_same(file: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(file, other, shallow=False)
+
+
+@contextmanager
+def reserve(
+    directory: str | os.PathLike[str], *, overwrite: bool = True, device: torch.device | None = None
+) -> Iterator[None]:
+    """A block in which `save_adapter(model, directory)` will find a place; to be entered on all ranks alike.
+
+    Rank 0 makes the folder, writes to it, finishes or removes what killed processes have left there, and locks it until
+    the block ends. `surgery.qlora` in the block also reserves the disk space that its adapter will need, before it
+    reads a weight.
+
+    Args:
+        directory: for the adapter; links are followed.
+        overwrite: whether an adapter that is there, or a file of a name that one has, may be replaced.
+        device: on which the process group speaks; None means this rank's accelerator, or the CPU.
+
+    Raises:
+        ConfigError: the folder cannot be written, another process has it, it is that of a whole model, or there is an
+            adapter, or a file of a name that one has, which may not be replaced.
+        PeerError: on the other ranks.
+    """
+    ranks = current_ranks(launched_world_size())
+    with ExitStack() as stack:
+        with everyone(ranks, device=device or default_device()):
+            if ranks.rank == 0:
+                stack.enter_context(hold(directory, overwrite=overwrite))
+        yield

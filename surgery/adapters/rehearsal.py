@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from surgery.adapters.attach import adapted_by_peft
-from surgery.adapters.keys import by_peft_key
-from surgery.adapters.names import check_built, check_modules, check_targets, unknown_targets
+from surgery.adapters.options import check_built, check_modules, check_targets, unknown_targets
+from surgery.adapters.save import by_peft_key
 from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
@@ -47,7 +47,7 @@ def rehearse(
     quant: QuantFormat,
     strategy: ShardStrategy,
 ) -> tuple[Trained, ...]:
-    """What PEFT will make trainable in `model`, which is on meta, and stays as it is.
+    """Parameters that PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
     quantized: its modules that will be in the format `quant`, whose dtype adapters have.
 
@@ -67,7 +67,7 @@ def rehearse(
         raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
     packed = {made[module] for module in quantized if module in made}
     _check_quantized(adapted, packed)
-    tried = [_site(site, made) for site in blocks if site not in alike]
+    tried = [Site(fqn=PEFT_PREFIX + site.fqn, module=made[site.module]) for site in blocks if site not in alike]
     strategy.check_adapted(adapted, tried, _kept(adapted, packed, quant.dtype))
     _check_saving(adapted)
     own = [
@@ -92,7 +92,7 @@ def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dty
 
 
 def _check_saving(adapted: PeftModel) -> None:
-    """Name what would be saved, as `save_adapter` does once it has gathered it."""
+    """Refuse adapters that `save_adapter` could not save."""
     every = adapted.named_parameters(remove_duplicate=False)
     try:
         by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
@@ -128,11 +128,8 @@ def _is_uniform(lora: Any) -> bool:
     named = (lora.target_modules, lora.exclude_modules, lora.modules_to_save, parameters)
     patterns = (*named, lora.rank_pattern, lora.alpha_pattern, indices if isinstance(indices, dict) else None)
     names = [name for each in patterns for name in ([each] if isinstance(each, str) else each or ())]
-    return not any(numbers) and all(name.lower() == "all-linear" or _is_plain(name) for name in names)
-
-
-def _is_plain(name: str) -> bool:
-    return all(part.isidentifier() for part in name.split("."))
+    plain = all(name.lower() == "all-linear" or all(map(str.isidentifier, name.split("."))) for name in names)
+    return plain and not any(numbers)
 
 
 def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
@@ -161,12 +158,8 @@ def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Train
                 yield Trained(fqn=join(site.fqn, each.fqn.removeprefix(start)), shape=each.shape, is_base=each.is_base)
 
 
-def _site(site: Site, made: dict[nn.Module, nn.Module]) -> Site:
-    return Site(fqn=f"{PEFT_PREFIX}{site.fqn}", module=made[site.module])
-
-
 def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
-    """A copy of a 4-bit weight, or an adapter of its packed form, would be trained as if its bits were numbers."""
+    """Refuse copies of 4-bit weights and adapters of their packed form: bits would be trained as numbers."""
     for name, module in adapted.named_modules():
         fqn = name.removeprefix(PEFT_PREFIX)
         if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):

@@ -1,29 +1,29 @@
-"""Saving the adapter of a model that is sharded, without ever gathering its base weights."""
+"""Saving the adapter of a sharded model under the keys of PEFT, without ever gathering its base weights."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from surgery.adapters.base_model import base_folder, config_to_save
-from surgery.adapters.card import render_card
 from surgery.adapters.folder import AdapterFolder, hold
-from surgery.adapters.keys import active_adapter, by_peft_key, find_peft_model
+from surgery.adapters.metadata import base_folder, config_to_save, read_tokenizer, render_card
 from surgery.adapters.place import refuse_base
-from surgery.adapters.tokenizer import read_tokenizer
 from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import current_ranks
+from surgery.errors import AdapterError, ConfigError
+from surgery.model.fqn import PEFT_PREFIX, clean, split
+from surgery.model.twin import twin_of
 from surgery.sharding.base import strategy_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["adapter_state", "peft_state", "save_adapter"]
+__all__ = ["active_adapter", "adapter_state", "by_peft_key", "find_peft_model", "peft_state", "save_adapter"]
 
 
 @together()
@@ -65,7 +65,7 @@ def save_adapter(
 
 @together()
 def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that belongs into the file of the active adapter, by PEFT's keys, on rank 0's CPU; empty on the others.
+    """The tensors of the active adapter's file, by PEFT's keys, on rank 0's CPU; empty on the others.
 
     Whole trainable parameters, and buffers of the copies of `modules_to_save`. Call it on all ranks alike; they raise
     `AdapterError` together if something would be left out.
@@ -73,14 +73,12 @@ def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
     ranks = current_ranks()
     state = adapter_state(model)
     with everyone(ranks, device=_device(model)):
-        return _by_peft_key(model, state) if ranks.rank == 0 else {}
-
-
-def _by_peft_key(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix, adapted = find_peft_model(model)
-    start = f"{prefix}." if prefix else ""
-    found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
-    return {key: tensor.cpu() for key, tensor in found.items()}
+        if ranks.rank != 0:
+            return {}
+        prefix, adapted = find_peft_model(model)
+        start = f"{prefix}." if prefix else ""
+        found = by_peft_key(adapted, {name.removeprefix(start): tensor for name, tensor in state.items()})
+        return {key: tensor.cpu() for key, tensor in found.items()}
 
 
 @together()
@@ -109,3 +107,96 @@ def _write(
     folder.save(
         state, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
     )
+
+
+def find_peft_model(model: nn.Module) -> tuple[str, PeftModel]:
+    """The `PeftModel` that is `model`, or is inside of it, and its FQN without wrappers."""
+    from peft import PeftModel
+
+    for name, module in model.named_modules():
+        if isinstance(module, PeftModel):
+            return clean(name), module
+    raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
+
+
+def active_adapter(model: PeftModel) -> str:
+    """The name of the one adapter of `model` that is active, which is the one that is trained and saved."""
+    active = list(model.active_adapters)
+    if len(active) == 1:
+        return active[0]
+    raise ConfigError(
+        f"expected one active adapter, found {len(active)}{': ' + ', '.join(active) if active else ''}: choose the one "
+        "to save with model.set_adapter(name)"
+    )
+
+
+def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state`, whole tensors of `model` by FQN, under the keys that PEFT has for the active adapter in a file, together
+    with the buffers of modules that are saved whole.
+
+    What PEFT takes, and how it calls it, follows from names and the configuration. So it is asked about a copy of the
+    tree that has these tensors and no wrappers: FSDP1 takes a question of one rank for a collective, and its names
+    stand in the way of PEFT's.
+
+    Raises `AdapterError` naming what PEFT leaves out, or would not find again, or if there is nothing at all.
+    """
+    from peft import get_peft_model_state_dict
+
+    adapter = active_adapter(model)
+    state = {**state, **_buffers(model, adapter)}
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        parent, leaf = split(name)
+        held.setdefault(parent, {})[leaf] = tensor
+    bare = twin_of(model, lambda fqn, _: held.get(fqn, {}))[model]
+    # The base embeddings are as they were; "auto" would look for their size on the hub.
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        bare, state_dict=state, adapter_name=adapter, save_embedding_layers=False
+    )
+    taken = {id(tensor) for tensor in found.values()}
+    missing = [name for name, tensor in state.items() if id(tensor) not in taken]
+    if found and not missing:
+        _check_read_back(bare, found, adapter)
+        return found
+    raise AdapterError(
+        f"PEFT left out {len(missing)} of {len(state)} trainable parameters"
+        f"{': ' + ', '.join(missing[:4]) if missing else ', since there is none'}. Nothing was saved; report it with "
+        "the output of `patches check`",
+        missing=missing,
+    )
+
+
+def _check_read_back(model: Any, found: Mapping[str, torch.Tensor], adapter: str) -> None:
+    """Ask PEFT's loader for the names under which it would look for these keys.
+
+    peft 0.21.2 applies to them what transformers has for the keys of checkpoints, `mlp.shared_expert.` of Laguna say,
+    where a dot is any character; what has lost its name so is left as it was drawn, with no more than a warning.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # older releases take a file's keys as they are
+        return
+    meta = {key: torch.empty_like(tensor, device="meta") for key, tensor in found.items()}
+    read = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], meta, adapter)
+    lost = sorted(meta.keys() - read.keys())
+    if not lost:
+        return
+    modules = sorted({key.partition(".lora_")[0].removeprefix(PEFT_PREFIX) for key in lost})
+    raise AdapterError(
+        f"PEFT would save {len(lost)} of {len(found)} tensors of this adapter, and not find them when it loads it, "
+        f"since it takes their names for those of a checkpoint: {', '.join(modules[:4])}"
+        f"{', ...' if len(modules) > 4 else ''}. Leave these modules out (exclude_modules)",
+        missing=lost,
+    )
+
+
+def _buffers(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Persistent buffers, by FQN, of the copies that `modules_to_save` has made for `adapter`."""
+    found: dict[str, torch.Tensor] = {}
+    for prefix, module in model.named_modules():
+        if f".modules_to_save.{adapter}" not in prefix:
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[clean(f"{prefix}.{name}")] = buffer.detach()
+    return found

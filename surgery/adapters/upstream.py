@@ -23,10 +23,6 @@ def _given_model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any
     return args[0] if args else kwargs["model"]
 
 
-def _own_model(instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
-    return instance.model
-
-
 @patches.register(
     "peft.adapters-of-meta",
     target="peft.tuners.tuners_utils:BaseTuner.inject_adapter",
@@ -38,37 +34,32 @@ def _own_model(instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -
 def keep_initial_values(
     wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Adapters on the CPU with their values, around base weights on meta."""
+    """Keep adapters on the CPU with their values, around base weights on meta."""
     model: nn.Module = _given_model(_instance, args, kwargs)
     with appearing_real(model):
         return wrapped(*args, **kwargs)
 
 
-@patches.register(
-    "peft.no-merge-before-fill",
-    target="peft.tuners.tuners_utils:BaseTuner.merge_adapter",
-    reason="adapters merged into weights on meta are lost without a word when these are filled",
-    upstream=_PEFT,
-    requires={"peft": ">=0.18"},
-    subject=_own_model,
-)
-def refuse_merging(
-    _wrapped: Callable[..., Any], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
-) -> NoReturn:
-    """Raise `NotFilledError`."""
-    raise NotFilledError("merge_adapter()")
+def _refusing(use: str) -> Callable[..., NoReturn]:
+    """A wrapper that raises `NotFilledError` for `use`."""
+
+    def refuse(
+        _wrapped: Callable[..., Any], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    ) -> NoReturn:
+        raise NotFilledError(use)
+
+    return refuse
 
 
-@patches.register(
-    "peft.no-unload-before-fill",
-    target="peft.tuners.tuners_utils:BaseTuner._unload_and_optionally_merge",
-    reason="adapters merged into weights on meta are lost without a word when these are filled",
-    upstream=_PEFT,
-    requires={"peft": ">=0.18"},
-    subject=_own_model,
-)
-def refuse_unloading(
-    _wrapped: Callable[..., Any], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]
-) -> NoReturn:
-    """Raise `NotFilledError`."""
-    raise NotFilledError("merge_and_unload()")
+for _id, _method, _use in (
+    ("peft.no-merge-before-fill", "merge_adapter", "merge_adapter()"),
+    ("peft.no-unload-before-fill", "_unload_and_optionally_merge", "merge_and_unload()"),
+):
+    patches.register(
+        _id,
+        target=f"peft.tuners.tuners_utils:BaseTuner.{_method}",
+        reason="adapters merged into weights on meta are lost without a word when these are filled",
+        upstream=_PEFT,
+        requires={"peft": ">=0.18"},
+        subject=lambda instance, _args, _kwargs: instance.model,
+    )(_refusing(_use))

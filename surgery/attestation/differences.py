@@ -1,4 +1,4 @@
-"""What an attestation says: that all is as quantized, or where it is not."""
+"""The result of an attestation, and the error with all differences."""
 
 from __future__ import annotations
 

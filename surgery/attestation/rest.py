@@ -1,7 +1,11 @@
-"""Compare what ranks hold between uses, shards and `quant_state`, with what was quantized."""
+"""Compare what ranks hold between uses, shards and `quant_state`, with what was quantized.
+
+Functions are collective, on one rank too, unless they say otherwise.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,16 +14,116 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from surgery.attestation.agreement import add_up, of_all_ranks, rank, spread
 from surgery.attestation.differences import Difference
-from surgery.quantizers.digest import Piece, Record, Records, Sums, on_cpu, page_count, page_sums, pages_between
+from surgery.comm.collectives import all_gather_single, gather_objects
+from surgery.quantizers.digest import Piece, Record, Records, Sums, cut, on_cpu, page_count, page_sums, pages_between
 from surgery.sharding.base import Shard
 
-__all__ = ["shard_differences", "state_differences"]
+__all__ = [
+    "add_up",
+    "complete",
+    "fingerprint",
+    "gather_whole",
+    "rank",
+    "shard_differences",
+    "spread",
+    "state_differences",
+    "state_disagreements",
+]
+
+
+def rank() -> int:
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def add_up(
+    vectors: Sequence[torch.Tensor], *, device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[torch.Tensor]:
+    """The sums over the ranks of `group` of int64 `vectors`, modulo 2**64, on the CPU; `device` is what it speaks."""
+    if not dist.is_initialized() or not vectors:
+        return list(vectors)
+    together = torch.cat(list(vectors)).to(device)
+    dist.all_reduce(together, group=group)
+    return cut(together.cpu(), [each.numel() for each in vectors])
+
+
+def spread(own: Sums, nbytes: int) -> torch.Tensor:
+    """Page sums of a part, extended to the whole with zeros; `(pages,)` int64 on the CPU."""
+    whole = torch.zeros(page_count(nbytes), dtype=torch.int64)
+    pages = pages_between(own.start, own.stop)
+    whole[pages.start : pages.stop] = own.pages
+    return whole
+
+
+def complete(records: Sequence[Record]) -> None:
+    """Complete the records, once, with page sums and digests of whole weights, from the sums of all ranks."""
+    waiting = [each for each in records if each.whole is None]
+    if not waiting:
+        return
+    vectors = [spread(each.own, each.nbytes) for each in waiting]
+    for each, whole in zip(waiting, add_up(vectors, device=waiting[0].device), strict=True):
+        each.whole = whole
+        each.digest = _digest(each, whole)
+
+
+def state_disagreements(records: Sequence[Record]) -> list[Difference]:
+    """Layers of which a rank has computed another `quant_state` than rank 0; the others return nothing.
+
+    All compute it from the same statistics, but devices of different kinds may differ.
+    """
+    if len(set(gather_objects(fingerprint(records)))) == 1:
+        return []
+    mine = {each.fqn: each.digest for each in records}
+    by_rank = gather_objects(mine)
+    if rank() != 0:
+        return []
+    what = "as quantized is not what rank 0 has quantized"
+    return [
+        Difference(layer=fqn, where="quant_state", ranks=(number,), what=what)
+        for number, found in enumerate(by_rank)
+        for fqn, digest in found.items()
+        if digest != by_rank[0][fqn]
+    ]
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """Fingerprint of the layers as they were quantized: 16 hexadecimal digits. Not collective."""
+    return _hash(part.encode() for each in records for part in (each.fqn, each.digest))
+
+
+def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Tensor:
+    """The packed weight that `shard` is a part of, `(nbytes,)` uint8 on the CPU; as bytes all the way."""
+    mine = shard.piece.data.detach().reshape(-1).view(torch.uint8)
+    if shard.group is None:
+        return mine.cpu()
+    ranges = gather_objects((shard.piece.start, shard.piece.stop), shard.group)
+    longest = max(stop - start for start, stop in ranges)
+    sent = torch.zeros(longest, dtype=torch.uint8, device=device)
+    sent[: mine.numel()] = mine
+    received = torch.empty(len(ranges) * longest, dtype=torch.uint8, device=device)
+    all_gather_single(received, sent, group=shard.group)
+    whole = torch.zeros(nbytes, dtype=torch.uint8)
+    for (start, stop), part in zip(ranges, received.cpu().view(-1, longest), strict=True):
+        whole[start:stop] = part[: stop - start]
+    return whole
+
+
+def _digest(record: Record, whole: torch.Tensor) -> str:
+    sums = {"weight": whole, **record.states}
+    tensors = (part for name, pages in sums.items() for part in (name.encode(), pages.numpy().tobytes()))
+    return _hash([*tensors, *(f"{name} {text}".encode() for name, text in record.settings.items())])
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def state_differences(records: Records) -> list[Difference]:
-    """Where `quant_state` on this rank is not what it was; not collective."""
+    """Differences of `quant_state` on this rank from what it was; not collective."""
     now = {layer: record.quant.state_of(layer) for layer, record in records.items()}
     tensors = {layer: record.quant.state_tensors(now[layer]) for layer, record in records.items()}
     wanted = [(layer, name) for layer, record in records.items() for name in record.states]
@@ -53,7 +157,7 @@ def _differing(one: torch.Tensor, other: torch.Tensor) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Held:
-    """What this rank holds of one layer. is_known: these are the bytes that it has vouched for, or none at all."""
+    """Part of one layer on this rank. is_known: these are the bytes that it has vouched for, or none at all."""
 
     record: Record
     shard: Shard
@@ -61,12 +165,12 @@ class _Held:
     is_known: bool
 
     def differing(self) -> list[int]:
-        """Of bytes that are known, the pages that are not as they were."""
+        """Pages that are not as they were, of known bytes."""
         return _differing(self.sums.pages, self.record.own.pages) if self.sums.pages.numel() else []
 
 
 def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> list[Difference]:
-    """Where packed weights on this rank are not what they were; collective. `records` are complete.
+    """Differences of packed weights on this rank from what they were; collective. `records` are complete.
 
     A rank that holds the bytes that it has vouched for compares them by itself. Where the sharding has cut elsewhere,
     sums are added up over the ranks that hold a weight among them. Of a page that is wrong, and that several of them
@@ -75,7 +179,7 @@ def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> li
     sums = on_cpu(page_sums([shards[layer].piece for layer in records]))
     held = [_held(record, shards[layer], pages) for (layer, record), pages in zip(records.items(), sums, strict=True)]
     own = {each.record.fqn: pages for each in held if each.is_known and (pages := each.differing())}
-    if all(of_all_ranks(all(each.is_known for each in held))):
+    if all(gather_objects(all(each.is_known for each in held))):
         return [_at_rest(each.record, (rank(),), own[each.record.fqn]) for each in held if each.record.fqn in own]
     return _shared_differences(held, own)
 
@@ -96,13 +200,13 @@ def _at_rest(record: Record, ranks: tuple[int, ...], pages: Sequence[int]) -> Di
 
 
 def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]]) -> list[Difference]:
-    """Of weights whose parts do not add up; vouches for the parts of those that do. `own`: pages known to differ."""
+    """Differences of weights whose parts do not add up; vouches for the others. `own`: pages known to differ."""
     wrong = _not_adding_up(held)
     for each in held:
         if each.record.fqn not in wrong:
             each.record.own = each.sums
-    anywhere = {fqn for of_rank in of_all_ranks(list(wrong)) for fqn in of_rank}
-    claims = of_all_ranks(
+    anywhere = {fqn for of_rank in gather_objects(list(wrong)) for fqn in of_rank}
+    claims = gather_objects(
         {fqn: _claim(each, adds_up=fqn not in wrong) for each in held if (fqn := each.record.fqn) in anywhere}
     )
     found = []
@@ -115,7 +219,7 @@ def _shared_differences(held: Sequence[_Held], own: Mapping[str, Sequence[int]])
 
 
 class _Claim(NamedTuple):
-    """What a rank says of its part of a weight that is wrong somewhere; `is_right` is None if it does not know."""
+    """Statement of a rank on its part of a weight that is wrong somewhere; `is_right` is None if it is unknown."""
 
     start: int
     stop: int
@@ -157,14 +261,10 @@ def _not_adding_up(held: Sequence[_Held]) -> dict[str, list[int]]:
         groups.setdefault(each.shard.group, []).append(each)
     wrong = {}
     for group, members in groups.items():
-        for each, total in zip(members, _totals(members, group), strict=True):
+        totals = [spread(each.sums, each.record.nbytes) for each in members]
+        if group is not None:  # else there is nothing to add: this rank holds everything
+            totals = add_up(totals, device=members[0].record.device, group=group)
+        for each, total in zip(members, totals, strict=True):
             assert each.record.whole is not None
             wrong[each.record.fqn] = _differing(total, each.record.whole)
     return {fqn: pages for fqn, pages in wrong.items() if pages}
-
-
-def _totals(members: Sequence[_Held], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    vectors = [spread(each.sums, each.record.nbytes) for each in members]
-    if group is None:  # nothing to add: this rank holds everything
-        return vectors
-    return add_up(vectors, device=members[0].record.device, group=group)

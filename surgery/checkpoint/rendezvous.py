@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from surgery.comm.collectives import gather_objects
 from surgery.comm.environment import local_rank
 from surgery.errors import CheckpointError
 
@@ -36,14 +37,12 @@ class Rendezvous:
         """Give every rank the values of all ranks, in rank order. A value must pickle."""
         if self.group is None:
             return [mine]
-        everyone: list[T | None] = [None] * dist.get_world_size(self.group)
         try:
-            dist.all_gather_object(everyone, mine, group=self.group)
+            return gather_objects(mine, self.group)
         except RuntimeError as error:
             raise CheckpointError(
                 f"A rank has ended while others waited for it to open a checkpoint: {error}"
             ) from error
-        return everyone  # type: ignore[return-value]  # every slot is filled now
 
     def run(self, work: Callable[[], T] | None) -> list[T | None]:
         """Run `work` on the ranks that have some, and give every rank the results of all ranks.

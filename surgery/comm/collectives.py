@@ -1,11 +1,12 @@
-"""What ranks send each other while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
+"""Collectives: objects and statistics to all ranks, parts of a tensor to the rank that keeps it.
 
-Everything travels as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
+Tensors travel as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ import torch.distributed as dist
 from surgery.comm.device_to_host import HostCopies
 from surgery.comm.failures import noticing_ends
 
-__all__ = ["all_gather_flat", "all_gather_single", "gather_parts", "gather_to_rank0", "scatter_parts"]
+__all__ = ["all_gather_flat", "all_gather_single", "gather_objects", "gather_parts", "gather_to_rank0", "scatter_parts"]
+
+T = TypeVar("T")
 
 #: The name since torch 2.13, where the older one warns.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,6 +24,15 @@ all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_
 #: Bytes that a rank sends at a time to rank 0, which has memory for one such run of every rank. On a CPU there is
 #: nothing to gain by more, and glibc would not give larger pieces back.
 RUN_BYTES = {"cuda": 16 << 20, "cpu": 1 << 20}
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The `value` of every rank of `group` (None: of all), in rank order; it must pickle. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered  # type: ignore[return-value]  # each rank has filled its own
 
 
 def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:

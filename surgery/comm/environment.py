@@ -1,4 +1,4 @@
-"""The launcher's word on this process: rank and world size, of the job and of the node, as torchrun sets them."""
+"""Rank and world size, of the job and of the node, as torchrun sets them in the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
 
-__all__ = ["default_device", "launched_rank", "launched_world_size", "local_rank", "local_world_size"]
+__all__ = ["default_device", "expect_number", "launched_rank", "launched_world_size", "local_rank", "local_world_size"]
 
 
 def launched_rank() -> int | None:
@@ -30,6 +30,17 @@ def local_rank() -> int | None:
 def local_world_size() -> int | None:
     """`LOCAL_WORLD_SIZE`, how many ranks this node has, or None. Raises `ConfigError` for anything but a number."""
     return _number("LOCAL_WORLD_SIZE")
+
+
+def expect_number(name: str, *, least: int, advice: str) -> int:
+    """The variable `name`, a number of `least` or more. Raises `ConfigError`, with `advice`, for anything else."""
+    value = os.environ.get(name)
+    number = None if value is None else whole_number(value.removeprefix("-"))
+    if value is None or number is None:
+        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r:.80}; {advice}")
+    if number < least or value.startswith("-"):
+        raise ConfigError(f"expected the environment variable {name} to be {least} or more, found {value}; {advice}")
+    return number
 
 
 def default_device() -> torch.device:

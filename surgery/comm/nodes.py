@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from surgery.telemetry.numbers import whole_number
+from surgery.comm.environment import local_world_size
+from surgery.errors import ConfigError
 
 __all__ = ["Node", "node_ranks"]
 
 
 def node_ranks(rank: int, world_size: int) -> range:
     """The ranks of this node, by `LOCAL_WORLD_SIZE` of torchrun; all ranks where it says nothing that can be right."""
-    size = whole_number(os.environ.get("LOCAL_WORLD_SIZE", "")) or world_size
+    size = world_size
+    with suppress(ConfigError):
+        size = local_world_size() or world_size
     if not 0 < size < world_size or world_size % size:
         return range(world_size)
     first = rank // size * size

@@ -1,12 +1,11 @@
-"""Arguments of the command line that are more than a name or a number, as the values that they stand for."""
+"""Choices and arguments of the command line; free of torch, so that it can show its help at once."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import FsdpVersion, QuantStorageName, StrategyName
 from surgery.telemetry.numbers import whole_number
 
 if TYPE_CHECKING:
@@ -14,9 +13,40 @@ if TYPE_CHECKING:
 
     from surgery.config import FSDP1, FSDP2
 
-__all__ = ["parse_list", "parse_mesh", "parse_shard", "parse_storage", "parse_targets", "parse_timeout"]
+__all__ = [
+    "ActivationCheckpointing",
+    "FsdpVersion",
+    "LoggerName",
+    "LoraInit",
+    "OptimizerName",
+    "PrecisionName",
+    "QuantStorageName",
+    "QuantType",
+    "ScheduleName",
+    "StrategyName",
+    "parse_list",
+    "parse_mesh",
+    "parse_shard",
+    "parse_storage",
+    "parse_targets",
+    "parse_timeout",
+]
 
-#: What FSDP2 has for each strategy of FSDP1.
+ActivationCheckpointing: TypeAlias = Literal["none", "reentrant", "non-reentrant"]
+FsdpVersion: TypeAlias = Literal["1", "2"]
+LoggerName: TypeAlias = Literal["tensorboard", "wandb"]
+# pissa and olora are refused, with the reason: they need the unquantized weights.
+LoraInit: TypeAlias = Literal["default", "gaussian", "orthogonal", "pissa", "olora"]
+OptimizerName: TypeAlias = Literal["adamw", "sgd"]
+PrecisionName: TypeAlias = Literal["bf16", "fp32", "bf16-autocast", "fp16-autocast"]
+# uint8 is what bitsandbytes defaults to; under FSDP1 it is refused, with the reason.
+QuantStorageName: TypeAlias = Literal["auto", "bfloat16", "float16", "float32", "uint8"]
+QuantType: TypeAlias = Literal["nf4", "fp4"]
+ScheduleName: TypeAlias = Literal["cosine", "linear", "constant"]
+StrategyName: TypeAlias = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
+
+
+#: Strategies of FSDP1 -> what to do for each with FSDP2.
 OF_FSDP2: dict[StrategyName, str] = {
     "full-shard": "leave it out, since that is what FSDP2 does",
     "shard-grad-op": "use --no-reshard-after-forward",
@@ -36,16 +66,11 @@ def parse_targets(value: str) -> tuple[str, ...]:
 
 
 def parse_storage(name: QuantStorageName) -> torch.dtype | None:
-    """The dtype, or None for `auto`."""
+    """The dtype of that name, or None for `auto`."""
     import torch
 
-    dtypes = {
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "float32": torch.float32,
-        "uint8": torch.uint8,
-    }
-    return dtypes.get(name)
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
 
 
 def parse_mesh(value: str | None) -> tuple[int, int] | None:
@@ -68,39 +93,26 @@ def parse_shard(
     use_orig_params: bool | None = None,
     reshard_after_forward: bool | None = None,
 ) -> FSDP1 | FSDP2:
-    """How to shard; None is what was not given. Raises `ConfigError` for what the other FSDP alone has."""
+    """The options of a sharding; None was not given. Raises `ConfigError` for what only the other FSDP has."""
     from surgery.config import FSDP1, FSDP2
 
     if fsdp == "2":
-        _refuse_options_of_fsdp1(sharding=sharding, use_orig_params=use_orig_params)
+        if sharding is not None:
+            raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
+        if use_orig_params is not None:
+            option = "--use-orig-params" if use_orig_params else "--no-use-orig-params"
+            why = "leave it out, since FSDP2 always keeps each parameter"
+            raise ConfigError(f"{option} is FSDP1's: with --fsdp 2, {why}; or use --fsdp 1")
         return FSDP2(mesh=mesh, reshard_after_forward=reshard_after_forward is not False, cpu_offload=cpu_offload)
-    _refuse_options_of_fsdp2(reshard_after_forward=reshard_after_forward)
+    if reshard_after_forward is not None:
+        option = "--reshard-after-forward" if reshard_after_forward else "--no-reshard-after-forward"
+        instead = "leave it out" if reshard_after_forward else "use --sharding shard-grad-op"
+        raise ConfigError(f"{option} is FSDP2's: with --fsdp 1, {instead}; or use --fsdp 2")
     return FSDP1(
         strategy=sharding or ("full-shard" if mesh is None else "hybrid-shard"),
         mesh=mesh,
         use_orig_params=bool(use_orig_params),
         cpu_offload=cpu_offload,
-    )
-
-
-def _refuse_options_of_fsdp1(*, sharding: StrategyName | None, use_orig_params: bool | None) -> None:
-    if sharding is not None:
-        raise ConfigError(f"--sharding {sharding} is FSDP1's: with --fsdp 2, {OF_FSDP2[sharding]}; or use --fsdp 1")
-    if use_orig_params is not None:
-        option = "--use-orig-params" if use_orig_params else "--no-use-orig-params"
-        raise ConfigError(
-            f"{option} is FSDP1's: with --fsdp 2, leave it out, since FSDP2 always keeps each parameter; or use "
-            "--fsdp 1"
-        )
-
-
-def _refuse_options_of_fsdp2(*, reshard_after_forward: bool | None) -> None:
-    if reshard_after_forward is None:
-        return
-    if reshard_after_forward:
-        raise ConfigError("--reshard-after-forward is FSDP2's: with --fsdp 1, leave it out; or use --fsdp 2")
-    raise ConfigError(
-        "--no-reshard-after-forward is FSDP2's: with --fsdp 1, use --sharding shard-grad-op; or use --fsdp 2"
     )
 
 

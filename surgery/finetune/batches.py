@@ -1,25 +1,30 @@
-"""The order of samples, and who takes which.
+"""The order of samples, the share of each rank, and the learning rate of each step.
 
-A global batch is one optimizer step on all ranks: batch size times accumulation times world size samples. Its
-content depends on the seed and its size alone, so that any layout of ranks with the same global batch trains
-on the same samples in the same steps. Every rank knows the whole plan; nothing has to be exchanged.
+A global batch is one optimizer step on all ranks: batch size times accumulation times world size samples. Its content
+depends on the seed and its size alone, so that any layout of ranks with the same global batch trains on the same
+samples in the same steps. Every rank knows the whole plan; nothing has to be exchanged.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import get_args
 
 import torch
 
+from surgery.errors import ConfigError
+from surgery.finetune.arguments import ScheduleName
 from surgery.finetune.encode import Sample
 
 __all__ = [
     "IGNORED",
     "GlobalBatch",
     "MicroBatch",
+    "Schedule",
     "collate",
     "global_batches",
     "idle",
@@ -33,12 +38,10 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What goes through the model at once.
+    """Samples that go through the model at once.
 
-    `ids` and `targets` are `(batch, length)` int64. `targets[i, t]` is the token that position `t` predicts,
-    the one after it, or `IGNORED`. `mask` is `(batch, length)` int64, 0 at padding, or None where there is
-    none: right padding needs no mask under causal attention, and without one attention kernels take their
-    fast path.
+    All are `(batch, length)` int64. `targets[i, t]` is the token that position `t` predicts, the one after it, or
+    `IGNORED`. `mask` is 0 at padding, or None where there is none: attention kernels then take their fast path.
     """
 
     ids: torch.Tensor
@@ -47,11 +50,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(
-            ids=self.ids.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-        )
+        ids, targets = (tensor.to(device, non_blocking=True) for tensor in (self.ids, self.targets))
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        return MicroBatch(ids=ids, targets=targets, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class GlobalBatch:
 
 
 def steps_in(samples: int, *, size: int, epochs: int | None, max_steps: int | None) -> int:
-    """How many global batches of `size` there are in so many epochs, but at most `max_steps`.
+    """Number of global batches of `size` in so many epochs, but at most `max_steps`.
 
     One of the two limits is given. With `max_steps` alone, epochs follow each other for as long as it takes.
     """
@@ -145,3 +146,38 @@ def idle(sample: Sample) -> MicroBatch:
     """The first two tokens of a sample, none of which is learnt."""
     ids = torch.tensor(sample.ids[:2], dtype=torch.int64).unsqueeze(0)
     return MicroBatch(ids=ids, targets=torch.full_like(ids, IGNORED), mask=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """A linear warmup to `peak`, then cosine or linear decay to 0, or no decay.
+
+    Step 0 learns at `peak / warmup_steps`, the last step of the warmup at `peak`; 0 would be reached one step after the
+    last: no step is wasted at rate 0. Raises `ConfigError` for values out of range.
+    """
+
+    name: ScheduleName
+    peak: float
+    steps: int
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            raise ConfigError(f"expected the schedule to be cosine, linear or constant, found {self.name!r}")
+        if not (self.peak > 0 and math.isfinite(self.peak)):
+            raise ConfigError(f"expected a learning rate above 0, found {self.peak}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ConfigError(
+                f"expected between 0 and {self.steps} warmup steps (there are {self.steps} steps in all), "
+                f"found {self.warmup_steps}"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        if self.name == "constant":
+            return self.peak
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        remaining = 1 - progress if self.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.peak * remaining

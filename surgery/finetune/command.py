@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
-from surgery.finetune.arguments import parse_list, parse_mesh, parse_shard, parse_storage, parse_targets, parse_timeout
-from surgery.finetune.choices import (
+from surgery.finetune.arguments import (
     ActivationCheckpointing,
     FsdpVersion,
     LoggerName,
@@ -19,6 +19,12 @@ from surgery.finetune.choices import (
     QuantType,
     ScheduleName,
     StrategyName,
+    parse_list,
+    parse_mesh,
+    parse_shard,
+    parse_storage,
+    parse_targets,
+    parse_timeout,
 )
 
 __all__ = ["EPILOG", "finetune"]
@@ -44,12 +50,18 @@ only read. Other keys are refused.
 anything else.
 """
 
-_DATA = "Data"
-_TRAINING = "Training"
-_ADAPTER = "Adapter"
-_QUANTIZATION = "Quantization and precision"
-_SHARDING = "Sharding and memory"
-_OUTPUT = "Output"
+
+def _panel(title: str) -> Callable[..., Any]:
+    """A function of help, names and further arguments of `typer.Option` that makes an option of the panel `title`."""
+    return lambda text, *names, **more: typer.Option(*names, help=text, rich_help_panel=title, **more)
+
+
+_data = _panel("Data")
+_training = _panel("Training")
+_adapter = _panel("Adapter")
+_quantization = _panel("Quantization and precision")
+_sharding = _panel("Sharding and memory")
+_output = _panel("Output")
 
 
 def finetune(
@@ -60,184 +72,92 @@ def finetune(
         ),
     ],
     *,
-    data: Annotated[Path, typer.Option(help="Training data: a JSONL file.", rich_help_panel=_DATA, show_default=False)],
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=_DATA)
-    ] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="A JSONL file to evaluate on.", rich_help_panel=_DATA)] = None,
+    data: Annotated[Path, _data("Training data: a JSONL file.", show_default=False)],
+    revision: Annotated[str | None, _data("Branch, tag or commit of a hub id.")] = None,
+    eval_data: Annotated[Path | None, _data("A JSONL file to evaluate on.")] = None,
     eval_fraction: Annotated[
-        float | None,
-        typer.Option(help="Evaluate on this fraction of --data, which is then not trained on.", rich_help_panel=_DATA),
+        float | None, _data("Evaluate on this fraction of --data, which is then not trained on.")
     ] = None,
-    max_length: Annotated[
-        int, typer.Option(help="Tokens a sample; the rest is cut off, and said.", rich_help_panel=_DATA)
-    ] = 1024,
-    output: Annotated[
-        Path,
-        typer.Option(help="Folder for the adapter (PEFT format), tokenizer and summary.json.", rich_help_panel=_OUTPUT),
-    ] = Path("adapter"),
+    max_length: Annotated[int, _data("Tokens a sample; the rest is cut off, and said.")] = 1024,
+    output: Annotated[Path, _output("Folder for the adapter (PEFT format), tokenizer and summary.json.")] = Path(
+        "adapter"
+    ),
     overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="Replace an adapter that is there, or files of its names.", rich_help_panel=_OUTPUT
-        ),
+        bool, _output("Replace an adapter that is there, or files of its names.", "--overwrite")
     ] = False,
     metrics: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write one JSON object a step: step, loss, lr, grad_norm, tokens_per_s.",
-            rich_help_panel=_OUTPUT,
-        ),
+        Path | None, _output("Write one JSON object a step: step, loss, lr, grad_norm, tokens_per_s.")
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Write what every rank did to this folder: trace.html shows memory over time, phases, bytes read.",
+        _output(
+            "Write what every rank did to this folder: trace.html shows memory over time, phases, bytes read.",
             metavar="DIR",
-            rich_help_panel=_OUTPUT,
         ),
     ] = None,
     attest: Annotated[
         bool,
-        typer.Option(
-            "--attest",
-            help="Check that the base model stays, bit for bit, what was quantized; stop where it does not.",
-            rich_help_panel=_OUTPUT,
+        _output(
+            "Check that the base model stays, bit for bit, what was quantized; stop where it does not.", "--attest"
         ),
     ] = False,
-    log: Annotated[
-        str,
-        typer.Option(help="Comma-separated: tensorboard, wandb.", rich_help_panel=_OUTPUT, show_default="none"),
-    ] = "",
-    max_steps: Annotated[
-        int | None,
-        typer.Option(help="Stop after so many steps; repeats the data if no --epochs.", rich_help_panel=_TRAINING),
-    ] = None,
+    log: Annotated[str, _output("Comma-separated: tensorboard, wandb.", show_default="none")] = "",
+    max_steps: Annotated[int | None, _training("Stop after so many steps; repeats the data if no --epochs.")] = None,
     epochs: Annotated[
-        int | None,
-        typer.Option(
-            help="How often to go through the data.",
-            rich_help_panel=_TRAINING,
-            show_default="1 if no --max-steps",
-        ),
+        int | None, _training("How often to go through the data.", show_default="1 if no --max-steps")
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Samples a rank puts through the model at once.", rich_help_panel=_TRAINING)
-    ] = 1,
-    grad_accumulation: Annotated[
-        int, typer.Option(help="Batches a rank adds up before a step.", rich_help_panel=_TRAINING)
-    ] = 1,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.", rich_help_panel=_TRAINING)] = 2e-4,
-    schedule: Annotated[
-        ScheduleName,
-        typer.Option(help="How the learning rate falls after the warmup.", rich_help_panel=_TRAINING),
-    ] = "cosine",
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps until the highest learning rate.", rich_help_panel=_TRAINING)
-    ] = 0,
-    optimizer: Annotated[OptimizerName, typer.Option(help="The optimizer.", rich_help_panel=_TRAINING)] = "adamw",
-    weight_decay: Annotated[float, typer.Option(help="Of the adapter's weights.", rich_help_panel=_TRAINING)] = 0.0,
-    clip: Annotated[
-        float, typer.Option(help="Largest norm of the gradients; 0 does not clip.", rich_help_panel=_TRAINING)
-    ] = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(help="Of the adapter's start, dropout, and the order of samples.", rich_help_panel=_TRAINING),
-    ] = 0,
-    eval_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between evaluations; always before and after training.", rich_help_panel=_TRAINING),
-    ] = None,
-    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=_ADAPTER)] = 16,
-    lora_alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / r.", rich_help_panel=_ADAPTER)] = 32,
-    lora_dropout: Annotated[float, typer.Option(help="Before the adapters.", rich_help_panel=_ADAPTER)] = 0.0,
+    batch_size: Annotated[int, _training("Samples a rank puts through the model at once.")] = 1,
+    grad_accumulation: Annotated[int, _training("Batches a rank adds up before a step.")] = 1,
+    lr: Annotated[float, _training("Highest learning rate.")] = 2e-4,
+    schedule: Annotated[ScheduleName, _training("How the learning rate falls after the warmup.")] = "cosine",
+    warmup_steps: Annotated[int, _training("Steps until the highest learning rate.")] = 0,
+    optimizer: Annotated[OptimizerName, _training("The optimizer.")] = "adamw",
+    weight_decay: Annotated[float, _training("Of the adapter's weights.")] = 0.0,
+    clip: Annotated[float, _training("Largest norm of the gradients; 0 does not clip.")] = 1.0,
+    seed: Annotated[int, _training("Of the adapter's start, dropout, and the order of samples.")] = 0,
+    eval_every: Annotated[int | None, _training("Steps between evaluations; always before and after training.")] = None,
+    lora_r: Annotated[int, _adapter("Rank of the adapters.")] = 16,
+    lora_alpha: Annotated[int, _adapter("Adapters are scaled by alpha / r.")] = 32,
+    lora_dropout: Annotated[float, _adapter("Before the adapters.")] = 0.0,
     target_modules: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.",
-            rich_help_panel=_ADAPTER,
-        ),
+        str, _adapter("Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.")
     ] = "all-linear",
     lora_init: Annotated[
-        LoraInit,
-        typer.Option(
-            help="How adapters start. pissa and olora need 16-bit weights and are refused.",
-            rich_help_panel=_ADAPTER,
-        ),
+        LoraInit, _adapter("How adapters start. pissa and olora need 16-bit weights and are refused.")
     ] = "default",
     dora: Annotated[
         bool,
-        typer.Option(
-            "--dora",
-            help="Weight-decomposed adapters; several ranks need --no-low-memory (FSDP1: and --use-orig-params).",
-            rich_help_panel=_ADAPTER,
+        _adapter(
+            "Weight-decomposed adapters; several ranks need --no-low-memory (FSDP1: and --use-orig-params).", "--dora"
         ),
     ] = False,
-    precision: Annotated[
-        PrecisionName,
-        typer.Option(help="Dtype of what is not quantized, and how it computes.", rich_help_panel=_QUANTIZATION),
-    ] = "bf16",
-    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit data type.", rich_help_panel=_QUANTIZATION)] = "nf4",
-    double_quant: Annotated[
-        bool, typer.Option(help="Quantize the block statistics too.", rich_help_panel=_QUANTIZATION)
-    ] = True,
-    blocksize: Annotated[
-        int, typer.Option(help="Weights that share one statistic.", rich_help_panel=_QUANTIZATION)
-    ] = 64,
+    precision: Annotated[PrecisionName, _quantization("Dtype of what is not quantized, and how it computes.")] = "bf16",
+    quant_type: Annotated[QuantType, _quantization("The 4-bit data type.")] = "nf4",
+    double_quant: Annotated[bool, _quantization("Quantize the block statistics too.")] = True,
+    blocksize: Annotated[int, _quantization("Weights that share one statistic.")] = 64,
     quant_storage: Annotated[
-        QuantStorageName,
-        typer.Option(
-            help="Dtype that packs the 4-bit weights; auto fits the precision.", rich_help_panel=_QUANTIZATION
-        ),
+        QuantStorageName, _quantization("Dtype that packs the 4-bit weights; auto fits the precision.")
     ] = "auto",
-    fsdp: Annotated[
-        FsdpVersion,
-        typer.Option(help="Which FSDP shards the model on several ranks.", rich_help_panel=_SHARDING),
-    ] = "2",
+    fsdp: Annotated[FsdpVersion, _sharding("Which FSDP shards the model on several ranks.")] = "2",
     low_memory: Annotated[
-        bool,
-        typer.Option(
-            help="Load on each rank its shard alone (FSDP1: all on rank 0's CPU); else all on every device.",
-            rich_help_panel=_SHARDING,
-        ),
+        bool, _sharding("Load on each rank its shard alone (FSDP1: all on rank 0's CPU); else all on every device.")
     ] = True,
     mesh: Annotated[
-        str | None,
-        typer.Option(
-            help="REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice.",
-            rich_help_panel=_SHARDING,
-            metavar="RxS",
-        ),
+        str | None, _sharding("REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice.", metavar="RxS")
     ] = None,
     reshard_after_forward: Annotated[
-        bool | None,
-        typer.Option(help="FSDP2: gather a block again for backward, or keep it.", rich_help_panel=_SHARDING),
+        bool | None, _sharding("FSDP2: gather a block again for backward, or keep it.")
     ] = None,
-    sharding: Annotated[
-        StrategyName | None,
-        typer.Option(help="FSDP1: its strategy.", rich_help_panel=_SHARDING, show_default="full-shard"),
-    ] = None,
-    use_orig_params: Annotated[
-        bool | None,
-        typer.Option(help="FSDP1: keep each parameter, or make flat ones.", rich_help_panel=_SHARDING),
-    ] = None,
+    sharding: Annotated[StrategyName | None, _sharding("FSDP1: its strategy.", show_default="full-shard")] = None,
+    use_orig_params: Annotated[bool | None, _sharding("FSDP1: keep each parameter, or make flat ones.")] = None,
     activation_checkpointing: Annotated[
-        ActivationCheckpointing,
-        typer.Option(help="Recompute activations in backward.", rich_help_panel=_SHARDING),
+        ActivationCheckpointing, _sharding("Recompute activations in backward.")
     ] = "none",
     activation_offload: Annotated[
-        bool,
-        typer.Option(
-            "--activation-offload",
-            help="Keep checkpointed activations on the CPU.",
-            rich_help_panel=_SHARDING,
-        ),
+        bool, _sharding("Keep checkpointed activations on the CPU.", "--activation-offload")
     ] = False,
-    cpu_offload: Annotated[
-        bool,
-        typer.Option("--cpu-offload", help="Keep parameters on the CPU between uses.", rich_help_panel=_SHARDING),
-    ] = False,
-    timeout: Annotated[float, typer.Option(help="Minutes to wait for another rank.", rich_help_panel=_SHARDING)] = 10.0,
+    cpu_offload: Annotated[bool, _sharding("Keep parameters on the CPU between uses.", "--cpu-offload")] = False,
+    timeout: Annotated[float, _sharding("Minutes to wait for another rank.")] = 10.0,
 ) -> None:
     """Fine-tune MODEL with QLoRA: 4-bit weights, LoRA adapters, sharded by FSDP under torchrun."""
     from surgery.config import Quant

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import patches
+from surgery import plan as memory_plan
 from surgery import qlora, release, reserve, save_adapter, trace
-from surgery.adapters.card import versions
+from surgery.adapters.metadata import versions
 from surgery.checkpoint import Checkpoint
+from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
 from surgery.comm.failures import everyone
 from surgery.config import precision
 from surgery.errors import ConfigError
-from surgery.finetune.attested import Attested, Attestor
-from surgery.finetune.card import card_sections
-from surgery.finetune.foresight import predict_training
-from surgery.finetune.loop import Trainer
+from surgery.finetune.dataset import Plan, make_plan, read_data
+from surgery.finetune.loop import Session, Tracker, Trainer, Training, build_optimizer
 from surgery.finetune.options import Job
-from surgery.finetune.prepare import Plan, make_plan, read_data
-from surgery.finetune.progress import ProgressTracker
-from surgery.finetune.schedule import build_optimizer
-from surgery.finetune.session import Session, Training
-from surgery.finetune.summary import Summary, gather_phases, patch_rows, write_summary
-from surgery.finetune.trackers import Tracker, close_with, open_trackers
+from surgery.finetune.summary import (
+    Attested,
+    Attestor,
+    Summary,
+    card_sections,
+    patch_rows,
+    write_summary,
+)
+from surgery.finetune.trackers import ProgressTracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
 from surgery.model.checkpointing import checkpoint_activations
 from surgery.model.consistency import source_facts
+from surgery.planning.training import Training as PlannedTraining
+from surgery.planning.verdict import predictions
 from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
 from surgery.telemetry.report import Report, anonymous_memory
 from surgery.tracing.folder import PAGE, start_afresh
@@ -61,7 +68,8 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
         reserve(job.output, overwrite=job.overwrite, device=world.device),
     ):
         checkpoint, plan = _prepare(job, world)
-        with _report(job, world) as report:
+        untraced = nullcontext(Report(show_progress=world.is_main, device=world.device))
+        with untraced if job.trace is None else trace(job.trace, device=world.device) as report:
             with _trackers(job, plan, world, console) as trackers:
                 training, attested = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
             summary = Summary(
@@ -77,7 +85,7 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
                     "dropped": plan.dataset.dropped,
                 },
                 training=training,
-                memory=gather_phases(report.as_dict()),
+                memory=tuple(gather_objects(report.as_dict())),
                 read_once_per_node=report.read_once_per_node,
                 ignored=report.ignored,
                 initialized=report.initialized,
@@ -98,7 +106,14 @@ def run(job: Job, *, console: Console | None = None) -> Summary:
 
 def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     """The open checkpoint and the plan; if one rank cannot have them, or has others, all raise."""
-    same_on_every_rank(world.ranks, "options", _options(job), device=world.device)
+    # What decides how ranks work together; what decides of the model is compared when it is built.
+    options: dict[str, Facts] = {
+        "training options": facts_of(job.training),
+        "precision": {"name": job.precision},
+        "attestation": {"asked for": str(job.attest)},
+        "checkpoint": source_facts(job.model),
+    }
+    same_on_every_rank(world.ranks, "options", options, device=world.device)
     with everyone(world.ranks, device=world.device):
         _check_world(job, world)
         if job.trace is not None:
@@ -108,21 +123,11 @@ def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
     with everyone(world.ranks, device=world.device):
         # Collective for a hub id, and then it fails on all ranks or on none, so that they meet here all the same.
         checkpoint = Checkpoint.open(job.model, revision=job.revision)
-        plan = make_plan(job, records, checkpoint, world=world.size)
+        plan = make_plan(job, *records, checkpoint, world=world.size)
     # Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
     data = {"digest of all tokens": plan.dataset.digest(), "padding": str(plan.pad)}
     same_on_every_rank(world.ranks, "data", {"data": data}, device=world.device)
     return checkpoint, plan
-
-
-def _options(job: Job) -> dict[str, Facts]:
-    """What decides how ranks work together; what decides of the model is compared when it is built."""
-    return {
-        "training options": facts_of(job.training),
-        "precision": {"name": job.precision},
-        "attestation": {"asked for": str(job.attest)},
-        "checkpoint": source_facts(job.model),
-    }
 
 
 def _check_world(job: Job, world: World) -> None:
@@ -146,45 +151,28 @@ def _check_world(job: Job, world: World) -> None:
 
 
 def _strategy(job: Job, world: World) -> ShardStrategy:
-    """How the ranks share the model; one process has everything.
-
-    Where the job says nothing of mixed precision, it is as its precision policy says.
-    """
+    """The sharding of the model; in one process none. Mixed precision defaults to the precision policy."""
     if world.size == 1:
         return strategy_for(None, device=world.device)
     options = job.shard.in_precision(precision(job.precision))
     return strategy_for(options, world_size=world.size, device=world.device, placement=job.placement)
 
 
-def _report(job: Job, world: World) -> AbstractContextManager[Report]:
-    """What is measured of this rank; left in the folder of the trace, if there is to be one."""
-    if job.trace is not None:
-        return trace(job.trace, device=world.device)
-    return nullcontext(Report(show_progress=world.is_main, device=world.device))
-
-
 @contextmanager
 def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[Sequence[Tracker]]:
-    """Where rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
+    """Open what rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
     with ExitStack() as stack:
         trackers: list[Tracker] = []
         with everyone(world.ranks, device=world.device):
             if world.is_main:
                 _announce(job, plan, world, console)
-                trackers += _open_trackers(job, plan, world, console, stack)
+                config = dataclasses.asdict(job)
+                trackers += open_trackers(
+                    metrics=job.metrics, loggers=job.loggers, output=job.output, config=config, stack=stack
+                )
+                progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
+                trackers.append(close_with(stack, progress))
         yield trackers
-
-
-def _open_trackers(job: Job, plan: Plan, world: World, console: Console, stack: ExitStack) -> list[Tracker]:
-    progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
-    opened = open_trackers(
-        metrics=job.metrics,
-        loggers=job.loggers,
-        output=job.output,
-        config=dataclasses.asdict(job),
-        stack=stack,
-    )
-    return [*opened, close_with(stack, progress)]
 
 
 def _train(
@@ -199,9 +187,9 @@ def _train(
     try:
         # Adapters begin alike on every rank, but each drops out its own.
         torch.manual_seed(job.training.seed + world.rank)
-        trainer = _trainer(job, model, plan, world)
         attestor = Attestor(model=model, enabled=job.attest, report=report)
         session = Session(
+            trainer=_trainer(job, model, plan, world),
             plan=plan,
             options=job.training,
             rank=world.rank,
@@ -211,7 +199,7 @@ def _train(
         )
         attestor.at_rest("start")
         with report.phase("train", group="train"):
-            training = session.run(trainer)
+            training = session.run()
         attestor.at_rest("end")
         with report.phase("save", group="save"):
             save_adapter(model, job.output, training=card_sections(job, plan, training, world.size))
@@ -222,21 +210,29 @@ def _train(
 
 
 def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
+    """The model; if there is a trace, the peak that the plan expects of a training step is in it."""
     policy = precision(job.precision)
     strategy = _strategy(job, world)
+    recipe: dict[str, Any] = {
+        "quant": job.quant,
+        "lora": job.lora.config(),
+        "placement": strategy.placement,
+        "shard": strategy.options,
+        "dtype": policy.dtype,
+        "compute_dtype": policy.compute_dtype,
+    }
     if job.trace is not None:
-        predict_training(job, checkpoint, world, report, strategy)
-    return qlora(
-        checkpoint,
-        quant=job.quant,
-        lora=job.lora.config(),
-        placement=strategy.placement,
-        shard=strategy.options,
-        dtype=policy.dtype,
-        compute_dtype=policy.compute_dtype,
-        device=world.device,
-        report=report,
-    )
+        training = PlannedTraining(
+            batch=job.training.batch_size,
+            seq=job.data.max_length,
+            optimizer=job.training.optimizer,
+            checkpointing=job.training.activation_checkpointing != "none",
+        )
+        device = world.device.type
+        expected = memory_plan(checkpoint, world_size=world.size, device=device, training=training, **recipe)
+        peaks = predictions(expected, world.rank)["train"]
+        report.predict("train", host=peaks[0], device=peaks[1])
+    return qlora(checkpoint, device=world.device, report=report, **recipe)
 
 
 def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
@@ -276,7 +272,5 @@ def _say(console: Console, text: str) -> None:
 
 
 def _memory_in_use(device: torch.device) -> Callable[[], int]:
-    """How many bytes rank 0 uses now: of the GPU, or of anonymous memory without one."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.memory_allocated(device)
-    return anonymous_memory
+    """A function that gives the bytes in use: of the GPU, or of anonymous memory without one."""
+    return partial(torch.cuda.memory_allocated, device) if device.type == "cuda" else anonymous_memory

@@ -1,24 +1,40 @@
-"""The training loop: forward, backward, step, over what `surgery.qlora` returns."""
+"""The training loop: steps over what `surgery.qlora` returns, evaluations among them, and who is told."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from surgery.errors import SurgeryError
-from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
-from surgery.finetune.schedule import Schedule
+from surgery.errors import ConfigError, SurgeryError
+from surgery.finetune.arguments import OptimizerName
+from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch, Schedule, global_batches, share
+from surgery.finetune.dataset import Plan
+from surgery.finetune.encode import Sample
+from surgery.finetune.options import TrainingOptions
 from surgery.sharding.base import ShardStrategy
 
-__all__ = ["StepMetrics", "Trainer", "TrainingError", "collecting_between_steps", "gradient_scale", "token_loss"]
+__all__ = [
+    "Evaluation",
+    "Session",
+    "StepMetrics",
+    "Tracker",
+    "Trainer",
+    "Training",
+    "TrainingError",
+    "build_optimizer",
+    "gradient_scale",
+    "token_loss",
+]
 
 
 class TrainingError(SurgeryError, ArithmeticError):
@@ -46,7 +62,7 @@ class StepMetrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """How many tokens of the global batch were learnt from or read in a second."""
+        """Tokens of the global batch in a second."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -54,9 +70,8 @@ class StepMetrics:
 class Trainer:
     """A model and what changes it.
 
-    `model(input_ids=, attention_mask=, use_cache=)` returns an object with `.logits`. `optimizer` holds the
-    trainable parameters, as `model.parameters()` shows them after sharding. `autocast` is the dtype of the
-    autocast around forward, or None. `max_norm` is None for no clipping.
+    `model(input_ids=, attention_mask=, use_cache=)` returns an object with `.logits`. `optimizer` holds the trainable
+    parameters after sharding. `autocast` is the dtype of the autocast around forward. `max_norm` None does not clip.
     """
 
     model: nn.Module
@@ -71,11 +86,10 @@ class Trainer:
     def train(self, batches: Iterable[GlobalBatch]) -> Iterator[StepMetrics]:
         """Take one step for each batch, and yield its metrics after it.
 
-        Raises `TrainingError` on every rank if the loss is not finite; the weights are then as before that
-        step.
+        Raises `TrainingError` on every rank if the loss is not finite; the weights are then as before that step.
         """
         self.model.train()
-        with collecting_between_steps() as collect:
+        with _collecting_between_steps() as collect:
             for step, batch in enumerate(batches):
                 yield self._step(step, batch)
                 collect(step + 1)
@@ -159,7 +173,7 @@ def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def gradient_scale(*, targets: int, averaged_over: int) -> float:
-    """What to multiply a rank's summed loss by, so that gradients are those of the mean over the batch.
+    """The factor of a rank's summed loss that makes gradients those of the mean over the batch.
 
     `targets` is the number of tokens that count in the whole global batch; `averaged_over` is the number of
     ranks over which gradients are averaged (not summed) when they are exchanged, 1 where they are not.
@@ -172,8 +186,8 @@ STEPS_BETWEEN = 50
 
 
 @contextmanager
-def collecting_between_steps() -> Iterator[Callable[[int], None]]:
-    """A block in which garbage is collected only when what it gives is called with a step that is due.
+def _collecting_between_steps() -> Iterator[Callable[[int], None]]:
+    """A block in which garbage is collected only by the function that it gives, on steps that are due.
 
     Left to itself, Python looks whenever enough objects were made, in the middle of a step, on each rank in another
     one, and all others wait for that rank in their next collective.
@@ -191,3 +205,115 @@ def collecting_between_steps() -> Iterator[Callable[[int], None]]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+class Tracker(Protocol):
+    """Receives every step and every evaluation, in order, and is closed at the end."""
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """A step has been taken."""
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """The evaluation loss after `step` steps is known; 0 is before training."""
+
+    def close(self, *, failed: bool) -> None:
+        """No more will come; `failed` if training did not get to its end."""
+
+
+def build_optimizer(
+    model: nn.Module, name: OptimizerName, *, lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of `model`, as they are after sharding.
+
+    AdamW takes one kernel for all of them on a GPU. Raises `ConfigError` if nothing is trainable.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("expected trainable parameters (adapters), found none: every parameter is frozen")
+    if name == "adamw":
+        on_gpu = all(parameter.is_cuda for parameter in trainable)
+        return torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay, fused=on_gpu)
+    return torch.optim.SGD(trainable, lr=lr, weight_decay=weight_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The mean token loss on the evaluation samples after so many steps; 0 is the base model."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Results of a run: the loss of each step, evaluations, and tokens and seconds of the steps."""
+
+    losses: tuple[float, ...]
+    evaluations: tuple[Evaluation, ...]
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One rank's run of a plan. Every rank has the same plan and evaluates at the same steps.
+
+    watch: around every evaluation after so many steps; where there is none, around the first step of training.
+    """
+
+    trainer: Trainer
+    plan: Plan
+    options: TrainingOptions
+    rank: int
+    world: int
+    trackers: Sequence[Tracker]
+    watch: Callable[[int], AbstractContextManager[object]]
+
+    def run(self) -> Training:
+        """Train to the end; if there is a split, evaluate before, every so many steps, and after the last."""
+        evaluations = [self._evaluate(0)] if self._evaluates else []
+        losses: list[float] = []
+        tokens, seconds = 0, 0.0
+        for metrics in self._steps():
+            losses.append(metrics.loss)
+            tokens += metrics.tokens
+            seconds += metrics.seconds
+            for tracker in self.trackers:
+                tracker.on_step(metrics)
+            if self._is_due(metrics.step):
+                evaluations.append(self._evaluate(metrics.step))
+        return Training(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
+
+    def _steps(self) -> Iterator[StepMetrics]:
+        samples, count = self.plan.dataset.train, self.plan.schedule.steps
+        epochs, seed = self.options.epochs_to_run, self.options.seed
+        order = global_batches(len(samples), size=self.plan.batch, steps=count, epochs=epochs, seed=seed)
+        steps = self.trainer.train(self._batches(samples, order))
+        if not self._evaluates:
+            with self.watch(1):
+                first = list(islice(steps, 1))
+            yield from first
+        yield from steps
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.plan.dataset.evaluation)
+
+    def _is_due(self, step: int) -> bool:
+        every = self.options.evaluate_every
+        is_last = step == self.plan.schedule.steps
+        return self._evaluates and (is_last or (every is not None and step % every == 0))
+
+    def _evaluate(self, step: int) -> Evaluation:
+        samples, size = self.plan.dataset.evaluation, self.options.batch_size * self.world
+        order = (range(start, min(start + size, len(samples))) for start in range(0, len(samples), size))
+        with self.watch(step):
+            loss = self.trainer.evaluate(self._batches(samples, order))
+        for tracker in self.trackers:
+            tracker.on_evaluation(step, loss)
+        return Evaluation(step=step, loss=loss)
+
+    def _batches(self, samples: Sequence[Sample], order: Iterable[Sequence[int]]) -> Iterator[GlobalBatch]:
+        size, pad = self.options.batch_size, self.plan.pad
+        for indices in order:
+            yield share(samples, indices, batch_size=size, world=self.world, rank=self.rank, pad=pad)

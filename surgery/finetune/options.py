@@ -1,15 +1,17 @@
-"""What a fine-tuning job is told, as frozen data; checked when it is made, before anything is opened."""
+"""Options of a fine-tuning job as frozen data, checked when they are made, before anything is opened."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from surgery.config import FSDP2, Placement, Quant, parse_placement, precision
 from surgery.errors import ConfigError
-from surgery.finetune.choices import (
+from surgery.finetune.arguments import (
     ActivationCheckpointing,
     LoggerName,
     LoraInit,
@@ -17,12 +19,11 @@ from surgery.finetune.choices import (
     PrecisionName,
     ScheduleName,
 )
-from surgery.finetune.trackers import require_loggers
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["DataOptions", "Job", "LoraOptions", "TrainingOptions"]
+__all__ = ["DataOptions", "Job", "LoraOptions", "TrainingOptions", "require_loggers"]
 
 
 #: More than any run takes of anything, and less than what torch and floats have room for.
@@ -187,3 +188,13 @@ class Job:
         require_loggers(self.loggers)
         if self.training.evaluate_every is not None and not self.data.has_evaluation:
             raise ConfigError("evaluating every so many steps needs an evaluation file or an evaluation fraction")
+
+
+def require_loggers(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a logger that does not exist or is not installed; imports none of them."""
+    known = get_args(LoggerName)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"expected loggers among {', '.join(known)}; found {name!r}")
+        if find_spec(name) is None:
+            raise ConfigError(f"logging to {name} needs a package that is missing; install it: pip install {name}")

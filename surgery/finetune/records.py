@@ -22,7 +22,7 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """Where a record was read; `line` is 1-based."""
+    """Place of a record; `line` is 1-based."""
 
     path: Path
     line: int
@@ -202,12 +202,5 @@ def _string(value: object, name: str, at: Location, *, may_be_empty: bool = Fals
 
 
 def _kind(value: object) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names[type(value)]

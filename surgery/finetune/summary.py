@@ -1,24 +1,144 @@
-"""What a run was and did: gathered from all ranks, written as `summary.json`, and said at the end."""
+"""Records of a run: attestations, the model card, and the summary that is gathered from all ranks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import torch.distributed as dist
+from torch import nn
 
 import patches
+from surgery import attest, attesting
+from surgery.attestation.differences import Attestation
 from surgery.errors import AdapterError
-from surgery.finetune.attested import Attested
+from surgery.finetune.dataset import Plan
+from surgery.finetune.loop import Training
 from surgery.finetune.options import Job
-from surgery.finetune.session import Training
 from surgery.telemetry.atomic import write_whole
+from surgery.telemetry.report import Report
 
-__all__ = ["Phases", "Summary", "gather_phases", "patch_rows", "write_summary"]
+__all__ = [
+    "Attested",
+    "Attestor",
+    "Check",
+    "Phases",
+    "Summary",
+    "card_sections",
+    "patch_rows",
+    "write_summary",
+]
+
+#: Layers whose weights are compared in each watched forward, others each time; all are compared at rest.
+SAMPLE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One attestation. when: `start`, `step N`, `end`, `saved`. where: `at rest` or `in forward`, of so many layers."""
+
+    when: str
+    where: str
+    layers: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attested:
+    """Attestations of a job; the digest is of all 4-bit layers as quantized, the same on any number of ranks."""
+
+    digest: str
+    checks: tuple[Check, ...]
+
+    def text(self) -> str:
+        """One line."""
+        layers = max(check.layers for check in self.checks)
+        forward = sum(check.where == "in forward" for check in self.checks)
+        at_rest = ", ".join(check.when for check in self.checks if check.where == "at rest")
+        return (
+            f"Attestation: {layers} layers are what was quantized, at rest ({at_rest}) and in forward "
+            f"({forward} times, samples); digest {self.digest}"
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Attestor:
+    """Attests `model` when it is told to, unless it is not `enabled`. Collective; raises `AttestationError`."""
+
+    model: nn.Module
+    enabled: bool
+    report: Report
+    _digest: str = field(default="", init=False)
+    _checks: list[Check] = field(default_factory=list, init=False)
+
+    def at_rest(self, when: str) -> None:
+        """Compare all shards and quant_states."""
+        if not self.enabled:
+            return
+        with self.report.phase(f"attest-{when}", group="attest"):
+            attestation = attest(self.model)
+        self._digest = attestation.digest
+        self._note(when, attestation)
+
+    @contextmanager
+    def in_forward(self, step: int) -> Iterator[None]:
+        """A block in which the model runs, after so many steps: compare the weights of a sample of layers."""
+        if not self.enabled:
+            yield
+            return
+        with attesting(self.model, SAMPLE, seed=step) as watch:
+            yield
+        assert watch.attestation is not None
+        self._note(f"step {step}", watch.attestation)
+
+    def result(self) -> Attested | None:
+        """Attestations so far; None if they are not enabled."""
+        return Attested(digest=self._digest, checks=tuple(self._checks)) if self.enabled else None
+
+    def _note(self, when: str, found: Attestation) -> None:
+        check = Check(when=when, where=found.where, layers=len(found.layers), seconds=round(found.seconds, 4))
+        self._checks.append(check)
+
+
+def card_sections(job: Job, plan: Plan, training: Training, world_size: int) -> dict[str, Mapping[str, object]]:
+    """Rows by title of a section. Files are named without their folders, which are nobody else's business."""
+    data, evaluations = plan.dataset, training.evaluations
+    files = {"file": job.data.train.name, "evaluation file": job.data.evaluation and job.data.evaluation.name}
+    options = {"training": job.training, "quant": job.quant, "shard": job.shard if world_size > 1 else None}
+    settings = {
+        name: value for group, of in options.items() if of is not None for name, value in _option_rows(group, of)
+    }
+    return {
+        "Data": {
+            **files,
+            "training samples": len(data.train),
+            "evaluation samples": len(data.evaluation),
+            "max_length": job.data.max_length,
+            "SHA-256 of all tokens": data.digest(),
+        },
+        "Settings": {
+            "ranks": world_size,
+            "precision": job.precision,
+            "global batch": plan.batch,
+            "steps": plan.schedule.steps,
+            **settings,
+        },
+        "Losses": {
+            "first step": training.losses[0] if training.losses else None,
+            "last step": training.losses[-1] if training.losses else None,
+            "evaluation": [f"{each.loss:.4f} after step {each.step}" for each in evaluations] or None,
+        },
+    }
+
+
+def _option_rows(group: str, options: object) -> Iterator[tuple[str, object]]:
+    if dataclasses.is_dataclass(options):
+        yield from ((f"{group}.{field.name}", getattr(options, field.name)) for field in dataclasses.fields(options))
+
 
 #: Phase -> seconds, and bytes of memory before and at the peak, of one rank.
 Phases: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -65,7 +185,7 @@ class Summary:
         return json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str) + "\n"
 
     def text(self) -> str:
-        """For people: evaluations, attestation, memory per rank, patches."""
+        """Summary for people: evaluations, attestation, memory per rank, patches."""
         attestation = self.attestation.text() if self.attestation is not None else ""
         return "\n\n".join(filter(None, (self._evaluations(), attestation, self._memory(), self._patches())))
 
@@ -97,29 +217,11 @@ def _mib(phase: Mapping[str, float]) -> str:
     return f"{host:,.0f}; {device:,.0f}" if device else f"{host:,.0f}"
 
 
-def gather_phases(phases: Phases) -> tuple[Phases, ...]:
-    """The phases of every rank, on every rank; collective where there is a process group."""
-    if not dist.is_initialized():
-        return (phases,)
-    gathered: list[Phases | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, phases)
-    return tuple(each for each in gathered if each is not None)
-
-
 def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:
     """Every application of a patch in this process, as text, the first `since` of them left out."""
-    return tuple(
-        {
-            "id": row.id,
-            "target": row.target,
-            "state": str(row.state),
-            "scope": str(row.scope),
-            "verdict": str(row.verdict),
-            "reason": row.reason,
-            "by": row.by,
-        }
-        for row in patches.audit(include_reverted=True)[since:]
-    )
+    names = ("id", "target", "state", "scope", "verdict", "reason", "by")
+    rows = patches.audit(include_reverted=True)[since:]
+    return tuple({name: str(getattr(row, name)) for name in names} for row in rows)
 
 
 def write_summary(summary: Summary, path: Path) -> None:

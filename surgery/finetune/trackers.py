@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSONL file, TensorBoard, Weights & Biases. Only rank 0 has trackers."""
+"""Trackers: where rank 0 sends the numbers of a run: a terminal, a JSONL file, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,36 +7,23 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import LoggerName
-from surgery.finetune.loop import StepMetrics
+from surgery.finetune.loop import StepMetrics, Tracker
 
-__all__ = ["JsonlTracker", "Tracker", "close_with", "open_trackers", "require_loggers", "scalars"]
-
-
-class Tracker(Protocol):
-    """Receives every step and every evaluation, in order, and is closed at the end."""
-
-    def on_step(self, metrics: StepMetrics) -> None:
-        """A step has been taken."""
-
-    def on_evaluation(self, step: int, loss: float) -> None:
-        """The evaluation loss after `step` steps is known; 0 is before training."""
-
-    def close(self, *, failed: bool) -> None:
-        """No more will come; `failed` if training did not get to its end."""
+__all__ = ["JsonlTracker", "ProgressTracker", "close_with", "open_trackers", "scalars"]
 
 
 class JsonlTracker:
     """One JSON object a step, flushed at once, so that the file can be followed and survives a crash.
 
-    Keys: step, loss, lr, grad_norm, tokens_per_s, tokens, seconds. A number that is not finite is null, as
-    JSON has no other way to say it. Evaluations are not in it (every line is a step), but in the summary. An
-    existing file is replaced. Raises `ConfigError` if the file cannot be written.
+    Keys: step, loss, lr, grad_norm, tokens_per_s, tokens, seconds; null for a number that is not finite. Evaluations
+    are in the summary. An existing file is replaced. Raises `ConfigError` if the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +47,7 @@ class JsonlTracker:
         self._file.close()
 
 
-class TensorBoardTracker:
+class _TensorBoard:
     """Scalars `train/*` and `evaluation/loss` in an event file under `directory`."""
 
     def __init__(self, directory: Path) -> None:
@@ -68,58 +55,36 @@ class TensorBoardTracker:
         self._writer: Any = module.SummaryWriter(log_dir=str(directory))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Add the numbers of a step."""
         for key, value in scalars(metrics).items():
             self._writer.add_scalar(f"train/{key}", value, metrics.step)
 
     def on_evaluation(self, step: int, loss: float) -> None:
-        """Add an evaluation."""
         self._writer.add_scalar("evaluation/loss", loss, step)
 
     def close(self, *, failed: bool) -> None:  # noqa: ARG002  # an event file has no place for it
-        """Flush and close the event file."""
         self._writer.close()
 
 
-class WandbTracker:
+class _Wandb:
     """A Weights & Biases run with the same scalars; its project and mode come from its own environment."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._run: Any = importlib.import_module("wandb").init(config=dict(config))
 
     def on_step(self, metrics: StepMetrics) -> None:
-        """Log the numbers of a step."""
         self._run.log({f"train/{key}": value for key, value in scalars(metrics).items()}, step=metrics.step)
 
     def on_evaluation(self, step: int, loss: float) -> None:
-        """Log an evaluation."""
         self._run.log({"evaluation/loss": loss}, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Finish the run, as failed if it has."""
         self._run.finish(exit_code=int(failed))
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
     """The numbers of a step by name, the step itself left out."""
-    return {
-        "loss": metrics.loss,
-        "lr": metrics.lr,
-        "grad_norm": metrics.grad_norm,
-        "tokens_per_s": metrics.tokens_per_s,
-        "tokens": metrics.tokens,
-        "seconds": metrics.seconds,
-    }
-
-
-def require_loggers(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a logger that does not exist or is not installed; imports none of them."""
-    known = get_args(LoggerName)
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"expected loggers among {', '.join(known)}; found {name!r}")
-        if find_spec(name) is None:
-            raise ConfigError(f"logging to {name} needs a package that is missing; install it: pip install {name}")
+    names = ("loss", "lr", "grad_norm", "tokens_per_s", "tokens", "seconds")
+    return {name: getattr(metrics, name) for name in names}
 
 
 def open_trackers(
@@ -130,9 +95,9 @@ def open_trackers(
     if metrics is not None:
         openers.append(lambda: JsonlTracker(metrics))
     if "tensorboard" in loggers:
-        openers.append(lambda: TensorBoardTracker(output / "tensorboard"))
+        openers.append(lambda: _TensorBoard(output / "tensorboard"))
     if "wandb" in loggers:
-        openers.append(lambda: WandbTracker(config))
+        openers.append(lambda: _Wandb(config))
     return [close_with(stack, opener()) for opener in openers]
 
 
@@ -140,3 +105,48 @@ def close_with(stack: ExitStack, tracker: Tracker) -> Tracker:
     """`tracker`, which is closed when `stack` is."""
     stack.push(lambda kind, _error, _trace: tracker.close(failed=kind is not None))
     return tracker
+
+
+class ProgressTracker:
+    """A tracker that shows loss, learning rate, tokens/s and memory of `steps` steps on `console`.
+
+    `memory` gives the bytes in use, asked once a step.
+    """
+
+    def __init__(self, console: Console, *, steps: int, memory: Callable[[], int]) -> None:
+        self._console = console
+        self._steps = steps
+        self._memory = memory
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, status="")
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        """Move the bar, or print a line."""
+        self._bar.start()  # not before there is a step: loading the model has a bar of its own
+        status = (
+            f"loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tok/s  "
+            f"{self._memory() / 2**30:.2f} GiB"
+        )
+        self._bar.update(self._task, completed=metrics.step, status=status)
+        if not self._console.is_terminal:
+            self._say(f"step {metrics.step}/{self._steps}  {status}")
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        """Print a line."""
+        name = "base model" if step == 0 else f"after step {step}"
+        self._say(f"evaluation loss, {name}: {loss:.4f}")
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002  # what is shown stays, either way
+        """Take the bar off the terminal."""
+        self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from surgery.comm.environment import expect_number, local_rank
 from surgery.comm.failures import collective
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.errors import ConfigError
-from surgery.telemetry.numbers import whole_number
 
 __all__ = ["World", "join_world"]
 
@@ -36,7 +36,7 @@ class World:
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Number of processes."""
         return self.ranks.world_size
 
     @property
@@ -49,11 +49,10 @@ class World:
 def join_world(*, timeout: timedelta) -> Iterator[World]:
     """The world that torchrun describes in the environment, or a world of one.
 
-    With more than one rank the default process group is initialised (NCCL with a GPU, gloo without) and left
-    at the end of the block; one that the caller has initialised is used and kept. `timeout` bounds every
-    collective. When the block raises, peers may be waiting in a collective that this rank will never join, so
-    the group is aborted instead of being left in order. Raises `ConfigError` if the environment is incomplete
-    or there are fewer GPUs than ranks; `PeerError` in place of what torch says once another rank has ended.
+    With more than one rank the default process group is initialised (NCCL with a GPU, gloo without) and left at the end
+    of the block, or aborted if it raises, since peers may wait in a collective that this rank will never join. One that
+    the caller has initialised is used and kept. `timeout` bounds every collective. Raises `ConfigError` if the
+    environment is incomplete or there are fewer GPUs than ranks; `PeerError` once another rank has ended.
     """
     with _joined(timeout) as world, beating(world.ranks), collective(world.ranks):
         yield world
@@ -62,23 +61,22 @@ def join_world(*, timeout: timedelta) -> Iterator[World]:
 @contextmanager
 def _joined(timeout: timedelta) -> Iterator[World]:
     if dist.is_initialized():
-        yield _world(_device(int(os.environ.get("LOCAL_RANK", dist.get_rank()))))
+        found = local_rank()
+        yield World(ranks=current_ranks(), device=_device(dist.get_rank() if found is None else found))
         return
-    size = _environment("WORLD_SIZE", default="1")
-    if size < 1:
-        raise ConfigError(f"expected WORLD_SIZE to be 1 or more, found {size}")
+    size = 1 if "WORLD_SIZE" not in os.environ else expect_number("WORLD_SIZE", least=1, advice=_LAUNCH)
     if size == 1:
-        yield _world(_device(0))
+        yield World(ranks=current_ranks(), device=_device(0))
         return
-    _environment("RANK")
-    device = _device(_environment("LOCAL_RANK"))
+    expect_number("RANK", least=0, advice=_LAUNCH)
+    device = _device(expect_number("LOCAL_RANK", least=0, advice=_LAUNCH))
     is_cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if is_cuda else "gloo"
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device if is_cuda else None)
     except (ValueError, dist.DistError) as error:
         raise ConfigError(f"expected {size} ranks to form a process group, found: {error}; {_LAUNCH}") from error
-    world = _world(device)
+    world = World(ranks=current_ranks(), device=device)
     try:
         yield world
     except BaseException:
@@ -89,27 +87,15 @@ def _joined(timeout: timedelta) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _world(device: torch.device) -> World:
-    return World(ranks=current_ranks(), device=device)
-
-
-def _environment(name: str, *, default: str | None = None) -> int:
-    value = os.environ.get(name, default)
-    number = None if value is None else whole_number(value.removeprefix("-"))
-    if value is None or number is None:
-        raise ConfigError(f"expected the environment variable {name} to be a number, found {value!r:.80}; {_LAUNCH}")
-    return -number if value.startswith("-") else number
-
-
-def _device(local_rank: int) -> torch.device:
+def _device(number: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if number >= torch.cuda.device_count():
         raise ConfigError(
-            f"local rank {local_rank} has no GPU: expected at least {local_rank + 1}, found "
+            f"local rank {number} has no GPU: expected at least {number + 1}, found "
             f"{torch.cuda.device_count()}; start as many ranks on this node as it has GPUs"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, parse_targets
-from surgery.finetune.choices import (
+from surgery.finetune.arguments import (
     FsdpVersion,
     OptimizerName,
     PrecisionName,
     QuantStorageName,
     QuantType,
+    parse_mesh,
+    parse_shard,
+    parse_storage,
+    parse_targets,
 )
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from surgery.planning.figures import RankPlan, Step
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.ranks import RankClass
 from surgery.planning.training import Training
-from surgery.telemetry.notices import group_names, say
 from surgery.telemetry.numbers import say_size
+from surgery.telemetry.report import group_names, say
 
 __all__ = ["headline", "notes", "render"]
 

@@ -1,1 +1,1 @@
-"""Measurements of this process, and what is said of them: times, memory, bytes, progress."""
+"""Measurements of this process: times, memory, bytes, progress; sizes and files as they are written."""

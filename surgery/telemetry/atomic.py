@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,19 +52,12 @@ def remove_partials(folder: Path, name: str = "*") -> None:
 
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk. Raises `OSError`."""
-    with _opened(path) as descriptor:
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            # Some file systems, of FUSE for example, know no fsync of a folder.
-            if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield descriptor
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems, of FUSE for example, know no fsync of a folder.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)

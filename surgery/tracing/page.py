@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from surgery.telemetry.measurements import Phase
-from surgery.telemetry.notices import say
 from surgery.telemetry.numbers import say_size
+from surgery.telemetry.report import say
 from surgery.tracing.markup import Element, duration, element, file_bytes, measured, memory, rate, write
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 

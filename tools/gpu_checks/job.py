@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from surgery.comm.collectives import gather_objects
+
 __all__ = ["Job", "Ranks", "joined"]
 
 #: A rank that waits longer than this for another is alone. Rank 0 computes the reference before it joins.
@@ -42,9 +44,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank."""
-        gathered: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(gathered, value, group=self.group)
-        return gathered
+        return gather_objects(value, self.group)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ from torch import nn
 import surgery
 from loading.case import LEARNING_RATE, MAX_NORM, SEED, Case, Trainee
 from surgery.config import FSDP1, FSDP2, Placement, precision
-from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch
-from surgery.finetune.loop import Trainer
-from surgery.finetune.schedule import Schedule, build_optimizer
+from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch, Schedule
+from surgery.finetune.loop import Trainer, build_optimizer
 from surgery.sharding.base import strategy_of
 
 __all__ = ["load_ours"]

@@ -9,10 +9,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from surgery.comm.collectives import gather_objects
 
 __all__ = ["World", "joined"]
 
@@ -52,9 +53,7 @@ class World:
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.aside)
-        return any(found)
+        return any(gather_objects(value, self.aside))
 
     def clear(self) -> None:
         """Give back all memory that nobody uses: of the device, of pinned pages, and of malloc's heap."""

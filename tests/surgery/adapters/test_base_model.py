@@ -15,9 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.adapters.base_model import base_folder, config_to_save
-from surgery.adapters.card import render_card
-from surgery.adapters.tokenizer import NAMES, read_tokenizer
+from surgery.adapters.metadata import TOKENIZER_FILES, base_folder, config_to_save, read_tokenizer, render_card
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -141,7 +139,7 @@ def test_tokenizers_of_every_causal_lm_are_known() -> None:
         with suppress(ImportError):
             files |= set(getattr(tokenizer_class_from_name(name), "vocab_files_names", {}).values())
     assert len(files) > 8
-    assert files <= set(NAMES)
+    assert files <= set(TOKENIZER_FILES)
 
 
 def test_tokenizer_that_cannot_be_read_is_left_out_with_a_warning(tmp_path: Path) -> None:

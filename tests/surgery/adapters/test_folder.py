@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.adapters.folder import CARD, CONFIG, STAGED, WEIGHTS, WHOLE, hold, make_room
-from surgery.adapters.lock import LOCK
+from surgery.adapters.place import LOCK
 from surgery.errors import AdapterError, ConfigError
 from tests.helpers.apart import mount_alone, mount_tmpfs, remount, run_apart
 

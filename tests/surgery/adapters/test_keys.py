@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.adapters.keys import by_peft_key
 from surgery.adapters.rehearsal import rehearse
+from surgery.adapters.save import by_peft_key
 from surgery.errors import AdapterError, ConfigError
 from surgery.model.twin import twin_of
 from surgery.quantizers.base import format_for

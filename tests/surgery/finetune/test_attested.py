@@ -23,10 +23,9 @@ import patches
 from surgery.attestation.differences import AttestationError
 from surgery.cli import app
 from surgery.config import FSDP1, FSDP2
-from surgery.finetune.attested import Check
 from surgery.finetune.job import run
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
-from surgery.finetune.summary import Summary
+from surgery.finetune.summary import Check, Summary
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

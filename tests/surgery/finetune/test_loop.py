@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.finetune.batches import GlobalBatch, collate, share
+from surgery.finetune.batches import GlobalBatch, Schedule, collate, share
 from surgery.finetune.encode import Sample
-from surgery.finetune.loop import StepMetrics, Trainer, TrainingError
-from surgery.finetune.schedule import Schedule, build_optimizer
+from surgery.finetune.loop import StepMetrics, Trainer, TrainingError, build_optimizer
 from surgery.sharding.base import strategy_of
 
 CPU = torch.device("cpu")

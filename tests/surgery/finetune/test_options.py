@@ -9,7 +9,7 @@ import pytest
 
 import surgery.config
 from surgery.errors import ConfigError
-from surgery.finetune import choices
+from surgery.finetune import arguments
 from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 
 DATA = DataOptions(train=Path("train.jsonl"))
@@ -72,5 +72,5 @@ def test_lora_as_peft_knows_it() -> None:
 
 
 def test_choices_are_those_of_the_configuration() -> None:
-    assert set(get_args(choices.PrecisionName)) == set(surgery.config.PRECISIONS)
-    assert get_args(choices.StrategyName) == get_args(surgery.config.Strategy)
+    assert set(get_args(arguments.PrecisionName)) == set(surgery.config.PRECISIONS)
+    assert get_args(arguments.StrategyName) == get_args(surgery.config.Strategy)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgery.errors import ConfigError
-from surgery.finetune.choices import ScheduleName
-from surgery.finetune.schedule import Schedule
+from surgery.finetune.arguments import ScheduleName
+from surgery.finetune.batches import Schedule
 
 
 def rates(name: ScheduleName, steps: int, warmup: int = 0) -> list[float]:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from surgery.errors import ConfigError
 from surgery.finetune.loop import StepMetrics
-from surgery.finetune.progress import ProgressTracker
-from surgery.finetune.trackers import JsonlTracker, open_trackers, require_loggers
+from surgery.finetune.options import require_loggers
+from surgery.finetune.trackers import JsonlTracker, ProgressTracker, open_trackers
 
 
 def metrics(step: int, *, grad_norm: float = 0.25) -> StepMetrics:
@@ -52,7 +52,7 @@ def test_unknown_logger() -> None:
 
 
 def test_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.finetune.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("surgery.finetune.options.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install wandb"):
         require_loggers(["wandb"])
 

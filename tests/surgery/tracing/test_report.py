@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
+from surgery.telemetry.measurements import anonymous_memory
 from surgery.telemetry.report import Report
-from surgery.telemetry.sampling import anonymous_memory
 from tests.surgery.tracing.made import look, pages
 
 SIZE = 64 * 2**20

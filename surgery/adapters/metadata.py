@@ -1,0 +1,164 @@
+"""Files saved beside the weights of an adapter: its configuration, the model card, and the tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from surgery.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "base_folder",
+    "config_to_save",
+    "name_base",
+    "read_tokenizer",
+    "render_card",
+    "tokenizer_sizes",
+    "versions",
+]
+
+
+def name_base(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Name `checkpoint` in the configurations of the adapters of `model`, if it has any.
+
+    A folder by its absolute path; what is on the hub by its id, and the commit as `revision`.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = checkpoint.source if checkpoint.revision else str(checkpoint.path)
+        config.revision = checkpoint.revision or config.revision
+
+
+def base_folder(config: PeftConfig) -> Path | None:
+    """The folder of the base model on this machine, hub cache included; None if it has none. Nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = config.base_model_name_or_path
+    if not name:
+        return None
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    except HFValidationError:  # no id, so it is a path
+        return Path(name) if Path(name).is_dir() else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
+    """A copy of the configuration of `adapter`, for inference; with `CAUSAL_LM` where no task was given for one.
+
+    Where it names no base model, it gets that of another adapter of `model`, as for one that was added later. Names are
+    in order, so that the same configuration is the same file.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = copy.deepcopy(model.peft_config[adapter])
+    named = [each for each in model.peft_config.values() if each.base_model_name_or_path]
+    if named and not config.base_model_name_or_path:
+        config.base_model_name_or_path, config.revision = named[0].base_model_name_or_path, named[0].revision
+    config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    # The class of the base model, without those that sharding puts in front of it.
+    mro = type(model.get_base_model()).__mro__
+    kind = next(each for each in mro if not each.__module__.startswith("torch.distributed."))
+    if config.task_type is None and kind.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        config.task_type = "CAUSAL_LM"
+    if config.task_type is None:
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return config
+
+
+_DISTRIBUTIONS = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers", "accelerate", "wrapt")
+
+Section = Mapping[str, object]
+
+
+def render_card(config: PeftConfig, sections: Mapping[str, Section]) -> str:
+    """The text of README.md: metadata of the Hugging Face Hub, the base model, `sections` by title, and versions."""
+    base, revision = config.base_model_name_or_path, config.revision
+    header = {
+        # The hub takes ids alone.
+        "base_model": base if base and not Path(base).is_absolute() else None,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation" if config.task_type == "CAUSAL_LM" else None,
+        "tags": "[lora, qlora]",
+    }
+    adapter = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
+    tables: dict[str, Section] = {
+        "Base model": {"name": base, "revision": revision},
+        "Adapter": {"type": str(config.peft_type).removeprefix("PeftType."), **adapter, "targets": _targets(config)},
+        **sections,
+        "Versions": versions(),
+    }
+    lines = ["---", *(f"{key}: {value}" for key, value in header.items() if value is not None), "---", ""]
+    lines.append("# Adapter trained on a 4-bit base model")
+    for title, rows in tables.items():
+        lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _targets(config: PeftConfig) -> object:
+    """The targets as given, or their last names only: PEFT may list each module of each layer."""
+    targets = getattr(config, "target_modules", None)
+    return targets if isinstance(targets, str) or not targets else sorted({each.rpartition(".")[2] for each in targets})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the distributions that decide what a run does."""
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _cell(value: object) -> str:
+    """Text of a table cell: one line, without the character that ends a cell."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+TOKENIZER_FILES = (
+    "added_tokens.json", "bpe.codes", "byte_maps.json", "chat_template.jinja", "chat_template.json", "dict.txt",
+    "emoji.json", "merges.txt", "normalizer.json", "prophetnet.tokenizer", "sentencepiece.bpe.model",
+    "sentencepiece.model", "source.spm", "special_tokens_map.json", "spiece.model", "spm.model", "spm_char.model",
+    "target.spm", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt", "word_pronunciation.json", "word_shape.json",
+)  # fmt: skip
+
+
+def read_tokenizer(folder: Path) -> dict[str, bytes]:
+    """The contents of the tokenizer's files by name; none, with a warning, if one cannot be read."""
+    try:
+        return {file.name: file.read_bytes() for file in _files(folder)}
+    except OSError as error:  # no reason to lose what has been trained
+        warnings.warn(f"The tokenizer in {folder} cannot be read, and is left out: {error}", stacklevel=2)
+        return {}
+
+
+def tokenizer_sizes(folder: Path) -> list[int]:
+    """Bytes of each file of the tokenizer."""
+    return [file.stat().st_size for file in _files(folder)]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
