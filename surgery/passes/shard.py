@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 import patches
+from surgery.comm.background import return_freed_memory
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
 from surgery.passes.loading import Loading
@@ -25,7 +26,9 @@ class Shard(Pass):
     def run(self, model: nn.Module) -> nn.Module:
         """The sharded model."""
         setting = self.loading.setting
-        return setting.strategy.shard_on_meta(model, setting.format)
+        model = setting.strategy.shard_on_meta(model, setting.format)
+        return_freed_memory()  # of adapters, which are shards now
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)

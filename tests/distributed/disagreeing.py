@@ -116,6 +116,7 @@ SAYS: dict[str, tuple[str, ...]] = {
 SAME: dict[str, tuple[Callable[[], Told], Callable[[], Told]]] = {
     "equal numbers": (lambda: _lora(lora_alpha=8), lambda: _lora(lora_alpha=8.0)),
     "default dtype": (dict, lambda: {"default_dtype": torch.float64}),
+    "default placement": (dict, lambda: {"placement": "sharded"}),
     "another copy, in other files": (dict, lambda: {"folder": "one-file"}),
     "targets in another order": (
         lambda: _lora(target_modules=["q_proj", "v_proj"]),

@@ -31,7 +31,7 @@ def import_upstream() -> None:
     """Import `MODULES` and patches, and keep transformers from drawing progress bars."""
     for name in MODULES:
         importlib.import_module(name)
-    for patch_id in patches.select("qlora-build", "qlora-resident", "torch.fsdp1-sync-on-cpu"):
+    for patch_id in patches.select("qlora-build", "qlora-on-cpu", "qlora-resident", "torch.fsdp1-sync-on-cpu"):
         patches.get(patch_id)  # each is a module
     from transformers.utils import logging
 

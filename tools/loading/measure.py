@@ -85,7 +85,9 @@ def _load(loader: Callable[[Case], Trainee | None], options: Options, world: Wor
         seconds=round(seconds, 3),
         ready=round(ready, 3),
         phases={
-            phase.name: (round(phase.start - whole.start, 3), round(phase.seconds, 3)) for phase in report.phases[:-1]
+            name: (round(phase["start"] - whole.start, 3), phase["seconds"])
+            for name, phase in report.as_dict().items()
+            if name != READY
         },
         host=whole.host_peak - whole.host_before,
         pinned=_pinned_peak(world),
