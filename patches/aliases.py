@@ -60,7 +60,7 @@ def _target(patch: str | Patch) -> tuple[str, str]:
 
 
 def _kind_of(target: str) -> str:
-    """The kind to look a target up by: CLASS for a class, which "auto" refuses since patching one must be explicit."""
+    """The kind to look a target up by: "auto", or "class" for a class, which "auto" refuses to patch."""
     try:
         resolve(target, "auto")
     except TargetError:
