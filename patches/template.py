@@ -1,4 +1,4 @@
-"""The text of a new patch and of its tests, which pass as they are: a start that is filled in, not a form."""
+"""Templates of a new patch and its tests, which pass before anything is filled in."""
 
 from __future__ import annotations
 

@@ -114,6 +114,7 @@ class _Look:
     ours: frozenset[int]
     """`id` of the objects that this package has installed."""
     targets: frozenset[str]
+    """Paths of the spots that active patches target, which may hold another object than the installed one."""
 
 
 def _look(package: str) -> _Look:
