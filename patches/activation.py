@@ -205,7 +205,7 @@ class Activations:
         for receipt in sorted(receipts, key=lambda receipt: receipt.serial, reverse=True):
             try:
                 self.undo(receipt, note)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
+            except Exception as error:  # noqa: BLE001 - any error; the other receipts come next
                 errors.append(error)
         return errors
 

@@ -82,7 +82,7 @@ def _apply_or_fail(receipt: Receipt, *, force: bool) -> None:
         found = acceptable(receipt.patch, force=force)
         _refuse_failed_needs(receipt.patch)
         _apply(receipt, found, force=force)
-    except Exception as error:  # noqa: BLE001 - somebody else's import must not fail for it
+    except Exception as error:  # noqa: BLE001 - it must not fail somebody else's import
         _fail(receipt, error)
     except BaseException as interrupt:
         _fail(receipt, interrupt)

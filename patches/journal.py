@@ -62,7 +62,7 @@ class Journal:
         about = {"host": host, "pid": self._pid, "session": self._session, **_rank()}
         text = json.dumps({**line, **about}, default=str) + "\n"
         try:
-            os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - pathlib would be imported for these two alone
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - pathlib would be imported for these two calls alone
             path = os.path.join(folder, f"{host}-{self._pid}.jsonl")  # noqa: PTH118
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:

@@ -127,7 +127,7 @@ def _read(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _read_file(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this alone
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this call alone
             return file.read()
     except OSError as error:
         raise ManifestError(f"{VARIABLE} names a file that cannot be read: {error}") from error

@@ -54,7 +54,7 @@ def scaffold(package: str, *, id: str, target: str, reason: str = "", tests: Pat
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
         raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
     reason = reason or _REASON
-    Patch(id=id, target=target, wrapper=_probe_of_fields, reason=reason)  # refuses a bad id or target
+    Patch(id=id, target=target, wrapper=_placeholder, reason=reason)  # refuses a bad id or target
     place = describe(target, *locate(target))
     if place.kind not in _CALLED:
         why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
@@ -118,5 +118,5 @@ def _quotable(reason: str) -> str:
     return " ".join(reason.split()).replace("\\", "\\\\").replace('"', "'")
 
 
-def _probe_of_fields(*_: object) -> None:
+def _placeholder(*_: object) -> None:
     """Placeholder wrapper, used while the other fields are checked."""

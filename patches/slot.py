@@ -116,7 +116,7 @@ class Slot:
         return self.live is self.place.own or self._is_redefined() or self._is_absent()
 
     def _is_absent(self) -> bool:
-        """Whether there is nothing to undo: a value's patches were disabled when somebody replaced it, and still are."""
+        """Whether nothing is left to undo: a value's patches were disabled when somebody replaced it, and still are."""
         wanted = any(link.everyone for link in self.links)
         return self._is_value and not wanted and all(ours is self.place.own for ours in self._ours)
 

@@ -75,7 +75,7 @@ def definitions(file: str, path: tuple[str, ...]) -> tuple[ast.AST, ...]:
 def _next(found: Any) -> Any:
     if isinstance(found, functools.partial):
         return found.func
-    # In the `__dict__` of a function, or on the class of a wrapt proxy; classes have none, and mocks have any attribute.
+    # In the `__dict__` of a function, or on the class of a wrapt proxy; classes have none, and mocks have everything.
     if isinstance(found, type):
         return None
     if type(found) is FunctionType:

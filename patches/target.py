@@ -96,7 +96,7 @@ def is_orphaned(place: Place) -> bool:
     module = sys.modules.get(target.module)
     try:
         return module is None or _owner(place.target, target, module) is not place.owner
-    except Exception:  # noqa: BLE001 - as when it was located; whatever is there now is not the owner
+    except Exception:  # noqa: BLE001 - importing may raise anything; then the owner is gone
         return True
 
 

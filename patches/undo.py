@@ -59,7 +59,7 @@ def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt
         for receipt in chosen:
             try:
                 ACTIVATIONS.switch(receipt, disabled=disabled)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
+            except Exception as error:  # noqa: BLE001 - any error; the other receipts come next
                 problems.append(error)
     ACTIVATIONS.drop_stale_graphs()
     report(problems, None)
@@ -95,7 +95,7 @@ def undo_past_interrupts(receipts: Sequence[Receipt], note: str) -> list[BaseExc
                 problems = ACTIVATIONS.undo_all(receipts, note)
             ACTIVATIONS.drop_stale_graphs()
             return [*interrupts, *problems]  # noqa: TRY300 - an interrupt here must not lose the problems
-        except BaseException as interrupt:  # noqa: BLE001 - raised again by who called, once all is undone
+        except BaseException as interrupt:  # noqa: BLE001 - the caller raises it again once everything is undone
             interrupts.append(interrupt)
     return interrupts
 

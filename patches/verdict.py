@@ -121,6 +121,6 @@ def _run_probe(patch: Patch) -> bool | Exception:
         if patch not in _probed:
             try:
                 _probed[patch] = bool(patch.probe())
-            except Exception as error:  # noqa: BLE001 - whatever a probe raises is its result
+            except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
                 _probed[patch] = error
         return _probed[patch]

@@ -56,7 +56,7 @@ class CleanProcess:
             "prefixes": [sys.prefix, sys.exec_prefix],
             "packages": {package: loaded(package) for package in packages},
         }
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, and our own program
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and our own program
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,7 +102,7 @@ def _observe(package: str, modules: Iterable[str]) -> dict[str, Any]:
     for module in modules:
         try:
             importlib.import_module(module)
-        except BaseException as error:  # noqa: BLE001 - even SystemExit: the others are still to come
+        except BaseException as error:  # noqa: BLE001 - even SystemExit: other modules follow
             failed[module] = f"{type(error).__name__}: {error}"[:200]
     owners = set(loaded(package))
     descriptions: dict[str, list[str]] = {}
@@ -128,5 +128,5 @@ def _folders(packages: Sequence[str]) -> list[str]:
         file = namespace(sys.modules.get(package)).get("__file__")
         if isinstance(file, str):
             root = os.path.dirname(file) if os.path.basename(file).startswith("__init__.") else file  # noqa: PTH119, PTH120
-            folders.append(os.path.dirname(root))  # noqa: PTH120 - as in sys.path: texts
+            folders.append(os.path.dirname(root))  # noqa: PTH120 - strings, as in sys.path
     return folders

@@ -38,7 +38,7 @@ class Rerun:
         command = [sys.executable, "-m", "pytest", *self._options(), *self._overrides(ids), self._path(nodeid)]
         where = self._config.invocation_params.dir
         try:
-            ran = subprocess.run(  # noqa: S603 - the command that runs already, again
+            ran = subprocess.run(  # noqa: S603 - the command that is already running
                 command,
                 cwd=where,
                 capture_output=True,

@@ -26,7 +26,7 @@ def attempt(function: Callable[[], dict[str, Any] | None]) -> Outcome:
     start = time.perf_counter()
     try:
         outcome = {"error": None, **(function() or {})}
-    except Exception as error:  # noqa: BLE001  # whatever it is: it is reported, and the next part runs
+    except Exception as error:  # noqa: BLE001  # any error is reported, and the next part runs
         outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {**outcome, "seconds": round(time.perf_counter() - start, 3)}
 

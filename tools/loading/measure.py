@@ -52,7 +52,7 @@ def _attempt(way: str, turn: int, options: Options, world: World, journal: Journ
         finally:
             trainee.close()
         outcome = Outcome(way=way, turn=turn, rank=world.rank, load=load, training=training)
-    except Exception as error:  # noqa: BLE001  # whatever it is: it is a result, and the next way has its turn
+    except Exception as error:  # noqa: BLE001  # any error is a result, and the next way has its turn
         outcome = Outcome(way=way, turn=turn, rank=world.rank, load=outcome.load, error=_describe(error))
     journal.add(outcome)
     return outcome

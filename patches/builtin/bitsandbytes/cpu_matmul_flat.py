@@ -82,7 +82,7 @@ def multiply_by_blocks(
     return product if out is None else out.copy_(product)
 
 
-def _arguments(A: Any, B: Any, quant_state: Any, out: Any = None, bias: Any = None) -> tuple[Any, ...]:  # noqa: N803 - theirs
+def _arguments(A: Any, B: Any, quant_state: Any, out: Any = None, bias: Any = None) -> tuple[Any, ...]:  # noqa: N803 - upstream names
     return A, B, quant_state, out, bias
 
 
