@@ -1,4 +1,4 @@
-"""Activations: every slot in use, and which receipts hold it. Nothing else changes slots or the ledger."""
+"""Activations: every slot in use, and the receipts that hold it. Nothing else changes slots or the ledger."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["ACTIVATIONS", "Activations"]
 
 
 class Activations:
-    """What is active in this process.
+    """The patches that are active in this process.
 
-    `lock` is to be held around every call. It is re-entrant, since a finalizer may revert patches in the
-    middle of anything, and it is used as it is: a context manager written in Python could be interrupted
-    between acquiring it and saying so.
+    Callers hold `lock` around every call. It is re-entrant, since a finalizer may revert patches at any
+    moment. It is a plain RLock: a context manager written in Python could be interrupted after acquiring
+    the lock and before recording that.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -33,18 +33,18 @@ class Activations:
         self.lock = threading.RLock()
         self._slots: dict[tuple[int, str], Slot] = {}
         self._held: dict[Receipt, Slot] = {}
-        # Undone, except that a foreign object was in the way of restoring the place.
+        # Receipts that were undone, but whose place could not be restored because a foreign object is there.
         self._left_behind: dict[Receipt, Slot] = {}
-        # Whose last instance is gone, while somebody, perhaps this very thread, was changing something.
+        # Receipts whose last instance was collected while a change was in progress, perhaps in this very thread.
         self._expired: deque[Receipt] = deque()
         self._changing = False
         self.pending = Pending()
-        """What waits for its module."""
+        """Receipts that wait for their modules."""
         self._failed: list[Receipt] = []
         self._stale = False
 
     def catch_up(self) -> None:
-        """Undo what has no instance left, and finish earlier undoing where nothing is in the way any more."""
+        """Undo receipts that have no instance left, and finish earlier undos that a foreign object was blocking."""
         while self._expired:
             self._expire(self._expired.popleft())
         for receipt, slot in list(self._left_behind.items()):
@@ -57,7 +57,7 @@ class Activations:
         return list(self._held)
 
     def left_behind(self) -> list[Receipt]:
-        """The receipts that were undone but could not be taken away, oldest first."""
+        """The receipts that were undone but whose object is still in place, oldest first."""
         return list(self._left_behind)
 
     def in_force(self) -> list[Receipt]:
@@ -65,15 +65,15 @@ class Activations:
         return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
 
     def failed(self) -> list[Receipt]:
-        """The receipts that were to be applied when their modules came, and could not be, oldest first."""
+        """The receipts that could not be applied when their modules were imported, oldest first."""
         return list(self._failed)
 
     def installed(self) -> list[object]:
-        """What is live and ours, one object for each place that is intact."""
+        """The objects that we installed and that are still in place, one for each intact slot."""
         return [slot.live for slot in self._slots.values() if slot.links and slot.condition == State.ACTIVE]
 
     def condition(self, receipt: Receipt) -> State:
-        """What is live at the place of a receipt that is active; for any other, what the ledger says."""
+        """The current state of a receipt: of an active one, as found at its place; of any other, from the ledger."""
         slot = self._held.get(receipt)
         if slot is None:
             return receipt.state
@@ -90,13 +90,13 @@ class Activations:
         return slot.place
 
     def copies(self, target: str, kind: str) -> Copies:
-        """The other bindings of what a target leads to. Raises TargetError."""
+        """The other bindings of the target's object. Raises TargetError."""
         owner, name = locate(target)
         slot = self._slots.get((id(owner), name))
         return Copies(self.place(target, kind)) if slot is None or not slot.links else slot.copies
 
     def check(self, patches: Sequence[Patch]) -> list[Place]:
-        """The places of these patches, if all can be applied to what is live. Changes nothing."""
+        """Check that all these patches can be applied now; returns their places. Changes nothing."""
         together = [*(receipt.patch for receipt in self._held), *patches]
         refuse_conflicts(together)
         in_order(together)
@@ -109,7 +109,7 @@ class Activations:
         return places
 
     def apply(self, receipt: Receipt, place: Place) -> None:
-        """Install the receipt's patch at its place. What fails half way is taken back by `undo`."""
+        """Install the receipt's patch at its place. If this fails halfway, `undo` restores the place."""
         slot = self._slots.get(place.key)
         if slot is None or not slot.links:
             slot = self._slots[place.key] = Slot(place)
@@ -130,21 +130,21 @@ class Activations:
         self.pending.add(receipt, modules, when_ready)
 
     def fail(self, receipt: Receipt, note: str) -> None:
-        """Take back what a receipt that waited may have changed, and remember that it failed."""
+        """Undo anything that a pending receipt may have changed, and record that it failed."""
         self.pending.take(receipt)
         self.undo_all([receipt], note)
         self.ledger.record(receipt, State.FAILED, note)
         self._failed.append(receipt)
 
     def held_with(self, receipt: Receipt) -> list[Receipt]:
-        """The receipts that hold the same place, oldest first; none where the receipt is not active."""
+        """The receipts at the same place, oldest first; empty if the receipt is not active."""
         slot = self._held.get(receipt)
         return [other for other, held in self._held.items() if held is slot] if slot is not None else []
 
     def reapply(self, receipts: Sequence[Receipt]) -> None:
-        """Move the receipts of one place from what was there before a reload to what the target leads to now.
+        """Move the receipts of one place from the definition before a reload to the one after it.
 
-        Changes nothing where the new definitions cannot be patched. Raises TargetError, OverwrittenError.
+        Changes nothing if the new definitions cannot be patched. Raises TargetError, OverwrittenError.
         """
         places = [describe(receipt.target, *locate(receipt.target), receipt.patch.kind) for receipt in receipts]
         for place in places:
@@ -155,9 +155,9 @@ class Activations:
             self.apply(receipt, place)
 
     def switch(self, receipt: Receipt, *, disabled: bool) -> None:
-        """Take the effect from a receipt that is held, or give it back; nothing is undone.
+        """Disable or enable an active receipt; nothing is undone.
 
-        Raises OverwrittenError where somebody else has replaced a value.
+        Raises OverwrittenError if somebody else has replaced a value.
         """
         if receipt.disabled is disabled or receipt not in self._held:
             return
@@ -171,9 +171,9 @@ class Activations:
         self.ledger.record(receipt, State.DISABLED if disabled else State.ACTIVE)
 
     def undo(self, receipt: Receipt, note: str = "") -> None:
-        """Take back what a receipt changed; one that is undone already is no error.
+        """Undo a receipt's change; a receipt that is already undone is no error.
 
-        Raises OverwrittenError where somebody else has changed the place since; the receipt counts as undone.
+        Raises OverwrittenError if somebody else has changed the place since; the receipt still counts as undone.
         """
         slot = self._held.get(receipt) or self._left_behind.get(receipt)
         if slot is None:
@@ -197,15 +197,15 @@ class Activations:
         self._held.pop(receipt, None)
 
     def undo_all(self, receipts: Iterable[Receipt], note: str = "") -> list[Exception]:
-        """Undo the receipts, newest first, past every failure; returns the failures.
+        """Undo the receipts, newest first, continuing past failures; returns the failures.
 
-        An interrupt comes through; doing it all again then completes it.
+        An interrupt propagates; calling this again with the same receipts completes the undo.
         """
         errors: list[Exception] = []
         for receipt in sorted(receipts, key=lambda receipt: receipt.serial, reverse=True):
             try:
                 self.undo(receipt, note)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
+            except Exception as error:  # noqa: BLE001 - any error; the other receipts come next
                 errors.append(error)
         return errors
 
@@ -221,16 +221,16 @@ class Activations:
             del self._slots[slot.place.key]
 
     def drop_stale_graphs(self) -> None:
-        """Make torch.compile trace anew, if anything that it sees has changed since. To be called without the lock,
-        which another thread that is compiling may be waiting for.
+        """Make torch.compile trace anew, if a traced target has changed. To be called without the lock, for which a
+        thread that is compiling may be waiting.
         """
         if self._stale:
             self._stale = False
             drop_stale_graphs()
 
     def _expire_soon(self, receipt: Receipt) -> None:
-        # The callback of a weak reference. It runs in the middle of anything: a change that this very thread is
-        # making, for which the lock is no obstacle, or another thread's, for which waiting could be a deadlock.
+        # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
+        # the lock does not stop, or by another thread, where waiting could deadlock.
         self._expired.append(receipt)
         if not self.lock.acquire(blocking=False):
             return
@@ -245,10 +245,10 @@ class Activations:
         try:
             self.undo(receipt, "every instance is gone")
         except OverwrittenError:
-            # Nobody called, so nobody could handle it: the ledger has it, and the audit shows it.
+            # There is no caller to handle an error: it is recorded in the ledger and shown by the audit.
             return
         finally:
-            self._stale = stale  # other instances never went through the patch, in no graph
+            self._stale = stale  # no graph took other instances through the patch
 
 
 ACTIVATIONS: Final = Activations(LEDGER)

@@ -1,4 +1,4 @@
-"""Addresses: the text that names a target, taken apart."""
+"""Addresses: parsing the text that names a target."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})(?:\[(?P<key>.+)\]|\((?P<p
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A parsed target: the module, and the path to what is patched inside it."""
+    """A parsed target: the module, and the path inside it to the patched object."""
 
     module: str
     path: tuple[str, ...]
     key: Any = MISSING
-    """Of an item: `module:path[key]`."""
+    """The key of an item target, `module:path[key]`."""
     parameter: str | None = None
-    """Of a default argument: `module:path(parameter)`."""
+    """The parameter of a default argument target, `module:path(parameter)`."""
 
     @property
     def owner_path(self) -> tuple[str, ...]:
-        """The path to what holds the patched thing: a module or class, a container, a function."""
+        """The path to the owner of the target: a module or class, a container, a function."""
         is_attribute = self.key is MISSING and self.parameter is None
         return self.path[:-1] if is_attribute else self.path
 
     @property
     def name(self) -> str:
-        """What tells the patched thing from others of the same owner."""
+        """The name of the target within its owner: an attribute, `[key]` or `(parameter)`."""
         if self.parameter is not None:
             return f"({self.parameter})"
         return self.path[-1] if self.key is MISSING else f"[{self.key!r}]"
@@ -48,8 +48,8 @@ class Target:
 def parse(text: str) -> Target:
     """Split `package.module:Class.attribute`, `...:TABLE[key]`, or `...:function(parameter)`.
 
-    A key is a Python literal, or, where it is none, the string as it stands: `[3]`, `['3']`, `[relu]`. Raises
-    TargetError where `text` has none of these forms.
+    A key is a Python literal, or else is taken as a string: `[3]`, `['3']`, `[relu]`. Raises TargetError if
+    `text` has none of these forms.
     """
     match = _TARGET.fullmatch(text)
     if match is None:

@@ -1,4 +1,4 @@
-"""Aliases: copies of a target that `from x import f` and the like have made, which a patch does not reach."""
+"""Aliases: copies of a target, made by `from x import f` and the like, which a patch does not reach."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Alias", "aliases", "unpatched_copies"]
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """One other binding of a target, as it is now."""
+    """Another binding of a target, as it is now."""
 
     where: str
     """`module:name`, `module:Class.name`, `module:TABLE['key']` or `module:LIST[0]`."""
@@ -45,7 +45,7 @@ def aliases(patch: str | Patch) -> list[Alias]:
 
 
 def unpatched_copies(patch: Patch) -> tuple[str, ...]:
-    """Where calls pass by an active patch; nothing where the patch says that copies do not matter."""
+    """The copies through which calls bypass an active patch; empty if the patch ignores aliases."""
     if patch.aliases == "ignore":
         return ()
     spared = frozenset({patch.module})
@@ -60,7 +60,7 @@ def _target(patch: str | Patch) -> tuple[str, str]:
 
 
 def _kind_of(target: str) -> str:
-    """A class is not chosen by "auto", for patching one should be said; asking about one need not be."""
+    """The kind to look a target up by: "auto", or "class" for a class, which "auto" refuses to patch."""
     try:
         resolve(target, "auto")
     except TargetError:

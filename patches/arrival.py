@@ -1,4 +1,4 @@
-"""Arrival: a patch whose module was not imported is applied as soon as it is."""
+"""Deferred application: a patch is applied as soon as its module is imported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .verdict import Verdict
 __all__ = ["postpone", "split"]
 
 _PATIENCE: Final = 60.0
-"""Seconds to wait for other threads. One that waits, in turn, for the import that called us would wait for ever."""
+"""Seconds to wait for other threads. Without a limit, a thread that waits for our import would deadlock with us."""
 
 
 def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item], list[Patch]]:
-    """What can be applied now, and the patches to wait with, in the order of application; imports no target.
+    """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
 
-    Raises ScopeError for a patch that is to be limited to instances, which its module would have to be there for.
+    Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
     """
     now: list[Item] = []
     later: dict[str, Patch] = {}
@@ -44,10 +44,10 @@ def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item
 
 
 def postpone(receipt: Receipt, *, force: bool) -> None:
-    """Let the receipt wait for the modules that its patch is missing, or apply it if they have come meanwhile.
+    """Defer the receipt until its patch's missing modules are imported, or apply it if they are by now.
 
-    It is applied in the thread that imports the last of them. Whatever is raised then neither fails the import nor
-    keeps others from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is given.
+    It is applied in the thread that imports the last of them. An error then neither fails the import nor keeps other
+    patches from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is issued.
     """
 
     def apply(ready: Receipt) -> None:
@@ -57,16 +57,16 @@ def postpone(receipt: Receipt, *, force: bool) -> None:
         refuse_conflicts([*(other.patch for other in ACTIVATIONS.in_force()), receipt.patch])
         missing = _missing(receipt.patch)
         ACTIVATIONS.pend(receipt, missing, apply)
-    # Imported between the two: the hook was not there yet.
+    # Imported after the check and before the hook was installed.
     if not _missing(receipt.patch) and receipt in ACTIVATIONS.pending:
         apply(receipt)
 
 
 def _missing(patch: Patch) -> frozenset[str]:
-    """What has to be imported before the patch can be applied.
+    """The modules that must be imported before the patch can be applied.
 
-    A probe tries the library out, so a patch with one waits for the whole package; without one, for the module, so
-    that the rest of the package copies what is patched already.
+    A probe runs the library, so a patch with a probe waits for the whole package. A patch without one waits for the
+    module alone, so that the rest of the package already imports the patched object.
     """
     waited: set[str] = set()
     for needed, _ in expand([patch]):
@@ -82,7 +82,7 @@ def _apply_or_fail(receipt: Receipt, *, force: bool) -> None:
         found = acceptable(receipt.patch, force=force)
         _refuse_failed_needs(receipt.patch)
         _apply(receipt, found, force=force)
-    except Exception as error:  # noqa: BLE001 - somebody else's import must not fail for it
+    except Exception as error:  # noqa: BLE001 - it must not fail somebody else's import
         _fail(receipt, error)
     except BaseException as interrupt:
         _fail(receipt, interrupt)
@@ -117,7 +117,7 @@ def _fail(receipt: Receipt, error: BaseException) -> None:
         message = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed: {error!r}"
         warnings.warn(message, DeferredPatchWarning, stacklevel=2)
     except DeferredPatchWarning:
-        return  # warnings are errors here, and the import is not to fail; the ledger has it
+        return  # warnings are errors here, but the import must not fail; the ledger has the error
 
 
 def _acquire(receipt: Receipt) -> None:

@@ -1,4 +1,4 @@
-"""The audit: the ledger, compared with what is live now."""
+"""The audit: the ledger compared with the live objects."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Row:
     target: str
     state: State
     scope: str
-    """The word process, or how many living instances."""
+    """`process`, or the number of living instances."""
     since: str
-    """When it was applied: ISO 8601, UTC, to the second."""
+    """Time of application: ISO 8601, UTC, to the second."""
     by: str
     """`file:line` of the statement that applied it."""
     reason: str
@@ -33,12 +33,12 @@ class Row:
     owner: str
     note: str
     calls: int | None = None
-    """How many calls went through the patch; None where nobody counts."""
+    """Number of calls through the patch; None if calls are not counted."""
     aliases: tuple[str, ...] = ()
-    """Copies of the target that still hold the original, so that calls pass by the patch; only if asked for."""
+    """Copies of the target that still hold the original, so that calls bypass the patch; only on request."""
 
 
-# The owner and the note make lines too long to read; they are in the JSON.
+# Owner and note would make the lines too long to read; they are in the JSON.
 _COLUMNS: Final = tuple(field.name for field in fields(Row) if field.name not in ("owner", "note", "calls", "aliases"))
 
 
@@ -70,16 +70,16 @@ class Audit(Sequence[Row]):
         return "\n".join((table, *passing))
 
     def to_json(self) -> str:
-        """A JSON array with one object a row."""
+        """A JSON array with one object per row."""
         return json.dumps([asdict(row) for row in self._rows], indent=2)
 
 
 def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
-    """Every patch that is active, and every one that was undone but left something behind; as found now.
+    """List every patch that is active, and every one that was undone but is still in place.
 
-    With `include_reverted`, everything that was ever applied in this process, and what was skipped as
-    obsolete. With `aliases`, every loaded module is searched for copies of the targets, some tenths of a second
-    for each patch.
+    With `include_reverted`, also everything that was ever applied in this process or skipped as obsolete. With
+    `aliases`, every loaded module is searched for copies of the targets, which takes some tenths of a second for
+    each patch.
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()

@@ -1,4 +1,4 @@
-"""Bindings: where, in every loaded module, certain objects are stored. Nothing is imported to find out."""
+"""Bindings: the places in loaded modules where certain objects are stored. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Binding:
         return f"{self.module}:{self.path}"
 
     def read(self) -> Any:
-        """What is there now; None where nothing is."""
+        """The object that is stored there now, or None."""
         if type(self.container) is list:
             return self.container[self.key] if self.key < len(self.container) else None
         held = _dict_of_class(self.container) if isinstance(self.container, type) else self.container
         return held.get(self.key)
 
     def write(self, value: object) -> None:
-        """Store `value`, passing by whatever the module or the class does when it is set."""
+        """Store `value`, bypassing any `__setattr__` of the module or metaclass."""
         if isinstance(self.container, type):
             type.__setattr__(self.container, self.key, value)
         else:
@@ -41,10 +41,10 @@ class Binding:
 
 
 def bindings(is_wanted: Callable[[object], bool]) -> Iterator[Binding]:
-    """Every entry of a loaded module, and of a class, dictionary or list stored in one, that holds what is wanted.
+    """Find every entry of a loaded module, or of a class, dictionary or list stored in one, that holds a wanted object.
 
-    One level deep, each container once. `__dict__`s are read as they are: modules that import on access (those of
-    transformers, `importlib.util.LazyLoader`) are left asleep.
+    One level deep, each container once. `__dict__`s are read directly, so that lazy modules (those of transformers,
+    `importlib.util.LazyLoader`) are not triggered.
     """
     seen: set[int] = set()
     for name, module in list(sys.modules.items()):
@@ -70,7 +70,7 @@ def _entries_of_module(module: object) -> dict[str, Any] | None:
 def _inside(
     module: str, name: str, value: object, is_wanted: Callable[[object], bool], seen: set[int]
 ) -> Iterator[Binding]:
-    # `type`, and `issubclass` of it: isinstance asks the object for its class, and some warn about that.
+    # `issubclass` of the `type`: isinstance reads the object's `__class__`, and some objects warn about that.
     kind = type(value)
     is_class = issubclass(kind, type)
     if not (is_class or kind is dict or kind is list) or id(value) in seen:

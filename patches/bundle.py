@@ -13,15 +13,15 @@ from .errors import DefinitionError, DuplicatePatchError, UnknownPatchError
 
 __all__ = ["BUNDLES", "Bundle", "Bundles"]
 
-# Without a dot, which every id of a patch has: neither can be taken for the other.
+# No dot, which every patch id has, so the two cannot be confused.
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A name for patches: ids, names of other bundles, `tag:word`, globs. Resolved each time that it is used.
+    """A name for several patches: ids, names of other bundles, `tag:word`, globs. Resolved at each use.
 
-    Raises DefinitionError where the name has a dot, or nothing is in it.
+    Raises DefinitionError if the name has a dot, or the bundle is empty.
     """
 
     name: str
@@ -45,10 +45,10 @@ class Bundles:
         self._lock = threading.Lock()
 
     def register(self, name: str, members: Iterable[str], /) -> Bundle:
-        """Give several patches one name, to be used wherever an id is.
+        """Give several patches one name, which can be used wherever an id can.
 
-        The patches need not be registered yet. A name can be given to the same members again, as a reloaded module
-        does; to others it raises DuplicatePatchError.
+        The patches need not be registered yet. Registering the same members again is allowed, as a reloaded module
+        does; other members raise DuplicatePatchError.
         """
         if isinstance(members, str):  # a string is a sequence of strings
             why = f"expected a list of ids, bundles or selectors, got the string {members!r}"

@@ -1,4 +1,4 @@
-"""Cells: the one thing that a patch replaces, how it is read without side effects, and how it is written."""
+"""Cells: the one stored value that a patch replaces, read and written without side effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["MISSING", "AttributeCell", "Cell", "DefaultCell", "ItemCell", "Missi
 
 
 class Missing(enum.Enum):
-    """The type of `MISSING`, which stands for an attribute that is in no `__dict__` (None is a value)."""
+    """The type of `MISSING`, which marks an attribute that is absent from a `__dict__` (None is a value)."""
 
     MISSING = "missing"
 
@@ -24,28 +24,28 @@ MISSING: Final = Missing.MISSING
 
 
 class Cell(Protocol):
-    """One value that is stored somewhere."""
+    """A place that stores one value."""
 
     def read(self) -> Any:
         """The stored object itself, or MISSING."""
 
     def write(self, value: Any) -> None:
-        """Store `value`; MISSING takes the cell away, which only an attribute can be asked for."""
+        """Store `value`; MISSING deletes the cell, which only attributes support."""
 
 
 class AttributeCell:
-    """An entry of the `__dict__` of a module, a class, or another object: never bound, never inherited."""
+    """An entry of the `__dict__` of a module, class, or other object: never bound, never inherited."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
         self._name = name
 
     def read(self) -> Any:
-        """`owner.__dict__[name]`, or MISSING."""
+        """Read `owner.__dict__[name]`, or MISSING."""
         return self._owner.__dict__.get(self._name, MISSING)
 
     def write(self, value: Any) -> None:
-        """`setattr`, or `delattr` for MISSING."""
+        """Call `setattr`, or `delattr` for MISSING."""
         if value is MISSING:
             delattr(self._owner, self._name)
         else:
@@ -60,7 +60,7 @@ class ItemCell:
         self._key = key
 
     def read(self) -> Any:
-        """The item, or MISSING; never makes one, as a `defaultdict` would."""
+        """Read the item, or MISSING; never creates one, as a `defaultdict` would."""
         if isinstance(self._container, MutableMapping):
             return self._container.get(self._key, MISSING)
         in_range = isinstance(self._key, int) and 0 <= self._key < len(self._container)
@@ -74,8 +74,8 @@ class ItemCell:
 class DefaultCell:
     """The default of one parameter of a Python function.
 
-    The tuple `__defaults__` cannot be changed, so writing makes another. When all of its items are again what
-    they were before the first write, the first tuple is put back, whatever the order of writes.
+    The tuple `__defaults__` is immutable, so writing makes a new one. When all items are again what they were
+    before the first write, the original tuple is put back, whatever the order of writes.
     """
 
     _first: Final[WeakKeyDictionary[FunctionType, tuple[Any, ...]]] = WeakKeyDictionary()
@@ -86,14 +86,14 @@ class DefaultCell:
         self._keyword_only = parameter in (function.__kwdefaults__ or {})
 
     def read(self) -> Any:
-        """The default, or MISSING where somebody has taken it away."""
+        """Read the default, or MISSING if somebody has removed it."""
         if self._keyword_only:
             return (self._function.__kwdefaults__ or {}).get(self._parameter, MISSING)
         position = self._position()
         return MISSING if position is None else (self._function.__defaults__ or ())[position]
 
     def write(self, value: Any) -> None:
-        """Make `value` the default. Raises LookupError where the parameter has none any more."""
+        """Make `value` the default. Raises LookupError if the parameter no longer has a default."""
         if self._keyword_only:
             present_keywords = self._function.__kwdefaults__ or {}
             present_keywords[self._parameter] = value
@@ -114,12 +114,12 @@ class DefaultCell:
 
 
 def has_default(function: FunctionType, parameter: str) -> bool:
-    """Whether this very function, not one that it wraps, has a default for the parameter."""
+    """Whether the function itself, not one that it wraps, has a default for the parameter."""
     return parameter in (function.__kwdefaults__ or {}) or _position(function, parameter) is not None
 
 
 def _position(function: FunctionType, parameter: str) -> int | None:
-    """The index into `__defaults__`, which belongs to the last of the positional parameters."""
+    """The index of the parameter in `__defaults__`, which covers the last positional parameters."""
     positional = function.__code__.co_varnames[: function.__code__.co_argcount]
     with_default = positional[len(positional) - len(function.__defaults__ or ()) :]
     return with_default.index(parameter) if parameter in with_default else None

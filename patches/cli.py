@@ -54,7 +54,7 @@ _Import = Annotated[
 
 @app.command("list")
 def list_patches(as_json: _AsJson = False) -> None:
-    """List every known patch and where it comes from. Imports none of them."""
+    """List every known patch and its source. Imports none of them."""
     known = [{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()]
     _print(known, as_json=as_json)
 
@@ -63,7 +63,7 @@ def list_patches(as_json: _AsJson = False) -> None:
 def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint = False) -> None:
     """Show everything about one patch, its verdict included. Imports the library that it patches.
 
-    With --fingerprint, print that of the upstream source as it is installed now, for the patch's declaration.
+    With --fingerprint, print the fingerprint of the installed upstream source, to use in the patch's declaration.
     """
     patch = REGISTRY.get(patch_id)
     if only_fingerprint:
@@ -79,15 +79,15 @@ def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint
 
 @app.command()
 def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJson = False) -> None:
-    """Say of each patch whether the installed versions need it.
+    """Report for each patch whether the installed versions need it.
 
-    A patch that no entry point offers is known once its module is imported: `--import my_project.patches`.
+    A patch without an entry point is known once its module is imported: `--import my_project.patches`.
 
-    needed: the defect is there. obsolete: it is not; a transaction skips the patch. unknown: the versions are
+    needed: the defect is present. obsolete: it is absent; a transaction skips the patch. unknown: the versions are
     outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
-    probe raised. incompatible: a library is missing, or the target is gone.
+    probe raised. incompatible: a library is missing, or the target does not exist.
 
-    Exits with 1 where a patch is unknown or incompatible.
+    Exits with 1 if a patch is unknown or incompatible.
     """
     for module in modules or ():
         import_first(module)
@@ -108,9 +108,9 @@ app.command()(new)
 
 @app.command()
 def aliases(patch: _Patch, modules: _Import = None, as_json: _AsJson = False) -> None:
-    """List the copies of a target that other modules hold, as `from x import f` makes them.
+    """List the copies of a target in other modules, such as `from x import f` makes.
 
-    A patch does not reach a copy that holds the original, unless it says aliases="rewrite".
+    A patch does not reach a copy that holds the original, unless declared with aliases="rewrite".
     """
     for module in modules or ():
         import_first(module)
@@ -123,15 +123,15 @@ def aliases(patch: _Patch, modules: _Import = None, as_json: _AsJson = False) ->
 
 @app.command()
 def plan(selectors: _Planned, force: _Force = False) -> None:
-    """Show what a transaction would apply, in which order, and on which grounds. Changes nothing.
+    """Show which patches a transaction would apply, in which order, and why. Changes nothing.
 
-    What others need comes with them. Exits with 2 where the transaction would be refused, and says why.
+    Includes the patches that others need. Exits with 2 if the transaction would be refused, and prints the reason.
     """
     typer.echo(make_plan(*selectors, force=force).explain())
 
 
 def main() -> None:
-    """The console script. An error of this package is printed without a traceback, and the exit code is 2."""
+    """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
     try:
         app()
     except PatchError as error:
@@ -174,7 +174,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
         return {}
     try:
         seen = is_seen_when_compiled(patch)
-    except TargetError:  # an obsolete patch, of code that this release does not have
+    except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
     return {"torch.compile": "traced" if seen else "passed by: declare it traced=True if that compiles its target"}
 

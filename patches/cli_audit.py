@@ -1,4 +1,4 @@
-"""`patches audit`: this process, every process that kept a journal, or what others have patched."""
+"""`patches audit`: patches in this process, in every process with a journal, or made by others."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def audit(
     foreign_packages: _Foreign = None,
     disk: _Disk = False,
 ) -> None:
-    """Show what is patched in this process: what, in which scope, since when, by whom, why, and its state.
+    """Show the patches of this process: target, scope, time, caller, reason, and state.
 
-    A process of its own has nothing patched, so name what patches: `patches audit --import mypackage`.
+    A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
 
-    With --journal, it shows the processes that kept a journal side by side instead, and exits with 1 where they differ.
-    With --foreign, it shows what others than this package have patched, compared with a clean process.
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ.
+    With --foreign, show what code other than this package has patched, compared with a clean process.
     """
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
@@ -65,7 +65,7 @@ def audit(
 
 
 def import_first(module: str, *, option: str = "--import") -> None:
-    """Import what an option names; a module that cannot be imported makes it a bad one."""
+    """Import the module that an option names. Raises typer.BadParameter if it cannot be imported."""
     try:
         importlib.import_module(module)
     except ImportError as error:

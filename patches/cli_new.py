@@ -1,4 +1,4 @@
-"""`patches new`: a patch and its tests, ready to be filled in."""
+"""`patches new`: a new patch and its tests, to be completed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def new(
     root: _Root = Path(),
     tests: _Tests = Path("tests"),
 ) -> None:
-    """Write a new patch and its tests, tied to the version and the source that are installed here.
+    """Write a new patch and its tests, tied to the installed version and source of the target.
 
-    The tests pass as written. Then fill in, in this order: the probe, which tries the defect; the wrapper, which
-    mends it; the verification of its effect.
+    The tests pass as written. Then complete, in this order: the probe, which tries for the defect; the wrapper,
+    which fixes it; the verification of its effect.
     """
     sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
     planned = scaffold(package, id=patch_id, target=target, reason=reason, tests=tests)

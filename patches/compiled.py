@@ -1,4 +1,4 @@
-"""Graphs that torch.compile has made: dropped when a patch changes what they may have traced."""
+"""Compiled graphs of torch.compile: dropped when a patch changes code that they may have traced."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ __all__ = ["drop_stale_graphs"]
 
 
 def drop_stale_graphs() -> None:
-    """Make Dynamo forget every graph that it has compiled, so that what it traced before is traced anew.
+    """Make Dynamo forget every compiled graph, so that code is traced anew.
 
-    All of them, because nothing public tells which graphs have inlined a function. Only the compiled code goes,
-    not the counters, the CUDA graphs and the settings that `torch.compiler.reset` also puts back. Nothing is
-    imported: without `torch._dynamo` in the process there is no graph.
+    All graphs, because no public API tells which ones have inlined a function. Only compiled code is dropped,
+    not the counters, CUDA graphs and settings that `torch.compiler.reset` also resets. Nothing is imported:
+    without `torch._dynamo` in the process there is no graph.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    # Neither is there while another thread is in the middle of importing it: nothing is compiled then.
+    # While another thread is still importing it, nothing has been compiled either.
     drop = getattr(dynamo, "reset_code_caches", None) or getattr(dynamo, "reset", None)
     if drop is not None:
         drop()

@@ -1,8 +1,8 @@
-"""Composition: the one object that is installed at a place for a chain of links, the last link outermost.
+"""Composition: the single object installed at a place for a chain of links, the last link outermost.
 
-Four forms. wrapt's `FunctionWrapper` for what is called; plain functions for what Dynamo traces, since it
-silently passes over wrapt's objects; a `property` for what is read, since wrapt's wrapper has no effect on a
-property; for a value, what the wrappers return.
+Four forms: wrapt's `FunctionWrapper` for calls; plain functions for code that Dynamo traces, since it silently
+bypasses wrapt's objects; a `property` for reads, since wrapt's wrapper has no effect on a property; for a value,
+the wrappers' result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Setter: TypeAlias = Callable[[Any, Any], None]
 
 
 def compose(place: Place, links: Sequence[Link]) -> object:
-    """The object to install at `place`, so that every link's wrapper lies around what is there now."""
+    """Compose the object to install at `place`: every link's wrapper around the object that is there now."""
     assert links, "a slot without links holds its original"
     if place.kind == Kind.ATTRIBUTE:
         return _stored_property(place, links)
@@ -40,7 +40,7 @@ def compose(place: Place, links: Sequence[Link]) -> object:
 
 
 def is_traced(place: Place, patches: Iterable[Patch]) -> bool:
-    """Whether torch.compile sees what is composed for these patches; it looks through what wrapt makes."""
+    """Whether torch.compile sees the object composed for these patches; it looks through wrapt's objects."""
     called = place.kind in (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
     return not called or any(patch.traced for patch in patches)
 
@@ -81,7 +81,7 @@ def _unbound(descriptor: Any) -> Any:
     if type(descriptor) in (classmethod, staticmethod):
         return descriptor.__func__
 
-    # A proxy that somebody else has put around one: its `__func__` would lose their wrapper.
+    # Somebody else's proxy around a classmethod or staticmethod: its `__func__` would drop their wrapper.
     @functools.wraps(descriptor.__func__)
     def bind_and_call(cls: Any, /, *args: Any, **kwargs: Any) -> Any:
         return descriptor.__get__(None, cls)(*args, **kwargs)
@@ -160,7 +160,7 @@ def _value(place: Place, links: Sequence[Link]) -> object:
 
 
 def _innermost(place: Place) -> Any:
-    """What the chain ends in: the original; if inherited, whatever the bases have at the time."""
+    """The innermost callable of the chain: the original, or if inherited, the bases' attribute at call time."""
     if place.own is not MISSING:
         return place.own
     if place.kind in (Kind.VALUE, Kind.CLASS) or isinstance(place.owner, ModuleType):
@@ -170,7 +170,7 @@ def _innermost(place: Place) -> Any:
     return _INHERITED[place.kind](place.owner, place.name, place.found)
 
 
-# An inherited attribute is looked up on each call, as Python does: the base may itself be patched later.
+# An inherited attribute is looked up on each call, as Python does: the base may be patched later.
 
 
 def _inherited_method(owner: type, name: str, found: Any) -> Any:

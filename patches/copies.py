@@ -1,4 +1,4 @@
-"""Copies of what is at one place, as `from x import f` makes them: told apart, rewritten, put back."""
+"""Copies of the object at one place, such as `from x import f` makes: found, rewritten, restored."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ _COPIED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.STATICMETHOD, Kind.CLASS)
 
 
 class Copies:
-    """The other bindings of the object at one place, told by identity: of the original, and of what was installed.
+    """The other bindings of the object at one place, by identity: of the original, and of installed objects.
 
     Not found: copies inside closures, partials, default arguments and instances, and copies of a classmethod or
-    property, of which each access makes another object.
+    property, since each access makes a new object.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._original = _original(place)
-        # Weakly: a slot may live as long as the process, and is composed anew whenever a patch comes or goes.
+        # Weak references: a slot may live as long as the process, and is recomposed whenever its patches change.
         self._installed: list[weakref.ref[Any]] = []
         self._rewritten: list[tuple[Binding, object]] = []
         self._engaged = False
 
     def note(self, installed: object) -> None:
-        """Remember that `installed`, which was composed for the place and is nowhere else, is or was there."""
+        """Record that `installed`, an object composed for this place alone, is or was installed there."""
         if self._place.kind != Kind.CLASS:
             self._remember(_stored(installed))
 
     def of_original(self, spared: frozenset[str] = frozenset()) -> list[Binding]:
-        """The bindings that hold the original, except in modules that are `spared`."""
+        """The bindings that hold the original, except in the modules `spared`."""
         return self._find([self._original], spared)
 
     def of_installed(self) -> list[Binding]:
-        """The bindings that hold what is or was installed: those rewritten, and those made meanwhile."""
+        """The bindings that hold an object that is or was installed: rewritten ones, and copies made since."""
         return self._find(self._alive())
 
     def rewrite(self, installed: object, spared: frozenset[str]) -> None:
-        """Make every copy of the original, and of what was installed before, hold what is installed now."""
+        """Make every copy of the original, or of an object installed earlier, hold the object installed now."""
         self._engaged = True
-        # A class that the wrapper returns may have been elsewhere before. Such bindings are no copies.
+        # The wrapper may return a class that was already bound elsewhere. Those bindings are not copies.
         if not self._find([installed]):
             self._remember(_stored(installed))
         self._move_rewritten(lambda binding: self._form(installed, binding))
@@ -59,9 +59,9 @@ class Copies:
         self._refresh(installed)
 
     def restore(self, installed: object) -> None:
-        """Give rewritten copies the original back, and copies made meanwhile what is at the place now.
+        """Restore the original to rewritten copies, and set copies made since to the object at the place now.
 
-        A copy that somebody else has changed since is left as found. Nothing happens where nothing was rewritten.
+        A copy that somebody else has changed since is left alone. Does nothing if nothing was rewritten.
         """
         if not self._engaged:
             return
@@ -82,7 +82,7 @@ class Copies:
             binding.write(self._form(installed, binding))
 
     def _form(self, installed: Any, binding: Binding) -> object:
-        """What reading the place would give: of a method, outside a class, what takes the instance first."""
+        """The value for a binding, as read from the place: for a method outside a class, the unbound method."""
         stored = _stored(installed)
         binds = isinstance(stored, wrapt.FunctionWrapper) and isinstance(self._place.owner, type)
         return stored.__get__(None, self._place.owner) if binds and not isinstance(binding.container, type) else stored
@@ -113,16 +113,16 @@ class Copies:
 def _original(place: Place) -> Any:
     if place.kind not in _COPIED:
         return MISSING
-    # Of what a class inherits, the copies are the base's. A module that makes attributes on access has no base.
+    # Copies of an inherited attribute belong to the base. A module that makes attributes on access has no base.
     inherited = place.found if isinstance(place.owner, ModuleType) else MISSING
     return _stored(inherited if place.own is MISSING else place.own)
 
 
 def _stored(value: Any) -> Any:
-    """What copying an attribute that holds `value` stores."""
+    """The object that a copy of an attribute with this `value` holds."""
     return value.__func__ if type(value) is staticmethod else value
 
 
 def _core(value: Any) -> Any:
-    """What is installed, where a class has given `value` for it: wrapt makes that anew on each access."""
+    """The installed wrapper, if `value` is a bound form of it, which wrapt makes anew on each access."""
     return value._self_parent if type(value) is wrapt.BoundFunctionWrapper else value

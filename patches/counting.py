@@ -1,4 +1,4 @@
-"""Counting: how many calls went through the wrapper of a patch, where somebody asked for that."""
+"""Call counts of patch wrappers, on request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["CallCounter"]
 
 
 class CallCounter:
-    """Calls of one wrapper. Exact from many threads, except where the target is traced.
+    """Number of calls of one wrapper. Exact across threads, except for a traced target.
 
-    There it takes no lock, which Dynamo could not trace, so that calls made at the very same time may count as
-    one.
+    A traced target is counted without a lock, which Dynamo cannot trace, so that simultaneous calls may count
+    as one.
     """
 
     __slots__ = ("_lock", "calls")
@@ -24,7 +24,7 @@ class CallCounter:
         self.calls = 0
 
     def around(self, wrapper: Wrapper, *, traced: bool) -> Wrapper:
-        """`wrapper`, counted."""
+        """Wrap `wrapper` so that its calls are counted."""
 
         def counted(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self._lock:

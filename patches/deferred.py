@@ -1,4 +1,4 @@
-"""`defer`: patches for modules that are not imported yet, beyond any block."""
+"""`defer`: patches for modules that are not imported yet, not tied to a `with` block."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ __all__ = ["Deferred", "defer"]
 
 
 class Deferred:
-    """What `defer` has taken on."""
+    """The patches of one call of `defer`."""
 
     def __init__(self, receipts: Sequence[Receipt]) -> None:
         self.receipts = tuple(receipts)
-        """One for each patch, whether applied already or not; `receipt.state` tells what has become of it."""
+        """One for each patch, applied or pending; `receipt.state` tells which."""
 
     @property
     def pending(self) -> list[Receipt]:
-        """What still waits for its module."""
+        """The receipts that still wait for their modules."""
         return [receipt for receipt in self.receipts if receipt.state == State.PENDING]
 
     def cancel(self) -> list[Receipt]:
-        """Wait no longer; returns the receipts that did. What was applied stays, until `patches.revert`."""
+        """Cancel the pending receipts, and return them. Applied patches stay until `patches.revert`."""
         return revert(*self.pending)
 
 
 def defer(*items: Item, reason: str, force: bool = False) -> Deferred:
-    """Apply patches as soon as their modules are imported, by whomever; at once where they are. Imports none.
+    """Apply patches as soon as anyone imports their modules, or at once if imported already. Imports none.
 
-    A patch without a probe is applied as soon as its module has been executed, and so before the rest of the package
-    can copy the original; a patch with a probe when its whole package has been, which the probe may need. It waits
-    for what it `needs` as well. A patch that fails then is `failed` in the ledger and in the audit, with the error,
-    and a DeferredPatchWarning is given; the import goes on. Raises at once what can be told without importing.
+    A patch without a probe is applied as soon as its module has been executed, before the rest of the package can copy
+    the original. A patch with a probe is applied after its whole package has been executed, since the probe may use
+    all of it. Patches that it `needs` are waited for as well. A patch that then fails is `failed` in the ledger and in
+    the audit, with the error, and a DeferredPatchWarning is issued; the import goes on. Errors that can be found
+    without importing are raised at once.
     """
     with transaction(*items, reason=reason, force=force, deferred=True) as applied:
         applied.commit()

@@ -1,4 +1,4 @@
-"""The active set: what is patched in this process, in a form that two processes can compare."""
+"""The active set: the patches of this process, in a form that can be compared between processes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["active_set", "digest", "process_wide", "versions_of"]
 
 
 def active_set() -> tuple[str, ...]:
-    """One line for each patch that acts on this whole process: id, target, versions. Sorted, each once.
+    """List each patch that acts on the whole process as one line: id, target, versions. Sorted, without duplicates.
 
-    A patch that is limited to instances is not in it: it goes when the garbage collector takes them, which equal
-    processes do at different times.
+    Patches that are limited to instances are left out: they end when the instances are garbage-collected, which
+    happens at different times even in equal processes.
     """
     return tuple(sorted({_line(receipt.patch) for receipt in process_wide() if not receipt.disabled}))
 
 
 def digest() -> str:
-    """A hash of the active set, in hexadecimal digits: equal in two processes that have patched the same.
+    """Hash the active set to hexadecimal digits, equal in processes with the same patches.
 
-    The order of application does not matter; ids, targets and versions do, those of the patches and of what they patch.
+    The order of application does not matter. Ids and targets do, and the versions of patches and patched libraries.
     """
     from hashlib import sha256
 
@@ -31,12 +31,12 @@ def digest() -> str:
 
 
 def process_wide() -> list[Receipt]:
-    """The receipts of what is applied without a scope, oldest first."""
+    """The active receipts without a scope, oldest first."""
     return [receipt for receipt in active() if receipt.scope is None]
 
 
 def versions_of(patch: Patch) -> dict[str, str]:
-    """Distribution -> version: of what declares the patch, what it patches, and what it requires; as installed."""
+    """Distribution -> installed version, of the patch's own distribution, of its target, and of its requirements."""
     owners = (owner_of(module) for module in (patch.module, parse(patch.target).module))
     versions = dict(owner.split(" ", 1) for owner in owners if " " in owner)
     versions.update({name: installed_version(name) or "not installed" for name in patch.requires})

@@ -1,4 +1,4 @@
-"""Drift: how what is installed differs from what the author of a patch saw."""
+"""Drift: differences between the installed target and the one that a patch was written for."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _DESCRIPTOR_DECORATORS: Final = ("classmethod", "staticmethod", "property", "set
 
 
 def find_drift(patch: Patch, place: Place) -> tuple[str, ...]:
-    """One line for each way in which the target is not what the patch declares: its source, its signature."""
+    """List each difference between the target and the patch's declaration, of source or signature, as one line."""
     return (*_compare_source(patch, place), *_compare_signature(patch, place))
 
 
 def find_foreign(place: Place) -> tuple[str, ...]:
-    """One line where somebody else has replaced or wrapped what upstream wrote at a place; empty if not, or if
-    it cannot be told, since upstream makes it at run time.
+    """Report in one line that somebody else has replaced or wrapped the upstream object at a place; empty if not,
+    or if it cannot be determined because upstream makes the object at run time.
 
-    Told by the source file: a function that comes from another line than its definition, or that has more around
-    it than its definition has decorators. Of what is imported or assigned there, only a mock is noticed:
-    `patches.foreign` looks further, and takes longer.
+    Found by the source file: a function is foreign if it comes from another line than its definition, or has more
+    wrappers than its definition has decorators. For imported or assigned objects, only a mock is noticed:
+    `patches.foreign` is more thorough, and slower.
     """
     if place.own is MISSING or place.kind in (Kind.VALUE, Kind.CLASS, Kind.ATTRIBUTE):
         return ()
@@ -73,7 +73,7 @@ def _compare_signature(patch: Patch, place: Place) -> Sequence[str]:
 
 
 def _origin(place: Place) -> tuple[str, tuple[str, ...]]:
-    """The source file that defines the owner, and the path to the target inside it; no file where none does."""
+    """The source file that defines the owner, or "", and the path to the target inside it."""
     if isinstance(place.owner, ModuleType):
         return _file_of(place.owner), (place.name,)
     if not isinstance(place.owner, type) or "<locals>" in place.owner.__qualname__:
@@ -88,9 +88,9 @@ def _file_of(module: ModuleType | None) -> str:
 
 
 def _made_by(node: ast.AST, links: Sequence[Any], file: str) -> bool:
-    """Whether what is there can be what a statement of the source file makes."""
+    """Whether the object can be the result of this statement of the source file."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return not _is_mock(links[0])  # an import or an assignment; who knows of what
+        return not _is_mock(links[0])  # an import or an assignment, of an unknown object
     decorators = [name for name in map(_decorator, node.decorator_list) if name not in _DESCRIPTOR_DECORATORS]
     if len(links) - 1 > len(decorators):
         return False
@@ -121,7 +121,7 @@ def _code_file(found: Any) -> str:
 def _whereabouts(found: Any) -> str:
     code = found.__code__ if type(found) is FunctionType else None
     if code is None:
-        wrapper = getattr(found, "_self_wrapper", None)  # of a wrapt FunctionWrapper
+        wrapper = getattr(found, "_self_wrapper", None)  # set on a wrapt FunctionWrapper
         code = getattr(wrapper, "__code__", None)
     what = f"a {type(found).__name__}" if code is None or type(found) is not FunctionType else found.__qualname__
     return what if code is None else f"{what} from {code.co_filename}:{code.co_firstlineno}"

@@ -1,4 +1,4 @@
-"""The errors that this package raises on purpose: one root, and a kind for each thing to handle."""
+"""The exceptions and warnings of this package: one root, and one class for each case that callers handle."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ __all__ = [
 
 
 class PatchError(Exception):
-    """Root of the errors of this package."""
+    """Base class of this package's errors."""
 
 
 class DefinitionError(PatchError, ValueError):
-    """A patch that is declared wrongly; `field` is the field to correct."""
+    """A patch declaration is invalid; `field` is the field to correct."""
 
     def __init__(self, message: str, *, patch_id: str, field: str) -> None:
         super().__init__(message)
@@ -45,8 +45,8 @@ class DefinitionError(PatchError, ValueError):
 
 
 class UnknownPatchError(PatchError, LookupError):
-    """No patch of this id is registered, built in, or offered by an installed distribution; or no patch is what a
-    selector asks for.
+    """No patch of this id is registered, built in, or provided by an installed distribution; or a selector matches
+    nothing.
     """
 
     def __init__(self, message: str, *, patch_id: str, suggestions: Sequence[str] = ()) -> None:
@@ -65,7 +65,7 @@ class DuplicatePatchError(PatchError):
 
 
 class TargetError(PatchError):
-    """A target that cannot be parsed, does not resolve, or cannot be patched; `why` is the bare cause."""
+    """A target cannot be parsed, does not resolve, or cannot be patched; `why` is the cause alone."""
 
     def __init__(self, message: str, *, target: str, why: str) -> None:
         super().__init__(message)
@@ -74,7 +74,7 @@ class TargetError(PatchError):
 
 
 class ScopeError(PatchError, ValueError):
-    """Instances that a patch cannot be limited to."""
+    """A patch cannot be limited to the given instances."""
 
     def __init__(self, message: str, *, patch_id: str) -> None:
         super().__init__(message)
@@ -82,7 +82,7 @@ class ScopeError(PatchError, ValueError):
 
 
 class ConflictError(PatchError):
-    """Two patches that may not be active together; `patch_ids` holds both."""
+    """Two patches may not be active together; `patch_ids` holds both."""
 
     def __init__(self, message: str, *, patch_ids: Sequence[str]) -> None:
         super().__init__(message)
@@ -90,7 +90,7 @@ class ConflictError(PatchError):
 
 
 class CycleError(PatchError):
-    """Patches that each ask to come after the other; `cycle` lists them, the first repeated at the end."""
+    """Patches are ordered in a cycle; `cycle` lists them, the first repeated at the end."""
 
     def __init__(self, message: str, *, cycle: Sequence[str]) -> None:
         super().__init__(message)
@@ -98,7 +98,7 @@ class CycleError(PatchError):
 
 
 class ForeignError(PatchError):
-    """What others have patched cannot be told; `why` is the bare cause."""
+    """Foreign patches cannot be determined; `why` is the cause alone."""
 
     def __init__(self, message: str, *, why: str) -> None:
         super().__init__(message)
@@ -106,7 +106,7 @@ class ForeignError(PatchError):
 
 
 class IncompatibleError(PatchError):
-    """A patch that cannot be applied to what is installed."""
+    """A patch cannot be applied to the installed versions."""
 
     def __init__(self, message: str, *, patch_id: str, why: str) -> None:
         super().__init__(message)
@@ -115,19 +115,19 @@ class IncompatibleError(PatchError):
 
 
 class DriftError(IncompatibleError):
-    """A target that is not what the patch was written for, or that somebody else has patched; see `on_drift`."""
+    """A target differs from the one the patch was written for, or somebody else has patched it; see `on_drift`."""
 
 
 class DriftWarning(UserWarning):
-    """A patch was applied to a target that is not what it was written for, since it says so."""
+    """A patch was applied to a target that has drifted or that somebody else has patched, because it is set to warn."""
 
 
 class DeferredPatchWarning(UserWarning):
-    """A patch that waited for its module could not be applied when that was imported; the audit says why."""
+    """A deferred patch could not be applied when its module was imported; the audit says why."""
 
 
 class JournalError(PatchError):
-    """A folder without a journal, or a file in it that is not one; `path` names it."""
+    """A folder has no journal, or a file in it is not a valid journal; `path` names it."""
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(message)
@@ -135,8 +135,8 @@ class JournalError(PatchError):
 
 
 class ManifestError(PatchError):
-    """A manifest that cannot be read, or whose patches this process would apply otherwise; `differences` has a line
-    for each way in which it differs.
+    """A manifest cannot be read, or this process would apply its patches differently; `differences` has a line for
+    each difference.
     """
 
     def __init__(self, message: str, *, differences: Sequence[str] = ()) -> None:
@@ -145,7 +145,7 @@ class ManifestError(PatchError):
 
 
 class ProbeError(PatchError):
-    """A probe raised, so that nobody knows whether its patch is needed; what it raised is the `__cause__`."""
+    """A probe raised, so it is unknown whether its patch is needed; the exception is the `__cause__`."""
 
     def __init__(self, message: str, *, patch_id: str) -> None:
         super().__init__(message)
@@ -153,7 +153,7 @@ class ProbeError(PatchError):
 
 
 class ApplyError(PatchError):
-    """Installing one patch failed; `undone` lists the ids that were applied before it and are undone now."""
+    """Installing a patch failed; `undone` lists the ids that were applied before it and have been undone."""
 
     def __init__(self, message: str, *, patch_id: str, undone: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -162,11 +162,11 @@ class ApplyError(PatchError):
 
 
 class VerifyError(ApplyError):
-    """A patch was installed, but its `verify` did not see the effect; everything was undone."""
+    """A patch was installed, but its `verify` did not find the effect; everything was undone."""
 
 
 class TransactionError(PatchError):
-    """An operation that the state of the transaction (`state`) does not allow."""
+    """The state of the transaction (`state`) does not allow the operation."""
 
     def __init__(self, message: str, *, state: str) -> None:
         super().__init__(message)
@@ -174,7 +174,7 @@ class TransactionError(PatchError):
 
 
 class NotActiveError(PatchError, LookupError):
-    """Asked to revert a patch that is not active."""
+    """A patch that is to be reverted is not active."""
 
     def __init__(self, message: str, *, patch_id: str) -> None:
         super().__init__(message)
@@ -182,10 +182,10 @@ class NotActiveError(PatchError, LookupError):
 
 
 class OverwrittenError(PatchError):
-    """Somebody else has replaced what was installed at `target`; it is left as found.
+    """Somebody else has replaced the object that was installed at `target`; theirs is left in place.
 
-    `state` is "buried" where the foreign object still leads to ours, "reloaded" where the module was
-    executed again, and "overwritten" otherwise.
+    `state` is "buried" if the foreign object still leads to ours, "reloaded" if the module was executed again,
+    and "overwritten" otherwise.
     """
 
     def __init__(self, message: str, *, target: str, state: str, found: object) -> None:
@@ -196,10 +196,10 @@ class OverwrittenError(PatchError):
 
 
 class WrapperError(PatchError, RuntimeError):
-    """The wrapper of an attribute patch raised AttributeError for an attribute that is there.
+    """The wrapper of an attribute patch raised AttributeError for an attribute that exists.
 
-    Let through, it would read as "no such attribute": `hasattr` would say False, and a class with
-    `__getattr__` would silently go on with the unpatched value.
+    Passed on, it would mean "no such attribute": `hasattr` would return False, and a class with `__getattr__`
+    would silently use the unpatched value.
     """
 
     def __init__(self, message: str, *, target: str) -> None:
@@ -208,8 +208,8 @@ class WrapperError(PatchError, RuntimeError):
 
 
 class UndoError(ExceptionGroup[Exception], PatchError):
-    """Some patches could not be undone, one exception for each; all others were."""
+    """Some patches could not be undone, with one exception for each; all others were."""
 
     def derive(self, excs: Sequence[Exception]) -> UndoError:  # type: ignore[override]  # no other kind is in it
-        """As ExceptionGroup's: `split` and `except*` give groups of this class."""
+        """Derive a group of this class, for `split` and `except*`."""
         return UndoError(self.message, excs)

@@ -1,6 +1,6 @@
-"""The import hook: a call once a module that is waited for has been executed for the first time.
+"""The import hook: a callback after the first execution of a watched module.
 
-Own, because wrapt's hooks cannot be taken back, and an error in one fails the import.
+wrapt's hooks are not used, because they cannot be removed, and an error in one fails the import.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ __all__ = ["ImportHook"]
 
 
 class ImportHook(MetaPathFinder):
-    """A finder that finds nothing itself: it watches the loaders of the modules that are waited for.
+    """A finder that finds nothing itself, but wraps the loaders of the watched modules.
 
-    In `sys.meta_path` only while there is one. A module that is imported already, or is executed again by
-    `importlib.reload`, makes no call.
+    It is in `sys.meta_path` only while there are watched modules. A module that is already imported, or that
+    `importlib.reload` executes again, causes no callback.
     """
 
     def __init__(self, executed: Callable[[str], None]) -> None:
-        """`executed(name)` is called in the importing thread, with the import lock of that module held."""
+        """Take `executed(name)`, called in the importing thread with the import lock of the module held."""
         self._executed = executed
         self._names: frozenset[str] = frozenset()
 
     def watch(self, names: frozenset[str]) -> None:
-        """Wait for these modules, and for no other any more."""
+        """Watch exactly these modules from now on."""
         self._names = names
-        # The list is replaced as a whole: another thread may be going through it.
+        # The list is replaced as a whole, since another thread may be iterating over it.
         others = [finder for finder in sys.meta_path if finder is not self]
         sys.meta_path[:] = [self, *others] if names else others
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What the finders after this one say, with a loader that tells when it is done."""
+        """The spec from the finders after this one, with a loader that reports when it is done."""
         if fullname not in self._names:
             return None
         spec = self._ask_others(fullname, path, target)
@@ -55,22 +55,22 @@ class ImportHook(MetaPathFinder):
 
 
 class _Telling(Loader):
-    """Loads as `loader` does, then tells. The module is left with `loader`, as if it had never been otherwise."""
+    """A loader that delegates to `loader`, then runs the callback. The module ends up with the original `loader`."""
 
     def __init__(self, loader: Any, executed: Callable[[str], None]) -> None:
         self._loader = loader
         self._executed = executed
 
     def __getattr__(self, name: str) -> Any:
-        # `importlib.util.find_spec` may have handed this to somebody who asks the loader for the source.
+        # A caller of `importlib.util.find_spec` may have this loader and ask it for the source.
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As the loader does."""
+        """Create the module with the original loader."""
         return self._loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, then tell. Nothing is told where executing it raises: the import may be tried again."""
+        """Execute the module, then run the callback; not if execution raises, since the import may be tried again."""
         name, spec = module.__name__, module.__spec__
         if spec is not None and spec.loader is self:
             spec.loader = self._loader

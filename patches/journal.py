@@ -1,8 +1,8 @@
-"""The journal: each process writes its ledger to a file of its own, where `PATCHES_JOURNAL` names a folder.
+"""The journal: each process writes its ledger to a file of its own in the folder `PATCHES_JOURNAL`, if set.
 
-One JSON object a line, one line for each change of state, in `<host>-<pid>.jsonl`. A line is one write to a file opened
-for appending, so a process that is killed leaves at most its last line incomplete. A child made by `fork` starts a file
-of its own with the lines of its parent, for it has the parent's patches.
+One JSON object per line, one line per change of state, in `<host>-<pid>.jsonl`. Each line is a single write to a
+file opened for appending, so a killed process leaves at most its last line incomplete. A child made by `fork` starts
+its own file with the lines of its parent, since it has the parent's patches.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ VARIABLE: Final = "PATCHES_JOURNAL"
 
 
 class Journal:
-    """Writes the lines of this process.
+    """Writer of this process's journal.
 
-    `history()` gives every line so far; it is asked for in a child, right after the fork. Whoever writes holds the
-    slots' lock. Writing never raises: a full disk is no reason to leave a patch half applied. The first failure is
-    logged as a warning.
+    `history()` returns every line so far; it is called in a child, right after the fork. Callers of `write` hold
+    the lock of the slots. Writing never raises: a full disk is no reason to leave a patch half applied. The first
+    failure is logged as a warning.
     """
 
     def __init__(self, history: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
@@ -32,12 +32,12 @@ class Journal:
         self._failed = False
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line, if the variable is set at this moment."""
+        """Append a line, if the variable is currently set."""
         folder = os.environ.get(VARIABLE)
         if not folder:
             return
         if self._pid is None:
-            # Not on import, which is to have no effect outside this package.
+            # Not on import, which must have no effect outside this package.
             os.register_at_fork(after_in_child=self._begin_child)
             self._begin()
         self._append(folder, line)
@@ -46,7 +46,7 @@ class Journal:
         import time
 
         self._pid = os.getpid()
-        # Process ids come back. Whoever reads takes the last session in a file.
+        # Process ids are reused. Readers take the last session in a file.
         self._session = f"{self._pid}-{time.time_ns()}"
 
     def _begin_child(self) -> None:
@@ -62,7 +62,7 @@ class Journal:
         about = {"host": host, "pid": self._pid, "session": self._session, **_rank()}
         text = json.dumps({**line, **about}, default=str) + "\n"
         try:
-            os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - pathlib would be imported for these two alone
+            os.makedirs(folder, exist_ok=True)  # noqa: PTH103 - pathlib would be imported for these two calls alone
             path = os.path.join(folder, f"{host}-{self._pid}.jsonl")  # noqa: PTH118
             file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -82,7 +82,7 @@ class Journal:
 
 
 def _rank() -> dict[str, int]:
-    """What a launcher such as torchrun says of this process."""
+    """Rank and world size as set by a launcher such as torchrun."""
     variables = {"rank": "RANK", "world_size": "WORLD_SIZE"}
     return {
         name: int(os.environ[variable])

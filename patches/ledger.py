@@ -1,4 +1,4 @@
-"""The ledger: who applied which patch where, when and why, and what has become of it."""
+"""The ledger: who applied which patch where, when and why, and its current state."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _PACKAGE: Final = __name__.partition(".")[0]
 
 
 class State(enum.StrEnum):
-    """What has become of one application."""
+    """The state of one application of a patch."""
 
     ACTIVE = "active"
     DISABLED = "disabled"
-    """Applied, and without effect until it is enabled."""
+    """Applied, but without effect until it is enabled."""
     BURIED = "buried"
-    """Somebody has put an object of theirs around ours."""
+    """Somebody else has wrapped our object."""
     OVERWRITTEN = "overwritten"
-    """Somebody has replaced ours."""
+    """Somebody else has replaced our object."""
     RELOADED = "reloaded"
     """The module was executed again, and its new definition replaced ours."""
     PENDING = "pending"
-    """Not applied yet: it waits for its module to be imported."""
+    """Not applied yet: waiting for its module to be imported."""
     FAILED = "failed"
-    """Not applied: something was raised when its module had been imported."""
+    """Not applied: applying it raised an error after its module was imported."""
     REVERTED = "reverted"
     SKIPPED = "skipped"
     """Never applied: obsolete."""
@@ -71,19 +71,19 @@ class Receipt:
         self.since = datetime.now(UTC)
         self.pid = os.getpid()
         self.state = State.SKIPPED
-        """As of the ledger's latest entry, which alone writes it; `audit()` compares it with what is live."""
+        """State by the ledger's latest entry, set by the ledger alone; `audit()` compares it with the live objects."""
         self.note = ""
         self.disabled = False
-        """Applied, without effect until it is enabled again."""
+        """Whether it is applied but without effect until it is enabled again."""
         self.count_calls = count_calls
         self.counter: CallCounter | None = None
         self.calls_before = 0
 
     @property
     def calls(self) -> int | None:
-        """How many calls have gone through the wrapper since this was applied; None where nobody counts.
+        """Number of calls through the wrapper since this was applied; None if calls are not counted.
 
-        Where several receipts hold one patch at one place, each sees the calls of all.
+        If several receipts hold the same patch at the same place, each counts the calls of all.
         """
         return None if self.counter is None else self.counter.calls - self.calls_before
 
@@ -99,17 +99,17 @@ class Receipt:
 
     @property
     def owner(self) -> str:
-        """The distribution and version that declares the patch, or its module."""
+        """The distribution and version that declare the patch, or else its module."""
         return owner_of(self.patch.module)
 
     @property
     def scope_text(self) -> str:
-        """The word process, or how many living instances it covers."""
+        """`process`, or the number of living instances that it covers."""
         return "process" if self.scope is None else str(self.scope)
 
     @property
     def left_behind(self) -> bool:
-        """Undone, but what was installed could not be taken away because somebody else had replaced it."""
+        """Whether it is undone, but its object could not be removed because somebody else had replaced it."""
         return self.state in (State.BURIED, State.OVERWRITTEN, State.RELOADED)
 
     def __repr__(self) -> str:
@@ -118,7 +118,7 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the ledger: at `time`, the receipt with this `serial` went into `state`."""
+    """One line of the ledger: at `time`, the receipt with this `serial` entered `state`."""
 
     serial: int
     id: str
@@ -136,7 +136,7 @@ class Entry:
 
 
 class Ledger:
-    """Append-only. Whoever writes holds the slots' lock."""
+    """Append-only list of entries. Writers hold the lock of the slots."""
 
     def __init__(self) -> None:
         self._entries: list[Entry] = []
@@ -164,7 +164,7 @@ class Ledger:
         verdict: Verdict,
         count_calls: bool = False,
     ) -> Receipt:
-        """A new receipt, of which nothing has been recorded yet."""
+        """Create a receipt, without recording anything yet."""
         receipt = Receipt(
             serial=next(self._serials),
             patch=patch,
@@ -178,7 +178,7 @@ class Ledger:
         return receipt
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
-        """Put the receipt into `state`, and write that down."""
+        """Set the state of the receipt, and append an entry."""
         receipt.state = state
         receipt.note = note
         entry = Entry(
@@ -200,7 +200,7 @@ class Ledger:
 
 
 def _line(entry: Entry) -> dict[str, object]:
-    """An entry as the journal has it."""
+    """An entry in the format of the journal."""
     return {**vars(entry), "time": entry.time.isoformat()}
 
 

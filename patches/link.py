@@ -1,4 +1,4 @@
-"""Links: one patch at one slot, with everything that keeps it active there."""
+"""Links: one patch at one slot, with the receipts that keep it active there."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ __all__ = ["Link"]
 
 
 class Link:
-    """One patch in the chain of a slot, for as long as at least one receipt holds it.
+    """One patch in the chain of a slot, active while at least one receipt holds it.
 
-    However many receipts there are, the wrapper runs once a call, and only where one of them covers the
-    subject: a receipt without a scope covers everything. Objects composed from a link look here on each call,
-    so a link that nobody holds any more lets calls through, even in copies of the patched object that were
-    never taken back.
+    However many receipts there are, the wrapper runs once per call, and only if one of them covers the subject;
+    a receipt without a scope covers everything. Composed objects consult the link on each call, so a link without
+    receipts lets calls through, even in copies of the patched object that were never restored.
     """
 
     __slots__ = ("_made", "_receipts", "counter", "everyone", "patch", "scopes")
@@ -28,23 +27,23 @@ class Link:
         self._receipts: tuple[Receipt, ...] = ()
         self._made: tuple[object, object] | None = None
         self.counter: CallCounter | None = None
-        """Counts the calls, once a receipt has asked for that."""
+        """The call counter, if a receipt has requested one."""
         self.everyone = False
-        """Some receipt covers every subject."""
+        """Whether some receipt covers every subject."""
         self.scopes: tuple[Mapping[int, object], ...] = ()
-        """Of the receipts with a scope: `id(object)` of what each covers."""
+        """For each receipt with a scope, the objects that it covers, by `id`."""
 
     def __bool__(self) -> bool:
         return bool(self._receipts)
 
     def value_over(self, inner: object) -> object:
-        """What the wrapper makes of a value: called once, so that a class it makes stays the same class."""
+        """The wrapper's result for a value, computed once, so that a class it makes stays the same class."""
         if self._made is None or self._made[0] is not inner:
             self._made = inner, self.patch.wrapper(lambda: inner, None, (), {})
         return self._made[1]
 
     def covers(self, subject: object) -> bool:
-        """Whether a call that is about `subject` goes through the wrapper."""
+        """Whether a call on `subject` goes through the wrapper."""
         if self.everyone:
             return True
         key = id(subject)
@@ -54,7 +53,7 @@ class Link:
         return False
 
     def hold(self, receipt: Receipt) -> None:
-        """Be active for this receipt as well."""
+        """Add a receipt that keeps the link active."""
         if receipt.count_calls and self.counter is None:
             self.counter = CallCounter()
         if receipt.count_calls:
@@ -62,18 +61,18 @@ class Link:
         self._set((*self._receipts, receipt))
 
     def drop(self, receipt: Receipt) -> bool:
-        """Forget the receipt; False where it does not hold the link."""
+        """Remove a receipt; returns False if it does not hold the link."""
         held = receipt in self._receipts
         self._set(tuple(other for other in self._receipts if other is not receipt))
         return held
 
     def refresh(self) -> None:
-        """Take notice of receipts that were disabled or enabled."""
+        """Update the scopes after receipts were disabled or enabled."""
         self._set(self._receipts)
 
     def _set(self, receipts: tuple[Receipt, ...]) -> None:
-        # New tuples, never changed in place: other threads are iterating over the old ones. The receipts come
-        # last, so that dropping one once more completes what an interrupt has cut short.
+        # New tuples, never changed in place: other threads may be iterating over the old ones. The receipts are set
+        # last, so that dropping a receipt again completes a drop that was interrupted.
         enabled = [receipt for receipt in receipts if not receipt.disabled]
         self.scopes = tuple(receipt.scope.ids for receipt in enabled if receipt.scope is not None)
         self.everyone = any(receipt.scope is None for receipt in enabled)

@@ -1,6 +1,6 @@
-"""Manifests: the patches of one process as data, and the same patches in another.
+"""Manifests: the patches of one process as data, to be replayed in another.
 
-A worker that is started anew (multiprocessing's `spawn`, Ray, a launcher) has none of its parent's patches:
+A newly started worker (multiprocessing's `spawn`, Ray, a launcher) has none of its parent's patches:
 
     environment["PATCHES_MANIFEST"] = json.dumps(patches.manifest())       # in the parent
     patches.replay_from_environment()                                      # first thing in the worker
@@ -32,10 +32,10 @@ _MAIN: Final = ("__main__", "__mp_main__")
 
 
 def manifest() -> dict[str, Any]:
-    """What is applied in this process, for `json.dumps`: `patches`, in order, and `not_replayable`, with the grounds.
+    """The active patches of this process, for `json.dumps`: `patches`, in order, and `not_replayable`, with reasons.
 
     Not replayable are patches that are limited to instances, which another process does not have, and patches that are
-    in no registry, so that no id leads to them.
+    not registered, and so cannot be found by id.
     """
     with_grounds = [(receipt, _why_not(receipt)) for receipt in active()]
     entries = {receipt.id: _entry(receipt) for receipt, why in with_grounds if not why}
@@ -44,11 +44,11 @@ def manifest() -> dict[str, Any]:
 
 
 def replay(manifest: Mapping[str, Any]) -> Transaction:
-    """Apply and commit what a manifest lists, all of it or nothing; returns the transaction.
+    """Apply and commit all patches of a manifest, or none; returns the transaction.
 
-    What is applied already, as in a forked child, is not applied again. Where an id is not known yet, the module that
-    defines the wrapper is imported, which is to register it. Raises ManifestError, before anything is changed, where a
-    version, a target, or a verdict is not what it was.
+    Patches that are active already, as in a forked child, are not applied again. For an unknown id, the module that
+    defines the wrapper is imported, which should register it. Raises ManifestError, before anything is changed, if a
+    version, a target, or a verdict differs from the manifest.
     """
     entries = _read(manifest)
     known = {receipt.id for receipt in process_wide()}
@@ -72,9 +72,9 @@ def replay(manifest: Mapping[str, Any]) -> Transaction:
 
 
 def replay_from_environment() -> Transaction | None:
-    """Replay the manifest in `PATCHES_MANIFEST`, JSON or the path of a file with it; None where it is not set.
+    """Replay the manifest in `PATCHES_MANIFEST`, JSON or the path of a JSON file; returns None if it is not set.
 
-    It decides which modules are imported, as PYTHONPATH does: who may set it may run code here.
+    Like PYTHONPATH, it decides which modules are imported: whoever can set it can run code in this process.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
@@ -127,7 +127,7 @@ def _read(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _read_file(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this alone
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this call alone
             return file.read()
     except OSError as error:
         raise ManifestError(f"{VARIABLE} names a file that cannot be read: {error}") from error

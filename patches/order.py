@@ -1,4 +1,4 @@
-"""Order and conflicts: which patches may be active together, and which comes first."""
+"""Order and conflicts of patches that are active together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["in_order", "refuse_conflicts"]
 
 
 def in_order(patches: Iterable[Patch]) -> list[str]:
-    """The ids, each after those that it must come after, otherwise as given. Raises CycleError."""
+    """Sort the ids by the patches' `after` constraints, otherwise as given. Raises CycleError."""
     waiting = {patch.id: patch for patch in patches}
     present = frozenset(waiting)
     ordered: list[str] = []
@@ -25,7 +25,7 @@ def in_order(patches: Iterable[Patch]) -> list[str]:
 
 
 def refuse_conflicts(patches: Iterable[Patch]) -> None:
-    """Raise ConflictError where two of the patches may not be active together, or claim one id."""
+    """Raise ConflictError if two of the patches may not be active together, or have the same id."""
     by_id: dict[str, Patch] = {}
     for patch in patches:
         other = by_id.setdefault(patch.id, patch)
@@ -49,7 +49,7 @@ def _before(patch: Patch, present: frozenset[str]) -> frozenset[str]:
 
 
 def _cycle(waiting: dict[str, Patch]) -> CycleError:
-    # Every patch that waits has a predecessor that waits, so walking backwards comes to one twice.
+    # Every blocked patch has a blocked predecessor, so walking backwards must reach one of them twice.
     path = [next(iter(waiting))]
     while path[-1] not in path[:-1]:
         path.append(min(_before(waiting[path[-1]], frozenset(waiting))))

@@ -1,4 +1,4 @@
-"""Overlays: telling what somebody else has put in the place of an installed object."""
+"""Overlays: the relation of a foreign object to the installed object that it replaces."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _LINKS: Final = ("__wrapped__", "__func__", "fget", "fset", "fdel")
 def leads_to(found: object, wanted: Sequence[object]) -> bool:
     """Whether `found` calls, or at least refers to, one of `wanted`.
 
-    Follows `__wrapped__`, bound and static methods, properties, partials, and what a function refers to:
-    closure, defaults, globals that its code names.
+    Follows `__wrapped__`, bound and static methods, properties, partials, and references of a function: closure,
+    defaults, globals that its code names.
     """
     seen: set[int] = set()
     frontier = [found]
@@ -40,7 +40,7 @@ def _referred(value: object) -> Iterator[object]:
         yield value.func
     if isinstance(value, type):
         yield from value.__bases__
-    # `type`, not isinstance: a wrapt proxy passes for a function, and only its `__wrapped__` is of interest.
+    # `type`, not isinstance: a wrapt proxy imitates a function, but only its `__wrapped__` is relevant.
     if type(value) is FunctionType:
         yield from _referred_by_function(value)
 
@@ -58,13 +58,13 @@ def _referred_by_function(function: FunctionType) -> Iterator[object]:
 
 
 def is_redefinition(found: Any, place: Place) -> bool:
-    """Whether `found` is the original function or class, defined once more by the same file: a reloaded module."""
+    """Whether `found` is the original function or class, redefined from the same file by a reload."""
     original = place.own
     if isinstance(found, type) and isinstance(original, type) and found is not original:
         return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
     if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
         return False
-    if "<locals>" in found.__code__.co_qualname:  # made by a function, which may well make several alike
+    if "<locals>" in found.__code__.co_qualname:  # made by a function, which may make several with equal names
         return False
     return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
         original.__module__,

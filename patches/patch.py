@@ -1,4 +1,4 @@
-"""`Patch`: what one patch is, as data."""
+"""`Patch`: the declaration of one patch, as data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .versions import parse_specifier
 __all__ = ["Patch", "Probe", "Subject", "Verify", "Wrapper"]
 
 Wrapper: TypeAlias = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
-"""`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, `args` are without the
+"""`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, and `args` omit the
 instance.
 """
 
@@ -34,9 +34,9 @@ _ALIASES: Final = ("report", "rewrite", "ignore")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patch:
-    """One patch, declared. Two patches are equal only if they are the same object.
+    """Declaration of one patch. Patches compare by identity.
 
-    Raises DefinitionError where a field cannot be right; nothing is imported to find out.
+    Raises DefinitionError if a field is invalid; nothing is imported to check.
     """
 
     id: str
@@ -45,49 +45,49 @@ class Patch:
     """`package.module:Class.attribute`."""
     wrapper: Wrapper
     reason: str
-    """Why the patch exists: the defect, in a sentence."""
+    """Reason for the patch: the defect, in a sentence."""
     upstream: str = ""
-    """Link to the issue, or to the source that shows the defect; a space between several."""
+    """Link to the issue, or to the source that shows the defect; several are separated by spaces."""
     requires: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> PEP 440 window in which the defect is known; all must hold."""
     kind: str = "auto"
-    """"auto", or the `Kind` that the target must be. "attribute" wraps reads of what instances store
-    themselves.
+    """"auto", or the `Kind` that the target must have. "attribute" wraps reads of values that instances
+    store.
     """
     traced: bool = False
-    """torch.compile traces the target: install plain functions. Without it, a compiled region runs the stock code of
-    a function or method as if there were no patch, for Dynamo looks through wrapt's objects without a word;
+    """Whether torch.compile traces the target: plain functions are installed. Without it, a compiled region runs the
+    stock code of a function or method as if there were no patch, since Dynamo silently looks through wrapt's objects;
     `patches show` says so. Properties, attributes and values are traced either way.
     """
     subject: Subject | None = None
-    """`(instance, args, kwargs) -> object`: what decides whether a call is in scope. None: the instance."""
+    """`(instance, args, kwargs) -> object`: the object by which a call is in scope or not. None: the instance."""
     after: tuple[str, ...] = ()
-    """Ids that are applied before this one, and lie inside it where they share a target."""
+    """Ids that are applied before this one, and so wrap further inside if they share its target."""
     needs: tuple[str, ...] = ()
-    """Ids that are applied too, before this one, wherever this one is."""
+    """Ids that are always applied together with this one, before it."""
     conflicts: tuple[str, ...] = ()
     """Ids that may not be active together with this one."""
     probe: Probe | None = None
-    """True where the defect is present. Needs no GPU and no process group; never runs while active."""
+    """Returns True if the defect is present. Needs no GPU or process group; never runs while the patch is active."""
     verify: Verify | None = None
-    """Raises where the applied patch does not have its effect."""
+    """Raises if the applied patch does not have its effect."""
     tags: tuple[str, ...] = ()
-    """Words to select it by: `tag:word`."""
+    """Words by which to select it: `tag:word`."""
     fingerprint: str | tuple[str, ...] = ()
-    """Of the upstream source that the patch was written for, as `patches show --fingerprint ID` prints it; several
-    for several versions.
+    """Fingerprint of the upstream source that the patch was written for, as printed by
+    `patches show --fingerprint ID`; several for several versions.
     """
     signature: str = ""
-    """What the target takes, as it is written: `(self, x, *, by=2)`. Names, kinds and which have a default must
-    be the same.
+    """Signature of the target as written: `(self, x, *, by=2)`. Names, kinds, and which parameters have defaults
+    must match.
     """
     on_drift: str = "error"
-    """What to do where the source or the signature is another: "error", "warn" and apply, or "skip"."""
+    """Policy if the source or the signature differs: "error", "warn" and apply, or "skip"."""
     on_foreign: str = "allow"
-    """What to do where somebody else has patched the target already: "allow", "error", "warn" or "skip"."""
+    """Policy if somebody else has patched the target already: "allow", "error", "warn" or "skip"."""
     aliases: str = "report"
-    """What becomes of copies that `from x import f` has made of the target: "report" names them in
-    `patches audit`, "rewrite" patches and restores them too, "ignore" knows that they do not matter.
+    """Policy for copies of the target made by `from x import f`: "report" names them in `patches audit`, "rewrite"
+    patches and restores them too, "ignore" declares that they do not matter.
     """
 
     def __post_init__(self) -> None:
@@ -118,12 +118,12 @@ class Patch:
             inspect.signature(self.wrapper).bind(None, None, (), {})
         except TypeError as error:
             raise self._refuse("wrapper", f"it must accept (wrapped, instance, args, kwargs): {error}") from error
-        except ValueError:  # a callable without a signature, such as one written in C: it says so when called
+        except ValueError:  # no signature, as for callables written in C: a mismatch shows when it is called
             return
 
     def _check_ids(self) -> None:
         for name in ("after", "needs", "conflicts", "tags"):
-            # A string is a sequence of strings, so `needs="a.b"` would ask for "a", "." and "b".
+            # A string is a sequence of strings, so `needs="a.b"` would mean "a", "." and "b".
             if isinstance(getattr(self, name), str):
                 raise self._refuse(name, f"expected a tuple, got the string {getattr(self, name)!r}")
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -157,10 +157,10 @@ class Patch:
 
     @property
     def module(self) -> str:
-        """The module that the wrapper is defined in."""
+        """The module that defines the wrapper."""
         return getattr(self.wrapper, "__module__", None) or "?"
 
     @property
     def claimant(self) -> str:
-        """Who declares the patch: `module:qualified.name` of its wrapper."""
+        """The declarer of the patch: `module:qualified.name` of its wrapper."""
         return f"{self.module}:{getattr(self.wrapper, '__qualname__', repr(self.wrapper))}"

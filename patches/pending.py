@@ -1,4 +1,4 @@
-"""Pending receipts: of patches whose modules are not imported yet."""
+"""Pending receipts, whose modules are not imported yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Pending"]
 
 
 class Pending:
-    """Receipts, each with the modules that it waits for. Safe from threads; nothing else is locked meanwhile."""
+    """Receipts, each with the modules that it waits for. Thread-safe; takes no other lock while holding its own."""
 
     def __init__(self) -> None:
         self._missing: dict[Receipt, frozenset[str]] = {}
@@ -28,14 +28,14 @@ class Pending:
         return list(self._missing)
 
     def add(self, receipt: Receipt, modules: Iterable[str], when_ready: Callable[[Receipt], None]) -> None:
-        """Call `when_ready(receipt)` once all `modules` have been executed, in the thread that imports the last."""
+        """Call `when_ready(receipt)` once all `modules` have been executed, in the thread that imports the last one."""
         with self._lock:
             self._when_ready = when_ready
             self._missing[receipt] = frozenset(modules)
             self._watch()
 
     def take(self, receipt: Receipt) -> bool:
-        """Let the receipt wait no longer; False where it does not: it was taken before."""
+        """Remove a pending receipt; returns False if it was not pending any more."""
         with self._lock:
             waited = self._missing.pop(receipt, None) is not None
             if waited:

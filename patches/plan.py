@@ -1,4 +1,4 @@
-"""Plans: which patches a transaction applies, in which order, to what, and which it skips."""
+"""Plans: the patches that a transaction applies, in order, with their targets, and those that it skips."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 
 Item: TypeAlias = str | Patch | Scoped
-"""What a transaction takes: an id, a bundle, a selector (`patches.select`), a patch, or any limited by `on`."""
+"""Item of a transaction: an id, a bundle, a selector (`patches.select`), a patch, or any of these limited by `on`."""
 
 _Request: TypeAlias = tuple[Patch, tuple[object, ...] | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """One patch to apply; to the whole process where `scope` is None."""
+    """One patch to apply, to the whole process if `scope` is None."""
 
     patch: Patch
     scope: Scope | None
@@ -55,13 +55,13 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """Steps in the order of application, and what is left out because it is obsolete, or says so itself."""
+    """Steps in the order of application, and patches skipped because they are obsolete or set to skip."""
 
     steps: tuple[Step, ...]
     skipped: tuple[Step, ...]
 
     def explain(self) -> str:
-        """A table: what would be applied, in this order, to what, and on which grounds; then what would not."""
+        """A table of the patches to apply, in order, with targets and reasons; then the skipped ones."""
         if not self.steps and not self.skipped:
             return "nothing to apply"
         rows = [_explained(str(number), step) for number, step in enumerate(self.steps, start=1)]
@@ -70,12 +70,12 @@ class Plan:
 
 
 def verdict(patch: str | Patch) -> Verdict:
-    """What the installed versions, the target and the probe say of a patch. Applies nothing."""
+    """The verdict on a patch from the installed versions, the target and the probe. Applies nothing."""
     return judge(_patch(patch), resolve)
 
 
 def fingerprint_of(patch: str | Patch) -> str:
-    """The fingerprint of the source that is installed at a patch's target. Raises TargetError where it has none."""
+    """The fingerprint of the installed source of a patch's target. Raises TargetError if it has none."""
     declared = _patch(patch)
     place = resolve(declared.target, declared.kind)
     try:
@@ -85,9 +85,9 @@ def fingerprint_of(patch: str | Patch) -> str:
 
 
 def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, force: bool = False) -> Plan:
-    """Everything about these items that can be settled before anything is changed.
+    """Plan the application of these items: everything that can be decided before anything is changed.
 
-    `on` limits every item that is not limited itself. `force` keeps obsolete patches, and those whose probe
+    `on` limits every item that has no limit of its own. `force` keeps obsolete patches, and those whose probe
     raised. Raises UnknownPatchError, ConflictError, CycleError, IncompatibleError, ProbeError, ScopeError.
     """
     requests = expand(items, on)
@@ -106,7 +106,7 @@ def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, forc
 
 
 def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_Request]:
-    """The patches that these items stand for, with what they need, each with what it is limited to.
+    """Resolve items to patches, including the patches they need, each with the instances it is limited to.
 
     Imports no target.
     """
@@ -114,10 +114,10 @@ def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_R
 
 
 def plan(*items: Item, on: Iterable[object] | None = None, force: bool = False) -> Plan:
-    """What `transaction` would do with these now: `print(patches.plan("a.b", "qlora-low-memory").explain())`.
+    """Plan a `transaction` without running it: `print(patches.plan("a.b", "qlora-low-memory").explain())`.
 
-    Changes nothing; probes run, and the libraries are imported. Raises what the transaction would raise before its
-    first change.
+    Changes nothing; probes run, and the libraries are imported. Raises the errors that the transaction would raise
+    before its first change.
     """
     made = make_plan(items, on=None if on is None else tuple(on), force=force)
     with ACTIVATIONS.lock:
@@ -127,7 +127,7 @@ def plan(*items: Item, on: Iterable[object] | None = None, force: bool = False) 
 
 
 def _requests(items: Iterable[Item], on: Sequence[object] | None) -> list[_Request]:
-    """Patches and the instances they are limited to; what several selectors find is in it once."""
+    """Patches and the instances they are limited to, without duplicates from overlapping selectors."""
     requests: list[_Request] = []
     for item in items:
         limited = item if isinstance(item, Scoped) or on is None else limit(item, on)
@@ -146,10 +146,10 @@ def _patch(patch: str | Patch) -> Patch:
 
 
 def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
-    """The requests, completed by what they need and nobody asked for, in the scope of who needs it."""
+    """The requests plus the patches that they need, each in the scope of the patch that needs it."""
     asked = {patch.id for patch, _ in requests}
     complete = list(requests)
-    for patch, instances in complete:  # grows while it is walked, so needs of needs are met too
+    for patch, instances in complete:  # grows while it is iterated over, so needs of needs are included
         for needed in (REGISTRY.get(needed) for needed in patch.needs if needed not in asked):
             if not any(other is needed and covered is instances for other, covered in complete):
                 complete.append((needed, instances))
@@ -157,7 +157,7 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
 
 
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
-    """The verdict on a patch that may be applied, or left out. Raises IncompatibleError, ProbeError, DriftError."""
+    """The verdict on a patch, if it allows applying or skipping. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
     if found.kind == VerdictKind.INCOMPATIBLE:
         raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
@@ -181,17 +181,17 @@ def acceptable(patch: Patch, *, force: bool) -> Verdict:
 
 
 def _policies(patch: Patch, found: Verdict) -> set[str]:
-    """What the patch says should be done about what its verdict has found."""
+    """The patch's policies that the findings of its verdict invoke."""
     return {policy for policy, lines in ((patch.on_drift, found.drift), (patch.on_foreign, found.foreign)) if lines}
 
 
 def is_seen_when_compiled(patch: Patch) -> bool:
-    """Whether the patch has its effect in a region that torch.compile has traced. Raises TargetError."""
+    """Whether the patch takes effect in a region traced by torch.compile. Raises TargetError."""
     return is_traced(resolve(patch.target, patch.kind), [patch])
 
 
 def is_left_out(patch: Patch, found: Verdict) -> bool:
-    """Whether a patch with this verdict is not applied, without that being an error."""
+    """Whether a patch with this verdict is skipped without an error."""
     return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found)
 
 
@@ -205,7 +205,7 @@ def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
 
 
 def _refuse_to_limit(step: Step) -> None:
-    """Raise ScopeError where the patch is limited to instances and its target has none."""
+    """Raise ScopeError if the patch is limited to instances and its target has none."""
     patch = step.patch
     if step.scope is None:
         return
@@ -224,11 +224,11 @@ def _refuse_to_limit(step: Step) -> None:
 
 
 def resolve(target: str, kind: str) -> Place:
-    """The place of a target, as it was before any patch of ours; imports its module. Raises TargetError."""
-    # Outside the lock the target's module is imported, which may take long, or wait for another thread.
-    # Inside, it is there already.
+    """Resolve a target to its place before any patch of ours; imports its module. Raises TargetError."""
+    # The target's module is imported outside the lock, since that may take long or wait for another thread.
+    # Inside the lock it is imported already.
     owner, name = locate(target)
     if isinstance(owner, ModuleType):
-        getattr(owner, name, None)  # which may import too, where the module does that on access
+        getattr(owner, name, None)  # may import too, if the module imports on attribute access
     with ACTIVATIONS.lock:
         return ACTIVATIONS.place(target, kind)

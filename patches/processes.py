@@ -1,4 +1,4 @@
-"""Processes: the journals of all processes of a job, read and held against each other."""
+"""Comparison of the journals of all processes of a job."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .table import aligned
 
 __all__ = ["Application", "Difference", "Process", "Processes", "read_journals"]
 
-# Of a patch in one of these states nothing is left, or never was.
+# A patch in one of these states has no effect left, or never had one.
 _GONE: Final = (State.REVERTED,)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Application:
-    """One patch as one process has it, without what may differ between equal processes."""
+    """One patch in one process, without the details that may differ between equal processes."""
 
     id: str
     target: str
     state: str
     scope: str
-    """The word process, or instances: how many there are depends on the process's share of a model."""
+    """`process` or `instances`, without their number, which depends on the process's share of a model."""
     verdict: str
     owner: str
 
@@ -36,25 +36,25 @@ class Application:
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """One process, by the last state of each of its receipts."""
+    """One process, with the last state of each of its receipts."""
 
     host: str
     pid: int
     rank: int | None
     world_size: int | None
     applications: tuple[Application, ...]
-    """Sorted. What was reverted is left out."""
+    """Applications, sorted, without reverted ones."""
 
     @property
     def name(self) -> str:
-        """`rank N`, where a launcher gave it one, and the host and the process."""
+        """`rank N`, if a launcher set it, with host and process id."""
         place = f"{self.host}-{self.pid}"
         return place if self.rank is None else f"rank {self.rank} ({place})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One id that is not the same in all processes: what each process has, joined, or an empty text."""
+    """One id that differs between processes: the applications of each process as joined text, or empty."""
 
     id: str
     by_process: Mapping[str, str]
@@ -84,7 +84,7 @@ class Processes(Sequence[Process]):
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """Every id that some process has otherwise than another, or not at all."""
+        """Every id that differs between processes, or is missing in some."""
         ids = sorted({one.id for process in self._processes for one in process.applications})
         columns = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
         differing = [
@@ -98,7 +98,7 @@ class Processes(Sequence[Process]):
         return tuple(differing)
 
     def _silent_ranks(self) -> list[int]:
-        """The ranks that a launcher must have started, and that have written nothing: they have patched nothing."""
+        """The ranks within the world size that have no journal, because they have patched nothing."""
         world = max((one.world_size or 0 for one in self._processes), default=0)
         heard = {one.rank for one in self._processes}
         return [rank for rank in range(world) if rank not in heard]
@@ -112,17 +112,17 @@ class Processes(Sequence[Process]):
         return "\n".join([aligned(header, table), *map(str, self.differences)])
 
     def to_json(self) -> str:
-        """A JSON object: `processes`, with one object each, and `differences`."""
+        """A JSON object: `processes`, a list with one object per process, and `differences`."""
         processes = [asdict(one) for one in self._processes]
         differences = [asdict(one) for one in self.differences]
         return json.dumps({"processes": processes, "differences": differences}, indent=2)
 
 
 def read_journals(folder: Path) -> Processes:
-    """What every process that ran with `PATCHES_JOURNAL=folder` has patched, as of its last line.
+    """Read the patches of every process that ran with `PATCHES_JOURNAL=folder`, as of its last line.
 
-    Of several processes that had the same id one after the other, the last one counts. Raises JournalError where there
-    is no journal, or a line that is not of one; the last line of a file may be incomplete.
+    If a process id was reused, the last process counts. Raises JournalError if there is no journal, or a line is not
+    valid; the last line of a file may be incomplete.
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
@@ -150,7 +150,7 @@ def _read(file: Path) -> Process | None:
 def _parse(file: Path) -> list[dict[str, Any]]:
     texts = file.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = []
-    # What follows the last line break is empty, or was being written when the process was killed.
+    # The text after the last line break is empty, or was being written when the process was killed.
     for number, text in enumerate(texts[:-1], 1):
         try:
             line = json.loads(text)

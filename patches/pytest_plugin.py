@@ -1,4 +1,4 @@
-"""The pytest plugin, which pytest loads by itself wherever this distribution is installed.
+"""The pytest plugin, which pytest loads automatically if this distribution is installed.
 
 - The fixture `patched` applies patches for the length of a test.
 - `--patches IDS` runs any test suite under patches; `--patches-bisect` says which of them breaks a test.
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Install the parts that the options ask for."""
+    """Install the parts of the plugin that the options select."""
     config.pluginmanager.register(LeakDetector(), "patches-leaks")
     selectors = [part.strip() for part in config.getoption("patches").split(",") if part.strip()]
     bisecting = config.getoption("patches_bisect")
@@ -62,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     session_patches = SessionPatches(selectors)
     config.pluginmanager.register(session_patches, "patches-session")
-    # A worker of pytest-xdist reports to the process that started it, which bisects.
+    # A worker of pytest-xdist reports to its controller, which bisects.
     if bisecting and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Bisection(session_patches, Rerun(config)), "patches-bisection")
 
@@ -71,8 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def patched(request: pytest.FixtureRequest) -> Iterator[Patched]:
     """`patched(*items, on=None, force=False)` applies patches until the test ends; returns the transaction.
 
-    Takes what `patches.transaction` takes. Fails the test where a patch is obsolete, since its effect would
-    not be tested: `force=True` applies it all the same.
+    Takes the same items as `patches.transaction`. Fails the test if a patch is obsolete, since its effect would
+    not be tested; `force=True` applies it anyway.
     """
     with ExitStack() as stack:
 

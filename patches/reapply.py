@@ -1,4 +1,4 @@
-"""Reapplying: patches that a reload of their module has thrown off are put on its new definitions."""
+"""Reapplying patches to the new definitions after a reload of their module."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["reapply"]
 
 
 def reapply(patch: str | Receipt) -> list[Receipt]:
-    """Apply a patch again, by id or receipt, whose module was executed again; returns what was applied.
+    """Apply a patch, by id or receipt, again after its module was reloaded; returns the receipts concerned.
 
-    All receipts of the places concerned move together, and stay what they were: whoever was to undo them still
-    does. Objects made before the reload keep the stock behaviour. Nothing happens to what is still in place.
+    All receipts of the same places move together and stay valid, so whoever was to undo them still does. Objects
+    made before the reload keep the stock behaviour. Patches that are still in place are left alone.
 
-    Raises NotActiveError; OverwrittenError where somebody else has patched over it since; ScopeError for a patch of
-    a class that is limited to instances, since they are of the class before the reload; IncompatibleError, ProbeError
-    and the like where the new definitions are not what the patch is for; and VerifyError, after undoing.
+    Raises NotActiveError; OverwrittenError if somebody else has patched over it since; ScopeError for a patch of a
+    class that is limited to instances, since those belong to the class before the reload; IncompatibleError,
+    ProbeError and the like if the patch does not fit the new definitions; and VerifyError, after undoing.
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()

@@ -1,4 +1,4 @@
-"""The registry: ids and the patches they stand for, imported only when they are asked for."""
+"""The registry: patches by id, imported only on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _W = TypeVar("_W", bound=Callable[..., Any])
 
 
 def _installed_entry_points() -> Iterable[EntryPoint]:
-    # Imported here: most programs never ask, and it would be a third of the time that `import patches` takes.
+    # Imported here: most programs never need it, and it would take a third of the time of `import patches`.
     from importlib.metadata import entry_points
 
     return entry_points(group=ENTRY_POINT_GROUP)
@@ -31,9 +31,9 @@ def _installed_entry_points() -> Iterable[EntryPoint]:
 class Registry:
     """Patches by id.
 
-    An id is found among the patches registered so far, then in `builtin` (id -> module that registers it),
+    An id is looked up among the patches registered so far, then in `builtin` (id -> module that registers it),
     then among the entry points of the group `patches.registry` (name: the id; value: a module that registers
-    it, or `module:attribute` with the Patch). An id has one claimant: two make a DuplicatePatchError that
+    it, or `module:attribute` with the Patch). An id has one claimant: two raise DuplicatePatchError, which
     names both.
     """
 
@@ -45,7 +45,7 @@ class Registry:
         self._builtin = dict(builtin or {})
         self._find_entry_points = find_entry_points
         self._patches: dict[str, Patch] = {}
-        # Guards the dictionary only. Never held during an import, which may wait for another thread.
+        # Guards the dictionary only; never held during an import, which may wait for another thread.
         self._lock = threading.Lock()
 
     @overload
@@ -53,12 +53,11 @@ class Registry:
     @overload
     def register(self, id: str, /, *, target: str, reason: str, **fields: Any) -> Callable[[_W], _W]: ...
     def register(self, patch: Patch | str, /, **fields: Any) -> Any:
-        """Register a Patch and return it, or make a decorator that registers a wrapper and returns it
+        """Register a Patch and return it, or return a decorator that registers a wrapper and returns it
         unchanged.
 
-        As a decorator it takes the fields of `Patch`. Raises DuplicatePatchError where the id is taken. A
-        module may register its own patch again, as it does when it is reloaded or a notebook cell is run once
-        more.
+        As a decorator it takes the fields of `Patch`. Raises DuplicatePatchError if the id is taken. A module may
+        register its own patch again, as happens when it is reloaded or a notebook cell is run again.
         """
         if isinstance(patch, Patch):
             self._add(patch)
@@ -85,11 +84,11 @@ class Registry:
         raise self._unknown(patch_id)
 
     def ids(self) -> list[str]:
-        """Every id that is known, sorted. Imports nothing."""
+        """All known ids, sorted. Imports nothing."""
         return sorted({*self._patches, *self._builtin, *(point.name for point in self._find_entry_points())})
 
     def source(self, patch_id: str) -> str:
-        """Where the patch of this id comes from: a module, or an entry point. Imports nothing."""
+        """The source of the patch of this id: a module, or an entry point. Imports nothing."""
         if patch_id in self._patches:
             return self._patches[patch_id].module
         if patch_id in self._builtin:

@@ -1,4 +1,4 @@
-"""A new patch for a target that is installed here: its module, its tests, and its entry point."""
+"""A new patch for an installed target: its module, tests, and entry point."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHO
 
 
 class ExistsError(PatchError):
-    """A file that was to be written is there already; `path` is it."""
+    """A file that is to be written exists already; `path` names it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} exists; expected a new file: choose another id, package or folder")
@@ -31,12 +31,12 @@ class ExistsError(PatchError):
 
 @dataclass(frozen=True, kw_only=True)
 class Scaffold:
-    """What to write, and what to add to `pyproject.toml`."""
+    """Planned files, and the addition to `pyproject.toml`."""
 
     files: Mapping[Path, str]
-    """Path, relative to the project -> text."""
+    """Path relative to the project -> text."""
     packages: tuple[Path, ...]
-    """`__init__.py` of every package on the way, to be made where it is missing."""
+    """`__init__.py` of every parent package, to be created if missing."""
     entry_point: str
 
     @property
@@ -48,13 +48,13 @@ class Scaffold:
 def scaffold(package: str, *, id: str, target: str, reason: str = "", tests: Path = Path("tests")) -> Scaffold:  # noqa: A002
     """Plan a patch `id` of `target`, in a module of its own in `package`. Imports the target; writes nothing.
 
-    Raises TargetError where the target does not resolve, or is no function, method or property; DefinitionError
-    where the id is no id.
+    Raises TargetError if the target does not resolve, or is not a function, method or property; DefinitionError
+    if the id is invalid.
     """
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
         raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
     reason = reason or _REASON
-    Patch(id=id, target=target, wrapper=_probe_of_fields, reason=reason)  # refuses a bad id or target
+    Patch(id=id, target=target, wrapper=_placeholder, reason=reason)  # refuses a bad id or target
     place = describe(target, *locate(target))
     if place.kind not in _CALLED:
         why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
@@ -75,7 +75,7 @@ def scaffold(package: str, *, id: str, target: str, reason: str = "", tests: Pat
 
 
 def write(planned: Scaffold, root: Path) -> list[Path]:
-    """Write it below `root`; returns what was written. Raises ExistsError, before anything is."""
+    """Write the files below `root`; returns their paths. Raises ExistsError before anything is written."""
     for path in planned.files:
         if (root / path).exists():
             raise ExistsError(root / path)
@@ -93,7 +93,7 @@ def _place_words(place: Place) -> dict[str, str]:
 
 
 def _known(place: Place) -> str:
-    """The lines that tie the patch to what is installed: the version, if it has one, and the source."""
+    """The fields that tie the patch to the installed version, if known, and source."""
     from importlib import metadata
 
     package = parse(place.target).module.partition(".")[0]
@@ -114,9 +114,9 @@ def _identifier(patch_id: str) -> str:
 
 
 def _quotable(reason: str) -> str:
-    """One line that can stand in a string and in a docstring."""
+    """The reason as one line that fits in a string literal and in a docstring."""
     return " ".join(reason.split()).replace("\\", "\\\\").replace('"', "'")
 
 
-def _probe_of_fields(*_: object) -> None:
-    """Stands for a wrapper while the other fields are checked."""
+def _placeholder(*_: object) -> None:
+    """Placeholder wrapper, used while the other fields are checked."""

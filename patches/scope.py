@@ -1,4 +1,4 @@
-"""Instance scope: the objects that a patch is limited to, held weakly and by identity."""
+"""Instance scope: the objects to which a patch is limited, held weakly and compared by identity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Scope", "Scoped", "on"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoped:
-    """A patch and the objects to limit it to, as `on` makes it. Keeps the objects alive."""
+    """A patch and the objects to limit it to, as made by `on`. Keeps the objects alive."""
 
     patch: str | Patch
     instances: tuple[object, ...]
@@ -23,9 +23,9 @@ class Scoped:
 def on(patch: str | Patch, instances: Iterable[object]) -> Scoped:
     """Limit a patch to these objects: `transaction(on("a.b", [x, y]), reason=...)`.
 
-    Other objects of the class keep their stock behaviour. The objects are told apart by identity, need not be
-    hashable, are not changed (they pickle and deepcopy as before; a copy is not covered), and are not kept
-    alive. Raises ScopeError where there is none.
+    Other objects of the class keep their stock behaviour. The objects are compared by identity, need not be
+    hashable, are not changed (they pickle and deepcopy as before; a copy is not covered), and the patch does not
+    keep them alive. Raises ScopeError if there are none.
     """
     chosen = tuple(instances)
     if not chosen:
@@ -35,14 +35,14 @@ def on(patch: str | Patch, instances: Iterable[object]) -> Scoped:
 
 
 class Scope:
-    """The living objects of one activation."""
+    """The living objects to which one receipt is limited."""
 
     __slots__ = ("__weakref__", "_on_empty", "ids")
 
     def __init__(self, instances: Iterable[object], *, patch_id: str) -> None:
-        """Raises ScopeError for an object that cannot be referenced weakly."""
+        """Reference the instances weakly. Raises ScopeError for an object that cannot be."""
         self.ids: dict[int, weakref.ref[object]] = {}
-        """`id(object)` of every covered object that is alive."""
+        """`id` -> weak reference, of every covered object that is alive."""
         self._on_empty: Callable[[], None] | None = None
         for instance in instances:
             self.ids[id(instance)] = self._watch(instance, patch_id)
@@ -54,7 +54,7 @@ class Scope:
         return f"{len(self)} instance{'' if len(self) == 1 else 's'}"
 
     def when_empty(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once the last object is gone: now, or in the middle of any statement."""
+        """Call `callback` once the last object is gone: now, or later at any moment."""
         self._on_empty = callback
         if not self.ids:
             callback()
@@ -63,7 +63,7 @@ class Scope:
         key = id(instance)
 
         def forget(_: object) -> None:
-            # Runs before another object can be given the memory, and so the id. No lock: it would deadlock.
+            # Runs before the memory, and so the id, can be reused for another object. No lock: it would deadlock.
             self.ids.pop(key, None)
             if not self.ids and self._on_empty is not None:
                 self._on_empty()

@@ -1,4 +1,4 @@
-"""Selection: from what a user writes to ids."""
+"""Selection: resolve a user's selectors to patch ids."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _WILDCARDS: Final = frozenset("*?[")
 
 
 def select(*selectors: str, registry: Registry = REGISTRY, bundles: Bundles = BUNDLES) -> list[str]:
-    """The ids that the selectors stand for, in the order of the selectors, each once.
+    """Resolve selectors to ids, in the order of the selectors, without duplicates.
 
     A selector is an id; the name of a bundle; a glob over ids (`bitsandbytes.*`), which imports nothing; or
-    `tag:word`, which imports every known patch to read its tags. What one selector finds is sorted, except that a
-    bundle keeps its order. Raises UnknownPatchError for one that matches nothing, CycleError for a bundle in itself.
+    `tag:word`, which imports every known patch to read its tags. The matches of one selector are sorted; those of a
+    bundle keep its order. Raises UnknownPatchError if one matches nothing, CycleError if a bundle contains itself.
     """
     found = [patch_id for selector in selectors for patch_id in _matches(selector, registry, bundles, ())]
     return list(dict.fromkeys(found))
 
 
 def is_pattern(selector: str) -> bool:
-    """Whether it is anything but an id."""
+    """Whether the selector is not an id: a bundle, a glob, or a tag."""
     return "." not in selector or selector.startswith(_TAG) or not _WILDCARDS.isdisjoint(selector)
 
 

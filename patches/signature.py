@@ -1,4 +1,4 @@
-"""Signatures as patches declare them, and whether a function still has them."""
+"""Declared signatures of patches, and their comparison with those of functions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["parse_signature", "same_parameters"]
 
 @functools.cache
 def parse_signature(text: str) -> inspect.Signature:
-    """`(self, x, *, by=2)`, parsed without evaluating anything: a default is there or not, whatever it is.
+    """Parse `(self, x, *, by=2)` without evaluating anything: only the presence of a default is kept, not its value.
 
-    Raises ValueError where `text` is of another form.
+    Raises ValueError if `text` is not a signature.
     """
     try:
         function, *more = ast.parse(f"def signature{text}: ...").body
@@ -27,7 +27,7 @@ def parse_signature(text: str) -> inspect.Signature:
 
 
 def same_parameters(one: inspect.Signature, other: inspect.Signature) -> bool:
-    """Whether both take the same: names, kinds, order, and which have a default. Annotations do not matter."""
+    """Whether the parameters agree in name, kind, order, and presence of a default. Annotations do not matter."""
     return _shape(one) == _shape(other)
 
 

@@ -1,4 +1,4 @@
-"""Slots: what is installed at one place, and exact restoration of what was there."""
+"""Slots: the object installed at one place, and exact restoration of the original."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ __all__ = ["Slot"]
 
 
 class Slot:
-    """One place with the chain of links active there, composed anew whenever a link comes or goes.
+    """One place with the chain of active links, recomposed whenever a link is added or removed.
 
-    Not safe from threads by itself.
+    Not thread-safe by itself.
     """
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.links: tuple[Link, ...] = ()
-        # What may be found at the place and is ours. Two objects while one is being replaced by the other, so
-        # that an interrupt at any point leaves neither looking foreign.
+        # Objects of ours that may be at the place. Two while one is being replaced by the other, so that after an
+        # interrupt at any point neither looks foreign.
         self._ours: tuple[object, ...] = ()
         self.copies = Copies(place)
         self._spec = _spec(place)
 
     @property
     def live(self) -> Any:
-        """What is at the place now."""
+        """The object at the place now."""
         return self.place.cell.read()
 
     @property
     def is_traced(self) -> bool:
-        """Whether torch.compile sees what is installed."""
+        """Whether torch.compile sees the installed object."""
         return is_traced(self.place, [link.patch for link in self.links])
 
     @property
     def condition(self) -> State:
-        """ACTIVE, BURIED, RELOADED or OVERWRITTEN, by what is at the place now."""
+        """ACTIVE, BURIED, RELOADED or OVERWRITTEN, judged by the object at the place now."""
         if is_orphaned(self.place):
             return State.RELOADED
         if self._is_intact():
@@ -54,12 +54,12 @@ class Slot:
         return State.RELOADED if self._is_redefined() else State.OVERWRITTEN
 
     def refuse_overwritten(self) -> None:
-        """Raise OverwrittenError where somebody else has changed the place since something was installed."""
+        """Raise OverwrittenError if somebody else has changed the place since we installed an object."""
         if self.links and not self._is_intact():
             raise self._overwritten("revert the patches that are active there, then apply again")
 
     def add(self, receipt: Receipt) -> None:
-        """Make `receipt` hold its patch here, and install what follows from that."""
+        """Add `receipt` to its patch's link, a new one if needed, and install the recomposed object."""
         link = next((link for link in self.links if link.patch is receipt.patch), None)
         if link is not None:
             counter, everyone = link.counter, link.everyone
@@ -74,10 +74,10 @@ class Slot:
         self._install()
 
     def refresh(self) -> None:
-        """Take notice of receipts that were disabled or enabled.
+        """Update the place after receipts were disabled or enabled.
 
-        What is called looks at its links on each call. A value is replaced; raises OverwrittenError where somebody
-        else has replaced it.
+        Callables consult their links on each call. A value is replaced; raises OverwrittenError if somebody else
+        has replaced it.
         """
         for link in self.links:
             link.refresh()
@@ -92,10 +92,10 @@ class Slot:
             raise self._overwritten("it was left as found")
 
     def remove(self, receipt: Receipt) -> None:
-        """Take back what `receipt` changed here, if anything.
+        """Undo the change that `receipt` made here, if any.
 
-        Raises OverwrittenError where somebody else has changed the place since. It is left as found then, and
-        what was installed has no more effect, wherever it is.
+        Raises OverwrittenError if somebody else has changed the place since. It is then left as found, and our
+        object, wherever it is, passes calls through without effect.
         """
         held = next((link for link in self.links if link.drop(receipt)), None)
         if held:  # by another receipt too, which may be disabled
@@ -106,23 +106,23 @@ class Slot:
             raise self._overwritten("it was left as found; what was installed lets every call through")
 
     def settle(self) -> bool:
-        """Make the place hold what the links ask for; False where somebody else's object is in the way."""
+        """Install the object that the links require; returns False if a foreign object is in the way."""
         if self._is_intact():
             self._install()
             return True
         if not self.links:
             self.copies.restore(self.place.own)
-        # Restored by somebody else, or defined anew by a reload: nothing of ours is there to take away.
+        # Restored by somebody else, or redefined by a reload: nothing of ours is left to remove.
         return self.live is self.place.own or self._is_redefined() or self._is_absent()
 
     def _is_absent(self) -> bool:
-        """Whether nothing of ours was in place when somebody else came, nor is to be: a value that was disabled."""
+        """Whether nothing is left to undo: a value's patches were disabled when somebody replaced it, and still are."""
         wanted = any(link.everyone for link in self.links)
         return self._is_value and not wanted and all(ours is self.place.own for ours in self._ours)
 
     def _is_redefined(self) -> bool:
-        """Whether a reload has put a new definition here: told by the function or class, or else by the module,
-        which gets a new spec; a decorated function, say, tells nothing of where it comes from.
+        """Whether a reload has put a new definition here, judged by the function or class, or else by the module's
+        new spec, since a decorated function, for example, does not show its source.
         """
         return is_redefinition(self.live, self.place) or _spec(self.place) is not self._spec
 
@@ -142,7 +142,7 @@ class Slot:
             self.copies.restore(installed)
             self.copies.note(installed)
             return
-        # Whoever declares a patch may have copied the original in order to call it.
+        # The module that declares a patch may hold a copy of the original in order to call it.
         self.copies.rewrite(installed, spared=frozenset(link.patch.module for link in self.links))
 
     def _write(self, value: object) -> None:

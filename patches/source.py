@@ -1,4 +1,4 @@
-"""Source text: what upstream wrote where a target lives, whatever has been put around it since."""
+"""Upstream source of a target, whatever has been wrapped around it since."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _fingerprints: Final[WeakKeyDictionary[Any, str]] = WeakKeyDictionary()
 
 
 class NoSourceError(Exception):
-    """There is no Python source for something: it is written in C, or was made by `exec`."""
+    """An object has no Python source: it is written in C, or was made by `exec`."""
 
 
 def chain(found: Any) -> list[Any]:
-    """`found`, and what it says that it wraps, outermost first.
+    """List `found` and the functions that it wraps, outermost first.
 
-    Goes through descriptors, `__wrapped__`, partials and bound methods.
+    Follows descriptors, `__wrapped__`, partials and bound methods.
     """
     links: list[Any] = []
     while found is not None and len(links) < _MAX_DEPTH:
         if isinstance(found, property):
             found = found.fget or found.fset
-        elif type(found) in (classmethod, staticmethod):  # which have a `__wrapped__` too: the same function
+        elif type(found) in (classmethod, staticmethod):  # their `__wrapped__` is the same function
             found = found.__func__
         else:
             links.append(found)
@@ -42,10 +42,10 @@ def chain(found: Any) -> list[Any]:
 
 
 def fingerprint(place: Place) -> str:
-    """16 hexadecimal digits for the upstream source at a place: of its function or class, or of a literal value.
+    """Hash the upstream source of a place's function, class, or literal value to 16 hexadecimal digits.
 
-    Comments, docstrings, formatting and the version of Python do not matter. Wrappers are seen through. Kept for
-    each function, so computed once. Raises NoSourceError.
+    Comments, docstrings, formatting and the version of Python do not matter, and wrappers are ignored. Cached per
+    function. Raises NoSourceError.
     """
     if place.kind == Kind.VALUE:
         return _fingerprint_of_value(place.found)
@@ -54,15 +54,15 @@ def fingerprint(place: Place) -> str:
         if subject not in _fingerprints:
             _fingerprints[subject] = _digest(_parse(subject))
         return _fingerprints[subject]
-    except TypeError as error:  # no Python function or class, or one that cannot be referenced weakly
+    except TypeError as error:  # not a Python function or class, or one that cannot be referenced weakly
         raise NoSourceError(f"{subject!r} has no Python source") from error
 
 
 @functools.cache
 def definitions(file: str, path: tuple[str, ...]) -> tuple[ast.AST, ...]:
-    """Every definition of `path` (`("Class", "method")`) in a source file, such as one a branch of an `if`.
+    """Find every definition of `path` (`("Class", "method")`) in a source file, such as in both branches of an `if`.
 
-    Functions and classes; the statements that import it or assign to it too. Kept for each file and path. Raises
+    Functions and classes, and statements that import the name or assign to it. Cached per file and path. Raises
     NoSourceError.
     """
     scopes: list[ast.AST] = [_parse_file(file)]
@@ -75,7 +75,7 @@ def definitions(file: str, path: tuple[str, ...]) -> tuple[ast.AST, ...]:
 def _next(found: Any) -> Any:
     if isinstance(found, functools.partial):
         return found.func
-    # In the `__dict__` of a function, on the class of a wrapt proxy; a class has none, and a mock has everything.
+    # In the `__dict__` of a function, or on the class of a wrapt proxy; classes have none, and mocks have everything.
     if isinstance(found, type):
         return None
     if type(found) is FunctionType:
@@ -103,7 +103,7 @@ def _parse(subject: Any) -> ast.AST:
         raise NoSourceError(f"{subject!r} is no Python function or class")
     try:
         source = inspect.getsource(subject)
-        # An indented definition, as it stands: dedenting would change string literals that span lines.
+        # An indented definition is kept indented: dedenting would change string literals that span lines.
         body = ast.parse(f"if 1:\n{source}" if source[:1].isspace() else source).body
     except (OSError, SyntaxError) as error:
         raise NoSourceError(f"{subject!r} has no source: {error}") from error
@@ -121,7 +121,7 @@ def _parse_file(file: str) -> ast.Module:
 
 
 def _statements(scope: ast.AST) -> Iterator[ast.AST]:
-    """The statements of a scope, branches and loops included, functions and classes inside it not."""
+    """The statements of a scope, including branches and loops, but not nested functions and classes."""
     for node in ast.iter_child_nodes(scope):
         if not isinstance(node, ast.stmt | ast.ExceptHandler):
             continue
@@ -150,7 +150,7 @@ def _hash(text: str) -> str:
 
 
 def _dump(node: Any) -> str:
-    """As `ast.dump`, without what is empty, so that a field that a later Python adds changes nothing."""
+    """Dump a node like `ast.dump`, but without empty fields, so that fields added by a later Python change nothing."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):

@@ -1,4 +1,4 @@
-"""Stored attributes: read, written and deleted just as a class without a descriptor does."""
+"""Stored attributes, read, written and deleted as if the class had no descriptor."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ __all__ = ["StoredAttribute"]
 
 
 class StoredAttribute:
-    """The attribute `name` of the instances of `owner`, where `owner` itself is about to get a property of
-    that name.
+    """The attribute `name` of instances of `owner`, while `owner` itself has a property of that name installed.
 
-    `own` is what `owner.__dict__` held before, or MISSING. Instances keep the value where they always did: in
-    their `__dict__`, or wherever the `__getattr__` of their class finds it (`torch.nn.Module` keeps
-    parameters in a dictionary of its own).
+    `own` is the previous entry of `owner.__dict__`, or MISSING. Instances store the value in the usual place: in
+    their `__dict__`, or wherever the `__getattr__` of their class finds it (`torch.nn.Module` has a dictionary
+    for parameters).
     """
 
     def __init__(self, owner: type, name: str, own: Any) -> None:
@@ -26,7 +25,7 @@ class StoredAttribute:
         self._own = own
 
     def read(self, instance: Any) -> Any:
-        """The stored value, or AttributeError: what `instance.name` would be without the property."""
+        """Read `instance.name` as it would be without the property: the stored value, or AttributeError."""
         name = self._name
         stored = instance.__dict__
         if name in stored:
@@ -45,13 +44,13 @@ class StoredAttribute:
         instance.__dict__[self._name] = value
 
     def delete(self, instance: Any) -> None:
-        """Raises AttributeError where the instance's `__dict__` does not have the value."""
+        """Delete the value from the instance's `__dict__`. Raises AttributeError if it is not there."""
         if self._name not in instance.__dict__:
             raise self._absent(instance)
         del instance.__dict__[self._name]
 
     def guard(self, getter: Callable[[Any], Any], target: str) -> Callable[[Any], Any]:
-        """`getter`, except that AttributeError means that the attribute is absent, and nothing else."""
+        """Wrap `getter` so that AttributeError means only that the attribute is absent; see WrapperError."""
 
         def read(instance: Any) -> Any:
             try:
@@ -68,7 +67,7 @@ class StoredAttribute:
         return read
 
     def _class_default(self, cls: type) -> Any:
-        # A class before the owner that had the attribute would have hidden the property, so none does.
+        # No class before the owner in the MRO has the attribute, since it would have hidden the property.
         if self._own is not MISSING:
             return self._own
         after = cls.__mro__[cls.__mro__.index(self._owner) + 1 :]

@@ -1,4 +1,4 @@
-"""Targets: the place that the text `package.module:Class.attribute` names, and whether it can be patched."""
+"""Targets: the place named by `package.module:Class.attribute`, and whether it can be patched."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = [
     "rehearse",
 ]
 
-# CPython refuses to set attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, most C types.
+# CPython does not allow setting attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, most C types.
 _IMMUTABLE_TYPE: Final = 1 << 8
 
 
 class Kind(enum.StrEnum):
-    """How a target is stored, which decides what a wrapper is turned into."""
+    """The kind of a target, which determines the form of the installed object."""
 
     FUNCTION = "function"
     METHOD = "method"
@@ -43,67 +43,67 @@ class Kind(enum.StrEnum):
     SETTER = "setter"
     """Writes of a property: the wrapper gets `(value,)`. Never chosen by "auto"."""
     ATTRIBUTE = "attribute"
-    """Values that instances store under this name; nothing needs to be on the class."""
+    """Values that instances store under this name; the class need not have the attribute."""
     VALUE = "value"
-    """What is stored, replaced as it is: a constant, an item, a default argument. The wrapper is called once,
-    when the patch is applied, with nothing but `wrapped()`, which gives the value in place; what it returns is
-    put there. "auto" chooses it for default arguments alone, since wrappers of other kinds run on each call.
+    """The stored value itself: a constant, an item, a default argument. The wrapper is called once, when the patch
+    is applied, with only `wrapped()`, which returns the current value; its result replaces that value. "auto"
+    chooses this kind for default arguments alone, since wrappers of other kinds run on each call.
     """
     CLASS = "class"
-    """As VALUE, for a class: the wrapper returns another class, usually a subclass of `wrapped()`. Instances
-    that exist, and subclasses, keep theirs; to change those too, patch its methods.
+    """Like VALUE, for a class: the wrapper returns another class, usually a subclass of `wrapped()`. Existing
+    instances and subclasses keep the old class; to change those too, patch its methods.
     """
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """Where a target lives, and what is there now."""
+    """The place of a target, and its current content."""
 
     target: str
     owner: Any
-    """The module, class or other object; of an item its container, of a default argument its function."""
+    """The module, class or other object; for an item its container, for a default argument its function."""
     name: str
     kind: Kind
-    """Never SETTER: getter and setter of a property are one place, of kind PROPERTY."""
+    """Kind of the place; never SETTER, since getter and setter of a property are one place of kind PROPERTY."""
     cell: Cell
     own: Any
-    """What the cell holds, descriptors not bound; MISSING for an inherited or absent attribute."""
+    """Content of the cell, without binding descriptors; MISSING for an inherited or absent attribute."""
     found: Any
-    """What the attribute is, looked up in the bases too, descriptors not bound; MISSING if absent."""
+    """Value of the attribute, looked up in the bases too, without binding descriptors; MISSING if absent."""
 
     @property
     def key(self) -> tuple[int, str]:
-        """Identifies the slot. Valid while `owner` is alive, which whoever keeps the key must see to."""
+        """The key of the slot. Valid while `owner` is alive, which the holder of the key must ensure."""
         return id(self.owner), self.name
 
 
 def locate(text: str) -> tuple[Any, str]:
-    """Import the target's module and find the owner of what is patched, and its name there.
+    """Import the target's module, and return the target's owner and its name there.
 
-    Raises TargetError where the target does not lead to something that Python lets be changed.
+    Raises TargetError if the target does not resolve, or Python does not allow changing it.
     """
     target = parse(text)
     try:
         module = importlib.import_module(target.module)
-    except Exception as error:  # a module may raise anything while it is imported
+    except Exception as error:  # a module may raise anything on import
         raise refuse(text, f"importing {target.module!r} raised {error!r}") from error
     return _owner(text, target, module), target.name
 
 
 def is_orphaned(place: Place) -> bool:
-    """Whether the target's text now leads to another owner: the module was reloaded, and has a new class."""
+    """Whether the target's text now resolves to another owner, such as the new class of a reloaded module."""
     target = parse(place.target)
     module = sys.modules.get(target.module)
     try:
         return module is None or _owner(place.target, target, module) is not place.owner
-    except Exception:  # noqa: BLE001 - as when it was located; whatever is there now is not the owner
+    except Exception:  # noqa: BLE001 - importing may raise anything; then the owner is gone
         return True
 
 
 def describe(text: str, owner: Any, name: str, kind: str = "auto") -> Place:
-    """What is at the place that `text` leads to. `kind` is "auto" or the `Kind` that the caller expects.
+    """Describe the place that `text` names. `kind` is "auto" or the `Kind` that the caller expects.
 
-    Raises TargetError where there is nothing, where it is of another kind, or cannot be wrapped. Changes nothing.
+    Raises TargetError if the place is empty, is of another kind, or cannot be wrapped. Changes nothing.
     """
     target = parse(text)
     cell, found = _cell(target, owner, name), _find(target, owner, name)
@@ -119,7 +119,7 @@ def describe(text: str, owner: Any, name: str, kind: str = "auto") -> Place:
 
 
 def accept(text: str, place: Place, kind: str) -> None:
-    """Raise TargetError where a patch of this kind cannot be at the place, be it patched already or not."""
+    """Raise TargetError if the place, patched already or not, cannot take a patch of this kind."""
     expected = Kind.PROPERTY if kind == Kind.SETTER else kind
     implied = place.kind not in (Kind.VALUE, Kind.CLASS, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
     if expected != place.kind and not (expected == "auto" and implied):
@@ -159,7 +159,7 @@ def _container(text: str, found: Any) -> Any:
 
 def _function_with_default(text: str, found: Any, parameter: str) -> FunctionType:
     inner = found
-    while inner is not None:  # through what is around it, our own patches among that
+    while inner is not None:  # through all wrappers, including our own patches
         if type(inner) is FunctionType and has_default(inner, parameter):
             return inner
         inner = getattr(inner, "__wrapped__", None) or getattr(inner, "__func__", None)
@@ -177,8 +177,8 @@ def _find(target: Target, owner: Any, name: str) -> Any:
         return _cell(target, owner, name).read()
     if isinstance(owner, type):
         return next((vars(base)[name] for base in owner.__mro__ if name in vars(base)), MISSING)
-    # Modules may create attributes on first access (PEP 562), usually storing them: ask before looking. A method
-    # of another object comes out bound.
+    # Modules may create attributes on first access (PEP 562) and usually store them, so access before looking. A
+    # method of another object is returned bound.
     return getattr(owner, name, MISSING)
 
 
@@ -213,10 +213,10 @@ def _kind_of(text: str, target: Target, owner: Any, found: Any, kind: str) -> Ki
 
 def _kind_in_class(text: str, owner: type, name: str, found: Any) -> Kind:
     if name in ("__new__", "__init__") and found is vars(object)[name]:
-        # object's own refuse arguments as soon as a class has one of the two, or has had a __new__.
+        # object's own methods refuse arguments once a class defines one of the two, or has ever had a __new__.
         raise refuse(text, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
-    # Subclasses of these may bind in ways of their own, which rebuilding them would lose. `__class__`, not
-    # `type`: a wrapt proxy around a classmethod, ours or somebody else's, answers as what it wraps.
+    # Subclasses of these may bind in their own way, which rebuilding would lose. `__class__`, not `type`: a wrapt
+    # proxy around a classmethod, ours or somebody else's, has the `__class__` of the wrapped object.
     for kind, builtin in _DESCRIPTORS.items():
         if found.__class__ is builtin:
             return kind
@@ -227,7 +227,7 @@ def _kind_in_class(text: str, owner: type, name: str, found: Any) -> Kind:
 
 
 def _check_object(text: str, target: Target, owner: Any) -> None:
-    """Refuse an attribute that would not be stored in the `__dict__` of an object, were it set."""
+    """Raise TargetError for an attribute that would not be stored in the `__dict__` of the object when set."""
     name = target.path[-1]
     on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
     if hasattr(type(on_class), "__set__"):
@@ -237,9 +237,9 @@ def _check_object(text: str, target: Target, owner: Any) -> None:
 
 
 def rehearse(place: Place) -> None:
-    """Raise TargetError where the owner's own `__setattr__`, such as that of a metaclass, is in the way.
+    """Raise TargetError if the owner's own `__setattr__`, such as that of a metaclass, rejects a change.
 
-    It is asked to set what is there already; a plain `__setattr__` is not asked.
+    Tried by setting the current value again; a plain `__setattr__` is not tried.
     """
     setter: object = type(place.owner).__setattr__
     plain = setter in (type.__setattr__, object.__setattr__, ModuleType.__setattr__)
@@ -250,7 +250,7 @@ def rehearse(place: Place) -> None:
         stored = place.cell.read()
         if place.own is MISSING and stored is not MISSING:
             place.cell.write(MISSING)
-    except Exception as error:  # whatever a foreign `__setattr__` raises
+    except Exception as error:  # a foreign `__setattr__` may raise anything
         why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
         raise refuse(place.target, why) from error
     if stored is not place.found:

@@ -1,4 +1,4 @@
-"""The text of a new patch and of its tests, which pass as they are: a start that is filled in, not a form."""
+"""Templates of a new patch and its tests, which pass before anything is filled in."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["$function"]
 def defect_is_there() -> bool:
     """Whether the installed release has the defect.
 
-    Replace the body: use the library in the way that goes wrong, and say whether it does. Keep it quick, and leave
-    nothing behind. Where this returns False the patch is `obsolete`, and a transaction skips it.
+    Replace the body: use the library in the way that triggers the defect, and return whether it occurs. Keep it
+    quick, and leave nothing behind. If this returns False the patch is `obsolete`, and a transaction skips it.
     """
     return True
 
 
 def check_effect() -> None:
-    """Raises RuntimeError where the wrapper does not have its effect. Runs after the patch is applied.
+    """Raise RuntimeError if the wrapper does not have its effect. Runs after the patch is applied.
 
-    Replace the condition by the one that the patch is there for.
+    Replace the condition by a check of what the patch fixes.
     """
     found = $function(lambda: "stock", None, (), {})
     if found != "stock":
@@ -53,7 +53,7 @@ def $function(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What is called in place of `$target`.
+    """Replacement for `$target`.
 
     `wrapped` is the stock code, bound; `instance` is None for functions and static methods.
     """
@@ -61,7 +61,7 @@ def $function(
 ''')
 
 TESTS: Final = Template('''\
-"""`$id`: whether it is needed, its effect, and that nothing is left of it."""
+"""`$id`: whether it is needed, its effect, and its complete removal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transactions: plan, check, apply, verify; then the block; then undo, or keep what was committed."""
+"""Transactions: plan, check, apply, verify; run the block; then undo everything that was not committed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class _Phase(enum.StrEnum):
 class Transaction:
     """Patches that are applied together, and undone together unless they are committed.
 
-    Used in a `with` statement, once. Entering applies all items or none; leaving, in whatever way, undoes all
-    that was not committed. After a failure every operation raises TransactionError, except rolling back.
+    Used in a `with` statement, once. Entering applies all items or none; leaving, in any way, undoes all that
+    was not committed. After a failure every operation raises TransactionError, except rolling back.
 
-    Undoing in a transaction leaves nothing half done: newest first, past every failure. What could not be
-    undone is raised as an UndoError, or, where the block itself raised, added to that exception as a note.
+    Undoing is never left half done: it goes newest first, and continues past failures. Failures to undo are
+    raised as an UndoError, or, if the block itself raised, added to its exception as notes.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Transaction:
         self.reason = reason
         self.by = by
         self.receipts: list[Receipt] = []
-        """Everything that was applied, in order; `receipt.state` tells what has become of it."""
+        """Receipts of all applied patches, in order; `receipt.state` is their current state."""
         self.skipped: list[Receipt] = []
-        """What was not applied because it is obsolete; `receipt.verdict.why` tells the grounds."""
+        """Receipts of patches skipped because they are obsolete; `receipt.verdict.why` gives the reason."""
         self.deferred: list[Receipt] = []
-        """What was to wait for its module; `receipt.state` tells whether it still does."""
+        """Receipts of deferred patches; `receipt.state` tells whether they are still pending."""
         self.verdicts: dict[str, Verdict] = {}
-        """id -> verdict, of everything that was planned."""
+        """id -> verdict, for every planned patch."""
         self._items: tuple[Item, ...] = tuple(items)
         self._on = on
         self._force = force
@@ -74,13 +74,13 @@ class Transaction:
         self._expect(_Phase.NEW)
         self._phase = _Phase.OPEN
         items, on = self._items, self._on
-        # The transaction may outlive the block, in a variable; the instances must not have to.
+        # The transaction may outlive the block, in a variable, but must not keep the instances alive.
         self._items, self._on = (), None
         try:
             self.apply(*items, on=on)
             return self  # noqa: TRY300 - an interrupt here must undo as well
         except BaseException as error:
-            # `apply` has undone its own; this is for an interrupt after it, since nobody calls __exit__ now.
+            # `apply` has undone its own changes; this handles an interrupt after it, since __exit__ will not be called.
             report(self._undo(self._pending, "interrupted"), error)
             raise
 
@@ -93,9 +93,9 @@ class Transaction:
         report(problems, error)
 
     def apply(self, *items: Item, on: Iterable[object] | None = None) -> list[Receipt]:
-        """Apply more in this transaction, all or nothing; returns the receipts of what was applied.
+        """Apply more patches in this transaction, all or none; returns their receipts.
 
-        Where it raises, these items are undone and the transaction has failed: leave it, or roll back to a
+        If this raises, these items are undone and the transaction has failed: leave it, or roll back to a
         savepoint.
         """
         self._expect(_Phase.OPEN)
@@ -116,19 +116,19 @@ class Transaction:
             raise
 
     def savepoint(self) -> Savepoint:
-        """Mark this point: what is applied after it can be undone alone."""
+        """Mark this point: patches applied after it can be undone without the others."""
         self._expect(_Phase.OPEN)
         savepoint = Savepoint(self, self._pending[-1].serial if self._pending else 0)
         self._savepoints.append(savepoint)
         return savepoint
 
     def commit(self) -> None:
-        """Keep what is applied so far, beyond the block; `patches.revert` undoes it."""
+        """Keep the patches applied so far beyond the block; `patches.revert` undoes them."""
         self._expect(_Phase.OPEN)
         self._pending.clear()
 
     def rollback(self) -> None:
-        """Undo now what is not committed, and close the transaction."""
+        """Undo everything that is not committed now, and close the transaction."""
         if self._phase not in (_Phase.OPEN, _Phase.FAILED):
             self._expect(_Phase.OPEN)
         self._phase = _Phase.CLOSED
@@ -140,7 +140,7 @@ class Transaction:
             places = ACTIVATIONS.check([step.patch for step in steps])
             for step, place in zip(steps, places, strict=True):
                 receipt = self._open(step)
-                # Noted before anything is changed: an interrupt between the two leaves nothing unknown.
+                # Recorded before anything is changed, so that an interrupt in between leaves no untracked change.
                 made.append(receipt)
                 self._pending.append(receipt)
                 self.receipts.append(receipt)
@@ -203,16 +203,16 @@ class Transaction:
 
 
 class Savepoint:
-    """A point in a transaction. A `with` statement of it rolls back to it where the block raises."""
+    """A point in a transaction. As a `with` statement, it is rolled back to if the block raises."""
 
     def __init__(self, owner: Transaction, serial: int) -> None:
         self.serial = serial
         self._owner = owner
 
     def rollback(self) -> None:
-        """Undo what was applied since, unless committed; a transaction that failed since is open again.
+        """Undo everything applied since, unless committed; a transaction that failed since is open again.
 
-        Can be done repeatedly. Savepoints made later are gone then; using them raises TransactionError.
+        Can be called repeatedly. Later savepoints become invalid; using them raises TransactionError.
         """
         self._owner._rollback_to(self)
 
@@ -234,15 +234,15 @@ def transaction(
     count_calls: bool = False,
     deferred: bool = False,
 ) -> Transaction:
-    """Apply patches for the length of a `with` block, or beyond it if committed.
+    """Apply patches for the duration of a `with` block, or beyond it if committed.
 
     An item is an id, a Patch, or `patches.on(either, instances)`; `on` limits every other item to these
-    instances. Obsolete patches are skipped and listed in `.skipped`, unless `force`. Independent of any
-    transaction around it: what is committed inside stays when the outer one is undone. With `count_calls`,
-    `receipt.calls` and the audit tell how many calls went through each patch; uncounted calls cost nothing.
+    instances. Obsolete patches are skipped and listed in `.skipped`, unless `force`. Independent of any enclosing
+    transaction: patches committed inside stay when the outer one is undone. With `count_calls`, `receipt.calls`
+    and the audit show the number of calls through each patch; uncounted calls cost nothing.
 
-    With `deferred`, nothing is imported: a patch whose module is not there yet waits, and is applied when somebody
-    imports that; one that then fails is `failed` in the audit. Leaving the block cancels what still waits.
+    With `deferred`, nothing is imported: a patch whose module is not imported yet waits, and is applied when somebody
+    imports it; one that then fails is `failed` in the audit. Leaving the block cancels patches that still wait.
     """
     if not reason.strip():
         raise TransactionError("expected a reason for the ledger, got an empty one", state=_Phase.NEW.value)

@@ -1,4 +1,4 @@
-"""Undoing: what is active, taking it back, and saying what went wrong with that."""
+"""Undoing, disabling and enabling active patches, and reporting failures to undo."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .select import is_pattern, select
 __all__ = ["active", "disable", "enable", "report", "revert", "undo_past_interrupts"]
 
 _PATIENCE: Final = 5
-"""After so many interrupts while undoing, to get out matters more than to have undone everything."""
+"""Number of interrupts while undoing, after which leaving takes priority over completing the undo."""
 
 
 def active() -> list[Receipt]:
-    """The receipts of every patch that is applied now, oldest first."""
+    """The receipts of all active patches, oldest first."""
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
         return ACTIVATIONS.active()
 
 
 def revert(*patches: str | Receipt) -> list[Receipt]:
-    """Undo these, whichever transaction applied them, newest first; returns the receipts that were undone.
+    """Undo patches, whichever transaction applied them, newest first; returns the receipts that were undone.
 
-    An id means every receipt of that patch; NotActiveError where there is none. A receipt that is undone
-    already is no error. Raises UndoError for what somebody else has changed since.
+    An id means every receipt of that patch; raises NotActiveError if there is none. A receipt that is undone
+    already is no error. Raises UndoError for places that somebody else has changed since.
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
@@ -37,16 +37,16 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
 
 
 def disable(*patches: str | Receipt) -> list[Receipt]:
-    """Take the effect from these without undoing them, until `enable`; returns the receipts that changed.
+    """Suspend the effect of patches without undoing them, until `enable`; returns the receipts that changed.
 
-    They stay in force as far as order and conflicts go, and the audit shows them as disabled. Where another
-    receipt of the same patch covers a call, the patch still acts. Raises as `revert`.
+    They still count for order and conflicts, and the audit shows them as disabled. If another receipt of the
+    same patch covers a call, the patch still acts. Raises the same errors as `revert`.
     """
     return _switch(patches, disabled=True)
 
 
 def enable(*patches: str | Receipt) -> list[Receipt]:
-    """Give back their effect to receipts that were disabled; returns the receipts that changed."""
+    """Restore the effect of disabled receipts; returns the receipts that changed."""
     return _switch(patches, disabled=False)
 
 
@@ -59,7 +59,7 @@ def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt
         for receipt in chosen:
             try:
                 ACTIVATIONS.switch(receipt, disabled=disabled)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the other receipts come next
+            except Exception as error:  # noqa: BLE001 - any error; the other receipts come next
                 problems.append(error)
     ACTIVATIONS.drop_stale_graphs()
     report(problems, None)
@@ -87,7 +87,7 @@ def _selected(selector: str, known: Sequence[Receipt]) -> list[Receipt]:
 
 
 def undo_past_interrupts(receipts: Sequence[Receipt], note: str) -> list[BaseException]:
-    """Undo the receipts, even if the user presses Ctrl-C a few times meanwhile; returns what was raised."""
+    """Undo the receipts, even if the user presses Ctrl-C a few times meanwhile; returns the exceptions."""
     interrupts: list[BaseException] = []
     while len(interrupts) < _PATIENCE:
         try:
@@ -95,13 +95,13 @@ def undo_past_interrupts(receipts: Sequence[Receipt], note: str) -> list[BaseExc
                 problems = ACTIVATIONS.undo_all(receipts, note)
             ACTIVATIONS.drop_stale_graphs()
             return [*interrupts, *problems]  # noqa: TRY300 - an interrupt here must not lose the problems
-        except BaseException as interrupt:  # noqa: BLE001 - raised again by who called, once all is undone
+        except BaseException as interrupt:  # noqa: BLE001 - the caller raises it again once everything is undone
             interrupts.append(interrupt)
     return interrupts
 
 
 def report(problems: Sequence[BaseException], error: BaseException | None) -> None:
-    """Raise what went wrong while undoing, or note it on the error that is already on its way."""
+    """Raise the problems of an undo, or add them as notes to `error` if it is already propagating."""
     if error is not None:
         for problem in problems:
             error.add_note(f"While undoing patches after this: {problem!r}")

@@ -1,4 +1,4 @@
-"""Verdicts: what a patch's versions, target and probe say of the libraries that are installed."""
+"""Verdicts: whether the installed libraries need a patch, by versions, target and probe."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ __all__ = ["Verdict", "VerdictKind", "judge"]
 
 
 class VerdictKind(enum.StrEnum):
-    """The four things that can be said of a patch."""
+    """The four possible verdicts on a patch."""
 
     NEEDED = "needed"
-    """The defect is there: the probe sees it inside the window, or there is no probe and it is inside."""
+    """The defect is present: inside the window, the probe finds it or there is no probe."""
     OBSOLETE = "obsolete"
-    """The probe does not see the defect; or the target does not exist, in a version outside the window."""
+    """The probe does not find the defect; or the target does not exist, in a version outside the window."""
     UNKNOWN = "unknown"
-    """Outside the window, and neither a probe nor the fingerprint of the source can say more; or the probe raised;
-    or the source or the signature is another; or somebody else's patch is there, and the patch does not allow it.
+    """Outside the window, and neither a probe nor the source's fingerprint can decide; or the probe raised; or the
+    source or the signature differs; or somebody else has patched the target, and the patch does not allow that.
     """
     INCOMPATIBLE = "incompatible"
-    """A distribution is not installed; or the target does not resolve, in a version that the patch is for."""
+    """A distribution is not installed; or the target does not resolve, in a version inside the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A verdict and its grounds. `str()` gives the kind."""
+    """A verdict and its reasons. `str()` gives the kind."""
 
     kind: VerdictKind
     why: str
     probe_error: Exception | None = None
-    """What the probe raised."""
+    """The exception that the probe raised."""
     since: str = ""
-    """Of an obsolete patch whose window has an upper end: the distribution and version that ended the defect."""
+    """Distribution and version that fixed the defect, for an obsolete patch whose window has an upper end."""
     drift: tuple[str, ...] = ()
-    """How the target differs from what the patch declares; a line each."""
+    """Differences between the target and the patch's declaration, one line each."""
     foreign: tuple[str, ...] = ()
-    """Who else has patched the target; looked for unless the patch allows it."""
+    """Foreign patches of the target; searched for unless the patch allows them."""
 
     def __str__(self) -> str:
         return self.kind.value
 
 
 _probed: Final[WeakKeyDictionary[Patch, bool | Exception]] = WeakKeyDictionary()
-# Held while the probe of a patch runs, so that no other thread applies that patch meanwhile: it waits for the result.
-# One for each patch: a probe imports, and with one lock for all, it could be waiting for an import that waits for it.
+# Held while the probe of a patch runs, so that a thread that wants to apply that patch waits for the result. One
+# lock per patch: probes import, and with a single lock a probe could deadlock with an import that waits for it.
 _probing: Final[WeakKeyDictionary[Patch, threading.RLock]] = WeakKeyDictionary()
 _probing_guard: Final = threading.Lock()
 
 
 def judge(patch: Patch, resolve: Callable[[str, str], Place]) -> Verdict:
-    """The verdict on `patch`. A probe runs once in the life of the process.
+    """Judge `patch`. A probe runs once per process.
 
-    `resolve(target, kind)` imports and finds the target; it raises TargetError where it cannot.
+    `resolve(target, kind)` imports and resolves the target, or raises TargetError.
     """
     window = compare(patch.requires)
     if window.missing:
@@ -70,7 +70,7 @@ def judge(patch: Patch, resolve: Callable[[str, str], Place]) -> Verdict:
     try:
         place = resolve(patch.target, patch.kind)
     except TargetError as error:
-        # Code that is not there has no defect, in a version that was never known to have it.
+        # In a version that was never known to have the defect, missing code cannot have it.
         kind = VerdictKind.OBSOLETE if window.outside else VerdictKind.INCOMPATIBLE
         return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
     seen = None if patch.probe is None else _run_probe(patch)
@@ -121,6 +121,6 @@ def _run_probe(patch: Patch) -> bool | Exception:
         if patch not in _probed:
             try:
                 _probed[patch] = bool(patch.probe())
-            except Exception as error:  # noqa: BLE001 - whatever a probe raises is its result
+            except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
                 _probed[patch] = error
         return _probed[patch]

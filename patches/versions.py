@@ -1,4 +1,4 @@
-"""Distributions: which are installed, in which version, and whether a PEP 440 window contains it."""
+"""Installed distributions and their versions, and comparison with PEP 440 windows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 __all__ = ["Window", "compare", "distributions_of", "installed_version", "owner_of", "parse_specifier"]
 
 
-# A version that was once found stays: what was imported from it does not change either.
+# Cached for good: modules imported from a version do not change either.
 _versions: Final[dict[str, str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """What is installed, held against a `requires` mapping."""
+    """Comparison of the installed versions with a `requires` mapping."""
 
     missing: tuple[str, ...] = ()
     """Distributions that are not installed."""
@@ -28,24 +28,24 @@ class Window:
     inside: tuple[str, ...] = ()
     """One line for each distribution whose version is inside its window."""
     since: str = ""
-    """The first distribution that is past the upper end of its window, and the version of that end."""
+    """The first distribution past the upper end of its window, with the version of that end."""
 
 
 def installed_version(distribution: str) -> str | None:
     """The version of an installed distribution, or None."""
-    # Imported here: it takes longer than everything else that `import patches` does.
+    # Imported here: it takes longer than the rest of `import patches`.
     from importlib import metadata
 
     if distribution not in _versions:
         try:
             _versions[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:  # not remembered: it may be installed later, from a notebook
+        except metadata.PackageNotFoundError:  # not cached: it may be installed later, from a notebook
             return None
     return _versions[distribution]
 
 
 def parse_specifier(window: str) -> None:
-    """Raise ValueError where `window` is not a PEP 440 specifier set."""
+    """Raise ValueError if `window` is not a PEP 440 specifier set."""
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     try:
@@ -55,7 +55,7 @@ def parse_specifier(window: str) -> None:
 
 
 def compare(requires: Mapping[str, str]) -> Window:
-    """Hold every distribution against its window. Pre-releases and local versions count too."""
+    """Compare every distribution with its window. Pre-releases and local versions count too."""
     missing: list[str] = []
     outside: list[str] = []
     inside: list[str] = []
@@ -80,7 +80,7 @@ def _contains(window: str, version: str) -> bool:
 
 
 def _past(distribution: str, version: str, window: str) -> str:
-    """Which end of the window the version is past, or nothing: `peft 0.12`, or `a version after peft 0.12`."""
+    """The upper end of the window that the version is past, or "": `peft 0.12`, or `a version after peft 0.12`."""
     from packaging.specifiers import SpecifierSet
 
     for end in SpecifierSet(window):
@@ -91,7 +91,7 @@ def _past(distribution: str, version: str, window: str) -> str:
 
 @cache
 def owner_of(module: str) -> str:
-    """Who a module belongs to: "distribution version", or its own name where no distribution has it."""
+    """The owner of a module: "distribution version", or the module's name if no distribution has it."""
     from importlib import metadata
 
     distributions = distributions_of(module.partition(".")[0])
@@ -102,10 +102,10 @@ def owner_of(module: str) -> str:
 
 @cache
 def distributions_of(package: str) -> Sequence[str]:
-    """The names of the installed distributions that a top-level package or module comes from.
+    """The names of the installed distributions that provide a top-level package or module.
 
-    What `importlib.metadata.packages_distributions` has for it, which parses the metadata of everything installed
-    first: 60 ms for 90 distributions, against 5.
+    Equal to the entry in `importlib.metadata.packages_distributions`, which parses the metadata of all installed
+    distributions first: 60 ms for 90 distributions, against 5 ms.
     """
     from importlib import metadata
 

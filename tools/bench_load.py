@@ -3,9 +3,9 @@
     PYTHONPATH=. python tools/bench_load.py compare --checkpoint build/llama-1gb --ranks 2 --ways sharded,seed
     PYTHONPATH=. torchrun --nproc-per-node 2 tools/bench_load.py run --checkpoint build/llama-1gb --into build/load
 
-`compare` starts torchrun anew for each turn of each way, in which nothing is left of the one before; with `--together`
-one set of processes takes all turns, which is quicker, and tells less of host memory. `run` is what these processes do.
-A way that fails, by lack of memory say, is a result like others.
+`compare` starts torchrun anew for each turn of each way, so that turns cannot affect each other; with `--together` one
+set of processes takes all turns, which is quicker but measures host memory less well. `run` is the part of these
+processes. A way that fails, for lack of memory for example, is a result like any other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loading.results import Results, environment
 
 
 def main() -> int:
-    """Returns the exit code: 1 if a way has given no figures at all."""
+    """Run the benchmark; returns the exit code: 1 if a way has no figures at all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="on every rank, under torchrun")
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def _run(options: Options, folder: Path) -> Results | None:
-    """The results, on rank 0."""
+    """Measure all ways on this rank; returns the results on rank 0, None on others."""
     from loading.imports import import_upstream
     from loading.measure import measure_all
     from loading.world import joined

@@ -1,11 +1,11 @@
-"""Measure host memory while a checkpoint is loaded on several CPU ranks, against the bound and the stock way.
+"""Measure host memory while loading a checkpoint on several CPU ranks, against the bound and stock loading.
 
     python tools/bench_memory.py --markdown build/memory.md --json build/memory.json
     python tools/bench_memory.py --checkpoint build/llama-8b --ranks 4 --no-stock
 
-Memory is anonymous memory above what imports took. Without `--checkpoint` a Llama of 1.1 GB in two large layers is
-made. Exits with 1 if a rank takes more than the bound. With placement rank0-cpu that is the largest layer in 16 bits,
-all `quant_state` and 64 MiB, and on rank 0 the packed model too; with placement sharded this rank's part of the largest
+Memory means anonymous memory above that of imports. Without `--checkpoint` a Llama of 1.1 GB in two large layers is
+made. Exits with 1 if a rank exceeds the bound. With placement rank0-cpu the bound is the largest layer in 16 bits, all
+`quant_state` and 64 MiB, plus the packed model on rank 0; with placement sharded it is this rank's part of the largest
 layer and of the packed model, all `quant_state` and 64 MiB.
 """
 
@@ -27,7 +27,7 @@ from checkpoints.synthetic import SyntheticCheckpoint
 from memory.measure import OURS, Measured
 from memory.tables import bounds_table, phases_table, ways_table
 
-#: Few large layers: the larger a layer is beside the 64 MiB, the more the bound says.
+#: Few large layers: the larger a layer is compared with the 64 MiB, the stricter the bound.
 SHAPE = LlamaShape(layers=2, hidden=4096, intermediate=14336, heads=32, kv_heads=8, vocab=32000, tie=True)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables that are printed.")] = None,
 ) -> None:
-    """Measure host memory while a checkpoint is loaded on several CPU ranks."""
+    """Measure host memory while loading a checkpoint on several CPU ranks."""
     source = checkpoint or _synthetic(ROOT / "build" / "llama-two-large-layers")
     ways = [*OURS, "stock"] if stock else OURS
     found = {way: _run(way, source, ranks) for way in ways}
@@ -65,7 +65,7 @@ def _synthetic(folder: Path) -> Path:
 
 
 def _run(way: str, checkpoint: Path, ranks: int) -> list[Measured]:
-    """Load in one way on all ranks, real processes; what each measured."""
+    """Load in one way on all ranks, as real processes; returns the measurement of each."""
     threads = max(1, (os.cpu_count() or 1) // ranks)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]

@@ -1,4 +1,4 @@
-"""One rank of `bench_memory.py`: load a checkpoint in one way, and write what was measured.
+"""One rank of `bench_memory.py`: load a checkpoint in one way, and write the measurement.
 
 torchrun --nproc-per-node 2 tools/bench_memory_rank.py sharded build/llama-1gb build/measured
 """

@@ -1,4 +1,4 @@
-"""What patches cost: a call through one, applying and undoing one, importing the package. All medians of one run."""
+"""Measure the cost of a patched call, of applying and undoing a patch, and of importing the package, as medians."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMPORTS = 11
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One thing that is measured, and what it is held against."""
+    """One measurement and its limit."""
 
     what: str
     value: float
@@ -35,12 +35,12 @@ class Row:
 
     @property
     def within(self) -> bool:
-        """Whether the limit is kept."""
+        """Whether the measurement is within the limit."""
         return self.value <= self.limit
 
 
 class Traced:
-    """Patched as code that torch.compile traces."""
+    """Class to patch as code that torch.compile traces."""
 
     def run(self, x: int) -> int:
         """Do next to nothing, so that what lies around it shows."""
@@ -48,7 +48,7 @@ class Traced:
 
 
 class Wrapped:
-    """Patched as any other code."""
+    """Class to patch as any other code."""
 
     def run(self, x: int) -> int:
         """Do next to nothing, so that what lies around it shows."""
@@ -61,7 +61,7 @@ def passing(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], 
 
 
 def closure_around(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What one writes by hand: a closure that calls the same wrapper body."""
+    """A hand-written alternative to a patch: a closure that calls the same wrapper body."""
 
     @functools.wraps(function)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +71,7 @@ def closure_around(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def declare(patch_id: str, cls: type, *, traced: bool) -> patches.Patch:
-    """A patch with every check: fingerprint, signature, pristine."""
+    """Declare a patch with every check: fingerprint, signature, no foreign patch."""
     declared: dict[str, Any] = {"id": patch_id, "target": f"{__name__}:{cls.__name__}.run", "reason": "a benchmark"}
     bare = patches.Patch(**declared, wrapper=passing)
     return patches.Patch(
@@ -87,7 +87,7 @@ def declare(patch_id: str, cls: type, *, traced: bool) -> patches.Patch:
 
 
 def medians(functions: Sequence[Callable[[], Any]], repeat: int) -> list[float]:
-    """Seconds a call, of each. Measured in turns, so that a busy machine is busy for all of them."""
+    """Median seconds per call of each function. Measured in turns, so that load on the machine affects all alike."""
     samples: list[list[float]] = [[] for _ in functions]
     gc.disable()
     try:
@@ -107,7 +107,7 @@ def _seconds(function: Callable[[], Any], repeat: int) -> float:
 
 
 def measure_calls() -> list[Row]:
-    """Calls of a patched method, of what else one could have put there, and of the original."""
+    """Measure calls of a patched method, of its alternatives, and of the original."""
     by_hand = type("ByHand", (), {"run": closure_around(vars(Traced)["run"])})()
     bare = type("Bare", (), {"run": wrapt.FunctionWrapper(vars(Wrapped)["run"], passing)})()
     plain = type("Plain", (), {"run": vars(Wrapped)["run"]})()
@@ -141,7 +141,7 @@ def _ratio(what: str, ours: float, theirs: float, stock: float, limit: float) ->
 
 
 def measure_applying() -> Row:
-    """Applying and undoing one patch with all checks, its fingerprint cached, against wrapt's own wrap and unwrap."""
+    """Measure applying and undoing a patch with all checks, its fingerprint cached, against wrapt's wrap and unwrap."""
     patch = declare("bench.apply", Wrapped, traced=False)
 
     def ours() -> None:
@@ -158,7 +158,7 @@ def measure_applying() -> Row:
 
 
 def measure_import() -> Row:
-    """`import patches` in a new process, above `import wrapt`."""
+    """Measure `import patches` in a new process, minus `import wrapt`."""
     program = "import time; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
     samples: dict[str, list[float]] = {"wrapt": [], "wrapt, patches": []}
     for _ in range(IMPORTS):
@@ -173,7 +173,7 @@ def measure_import() -> Row:
 
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
-    """Measure all of it, and exit with 1 where a limit is not kept."""
+    """Take all measurements, and exit with 1 if one exceeds its limit."""
     rows = [*measure_calls(), measure_applying(), measure_import()]
     if as_json:
         print(json.dumps([{**asdict(row), "within": row.within} for row in rows], indent=2))

@@ -1,10 +1,10 @@
-"""Read a checkpoint in several ways, in turn, and compare: our reader, and fastsafetensors where it is installed.
+"""Read a checkpoint in several ways, in turn, and compare: our reader, and fastsafetensors if it is installed.
 
     pip install --no-deps fastsafetensors
     PYTHONPATH=. python tools/bench_read.py build/llama-1gb
 
-`streamed` is what loading does: ranges go through a few buffers, which are used again. `kept` has every tensor in
-memory of its own at the end, as fastsafetensors does. A first turn, which fills the page cache, is left out.
+`streamed` works like loading: ranges pass through a few buffers that are reused. `kept` ends with every tensor in
+memory of its own, like fastsafetensors. A first turn, which fills the page cache, is not counted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Fine-tune a real model on two CPU ranks, then evaluate what was saved in a process that knows only PEFT.
+"""Fine-tune a real model on two CPU ranks, then evaluate the saved adapter in a process that uses PEFT alone.
 
     python tools/demo.py MODEL TRAIN.jsonl HELD_OUT.jsonl OUTPUT
 
-Exits with 1 unless the loss on the held-out text falls, no patch is left, and the reloaded adapter does as
-well on the plain model as it did on the 4-bit model that it was trained on.
+Exits with 1 unless the held-out loss falls, no patch is left active, and the reloaded adapter does as well on the
+plain model as on the 4-bit model that it was trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import typer
 RANKS = 2
 MAX_LENGTH = 256
 
-#: Options of `surgery finetune`; 4 samples a step over both ranks.
+#: Options of `surgery finetune`; 4 samples per step over both ranks.
 TRAINING = {
     "--max-steps": "20",
     "--batch-size": "2",
@@ -32,11 +32,11 @@ TRAINING = {
     "--max-length": str(MAX_LENGTH),
 }
 
-#: How far the loss with the adapter may be from that in training, on the model as it was before quantization.
-#: Without an adapter 4 bits cost a model this small 0.33; training makes up for most of that, and 0.07 is left.
+#: Tolerance of the adapter's loss on the unquantized model, against that in training. Without an adapter, 4 bits cost
+#: a model this small 0.33; training makes up for most of that, and 0.07 remains.
 TOLERANCE = 0.15
 
-#: How far the losses may be from those in training, on weights rounded to 4 bits: float32 against bfloat16.
+#: Tolerance of the losses on weights rounded to 4 bits, against those in training: float32 against bfloat16.
 ROUNDED_TOLERANCE = 0.01
 
 RELOAD = Path(__file__).with_name("demo_reload.py")
@@ -44,18 +44,18 @@ RELOAD = Path(__file__).with_name("demo_reload.py")
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Mean token losses on the held-out text, of the base model and with the adapter."""
+    """Mean token losses on the held-out text, without and with the adapter."""
 
     base: float
     adapter: float
 
     @classmethod
     def of(cls, evaluations: list[dict[str, float]]) -> Losses:
-        """From the evaluations of a summary: the first is before training, the last after it."""
+        """Take the losses from a summary's evaluations: the first is before training, the last after it."""
         return cls(base=evaluations[0]["loss"], adapter=evaluations[-1]["loss"])
 
     def is_within(self, tolerance: float, *, of: Losses) -> bool:
-        """Whether both losses are at most `tolerance` away from those of `of`; NaN is within nothing."""
+        """Whether both losses are at most `tolerance` away from those of `of`; False for NaN."""
         return abs(self.base - of.base) <= tolerance and abs(self.adapter - of.adapter) <= tolerance
 
     def __str__(self) -> str:
@@ -74,9 +74,9 @@ def _finetune(model: Path, train: Path, held_out: Path, output: Path) -> dict[st
 
 
 def _environment(*, processes: int) -> dict[str, str]:
-    """For each of several processes: no GPU, its share of the cores, and threads that do not spin while waiting.
+    """The environment of each of several processes: no GPU, a share of the cores, and threads that wait passively.
 
-    On a busy machine spinning takes the core from the very thread that is waited for, and several times as long.
+    On a busy machine a spinning thread takes the core from the very thread that it waits for: several times as slow.
     """
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
@@ -88,7 +88,7 @@ def _environment(*, processes: int) -> dict[str, str]:
 
 
 def _reload(model: Path, adapter: Path, held_out: Path) -> tuple[Losses, Losses]:
-    """The losses as a fresh process finds them with plain transformers and PEFT: `(plain, rounded)`."""
+    """Evaluate in a fresh process with plain transformers and PEFT; returns the losses `(plain, rounded)`."""
     arguments = [str(model), str(adapter), str(held_out), "--max-length", str(MAX_LENGTH)]
     command = [sys.executable, str(RELOAD), *arguments]
     environment = _environment(processes=1)
@@ -98,7 +98,7 @@ def _reload(model: Path, adapter: Path, held_out: Path) -> tuple[Losses, Losses]
 
 
 def failures(summary: dict[str, Any], trained: Losses, plain: Losses, rounded: Losses) -> Iterator[str]:
-    """What did not come out as promised, a sentence each."""
+    """The expectations that were not met, one sentence each."""
     if not trained.adapter < trained.base:
         yield f"training did not lower the held-out loss: {trained}"
     if not plain.adapter < plain.base:

@@ -1,10 +1,10 @@
-"""Evaluate a saved adapter with transformers and PEFT alone, as anyone who downloads it would.
+"""Evaluate a saved adapter with transformers and PEFT alone, like anyone who downloads it.
 
     python tools/demo_reload.py MODEL ADAPTER DATA.jsonl --max-length 256
 
-Nothing of this project is imported. What is printed, as JSON, is the mean loss of the assistant's tokens,
-without the adapter and with it: on the model as it is (`plain`), and with the weights of its adapted layers
-rounded to what 4 bits can hold (`rounded`), as they were in training. Both are computed in float32.
+Nothing of this project is imported. Prints the mean loss of the assistant's tokens as JSON, without and with the
+adapter: on the model as it is (`plain`), and with the weights of its adapted layers rounded to 4 bits, as they were
+in training (`rounded`). Both are computed in float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Example = tuple[torch.Tensor, torch.Tensor]
 
 
 def _examples(data: Path, tokenizer: Any, max_length: int) -> Iterator[Example]:
-    """`(input ids, labels)` of each conversation, both `(1, length)`; what the user says is no label."""
+    """`(input ids, labels)` of each conversation, both `(1, length)`; the user's tokens are masked from the labels."""
     for line in data.read_text(encoding="utf-8").splitlines():
         messages = json.loads(line)["messages"]
         question = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -57,7 +57,7 @@ def _losses(model: PeftModel, examples: list[Example]) -> dict[str, float]:
 
 @torch.no_grad()
 def _round_adapted(model: PeftModel) -> None:
-    """Replace the weight under every adapter by its nearest in 4 bits: NF4, from bfloat16, as in training."""
+    """Round the weight under every adapter to 4 bits: NF4, from bfloat16, as in training."""
     for name, parameter in model.named_parameters():
         if name.endswith("base_layer.weight"):
             packed, state = quantize_4bit(parameter.to(torch.bfloat16), quant_type="nf4", compress_statistics=True)

@@ -6,13 +6,13 @@
     python tools/family_sweep.py --ranks all --families mixtral     # under FSDP2 on two ranks too
     python tools/family_sweep.py --output docs/models.md            # write the page of results
 
-Of each family a small random checkpoint is made from its config, by rules on the names of its attributes
+For each family a small random checkpoint is made from its config, by rules on the names of its attributes
 (`families/shrink.py`) and a short table of exceptions (`families/exceptions.py`). It is loaded by transformers,
 bitsandbytes and PEFT alone, and by `surgery.qlora`, and compared bit for bit (`families/check.py`). Families run in
-processes of their own, so that a crash or a hang is a row.
+separate processes, so that a crash or a hang affects only one row.
 
-The verdicts: exact; refused (before a weight is read); stock fails; not made; differs. The exit code is 1 where any
-family differs.
+Verdicts: exact; refused (before a weight is read); stock fails; not made; differs. The exit code is 1 if any family
+differs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from families.pool import outcomes
 
 
 def main() -> int:
-    """Run, report, write; returns the exit code."""
+    """Run the sweep, print and write the results; returns the exit code."""
     options = _parse()
     chosen = _chosen(options)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,7 +60,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _chosen(options: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The families asked for, in the order of transformers, each with whether it goes under FSDP2."""
+    """The selected families, in the order of transformers, each with whether to run it under FSDP2 too."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     unknown = set(options.families or ()) - NAMES.keys()
@@ -73,7 +73,7 @@ def _chosen(options: argparse.Namespace) -> list[tuple[str, bool]]:
 
 
 def _run(chosen: Sequence[tuple[str, bool]], options: argparse.Namespace) -> list[Outcome]:
-    """The outcomes, said and written as they come."""
+    """Run the families; prints and writes outcomes as they come."""
     from rich.console import Console
     from rich.progress import Progress
 

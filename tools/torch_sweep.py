@@ -1,10 +1,10 @@
 """Run every built-in patch's probe and the exactness tests on a release of torch, and write its row.
 
     python tools/torch_sweep.py 2.12.1 2.14.1                       # rows of docs/compatibility.md
-    python tools/torch_sweep.py --python .venv/bin/python           # of an environment that is there already
+    python tools/torch_sweep.py --python .venv/bin/python           # of an existing environment
 
-Each release is installed below `build/upstream` in a virtual environment of its own, with this project beside it, and
-stays there: 5 GB for one that is built for CUDA. The tests take as long as they do. The exit code is 1 where one fails.
+Each release is installed below `build/upstream` in a virtual environment of its own, together with this project, and
+stays there: 5 GB for one that is built for CUDA. There is no time limit on the tests. The exit code is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from upstream.suites import read_outcomes
 from upstream.torch_rows import row, rows_of, with_rows
 from upstream.verdicts import check
 
-#: What depends on torch's internals: the patches, and models compared bit for bit over real ranks.
+#: Tests that depend on torch's internals: of the patches, and of models compared bit for bit over real ranks.
 TESTS: Final = (
     "tests/patches/builtin",
     "tests/distributed/test_exactness.py",
@@ -40,13 +40,13 @@ _VERSIONS: Final = (
 
 
 def main() -> int:
-    """Run; returns the exit code."""
+    """Run the sweep; returns the exit code."""
     options = _parse()
     failed = False
     for python in [*map(Path, options.python), *(_environment(version) for version in options.versions)]:
         version, line, passed = _ask(python, options.tests or TESTS)
         print(line, flush=True)
-        text = _PAGE.read_text()  # as it is now: another run may have written its row
+        text = _PAGE.read_text()  # read again: another run may have written its row meanwhile
         _PAGE.write_text(with_rows(text, {**rows_of(text), version: line}))
         failed |= not passed
     return int(failed)
@@ -61,7 +61,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _environment(version: str) -> Path:
-    """The interpreter of an environment with this torch and no other; made unless it is there."""
+    """The interpreter of an environment with this version of torch, which is made unless it exists."""
     place = _FOLDER / f"torch-{version}"
     python = place / "bin" / "python"
     if (place / "ready").exists():
@@ -79,7 +79,7 @@ def _environment(version: str) -> Path:
 
 
 def _ask(python: Path, tests: Sequence[str]) -> tuple[str, str, bool]:
-    """The version of torch beside `python`, its row, and whether every test passed."""
+    """Run probes and tests with `python`; returns its version of torch, its row, and whether every test passed."""
     names = ("torch", *_BESIDE)
     asked = subprocess.run([python, "-c", _VERSIONS, *names], capture_output=True, text=True, check=True)
     versions: dict[str, str] = json.loads(asked.stdout)

@@ -1,8 +1,8 @@
-"""List the files of ours that run while two ranks load a model under FSDP2, and those on the way of one weight.
+"""List our files that run while two ranks load a model under FSDP2, and those on the path of one weight.
 
-The way of a weight: every function that the passes call while they have it (its entry in the checkpoint, its target,
-its shard buffer, its batch), from the reading of its bytes until it is in the model. Files of `comm` and `telemetry`
-serve all weights alike, and are listed apart.
+The path of a weight: every function that the passes call while they handle it (its entry in the checkpoint, its
+target, its shard buffer, its batch), from reading its bytes until it is in the model. Files of `comm` and `telemetry`
+serve all weights alike, and are listed separately.
 
 Run it as: python tools/trace_files.py [--weight NAME]
 """
@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
-#: Rooms that know nothing of weights.
+#: Packages that do not handle weights.
 PLUMBING = ("comm", "telemetry")
 
 
@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def traced(weight: str = WEIGHT) -> tuple[list[str], list[str]]:
-    """`(files that ran, files on the way of weight)` on rank 0 of two, relative to `surgery`, in order."""
+    """Trace a load; returns `(files that ran, files on the path of weight)` on rank 0 of two, relative to `surgery`."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         results = context.SimpleQueue()
@@ -57,7 +57,7 @@ def traced(weight: str = WEIGHT) -> tuple[list[str], list[str]]:
 
 
 def room(name: str) -> str:
-    """The room of a file."""
+    """The package of a file within `surgery`."""
     return name.partition("/")[0]
 
 
@@ -90,7 +90,7 @@ def load(rank: int, folder: Path, weight: str, results: Any) -> None:
 
 
 class Tracer:
-    """Notes the files of ours in which functions begin. way: those on the way of one weight."""
+    """Recorder of our files in which functions are called. way: the files on the path of one weight."""
 
     def __init__(self, weight: str) -> None:
         self.weight = weight
@@ -99,7 +99,7 @@ class Tracer:
         self._having_it: set[FrameType] = set()
 
     def look(self, frame: FrameType, event: str, _argument: object) -> None:
-        """Called by the interpreter."""
+        """Profile function, called by the interpreter."""
         code = frame.f_code
         if event == "return":
             self._having_it.discard(frame)
@@ -121,7 +121,7 @@ class Tracer:
         return False
 
     def _is_it(self, value: object) -> bool:
-        """Whether `value` is the weight, in one of its forms, or a batch with it."""
+        """Whether `value` is the weight in one of its forms, or a batch that contains it."""
         target = getattr(value, "target", value)
         entry = getattr(value, "entry", value)
         named = getattr(target, "fqn", None), getattr(entry, "name", None)

@@ -1,11 +1,11 @@
-"""Ask every built-in patch about released versions of PEFT and bitsandbytes, and write what they say.
+"""Check every built-in patch against released versions of PEFT and bitsandbytes, and write the verdicts.
 
     python tools/upstream_sweep.py                                         # the whole sweep: docs/compatibility.md
     python tools/upstream_sweep.py --pair 0.11.1 0.43.0 --output -         # one combination: peft, bitsandbytes
 
 Releases are installed below `build/upstream`, without their dependencies, and stay there: 3 GB for the whole sweep,
-most of it bitsandbytes. A combination takes about 15 seconds. The exit code is 1 where `patches check` failed, or
-where a probe sees a defect that the version window of its patch leaves out.
+most of it bitsandbytes. A combination takes about 15 seconds. The exit code is 1 if `patches check` failed, or if a
+probe finds a defect outside the version window of its patch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from upstream.report import contradictions, page
 from upstream.torch_rows import rows_of, with_rows
 from upstream.verdicts import Outcome, check
 
-# The last release of each minor version, and both sides of every change that a window is drawn at.
+# The last release of each minor version, and the releases on both sides of every end of a version window.
 # fmt: off
 PEFT: Final = (
     "0.6.2", "0.7.0", "0.9.0", "0.10.0", "0.11.1", "0.12.0", "0.13.2", "0.14.0", "0.15.2", "0.16.0", "0.17.1", "0.18.1",
@@ -35,7 +35,7 @@ BITSANDBYTES: Final = (
 # fmt: on
 OLD_PAIRS: Final = (("0.7.0", "0.43.0"), ("0.11.1", "0.43.0"), ("0.11.1", "0.47.0"), ("0.12.0", "0.46.1"))
 
-# PEFT 0.16 and 0.17 import names that transformers 5 no longer has. It needs its own hub client.
+# PEFT 0.16 and 0.17 import names that transformers 5 no longer has; the older transformers needs its own hub client.
 OLD_TRANSFORMERS: Final = Release(
     name="transformers", version="4.57.6", with_also=("huggingface_hub==0.36.2", "tokenizers==0.22.2")
 )
@@ -55,7 +55,7 @@ def main() -> int:
             outcomes.append(outcome)
     text = page(outcomes, installed)
     if options.output == str(_PAGE):
-        text = with_rows(text, rows_of(_PAGE.read_text()))  # which are another script's
+        text = with_rows(text, rows_of(_PAGE.read_text()))  # written by torch_sweep.py
     if options.output == "-":
         print(text)
     else:
@@ -78,7 +78,7 @@ def _pairs(installed: dict[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _ask(*releases: Release) -> Iterator[Outcome]:
-    """The outcome of one combination; and of the same with an older transformers, if PEFT asks for that."""
+    """The outcome of one combination, and of the same with an older transformers if PEFT needs it."""
     outcome = _outcome(releases)
     yield outcome
     if "transformers" in outcome.not_importable.get("peft", ""):

@@ -1,13 +1,13 @@
-"""Run a library's own tests twice, as they are and with every built-in patch active, and compare test by test.
+"""Run a library's own tests twice, without patches and with every built-in patch active, and compare the outcomes.
 
     git clone https://github.com/huggingface/peft build/peft
     python tools/upstream_tests.py build/peft v0.20.0 -- tests/test_custom_models.py -k "Vanilla and LoRA"
 
-What follows `--` goes to pytest. Only `tests/` of the repository is used, as of the given tag or commit, on the
-installed release. What these tests import and this project does not can be put into folders of their own (`--beside`).
+Arguments after `--` go to pytest. Only `tests/` of the repository is used, at the given tag or commit, on the
+installed release. Dependencies of these tests that this project lacks can be put into separate folders (`--beside`).
 
-Where a test ends differently, all are run once more as they are. One that differs between those two runs is unstable,
-and says nothing of patches; the exit code is 1 where any other differs.
+If a test ends differently, all are run once more without patches. A test that differs between those two runs is
+unstable, and says nothing about patches; the exit code is 1 if any other differs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FOLDER: Final = Path("build/upstream")
 
 
 def main() -> int:
-    """Run, compare, print; returns the exit code."""
+    """Run the tests, compare, and print; returns the exit code."""
     options = _parse()
     place = extract(options.source, options.ref, _FOLDER)
     stock = _timed("stock", place, options, ids=())
@@ -50,7 +50,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("ref", help="the tag or commit whose tests to run")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="a folder to import from; repeatable")
     parser.add_argument("--ids", nargs="+", default=list(BUILTIN), help="patches, if not every built-in one")
-    # argparse gives a positional argument nothing once options have come between it and the others.
+    # argparse leaves a positional argument empty if options come between it and the others.
     ours, for_pytest = _partition(sys.argv[1:], "--")
     return parser.parse_args(ours, argparse.Namespace(pytest=for_pytest))
 

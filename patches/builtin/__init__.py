@@ -1,6 +1,6 @@
 """The patches that come with this package: id -> the module that registers it when imported.
 
-One patch a file, named after it. The library that a patch is for is imported inside its functions only.
+One patch per file, named after it. The patched library is imported inside its functions only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bundles that come with this package: name -> what is in it."""
+"""The bundles that come with this package: name -> members."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ __all__ = ["BUNDLES"]
 
 BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
-        # Needed while PEFT and FSDP rebuild a 4-bit model that is partly on meta. The first is to be limited to the
+        # Needed while PEFT and FSDP rebuild a 4-bit model that is partly on meta. Limit the first to the
         # quant_states of that model.
         "qlora-build": ("bitsandbytes.quant-state-to-noop", "torch.meta-param-replacement"),
-        # Needed for a 4-bit model to run on a CPU; to be limited to its quant_states.
+        # Needed for a 4-bit model to run on a CPU; limit to its quant_states.
         "qlora-on-cpu": ("bitsandbytes.cpu-matmul-flat", "bitsandbytes.cpu-dequantize-flat"),
-        # Needed for a 4-bit model to run, sharded or not; to be limited to its layers.
+        # Needed for a 4-bit model to run, sharded or not; limit to its layers.
         "linear4bit-resident": (
             "bitsandbytes.linear4bit-shape",
             "bitsandbytes.linear4bit-apply",
             "bitsandbytes.no-rewrap",
             "bitsandbytes.keep-packing",
         ),
-        # Needed for FSDP2 to gather packed weights; to be limited to quantized layers.
+        # Needed for FSDP2 to gather packed weights; limit to quantized layers.
         "fsdp2-resident": ("torch.fsdp2-bit-exact-gather",),
         # Both.
         "qlora-resident": ("linear4bit-resident", "fsdp2-resident"),
-        # All that building, running and saving one takes, on GPUs or without.
+        # Everything needed to build, run and save a sharded 4-bit model, with or without GPUs.
         "qlora-low-memory": (
             "qlora-build",
             "qlora-on-cpu",

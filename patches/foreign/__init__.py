@@ -1,4 +1,4 @@
-"""What others have patched: in this process, and in the files of an installed distribution."""
+"""Foreign patches: changes by others, in this process and in the files of installed distributions."""
 
 from __future__ import annotations
 

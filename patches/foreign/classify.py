@@ -1,4 +1,4 @@
-"""Words for what was found: what kind of place it is, and how it was changed."""
+"""Classification of a foreign patch: the kind of place, and how it was changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TRANSPARENT: Final = (
 
 
 def kind_of(spot: Spot, stock: str) -> str:
-    """The kind of a place, by the description of what a clean process has there."""
+    """The kind of a place, from the description of its object in a clean process."""
     if spot.is_item:
         return "item"
     kind = _KINDS.get(stock.replace("(", " ").partition(" ")[0], "attribute")
@@ -44,7 +44,7 @@ def kind_of(spot: Spot, stock: str) -> str:
 
 
 def how_of(value: Any, *, now: str, stock: Sequence[str], moved: bool) -> str:
-    """How a place was changed; `moved` says that no code from outside the package is there."""
+    """The way in which a place was changed; `moved` means that all code there is the package's own."""
     if now == DATA:
         return "removed" if value is MISSING else "value"
     if without_defaults(now) in map(without_defaults, stock):
@@ -54,7 +54,7 @@ def how_of(value: Any, *, now: str, stock: Sequence[str], moved: bool) -> str:
 
 
 def _inside(value: Any, stock: Sequence[str]) -> Any:
-    """What a descriptor calls; of a property, the first accessor that a clean process does not have there."""
+    """The function that a descriptor calls; for a property, the first accessor that differs from a clean process."""
     while type(value) in _TRANSPARENT:
         inner = [part for part in parts(value) if part is not None]
         new = [part for part in inner if not any(describe(part) in before for before in stock)]

@@ -1,8 +1,8 @@
-"""The clean process: what the same modules hold where nobody has patched them.
+"""The clean process: the contents of the same modules, unpatched.
 
-It imports the modules that are loaded here, from the same `sys.path`, one package after the other, and describes each
-package before it imports the next: so what one library does to another on import counts as a patch. `site` is not run
-there, for a `sitecustomize` or a `.pth` file may patch too.
+It imports the modules that are loaded here, from the same `sys.path`, package by package, and describes each package
+before it imports the next: so changes that one library makes to another on import count as patches. `site` is not
+run there, since a `sitecustomize` or a `.pth` file may patch too.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ answer(request)
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What a package holds in the clean process."""
+    """The contents of a package in the clean process."""
 
     owners: frozenset[str]
-    """Modules and classes that were seen there; of any other there is nothing to compare with."""
+    """Modules and classes that exist there; others cannot be compared."""
     descriptions: Mapping[str, Sequence[str]]
-    """Path -> description of what is there; more than one where several classes have one name."""
+    """Path -> description of the object there; several descriptions if several classes share a name."""
     failed: Mapping[str, str]
-    """Modules that could not be imported there -> why."""
+    """Module that could not be imported there -> reason."""
 
 
 class CleanProcess:
-    """Started when made, so that it imports while this process does something else."""
+    """A clean process, started by the constructor so that it imports while this process does something else."""
 
     def __init__(self, packages: Sequence[str], *, timeout: float) -> None:
         import subprocess
@@ -56,7 +56,7 @@ class CleanProcess:
             "prefixes": [sys.prefix, sys.exec_prefix],
             "packages": {package: loaded(package) for package in packages},
         }
-        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, and our own program
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter and our own program
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -64,7 +64,7 @@ class CleanProcess:
         )
 
     def baselines(self) -> dict[str, Baseline]:
-        """Wait for the process, and return what it saw by package. Raises ForeignError where it does not answer."""
+        """Wait for the process, and return its baselines by package. Raises ForeignError if it does not answer."""
         import subprocess
 
         try:
@@ -79,20 +79,20 @@ class CleanProcess:
         return {package: _baseline(seen) for package, seen in json.loads(out).items()}
 
     def stop(self) -> None:
-        """End the process, if it is still running, and let go of its pipes."""
+        """End the process, if it is still running, and close its pipes."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
 
 
 def answer(request: Mapping[str, Any]) -> None:
-    """The other side: import, describe, and write the answer to what was standard output."""
-    # Libraries print while they are imported; the answer must not get into the middle of that.
+    """Run in the clean process: import, describe, and write the answer to the original standard output."""
+    # Libraries print while they are imported; that output must not mix with the answer.
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         seen = {package: _observe(package, modules) for package, modules in request["packages"].items()}
         json.dump(seen, out)
-    # Threads and handlers that the libraries have started are nobody's concern here, and may take seconds to end.
+    # Exit without waiting for threads and exit handlers of the libraries, which may take seconds.
     sys.stderr.flush()
     os._exit(0)
 
@@ -102,7 +102,7 @@ def _observe(package: str, modules: Iterable[str]) -> dict[str, Any]:
     for module in modules:
         try:
             importlib.import_module(module)
-        except BaseException as error:  # noqa: BLE001 - even SystemExit: the others are still to come
+        except BaseException as error:  # noqa: BLE001 - even SystemExit: other modules follow
             failed[module] = f"{type(error).__name__}: {error}"[:200]
     owners = set(loaded(package))
     descriptions: dict[str, list[str]] = {}
@@ -112,7 +112,7 @@ def _observe(package: str, modules: Iterable[str]) -> dict[str, Any]:
         known = descriptions.setdefault(spot.path, [])
         if description not in known:
             known.append(description)
-    # A registry without code in it would only make the answer longer.
+    # Registries without code would only make the answer longer.
     descriptions = {path: found for path, found in descriptions.items() if found != [DATA] or "[" not in path}
     return {"owners": sorted(owners), "descriptions": descriptions, "failed": failed}
 
@@ -122,11 +122,11 @@ def _baseline(seen: Mapping[str, Any]) -> Baseline:
 
 
 def _folders(packages: Sequence[str]) -> list[str]:
-    """Where the packages, and this one, are: an import hook of an editable installation may have found them."""
+    """The folders of the packages and of this one, which an editable installation's import hook may have found."""
     folders = []
     for package in (*packages, __name__.partition(".")[0]):
         file = namespace(sys.modules.get(package)).get("__file__")
         if isinstance(file, str):
             root = os.path.dirname(file) if os.path.basename(file).startswith("__init__.") else file  # noqa: PTH119, PTH120
-            folders.append(os.path.dirname(root))  # noqa: PTH120 - as in sys.path: texts
+            folders.append(os.path.dirname(root))  # noqa: PTH120 - strings, as in sys.path
     return folders

@@ -1,4 +1,4 @@
-"""What others have patched in this process: what is loaded here, held against a clean process."""
+"""Foreign patches in this process, found by comparison of loaded modules with a clean process."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ __all__ = ["Foreign", "ForeignPatch", "foreign"]
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignPatch:
-    """One place that holds other code than it does in a clean process."""
+    """One place whose code differs from a clean process."""
 
     target: str
     """`package.module:Class.attribute`; `...[key]` for an item of a dictionary."""
     kind: str
-    """What is there in a clean process: function, method, class, item, ...; attribute, where nothing is."""
+    """Kind of object in a clean process: function, method, class, item, ...; attribute if there is none."""
     how: str
-    """What is there now: function, lambda, wraps, wrapt, partial, mock, class, ...; or what became of it: defaults
-    (other default arguments), moved (code of the same package, from elsewhere in it), value, removed.
+    """Kind of replacement: function, lambda, wraps, wrapt, partial, mock, class, ...; or kind of change: defaults
+    (other default arguments), moved (other code of the same package), value, removed.
     """
     defined_at: tuple[str, ...]
-    """`file:line` of every piece of code that is there now and was not, outermost first."""
+    """`file:line` of every function that is new at the place, outermost first."""
     owner: str
-    """The distribution and version that the outermost one belongs to; empty where none has it."""
+    """Distribution and version of the outermost one, or empty if it belongs to none."""
     was: str
     now: str
 
 
 class Foreign(Sequence[ForeignPatch]):
-    """What was found, in the order of import. `str()` is a table."""
+    """The foreign patches found, in the order of import. `str()` is a table."""
 
     def __init__(self, found: Sequence[ForeignPatch], unchecked: dict[str, str]) -> None:
         self._found = tuple(found)
         self.unchecked = unchecked
-        """Modules that are loaded here and could not be imported in a clean process -> why."""
+        """Module that is loaded here and could not be imported in a clean process -> reason."""
 
     def __len__(self) -> int:
         return len(self._found)
@@ -70,7 +70,7 @@ class Foreign(Sequence[ForeignPatch]):
         return "\n".join([aligned(_HEADER, rows), *lines])
 
     def to_json(self) -> str:
-        """A JSON object: `patches`, with one object each, and `unchecked`."""
+        """A JSON object: `patches`, a list with one object per patch, and `unchecked`."""
         found = [asdict(one) for one in self._found]
         return json.dumps({"patches": found, "unchecked": self.unchecked}, indent=2)
 
@@ -80,14 +80,14 @@ _HEADER: Final = ("target", "kind", "how", "defined at", "owner")
 
 
 def foreign(*packages: str, timeout: float = 120) -> Foreign:
-    """What others have patched in these packages, as far as they are loaded in this process.
+    """Find foreign patches in these packages, in their modules that are loaded in this process.
 
     The same modules are imported in a clean process, within `timeout` seconds, and everything that holds code is
     compared: functions, methods, properties, classes, items of dictionaries, wrappers, default arguments. Imports
-    nothing here. Not listed: what this package has installed (`patches.audit()` has that), what a package wraps around
-    its own code, what it loads lazily, and values without code.
+    nothing in this process. Not listed: objects that this package has installed (see `patches.audit()`), wrappers that
+    a package puts around its own code, lazily loaded objects, and values without code.
 
-    Raises ForeignError where a package is not imported, or the clean process fails.
+    Raises ForeignError if a package is not imported, or the clean process fails.
     """
     if not packages:
         raise _refuse("expected the names of packages, got none")
@@ -108,12 +108,13 @@ def foreign(*packages: str, timeout: float = 120) -> Foreign:
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """What a package holds here: each spot with its description."""
+    """The contents of a package in this process: each spot with its description."""
 
     spots: Sequence[tuple[Spot, str]]
     ours: frozenset[int]
-    """`id` of what this package has installed, and the paths of the spots below, where that is not the spot itself."""
+    """`id` of the objects that this package has installed."""
     targets: frozenset[str]
+    """Paths of the spots that active patches target, which may hold another object than the installed one."""
 
 
 def _look(package: str) -> _Look:
@@ -122,7 +123,7 @@ def _look(package: str) -> _Look:
         return _Look(
             spots=[(spot, describe(spot.value)) for spot in spots(package)],
             ours=frozenset(id(ours) for ours in ACTIVATIONS.installed() if describe(ours) != DATA),
-            # Up to a parenthesis: the spot of a default argument is its function.
+            # Up to the parenthesis: the spot of a default argument is its function.
             targets=frozenset(receipt.target.partition("(")[0] for receipt in active),
         )
 
@@ -133,7 +134,7 @@ def _compare(package: str, here: _Look, baseline: Baseline) -> Iterator[ForeignP
             continue
         stock = baseline.descriptions.get(spot.path)
         if stock is None and (spot.is_item or spot.owner not in baseline.owners):
-            continue  # registries are made to be added to, and of the others there is nothing to compare with
+            continue  # registries are meant to grow, and for other owners there is no baseline
         if now not in (stock or (DATA,)):
             yield from _judge(package, spot, now, stock or (DATA,))
     yield from _removed(here, baseline)
@@ -148,7 +149,7 @@ def _judge(package: str, spot: Spot, now: str, stock: Sequence[str]) -> Iterator
     if not held_code and now.startswith("module "):
         return  # imported since
     if not outside and _wraps(now, stock):
-        return  # as torch._dynamo does, once it is loaded, to what it cannot trace
+        return  # as torch._dynamo, once loaded, does to functions that it cannot trace
     yield _found(spot, now=now, stock=stock, origins=outside or fresh or list(origins(spot.value)), moved=not outside)
 
 
@@ -180,7 +181,7 @@ def _removed(here: _Look, baseline: Baseline) -> Iterator[ForeignPatch]:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The owner and the name in the path of a spot; an owner that nobody is, for an item."""
+    """The owner and the name in the path of a spot; for an item, an owner that does not exist."""
     module, _, inner = path.partition(":")
     if "[" in inner or not inner:
         return path, ""

@@ -1,4 +1,4 @@
-"""Dependencies: which of some packages imports which, by what their distributions declare."""
+"""Dependencies between packages, from the metadata of their distributions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["dependencies_first"]
 
 
 def dependencies_first(packages: Sequence[str]) -> list[str]:
-    """The packages, each once, after those of them that it requires; as given where they require each other."""
+    """Sort packages so that each follows those that it requires; packages that require each other stay as given."""
     import graphlib
 
     names = {package: _names(package) for package in dict.fromkeys(packages)}
@@ -39,5 +39,5 @@ def _required(distributions: frozenset[str]) -> frozenset[str]:
 
     lines = [line for name in distributions for line in metadata.requires(name) or ()]
     requirements = [Requirement(line) for line in lines]
-    # An extra says what could be used together; those go both ways.
+    # Extras only name packages that can be used together, often in both directions.
     return frozenset(canonicalize_name(one.name) for one in requirements if "extra" not in str(one.marker))

@@ -1,8 +1,8 @@
-"""Descriptions: a text for whatever holds code, the same in every process that has the same code there.
+"""Descriptions: a text for any object that holds code, equal in all processes with the same code.
 
-Two objects with one description run the same code: it names the file and line of every function that takes
-part (decorators, wrappers, what a closure holds), and the default arguments. Nothing here calls what it
-describes, or reads an attribute that could be computed.
+Two objects with equal descriptions run the same code: a description names the file and line of every function
+involved (decorators, wrappers, functions in a closure), and the default arguments. The described object is never
+called, and no attribute is read that could be computed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, Final
 __all__ = ["DATA", "class_name", "describe", "is_mock", "is_wrapt_wrapper", "parts", "without_defaults"]
 
 DATA: Final = ""
-"""The description of everything that holds no code: values differ between processes for good reasons."""
+"""The description of every object without code: values may legitimately differ between processes."""
 
 _MAX_DEPTH: Final = 6
 _LONGEST_VALUE: Final = 80
 _DEFAULTS: Final = re.compile(r"\{[^{}]*\}")
 _COUNTER: Final = re.compile(r"\d+")
 
-# By name: the module is `_wrappers` for the compiled ones, and wherever a library keeps its copy for others.
+# By name: the module is `_wrappers` for the compiled classes, and another one in a library's vendored copy.
 _WRAPT: Final = {"FunctionWrapper", "_FunctionWrapperBase"}
 
-# Read past whatever a metaclass or a class says of itself.
+# Read directly, bypassing overrides by a class or metaclass.
 _MODULE_OF: Final = type.__dict__["__module__"]
 _QUALNAME_OF: Final = type.__dict__["__qualname__"]
 _NAMESPACE_OF: Final[Any] = vars(types.ModuleType)["__dict__"]
@@ -44,7 +44,7 @@ _C_FUNCTIONS: Final = (
 
 
 def describe(value: Any, depth: int = 0) -> str:
-    """What code `value` stands for; DATA where it is none."""
+    """Describe the code of `value`; DATA if it has none."""
     if depth > _MAX_DEPTH:
         return "..."
     kind = type(value)
@@ -60,7 +60,7 @@ def describe(value: Any, depth: int = 0) -> str:
 
 
 def parts(value: Any) -> Sequence[Any]:
-    """The callables that `value` is made of, the outermost first, where it is of a kind that wraps others."""
+    """The callables inside `value`, outermost first, if it is of a kind that wraps others."""
     find = _PARTS.get(type(value))
     if find is not None:
         return find(value)
@@ -76,18 +76,18 @@ def class_name(cls: type) -> str:
 
 
 def is_wrapt_wrapper(value: Any) -> bool:
-    """Whether it is one of wrapt's function wrappers, from whichever of the copies of wrapt that libraries carry."""
+    """Whether the value is a function wrapper of wrapt, or of a library's vendored copy of it."""
     return {base.__name__ for base in type(value).__mro__} >= _WRAPT
 
 
 def is_mock(value: Any) -> bool:
-    """Whether it is one of unittest.mock's, or of the package of the same name."""
+    """Whether the value is a mock of unittest.mock, or of the `mock` package."""
     modules = (_MODULE_OF.__get__(base) for base in type(value).__mro__)
     return any(module in ("unittest.mock", "mock.mock") for module in modules)
 
 
 def without_defaults(description: str) -> str:
-    """The description as it would be whatever the default arguments are."""
+    """The description without its default arguments."""
     return _DEFAULTS.sub("", description)
 
 
@@ -105,7 +105,7 @@ def _describe_function(function: types.FunctionType, depth: int) -> str:
     code = function.__code__
     file, line, name = code.co_filename, code.co_firstlineno, code.co_qualname
     if file.startswith("<"):
-        # Generated: there is no line to tell such functions apart, and the file may be numbered.
+        # Generated functions have no lines to tell them apart, and their file names may contain counters.
         file, line, name = _COUNTER.sub("", file), 0, function.__qualname__
     around = [describe(value, depth + 1) for value in (*parts(function), *_enclosed(function))]
     inside = f" around ({', '.join(around)})" if around else ""
@@ -113,7 +113,7 @@ def _describe_function(function: types.FunctionType, depth: int) -> str:
 
 
 def _enclosed(function: types.FunctionType) -> Iterator[types.FunctionType]:
-    """The functions that a closure holds: a decorator without `functools.wraps` keeps what it wraps there."""
+    """The functions in a closure, where a decorator without `functools.wraps` keeps the wrapped function."""
     wrapped = vars(function).get("__wrapped__")
     for cell in function.__closure__ or ():
         try:
@@ -138,7 +138,7 @@ def _arguments(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value in a signature, as far as its text is the same in every process."""
+    """The text of a default value, limited to parts that are equal in every process."""
     kind = type(value)
     if value is None or kind in (bool, int, float, complex, str, bytes, types.EllipsisType):
         return repr(value)[:_LONGEST_VALUE]

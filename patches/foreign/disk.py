@@ -1,4 +1,4 @@
-"""The files of an installed distribution, compared with the RECORD that it was installed with.
+"""Changed files of an installed distribution, found by comparison with its RECORD.
 
 RECORD has a hash and a size for every file:
 https://packaging.python.org/en/latest/specifications/recording-installed-packages/
@@ -22,21 +22,21 @@ __all__ = ["ChangedFile", "changed_files"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChangedFile:
-    """One file that is not as it was installed."""
+    """A file that has changed since installation."""
 
     distribution: str
     """Name and version."""
     path: str
-    """As in RECORD: relative to the folder that the distribution is installed in."""
+    """Path as in RECORD: relative to the folder of the installation."""
     state: str
     """modified, or missing."""
 
 
 def changed_files(*packages: str) -> list[ChangedFile]:
-    """The files of the distributions that these packages come from which are not as installed.
+    """Find files that have changed since installation, in the distributions of these packages.
 
-    Reads all of them: seconds for a gigabyte. Bytecode and files without a hash are not compared. Raises ForeignError
-    for a package that no distribution owns, or whose distribution has no RECORD.
+    Reads all files, which takes seconds per gigabyte. Bytecode and files without a hash are not compared. Raises
+    ForeignError for a package without a distribution, or whose distribution has no RECORD.
     """
     from importlib import metadata
 
@@ -67,7 +67,7 @@ def _changed(distribution: metadata.Distribution) -> Iterator[ChangedFile]:
 
 
 def _state(path: Path, recorded: metadata.PackagePath) -> str:
-    # Imported here, as subprocess is for the clean process: `import patches` is to cost little.
+    # Imported here, like subprocess for the clean process, to keep `import patches` fast.
     import base64
     import hashlib
 

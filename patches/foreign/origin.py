@@ -1,4 +1,4 @@
-"""Origins: where the code behind a value was defined, and which distribution that file belongs to."""
+"""Origins: the file and line where the code behind a value was defined, and the distribution that owns it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _MAX_DEPTH: Final = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """One piece of code in what was put somewhere: a wrapper, or what it leads to."""
+    """The origin of one function in a value: of a wrapper, or of a function that it leads to."""
 
     module: str
-    """The module whose globals the code sees, whatever `__module__` says."""
+    """The module whose globals the code uses, whatever `__module__` says."""
     at: str
     """`file:line`; `module.name` for code without a file."""
 
     def is_in(self, package: str) -> bool:
-        """Whether the package defines it: by the module, and by the file, if there is one."""
+        """Whether the package defines the code, judged by the module, and by the file if there is one."""
         if not belongs(self.module, package):
             return False
         folders = folders_of(package)
@@ -37,7 +37,7 @@ class Origin:
 
     @property
     def owner(self) -> str:
-        """The distribution and version that the module belongs to; Python's own; or empty, if nobody's."""
+        """The module's distribution and version; Python's own for the standard library; empty if neither."""
         package = self.module.partition(".")[0]
         if package in sys.stdlib_module_names or package in sys.builtin_module_names:
             return f"Python {sys.version.partition(' ')[0]}"
@@ -46,7 +46,7 @@ class Origin:
 
 
 def origins(value: Any, depth: int = 0) -> Iterator[Origin]:
-    """The origins of a value, the outermost first; none for what holds no code."""
+    """The origins of a value, outermost first; none for a value without code."""
     if depth > _MAX_DEPTH or value is None:
         return
     kind = type(value)

@@ -1,4 +1,4 @@
-"""The walk: every place in the loaded modules of a package that can hold code. Imports and computes nothing."""
+"""Walk over every place in a package's loaded modules that can hold code. Imports and computes nothing."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .describe import class_name
 
 __all__ = ["Spot", "belongs", "folders_of", "loaded", "namespace", "spots"]
 
-# Past whatever a subclass of the module type computes.
+# Bypasses attributes that a subclass of the module type computes.
 _NAMESPACE_OF: Final[Any] = vars(ModuleType)["__dict__"]
 _IMMUTABLE_TYPE: Final = 1 << 8
-# The import system's own, and what differs from one process to the next for that reason.
+# Set by the import system, so the values differ between processes.
 _SKIPPED: Final = frozenset({"__builtins__", "__loader__", "__spec__"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spot:
-    """One entry of a module's, a class's, or a dictionary's namespace, and what is there."""
+    """One entry in the namespace of a module, class or dictionary, with its value."""
 
     owner: str
-    """`package.module`, or `package.module:Class`; what holds the dictionary, for an item."""
+    """`package.module` or `package.module:Class`; for an item, the holder of the dictionary."""
     name: str
-    """Empty for the module itself."""
+    """Name of the entry; empty for the module itself."""
     value: Any
     in_class: bool = False
     is_item: bool = False
@@ -43,7 +43,7 @@ class Spot:
 
 
 def belongs(module: str, package: str) -> bool:
-    """Whether the module of this name is the package, or inside it."""
+    """Whether the module is the package itself or inside it."""
     return module == package or module.startswith(f"{package}.")
 
 
@@ -54,19 +54,19 @@ def loaded(package: str) -> list[str]:
 
 
 def namespace(module: Any) -> dict[str, Any]:
-    """A copy of a module's namespace; empty for what only passes for a module."""
+    """A copy of a module's namespace; empty for an object that only imitates a module."""
     return dict(_NAMESPACE_OF.__get__(module)) if issubclass(type(module), ModuleType) else {}
 
 
 def folders_of(package: str) -> tuple[str, ...]:
-    """The folders that the package's files are in, each with a separator at its end; for a single module, its file."""
+    """The folders of the package's files, each with a trailing separator; for a single module, its file."""
     held = namespace(sys.modules.get(package))
     folders = tuple(os.path.join(folder, "") for folder in held.get("__path__", ()))  # noqa: PTH118 - as in code objects
     return folders or ((held["__file__"],) if held.get("__file__") else ())
 
 
 def spots(package: str) -> Iterator[Spot]:
-    """Every spot of the package, each class once however many names it has."""
+    """Every spot of the package; a class with several names is visited once."""
     seen: set[type] = set()
     for module_name in loaded(package):
         module = sys.modules.get(module_name)

@@ -1,1 +1,1 @@
-"""Patches in test suites: what the pytest plugin is made of. Nothing but the plugin imports it."""
+"""Parts of the pytest plugin. Imported by the plugin alone."""

@@ -1,4 +1,4 @@
-"""`--patches-bisect`: which active patch breaks a test that fails."""
+"""`--patches-bisect`: find the active patch that breaks a failing test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Bisection", "explain"]
 
 
 class Bisection:
-    """Collects the tests that fail, and runs each again under fewer patches once all are done."""
+    """Collector of failing tests, which runs each again under fewer patches once all tests are done."""
 
     def __init__(self, session_patches: SessionPatches, rerun: Rerun) -> None:
         self._session_patches = session_patches
@@ -24,13 +24,13 @@ class Bisection:
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Remember a test that has failed, in whichever phase."""
+        """Record a failed test, whichever phase failed."""
         if report.failed:
             self._failed[report.nodeid] = None
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Find the cause of each failure, and say it."""
+        """Find and print the cause of each failure."""
         if not self._failed:
             return
         terminalreporter.section("patches bisect")
@@ -41,7 +41,7 @@ class Bisection:
 
 
 def explain(ids: Sequence[str], fails: Callable[[tuple[str, ...]], bool]) -> str:
-    """Why a test fails that failed under `ids`, given whether it fails under any part of them; in words."""
+    """Explain a test failure under the patches `ids`; `fails` runs the test under a subset of them."""
     try:
         if fails(()):
             return "fails without any patch too"

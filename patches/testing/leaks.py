@@ -1,4 +1,4 @@
-"""The leak detector: a test that leaves a patch active fails, and the next test starts without it."""
+"""The leak detector: a test that leaves a patch active fails, and the patch is undone before the next test."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["LeakDetector"]
 
 
 class LeakDetector:
-    """Compares what is active before a test with what is active after its teardown.
+    """Comparison of the patches active before a test and after its teardown.
 
-    What a fixture of a wider scope applies while it is set up may stay until that fixture is torn down.
+    Patches that a fixture of a wider scope applies during setup may stay until that fixture is torn down.
     """
 
     def __init__(self) -> None:
         self._before: frozenset[Receipt] = frozenset()
         self._held: dict[object, set[Receipt]] = {}
-        """By fixture definition: what was applied while it was set up."""
+        """Fixture definition -> receipts applied during its setup."""
         self._failed = False
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
-        """Remember what a fixture of a wider scope than the test applies."""
+        """Record the patches that a fixture of wider scope than the test applies."""
         before = set(active())
         try:
             return (yield)
@@ -39,26 +39,26 @@ class LeakDetector:
 
     @pytest.hookimpl
     def pytest_fixture_post_finalizer(self, fixturedef: pytest.FixtureDef[Any]) -> None:
-        """A fixture that is torn down holds nothing any more."""
+        """Forget the patches of a fixture that is torn down."""
         self._held.pop(fixturedef, None)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
-        """Note what is active before the test, other than for a fixture: that may end with this test."""
+        """Record the patches active before the test, except those of fixtures, which may end with this test."""
         self._before = frozenset(active()).difference(*self._held.values())
         self._failed = False
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Note whether the test has failed already."""
+        """Record whether the test has failed already."""
         report = yield
         self._failed = self._failed or report.failed
         return report
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Undo what the test left active, and fail it; a test that has failed already gets a section instead."""
+        """Undo patches that the test left active, and fail it; if it failed already, add a report section instead."""
         try:
             result = yield
         except BaseException as error:
@@ -67,17 +67,17 @@ class LeakDetector:
             raise
         lines = self._undone()
         if lines and self._failed:
-            # Not a failure of its own: what the traceback keeps alive keeps its patches.
+            # Not another failure: objects that the traceback keeps alive also keep their patches.
             item.add_report_section("teardown", "patches", "\n".join(lines))
         elif lines:
             pytest.fail("\n".join(lines), pytrace=False)
         return result
 
     def _undone(self) -> list[str]:
-        """Undo what is left over; returns what to say about it, nothing if nothing was."""
+        """Undo leaked patches; returns the lines to report, empty if there were none."""
         leaked = self._leaked()
         if any(receipt.scope is not None for receipt in leaked):
-            gc.collect()  # the instances may be garbage already, in a cycle
+            gc.collect()  # the instances may be garbage in a reference cycle
             leaked = self._leaked()
         if not leaked:
             return []

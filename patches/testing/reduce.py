@@ -1,4 +1,4 @@
-"""The smallest set of patches that breaks something, found by leaving patches out."""
+"""Reduction of a set of patches to a smallest one that breaks something."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["smallest_cause"]
 
 
 def smallest_cause(ids: Sequence[str], breaks: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:
-    """A part of `ids`, in their order, that still breaks, and from which none can be left out.
+    """Find a subset of `ids`, in their order, that still breaks, and from which none can be left out.
 
     `breaks(ids)` must be true. One culprit among n costs about 2 log2(n) calls. (Delta debugging: Zeller and
     Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", 2002.)

@@ -1,4 +1,4 @@
-"""Running one test again, in a process of its own, under chosen patches."""
+"""Rerun of one test in a new process, under chosen patches."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class RerunError(Exception):
 
 
 class Rerun:
-    """Runs tests of this session with the same options, but other patches.
+    """Runner of this session's tests with the same options but other patches.
 
-    In a new process each: what a patch has changed at import, in a cache, or in a fixture of a wider scope
-    would otherwise be there still.
+    Each runs in a new process, since changes by a patch at import, in a cache, or in a fixture of a wider scope
+    would otherwise remain.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._cache = tempfile.TemporaryDirectory(prefix="patches-bisect-")
         self.count = 0
-        """How many runs there have been."""
+        """Number of runs so far."""
 
     def fails(self, nodeid: str, ids: Iterable[str]) -> bool:
-        """Whether the test fails under these patches, and what they need. Raises RerunError."""
+        """Whether the test fails under these patches and those they need. Raises RerunError."""
         self.count += 1
         command = [sys.executable, "-m", "pytest", *self._options(), *self._overrides(ids), self._path(nodeid)]
         where = self._config.invocation_params.dir
         try:
-            ran = subprocess.run(  # noqa: S603 - the command that runs already, again
+            ran = subprocess.run(  # noqa: S603 - the command that is already running
                 command,
                 cwd=where,
                 capture_output=True,
@@ -55,17 +55,17 @@ class Rerun:
         return ran.returncode == pytest.ExitCode.TESTS_FAILED
 
     def _options(self) -> list[str]:
-        """The options that this session was started with, without the tests that it was to run."""
+        """The command line options of this session, without the selected tests."""
         arguments = list(map(str, self._config.invocation_params.args))
         for chosen in reversed(self._config.getoption("file_or_dir")):
-            # From the end, because the same word may be the value of an option before it.
+            # From the end, because the same word may be the value of an earlier option.
             position = _last_index(arguments, chosen)
             if position is not None:
                 del arguments[position]
         return [argument for argument in arguments if argument not in ("--pdb", "--trace")]
 
     def _overrides(self, ids: Iterable[str]) -> list[str]:
-        # Later options win, over addopts too. A cache of its own, because this run must not become "last failed".
+        # Later options win, even over addopts. No shared cache, because this run must not become "last failed".
         overrides = ["--patches", ",".join(ids), "--no-patches-bisect", "-o", f"cache_dir={self._cache.name}"]
         overrides += ["--junit-xml", f"{self._cache.name}/report.xml"] if self._has("junitxml") else []
         return overrides + (["-n0"] if self._has("xdist") else [])

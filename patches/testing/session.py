@@ -1,4 +1,4 @@
-"""`--patches IDS`: any test suite, with patches active from before its tests are collected to its end."""
+"""`--patches IDS`: run any test suite with patches active from before collection to the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SessionPatches"]
 
 
 class SessionPatches:
-    """Applies the patches for the whole process. What is obsolete is skipped, and the header says so."""
+    """Patches for the whole test session. Obsolete ones are skipped, and the header says so."""
 
     def __init__(self, selectors: Sequence[str]) -> None:
         self._transaction: Transaction = transaction(*selectors, reason="pytest --patches")
@@ -23,12 +23,12 @@ class SessionPatches:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """What was applied, in order."""
+        """The ids of the applied patches, in order."""
         return tuple(receipt.id for receipt in self._transaction.receipts)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
-        """Apply before the header is printed and any test module is imported."""
+        """Apply the patches before the header is printed and any test module is imported."""
         try:
             self._transaction.__enter__()
         except PatchError as error:
@@ -36,14 +36,14 @@ class SessionPatches:
 
     @pytest.hookimpl
     def pytest_report_header(self) -> list[str]:
-        """Say what is active, and what is not although it was asked for."""
+        """List the active patches, and requested ones that are not active."""
         lines = [f"patches: {', '.join(self.ids) or 'none is active'}"]
         lines += [f"patches: {skipped.id} skipped, {skipped.verdict.why}" for skipped in self._transaction.skipped]
         return lines
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Fail a test that has undone one of these patches, and stop: all later ones would run without it."""
+        """Fail a test that has undone one of these patches, and stop: all later tests would run without it."""
         result = yield
         live = active()
         lost = [receipt.id for receipt in self._transaction.receipts if receipt not in live]
@@ -54,7 +54,7 @@ class SessionPatches:
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Undo everything. What somebody has changed in the meantime fails the run."""
+        """Undo everything. The run fails if somebody else has changed a place in the meantime."""
         try:
             self._transaction.rollback()
         except UndoError as error:
@@ -63,7 +63,7 @@ class SessionPatches:
 
     @pytest.hookimpl
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say what could not be undone."""
+        """Report the patches that could not be undone."""
         if self._problem:
             terminalreporter.section("patches")
             terminalreporter.line(f"not restored at the end of the run: {self._problem}")

@@ -1,1 +1,1 @@
-"""What `make_checkpoint.py` is made of: sources of weights, splitting them, publishing a folder."""
+"""Parts of `make_checkpoint.py`: sources of weights, splitting them, publishing a folder."""

@@ -1,4 +1,4 @@
-"""A tokenizer that needs no training data: one token a byte, three special tokens, and a chat template."""
+"""A tokenizer that needs no training data: one token per byte, three special tokens, and a chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["MIN_VOCAB", "SPECIAL_TOKENS", "write_tokenizer"]
 
 _PAD, _BOS, _EOS = "<|pad|>", "<|begin|>", "<|end|>"
 
-#: As a model's configuration names them.
+#: Special token ids, under the names in a model's configuration.
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MIN_VOCAB = len(SPECIAL_TOKENS) + 256
 
@@ -25,7 +25,7 @@ _CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, as `AutoTokenizer` reads them."""
+    """Write `tokenizer.json` and `tokenizer_config.json` for `AutoTokenizer`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([_PAD, _BOS, _EOS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""A checkpoint folder that is either complete or absent, and that remembers what it was made from."""
+"""A checkpoint folder that is either complete or absent, and that records the recipe it was made from."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["RECIPE_NAME", "FolderError", "Recipe", "build", "is_complete", "writ
 
 RECIPE_NAME = "recipe.json"
 
-#: What a folder was made from: JSON values only, compared for equality.
+#: The inputs that a folder was made from: JSON values only, compared for equality.
 Recipe = Mapping[str, str | int | float | bool | None]
 
 
 class FolderError(Exception):
-    """A folder that is in the way and must not be replaced."""
+    """A folder exists at the destination and must not be replaced."""
 
 
 def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether `folder` already holds what `recipe` makes.
+    """Whether `folder` already holds the result of `recipe`.
 
-    `build` publishes a folder by renaming it, so one that has a recipe has everything else too.
+    `build` publishes a folder by renaming it, so a folder that has a recipe is complete.
     """
     file = folder / RECIPE_NAME
     return file.is_file() and json.loads(file.read_text(encoding="utf-8")) == dict(recipe)
@@ -53,7 +53,7 @@ def build(folder: Path, recipe: Recipe, *, force: bool = False) -> Iterator[Path
 
 
 def _make_readable(folder: Path) -> None:
-    """Temporary folders, and files of safetensors, are their owner's alone; a checkpoint is everyone's."""
+    """Let everyone read the folder: temporary folders and files of safetensors are readable by their owner alone."""
     folder.chmod(0o755)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -1,4 +1,4 @@
-"""The shapes of Llama models: configuration and tensors, from eight numbers."""
+"""Shapes of Llama models: configuration and tensors, derived from eight numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["SHAPES", "LlamaShape"]
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """The size of a Llama model. Raises `ValueError` for numbers that no such model can have.
+    """The sizes of a Llama model. Raises `ValueError` for an impossible combination.
 
-    heads, kv_heads: attention heads, and key/value heads that they share (grouped-query attention).
-    tie: the output head is the embedding, and is not in the checkpoint.
+    heads, kv_heads: attention heads, and the key/value heads that they share (grouped-query attention).
+    tie: the output head is tied to the embedding, and is not in the checkpoint.
     """
 
     layers: int
@@ -61,7 +61,7 @@ class LlamaShape:
         }
 
     def config(self, *, dtype: str, special_tokens: Mapping[str, int]) -> dict[str, object]:
-        """`config.json` for transformers. special_tokens: `bos_token_id` and the like."""
+        """Content of `config.json` for transformers. special_tokens: `bos_token_id` and the like."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -82,7 +82,7 @@ class LlamaShape:
         }
 
 
-# The large two have the layers of Llama 3 with the 32,000 words of Llama 2: 14.5 and 138 GB in 16 bits.
+# The two largest have the layers of Llama 3 with the 32,000-token vocabulary of Llama 2: 14.5 and 138 GB in 16 bits.
 SHAPES: Mapping[str, LlamaShape] = {
     "llama-tiny": LlamaShape(layers=4, hidden=64, intermediate=176, heads=4, kv_heads=2, vocab=512),
     "llama-1gb": LlamaShape(layers=10, hidden=2048, intermediate=5632, heads=32, kv_heads=4, vocab=32000),

@@ -1,4 +1,4 @@
-"""Which tensor goes into which file of a sharded safetensors checkpoint, and the index that says so."""
+"""Assignment of tensors to the files of a sharded safetensors checkpoint, and its index."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["INDEX_NAME", "METADATA", "file_names", "split", "write_index"]
 
 INDEX_NAME = "model.safetensors.index.json"
 
-# transformers refuses a file whose metadata does not name the framework that wrote it.
+# transformers refuses a file whose metadata does not name the framework.
 METADATA = {"format": "pt"}
 
 
 def split(sizes: Mapping[str, int], shards: int) -> list[list[str]]:
-    """The names of `sizes` (name -> bytes), in order, cut into exactly `shards` runs of about equal bytes.
+    """Split the names of `sizes` (name -> bytes), in order, into exactly `shards` runs of about equal bytes.
 
     Raises `ValueError` unless there is a tensor for every shard.
     """
@@ -30,7 +30,7 @@ def split(sizes: Mapping[str, int], shards: int) -> list[list[str]]:
         runs[current].append(name)
         left = len(sizes) - position - 1
         full = end * shards >= total * (current + 1)
-        # The remaining files need a tensor each, however small their share of the bytes.
+        # Each remaining file needs at least one tensor, however small its share of the bytes.
         if current + 1 < shards and (full or left == shards - current - 1):
             current += 1
     return runs
@@ -44,7 +44,7 @@ def file_names(shards: int) -> list[str]:
 
 
 def write_index(folder: Path, runs: Sequence[Sequence[str]], total_bytes: int) -> None:
-    """Write the index that maps every tensor of `runs` to its file; a checkpoint of one file has none."""
+    """Write the index, which maps every tensor of `runs` to its file; a checkpoint of one file has none."""
     if len(runs) == 1:
         return
     files = file_names(len(runs))

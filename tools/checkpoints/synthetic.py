@@ -1,4 +1,4 @@
-"""Llama checkpoints with random weights, of any size, written by several processes in bounded memory."""
+"""Llama checkpoints of any size with random weights, written by several processes in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from checkpoints.shards import METADATA, file_names, split, write_index
 
 __all__ = ["SHARD_BYTES", "SyntheticCheckpoint"]
 
-#: Size of a shard unless their number is given. A process holds one shard at a time.
+#: Size of a shard unless the number of shards is given. A process holds one shard at a time.
 SHARD_BYTES = 2 * 1024**3
 STD = 0.02
 
@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """One file to write; it travels to the process that writes it."""
+    """One file to write, picklable for the process that writes it."""
 
     file: Path
     tensors: Mapping[str, Shape]
@@ -43,9 +43,9 @@ class _Shard:
 class SyntheticCheckpoint:
     """A random Llama checkpoint: linear and embedding weights from N(0, 0.02), norms from N(1, 0.02).
 
-    A tensor depends on its name, its shape, `dtype`, `seed` and the kind of `device` alone, so that neither
-    `shards` nor `processes` changes a value. shards: None takes one for every `SHARD_BYTES`.
-    Raises `ValueError` for more shards than tensors, and for a vocabulary that the tokenizer does not fit in.
+    A tensor depends only on its name, its shape, `dtype`, `seed` and the type of `device`, so that neither `shards`
+    nor `processes` changes a value. shards: None means one for every `SHARD_BYTES`.
+    Raises `ValueError` for more shards than tensors, and for a vocabulary too small for the tokenizer.
     """
 
     shape: LlamaShape
@@ -60,7 +60,7 @@ class SyntheticCheckpoint:
         self._runs()
 
     def recipe(self) -> Recipe:
-        """What the values and the files follow from, as JSON."""
+        """The parameters that determine values and files, as JSON."""
         return {
             "model": "synthetic",
             **asdict(self.shape),
@@ -79,14 +79,14 @@ class SyntheticCheckpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Size of all tensors."""
+        """Total size of all tensors."""
         return sum(self._sizes().values())
 
     def _sizes(self) -> dict[str, int]:
         return {name: math.prod(shape) * self.dtype.itemsize for name, shape in self.shape.tensors().items()}
 
     def write(self, folder: Path, *, processes: int) -> Iterator[int]:
-        """Write everything to the empty `folder`; yields the bytes of each shard as it is done."""
+        """Write everything to the empty `folder`; yields the bytes of each shard when it is written."""
         runs = self._runs()
         config = self.shape.config(dtype=self._dtype_name, special_tokens=SPECIAL_TOKENS)
         write_json(folder / "config.json", config)
@@ -108,7 +108,7 @@ class SyntheticCheckpoint:
 
 
 def _spread(device: torch.device, number: int) -> torch.device:
-    """Where the `number`-th shard is drawn: GPUs of one machine take turns."""
+    """The device that draws the `number`-th shard: the GPUs of the machine in turn."""
     if device.type != "cuda":
         return device
     return torch.device("cuda", number % torch.cuda.device_count())
@@ -118,7 +118,7 @@ def _write_shards(jobs: list[_Shard], *, processes: int) -> Iterator[int]:
     if min(processes, len(jobs)) == 1:
         yield from map(_write_shard, jobs)
         return
-    # spawn: a forked child could not use CUDA, and would inherit the parent's thread pools half alive.
+    # spawn: a forked child could not use CUDA, and would inherit unusable thread pools from the parent.
     pool = ProcessPoolExecutor(
         max_workers=min(processes, len(jobs)),
         mp_context=multiprocessing.get_context("spawn"),
@@ -134,7 +134,7 @@ def _write_shards(jobs: list[_Shard], *, processes: int) -> Iterator[int]:
 
 
 def _write_shard(job: _Shard) -> int:
-    """Draw and write one file; returns the bytes of its tensors."""
+    """Draw the tensors of one file and write it; returns their bytes."""
     tensors = {name: _draw(name, shape, job).cpu() for name, shape in job.tensors.items()}
     save_file(tensors, job.file, METADATA)
     return sum(tensor.nbytes for tensor in tensors.values())

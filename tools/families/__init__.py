@@ -1,1 +1,1 @@
-"""The sweep over model families: tiny configs, random checkpoints, both loaders side by side, the page of results."""
+"""Sweep over model families: tiny configs, random checkpoints, both loaders side by side, and the results page."""

@@ -1,4 +1,4 @@
-"""The two models that are compared: upstream's alone, and this project's."""
+"""The two models to compare: from upstream alone, and from this project."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["adapted", "lora", "ours", "reloaded", "stock"]
 
 
 def lora(family: str) -> Any:
-    """PEFT's default targets, but for what it refuses of a family; B is random too, so that A has gradients at once."""
+    """LoRA on those of PEFT's default targets that it can adapt; B is random too, so that A has gradients at once."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -29,7 +29,7 @@ def lora(family: str) -> Any:
 
 
 def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """The 4-bit model as `from_pretrained` loads it."""
+    """The 4-bit model loaded by `from_pretrained`."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -47,7 +47,7 @@ def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
 
 
 def adapted(model: Any, family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`model` with adapters by PEFT, in `dtype`."""
+    """Add adapters to `model` by PEFT, in `dtype`."""
     from peft import get_peft_model
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def adapted(model: Any, family: str, dtype: torch.dtype = torch.bfloat16) -> Any
 
 
 def reloaded(model: Any, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`model` with the adapter that is saved in `folder`, read by PEFT alone, in `dtype`."""
+    """Load the adapter saved in `folder` onto `model` by PEFT alone, in `dtype`."""
     from peft import PeftModel
 
     wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
@@ -76,7 +76,7 @@ def ours(
     dtype: torch.dtype = torch.bfloat16,
     shard: surgery.FSDP2 | None = None,
 ) -> Any:
-    """The model of this project, on this rank; a context manager that releases it."""
+    """This project's model on this rank, as a context manager that releases it."""
     torch.manual_seed(0)
     return surgery.qlora(
         folder,
@@ -90,7 +90,7 @@ def ours(
 
 
 def as_it_is(model: nn.Module) -> nn.Module:
-    """`model`, whose weights bitsandbytes does not repack in evaluation on CPUs with AVX512-BF16."""
+    """Keep bitsandbytes from repacking the weights of `model` in evaluation on CPUs with AVX512-BF16."""
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():

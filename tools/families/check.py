@@ -1,4 +1,4 @@
-"""One family, loaded by upstream and by this project, side by side."""
+"""Comparison of one family as loaded by upstream and by this project."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from surgery.quantizers.bnb import linear4bits
 
 __all__ = ["check"]
 
-#: How far losses may be apart in one process, where both sides compute the same.
+#: Tolerance of losses in one process, where both sides compute the same.
 ALONE: Final = 0.0
 
 Result = TypeVar("Result")
 
 
 def check(family: str, shard: bool) -> Outcome:
-    """The outcome for `family`; with FSDP2 on two ranks too, where `shard`."""
+    """Check `family`, also with FSDP2 on two ranks if `shard`."""
     if family in IMPOSSIBLE:
         return Outcome(family=family, verdict="not made", why=IMPOSSIBLE[family])
     with tempfile.TemporaryDirectory(prefix=f"{family}-") as folder:
@@ -48,7 +48,7 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
     if isinstance(found, Exception):
         return _without_ours(family, wanted, found)
     with found:
-        why = list(differences(found, wanted))  # before a forward, in which some buffers change
+        why = list(differences(found, wanted))  # before a forward, which changes some buffers
         failure = _attempt(lambda: _try_out(wanted))
         if failure is not None:
             return Outcome(family=family, verdict="stock fails", why=_line(failure))
@@ -64,7 +64,7 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
 
 
 def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
-    """The same, with what two ranks make of it."""
+    """Extend an exact outcome by the comparison on two ranks."""
     why = _attempt(lambda: sharded.different(exact.family, folder))
     if isinstance(why, surgery.ConfigError):
         return replace(exact, sharded="refused", why=f"FSDP2: {_line(why)}")
@@ -74,7 +74,7 @@ def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
 
 
 def _left_out(family: str) -> Iterator[str]:
-    """What was not compared."""
+    """The exclusions of the family from the comparison, in words."""
     if family in EXCLUDED:
         yield f"adapters without {', '.join(f'`{name}`' for name in EXCLUDED[family])}: PEFT cannot adapt it"
     if family in LEFT_ALONE:
@@ -82,7 +82,7 @@ def _left_out(family: str) -> Iterator[str]:
 
 
 def _attempt(action: Callable[[], Result]) -> Result | Exception:
-    """What `action` returns, or what it raises: models fail in every way there is."""
+    """Return the result of `action`, or the exception that it raises: models fail in many ways."""
     try:
         return action()
     except Exception as error:  # noqa: BLE001  # it becomes a verdict
@@ -95,7 +95,7 @@ def _try_out(model: Any) -> None:
 
 
 def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
-    """What stock cannot load or adapt, this project must not do silently."""
+    """The outcome for a model that stock cannot load or adapt, which this project must not do silently."""
     if isinstance(found, Exception):
         return Outcome(family=family, verdict="stock fails", why=_line(error))
     with found:
@@ -109,13 +109,13 @@ def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
     failure = _attempt(lambda: _try_out(wanted))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(failure))
-    if isinstance(error, surgery.SurgeryError) and not isinstance(error, surgery.PassError):  # which comes later
+    if isinstance(error, surgery.SurgeryError) and not isinstance(error, surgery.PassError):  # raised too late
         return Outcome(family=family, verdict="refused", why=_line(error))
     return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
 
 
 def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[str]:
-    """What differs when both run, in the order in which it is looked at; a step that raises is the last."""
+    """Compare both models in each step, and list the differences; a step that raises is the last."""
     why: list[str] = []
     for step in (_run, _train, _save):
         said = _attempt(lambda step=step: list(step(family, folder, found, wanted)))  # type: ignore[misc]
@@ -137,7 +137,7 @@ def _train(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str
 
 
 def _save(_family: str, folder: Path, found: Any, _wanted: Any) -> Iterator[str]:
-    """The trained adapter in plain PEFT over a stock model."""
+    """Compare the trained adapter, saved and reloaded by plain PEFT over a stock model."""
     surgery.save_adapter(found, folder / "adapter")
     again = arms.reloaded(arms.stock(folder / "base"), folder / "adapter")
     with torch.no_grad():

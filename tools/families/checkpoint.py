@@ -1,4 +1,4 @@
-"""Write a small random checkpoint of a family: seeded, 16 bit, and such that the model does something."""
+"""Write a small random checkpoint of a family: seeded, in 16 bits, and with non-trivial output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from families.shrink import tiny_config
 
 __all__ = ["NotMadeError", "save_random"]
 
-#: Parameters at most: a config that the rules leave larger is no tiny one.
+#: Maximum number of parameters: a config that the rules leave larger is not tiny.
 MOST_PARAMETERS: Final = 20_000_000
 
 #: Standard deviations of weights to try, until logits are finite and differ from token to token.
@@ -25,11 +25,11 @@ SCALES: Final = (0.08, 0.02, 0.005)
 
 
 class NotMadeError(Exception):
-    """No tiny model of this family can be made, or none that runs; the message says why."""
+    """No tiny model of this family can be made or run; the message says why."""
 
 
 def save_random(family: str, folder: Path) -> None:
-    """Save the checkpoint in `folder`. What transformers keeps in float32 is stored in it, the rest in bfloat16."""
+    """Save the checkpoint in `folder`: in float32 the tensors that transformers keeps so, in bfloat16 all others."""
     try:
         model = _made(family)
     except Exception as error:
@@ -52,7 +52,7 @@ def _made(family: str) -> Any:
 
 
 def _builder(config: Any) -> Callable[..., Any]:
-    """Builds what checkpoints with `config` hold: images too where `AutoModelForCausalLM` loads the text alone."""
+    """The builder of the whole model of `config`, with vision even if `AutoModelForCausalLM` loads the text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return (AutoModelForImageTextToText if _text_alone(config) else AutoModelForCausalLM).from_config
@@ -66,9 +66,9 @@ def _text_alone(config: Any) -> bool:
 
 
 def _randomize(model: Any, family: str) -> None:
-    """Fill with random values, smaller ones until the model's loss is finite."""
+    """Fill the model with random values, reducing their scale until its loss is finite."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    left_alone = LEFT_ALONE.get(family, ("/", ""))[0]  # no name ends so
+    left_alone = LEFT_ALONE.get(family, ("/", ""))[0]  # no name ends with "/"
     for scale in SCALES:
         model.load_state_dict(own)
         generator = torch.Generator().manual_seed(7)
@@ -83,7 +83,7 @@ def _randomize(model: Any, family: str) -> None:
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a checkpoint has of `model` and is a number, once each."""
+    """The floating-point tensors of `model` that a checkpoint stores, each once."""
     stored = model.state_dict(keep_vars=True)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in stored and tensor.is_floating_point() and tensor.numel():
@@ -91,7 +91,7 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _draw(name: str, tensor: torch.Tensor, scale: float, generator: torch.Generator) -> None:
-    """Weights anew; biases and norms a little off what they are; the rest, decay rates say, as the class sets it."""
+    """Draw weights; perturb biases and norms; leave the rest, such as decay rates, at the class's values."""
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.dim() >= 2 and "A_log" not in name:
         tensor.copy_(noise * scale)

@@ -1,4 +1,4 @@
-"""What differs between two models, in words."""
+"""Differences between two models, in words."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 __all__ = ["differences", "different_losses", "different_tensors"]
 
-#: Names said of a long list.
+#: Number of names printed of a long list.
 SHOWN: Final = 4
 
 
 def differences(found: nn.Module, wanted: nn.Module) -> Iterator[str]:
-    """Names, dtypes, shapes and bits of every parameter and buffer, and the quantization state of 4-bit layers."""
+    """Compare names, dtypes, shapes and bits of all parameters and buffers, and the quant_state of 4-bit layers."""
     yield from different_tensors("parameters", _parameters(found), _parameters(wanted))
     yield from different_tensors("buffers", dict(found.named_buffers()), dict(wanted.named_buffers()))
     yield from different_tensors("quantization states", _states(found), _states(wanted))
@@ -25,7 +25,7 @@ def differences(found: nn.Module, wanted: nn.Module) -> Iterator[str]:
 
 
 def different_tensors(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence for each kind of difference between tensors (or plain values) of the same name."""
+    """Compare tensors (or plain values) of the same name; one sentence for each kind of difference."""
     kinds: dict[str, list[str]] = {
         "here alone": sorted(found.keys() - wanted.keys()),
         "of stock alone": sorted(wanted.keys() - found.keys()),
@@ -60,14 +60,14 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def different_losses(found: list[float], wanted: list[float], tolerance: float) -> Iterator[str]:
-    """What is further apart than `tolerance`, as part of the loss."""
+    """List losses that differ by more than the relative `tolerance`."""
     for step, (one, other) in enumerate(zip(found, wanted, strict=True), start=1):
         if not abs(one - other) <= tolerance * max(abs(other), 1.0):
             yield f"loss {step}: {one:.6f} here, {other:.6f} in stock"
 
 
 def _parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every name that a parameter has, so that ties are compared."""
+    """Parameters under all their names, so that ties are compared."""
     return dict(model.named_parameters(remove_duplicate=False))
 
 

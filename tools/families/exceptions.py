@@ -1,4 +1,4 @@
-"""What the rules of `shrink` cannot know of single families, as data."""
+"""Exceptions for single families that the rules of `shrink` do not cover, as data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ZAMBA: Final = {
     "attention_head_dim": 32,
 }
 
-#: Attributes to set, by family: what a default leaves open, or what has to fit something else.
+#: Attributes to set, by family: those without a default, or that must fit another one.
 CHANGES: Final[dict[str, dict[str, Any]]] = {
     "bamba": {"mamba_n_heads": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -63,7 +63,7 @@ CHANGES: Final[dict[str, dict[str, Any]]] = {
     "zamba2": {**_ZAMBA, "mamba_headdim": 32, "num_query_groups": 4},
 }
 
-#: Families that are no language model alone; why.
+#: Families that are not a language model by themselves -> reason.
 IMPOSSIBLE: Final[dict[str, str]] = {
     "gemma4_assistant": "drafts for another model, whose hidden states and cache it needs",
     "gemma4_unified_assistant": "drafts for another model, whose hidden states and cache it needs",
@@ -73,7 +73,7 @@ IMPOSSIBLE: Final[dict[str, str]] = {
 
 _MAMBA: Final = ["out_proj", "conv1d"]
 
-#: What PEFT cannot adapt of what "all-linear" selects: it refuses it, or its forward fails.
+#: Modules selected by "all-linear" that PEFT cannot adapt: it refuses them, or their forward fails.
 EXCLUDED: Final[dict[str, list[str]]] = {
     "deepseek_v4": ["o_a_proj"],
     "falcon_h1": _MAMBA,
@@ -86,7 +86,7 @@ EXCLUDED: Final[dict[str, list[str]]] = {
     "phimoe": ["router"],
 }
 
-#: Stored tensors that keep the values that the class gives them, by family and the end of their name; why.
+#: Stored tensors that keep the values set by their class: family -> (end of their names, reason).
 LEFT_ALONE: Final[dict[str, tuple[str, str]]] = {
     "zaya": (
         "balancing_biases",

@@ -1,4 +1,4 @@
-"""What every model is given, and the loss of what it answers."""
+"""The inputs of every model, and the loss of its outputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from families.shrink import VOCAB
 
 __all__ = ["logits_of", "loss_of", "train"]
 
-#: (4, 16): two rows for each of two ranks. Small ids are those of special tokens.
+#: (4, 16): two rows for each of two ranks. Small ids are avoided, since they are special tokens.
 IDS: Final = torch.randint(8, VOCAB - 20, (4, 16), generator=torch.Generator().manual_seed(3))
 
 LEARNING_RATE: Final = 0.5
 
 
 def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    """Float32 logits, `(batch, length, vocabulary)`, in training mode: in evaluation bitsandbytes repacks weights."""
+    """Float32 logits, `(batch, length, vocabulary)`, in training mode, since bitsandbytes repacks in evaluation."""
     torch.manual_seed(1)
     logits: torch.Tensor = model(input_ids=ids).logits
     return logits.float()
@@ -32,7 +32,7 @@ def loss_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 
 def train(model: Any, ids: torch.Tensor = IDS) -> list[float]:
-    """The losses of two steps of plain gradient descent on `ids`."""
+    """Take two steps of plain gradient descent on `ids`; returns their losses."""
     losses = []
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""What the sweep says of a family."""
+"""Result of the sweep for one family."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["VERDICTS", "Outcome", "Verdict"]
 
 Verdict = Literal["exact", "refused", "stock fails", "not made", "differs"]
 
-#: Every verdict, and what it means.
+#: Verdict -> meaning.
 VERDICTS: Final[dict[Verdict, str]] = {
     "exact": "every bit of the model, its logits, both losses and the reloaded adapter are those of stock",
     "refused": "refused before a weight is read, though stock runs it",
@@ -21,9 +21,12 @@ VERDICTS: Final[dict[Verdict, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """family: a `model_type`. why: in one line; where exact, what was left out.
+    """Result for one family.
 
-    sharded: under FSDP2 on two ranks; empty if not tried. quantized, adapters: 4-bit layers, and tensors of adapters.
+    family: a `model_type`. why: the reason in one line; if exact, what was left out.
+
+    sharded: the result under FSDP2 on two ranks; empty if not tried. quantized, adapters: number of 4-bit layers, and
+    of adapter tensors.
     """
 
     family: str

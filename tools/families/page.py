@@ -1,4 +1,4 @@
-"""The page of results."""
+"""The results page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ $ python tools/family_sweep.py --families llama qwen3_moe --ranks all
 
 
 def page(found: Sequence[Outcome]) -> str:
-    """Markdown: what was run on which versions, how many got which verdict, and a row for each family."""
+    """Render the page in Markdown: the versions, the number of families by verdict, and a row for each family."""
     return "\n".join([HEAD, *_versions(), *_counts(found), *_rows(found)]) + "\n"
 
 
@@ -58,5 +58,5 @@ def _rows(found: Sequence[Outcome]) -> Iterator[str]:
 
 
 def _plain(why: str) -> str:
-    """`why` as it stands in a cell."""
+    """Escape `why` for a table cell."""
     return why.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -1,4 +1,4 @@
-"""Run families in processes of their own, so that a crash or a hang of one is a row and no more."""
+"""Run families in separate processes, so that a crash or a hang affects only one row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["outcomes"]
 #: Seconds after which a family is given up.
 LIMIT: Final = 300.0
 
-#: Families that a process takes one after the other: the first costs seconds of imports, and each leaves some memory.
+#: Families per process: the first costs seconds of imports, and each leaves some memory behind.
 CHUNK: Final = 20
 
 Check = Callable[[str, bool], Outcome]
@@ -29,9 +29,9 @@ Task = tuple[str, bool]
 
 
 def outcomes(families: Sequence[Task], check: Check, *, jobs: int = 1, limit: float = LIMIT) -> Iterator[Outcome]:
-    """What `check` says of each `(family, whether with two ranks)`, as it comes, from `jobs` processes.
+    """Run `check` on each `(family, whether with two ranks)` in `jobs` processes; yields outcomes as they come.
 
-    One that ends by itself, or is not done after `limit` seconds, is an outcome that differs.
+    If a process dies, or is not done after `limit` seconds, the outcome is `differs`.
     """
     waiting, workers = list(families), list[_Worker]()
     try:
@@ -56,7 +56,7 @@ def outcomes(families: Sequence[Task], check: Check, *, jobs: int = 1, limit: fl
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, and the family that it is at."""
+    """A worker process, and the family that it is checking."""
 
     process: BaseProcess
     pipe: Connection
@@ -66,13 +66,13 @@ class _Worker:
     can_go_on: bool = True
 
     def give(self, task: Task) -> None:
-        """The clock runs from now on; for the first family from when the process is up, and says so with None."""
+        """Send a family. Its time starts now; for the first one, when the started process sends None."""
         self.since = time.monotonic() if self.taken else math.inf
         self.family, self.taken = task[0], self.taken + 1
         self.pipe.send(task)
 
     def outcome(self, ready: Collection[object], limit: float) -> Outcome | None:
-        """What has come of the family; None while it runs."""
+        """The outcome of the family, or None while it runs."""
         seconds = time.monotonic() - self.since
         if self.pipe in ready:
             return self._received(seconds)
@@ -112,14 +112,14 @@ def _start(check: Check, task: Task) -> _Worker:
 
 
 def _work(check: Check, pipe: Connection) -> None:
-    """Check what comes, until killed."""
+    """Check families from the pipe until killed."""
     import torch
     import transformers
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    quiet = os.open(os.devnull, os.O_WRONLY)  # for warnings of upstream, hundreds of them
+    quiet = os.open(os.devnull, os.O_WRONLY)  # for hundreds of upstream warnings
     for stream in (sys.stdout, sys.stderr):
         os.dup2(quiet, stream.fileno())
     pipe.send(None)

@@ -1,4 +1,4 @@
-"""A family under FSDP2 on two ranks, against one process of this project."""
+"""Comparison of a family under FSDP2 on two ranks with one process of this project."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from tests.helpers.ranks import RanksFailedError, run_ranks
 
 __all__ = ["different"]
 
-#: In bfloat16 each rank gets the same rows, so that both compute what one process does; in float32 each gets its half,
-#: and gradients have to be those of the whole. With how far losses may be apart, as part of the loss: gradients of
-#: layers that run several times are added up in another order, which bfloat16 rounds.
+#: (dtype, whether ranks split the rows, relative tolerance of losses). In bfloat16 both ranks get the same rows, so
+#: that they compute the same as one process; in float32 each gets half, and gradients must be those of the whole. The
+#: tolerance is needed since gradients of layers that run several times are summed in another order, with rounding.
 ARMS: Final = ((torch.bfloat16, False, 1e-3), (torch.float32, True, 1e-5))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Mean losses over the ranks, by whether each had its half of the rows; and logits of the first model, trained."""
+    """Losses averaged over ranks, by whether the rows were split, and logits of the first model after training."""
 
     losses: dict[bool, list[float]]
     logits: torch.Tensor
 
 
 def different(family: str, folder: Path) -> list[str]:
-    """What two ranks do otherwise than one process does, in words. Raises `ConfigError` if they refuse it."""
+    """Differences between two ranks and one process, in words. Raises `ConfigError` if the ranks refuse the family."""
     try:
         ranks = run_ranks(_on_rank, 2, family, folder, timeout=150)
     except RanksFailedError as error:
@@ -60,7 +60,7 @@ def _different_when_saved(folder: Path, trained: Trained) -> Iterator[str]:
 
 
 def _on_rank(family: str, folder: Path) -> Trained | surgery.ConfigError:
-    """What has come of both models; or why not. The adapter of the first is saved."""
+    """Train both models on this rank and save the first one's adapter; returns the refusal if there is one."""
     losses, logits = {}, torch.empty(0)
     for dtype, halves, _ in ARMS:
         try:

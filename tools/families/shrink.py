@@ -1,4 +1,4 @@
-"""Make a model's config tiny, by the names that its attributes have."""
+"""Make a model's config tiny, by the names of its attributes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from families.exceptions import CHANGES
 
 __all__ = ["VOCAB", "tiny_config"]
 
-#: Tokens of every tiny model; ids of special tokens are made to fit.
+#: Vocabulary size of every tiny model; ids of special tokens are made to fit.
 VOCAB: Final = 256
 
-#: Layers at most: as many as there are kinds of layers, so that each kind is there.
+#: Maximum number of layers: enough to include every kind of layer.
 MOST_LAYERS: Final = 4
 
-#: What an attribute whose whole name matches becomes, where it is larger; the first that matches counts. Widths are
-#: multiples of 64, so that rows are whole blocks of the quantizer; four heads of 16 make a hidden size of 64.
+#: (pattern of the whole attribute name, maximum); the first match counts. Widths are multiples of 64, so that rows
+#: are whole blocks of the quantizer; four heads of 16 make a hidden size of 64.
 RULES: Final[tuple[tuple[str, int], ...]] = (
     (r"(.*_)?vocab(_size)?(_per_layer_input|_size_base|_base)?|num_centroids|codebook_size", VOCAB),
     (r"max_(position_embeddings|seq_len|(source|target)_positions)|n_positions|n_ctx|context_length", 128),
@@ -38,10 +38,10 @@ RULES: Final[tuple[tuple[str, int], ...]] = (
     (r"(.*_)?sliding_window(_size)?|(attention_)?window_size|local_attention(_window_len)?|attention_chunk_size", 8),
 )
 
-#: What is set where a default leaves it open, and code of some families has no answer of its own.
+#: Values for attributes without a default, which some families' code requires.
 OPEN: Final = {"head_dim": 16, "num_key_value_heads": 4}
 
-#: The attributes that say how many layers a part has.
+#: Attributes with the number of layers of a part.
 LAYERS: Final = re.compile(r"((num_)?(hidden|encoder|decoder)_)?(n_|num_)?layers?|(num_)?(n_)?(blocks|depth)")
 
 
@@ -52,7 +52,7 @@ def tiny_config(family: str) -> Any:
     changes = CHANGES.get(family, {})
     try:
         default = AutoConfig.for_model(family)
-    except ValueError:  # a class that refuses its own defaults
+    except ValueError:  # some classes refuse their own defaults
         default = AutoConfig.for_model(family, **changes)
     config = AutoConfig.for_model(family, **merged(shrunk(default), changes))
     for part in parts_of(config):
@@ -61,7 +61,7 @@ def tiny_config(family: str) -> Any:
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` in them, dictionaries inside of each other too."""
+    """Merge `changes` into `values`, recursively for nested dictionaries."""
     both = {name: merged(values[name], new) for name, new in changes.items() if _nested(values.get(name), new)}
     return {**values, **changes, **both}
 
@@ -71,7 +71,7 @@ def _nested(old: Any, new: Any) -> bool:
 
 
 def parts_of(config: Any) -> Iterator[Any]:
-    """`config` and the configs in it."""
+    """`config` and the configs nested in it."""
     yield config
     for name in config.sub_configs:
         part = getattr(config, name, None)
@@ -80,7 +80,7 @@ def parts_of(config: Any) -> Iterator[Any]:
 
 
 def shrunk(config: Any) -> dict[str, Any]:
-    """What to change of a default config to make it tiny, by attribute; of configs in it too."""
+    """The changes that make a default config tiny, by attribute, including nested configs."""
     values = {name: value for name, value in config.to_dict().items() if name not in config.sub_configs}
     changes = {name: new for name, value in values.items() if (new := _smaller(name, value)) != value}
     changes.update(_layers(values))
@@ -99,7 +99,7 @@ def _smaller(name: str, value: Any) -> Any:
         return _smaller_number(name, value)
     if isinstance(value, float):
         return 0.0 if re.search("drop|jitter", name) else value
-    if isinstance(value, dict) and name.endswith("_config"):  # a part that has no class of its own
+    if isinstance(value, dict) and name.endswith("_config"):  # a part without a config class
         return {key: _smaller(key, inner) for key, inner in value.items()}
     return OPEN.get(name) if value is None else value
 
@@ -112,14 +112,14 @@ def _smaller_number(name: str, value: int) -> int:
 
 
 def _same_heads(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """As many heads of keys and values as there are of queries, where it was so before."""
+    """Set as many key/value heads as query heads, if they were equal before."""
     heads = values.get("num_attention_heads")
     same = isinstance(heads, int) and values.get("num_key_value_heads") == heads
     return {"num_key_value_heads": changes.get("num_attention_heads", heads)} if same else {}
 
 
 def _layers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fewer layers, and for each of them what lists say of it: the first of each kind, and two at least."""
+    """Reduce the layers to the first of each kind, at least two, and shorten lists with an entry per layer to match."""
     counts = {name: value for name, value in values.items() if isinstance(value, int) and LAYERS.fullmatch(name)}
     if not counts:
         return {}

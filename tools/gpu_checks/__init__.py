@@ -1,1 +1,1 @@
-"""What `gpu_check.py` is made of: the job, its findings, and the parts that it runs."""
+"""Parts of `gpu_check.py`: the job, its findings, and the checks that it runs."""

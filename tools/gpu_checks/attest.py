@@ -1,4 +1,4 @@
-"""Attestation of a model sharded by FSDP2: what it costs, what it finds of stock FSDP2, and a planted bit."""
+"""Attestation of a model sharded by FSDP2: its cost, and whether it finds stock FSDP2's changes and a planted bit."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ SAMPLE = 8
 
 
 def check_attest(job: Job, ranks: Ranks, findings: Findings) -> None:
-    """Attest an 8B model (a tiny one if `small`), time that, and take its patches away to see what is found then.
+    """Attest an 8B model (a tiny one if `small`), time it, and attest again with its patches removed.
 
-    Fails where a clean model is not attested, where stock FSDP2 changes words and that goes unseen, or where a bit that
-    is planted on the last rank is not found on every rank and named.
+    Fails if a clean model is not attested, if stock FSDP2 changes words unnoticed, or if a bit flipped on the last rank
+    is not found and named on every rank.
     """
     made = ranks.gather(attempt(partial(make_checkpoint, job)))
     findings.add("attest", "checkpoint", made)
@@ -68,7 +68,7 @@ def _model(job: Job, folder: str) -> nn.Module:
 
 
 def _cost(job: Job, model: nn.Module) -> dict[str, Any]:
-    """Milliseconds: of attesting the first time, when what was recorded is exchanged, and then; of forwards."""
+    """Milliseconds of the first attestation, which exchanges the recorded digests, of later ones, and of forwards."""
     first = _milliseconds(job, lambda: surgery.attest(model))
     pieces = [shard.piece for shard in strategy_of(model).shards(model, records_of(model)).values()]
     forward = partial(_forward, job, model)
@@ -118,7 +118,7 @@ def _wait(job: Job) -> None:
 
 
 def _find_a_planted_bit(job: Job, model: nn.Module) -> dict[str, Any]:
-    """Change a bit in the middle of the last layer's shard, on the last rank; change it back."""
+    """Flip a bit in the middle of the last layer's shard, on the last rank; flip it back."""
     module, record = list(records_of(model).items())[-1]
     data = strategy_of(model).shards(model, [module])[module].piece.data.detach().view(-1).view(torch.uint8)
     place, mask = data.numel() // 2, 64 if job.rank == job.world - 1 else 0
@@ -141,7 +141,7 @@ def _error(action: Callable[[], object]) -> surgery.AttestationError | None:
 
 
 def _stock_gather(job: Job, model: nn.Module) -> dict[str, Any]:
-    """Forward with this project's patches but the one for the gather, then with all; the model is released before."""
+    """Run forwards with all of this project's patches but the gather's, then with all, after releasing the model."""
     layers = list(records_of(model))
     forward = partial(_forward, job, model)
     verdict = str(patches.verdict(GATHER))
@@ -151,7 +151,7 @@ def _stock_gather(job: Job, model: nn.Module) -> dict[str, Any]:
     with patches.transaction("qlora-resident", on=layers, reason="a check of FSDP2 as patched", force=True):
         calls = _watched(model, forward, None)
     differences = found.differences if found else ()
-    # On one rank FSDP2 gathers nothing.
+    # With one rank FSDP2 gathers nothing.
     if job.world > 1 and bool(differences) != (verdict == "needed"):
         raise AssertionError(f"the verdict of the patch is {verdict}, but attestation found: {found}")
     mine = [each for each in differences if each.ranks == (job.rank,)]

@@ -19,21 +19,21 @@ __all__ = ["check_exactness", "write_reference"]
 REFERENCE = "reference.pt"
 
 
-#: On one rank FSDP1 does not shard, and its second forward of tied parameters with use_orig_params then fails, without
-#: this project too ("as_params=True type(prim_param)=<class 'torch.Tensor'>", torch 2.13).
+#: With one rank FSDP1 does not shard, and its second forward of tied parameters with use_orig_params then fails, even
+#: without this project ("as_params=True type(prim_param)=<class 'torch.Tensor'>", torch 2.13).
 NOT_ON_ONE_RANK = {"tied-orig-params"}
 
 
 def _cases(job: Job) -> list[Case]:
-    """Those that this job can run: moving parameters to the CPU and back needs another place for them to be."""
+    """The cases that this job can run: offloading parameters to the CPU needs another device."""
     cases = [*CASES, *(OFFLOADED if job.on_cuda else ()), *(ON_TWO if job.world == 2 else ())]
     return [case for case in cases if job.world > 1 or case.name not in NOT_ON_ONE_RANK]
 
 
 def write_reference(job: Job) -> dict[str, Any]:
-    """Tiny checkpoints, and what upstream alone makes of them in one process, for all ranks to read.
+    """Write tiny checkpoints, and the results of upstream alone on them in one process, for all ranks to read.
 
-    To be called on rank 0 before there is a process group, of which upstream's training would become a part.
+    To be called on rank 0 before the process group exists, since upstream's training would join it.
     """
     (job.work / REFERENCE).unlink(missing_ok=True)
     checkpoints = save_models(job.work / "exactness")
@@ -46,7 +46,7 @@ def write_reference(job: Job) -> dict[str, Any]:
 
 
 def check_exactness(job: Job, ranks: Ranks, findings: Findings) -> None:
-    """Train every case on all ranks; each compares what it saw with the reference, made on the same kind of device."""
+    """Train every case on all ranks; each compares its results with the reference from the same type of device."""
     checkpoints, expected = torch.load(job.work / REFERENCE, weights_only=False)
     for case in _cases(job):
         outcome = attempt(partial(_compare, job, checkpoints[case.model], case, expected[case.base]))

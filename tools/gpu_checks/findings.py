@@ -1,4 +1,4 @@
-"""What each rank found, written down as it comes, and shown as a table at the end."""
+"""The findings of all ranks, written to a file as they come, and printed as a table at the end."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import Any
 
 __all__ = ["WHOLE", "Findings", "Outcome", "attempt"]
 
-#: `error` is None or what went wrong, with its `traceback`; `seconds` how long it took; the rest is the part's own.
+#: `error`: None or the error, with its `traceback`; `seconds`: duration; all other keys belong to the part.
 Outcome = dict[str, Any]
 
-#: The name under which a part that ran to its end, or did not, is recorded.
+#: The name under which the completion or failure of a part is recorded.
 WHOLE = "whole"
 
 MIB = 1024 * 1024
 
 
 def attempt(function: Callable[[], dict[str, Any] | None]) -> Outcome:
-    """What `function` returns, if anything, or the error that it raised."""
+    """Run `function`; returns its result, if any, or the error that it raised."""
     start = time.perf_counter()
     try:
         outcome = {"error": None, **(function() or {})}
-    except Exception as error:  # noqa: BLE001  # whatever it is: it is reported, and the next part runs
+    except Exception as error:  # noqa: BLE001  # any error is reported, and the next part runs
         outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {**outcome, "seconds": round(time.perf_counter() - start, 3)}
 
 
 @dataclass(kw_only=True)
 class Findings:
-    """Part -> name -> outcomes by rank. `file`, if any, is written after every one, so that a crash loses little."""
+    """Part -> name -> outcomes by rank. `file`, if any, is written after each, so that a crash loses little."""
 
     file: Path | None
     environment: dict[str, Any]
     parts: dict[str, dict[str, list[Outcome]]] = field(default_factory=dict)
 
     def add(self, part: str, name: str, outcomes: list[Outcome]) -> None:
-        """Record what all ranks found."""
+        """Record the outcomes of all ranks."""
         self.parts.setdefault(part, {})[name] = outcomes
         if self.file is None:
             return
@@ -61,14 +61,14 @@ class Findings:
         }
 
     def print_summary(self) -> None:
-        """Environment, the worst errors of exactness, a line a rank of training, and what failed."""
+        """Print the environment, the largest errors of exactness, a line per rank of training, and the failures."""
         print("\n" + json.dumps(self.environment))
         self._print_exactness()
         self._print_training()
         self._print_failures()
 
     def _print_failures(self) -> None:
-        """Every error once, with where it was raised; every other traceback is in the file."""
+        """Print every error once, with its location; all tracebacks are in the file."""
         alike: dict[str, list[str]] = {}
         for where, outcome in self.failures().items():
             alike.setdefault(outcome["error"], []).append(where)

@@ -1,4 +1,4 @@
-"""FSDP2's all-gather of packed 4-bit weights: the words that it changes without the patch, and what the patch costs."""
+"""FSDP2's all-gather of packed 4-bit weights: the words that it changes without the patch, and the patch's cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["check_gather"]
 
 PATCH = "torch.fsdp2-bit-exact-gather"
 
-#: Of the model that is not `small`.
+#: Sizes of the model unless `small`.
 SIZES: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 1024,
@@ -39,8 +39,8 @@ TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
 BATCHES = 4
 
-#: Timed in turn, in every order: three steps, each its own arm, are a triple. "again" is stock once more, and shows how
-#: far apart two arms are that do the same. The first triples are not counted.
+#: Timed in turn, in every order: one step of each of the three arms is a triple. "again" is stock a second time, and
+#: shows the difference between two equal arms. The first triples are not counted.
 ARMS = ("stock", "patched", "again")
 SETTLING = 4
 TRIPLES_OF_STEPS, TRIPLES_OF_GATHERS, FEW_TRIPLES = 150, 60, 6
@@ -51,8 +51,8 @@ RESAMPLES = 2000
 def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
     """Shard a model packed as bfloat16 with stock FSDP2, then compare it with itself unsharded, and time its steps.
 
-    Fails where stock FSDP2 is exact though the probe sees the defect, or the other way round; and where a word, or
-    the last bit of a loss, is another with the patch.
+    Fails if stock FSDP2 is exact although the probe finds the defect, or the other way round; and if a word, or the
+    last bit of a loss, changes with the patch.
     """
     built = attempt(lambda: {"model": _model(job)})
     model = built.pop("model", None)
@@ -71,7 +71,7 @@ def check_gather(job: Job, ranks: Ranks, findings: Findings) -> None:
 
 
 def _model(job: Job) -> nn.Module:
-    """A Llama with random weights, the same on every rank, in bfloat16 throughout: 4-bit layers, adapters, norms."""
+    """Build a Llama with random weights, equal on all ranks, all in bfloat16: 4-bit layers, adapters, norms."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -101,7 +101,7 @@ def _quantized(linear: nn.Linear, device: torch.device) -> nn.Module:
     layer.weight = Params4bit(
         linear.weight.data, requires_grad=False, quant_type="nf4", quant_storage=torch.bfloat16, module=layer
     )
-    return layer.to(device)  # where it is quantized
+    return layer.to(device)  # quantizes it
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -109,7 +109,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _shard(job: Job, model: nn.Module) -> None:
-    """By decoder block, as accelerate does."""
+    """Shard by decoder block, as accelerate does."""
     mesh = init_device_mesh(job.device.type, (job.world,))
     for block in filter(_is_block, model.modules()):
         fully_shard(block, mesh=mesh)
@@ -117,12 +117,12 @@ def _shard(job: Job, model: nn.Module) -> None:
 
 
 def _is_block(module: nn.Module) -> bool:
-    # By its ending: FSDP2 puts a word before the name of the class.
+    # By its ending: FSDP2 prefixes the name of the class.
     return type(module).__name__.endswith("LlamaDecoderLayer")
 
 
 def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
-    """Changed words in one forward, and losses; shards `model`."""
+    """Shard `model`, and compare words in one forward, and losses, with those before."""
     packed = {layer: _words(layer).clone() for layer in layers}
     expected = _losses(job, model)
     _shard(job, model)
@@ -141,7 +141,7 @@ def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module])
         "losses_patched": losses,
         "gathers_patched": tx.receipts[0].calls,
     }
-    # On one rank FSDP2 gathers nothing.
+    # With one rank FSDP2 gathers nothing.
     if job.world > 1 and bool(found["changed_stock"]) != (found["verdict"] == "needed"):
         raise AssertionError(f"the verdict of the patch does not tell what stock FSDP2 does: {found}")
     if found["changed_patched"] or losses != expected:
@@ -158,7 +158,7 @@ def _words(layer: nn.Module) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _counting_changes(packed: dict[nn.Module, torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The number of words, over all forwards of the block, that are not as packed; it grows as they run."""
+    """Count the words that differ from the packed ones over all forwards in the block, in a tensor that is updated."""
     device = next(iter(packed.values())).device
     changes = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -174,7 +174,7 @@ def _counting_changes(packed: dict[nn.Module, torch.Tensor]) -> Iterator[torch.T
 
 
 def _patched(layers: list[nn.Module], *, count_calls: bool = False) -> patches.Transaction:
-    """Forced, so that the patch also runs where it is not needed, on a CPU."""
+    """Apply the patch by force, so that it also runs on a CPU, where it is not needed."""
     return patches.transaction(PATCH, on=layers, reason="a check on this device", force=True, count_calls=count_calls)
 
 
@@ -185,28 +185,28 @@ def _batch(job: Job, model: Any, number: int) -> torch.Tensor:
 
 
 def _losses(job: Job, model: nn.Module) -> list[float]:
-    """Of batches that are this rank's own; forward alone, since some backward kernels add up in any order."""
+    """Losses on this rank's own batches; forward only, since some backward kernels sum in no fixed order."""
     with torch.no_grad():
         batches = [_batch(job, model, number) for number in range(BATCHES)]
         return [model(input_ids=ids, labels=ids).loss.item() for ids in batches]
 
 
 def _time_gathers(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
-    """Unsharding one block again and again, which is steadier than a step of which it is a small part."""
+    """Time repeated unsharding of one block, which is steadier than a step, of which it is a small part."""
     block = next(module for module in model.modules() if _is_block(module))
     triples = FEW_TRIPLES if job.small else TRIPLES_OF_GATHERS
     return _compare_arms(layers, partial(_seconds_of_a_gather, job, block), triples)
 
 
 def _time_steps(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
-    """Steps of training; the whole model, on one batch of this rank's own."""
+    """Time training steps of the whole model on one batch of this rank's own."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds = partial(_seconds_of_a_step, job, model, optimizer, _batch(job, model, 0))
     return _compare_arms(layers, seconds, FEW_TRIPLES if job.small else TRIPLES_OF_STEPS)
 
 
 def _compare_arms(layers: list[nn.Module], seconds: Callable[[], float], triples: int) -> dict[str, Any]:
-    """Medians by arm, and of the ratios within each triple, since machines drift; with 95 % intervals of the latter."""
+    """Medians by arm, and of the ratios within each triple, since machines drift, with 95 % intervals of the latter."""
     orders = list(itertools.permutations(ARMS))
     timed: list[dict[str, float]] = []
     for number in range(SETTLING + triples):
@@ -225,7 +225,7 @@ def _compare_arms(layers: list[nn.Module], seconds: Callable[[], float], triples
 
 @contextlib.contextmanager
 def _arm(arm: str, layers: list[nn.Module]) -> Iterator[None]:
-    """The patch applied or not. Every arm applies and undoes it, so that all start with caches in the same state."""
+    """Run the block with or without the patch. Every arm applies and undoes it, so that all start with equal caches."""
     with _patched(layers):
         if arm == "patched":
             yield
@@ -234,7 +234,7 @@ def _arm(arm: str, layers: list[nn.Module]) -> Iterator[None]:
 
 
 def _ratio(name: str, ratios: list[float]) -> dict[str, Any]:
-    """Their median, and where 95 of 100 medians lie of as many ratios drawn from these (the bootstrap)."""
+    """The median of the ratios, and its 95 % bootstrap interval."""
     values = torch.tensor(ratios, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = values[torch.randint(len(ratios), (RESAMPLES, len(ratios)), generator=generator)]

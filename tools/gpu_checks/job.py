@@ -1,4 +1,4 @@
-"""This rank, what it was asked to do, and its place among the others."""
+"""The job of this rank, and its communication with the others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from surgery.comm.collectives import gather_objects
 
 __all__ = ["Job", "Ranks", "joined"]
 
-#: A rank that waits longer than this for another is alone. Rank 0 computes the reference before it joins.
+#: Longest wait of a rank for another before it gives up. Rank 0 computes the reference before it joins.
 TIMEOUT = timedelta(minutes=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one rank does. work: a folder that all ranks see. small: tiny models only, for a machine without a GPU."""
+    """The job of one rank. work: a folder shared by all ranks. small: tiny models only, for machines without a GPU."""
 
     rank: int
     world: int
@@ -32,13 +32,13 @@ class Job:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there is device memory to measure."""
+        """Whether the device is a GPU, whose memory can be measured."""
         return self.device.type == "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """All ranks, through a group of their own: a part that failed may have left the device's group out of step."""
+    """All ranks, over a separate process group, since a failed part may leave the device's group out of step."""
 
     group: dist.ProcessGroup
 
@@ -49,7 +49,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined(job: Job) -> Iterator[Ranks]:
-    """The process group of the device, for the block."""
+    """Initialize the process group of the device for the block."""
     device = job.device if job.on_cuda else None
     dist.init_process_group("nccl" if job.on_cuda else "gloo", timeout=TIMEOUT, device_id=device)
     try:

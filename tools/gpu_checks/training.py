@@ -1,4 +1,4 @@
-"""A Llama-shaped model with random weights: loaded under each placement, then trained for a few steps."""
+"""A Llama-shaped model with random weights, loaded under each placement, then trained for a few steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 5
 LORA_RANK = 16
 LEARNING_RATE = 1e-3
 
-#: Length of a sequence; a batch is one a rank.
+#: Length of a sequence; a batch is one sequence per rank.
 TOKENS, FEW_TOKENS = 1024, 64
 
 
@@ -42,7 +42,7 @@ def check_training(job: Job, ranks: Ranks, findings: Findings) -> None:
 
 
 def make_checkpoint(job: Job) -> dict[str, str]:
-    """14.5 GB of bfloat16, or a tiny one, drawn on the device; one that is there already is kept."""
+    """Make a checkpoint of 14.5 GB in bfloat16, or a tiny one, drawn on the device, unless it exists already."""
     name = "llama-tiny" if job.small else "llama-8b"
     checkpoint = SyntheticCheckpoint(shape=SHAPES[name], device=torch.device(job.device.type))
     folder, recipe = job.work / name, checkpoint.recipe()
@@ -82,14 +82,14 @@ def _load_and_train(job: Job, folder: str, placement: Placement) -> dict[str, An
 
 
 def _start_afresh(job: Job) -> None:
-    """The model before is gone, and so is the memory that was kept for it."""
+    """Free the previous model and its cached memory."""
     gc.collect()
     if job.on_cuda:
         torch.cuda.empty_cache()
 
 
 def _train(job: Job, model: nn.Module) -> dict[str, Any]:
-    """AdamW on one sequence a rank, the same in every step, so that the loss has to fall."""
+    """Train with AdamW on one sequence per rank, the same in every step, so that the loss must fall."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     generator = torch.Generator().manual_seed(job.rank)
     vocabulary = model.config.vocab_size  # type: ignore[union-attr]  # a transformers model has one

@@ -1,4 +1,4 @@
-"""The floor: each rank reads its part of the bytes of a checkpoint, and copies it to its device; nothing else."""
+"""Lower bound: each rank only reads its part of the bytes of a checkpoint and copies it to its device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loading.options import cores_per_rank
 
 __all__ = ["read_bytes"]
 
-#: Bytes read at a time.
+#: Bytes per read.
 CHUNK = 16 << 20
 
 MAX_THREADS = 16
@@ -23,7 +23,7 @@ MAX_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class _Range:
-    """`size` bytes of `file` from `offset` on."""
+    """A range of `size` bytes of `file` from `offset` on."""
 
     file: Path
     offset: int
@@ -31,7 +31,7 @@ class _Range:
 
 
 def read_bytes(case: Case) -> None:
-    """Read with as many threads as this rank has cores for, each into a buffer of its own, pinned on a GPU's host."""
+    """Read with one thread per core of this rank, each into its own buffers, which are pinned for a GPU."""
     world = case.world
     threads = min(MAX_THREADS, cores_per_rank(world.size))
     ranges = list(_ranges(sorted(case.options.checkpoint.glob("*.safetensors"))))
@@ -50,7 +50,7 @@ def _ranges(files: list[Path]) -> Iterator[_Range]:
 
 
 def _read(ranges: list[_Range], case: Case) -> None:
-    """Two buffers, so that one is copied while the other is read into."""
+    """Read ranges through two buffers, so that one is copied while the other is filled."""
     on_cuda = case.world.on_cuda
     hosts = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=on_cuda) for _ in range(1 + on_cuda)]
     if not on_cuda:

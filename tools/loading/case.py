@@ -1,4 +1,4 @@
-"""What every way of loading is given, and what it gives back."""
+"""Input and result of every way of loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LORA_RANK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One turn of one way, on this rank; its phases go to `report`."""
+    """Input of one turn of one way on this rank; its phases are recorded in `report`."""
 
     options: Options
     world: World
@@ -33,17 +33,17 @@ class Case:
 
     @property
     def device(self) -> torch.device:
-        """On which this rank computes."""
+        """The device of this rank."""
         return self.world.device
 
     def lora(self) -> LoraConfig:
-        """Adapters on all linear layers."""
+        """LoRA config with adapters on all linear layers."""
         from peft import LoraConfig
 
         return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
     def tokens(self, vocabulary: int) -> torch.Tensor:
-        """This rank's sequence, `(1, length)` int64 on the device, the same for every step and way."""
+        """This rank's sequence, `(1, length)` int64 on the device, equal in all steps and ways."""
         generator = torch.Generator().manual_seed(SEED + self.world.rank)
         return torch.randint(3, vocabulary, (1, self.options.length), generator=generator).to(self.device)
 
@@ -52,7 +52,7 @@ class Case:
 class Trainee:
     """A model that is ready to train, with its optimizer.
 
-    step: one step on the same batch; its loss. close: let go of all that would outlive the model.
+    step: take one step on the same batch and return its loss. close: release everything that would outlive the model.
     """
 
     step: Callable[[], float]

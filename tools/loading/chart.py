@@ -1,4 +1,4 @@
-"""Summaries as a plot: one SVG that needs nothing else, and follows the reader's choice of light or dark."""
+"""Summaries as a self-contained SVG plot, which follows the reader's choice of light or dark."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["chart"]
 
 GIB = 1024**3
 
-#: In pixels. Labels are left of the bars, values right of them.
+#: Widths in pixels. Labels are left of the bars, values right of them.
 WIDTH, LABELS, VALUES, BAR, ROW, HEAD = 720, 150, 110, 14, 22, 34
 
-#: Ways that are not this project's begin so.
+#: Prefixes of the ways that are not this project's.
 OTHERS = ("read", "seed", "accelerate")
 
 STYLE = """
@@ -30,7 +30,7 @@ text { font: 12px system-ui, sans-serif; fill: #1f2328 }
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One quantity. value: of a way, None where it has none. spread: its least and most, of several turns."""
+    """One quantity. value: of a way, or None. spread: its minimum and maximum over several turns."""
 
     title: str
     value: Callable[[Summary], float | None]
@@ -60,7 +60,7 @@ PANELS = (
 
 
 def chart(summaries: Sequence[Summary]) -> str:
-    """A panel for each quantity that some way has."""
+    """Draw a panel for each quantity that some way has."""
     panels = [panel for panel in PANELS if any(panel.value(summary) is not None for summary in summaries)]
     height = HEAD + ROW * len(summaries)
     size = {"width": str(WIDTH), "height": str(height * len(panels))}
@@ -104,7 +104,7 @@ def _why_not(summary: Summary) -> str:
 
 
 def _child(parent: Element, tag: str, text: str | None = None, **attributes: float | str) -> None:
-    """Of attribute names, `_` at the end is dropped (`class_`), and others are `-` (`text_anchor`)."""
+    """Add a child element. In attribute names, a final `_` is dropped (`class_`), and others become `-`."""
     written = {
         name.rstrip("_").replace("_", "-"): value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
         for name, value in attributes.items()

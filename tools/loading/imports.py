@@ -1,4 +1,4 @@
-"""Everything that any way imports, imported before anything is measured."""
+"""Import of all modules that any way uses, before anything is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import patches
 
 __all__ = ["import_upstream"]
 
-#: Packages import much of themselves only when it is used; these are the parts that some way uses.
+#: Packages import many of their modules lazily; these are the ones that some way uses.
 MODULES = (
     "accelerate",
     "accelerate.utils.fsdp_utils",

@@ -1,4 +1,4 @@
-"""Start torchrun for the turns of a benchmark, and gather what its ranks have written down."""
+"""Start torchrun for the turns of a benchmark, and collect the outcomes that its ranks have written."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ __all__ = ["compare"]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_load.py"
 
-#: Seconds within which torchrun ends its ranks: it asks them, and kills them after 30.
+#: Seconds within which torchrun ends its ranks: it terminates them, and kills them after 30.
 FAREWELL = 60
 
-#: Shown of the log of a run that has ended badly.
+#: Number of log lines to print for a run that failed.
 LOG_LINES = 12
 
 
 def compare(options: Options, parsed: argparse.Namespace) -> Results:
-    """All turns of all ways, each in processes of its own unless `parsed.together`; ways take turns."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as `timeout` ends it: not without ending what it started
+    """Run all turns of all ways, alternating ways, each in new processes unless `parsed.together`."""
+    # `timeout` sends SIGTERM; an exit through `finally` ends the children too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     starts = [options] if parsed.together else list(_single(options))
     outcomes: list[Outcome] = []
     turns: dict[str, int] = {}
@@ -46,7 +47,7 @@ def compare(options: Options, parsed: argparse.Namespace) -> Results:
 
 
 def _single(options: Options) -> Iterator[Options]:
-    """One turn of one way each; training in the last turn alone."""
+    """Split options into one turn of one way each, with training in the last turn alone."""
     for turn in range(options.repeats):
         is_last = turn == options.repeats - 1
         for way in options.ways:
@@ -75,20 +76,20 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
 
 
 def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
-    """What went wrong, if anything did. However this ends, the child and all that it has started have ended too."""
+    """Wait for the child; returns the failure, or None. On return, the child and all its processes have ended."""
     try:
         code = child.wait(timeout=limit)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit} s"
     finally:
-        # It ends its ranks, which are no children of ours, and not in its process group either.
+        # torchrun ends its ranks, which are neither our children nor in its process group.
         child.terminate()
         child.wait(timeout=FAREWELL)
     return f"torchrun ended with {code}" if code else None
 
 
 def _interrupted(outcome: Outcome, options: Options, failure: str) -> Outcome:
-    """The outcome of a rank that has loaded, and was stopped before it had trained."""
+    """Mark an outcome as failed if the rank has loaded but was stopped before it had trained."""
     in_last_round = outcome.turn // max(options.ways.count(outcome.way), 1) == options.repeats - 1
     was_to_train = options.steps > 0 and in_last_round and outcome.way != "read"
     if outcome.error is None and outcome.training is None and was_to_train:
@@ -97,7 +98,7 @@ def _interrupted(outcome: Outcome, options: Options, failure: str) -> Outcome:
 
 
 def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) -> Iterator[Outcome]:
-    """Outcomes for ranks that have left none: another one has failed, or all were stopped."""
+    """Outcomes for ranks that have written none, because another one has failed or all were stopped."""
     known = {(outcome.way, outcome.rank) for outcome in found}
     for way in options.ways:
         for rank in range(ranks):
@@ -106,7 +107,7 @@ def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) ->
 
 
 def _environment(options: Options, ranks: int) -> dict[str, str]:
-    """A share of the cores for each rank. On CPUs, threads that spin would take the core of whom they wait for."""
+    """The environment of a rank, with its share of cores. On CPUs, spinning threads would block those they wait for."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(cores_per_rank(ranks))}
     if options.device == "cpu":

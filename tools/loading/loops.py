@@ -1,4 +1,4 @@
-"""The training loop of most scripts: the model's own loss, backward, clip, step."""
+"""A typical training loop: the model's own loss, backward, clip, step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["adamw", "plain_step"]
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """Over the adapters."""
+    """AdamW over the adapters."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -27,7 +27,7 @@ def plain_step(
     clip: Callable[[float], object],
     backward: Callable[[torch.Tensor], object] = torch.autograd.backward,
 ) -> Callable[[], float]:
-    """A function that takes one step on `ids`, and returns this rank's loss before it."""
+    """Make a function that takes one step on `ids` and returns this rank's loss before the step."""
 
     def step() -> float:
         model.train()

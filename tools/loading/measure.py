@@ -20,12 +20,12 @@ from surgery.telemetry.report import Report
 
 __all__ = ["measure_all"]
 
-#: The phase around all others.
+#: Name of the phase around all others.
 READY = "ready"
 
 
 def measure_all(options: Options, world: World, journal: Journal) -> None:
-    """Every way in turn, as often as is asked for; training in the last round. A way may be named several times."""
+    """Measure the ways in turn, `repeats` times, with training in the last round. A way may be named several times."""
     turns: Counter[str] = Counter()
     for round_ in range(options.repeats):
         is_last = round_ == options.repeats - 1
@@ -33,13 +33,13 @@ def measure_all(options: Options, world: World, journal: Journal) -> None:
             outcome = _attempt(way, turns[way], options, world, journal, train=is_last and options.steps > 0)
             turns[way] += 1
             world.clear()
-            # A rank that has failed comes here at once; one that waits for it in a collective never does.
+            # A rank that has failed arrives here at once; one that waits for it in a collective never does.
             if world.any(outcome.error is not None) and world.rank == 0:
                 print(f"{way}: {outcome.error or 'failed on another rank'}", file=sys.stderr, flush=True)
 
 
 def _attempt(way: str, turn: int, options: Options, world: World, journal: Journal, *, train: bool) -> Outcome:
-    """What came of one turn, written down as it comes: the process may not live to say so later."""
+    """Run one turn; writes the outcome to the journal as it comes, since the process may die."""
     outcome = Outcome(way=way, turn=turn, rank=world.rank)
     try:
         load, trainee = _load(LOADERS[way], options, world)
@@ -52,7 +52,7 @@ def _attempt(way: str, turn: int, options: Options, world: World, journal: Journ
         finally:
             trainee.close()
         outcome = Outcome(way=way, turn=turn, rank=world.rank, load=load, training=training)
-    except Exception as error:  # noqa: BLE001  # whatever it is: it is a result, and the next way has its turn
+    except Exception as error:  # noqa: BLE001  # any error is a result, and the next way has its turn
         outcome = Outcome(way=way, turn=turn, rank=world.rank, load=outcome.load, error=_describe(error))
     journal.add(outcome)
     return outcome
@@ -73,7 +73,7 @@ def _load(loader: Callable[[Case], Trainee | None], options: Options, world: Wor
     modules = len(sys.modules)
     world.meet()
     start = time.perf_counter()
-    # Beside the phases that the way has, as if a thread of its own had it: memory between them counts too.
+    # In a separate group around the way's own phases, so that memory between those counts too.
     with report.phase(READY, group=READY):
         trainee = loader(Case(options=options, world=world, report=report))
         world.synchronize()
@@ -121,7 +121,7 @@ def _train(way: str, trainee: Trainee, options: Options, world: World) -> Traini
 
 
 def _profile(way: str, trainee: Trainee, folder: Path, world: World) -> None:
-    """All ranks take the steps; rank 0 writes down what its own took."""
+    """Profile steps on all ranks; rank 0 writes its own profile."""
     text = profile(trainee.step, synchronize=world.synchronize, device=world.device)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a benchmark is asked for, on the command line and from one process to the next."""
+"""Options of a benchmark, on the command line and between processes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ WAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The same on every rank.
+    """Options of a benchmark, equal on all ranks.
 
-    ways: in the order in which they take turns. repeats: turns of each. steps: training steps after the last turn of
-    each, of one sequence of `length` tokens a rank; 0 measures loading alone. memory_cap: GiB that torch may take of
-    a GPU, or None. seed_threads: that load and quantize in the way `seed`; None is as many as its authors take.
+    ways: in the order of their turns. repeats: turns of each way. steps: training steps after the last turn of each,
+    with one sequence of `length` tokens per rank; 0 measures loading alone. memory_cap: GiB that torch may use of a
+    GPU, or None. seed_threads: threads that load and quantize in the way `seed`; None uses its authors' number.
     """
 
     checkpoint: Path
@@ -53,13 +53,13 @@ class Options:
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Options:
-        """From what `add_arguments` has added."""
+        """Make options from the arguments of `add_arguments`."""
         values = {name: getattr(parsed, name) for name in cls.__dataclass_fields__}
         values["device"] = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(**values)
 
     def arguments(self) -> list[str]:
-        """The command line that `of` makes the same from."""
+        """The command line from which `of` makes equal options."""
         words = ["--checkpoint", str(self.checkpoint), "--ways", ",".join(self.ways), "--device", self.device]
         words += ["--repeats", str(self.repeats), "--steps", str(self.steps), "--length", str(self.length)]
         words += ["--activation-checkpointing"] if self.activation_checkpointing else []
@@ -69,13 +69,13 @@ class Options:
         return words
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; of paths the last part alone."""
+        """Convert to JSON values, with only the last component of paths."""
         values = asdict(self)
         return {**values, "checkpoint": self.checkpoint.name, "profile": self.profile and self.profile.name}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a benchmark."""
+    """Add the options of a benchmark."""
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="folder of a Llama in 16 bits (see make_checkpoint.py)")
     add("--ways", type=_names, default=WAYS, metavar="A,B,...", help=f"some of {','.join(WAYS)}; default: all")
@@ -103,5 +103,5 @@ def _at_least(least: int) -> Any:
 
 
 def cores_per_rank(ranks: int) -> int:
-    """Cores of this machine for each of its ranks."""
+    """Number of cores of this machine for each rank."""
     return max(1, (os.cpu_count() or 1) // ranks)

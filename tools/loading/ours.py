@@ -1,4 +1,4 @@
-"""This project's own ways: one loader, under every placement, and the training loop of `surgery finetune`."""
+"""This project's ways: one loader, under every placement, and the training loop of `surgery finetune`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLICY = precision("bf16")
 
 
 def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) -> Trainee:
-    """What a user of `surgery.qlora` gets, and of `surgery finetune` from there."""
+    """Load like a user of `surgery.qlora`, to train like `surgery finetune`."""
     torch.manual_seed(SEED)
     if isinstance(shard, FSDP1):
         shard = replace(shard, mixed_precision=POLICY.mixed_precision())

@@ -1,4 +1,4 @@
-"""What was measured of one way, on one rank."""
+"""Measurements of one way on one rank."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["Journal", "Load", "Outcome", "Training", "collect"]
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """From an open process group to a model that is ready to train, imports apart. Seconds and bytes.
+    """Cost of getting from an open process group to a model ready to train, without imports, in seconds and bytes.
 
-    seconds: of this rank. ready: until the last rank was ready. phases: name -> (start, seconds); those of two threads
-    overlap. host: the most anonymous memory above what there was before. pinned: the most pages locked for the GPU.
-    device: the most that torch had allocated on the GPU. held: what it had when all was ready.
-    bytes_read: counted by our reader; 0 in the other ways. late_imports: modules that were imported all the same.
+    seconds: of this rank. ready: until the last rank was ready. phases: name -> (start, seconds); phases of different
+    threads overlap. host: peak of anonymous memory above that at the start. pinned: peak of page-locked memory.
+    device: peak allocated by torch on the GPU. held: allocated on the GPU when ready. bytes_read: counted by our
+    reader; 0 in the other ways. late_imports: number of modules that were imported nevertheless.
     """
 
     seconds: float
@@ -34,7 +34,7 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Steps: their losses (of this rank's sequence, or of all where the loop says so), seconds, and peak of the GPU."""
+    """Training steps: losses (of this rank's sequence, or of all, as the loop reports), seconds, peak GPU memory."""
 
     losses: list[float]
     seconds: list[float]
@@ -42,18 +42,18 @@ class Training:
 
     @property
     def first(self) -> float:
-        """Seconds of the first step, in which much is set up."""
+        """Seconds of the first step, which includes setup."""
         return self.seconds[0]
 
     @property
     def median(self) -> float:
-        """Seconds of the others; of the first, if there is no other."""
+        """Median seconds of the other steps; of the first, if there is no other."""
         return median(self.seconds[1:] or self.seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one turn on one rank: an error, or what is measured; both, if training has failed."""
+    """Result of one turn on one rank: an error, or the measurements; both if training has failed."""
 
     way: str
     turn: int
@@ -64,7 +64,7 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:
-        """What `dataclasses.asdict` gave."""
+        """Restore an outcome from the result of `dataclasses.asdict`."""
         load, training = values["load"], values["training"]
         if load is not None:
             phases = {name: tuple(span) for name, span in load["phases"].items()}
@@ -74,14 +74,14 @@ class Outcome:
 
 @dataclass(kw_only=True)
 class Journal:
-    """The outcomes of one rank, in a file of its own in `folder` that is whole after each of them."""
+    """The outcomes of one rank, in a file of its own in `folder`, rewritten after each."""
 
     folder: Path
     rank: int
     _outcomes: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def add(self, outcome: Outcome) -> None:
-        """Write it down, in the place of an earlier one of the same turn."""
+        """Write an outcome, replacing an earlier one of the same turn."""
         values = asdict(outcome)
         others = [each for each in self._outcomes if (each["way"], each["turn"]) != (outcome.way, outcome.turn)]
         self._outcomes = [*others, values]
@@ -90,6 +90,6 @@ class Journal:
 
 
 def collect(folder: Path) -> list[Outcome]:
-    """What all journals in `folder` say."""
+    """The outcomes of all journals in `folder`."""
     files = sorted(folder.glob("rank-*.json"))
     return [Outcome.from_dict(each) for file in files for each in json.loads(file.read_text(encoding="utf-8"))]

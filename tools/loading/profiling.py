@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: operators, kernels, and Python."""
+"""Profile of a training step: operators, kernels, and Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]  # in the stub of another module
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # declared in another module's stub
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
@@ -20,7 +20,7 @@ ROWS = 45
 
 
 def profile(step: Callable[[], float], *, synchronize: Callable[[], None], device: torch.device) -> str:
-    """Tables of `STEPS` steps: under torch's profiler, then again under Python's, each of which slows them down."""
+    """Profile `STEPS` steps with torch's profiler, then again with Python's, since each slows them down."""
     plain = _seconds(step, synchronize)
     with_operators, operators = _operators(step, synchronize, device)
     with_calls, calls = _calls(step, synchronize)
@@ -56,11 +56,11 @@ def _operators(step: Callable[[], float], synchronize: Callable[[], None], devic
 
 
 def _busy(events: Iterable[FunctionEvent], seconds: float) -> str:
-    """The share of the time in which the GPU ran any kernel, and any but NCCL's, which wait for other ranks too."""
+    """The share of time with any GPU kernel running, and with any but NCCL's, which also wait for other ranks."""
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in events
-        # A span that only carries a name stands above the kernels in it.
+        # Skip annotation spans, which only carry a name for the kernels inside.
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     computing = [span for span in spans if "nccl" not in span[2].lower()]
@@ -72,7 +72,7 @@ def _busy(events: Iterable[FunctionEvent], seconds: float) -> str:
 
 
 def _covered(spans: Iterable[tuple[float, float, str]]) -> float:
-    """Length of the union of `(start, end, name)`, in their unit."""
+    """Length of the union of the spans `(start, end, name)`, in their unit."""
     total, reached = 0.0, float("-inf")
     for start, end, _ in sorted(spans):
         total += max(end - max(start, reached), 0.0)

@@ -1,4 +1,4 @@
-"""All that a benchmark has found: as JSON, tables and a plot."""
+"""Results of a benchmark, as JSON, tables and a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate")
 
 
 def environment(options: Options, *, ranks: int) -> dict[str, Any]:
-    """On what it ran."""
+    """Hardware and versions of the run."""
     on_cuda = options.device == "cuda"
     return {
         "ranks": ranks,
@@ -37,7 +37,7 @@ def environment(options: Options, *, ranks: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What every rank has found of every turn of every way."""
+    """Outcomes of all ranks, turns and ways."""
 
     options: Options
     environment: dict[str, Any]
@@ -45,21 +45,21 @@ class Results:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every way has given figures, or failed for want of memory, which is one too."""
+        """Whether every way has figures, or ran out of memory, which is a result too."""
         return all(each.error in (None, "out of memory") for each in self.summaries())
 
     def summaries(self) -> list[Summary]:
-        """One for each way that has had a turn, in their order."""
+        """One summary for each way that has run, in their order."""
         had_turn = {outcome.way for outcome in self.outcomes}
         return [summarize(way, self.outcomes) for way in dict.fromkeys(self.options.ways) if way in had_turn]
 
     def markdown(self) -> str:
-        """What it ran on, and the tables."""
+        """The environment and the tables, in Markdown."""
         ran_on = ", ".join(f"{name} {value}" for name, value in self.environment.items())
         return "\n\n".join([ran_on, *tables(self.summaries())])
 
     def write(self, *, json_file: Path | None = None, markdown: Path | None = None, svg: Path | None = None) -> None:
-        """Each file that is asked for."""
+        """Write the results to each of the given files."""
         if json_file is not None:
             _write(json_file, json.dumps(self.as_dict(), indent=1))
         if markdown is not None:
@@ -68,7 +68,7 @@ class Results:
             _write(svg, chart(self.summaries()))
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: everything, so that tables and plot can be made from it."""
+        """Convert to JSON values, complete, so that tables and plot can be made from them."""
         outcomes = [asdict(outcome) for outcome in self.outcomes]
         return {"environment": self.environment, "options": self.options.as_dict(), "outcomes": outcomes}
 

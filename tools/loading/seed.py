@@ -1,8 +1,8 @@
-"""The low-memory way of answer.ai's fsdp_qlora: every rank reads and quantizes everything, rank 0 keeps it on its CPU.
+"""The low-memory mode of answer.ai's fsdp_qlora: every rank reads and quantizes all, rank 0 keeps it on its CPU.
 
 https://github.com/AnswerDotAI/fsdp_qlora. The others keep shapes on meta, all ranks keep every quant_state, and FSDP1
-broadcasts with `sync_module_states=True`. As its authors do, a pool of threads takes the tensors of one file after the
-other; decoder layers and every trainable leaf become units.
+broadcasts with `sync_module_states=True`. As in the original, a pool of threads takes the tensors file by file;
+decoder layers and every trainable leaf become FSDP units.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["load_seed"]
 
 POLICY = precision("bf16")
 
-#: Stays in 16 bits.
+#: Modules that stay in 16 bits.
 HEAD = "lm_head"
 
 
 def load_seed(case: Case) -> Trainee:
-    """Load everything on every rank, and let FSDP1 throw away what is not this rank's."""
+    """Load everything on every rank, and let FSDP1 drop what other ranks own."""
     report = case.report
     keeps = torch.device("cpu" if case.world.rank == 0 else "meta")
     with report.phase("skeleton"):
@@ -52,7 +52,7 @@ def load_seed(case: Case) -> Trainee:
 
 
 def _skeleton(case: Case) -> nn.Module:
-    """On meta, with quantized layers that have no quant_state yet; buffers are real."""
+    """Build the model on meta, with quantized layers that have no quant_state yet, and real buffers."""
     from accelerate import init_empty_weights
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,7 +103,7 @@ def _quantize_and_place(
         module._parameters[leaf] = nn.Parameter(value.to(device=keeps, dtype=POLICY.dtype), requires_grad=False)
         return
     new: Any = Params4bit(value.to(device=device, dtype=POLICY.dtype), **vars(old))
-    new = new.to(device)  # which quantizes it
+    new = new.to(device)  # quantizes it
     module.quant_state = new.quant_state
     module.weight = Params4bit(new.data.to(keeps), **vars(new))
 
@@ -144,7 +144,7 @@ def _wrapped(model: nn.Module, case: Case) -> FullyShardedDataParallel:
 
 @contextmanager
 def _cpu_states_accepted(case: Case) -> Iterator[None]:
-    """FSDP1 refuses to broadcast between CPUs, which gloo can."""
+    """Let FSDP1 broadcast CPU states, which it refuses although gloo can."""
     ids = () if case.world.on_cuda else ("torch.fsdp1-sync-on-cpu",)
     with patches.transaction(*ids, reason="every rank but 0 is on meta"):
         yield

@@ -1,7 +1,7 @@
-"""The way of the mainstream: `from_pretrained` of transformers, PEFT, and accelerate's FSDP.
+"""The mainstream way: `from_pretrained` of transformers, PEFT, and accelerate's FSDP.
 
-accelerate shards on an accelerator alone. Without one, its own function for FSDP2 is called without the `Accelerator`
-around it, and FSDP1 wraps with what accelerate would pass; the rest is the same.
+accelerate shards only on an accelerator. Without one, its function for FSDP2 is called directly instead of through the
+`Accelerator`, and FSDP1 wraps with the arguments that accelerate would pass; the rest is the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 
 
 def load_stock(case: Case, *, fsdp: int) -> Trainee:
-    """What a user of `accelerate launch` gets, with the quantization that its documentation asks for under FSDP."""
+    """Load like a user of `accelerate launch`, with the quantization that its documentation requires for FSDP."""
     report = case.report
     accelerator = _accelerator(case, fsdp) if case.world.on_cuda else None
     with report.phase("from_pretrained"):
@@ -66,7 +66,7 @@ def _accelerator(case: Case, fsdp: int) -> Any:
 
 
 def _prepare(accelerator: Any, model: nn.Module, fsdp: int) -> tuple[nn.Module, Any]:
-    """FSDP2 exchanges the parameters of an optimizer that it is given; for FSDP1 the model comes first."""
+    """Shard model and optimizer. FSDP2 replaces an optimizer's parameters; FSDP1 needs the model sharded first."""
     if fsdp == 2:
         model, optimizer = accelerator.prepare(model, adamw(model))
         return model, optimizer
@@ -75,7 +75,7 @@ def _prepare(accelerator: Any, model: nn.Module, fsdp: int) -> tuple[nn.Module, 
 
 
 def _forget() -> None:
-    """What accelerate keeps is in classes and in the environment; the next way is not to find it."""
+    """Reset the state that accelerate keeps in classes and in the environment, before the next way runs."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -103,7 +103,7 @@ def _adapted(model: nn.Module, case: Case) -> nn.Module:
     from peft import get_peft_model
 
     torch.manual_seed(SEED)
-    # Adapters in the dtype of the rest, which FSDP1 needs in order to flatten them together.
+    # Adapters get the dtype of the rest, so that FSDP1 can flatten them together.
     adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -117,7 +117,7 @@ def _prepare_on_cpu(model: nn.Module, case: Case, fsdp: int) -> tuple[nn.Module,
         from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
         from torch.distributed.device_mesh import init_device_mesh
 
-        # What these functions ask an Accelerator for.
+        # The attributes of an Accelerator that these functions read.
         accelerator: Any = SimpleNamespace(
             state=SimpleNamespace(fsdp_plugin=plugin),
             parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),

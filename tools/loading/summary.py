@@ -1,4 +1,4 @@
-"""What the ranks and turns of one way come to."""
+"""Summary of one way over its ranks and turns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Summary", "summarize"]
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One way. Of ranks the worst counts, but for losses, which are averaged; of turns the median, but for memory.
+    """Summary of one way: the worst rank, but mean losses; the median turn, but peak memory.
 
-    ready: seconds, of each turn. phases: name -> seconds, of the last rank in the median turn.
-    host, pinned, device, held: the most of any rank and turn, in bytes; `host` by rank too, since rank 0 may differ.
+    ready: seconds of each turn. phases: name -> seconds, of the slowest rank in the median turn.
+    hosts, pinned, device, held: maximum over ranks and turns, in bytes; `hosts` by rank, since rank 0 may differ.
     """
 
     way: str
@@ -36,12 +36,12 @@ class Summary:
 
     @property
     def seconds(self) -> float | None:
-        """Until ready, in the median turn."""
+        """Seconds until ready, in the median turn."""
         return median(self.ready) if self.ready else None
 
 
 def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
-    """The summary of what concerns `way`."""
+    """Summarize the outcomes of `way`."""
     mine = [outcome for outcome in outcomes if outcome.way == way]
     error = next((outcome.error for outcome in _most_telling(mine) if outcome.error), None)
     loads = [(outcome, outcome.load) for outcome in mine if outcome.load is not None]
@@ -76,12 +76,12 @@ def _most(loads: Sequence[tuple[Outcome, Load]], value: Callable[[Load], int]) -
 
 
 def _most_telling(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """A rank that knows what went wrong before those that were only stopped."""
+    """Sort outcomes so that ranks with an error of their own come before ranks that were only stopped."""
     return sorted(outcomes, key=lambda outcome: "torchrun" in (outcome.error or "torchrun"))
 
 
 def _of_training(turns: Sequence[Sequence[Training]]) -> dict[str, Any]:
-    """From the ranks of each turn; losses are those of the first turn."""
+    """The training fields of a summary, from the ranks of each turn; losses are those of the first turn."""
     if not turns:
         return {}
     return {

@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 
 
 def tables(summaries: Sequence[Summary]) -> list[str]:
-    """Loading, its phases, and training where there was any."""
+    """Tables of loading, its phases, and training if there was any."""
     found = [_loading(summaries), _phases(summaries)]
     trained = [summary for summary in summaries if summary.losses]
     return [*found, _training(trained)] if trained else found

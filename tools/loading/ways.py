@@ -1,4 +1,4 @@
-"""The ways of loading that are compared, by name."""
+"""The ways of loading to compare, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.config import FSDP1, FSDP2
 
 __all__ = ["LOADERS"]
 
-#: Way -> the function that loads, and returns what trains (nothing for the bare read). Unsharded is for one rank.
+#: Way -> the function that loads, and returns a Trainee (None for the bare read). `unsharded` is for one rank.
 LOADERS: Mapping[str, Callable[[Case], Trainee | None]] = {
     "read": read_bytes,
     "sharded": partial(load_ours, placement="sharded", shard=FSDP2()),

@@ -1,4 +1,4 @@
-"""This rank among the others, and moments at which all are."""
+"""This rank's place in the process group, and barriers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from surgery.comm.collectives import gather_objects
 
 __all__ = ["World", "joined"]
 
-#: A rank that waits longer than this for another is alone: with a large model some load for minutes.
+#: Longest wait of a rank for another before it gives up: some take minutes to load a large model.
 TIMEOUT = timedelta(minutes=8)
 
-#: How long ranks wait for each other after a way has failed on one of them.
+#: Longest wait of ranks for each other after a way has failed on one of them.
 PATIENCE = timedelta(seconds=90)
 
 GIB = 1024**3
@@ -28,7 +28,7 @@ GIB = 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank. `aside` is a group for what concerns no way: one that fails may leave the other in disorder."""
+    """This rank. `aside` is a group for coordination, since a failing way may leave the default group out of step."""
 
     rank: int
     size: int
@@ -37,7 +37,7 @@ class World:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether there is device memory to measure."""
+        """Whether the device is a GPU, whose memory can be measured."""
         return self.device.type == "cuda"
 
     def synchronize(self) -> None:
@@ -56,22 +56,22 @@ class World:
         return any(gather_objects(value, self.aside))
 
     def clear(self) -> None:
-        """Give back all memory that nobody uses: of the device, of pinned pages, and of malloc's heap."""
+        """Release unused memory: of the device, of pinned pages, and of malloc's heap."""
         gc.collect()
         if self.on_cuda:
             torch.cuda.empty_cache()
             getattr(torch._C, "_host_emptyCache", lambda: None)()
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.cuda.reset_peak_host_memory_stats()
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
 def joined(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
-    """The world that torchrun describes; the device and its process group have been used once when the block begins.
+    """Join the process group that torchrun describes; device and group have been warmed up when the block begins.
 
-    memory_cap: GiB that torch may take of a GPU.
+    memory_cap: GiB that torch may use of a GPU.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if device_type == "cuda" else torch.device("cpu")

@@ -1,1 +1,1 @@
-"""What `bench_memory.py` is made of: loading in each way with memory measured, and what the measure is held against."""
+"""Parts of `bench_memory.py`: memory measurements of each way of loading, and their bounds."""

@@ -1,4 +1,4 @@
-"""One rank loads a checkpoint, in one of this project's ways or in the stock way, and measures its own memory."""
+"""Measure the memory of one rank while it loads a checkpoint in one of this project's ways or the stock way."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from surgery.telemetry.report import Report, anonymous_memory
 
 __all__ = ["OURS", "WAYS", "Measured", "Sizes", "measure"]
 
-#: What loading may take beyond weights and statistics: buffers that are read ahead, temporaries of the kernel that
-#: quantizes, adapters before they are shards, threads, objects.
+#: Bytes that loading may use beyond weights and statistics: read-ahead buffers, temporaries of the quantization kernel,
+#: adapters before they are sharded, threads, objects.
 ALLOWANCE = 64 * 1024 * 1024
 
-#: Imported before the memory that imports take is looked at.
+#: Imported before the memory used by imports is measured.
 UPSTREAM = ("accelerate", "bitsandbytes", "peft", "transformers", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a model is made of, in bytes.
+    """Sizes of a model's parts, in bytes.
 
-    largest_layer: the most of the 16-bit weight of its largest quantized module that a rank may hold. quant_states: all
-    tensors of all of them. kept: what this rank keeps of the weights, packed or not, until it is sharded or for good.
+    largest_layer: the part of the largest quantized module's 16-bit weight that a rank may hold. quant_states: tensors
+    of all quant_states. kept: weights that this rank keeps, packed or not, until it is sharded or for good.
     """
 
     largest_layer: int
@@ -40,13 +40,13 @@ class Sizes:
 
     @property
     def bound(self) -> int:
-        """What this rank may add to the memory of its imports while it loads."""
+        """Maximum memory that loading may add on this rank to that of imports."""
         return self.largest_layer + self.quant_states + self.kept + ALLOWANCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """When it began and for how long it ran, in seconds, and the most anonymous memory above what imports took."""
+    """Start and duration of a phase, in seconds, and its peak of anonymous memory above that of imports."""
 
     start: float
     seconds: float
@@ -55,8 +55,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one rank measured. imports: anonymous memory right before. resident: peak of all resident memory, which
-    counts imports and mapped files too. sizes: None for the stock way.
+    """Measurement of one rank, in bytes.
+
+    imports: anonymous memory before loading. resident: peak of resident memory, which includes imports and mapped
+    files. sizes: None for the stock way.
     """
 
     imports: int
@@ -66,42 +68,42 @@ class Measured:
 
     @property
     def loading(self) -> dict[str, Phase]:
-        """The phases until the model is filled. FSDP1 wraps it after that; FSDP2 has sharded it by then."""
+        """The phases until the model is filled: before FSDP1 wraps it; after FSDP2 has sharded it."""
         names = list(self.phases)
         last = names.index("install") if "install" in names else len(names) - 1
         return {name: self.phases[name] for name in names[: last + 1]}
 
     @property
     def peak(self) -> int:
-        """The highest of them."""
+        """Highest peak of the loading phases."""
         return max(phase.peak for phase in self.loading.values())
 
     @property
     def seconds(self) -> float:
-        """From the beginning of the first of them to the end of the last; some run side by side."""
+        """Seconds from the start of the first loading phase to the end of the last; some overlap."""
         phases = self.loading.values()
         return max(phase.start + phase.seconds for phase in phases) - min(phase.start for phase in phases)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Measured:
-        """What `as_dict` gave."""
+        """Restore a measurement from the result of `as_dict`."""
         phases = {name: Phase(**phase) for name, phase in values["phases"].items()}
         sizes = None if values["sizes"] is None else Sizes(**values["sizes"])
         return cls(**{**values, "phases": phases, "sizes": sizes})
 
 
 def _load_for_fsdp1(checkpoint: Path, report: Report) -> Sizes:
-    """Rank 0 keeps everything, for FSDP1 to broadcast."""
+    """Load for FSDP1: rank 0 keeps everything and broadcasts it."""
     on_rank0 = dist.get_rank() == 0
     return _load_ours(checkpoint, report, surgery.FSDP1(), kept=1.0 if on_rank0 else 0.0, held=1.0)
 
 
 def _load_for_fsdp2(checkpoint: Path, report: Report) -> Sizes:
-    """Every rank keeps its shard, and holds no more than its part of any layer."""
+    """Load for FSDP2: every rank keeps its shard, and holds only its part of any layer."""
     part = 1 / dist.get_world_size()
     return _load_ours(checkpoint, report, surgery.FSDP2(), kept=part, held=part)
 
@@ -109,7 +111,7 @@ def _load_for_fsdp2(checkpoint: Path, report: Report) -> Sizes:
 def _load_ours(
     checkpoint: Path, report: Report, shard: surgery.FSDP1 | surgery.FSDP2, *, kept: float, held: float
 ) -> Sizes:
-    """In the default placement of `shard`. kept: this rank's part of all weights; held: of a layer in 16 bits."""
+    """Load in the default placement of `shard`. kept, held: this rank's part of all weights, and of a 16-bit layer."""
     from peft import LoraConfig
 
     opened = surgery.Checkpoint.open(checkpoint)
@@ -151,14 +153,14 @@ def _load_stock(checkpoint: Path, report: Report) -> None:
         )
 
 
-#: All in bfloat16, with nf4 and double quantization.
+#: Way -> loader; all use bfloat16, nf4 and double quantization.
 WAYS: dict[str, Callable[[Path, Report], Sizes | None]] = {
     "rank0-cpu": _load_for_fsdp1,
     "sharded": _load_for_fsdp2,
     "stock": _load_stock,
 }
 
-#: This project's, each by its placement.
+#: The ways of this project, each named after its placement.
 OURS = ("rank0-cpu", "sharded")
 
 

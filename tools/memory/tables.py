@@ -1,4 +1,4 @@
-"""What was measured, as tables in Markdown."""
+"""Measurements as tables in Markdown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 
 
 def phases_table(found: Mapping[str, Sequence[Measured]]) -> str:
-    """A row for every way, rank and phase."""
+    """Table with a row for every way, rank and phase."""
     rows = [
         (way, rank, name, _mib(phase.peak), f"{phase.seconds:.1f}")
         for way, by_rank in found.items()
@@ -23,7 +23,7 @@ def phases_table(found: Mapping[str, Sequence[Measured]]) -> str:
 
 
 def bounds_table(found: Mapping[str, Sequence[Measured]]) -> str:
-    """A row for every way and rank: what loading took against what it may take."""
+    """Table with a row for every way and rank: memory of loading against its bound."""
     rows = []
     for way, by_rank in found.items():
         for rank, measured in enumerate(by_rank):
@@ -37,7 +37,7 @@ def bounds_table(found: Mapping[str, Sequence[Measured]]) -> str:
 
 
 def ways_table(found: Mapping[str, Sequence[Measured]], stock: Sequence[Measured]) -> str:
-    """A row for every way and rank: this project's loading against the stock way."""
+    """Table with a row for every way and rank: this project's loading against the stock way."""
     rows = []
     for way, by_rank in found.items():
         for rank, (own, other) in enumerate(zip(by_rank, stock, strict=True)):

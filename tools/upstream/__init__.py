@@ -1,1 +1,1 @@
-"""Upstream releases beside the installed ones: installing, checking and testing them. Used by two scripts."""
+"""Parts of the upstream scripts: other releases of upstream libraries, installed, checked and tested."""

@@ -1,4 +1,4 @@
-"""Released versions of upstream libraries, each installed into a folder of its own."""
+"""Releases of upstream libraries, each installed into a folder of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["InstallError", "Release", "environment", "install"]
 
 
 class InstallError(Exception):
-    """pip could not install a release; the message holds the end of what it said."""
+    """pip could not install a release; the message has the end of its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +24,16 @@ class Release:
     name: str
     version: str
     with_also: tuple[str, ...] = ()
-    """Requirements that this release needs in versions other than the installed ones."""
+    """Requirements of this release whose installed versions do not fit."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
 
 
 def install(release: Release, folder: Path) -> Path:
-    """The folder below `folder` with this release and none of its dependencies; installed unless it is there.
+    """Install a release without its dependencies below `folder`, unless it is there; returns its folder.
 
-    Raises InstallError. What an interrupted installation left is removed first.
+    Raises InstallError. Remains of an interrupted installation are removed first.
     """
     place = folder / f"{release.name}-{release.version}"
     if place.is_dir():
@@ -52,5 +52,5 @@ def install(release: Release, folder: Path) -> Path:
 
 
 def environment(folders: Iterable[Path]) -> dict[str, str]:
-    """The variables of a process in which what is in `folders` comes before what is installed."""
+    """Environment variables of a process in which modules in `folders` take precedence over installed ones."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in folders)}

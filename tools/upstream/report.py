@@ -1,4 +1,4 @@
-"""What a sweep found, as a page of the documentation."""
+"""Results of a sweep, as a page of the documentation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ The sweep runs without a GPU. `torch.fsdp2-bit-exact-gather` mends what only GPU
 reason; on one, its probe asks the device at hand ([exactness under FSDP2](fsdp2-exactness.md)).
 """
 
-#: Patches whose defect only a GPU has; where there is none, their window says nothing of the probe.
+#: Patches whose defect only a GPU has; without one, the probe cannot confirm their version window.
 _OF_GPUS: Final = frozenset({"torch.fsdp2-bit-exact-gather"})
 
 
 def page(outcomes: Sequence[Outcome], installed: Mapping[str, str]) -> str:
-    """The page, in Markdown. `installed` holds the versions that combinations have where they name no other."""
+    """Render the page in Markdown. `installed` has the versions of distributions that a combination does not name."""
     ids = sorted({patch_id for outcome in outcomes for patch_id in outcome.verdicts})
     others = ", ".join(f"{name} {version}" for name, version in installed.items())
     parts = [_INTRODUCTION, f"Installed beside them, where nothing else is said: {others}.\n"]
@@ -52,9 +52,9 @@ def page(outcomes: Sequence[Outcome], installed: Mapping[str, str]) -> str:
 
 
 def contradictions(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, str, Outcome]]:
-    """`(id, what, outcome)` wherever a probe and a version window say different things.
+    """Find `(id, what, outcome)` for every probe that contradicts the version window.
 
-    An obsolete patch inside its window is one too: the window is wider than the defect.
+    This includes an obsolete patch inside its window, which is then wider than the defect.
     """
     for outcome in outcomes:
         for patch_id, found in outcome.verdicts.items():
@@ -70,7 +70,7 @@ def _varies_only(outcome: Outcome, swept: str, fixed: str, installed: Mapping[st
 
 
 def _runs(outcomes: Iterable[Outcome], swept: str, patch_id: str) -> str:
-    """`obsolete 0.6.2; needed 0.7.0 to 0.11.1`: releases in order, those that agree together."""
+    """Format verdicts as `obsolete 0.6.2; needed 0.7.0 to 0.11.1`: releases in order, equal verdicts joined."""
     by_version = {Version(outcome.version(swept)): _word(outcome, patch_id) for outcome in outcomes}
     in_order = sorted(by_version.items())
     runs = []

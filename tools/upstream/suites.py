@@ -1,4 +1,4 @@
-"""A library's own tests, run in a process of their own, and what became of each."""
+"""Run of a library's own tests in a separate process, with the outcome of each."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .releases import environment
 
 __all__ = ["Suite", "SuiteError", "differences", "extract", "read_outcomes", "run"]
 
-_NOT_RESTORED: Final = "not restored at the end of the run: "  # how the plugin says it
+_NOT_RESTORED: Final = "not restored at the end of the run: "  # the plugin's message
 
 
 class SuiteError(Exception):
-    """The tests could not be extracted, pytest did not get as far as running all, or a patch was not undone."""
+    """The tests could not be extracted, pytest did not run all of them, or a patch was not undone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """The outcomes of one run."""
+    """The result of one run."""
 
     outcomes: Mapping[str, str]
     """Test -> passed, failed, error or skipped."""
     header: tuple[str, ...]
-    """What the run said about patches."""
+    """Lines about patches in the header of the run."""
 
     def __str__(self) -> str:
         found = list(self.outcomes.values())
@@ -40,9 +40,9 @@ class Suite:
 
 
 def extract(source: Path, ref: str, folder: Path) -> Path:
-    """The folder below `folder` with `tests/` of a git repository (with or without a work tree) as of `ref`.
+    """Extract `tests/` of a git repository (with or without a work tree) at `ref`; returns its folder below `folder`.
 
-    The tests alone: beside them the library's source, not built, would be imported in place of the installed one.
+    Only the tests: otherwise the unbuilt source of the library would be imported in place of the installed one.
     """
     place = folder / f"{source.resolve().name}-tests-{ref.replace('/', '-')}"
     shutil.rmtree(place, ignore_errors=True)
@@ -53,22 +53,22 @@ def extract(source: Path, ref: str, folder: Path) -> Path:
         raise SuiteError(f"{source} has no tests as of {ref}: {ran.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(ran.stdout)) as archive:
         archive.extractall(place, filter="data")
-    # Makes this the root, and replaces options of the library's own that need plugins or a coverage tool.
+    # Makes this folder the root, and replaces the library's options, which may need plugins or a coverage tool.
     (place / "pytest.ini").write_text("[pytest]\n")
     return place
 
 
 def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: Iterable[Path]) -> Suite:
-    """Run pytest in `place`, under these patches if any; what is in the folders `beside` can be imported too.
+    """Run pytest in `place`, under these patches if any; modules in the folders `beside` can be imported too.
 
-    Raises SuiteError where pytest could not collect them all, or a patch could not be undone at the end.
+    Raises SuiteError if pytest could not collect all tests, or a patch could not be undone at the end.
     """
     report = place.resolve() / f"{'patched' if ids else 'stock'}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--verbosity=0", "-p", "no:cacheprovider", *arguments]
     command += ["--junit-xml", str(report), "--patches", ",".join(ids)]
     ran = subprocess.run(command, cwd=place, env=environment(beside), capture_output=True, text=True, check=False)
-    if ran.returncode not in (0, 1):  # not even a test that fails: nothing collected, or not everything
+    if ran.returncode not in (0, 1):  # other than test failures: nothing collected, or not everything
         raise SuiteError(f"pytest exited with {ran.returncode}: {(ran.stdout + ran.stderr)[-1500:]}")
     left = [line for line in ran.stdout.splitlines() if line.startswith(_NOT_RESTORED)]
     if left:
@@ -78,21 +78,21 @@ def run(place: Path, arguments: Sequence[str], *, ids: Sequence[str], beside: It
 
 
 def differences(stock: Suite, patched: Suite) -> list[tuple[str, str, str]]:
-    """`(test, outcome without patches, outcome with them)` wherever the two are not the same."""
+    """Find `(test, outcome without patches, outcome with them)` for each test whose outcomes differ."""
     tests = sorted(stock.outcomes.keys() | patched.outcomes.keys())
     pairs = [(test, stock.outcomes.get(test, "absent"), patched.outcomes.get(test, "absent")) for test in tests]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def read_outcomes(report: Path) -> dict[str, str]:
-    """Test -> passed, failed, error or skipped, from what `pytest --junit-xml` has written."""
-    # Python's expat refuses entity bombs since 2.4.1, and pytest has written the file a moment ago.
+    """Test -> passed, failed, error or skipped, from a report of `pytest --junit-xml`."""
+    # Python's expat refuses entity bombs since 2.4.1, and the file was just written by pytest.
     root = ET.parse(report).getroot()  # noqa: S314
     found: dict[str, str] = {}
     for case in root.iter("testcase"):
         test = f"{case.get('classname')}::{case.get('name')}"
         words = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        # A test that fails and then fails again in its teardown is listed twice.
+        # A test that fails and then also fails in teardown is listed twice.
         found[test] = "+".join(filter(None, (found.get(test), _word(words)))) if test in found else _word(words)
     return found
 

@@ -1,4 +1,4 @@
-"""The rows of `docs/compatibility.md` that are of releases of torch, each from a run of its own."""
+"""The rows of `docs/compatibility.md` for releases of torch, each from a separate run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROW: Final = re.compile(r"^\| (\d+\.\d+\S*) \| .+ \|$", re.MULTILINE)
 
 
 def row(version: str, beside: Mapping[str, str], verdicts: Outcome, tests: Mapping[str, str]) -> str:
-    """One line of the table. tests: test -> what became of it; empty if they were not run."""
+    """One line of the table. tests: test -> outcome; empty if not run."""
     by_word: dict[str, list[str]] = {}
     for patch_id, found in verdicts.verdicts.items():
         by_word.setdefault(found["verdict"], []).append(f"`{patch_id}`")
@@ -50,13 +50,13 @@ def _said(tests: Mapping[str, str]) -> str:
 
 
 def rows_of(page: str) -> dict[str, str]:
-    """Version -> line, of what a page holds."""
+    """Version -> line, of the rows on a page."""
     section = page.partition(_HEADING)[2].partition("\n## ")[0]
     return {found[1]: found[0] for found in _ROW.finditer(section)}
 
 
 def with_rows(page: str, rows: Mapping[str, str]) -> str:
-    """The page with these rows, in the order of versions, and no others; at the end, where it had none."""
+    """Replace the rows on the page by these, in the order of versions; if it had none, add them at the end."""
     before, _, rest = page.partition(_HEADING)
     after = rest.partition("\n## ")[2]
     if not rows:

@@ -1,4 +1,4 @@
-"""What `patches check` says under one combination of releases, asked in a process of its own."""
+"""Verdicts of `patches check` under one combination of releases, in a separate process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Outcome", "check"]
 _TIMEOUT: Final = 600
 
 _MARK: Final = "cannot be imported: "
-# The library's own exception, rather than what becomes of it in some probe.
+# The library's own exception, rather than the one that a probe makes of it.
 _IMPORT: Final = f"""
 import importlib, sys
 try:
@@ -29,7 +29,7 @@ except Exception as error:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The verdicts under one combination, or why there are none."""
+    """The verdicts under one combination, or the reason why there are none."""
 
     releases: tuple[Release, ...]
     verdicts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -37,14 +37,14 @@ class Outcome:
     not_importable: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> the exception that importing it raises."""
     failure: str = ""
-    """Why `patches check` gave no verdicts at all: a fault of ours, whatever the releases are."""
+    """Reason why `patches check` gave no verdicts at all: our fault, whatever the releases."""
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.releases))
 
     @property
     def names(self) -> frozenset[str]:
-        """The distributions that the combination chooses."""
+        """The distributions that the combination names."""
         return frozenset(release.name for release in self.releases)
 
     def version(self, name: str) -> str:
@@ -55,12 +55,12 @@ class Outcome:
 def check(
     releases: Sequence[Release], folders: Iterable[Path], ids: Sequence[str], *, python: str = sys.executable
 ) -> Outcome:
-    """Run `patches check --json` for these ids where `folders` come before what is installed beside `python`."""
+    """Run `patches check --json` for these ids, with `folders` taking precedence over the environment of `python`."""
     variables = environment(folders)
     broken = {release.name: _import_error(release.name, variables, python) for release in releases}
     broken = {name: error for name, error in broken.items() if error}
     ran = _run(["-m", "patches", "check", *ids, "--json"], variables, python)
-    if ran.returncode not in (0, 1):  # 1: some verdict is not to be trusted, which is what we are here to see
+    if ran.returncode not in (0, 1):  # 1: some verdict cannot be trusted, which is a valid result here
         failure = f"exit code {ran.returncode}: {ran.stderr.strip()[-500:]}"
         return Outcome(releases=tuple(releases), not_importable=broken, failure=failure)
     return Outcome(releases=tuple(releases), not_importable=broken, verdicts=_by_id(ran.stdout))
@@ -70,13 +70,13 @@ def _import_error(name: str, variables: Mapping[str, str], python: str) -> str:
     ran = _run(["-c", _IMPORT, name], variables, python)
     if ran.returncode:
         return f"the interpreter exits with {ran.returncode}"
-    # Old bitsandbytes has things to say of its own, on standard output, when it finds no GPU.
+    # Old bitsandbytes prints to standard output if it finds no GPU.
     found = [line for line in ran.stdout.splitlines() if line.startswith(_MARK)]
     return found[0].removeprefix(_MARK) if found else ""
 
 
 def _by_id(text: str) -> dict[str, dict[str, str]]:
-    # As above: the list begins on a line of its own.
+    # Skip such output: the list begins on a line of its own.
     rows: list[dict[str, Any]] = json.loads(text[text.index("[\n") :])
     return {row["id"]: {"verdict": row["verdict"], "why": row["why"]} for row in rows}
 

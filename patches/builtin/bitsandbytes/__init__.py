@@ -1,1 +1,1 @@
-"""Patches of bitsandbytes, one a module. Importing this package imports nothing of bitsandbytes."""
+"""Patches of bitsandbytes, one per module. Importing this package does not import bitsandbytes."""

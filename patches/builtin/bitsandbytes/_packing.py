@@ -1,4 +1,4 @@
-"""What a packed 4-bit weight looks like, and how a tensor that lost this is one again."""
+"""The layout of a packed 4-bit weight, and restoring it to a tensor that has lost it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ __all__ = ["as_params4bit", "is_quantized", "packed_shape"]
 
 
 def packed_shape(quant_state: QuantState, storage: torch.dtype) -> tuple[int, int]:
-    """The shape in which a weight of shape `quant_state.shape` is stored as values of type `storage`."""
+    """The packed shape of a weight of logical shape `quant_state.shape`, stored in dtype `storage`."""
     return (quant_state.shape.numel() + 1) // (2 * storage.itemsize), 1
 
 
 def is_quantized(tensor: torch.Tensor | None) -> bool:
-    """Whether this is a Params4bit that carries its own quant_state."""
+    """Whether the tensor is a Params4bit with a quant_state of its own."""
     from bitsandbytes.nn.modules import Params4bit
 
     return isinstance(tensor, Params4bit) and getattr(tensor, "quant_state", None) is not None
 
 
 def as_params4bit(module: Linear4bit, stored: torch.Tensor, quant_state: QuantState) -> torch.Tensor:
-    """`stored`, which `module` holds as its weight, as a packed Params4bit with this quant_state.
+    """Turn `stored`, the weight that `module` holds, into a packed Params4bit with this quant_state.
 
-    The data is not copied. A Parameter becomes one in place, because its identity is not ours to change:
-    optimizers hold it, FSDP compares it with the one that it put there, and tied modules share it. A plain
-    tensor, which FSDP1 puts in the place of a Parameter while it computes, gets a Params4bit over the same
-    memory: turned into a Parameter itself, it could not be put back by FSDP, since a module does not register
-    a Parameter that has a history.
+    The data is not copied. A Parameter is converted in place, because its identity must not change: optimizers
+    hold it, FSDP compares it with the one that it stored, and tied modules share it. For a plain tensor, which
+    FSDP1 stores in place of a Parameter during computation, a new Params4bit over the same memory is made: if
+    the tensor itself became a Parameter, FSDP could not put it back, since a module does not register a
+    Parameter that has a history.
 
-    A meta tensor of the logical shape takes the packed shape and the storage dtype first. Returned as they
-    are: a Params4bit that has its quant_state; other subclasses (DTensor: a shard is no packed weight); and a
-    tensor that is not of the packed shape, such as the one-dimensional shard that FSDP1 keeps with
-    `use_orig_params=True`.
+    A meta tensor of the logical shape is first given the packed shape and the storage dtype. Returned
+    unchanged: a Params4bit that has its quant_state; other subclasses (DTensor: a shard is not a packed
+    weight); and a tensor that does not have the packed shape, such as the one-dimensional shard that FSDP1
+    keeps with `use_orig_params=True`.
     """
     import torch
     from bitsandbytes.nn.modules import Params4bit
@@ -64,7 +64,7 @@ def as_params4bit(module: Linear4bit, stored: torch.Tensor, quant_state: QuantSt
 def _alias(tensor: torch.Tensor) -> Params4bit:
     from bitsandbytes.nn.modules import Params4bit
 
-    # `.data`, because a view of a flat parameter that was written to since refuses `detach`.
+    # `.data`, because `detach` fails on a view of a flat parameter that has been written to since.
     return Params4bit(tensor.data, requires_grad=False)
 
 

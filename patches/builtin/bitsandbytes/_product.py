@@ -1,4 +1,4 @@
-"""The product with a packed 4-bit weight, which is dequantized for it and not kept."""
+"""Matrix product with a packed 4-bit weight, which is dequantized temporarily."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["multiply"]
 
-#: The autograd function, once it was asked for. In a list rather than by `functools.cache`, which Dynamo looks through.
+#: The autograd function, once it has been built. In a list, because Dynamo looks through `functools.cache`.
 _FUNCTION: Final[list[Any]] = []
 
 
 def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, quant_state: QuantState) -> torch.Tensor:
-    """`x @ weight.T + bias`, in the dtype of x; the weight has no gradient.
+    """Compute `x @ weight.T + bias`, in the dtype of x; the weight has no gradient.
 
     x: `(..., in)`. packed: the weight, whose `quant_state` has the shape `(out, in)`. bias: `(out)`, in the dtype of x.
     """
@@ -28,7 +28,7 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, q
             _FUNCTION.append(_make_function())
         product: torch.Tensor = _FUNCTION[0].apply(x, packed, bias, quant_state)
         return product
-    # Apart, as upstream does it: Dynamo warns of a Function whose inputs need no gradient.
+    # A separate branch, as upstream has it: Dynamo warns of a Function whose inputs need no gradient.
     return torch.nn.functional.linear(x, dequantize(packed, quant_state, x.dtype), bias)
 
 
@@ -36,14 +36,14 @@ def _make_function() -> Any:
     import torch
 
     class Product(torch.autograd.Function):
-        """The product, with the weight dequantized anew for the backward pass."""
+        """The product as an autograd function that dequantizes the weight again for the backward pass."""
 
         @staticmethod
         def forward(
             ctx: Any, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, quant_state: QuantState
         ) -> torch.Tensor:
-            # Kept as bitsandbytes keeps them: FSDP frees the memory of a packed weight after forward and fills it again
-            # for backward, which `save_for_backward` would take for a change.
+            # Attributes of ctx, as in bitsandbytes: FSDP frees the memory of a packed weight after forward and refills
+            # it for backward, which `save_for_backward` would report as an in-place change.
             ctx.packed, ctx.quant_state = packed, quant_state
             ctx.bias_dtype = None if bias is None else bias.dtype
             return torch.nn.functional.linear(x, dequantize(packed, quant_state, x.dtype), bias)
@@ -52,7 +52,7 @@ def _make_function() -> Any:
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None, None]:
             of_x = of_bias = None
             if ctx.needs_input_grad[0]:
-                # As upstream, through the dtype of the quant_state.
+                # Cast through the dtype of the quant_state, as upstream does.
                 weight = dequantize(ctx.packed, ctx.quant_state, ctx.quant_state.dtype)
                 of_x = gradient @ weight.to(gradient.dtype)
             if ctx.needs_input_grad[2]:

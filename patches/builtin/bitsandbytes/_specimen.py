@@ -1,4 +1,4 @@
-"""A small quantized Linear4bit for probes to try a defect on."""
+"""Small quantized Linear4bit layers on which probes try for a defect."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["meta_linear4bit", "packed_linear4bit", "partial_block_rows"]
 
 
 def packed_linear4bit() -> Any:
-    """A 64 x 64 Linear4bit on the CPU, nf4, stored as bfloat16; weight and layer share the quant_state.
+    """Build a 64 x 64 Linear4bit on the CPU, nf4, stored as bfloat16; weight and layer share the quant_state.
 
-    Put together by hand: bitsandbytes quantizes on the CPU only from 0.46 on, and probes run on older
-    versions too.
+    Assembled by hand: bitsandbytes quantizes on the CPU only from 0.46 on, and probes also run on older
+    versions.
     """
     import torch
     from bitsandbytes.functional import QuantState
@@ -19,7 +19,7 @@ def packed_linear4bit() -> Any:
 
     linear4bit: Any = Linear4bit  # Any: neither constructor is annotated
     quant_state: Any = QuantState
-    # On meta, because the layer's own initialization would take numbers from the generator of whoever is asking.
+    # On meta, because the layer's own initialization would advance the caller's random generator.
     layer = linear4bit(
         64,
         64,
@@ -62,10 +62,10 @@ def meta_linear4bit() -> Any:
 
 
 def partial_block_rows() -> tuple[Any, Any, Any]:
-    """Packed nf4 data, `(64, 1)` uint8, on the CPU, its quant_state, and the `(8, 16)` float32 weight that a look-up
-    in the code table gives.
+    """Build packed nf4 data, `(64, 1)` uint8, on the CPU, its quant_state, and the `(8, 16)` float32 weight that a
+    code table look-up gives.
 
-    Four rows make a block, and the statistics of the two blocks are not the same.
+    Four rows make a block, and the two blocks have different statistics.
     """
     import torch
     from bitsandbytes.functional import QuantState, get_4bit_type

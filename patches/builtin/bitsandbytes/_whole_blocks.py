@@ -1,4 +1,4 @@
-"""Dequantization in rows of whole blocks, which bitsandbytes' CPU kernels get right for weights of any shape."""
+"""Dequantization in rows of whole blocks, for which bitsandbytes' CPU kernels are correct with any weight shape."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["dequantize", "has_partial_blocks"]
 
 
 def has_partial_blocks(packed: torch.Tensor, quant_state: QuantState | None) -> bool:
-    """Whether a weight on the CPU, in bitsandbytes' packed layout, has rows that are not whole blocks.
+    """Whether a weight in bitsandbytes' packed layout is on the CPU and has rows that are not whole blocks.
 
-    One that evaluation has repacked for AVX512-BF16 is in another layout, and goes to other kernels.
+    A weight that evaluation has repacked for AVX512-BF16 has another layout, and is handled by other kernels.
     """
     if quant_state is None or packed.device.type != "cpu" or getattr(quant_state, "packing_format_for_cpu", False):
         return False
@@ -22,10 +22,10 @@ def has_partial_blocks(packed: torch.Tensor, quant_state: QuantState | None) -> 
 
 
 def dequantize(packed: torch.Tensor, quant_state: QuantState, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of shape `quant_state.shape`, in `dtype`, from packed data of any shape and storage dtype.
+    """Dequantize packed data of any shape and storage dtype to a weight of shape `quant_state.shape` in `dtype`.
 
-    The kernel is told of rows of one block each. It is as fast as with the weight's own rows, which its threads share;
-    only where the last block of the weight is partial, it is told of a single row.
+    The kernel is called with rows of one block each, which its threads share: as fast as with the weight's own rows.
+    Only if the last block of the weight is partial, it is called with a single row.
     """
     import torch
     from bitsandbytes.functional import dequantize_blockwise

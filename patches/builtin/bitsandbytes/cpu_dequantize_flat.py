@@ -17,11 +17,11 @@ __all__ = ["dequantize_by_blocks"]
 
 
 def dequantizes_with_wrong_statistics() -> bool:
-    """Whether, on this CPU, a small weight whose rows are quarters of a block is not what a table look-up gives."""
+    """Whether this CPU dequantizes a small weight, with rows of a quarter block, unlike a table look-up."""
     from bitsandbytes import functional
 
     if not hasattr(functional, "has_avx512bf16"):
-        return False  # before 0.49, which has the first kernel that is told of rows
+        return False  # before 0.49, the first release with a kernel that takes rows
     return not _is_right(functional.dequantize_4bit)
 
 
@@ -31,7 +31,7 @@ def _is_right(dequantize_4bit: Callable[..., torch.Tensor]) -> bool:
 
 
 def check_dequantizes_by_blocks() -> None:
-    """Raises RuntimeError where a small weight, through the wrapper, is not what a table look-up gives."""
+    """Raise RuntimeError if the wrapper dequantizes a small weight unlike a table look-up."""
     from bitsandbytes.functional import dequantize_4bit
 
     if not _is_right(lambda *args: dequantize_by_blocks(dequantize_4bit, None, args, {})):
@@ -45,7 +45,7 @@ def check_dequantizes_by_blocks() -> None:
         "on CPUs with AVX512, the kernel takes the rows of a weight for whole blocks: where in_features is a multiple "
         "of 16 and not of the block size, values are multiplied by other blocks' statistics, without an error"
     ),
-    # No report of it was found; the source shows it (absmax_dim_1).
+    # No upstream report was found; the source shows the defect (absmax_dim_1).
     upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/csrc/cpu_ops.cpp",
     requires={"bitsandbytes": ">=0.49"},
     needs=("bitsandbytes.cpu-matmul-flat",),
@@ -58,18 +58,18 @@ def check_dequantizes_by_blocks() -> None:
 def dequantize_by_blocks(
     wrapped: Callable[..., torch.Tensor], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """`dequantize_4bit` of a weight on the CPU whose rows are not whole blocks: in rows of one block each.
+    """Replace `dequantize_4bit`, for weights on the CPU whose rows are not whole blocks, by rows of one block each.
 
-    To be limited to the quant_states of one model. Nothing else changes: weights elsewhere, or of whole blocks, a call
-    without a quant_state or with `out` (which has no CPU kernel), and the operators `torch.ops.bitsandbytes` called
-    directly are stock.
+    To be limited to the quant_states of one model. Everything else keeps the stock behaviour: weights on other devices
+    or of whole blocks, calls without a quant_state or with `out` (which has no CPU kernel), and direct calls of the
+    operators `torch.ops.bitsandbytes`.
     """
     packed, quant_state = args[0] if args else kwargs["A"], _quant_state(args, kwargs)
     has_out = (args[3] if len(args) > 3 else kwargs.get("out")) is not None
     if has_out or not has_partial_blocks(packed, quant_state):
         return wrapped(*args, **kwargs)
     weight = dequantize(packed, quant_state, quant_state.dtype)
-    return weight.t() if packed.shape[0] == 1 else weight  # as upstream, for packed data that comes transposed
+    return weight.t() if packed.shape[0] == 1 else weight  # as upstream does for transposed packed data
 
 
 def _quant_state(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

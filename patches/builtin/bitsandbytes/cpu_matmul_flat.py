@@ -18,11 +18,11 @@ __all__ = ["multiply_by_blocks"]
 
 
 def multiplies_by_wrong_weight() -> bool:
-    """Whether, on this CPU, the product with a small weight shows values that a table look-up does not give."""
+    """Whether the product with a small weight on this CPU differs from that with a table look-up."""
     import bitsandbytes
 
     if not hasattr(bitsandbytes.functional, "has_avx512bf16"):
-        return False  # before 0.49, which has the first kernel that is told of rows
+        return False  # before 0.49, the first release with a kernel that takes rows
     return not _is_right(bitsandbytes.matmul_4bit)
 
 
@@ -30,15 +30,13 @@ def _is_right(matmul_4bit: Callable[..., torch.Tensor]) -> bool:
     import torch
 
     packed, quant_state, expected = partial_block_rows()
-    # Transposed, as 0.49 wants it; later ones take both.
+    # Transposed, as 0.49 requires; later releases take both.
     found = matmul_4bit(torch.eye(expected.shape[1]), packed.t(), quant_state)
     return bool((found - expected.t()).abs().max() < 1e-6)
 
 
 def check_multiplies_by_blocks() -> None:
-    """Raises RuntimeError where the product, through the wrapper, or its gradient is not that with the values of a
-    table look-up.
-    """
+    """Raise RuntimeError if the wrapper's product, or its gradient, differs from that with a table look-up."""
     import torch
     from bitsandbytes import matmul_4bit
 
@@ -59,11 +57,11 @@ def check_multiplies_by_blocks() -> None:
         "on CPUs with AVX512, a product dequantizes the weight by an operator that takes its rows for whole blocks: "
         "where they are not, the layer multiplies by a wrong weight, without an error"
     ),
-    # No report of it was found; the source shows it (absmax_dim_1).
+    # No upstream report was found; the source shows the defect (absmax_dim_1).
     upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/csrc/cpu_ops.cpp",
     requires={"bitsandbytes": ">=0.49"},
     signature="(A, B, quant_state, out=None, bias=None)",
-    aliases="ignore",  # layers look it up here; the module that defines it has another, which nothing calls
+    aliases="ignore",  # layers look the function up here; the binding in its defining module is never called
     traced=True,
     subject=lambda _instance, args, kwargs: _quant_state(args, kwargs),
     probe=multiplies_by_wrong_weight,
@@ -72,10 +70,10 @@ def check_multiplies_by_blocks() -> None:
 def multiply_by_blocks(
     wrapped: Callable[..., torch.Tensor], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """`matmul_4bit` with a weight on the CPU whose rows are not whole blocks: dequantized in rows of one block each.
+    """Replace `matmul_4bit`, for weights on the CPU whose rows are not whole blocks: dequantize in rows of one block.
 
-    Forward and backward. To be limited to the quant_states of one model. Any other weight, an empty input, and a weight
-    that was quantized as `(in, out)`, which upstream has deprecated, are stock.
+    Forward and backward. To be limited to the quant_states of one model. Stock behaviour for any other weight, for an
+    empty input, and for a weight that was quantized as `(in, out)`, which upstream has deprecated.
     """
     x, packed, quant_state, out, bias = _arguments(*args, **kwargs)
     if not has_partial_blocks(packed, quant_state) or not x.numel() or x.shape[-1] != quant_state.shape[-1]:
@@ -84,7 +82,7 @@ def multiply_by_blocks(
     return product if out is None else out.copy_(product)
 
 
-def _arguments(A: Any, B: Any, quant_state: Any, out: Any = None, bias: Any = None) -> tuple[Any, ...]:  # noqa: N803 - theirs
+def _arguments(A: Any, B: Any, quant_state: Any, out: Any = None, bias: Any = None) -> tuple[Any, ...]:  # noqa: N803 - upstream names
     return A, B, quant_state, out, bias
 
 

@@ -31,7 +31,7 @@ def evaluation_repacks() -> bool:
 
 
 def check_reports_no_avx512bf16() -> None:
-    """Raises RuntimeError where the wrapper lets the CPU's own answer through."""
+    """Raise RuntimeError if the wrapper returns the CPU's own answer."""
     if report_no_avx512bf16(lambda: True, packed_linear4bit(), (), {}):
         raise RuntimeError("Linear4bit still reports AVX512-BF16, so that evaluation would repack its weight")
 
@@ -52,10 +52,10 @@ def check_reports_no_avx512bf16() -> None:
 def report_no_avx512bf16(
     _wrapped: Callable[[], bool], instance: Linear4bit, _args: tuple[()], _kwargs: dict[str, Any]
 ) -> Literal[False]:
-    """`module.support_avx512bf16_for_cpu`, which forward asks before it repacks: always False.
+    """Always return False for `module.support_avx512bf16_for_cpu`, which forward reads before it repacks.
 
-    Raises IncompatibleError for a layer that was repacked before the patch came: the inverse that
-    bitsandbytes has is off by up to 5e-3, so there is no way back from there.
+    Raises IncompatibleError for a layer that was repacked before the patch was applied: bitsandbytes' inverse
+    has errors of up to 5e-3, so the original cannot be recovered.
     """
     if _is_repacked(instance):
         raise IncompatibleError(

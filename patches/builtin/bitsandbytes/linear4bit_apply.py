@@ -1,4 +1,4 @@
-"""`bitsandbytes.linear4bit-apply`: `to_empty`, and the like, keep the packed weight of a layer."""
+"""`bitsandbytes.linear4bit-apply`: `to_empty` and the like keep the packed weight of a layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def to_empty_loses_class() -> bool:
 
 
 def check_keeps_packed_weight() -> None:
-    """Raises RuntimeError where `to_empty` through the wrapper loses the class or the quant_state."""
+    """Raise RuntimeError if `to_empty` through the wrapper loses the class or the quant_state."""
     import torch
 
     layer = meta_linear4bit()
@@ -53,13 +53,12 @@ def check_keeps_packed_weight() -> None:
 def keep_packed_weight(
     wrapped: Callable[..., Linear4bit], instance: Linear4bit, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Linear4bit:
-    """`Module._apply` of a Linear4bit, after which the stored weight is a packed Params4bit with its
-    quant_state.
+    """Make `Module._apply` of a Linear4bit leave a packed Params4bit with its quant_state as the stored weight.
 
-    A meta weight of the logical shape takes the packed shape before anything is allocated for it. The
-    quant_state is the one that the weight carried, else `module.quant_state`; it is moved where the stock
-    code moves it. A layer that is not quantized yet, and a weight that FSDP holds as a shard, are left to the
-    stock code.
+    A meta weight of the logical shape is given the packed shape before memory is allocated for it. The
+    quant_state is the weight's own, or else `module.quant_state`; it moves to the device to which the stock
+    code moves it. A layer that is not quantized yet, and a weight that is an FSDP shard, are left to the stock
+    code.
     """
     before = instance._parameters.get("weight")
     quant_state = _quant_state_of(instance, before)
@@ -74,6 +73,6 @@ def keep_packed_weight(
 
 
 def _quant_state_of(module: Linear4bit, weight: torch.Tensor | None) -> QuantState | None:
-    """The weight's own comes first: after a merge by PEFT, the module's is the one from before."""
+    """The weight's own quant_state, or else the module's, which is stale after a merge by PEFT."""
     own = getattr(weight, "quant_state", None)
     return own if own is not None else getattr(module, "quant_state", None)

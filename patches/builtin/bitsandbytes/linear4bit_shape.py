@@ -20,7 +20,7 @@ __all__ = ["read_as_params4bit"]
 
 
 def weight_loses_its_class() -> bool:
-    """Whether a plain Parameter, put where the packed weight was, is read as one."""
+    """Whether a plain Parameter, stored in place of the packed weight, reads as a plain Parameter."""
     from torch import nn
 
     layer = packed_linear4bit()
@@ -29,7 +29,7 @@ def weight_loses_its_class() -> bool:
 
 
 def check_reads_as_params4bit() -> None:
-    """Raises RuntimeError where a plain packed tensor, or a meta weight of logical shape, is not restored."""
+    """Raise RuntimeError if a plain packed tensor, or a meta weight of logical shape, is not restored."""
     import torch
 
     layer = packed_linear4bit()
@@ -69,14 +69,14 @@ def read_as_params4bit(
     _args: tuple[()],
     _kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
-    """What `module.weight` reads as, where `module.quant_state` is there.
+    """Read `module.weight` as a Params4bit if `module.quant_state` is set.
 
     A tensor of the packed shape, `((numel + 1) // (2 * itemsize), 1)`, reads as a Params4bit with
-    `module.quant_state`, over the same memory; a meta tensor of the logical shape `(out, in)` takes the
-    packed shape first, and is stored so. A Parameter becomes the Params4bit itself, in place and for good;
-    for a plain tensor, each read makes one. Everything else is returned as it is: a Params4bit that has its
-    quant_state, a DTensor, FSDP1's one-dimensional shard, and any weight of a module that is not quantized.
-    FSDP1 itself, comparing the plain tensor that it stored, reads that one.
+    `module.quant_state`, over the same memory; a meta tensor of the logical shape `(out, in)` is first given
+    the packed shape, and stored so. A Parameter is converted in place, for good; for a plain tensor, each read
+    makes a new Params4bit. Everything else is returned unchanged: a Params4bit that has its quant_state, a
+    DTensor, FSDP1's one-dimensional shard, and any weight of a module that is not quantized. When FSDP1 itself
+    reads, to compare the plain tensor that it stored, it gets that tensor.
     """
     import torch
 

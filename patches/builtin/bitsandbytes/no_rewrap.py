@@ -13,7 +13,7 @@ __all__ = ["recover_in_place"]
 
 
 def recovery_replaces_weight() -> bool:
-    """Whether recovering the quant_state of a plain Parameter puts another one in its place."""
+    """Whether recovering the quant_state of a plain Parameter replaces the Parameter."""
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module as recover
     from torch import nn
 
@@ -24,7 +24,7 @@ def recovery_replaces_weight() -> bool:
 
 
 def check_recovers_in_place() -> None:
-    """Raises RuntimeError where the wrapper replaces the weight, or leaves it without its quant_state."""
+    """Raise RuntimeError if the wrapper replaces the weight, or leaves it without its quant_state."""
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module as recover
     from torch import nn
 
@@ -49,7 +49,7 @@ def _module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ),
     upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py",
     requires={"bitsandbytes": ">=0.44"},
-    signature="(module)",  # and no fingerprint: 0.50 changed the source, to log a warning rather than give it
+    signature="(module)",  # no fingerprint: 0.50 changed the source, to log a warning instead of issuing it
     traced=True,
     subject=lambda _instance, args, kwargs: _module(args, kwargs),
     probe=recovery_replaces_weight,
@@ -58,10 +58,10 @@ def _module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def recover_in_place(
     wrapped: Callable[..., None], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Give the stored weight, where it has no quant_state, `module.quant_state` and its blocksize.
+    """Set `module.quant_state`, and its blocksize, on a stored weight that has no quant_state.
 
-    `module` is a Linear4bit or Embedding4bit. One without a quant_state, and a weight that is not of packed
-    shape, get the stock warning and error.
+    `module` is a Linear4bit or Embedding4bit. A module without a quant_state, and a weight that does not have
+    the packed shape, get the stock warning and error.
     """
     module = _module(args, kwargs)
     weight = module.weight

@@ -23,7 +23,7 @@ def to_meta_moves_quant_state() -> bool:
 
 
 def check_keeps_quant_state() -> None:
-    """Raises RuntimeError where the wrapper moves the quant_state, or makes a weight without it."""
+    """Raise RuntimeError if the wrapper moves the quant_state, or makes a weight without it."""
     layer = packed_linear4bit()
     moved = keep_quant_state(layer.weight.to, layer.weight, ("meta",), {})
     if not moved.is_meta or moved.quant_state is not layer.quant_state or layer.quant_state.absmax.is_meta:
@@ -45,17 +45,17 @@ def check_keeps_quant_state() -> None:
 def keep_quant_state(
     wrapped: Callable[..., Params4bit], instance: Params4bit, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Params4bit:
-    """`Params4bit.to`. To meta: a meta Params4bit with every attribute of the original, the same quant_state
-    among them.
+    """Make `Params4bit.to("meta")` return a meta Params4bit with all attributes of the original, including the
+    same quant_state.
 
-    The original and the quant_state are not touched. Moves to any other device, and casts, are stock.
+    The original and the quant_state are not touched. Moves to other devices, and casts, are stock.
     """
     import torch
 
     device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    if getattr(device, "type", None) != "meta":  # None for a mere cast, which the annotations leave out
+    if getattr(device, "type", None) != "meta":  # None for a mere cast, which the annotations omit
         return wrapped(*args, **kwargs)
-    # Made without Params4bit(...), whose constructor refuses attributes that it does not know before 0.50.
+    # Not made with Params4bit(...), whose constructor refuses unknown attributes before 0.50.
     data = torch.empty_like(instance.data, device="meta", dtype=dtype)
     moved = torch.Tensor._make_subclass(type(instance), data, instance.requires_grad)
     vars(moved).update(vars(instance))

@@ -1,4 +1,4 @@
-"""`bitsandbytes.quant-state-to-noop`: given quant states stay on their device while PEFT rebuilds a model."""
+"""`bitsandbytes.quant-state-to-noop`: the given quant states stay on their device while PEFT rebuilds a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["stay_put"]
 
 
 def peft_sends_quant_state_to_meta() -> bool:
-    """Whether `get_peft_model`, on a model whose 4-bit weight is on meta, sends the quant_state there too.
+    """Whether `get_peft_model`, on a model with a 4-bit weight on meta, also moves the quant_state to meta.
 
-    The trigger is in PEFT and the cause in bitsandbytes, so only trying it tells.
+    The trigger is in PEFT and the cause in bitsandbytes, so it can only be determined by trying.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -25,11 +25,11 @@ def peft_sends_quant_state_to_meta() -> bool:
 
 
 def sends_quant_state_to_meta(rebuild: Callable[[Any], object]) -> bool:
-    """Whether `rebuild`, given a model whose layer `proj` is 4-bit on meta, sends its quant_state to meta."""
+    """Whether `rebuild`, given a model with a 4-bit layer `proj` on meta, moves its quant_state to meta."""
     from torch import nn
 
     model: Any = nn.Module()
-    model.config = {"model_type": "custom"}  # what PEFT looks for on a model of transformers
+    model.config = {"model_type": "custom"}  # PEFT reads this from a transformers model
     model.is_loaded_in_4bit = True
     model.proj = meta_linear4bit()
     quant_state = model.proj.quant_state
@@ -38,7 +38,7 @@ def sends_quant_state_to_meta(rebuild: Callable[[Any], object]) -> bool:
 
 
 def check_stays_put() -> None:
-    """Raises RuntimeError where the wrapper moves a quant_state."""
+    """Raise RuntimeError if the wrapper moves a quant_state."""
     quant_state = packed_linear4bit().quant_state
     stay_put(quant_state.to, quant_state, ("meta",), {})
     if quant_state.absmax.is_meta:
@@ -55,8 +55,8 @@ def check_stays_put() -> None:
     verify=check_stays_put,
 )
 def stay_put(_wrapped: Callable[..., None], _instance: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-    """`QuantState.to` that does nothing, for any arguments.
+    """Make `QuantState.to` do nothing, for any arguments.
 
-    Meant for the quant states of one model (`patches.on`) and for no longer than PEFT takes to rebuild it: a
-    model that moves between devices needs the stock behaviour.
+    To be limited to the quant states of one model (`patches.on`), and only while PEFT rebuilds it: a model that
+    moves between devices needs the stock behaviour.
     """

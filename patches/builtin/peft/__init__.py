@@ -1,1 +1,1 @@
-"""Patches of PEFT, one a module. Importing this package imports nothing of peft."""
+"""Patches of PEFT, one per module. Importing this package does not import peft."""

@@ -9,12 +9,12 @@ from patches.registry import REGISTRY
 
 __all__ = ["add_unwrapped_prefixes"]
 
-# torch takes both out of the keys of a state dict, wherever they are.
+# torch removes both from the keys of a state dict, wherever they occur.
 _WRAPPERS: Final = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def keys_are_lost_under_wrapper() -> bool:
-    """Whether the adapter of a layer inside a wrapper is missing from what PEFT would save."""
+    """Whether PEFT omits the adapter of a layer inside a wrapper from the state dict that it saves."""
     import torch
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from torch import nn
@@ -22,7 +22,7 @@ def keys_are_lost_under_wrapper() -> bool:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config = {"model_type": "custom"}  # what PEFT looks for on a model of transformers
+            self.config = {"model_type": "custom"}  # PEFT reads this from a transformers model
             self.block = nn.Sequential(nn.Linear(4, 4))
 
     class Wrapper(nn.Module):
@@ -39,7 +39,7 @@ def keys_are_lost_under_wrapper() -> bool:
 
 
 def check_finds_keys_under_wrapper() -> None:
-    """Raises RuntimeError where the wrapper leaves out a prefix."""
+    """Raise RuntimeError if the patched function omits a prefix."""
     found = add_unwrapped_prefixes(lambda: {"a._fsdp_wrapped_module.b._checkpoint_wrapped_module.c"}, None, (), {})
     if "a.b.c" not in found:
         raise RuntimeError(f"expected 'a.b.c' among the prefixes of the adapter's keys, found {sorted(found)}")
@@ -62,11 +62,10 @@ def check_finds_keys_under_wrapper() -> None:
 def add_unwrapped_prefixes(
     wrapped: Callable[..., set[str]], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> set[str]:
-    """The prefixes of the state dict keys that belong to the adapter, both with and without the names of
-    wrappers.
+    """Return the prefixes of the adapter's state dict keys, both with and without the names of wrapper modules.
 
-    With them too: PEFT also compares the prefixes with `named_parameters()`, which has the wrappers in its
-    names. It has three callers (saving, loading, freezing), all of which look the function up in its own
+    Both are needed: PEFT also compares the prefixes with `named_parameters()`, whose names include the
+    wrappers. The function has three callers (saving, loading, freezing), all of which look it up in its own
     module.
     """
     prefixes = wrapped(*args, **kwargs)

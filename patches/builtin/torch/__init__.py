@@ -1,1 +1,1 @@
-"""Patches of PyTorch, one a module. Importing this package imports nothing of torch."""
+"""Patches of PyTorch, one per module. Importing this package does not import torch."""

@@ -1,4 +1,4 @@
-"""`torch.fsdp1-raw-reads`: FSDP1's own look at a module's parameters sees what it stored there."""
+"""`torch.fsdp1-raw-reads`: when FSDP1 compares a module's parameters, it reads the tensors that it stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["read_raw", "reading_raw"]
 
 
 class _Reading(threading.local):
-    """Whether this thread is inside the comparison. A thread of its own for each backward, so never shared."""
+    """Flag, per thread, that FSDP1's comparison is running: backward passes run in threads of their own."""
 
     raw = False
 
@@ -22,12 +22,12 @@ _READING: Final = _Reading()
 
 
 def reading_raw() -> bool:
-    """Whether the attribute being read is read by FSDP1, to compare it with the very tensor that it put there."""
+    """Whether FSDP1 is reading the attribute, to compare it with the very tensor that it stored."""
     return _READING.raw
 
 
 def stored_tensor_is_compared() -> bool:
-    """Whether FSDP1 refuses to go on when what it reads is not, by identity, the tensor that it had stored."""
+    """Whether FSDP1 raises when it reads another object than the tensor that it stored."""
     import torch
     from torch.distributed.fsdp._flat_param import FlatParamHandle, HandleShardingStrategy
 
@@ -44,7 +44,7 @@ def stored_tensor_is_compared() -> bool:
         _param_infos=[("weight", module, "")],
         _shared_param_infos=[],
     )
-    # Not made by its constructor, which needs a process group.
+    # Not made with its constructor, which needs a process group.
     handle: Any = FlatParamHandle.__new__(FlatParamHandle)
     handle.flat_param = flat_param
     handle._unsharded_flat_param_for_skipped_views = stored
@@ -57,13 +57,13 @@ def stored_tensor_is_compared() -> bool:
 
 
 def check_reads_are_raw() -> None:
-    """Raises RuntimeError where the flag is not up inside the call, or stays up after it."""
+    """Raise RuntimeError if the flag is not set inside the call, or stays set after it."""
     if not read_raw(reading_raw, None, (), {}) or reading_raw():
         raise RuntimeError("FSDP1's comparison is not told apart from other readers of a weight")
 
 
 def _a_4bit_layer(handle: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> object:
-    """The first quantized layer of a flat parameter: all of its layers belong to one model."""
+    """The first quantized layer of a flat parameter, which stands for all: they belong to one model."""
     modules = (module for _, module, _ in handle.flat_param._param_infos)
     return next((module for module in modules if getattr(module, "quant_state", None) is not None), None)
 
@@ -82,7 +82,7 @@ def _a_4bit_layer(handle: Any, _args: tuple[Any, ...], _kwargs: dict[str, Any]) 
     verify=check_reads_are_raw,
 )
 def read_raw(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs the comparison with `reading_raw()` true in this thread."""
+    """Run the comparison with `reading_raw()` true in this thread."""
     _READING.raw = True
     try:
         return wrapped(*args, **kwargs)

@@ -11,7 +11,7 @@ __all__ = ["accept_cpu_states"]
 
 
 def cpu_states_are_refused() -> bool:
-    """Whether the check that precedes the broadcast refuses a CPU tensor."""
+    """Whether the check before the broadcast refuses a CPU tensor."""
     import torch
     from torch.distributed.fsdp import _init_utils
 
@@ -23,7 +23,7 @@ def cpu_states_are_refused() -> bool:
 
 
 def check_accepts_cpu_states() -> None:
-    """Raises RuntimeError where FSDP would still refuse, on a process group that can carry CPU tensors."""
+    """Raise RuntimeError if FSDP still refuses CPU tensors on a process group that can carry them."""
     if cpu_states_are_refused() and _cpu_tensors_can_be_sent():
         raise RuntimeError("FSDP still refuses CPU states for sync_module_states=True")
 
@@ -40,10 +40,10 @@ def check_accepts_cpu_states() -> None:
 def accept_cpu_states(
     wrapped: Callable[..., None], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """The check before the broadcast of `sync_module_states=True`: CPU tensors pass where they can be sent.
+    """Let CPU tensors pass the check before `sync_module_states=True` broadcasts, if they can be sent.
 
-    FSDP does not say which process group it will use, so the default one is looked at. One without a CPU
-    backend (nccl alone) gets the stock ValueError.
+    FSDP does not tell which process group it will use, so the default group is examined. Without a CPU backend
+    (nccl alone) the stock ValueError is raised.
     """
     if not _cpu_tensors_can_be_sent():
         wrapped(*args, **kwargs)

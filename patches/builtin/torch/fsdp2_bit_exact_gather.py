@@ -21,7 +21,7 @@ __all__ = ["gather_as_integers"]
 def copying_changes_bits() -> bool:
     """Whether the copy into FSDP2's buffer changes a bit pattern of bfloat16 or float16.
 
-    Tried with all 65,536 of each, on this process's accelerator, or on the CPU where it has none.
+    Tried with all 65,536 patterns of each dtype, on this process's accelerator or else on the CPU.
     """
     import torch
 
@@ -35,11 +35,11 @@ def copying_changes_bits() -> bool:
 
 
 def check_gathers_exactly() -> None:
-    """Raises RuntimeError where a 4-bit weight of any bit pattern is another after the wrapper, or of another dtype."""
+    """Raise RuntimeError if the wrapper changes any bit pattern of a 4-bit weight, or its dtype."""
     for dtype in _half_types():
         stored = _all_patterns().view(dtype)
         group = [_specimen(stored)]
-        # Twice: the first time all is found out, the second time it is known.
+        # Twice: the first gather computes what the second takes from the cache.
         results = [gather_as_integers(_copy_in, None, (group,), {}) for _ in range(2)]
         for gathered in (result.all_gather_output for result in results):
             if gathered.dtype != dtype or not _same_bits(gathered, stored):
@@ -47,17 +47,17 @@ def check_gathers_exactly() -> None:
 
 
 def _group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The parameters that are gathered together."""
+    """The FSDPParams of the group to gather, from the arguments of the call."""
     parameters: list[Any] = args[0] if args else kwargs["fsdp_params"]
     return parameters
 
 
 def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-    """The first quantized layer of a group: all of its layers belong to one model."""
+    """The first quantized layer of a group, which stands for all: they belong to one model."""
     for parameter in _group(args, kwargs):
         module: object = parameter._module_info.module
-        # `__dict__`, since a module without quant_state takes its time to say so, and most groups of most models have
-        # none. A loop, since `next` with a generator takes twice as long, and this is asked of every gather.
+        # `__dict__`, since attribute lookup is slow for a missing quant_state, and most groups of most models have
+        # none. A loop, since `next` with a generator takes twice as long, and this runs in every gather.
         if module.__dict__.get("quant_state") is not None:
             return module
     return None
@@ -70,13 +70,13 @@ def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         "on CUDA, FSDP2 copies a group of parameters that are all bfloat16 or all float16 as numbers, which rewrites "
         "every NaN: packed 4-bit weights stored so (bnb_4bit_quant_storage) are not what was quantized, silently"
     ),
-    # The cause, in torch, and what it does to 4-bit weights.
+    # The cause in torch, and its effect on 4-bit weights.
     upstream=(
         "https://github.com/pytorch/pytorch/issues/159333 "
         "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945"
     ),
     requires={"torch": ">=2.6"},
-    traced=True,  # torch 2.6 to 2.11 compile the gather where `skip_fsdp_hooks` is off
+    traced=True,  # torch 2.6 to 2.11 compile the gather if `skip_fsdp_hooks` is off
     subject=_a_4bit_layer,
     probe=copying_changes_bits,
     verify=check_gathers_exactly,
@@ -84,10 +84,10 @@ def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def gather_as_integers(
     wrapped: Callable[..., AllGatherResult], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AllGatherResult:
-    """Start the all-gather of a group of parameters; one with a 4-bit layer and 16-bit storage travels as integers.
+    """Start the all-gather of a group of parameters; gather a group with a 4-bit layer and 16-bit storage as integers.
 
-    The same bytes, in as many copies and buffers of the same size. What is returned is as stock, in the dtype of the
-    group (bytes, where there are several), so that what follows takes the same way as without the patch.
+    Bytes, copies and buffer sizes are the same as in the stock gather. So is the result, in the dtype of the group
+    (bytes, if there are several dtypes), so that the code that follows runs as it does without the patch.
     """
     group = _group(args, kwargs)
     whole = _known(group) or _found_out(group)
@@ -98,17 +98,17 @@ def gather_as_integers(
 
 
 def _found_out(group: list[Any]) -> _Integers | _WholeGroup | None:
-    """What is to be gathered in the place of the group; None where it has no 4-bit layer, or no 16-bit storage."""
+    """The object to gather in place of the group; None without a 4-bit layer or 16-bit storage."""
     if _a_4bit_layer(None, (group,), {}) is None or not any(map(_is_half, group)):
         return None
     return _remembered(group) or _WholeGroup(group)
 
 
 class _Integers:
-    """What the parameters of a group contribute, viewed as integers.
+    """The all-gather inputs of a group, viewed as integers.
 
-    To FSDP2 it is a group of one parameter with many inputs, which tensor subclasses have: as much of an FSDPParam as
-    it then asks for.
+    FSDP2 takes it for a group of one parameter with many inputs, as tensor subclasses have them. It has only those
+    attributes of an FSDPParam that FSDP2 then reads.
     """
 
     param_dtype = None
@@ -123,9 +123,9 @@ class _Integers:
         self._sizes = [size // self._dtype.itemsize for size in sizes]
 
     def as_stock(self, result: AllGatherResult) -> AllGatherResult:
-        """The result of gathering this, as that of gathering the parameters one by one.
+        """Convert the result of gathering this object to the result of gathering the parameters one by one.
 
-        Its lists are this object's own: FSDP2 only reads them.
+        The lists in it are shared with this object: FSDP2 only reads them.
         """
         gathered = result.all_gather_output.view(self._dtype)
         # By position, since `_replace` takes twice as long.
@@ -134,7 +134,7 @@ class _Integers:
 
 
 class _WholeGroup:
-    """A group of which FSDP2 makes the inputs in each gather: cast, moved from the CPU, or made by an extension."""
+    """A group whose inputs FSDP2 makes in each gather: by a cast, a move from the CPU, or an extension."""
 
     param_dtype = None
     offload_to_cpu = False
@@ -144,24 +144,24 @@ class _WholeGroup:
 
     @property
     def all_gather_inputs(self) -> list[torch.Tensor]:
-        """To be read in the stream that copies, as FSDP2 does."""
+        """The inputs as integers. To be read in the copy stream, as FSDP2 does."""
         from torch.distributed.fsdp._fully_shard import _fsdp_collectives as stock
 
         self._integers = _Integers(stock._get_param_all_gather_inputs(self._group))
         return self._integers.all_gather_inputs
 
     def as_stock(self, result: AllGatherResult) -> AllGatherResult:
-        """As `_Integers.as_stock`."""
+        """Convert the result of the gather, like `_Integers.as_stock`."""
         return self._integers.as_stock(result)
 
 
 class _Known(_Integers):
-    """The integers of a group that gathers what it holds, to be used again for as long as they are what it holds.
+    """Cached integer views of a group whose shards are its gather inputs, valid while the group holds those shards.
 
-    Making sure of that takes less time than FSDP2 takes to ask the parameters one by one.
+    Checking this is faster than FSDP2's own loop over the parameters.
 
-    Holds the memory of the shards, not the shards, which may lead to the model: a view in another dtype has no `_base`.
-    And not for longer than they live, which would be to use more memory: `forget` is called once one of them is gone.
+    It references the memory of the shards, not the shards, which may reference the model: a view in another dtype has
+    no `_base`. It must not outlive them, since that would use more memory: `forget` is called once one is collected.
     """
 
     def __init__(self, group: list[Any], shards: list[torch.Tensor], forget: Callable[[object], object]) -> None:
@@ -172,17 +172,16 @@ class _Known(_Integers):
         self._bytes = [shard.nbytes for shard in shards]
 
     def is_of(self, group: list[Any]) -> bool:
-        """Whether gathering the group as it is now would read the very bytes that these integers are.
+        """Whether gathering the group now would read exactly the bytes of these integers.
 
-        FSDP2 makes another tensor where it replaces a shard, which shows. With `shard.data = ...` and `set_` it would
-        be the same, so what counts is its memory, compared now: where a shard begins, the integers begin; it has as
-        many bytes; there are no gaps in it.
+        A shard that FSDP2 replaces is another tensor object. `shard.data = ...` and `set_` keep the object, so its
+        memory is compared as well: same address, same number of bytes, contiguous.
         """
         import torch
 
         first, shards, ask = group[0], _shards(group), torch.Tensor
         return (
-            # All answers as a list, for each question: a loop over the shards takes twice as long.
+            # One list per property: a loop over the shards takes twice as long.
             list(map(id, shards)) == self._ids
             and first.sharded_state is self._state
             and not first.offload_to_cpu
@@ -193,31 +192,31 @@ class _Known(_Integers):
         )
 
 
-#: `id` of the first shard of a group -> what is known of the group, while all of its shards live.
+#: `id` of the first shard of a group -> cache entry of the group, while all of its shards live.
 _KNOWN: Final[dict[int, _Known]] = {}
 
 
 def _known(group: list[Any]) -> _Known | None:
-    """What an earlier gather has found out, if it is still so."""
+    """The cache entry from an earlier gather, if it is still valid."""
     import torch
 
-    if torch.compiler.is_compiling():  # a graph must not depend on where things are in memory
+    if torch.compiler.is_compiling():  # a graph must not depend on memory addresses
         return None
     known = _KNOWN.get(id(group[0]._sharded_param_data))
     return known if known is not None and known.is_of(group) else None
 
 
 def _remembered(group: list[Any]) -> _Known | None:
-    """What is known of the group from now on; None where its inputs are not just the shards that it holds."""
+    """A new cache entry for the group; None if its inputs are not simply the shards that it holds."""
     import torch
 
     if torch.compiler.is_compiling() or not _gathers_what_it_holds(group):
         return None
     shards = _shards(group)
     key = id(shards[0])
-    # `pop` is given a reference to what is gone, and returns it where nothing is known any more.
+    # The weak reference's callback argument serves as the default of `pop`, for an entry that is gone already.
     known = _Known(group, shards, forget=partial(_KNOWN.pop, key))
-    # A dispatch mode may make something else of plain tensors.
+    # A dispatch mode may turn plain tensors into something else.
     if not all(map(_is_memory, [*shards, *known.all_gather_inputs])):
         return None
     _KNOWN[key] = known
@@ -229,24 +228,24 @@ def _shards(group: list[Any]) -> list[torch.Tensor]:
 
 
 def _is_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is nothing but a range of memory: it is no subclass, and not on meta."""
+    """Whether a tensor is simply a range of memory: not a subclass, and not on meta."""
     import torch
 
     return type(tensor) is torch.Tensor and (tensor.data_ptr() != 0 or tensor.numel() == 0)
 
 
 def _as_integers(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same memory. NCCL has no integers of 16 bits, and those of 32 are faster to copy."""
+    """View the shards as integers over the same memory. NCCL has no 16-bit integers, and 32-bit ones copy faster."""
     import torch
 
     try:
         return [shard.view(torch.int32) for shard in shards]
-    except RuntimeError:  # one is no whole number of them, or does not begin at one
+    except RuntimeError:  # a shard's size or offset is not a multiple of 32 bits
         return [shard.view(torch.uint8) for shard in shards]
 
 
 def _gathers_what_it_holds(group: list[Any]) -> bool:
-    """Whether no parameter is cast, moved from the CPU, or gathered by an extension of its own."""
+    """Whether each parameter's input is its shard: not cast, moved from the CPU, or made by an extension."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
     # All parameters of a group are in the same state, and offloaded or not.
@@ -256,7 +255,7 @@ def _gathers_what_it_holds(group: list[Any]) -> bool:
 
 
 def _is_half(parameter: Any) -> bool:
-    """Whether a parameter is gathered in a dtype whose NaN the copy rewrites."""
+    """Whether a parameter is gathered in a dtype whose NaNs the copy rewrites."""
     return (parameter.param_dtype or parameter.orig_dtype) in _half_types()
 
 
@@ -267,7 +266,7 @@ def _half_types() -> tuple[torch.dtype, torch.dtype]:
 
 
 def _all_patterns() -> torch.Tensor:
-    """Every value of 16 bits, as int16, on the device at hand; (65536,)."""
+    """Every 16-bit pattern as int16, `(65536,)`, on the accelerator or else the CPU."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -281,7 +280,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _specimen(stored: torch.Tensor) -> Any:
-    """What stands for the FSDPParam of a 4-bit weight, of which `stored` is this rank's shard."""
+    """A stand-in for the FSDPParam of a 4-bit weight, with `stored` as this rank's shard."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
     return SimpleNamespace(
@@ -295,7 +294,7 @@ def _specimen(stored: torch.Tensor) -> Any:
 
 
 def _copy_in(fsdp_params: list[Any]) -> AllGatherResult:
-    """What foreach_all_gather does before it communicates, with FSDP2's own decisions; it needs no process group."""
+    """Run foreach_all_gather's steps before communication, with FSDP2's own decisions; needs no process group."""
     import torch
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as stock
 

@@ -15,7 +15,7 @@ __all__ = ["keep_parameter_class"]
 
 
 def to_meta_fails_for_subclass() -> bool:
-    """Whether `to("meta")` of a module with a parameter of a subclass raises, or loses the class."""
+    """Whether `to("meta")` of a module with a parameter of a subclass raises or loses the class."""
     module = _module_with_subclass()
     try:
         module.to("meta")
@@ -25,7 +25,7 @@ def to_meta_fails_for_subclass() -> bool:
 
 
 def check_keeps_parameter_class() -> None:
-    """Raises RuntimeError where `to("meta")` through the wrapper loses the class or an attribute."""
+    """Raise RuntimeError if `to("meta")` through the wrapper loses the class or an attribute."""
     module = _module_with_subclass()
     stock = type(module)._apply.__get__(module)
     keep_parameter_class(stock, module, (lambda tensor: tensor.to("meta"),), {})
@@ -49,17 +49,17 @@ def check_keeps_parameter_class() -> None:
 def keep_parameter_class(
     wrapped: Callable[..., nn.Module], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """`Module._apply(fn, recurse=True)`; where `fn` moves to meta, parameters of a subclass stay that.
+    """Keep the class of subclass parameters in `Module._apply(fn, recurse=True)` if `fn` moves to meta.
 
     The new parameter has the class of the old one and shares its attributes. The old one is not touched, and
-    its own `to` is not called, so a quant_state stays on its device. A subclass parameter that several
-    modules of the call share is still shared after. Plain parameters, lazy ones, tensor subclasses that wrap
-    tensors (DTensor), buffers, and every other `fn` are stock.
+    its own `to` is not called, so a quant_state stays on its device. A subclass parameter that several modules
+    of the call share is still shared afterwards. Stock behaviour for plain and lazy parameters, tensor
+    subclasses that wrap tensors (DTensor), buffers, and any other `fn`.
 
-    Limited to a module, it acts on that module's submodules too, when the call starts at the module.
+    Limited to a module, it acts on that module's submodules too, if the call starts at the module.
     """
     fn, *rest = (kwargs.pop("fn"), *args) if "fn" in kwargs else args
-    if isinstance(fn, _SparingSubclasses):  # a child, reached from a call that takes care of it
+    if isinstance(fn, _SparingSubclasses):  # a submodule: the call on its parent handles it
         return wrapped(fn, *rest, **kwargs)
     before = list(_subclass_parameters(instance))
     if not before:
@@ -70,7 +70,7 @@ def keep_parameter_class(
 
 
 class _SparingSubclasses:
-    """`fn`, given a plain alias in place of a parameter of a subclass where it moves to meta."""
+    """`fn`, but if it moves to meta, called on a plain alias instead of a subclass parameter."""
 
     def __init__(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._fn = fn
@@ -81,7 +81,7 @@ class _SparingSubclasses:
         return self._fn(tensor)
 
     def _moves_to_meta(self, tensor: torch.Tensor) -> bool:
-        """Asks `fn` about a tensor of no elements: called on the real one, it may already do the damage."""
+        """Whether `fn` moves to meta. Tried on an empty tensor: on the real one, the call may already do the damage."""
         import torch
 
         return self._fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).is_meta
@@ -98,7 +98,7 @@ def _is_subclass(tensor: torch.Tensor) -> bool:
     from torch import nn
     from torch.nn.parameter import is_lazy
 
-    # By `type`: `isinstance` says yes for any tensor that is marked as a parameter, such as a DTensor.
+    # By `type`: `isinstance` is true for any tensor marked as a parameter, such as a DTensor.
     return issubclass(type(tensor), nn.Parameter) and type(tensor) is not nn.Parameter and not is_lazy(tensor)
 
 
