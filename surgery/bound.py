@@ -32,7 +32,7 @@ from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
-from surgery.passes.lifetime import as_context_manager, keep
+from surgery.passes.lifetime import as_context_manager, is_waiting, keep, stop_waiting, wait
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, match
@@ -42,7 +42,6 @@ from surgery.passes.record import Record
 from surgery.passes.relocate import Relocate
 from surgery.passes.setting import Setting
 from surgery.passes.shard import Finish, Shard
-from surgery.passes.waiting import is_waiting, stop_waiting, wait
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions

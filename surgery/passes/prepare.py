@@ -19,7 +19,6 @@ from surgery.passes.base import Naming
 from surgery.passes.replace import Replace, precisions, quantizable
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target, find_targets
-from surgery.quantizers.base import check_runs
 
 __all__ = ["Prepared", "match", "prepare"]
 
@@ -89,8 +88,6 @@ def match(
     targets = find_targets(
         model, weights.assignments, checkpoint.index, quant, tied=tied, transposed=transposed, precisions=kept
     )
-    for layout in {target.layout for target in targets if target.layout is not None}:
-        check_runs(quant, layout, setting.device)
     return Prepared(
         model=model,
         setting=setting,

@@ -254,7 +254,8 @@ class ShardBuffers:
 
     def _fill_runs(self, buffer: ShardBuffer, offset: int, values: torch.Tensor) -> None:
         """Quantize `values` run by run; `offset` counts from the first element that the rank reads, as runs do."""
-        size, done = self.quant.run_elements(self.devices.compute), 0
+        assert buffer.target.layout is not None
+        size, done = buffer.target.layout.whole_blocks(self.quant.run_elements(self.devices.compute)), 0
         while done < values.numel():
             begin = (offset + done) // size * size
             run = range(begin, min(begin + size, len(buffer.slice.elements)))

@@ -22,7 +22,6 @@ __all__ = [
     "QuantFormat",
     "check_layout",
     "check_run",
-    "check_runs",
     "format_for",
     "format_of",
     "kept_parameters",
@@ -56,6 +55,10 @@ class Layout:
     def blocks(self, numel: int) -> int:
         """Number of statistics of `numel` elements."""
         return -(-numel // self.blocksize)
+
+    def whole_blocks(self, elements: int) -> int:
+        """About so many `elements`, and at least one block, as whole blocks."""
+        return max(elements // self.blocksize, 1) * self.blocksize
 
     def packed_shape(self, shape: Sequence[int], storage: torch.dtype) -> tuple[int, int]:
         """Shape `(n, 1)` of the packed form, in elements of `storage`, of a weight of logical `shape`.
@@ -145,7 +148,7 @@ class QuantFormat:
     # Values. ---------------------------------------------------------------------------------------------------------
 
     def run_elements(self, device: torch.device) -> int:
-        """Number of elements to quantize at once on `device`: whole blocks."""
+        """About how many elements to quantize at once on `device`; runs are of whole blocks."""
         return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
 
     def quantize(
@@ -298,16 +301,6 @@ def check_layout(quant: QuantFormat, fqn: str, stored: torch.Tensor, logical: to
             f"{name}: expected {fqn}, of shape {tuple(logical)}, to be stored as (n, 1) in {expected} bytes, "
             f"{layout.values_per_byte} elements a byte; found {tuple(stored.shape)} of {stored.dtype}, {found} bytes: "
             "make `replacement` keep to what `layout` says"
-        )
-
-
-def check_runs(quant: QuantFormat, layout: Layout, device: torch.device) -> None:
-    """Raise `QuantizerError` where runs on `device` are not whole blocks of `layout`."""
-    elements = quant.run_elements(device)
-    if elements < 1 or elements % layout.blocksize:
-        raise QuantizerError(
-            f"{type(quant).__name__}: expected runs of whole blocks of {layout.blocksize} elements, found "
-            f"run_elements({str(device)!r}) of {elements}: return a multiple"
         )
 
 

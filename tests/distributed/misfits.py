@@ -47,13 +47,6 @@ class OddBlocks(Bnb4bit):
         return replace(super().layout(module), blocksize=63)
 
 
-class RunsOfAHalf(Bnb4bit):
-    """A block would be quantized in two runs."""
-
-    def run_elements(self, device: torch.device) -> int:
-        return super().run_elements(device) + self.options.blocksize // 2
-
-
 class BytesOfAValue(Bnb4bit):
     """Promises two values a byte, and makes one."""
 
@@ -104,14 +97,13 @@ class SignedBytes(Bnb4bit):
 
 
 #: Refused before a weight is read.
-BEFORE_READING = (ByteAValue, RowsOfTwo, OddBlocks, RunsOfAHalf)
+BEFORE_READING = (ByteAValue, RowsOfTwo, OddBlocks)
 
 #: What is said of a 64 x 64 weight in bfloat16, blocksize 64.
 SAYS: dict[type[Bnb4bit], tuple[str, ...]] = {
     ByteAValue: ("q_proj.weight", "(64, 64)", "2048 bytes", "4096 bytes", "2 elements a byte"),
     RowsOfTwo: ("q_proj.weight", "(n, 1)", "(512, 2)"),
     OddBlocks: ("blocksize of whole bytes, 2 elements each", "63"),
-    RunsOfAHalf: ("whole blocks of 64", "131104"),
     BytesOfAValue: ("q_proj.weight", "packed data torch.uint8", "2 elements a byte"),
     StatisticsOfHalfBlocks: ("q_proj.weight", "statistics torch.float32", "one for each block of 64"),
     OneStatisticTooFew: ("q_proj.weight", "one for each block of 64"),

@@ -12,7 +12,6 @@ from peft import LoraConfig
 import surgery
 from surgery.sharding.base import strategy_of
 from tests.surgery.seams.everywhere import Everywhere
-from tests.surgery.seams.one_byte import OneByte
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -26,7 +25,7 @@ SHARDINGS: dict[str, Any] = {
 }
 
 
-def norms(checkpoint: Path, shardings: list[str]) -> dict[str, tuple[float, int, str]]:
+def norms(checkpoint: Path, quant: Any, shardings: list[str]) -> dict[str, tuple[float, int, str]]:
     """By sharding and adapters: the norm of the logits, layers attested, and their digest."""
     found = {}
     for name in shardings:
@@ -35,7 +34,7 @@ def norms(checkpoint: Path, shardings: list[str]) -> dict[str, tuple[float, int,
                 continue
             torch.manual_seed(0)
             with surgery.qlora(
-                checkpoint, quant=OneByte(), lora=lora, shard=SHARDINGS[name], report=surgery.Report()
+                checkpoint, quant=quant, lora=lora, shard=SHARDINGS[name], report=surgery.Report()
             ) as model:
                 attested = surgery.attest(model)
                 with surgery.attesting(model), torch.no_grad():

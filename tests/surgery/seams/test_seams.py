@@ -14,6 +14,7 @@ from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.seams.everywhere import Everywhere
 from tests.surgery.seams.loads import norms, trained, trained_each
+from tests.surgery.seams.one_byte import OneByte
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -25,17 +26,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("seams") / "model")
 
 
-@pytest.fixture(scope="module")
-def expected(checkpoint: Path) -> dict[str, tuple[float, int, str]]:
-    return norms(checkpoint, ["one process"])
-
-
+@pytest.mark.parametrize("quant", [OneByte(), OneByte(by_row=True)], ids=["blocks", "rows"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_format_of_one_byte_a_value_is_right_in_every_sharding(
-    world_size: int, checkpoint: Path, expected: dict[str, tuple[float, int, str]]
+    world_size: int, quant: OneByte, checkpoint: Path
 ) -> None:
+    expected = norms(checkpoint, quant, ["one process"])
     shardings = ["FSDP1", "FSDP1 with original parameters", "FSDP2", "DDP", "everywhere"]
-    for found in run_ranks(norms, world_size, checkpoint, shardings):
+    for found in run_ranks(norms, world_size, checkpoint, quant, shardings):
         assert len(found) == 2 * len(shardings) - 1
         for name, (norm, layers, digest) in found.items():
             wanted, _, of_one = expected[f"one process, {name.rpartition(', ')[2]}"]
