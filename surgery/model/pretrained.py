@@ -79,8 +79,7 @@ def compute_buffers(model: Any, device: torch.device) -> None:
 
     visited = _around_buffers(model)
     for module in model.modules():
-        if module not in visited:
-            vars(module)[INITIALIZED] = True
+        vars(module)[INITIALIZED] = module not in visited  # those visited may have been initialized in another dtype
         for _, tensor in own_tensors(module):
             setattr(tensor, INITIALIZED, True)
     # Not `model.initialize_weights()`, which visits every module, and leaves a method on `torch.nn.Module`.

@@ -21,6 +21,7 @@ __all__ = [
     "replace_module",
     "sites",
     "tied_parameters",
+    "was_conv1d",
 ]
 
 
@@ -146,6 +147,11 @@ def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
 def is_linear_like(module: nn.Module) -> bool:
     """Whether `module` multiplies by one weight: exactly `nn.Linear`, or transformers' transposed `Conv1D`."""
     return type(module) is nn.Linear or is_conv1d(module)
+
+
+def was_conv1d(module: nn.Module) -> bool:
+    """Whether `module` was made of a `Conv1D` by upstream, and keeps as `(out, in)` what the checkpoint has turned."""
+    return getattr(getattr(module, "source_cls", None), "__name__", "") == "Conv1D"
 
 
 def is_conv1d(module: nn.Module) -> bool:

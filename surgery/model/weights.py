@@ -13,7 +13,7 @@ from surgery.errors import WeightsMismatchError
 from surgery.model.defaults import fill_buffers
 from surgery.model.keys import Assignment, Group, Logical, group_keys
 from surgery.model.ties import untie_different
-from surgery.model.tree import tied_parameters
+from surgery.model.tree import tied_parameters, was_conv1d
 
 __all__ = ["WeightPlan", "plan_weights"]
 
@@ -136,9 +136,11 @@ def _check_known(name: str, entry: TensorEntry) -> None:
 def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:
     """Shape must be equal; floating goes into floating of any width, everything else into its own dtype."""
     parent, _, leaf = name.rpartition(".")
-    wanted = getattr(model.get_submodule(parent), leaf)
+    owner = model.get_submodule(parent)
+    wanted = getattr(owner, leaf)
     entry = next(iter(entries))
-    if tuple(tensor.shape) != tuple(wanted.shape):
+    turned = leaf == "weight" and was_conv1d(owner)
+    if tuple(tensor.shape[:: -1 if turned else 1]) != tuple(wanted.shape):
         raise WeightsMismatchError(
             f"{name} has shape {tuple(wanted.shape)} in the model, but {entry.file.name} holds {entry.name} with shape "
             f"{tuple(entry.shape)}: config.json and the weights are not of the same model",

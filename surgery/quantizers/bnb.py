@@ -13,7 +13,7 @@ import patches
 from surgery.config import Quant
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
-from surgery.model.tree import is_conv1d
+from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat, register
 
 if TYPE_CHECKING:
@@ -217,8 +217,7 @@ class Bnb4bit(QuantFormat):
 
     def is_transposed(self, module: nn.Module) -> bool:
         """Whether `module` is transformers' `Conv1D`, or the `Linear4bit` that upstream has made of one."""
-        made_of = getattr(module, "source_cls", None)
-        return super().is_transposed(module) or getattr(made_of, "__name__", None) == "Conv1D"
+        return super().is_transposed(module) or was_conv1d(module)
 
     def layout(self, module: Any) -> Layout:
         """Two elements a byte, in blocks of `blocksize`."""

@@ -30,6 +30,31 @@ def on_meta(checkpoint: Path) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
+def emptied(checkpoint: Path) -> Any:
+    """The same, by accelerate: real buffers, in the dtype of the model, parameters initialized already."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint), dtype=torch.bfloat16)
+
+
+def replaced(checkpoint: Path) -> Any:
+    """The same, its linear layers replaced by transformers already."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    with torch.device("meta"):
+        return replace_with_bnb_linear(on_meta(checkpoint), ["lm_head"], config)
+
+
 def lora(**options: Any) -> LoraConfig:
     """Adapters with values that show in the first forward."""
     return LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)

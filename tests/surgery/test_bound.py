@@ -15,7 +15,7 @@ import patches
 import surgery
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
-from tests.surgery.binding import IDS, bind, bound_and_adapted, logits, lora, on_meta
+from tests.surgery.binding import IDS, bind, bound_and_adapted, emptied, logits, lora, on_meta, replaced
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +41,31 @@ def test_nothing_is_read_before_it_is_filled(checkpoint: Path, expected: torch.T
     assert not patches.active()
 
 
-def test_a_model_of_upstream_that_was_replaced_already(checkpoint: Path, expected: torch.Tensor) -> None:
-    from transformers import BitsAndBytesConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "gpt2": {},
+    "mixtral": {"num_local_experts": 4},
+    "gptj": {"rotary_dim": 8, "n_head": 4},
+}
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,
-    )
-    with torch.device("meta"):
-        model = replace_with_bnb_linear(on_meta(checkpoint), ["lm_head"], config)
-    with surgery.bind(model, checkpoint, report=surgery.Report()).fill() as filled:
-        assert torch.equal(logits(filled), expected)
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    return {name: save_tiny(root / name, name.split()[0], **changes) for name, changes in KINDS.items()}
+
+
+@pytest.mark.parametrize("build", [on_meta, emptied, replaced], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_has_built_the_model(kind: str, build: Callable[[Path], Any], kinds: dict[str, Path]) -> None:
+    with surgery.qlora(kinds[kind], report=surgery.Report()) as model:
+        wanted, buffers = logits(model.eval()), dict(model.named_buffers())
+    with surgery.bind(build(kinds[kind]), kinds[kind], report=surgery.Report()).fill() as filled:
+        assert torch.equal(logits(filled.eval()), wanted)
+        for name, buffer in filled.named_buffers():
+            assert torch.equal(buffer, buffers[name]), name
+        surgery.attest(filled)
 
 
 def test_a_plain_module_with_the_checkpoints_names(tmp_path: Path) -> None:
