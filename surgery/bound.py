@@ -27,7 +27,7 @@ from surgery.config import Quant
 from surgery.errors import ConfigError
 from surgery.model.consistency import adapter_facts, environment, source_facts
 from surgery.model.skeleton import compute_own_buffers, require_meta
-from surgery.model.tree import tied_parameters
+from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.exchange import Exchange
@@ -115,13 +115,19 @@ class Bound:
             with everyone(ranks, device=bound.device):
                 setting.strategy.check_ties(tied_parameters(self.model))
                 unsharded = setting.strategy.check_model(self.model, setting.format)
+                whole = {p for name, p in self.model.named_parameters() if name in unsharded}
+                setting.strategy.check_adapted(outer, decoder_blocks(outer), whole)
                 stop_waiting(self.model)
             # Each rank has drawn the values of its adapters by itself.
             if ranks.world_size > 1:
                 trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
                 broadcast_from_rank0(trained, device=bound.device)
             prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
-            return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
+            try:
+                return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
+            except BaseException:
+                wait(self.model)  # so that nobody computes with half a model
+                raise
 
 
 def bind(

@@ -235,3 +235,40 @@ def test_a_refused_fill_can_be_tried_again(checkpoint: Path, expected: torch.Ten
         bound.fill(shard=surgery.FSDP2())
     with bound.fill() as filled:
         assert torch.equal(logits(filled), expected)
+
+
+class Failing(surgery.Pass):
+    name = "failing"
+
+    def see_tensor(self, buffer: Any) -> None:
+        raise ValueError("on purpose")
+
+
+def test_a_fill_that_failed_leaves_a_model_that_waits(checkpoint: Path, expected: torch.Tensor) -> None:
+    bound = bind(checkpoint)
+    with pytest.raises(surgery.PassError, match=r"pass failing failed at model\.embed_tokens\.weight"):
+        bound.fill(passes=(Failing(),))
+    with pytest.raises(surgery.NotFilledError):
+        bound.model(input_ids=IDS)
+    with bound.fill() as filled:
+        assert torch.equal(logits(filled), expected)
+
+
+@pytest.mark.distributed
+def test_adapters_that_a_sharding_cannot_train_are_refused_and_another_can(checkpoint: Path) -> None:
+    for said in run_ranks(_shared_by_dora, 2, checkpoint):
+        assert said.startswith("use_dora")
+
+
+def _shared_by_dora(checkpoint: Path) -> str:
+    bound = bind(checkpoint)
+    adapted = get_peft_model(bound.model, LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]))
+    adapted.peft_config["default"].use_dora = True
+    try:
+        bound.fill(adapted, shard=surgery.FSDP2())
+    except surgery.ConfigError as error:
+        adapted.peft_config["default"].use_dora = False
+        with bound.fill(adapted, shard=surgery.FSDP2()) as filled:
+            logits(filled)
+        return str(error)
+    return ""
