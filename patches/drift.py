@@ -95,7 +95,7 @@ def _made_by(node: ast.AST, links: Sequence[Any], file: str) -> bool:
     if len(links) - 1 > len(decorators):
         return False
     if decorators and len(links) == 1:
-        return not _is_mock(links[0])  # a decorator that does not say what it wraps
+        return not _is_mock(links[0])  # a decorator that hides the wrapped function
     first_line = min((node.lineno, *(item.lineno for item in node.decorator_list)))
     inner = links[-1]
     return type(inner) is FunctionType and (inner.__code__.co_filename, inner.__code__.co_firstlineno) == (

@@ -31,7 +31,7 @@ class Link:
         self.everyone = False
         """Whether some receipt covers every subject."""
         self.scopes: tuple[Mapping[int, object], ...] = ()
-        """For each receipt with a scope, the objects that it covers, by `id`."""
+        """Covered objects of each receipt with a scope, by `id`."""
 
     def __bool__(self) -> bool:
         return bool(self._receipts)

@@ -14,7 +14,7 @@ __all__ = ["reapply"]
 def reapply(patch: str | Receipt) -> list[Receipt]:
     """Apply a patch, by id or receipt, again after its module was reloaded; returns the receipts concerned.
 
-    All receipts of the same places move together and stay valid, so whoever was to undo them still does. Objects
+    All receipts of the same places move together and stay valid, so their owners can still undo them. Objects
     made before the reload keep the stock behaviour. Patches that are still in place are left alone.
 
     Raises NotActiveError; OverwrittenError if somebody else has patched over it since; ScopeError for a patch of a

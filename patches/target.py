@@ -50,8 +50,8 @@ class Kind(enum.StrEnum):
     chooses this kind for default arguments alone, since wrappers of other kinds run on each call.
     """
     CLASS = "class"
-    """Like VALUE, for a class: the wrapper returns another class, usually a subclass of `wrapped()`. Existing
-    instances and subclasses keep the old class; to change those too, patch its methods.
+    """A class, replaced in the manner of VALUE: the wrapper returns another class, usually a subclass of
+    `wrapped()`. Existing instances and subclasses keep the old class; to change those too, patch its methods.
     """
 
 

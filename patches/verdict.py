@@ -26,8 +26,9 @@ class VerdictKind(enum.StrEnum):
     OBSOLETE = "obsolete"
     """The probe does not find the defect; or the target does not exist, in a version outside the window."""
     UNKNOWN = "unknown"
-    """Outside the window, and neither a probe nor the source's fingerprint can decide; or the probe raised; or the
-    source or the signature differs; or somebody else has patched the target, and the patch does not allow that.
+    """Undecided: the versions are outside the window, and neither a probe nor the source's fingerprint can decide;
+    or the probe raised; or the source or the signature differs; or somebody else has patched the target, and the
+    patch does not allow that.
     """
     INCOMPATIBLE = "incompatible"
     """A distribution is not installed; or the target does not resolve, in a version inside the window."""

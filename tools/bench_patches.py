@@ -43,7 +43,7 @@ class Traced:
     """Class to patch as code that torch.compile traces."""
 
     def run(self, x: int) -> int:
-        """Do next to nothing, so that what lies around it shows."""
+        """Do almost nothing, so that the overhead dominates."""
         return x
 
 
@@ -51,7 +51,7 @@ class Wrapped:
     """Class to patch as any other code."""
 
     def run(self, x: int) -> int:
-        """Do next to nothing, so that what lies around it shows."""
+        """Do almost nothing, so that the overhead dominates."""
         return x
 
 

@@ -2,9 +2,9 @@
 # Compare ways of loading on the GPUs of this machine; installs nothing. Each call ends within 10 minutes.
 #
 #   tools/gpu_load.sh OUT 8b [RANKS]    this project, accelerate and fsdp_qlora's way, with training and profiles
-#   tools/gpu_load.sh OUT loads [RANKS] several turns of every way, in the same processes, loading alone
+#   tools/gpu_load.sh OUT loads [RANKS] several turns of every way, in the same processes, without training
 #   tools/gpu_load.sh OUT 70b           on two GPUs as if they had 24 GiB each, with activation checkpointing
-#   tools/gpu_load.sh OUT tiny [RANKS]  all of this with a tiny model on CPUs: whether it runs
+#   tools/gpu_load.sh OUT tiny [RANKS]  smoke test of all of this with a tiny model on CPUs
 #
 # Checkpoints are made in WORK (default /dev/shm; 15 GB and 138 GB) and kept for the next call. PYTHON names the
 # interpreter. OUT gets JSON, Markdown and SVG of each comparison, and a folder of profiles.
@@ -39,7 +39,7 @@ started=$SECONDS
   --processes "$processes"
 echo "checkpoint: $((SECONDS - started)) s"
 
-# compare NAME OPTION...: a failing way is in the results, so the next comparison runs all the same.
+# compare NAME OPTION...: a failing way is in the results, and the next comparison runs anyway.
 compare() {
   local name=$1
   shift
@@ -54,7 +54,7 @@ if [[ $ranks == 1 ]]; then
   ours=unsharded
 fi
 
-# What is asked for first comes first: a machine that is taken back leaves the rest unmeasured, and that alone.
+# The most important comparison first: if the machine is taken away, only the rest stays unmeasured.
 training() {
   compare "$size-x$ranks" --ways "$ours,accelerate-fsdp2,seed" --steps 12 --limit 90
   compare "$size-x$ranks-profiles" --ways "$ours,accelerate-fsdp2" --steps 4 --profile "$out/profiles-$size-x$ranks" \

@@ -31,7 +31,7 @@ TESTS: Final = (
     "tests/distributed/test_fsdp2_gather.py",
 )
 
-_BESIDE: Final = ("transformers", "peft", "bitsandbytes")
+_OTHERS: Final = ("transformers", "peft", "bitsandbytes")
 _FOLDER: Final = Path("build/upstream")
 _PAGE: Final = Path("docs/compatibility.md")
 _VERSIONS: Final = (
@@ -80,7 +80,7 @@ def _environment(version: str) -> Path:
 
 def _ask(python: Path, tests: Sequence[str]) -> tuple[str, str, bool]:
     """Run probes and tests with `python`; returns its version of torch, its row, and whether every test passed."""
-    names = ("torch", *_BESIDE)
+    names = ("torch", *_OTHERS)
     asked = subprocess.run([python, "-c", _VERSIONS, *names], capture_output=True, text=True, check=True)
     versions: dict[str, str] = json.loads(asked.stdout)
     version = versions.pop("torch").partition("+")[0]

@@ -77,50 +77,50 @@ def load(rank: int, folder: Path, weight: str, results: Any) -> None:
         model.to(torch.bfloat16).save_pretrained(folder / "model")
     dist.barrier()
     tracer = Tracer(weight)
-    trace = tracer.look if rank == 0 else None
+    trace = tracer.record if rank == 0 else None
     threading.setprofile(trace)
     sys.setprofile(trace)
     surgery.release(surgery.qlora(folder / "model", shard=surgery.FSDP2(), report=surgery.Report()))
     threading.setprofile(None)
     sys.setprofile(None)
     if rank == 0:
-        results.put((sorted(tracer.ran), sorted(tracer.way)))
+        results.put((sorted(tracer.ran), sorted(tracer.path)))
     dist.barrier()
     dist.destroy_process_group()
 
 
 class Tracer:
-    """Recorder of our files in which functions are called. way: the files on the path of one weight."""
+    """Recorder of our files in which functions are called. path: the files on the path of one weight."""
 
     def __init__(self, weight: str) -> None:
         self.weight = weight
         self.ran: set[str] = set()
-        self.way: set[str] = set()
-        self._having_it: set[FrameType] = set()
+        self.path: set[str] = set()
+        self._holders: set[FrameType] = set()
 
-    def look(self, frame: FrameType, event: str, _argument: object) -> None:
+    def record(self, frame: FrameType, event: str, _argument: object) -> None:
         """Profile function, called by the interpreter."""
         code = frame.f_code
         if event == "return":
-            self._having_it.discard(frame)
+            self._holders.discard(frame)
         if event != "call" or not code.co_filename.startswith(f"{ROOT}/surgery/") or "<" in code.co_name:
             return
         name = code.co_filename.removeprefix(f"{ROOT}/surgery/")
         self.ran.add(name)
         given = [frame.f_locals.get(each) for each in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
-        if room(name) == "passes" and any(map(self._is_it, given)):
-            self._having_it.add(frame)
-        if room(name) not in PLUMBING and self._is_called_by_who_has_it(frame):
-            self.way.add(name)
+        if room(name) == "passes" and any(map(self._holds_weight, given)):
+            self._holders.add(frame)
+        if room(name) not in PLUMBING and self._is_called_by_holder(frame):
+            self.path.add(name)
 
-    def _is_called_by_who_has_it(self, frame: FrameType | None) -> bool:
+    def _is_called_by_holder(self, frame: FrameType | None) -> bool:
         while frame is not None:
-            if frame in self._having_it:
+            if frame in self._holders:
                 return True
             frame = frame.f_back
         return False
 
-    def _is_it(self, value: object) -> bool:
+    def _holds_weight(self, value: object) -> bool:
         """Whether `value` is the weight in one of its forms, or a batch that contains it."""
         target = getattr(value, "target", value)
         entry = getattr(value, "entry", value)

@@ -102,12 +102,12 @@ class SyntheticCheckpoint:
                 file=folder / file,
                 tensors={name: shapes[name] for name in names},
                 dtype=self.dtype,
-                device=_spread(self.device, number),
+                device=_device_of(self.device, number),
                 seed=self.seed,
             )
 
 
-def _spread(device: torch.device, number: int) -> torch.device:
+def _device_of(device: torch.device, number: int) -> torch.device:
     """The device that draws the `number`-th shard: the GPUs of the machine in turn."""
     if device.type != "cuda":
         return device

@@ -43,7 +43,7 @@ def stock(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
         folder, quantization_config=quantization, dtype=dtype, device_map={"": "cpu"}, trust_remote_code=False
     )
     model.config.use_cache = False
-    return as_it_is(model.train())
+    return keep_packing(model.train())
 
 
 def adapted(model: Any, family: str, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -89,7 +89,7 @@ def ours(
     )
 
 
-def as_it_is(model: nn.Module) -> nn.Module:
+def keep_packing(model: nn.Module) -> nn.Module:
     """Keep bitsandbytes from repacking the weights of `model` in evaluation on CPUs with AVX512-BF16."""
     from bitsandbytes.nn import Linear4bit
 

@@ -23,7 +23,7 @@ from surgery.quantizers.bnb import linear4bits
 __all__ = ["check"]
 
 #: Tolerance of losses in one process, where both sides compute the same.
-ALONE: Final = 0.0
+TOLERANCE: Final = 0.0
 
 Result = TypeVar("Result")
 
@@ -44,26 +44,26 @@ def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
     wanted = _attempt(lambda: arms.adapted(arms.stock(folder / "base"), family))
     found = _attempt(lambda: arms.ours(folder / "base", family))
     if isinstance(wanted, Exception):
-        return _without_stock(family, wanted, found)
+        return _outcome_without_stock(family, wanted, found)
     if isinstance(found, Exception):
-        return _without_ours(family, wanted, found)
+        return _outcome_without_ours(family, wanted, found)
     with found:
         why = list(differences(found, wanted))  # before a forward, which changes some buffers
         failure = _attempt(lambda: _try_out(wanted))
         if failure is not None:
             return Outcome(family=family, verdict="stock fails", why=_line(failure))
-        why += _run_different(family, folder, found, wanted)
+        why += _compare_steps(family, folder, found, wanted)
         sizes = {
             "quantized": len(linear4bits(found)),
             "adapters": sum(parameter.requires_grad for parameter in found.parameters()),
         }
     if why:
         return Outcome(family=family, verdict="differs", why="; ".join(why), **sizes)
-    exact = Outcome(family=family, verdict="exact", why="; ".join(_left_out(family)), **sizes)
-    return _with_ranks(exact, folder) if shard else exact
+    exact = Outcome(family=family, verdict="exact", why="; ".join(_exclusions(family)), **sizes)
+    return _compare_with_ranks(exact, folder) if shard else exact
 
 
-def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
+def _compare_with_ranks(exact: Outcome, folder: Path) -> Outcome:
     """Extend an exact outcome by the comparison on two ranks."""
     why = _attempt(lambda: sharded.different(exact.family, folder))
     if isinstance(why, surgery.ConfigError):
@@ -73,7 +73,7 @@ def _with_ranks(exact: Outcome, folder: Path) -> Outcome:
     return replace(exact, verdict="differs", why="; ".join(why)) if why else replace(exact, sharded="exact")
 
 
-def _left_out(family: str) -> Iterator[str]:
+def _exclusions(family: str) -> Iterator[str]:
     """The exclusions of the family from the comparison, in words."""
     if family in EXCLUDED:
         yield f"adapters without {', '.join(f'`{name}`' for name in EXCLUDED[family])}: PEFT cannot adapt it"
@@ -94,7 +94,7 @@ def _try_out(model: Any) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
+def _outcome_without_stock(family: str, error: Exception, found: Any) -> Outcome:
     """The outcome for a model that stock cannot load or adapt, which this project must not do silently."""
     if isinstance(found, Exception):
         return Outcome(family=family, verdict="stock fails", why=_line(error))
@@ -105,7 +105,7 @@ def _without_stock(family: str, error: Exception, found: Any) -> Outcome:
     return Outcome(family=family, verdict="differs", why=f"trains here alone; stock: {_line(error)}")
 
 
-def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
+def _outcome_without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
     failure = _attempt(lambda: _try_out(wanted))
     if failure is not None:
         return Outcome(family=family, verdict="stock fails", why=_line(failure))
@@ -114,7 +114,7 @@ def _without_ours(family: str, wanted: Any, error: Exception) -> Outcome:
     return Outcome(family=family, verdict="differs", why=f"not loaded: {_line(error)}")
 
 
-def _run_different(family: str, folder: Path, found: Any, wanted: Any) -> list[str]:
+def _compare_steps(family: str, folder: Path, found: Any, wanted: Any) -> list[str]:
     """Compare both models in each step, and list the differences; a step that raises is the last."""
     why: list[str] = []
     for step in (_run, _train, _save):
@@ -132,7 +132,7 @@ def _run(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
 
 
 def _train(_family: str, _folder: Path, found: Any, wanted: Any) -> Iterator[str]:
-    losses = list(different_losses(train(found), train(wanted), ALONE))
+    losses = list(different_losses(train(found), train(wanted), TOLERANCE))
     yield from losses or (f"after training, {difference}" for difference in differences(found, wanted))
 
 

@@ -31,13 +31,13 @@ class NotMadeError(Exception):
 def save_random(family: str, folder: Path) -> None:
     """Save the checkpoint in `folder`: in float32 the tensors that transformers keeps so, in bfloat16 all others."""
     try:
-        model = _made(family)
+        model = _tiny_model(family)
     except Exception as error:
         raise NotMadeError(textwrap.shorten(f"{type(error).__name__}: {error}", 320, placeholder=" ...")) from error
     model.save_pretrained(folder)
 
 
-def _made(family: str) -> Any:
+def _tiny_model(family: str) -> Any:
     config = tiny_config(family)
     build = _builder(config)
     with torch.device("meta"):
@@ -73,7 +73,7 @@ def _randomize(model: Any, family: str) -> None:
         model.load_state_dict(own)
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            for name, tensor in _stored(model):
+            for name, tensor in _stored_tensors(model):
                 if not name.endswith(left_alone):
                     _draw(name, tensor, scale, generator)
             loss = None if _text_alone(model.config) else loss_of(model)
@@ -82,7 +82,7 @@ def _randomize(model: Any, family: str) -> None:
     raise ArithmeticError("the loss is not finite with random weights")
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The floating-point tensors of `model` that a checkpoint stores, each once."""
     stored = model.state_dict(keep_vars=True)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -101,6 +101,6 @@ def _draw(name: str, tensor: torch.Tensor, scale: float, generator: torch.Genera
 
 def _cast(model: Any) -> None:
     kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    for name, tensor in _stored(model):
+    for name, tensor in _stored_tensors(model):
         if not any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in kept):
             tensor.data = tensor.data.to(torch.bfloat16)

@@ -68,7 +68,7 @@ def _on_rank(family: str, folder: Path) -> Trained | surgery.ConfigError:
         except surgery.ConfigError as refusal:
             return refusal
         with sharded as model:
-            arms.as_it_is(model)
+            arms.keep_packing(model)
             losses[halves] = _mean(train(model, IDS.chunk(2)[dist.get_rank()] if halves else IDS))
             if not halves:
                 surgery.save_adapter(model, folder / "sharded")

@@ -38,8 +38,8 @@ RULES: Final[tuple[tuple[str, int], ...]] = (
     (r"(.*_)?sliding_window(_size)?|(attention_)?window_size|local_attention(_window_len)?|attention_chunk_size", 8),
 )
 
-#: Values for attributes without a default, which some families' code requires.
-OPEN: Final = {"head_dim": 16, "num_key_value_heads": 4}
+#: Values for attributes that default to None, where the code of some families requires one.
+DEFAULTS: Final = {"head_dim": 16, "num_key_value_heads": 4}
 
 #: Attributes with the number of layers of a part.
 LAYERS: Final = re.compile(r"((num_)?(hidden|encoder|decoder)_)?(n_|num_)?layers?|(num_)?(n_)?(blocks|depth)")
@@ -84,7 +84,7 @@ def shrunk(config: Any) -> dict[str, Any]:
     values = {name: value for name, value in config.to_dict().items() if name not in config.sub_configs}
     changes = {name: new for name, value in values.items() if (new := _smaller(name, value)) != value}
     changes.update(_layers(values))
-    changes.update(_same_heads(values, changes))
+    changes.update(_match_heads(values, changes))
     for name in config.sub_configs:
         part = getattr(config, name, None)
         if part is not None:
@@ -101,7 +101,7 @@ def _smaller(name: str, value: Any) -> Any:
         return 0.0 if re.search("drop|jitter", name) else value
     if isinstance(value, dict) and name.endswith("_config"):  # a part without a config class
         return {key: _smaller(key, inner) for key, inner in value.items()}
-    return OPEN.get(name) if value is None else value
+    return DEFAULTS.get(name) if value is None else value
 
 
 def _smaller_number(name: str, value: int) -> int:
@@ -111,7 +111,7 @@ def _smaller_number(name: str, value: int) -> int:
     return min(value, small)
 
 
-def _same_heads(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _match_heads(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Set as many key/value heads as query heads, if they were equal before."""
     heads = values.get("num_attention_heads")
     same = isinstance(heads, int) and values.get("num_key_value_heads") == heads

@@ -23,7 +23,7 @@ __all__ = ["check_attest"]
 
 TOKENS, FEW_TOKENS = 1024, 64
 LORA_RANK = 16
-TIMES = 5
+REPEATS = 5
 
 #: The patch without which FSDP2 changes packed words.
 GATHER = "torch.fsdp2-bit-exact-gather"
@@ -101,7 +101,7 @@ def _forward(job: Job, model: Any) -> None:
 
 
 def _median(job: Job, action: Callable[[], object]) -> float:
-    return statistics.median(_milliseconds(job, action) for _ in range(TIMES))
+    return statistics.median(_milliseconds(job, action) for _ in range(REPEATS))
 
 
 def _milliseconds(job: Job, action: Callable[[], object]) -> float:

@@ -42,7 +42,7 @@ BATCHES = 4
 #: Timed in turn, in every order: one step of each of the three arms is a triple. "again" is stock a second time, and
 #: shows the difference between two equal arms. The first triples are not counted.
 ARMS = ("stock", "patched", "again")
-SETTLING = 4
+WARMUP_TRIPLES = 4
 TRIPLES_OF_STEPS, TRIPLES_OF_GATHERS, FEW_TRIPLES = 150, 60, 6
 GATHERS = 50
 RESAMPLES = 2000
@@ -122,7 +122,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module]) -> dict[str, Any]:
-    """Shard `model`, and compare words in one forward, and losses, with those before."""
+    """Shard `model`, and compare its packed words in forward, and its losses, with those before."""
     packed = {layer: _words(layer).clone() for layer in layers}
     expected = _losses(job, model)
     _shard(job, model)
@@ -152,7 +152,7 @@ def _compare_with_unsharded(job: Job, model: nn.Module, layers: list[nn.Module])
 
 
 def _words(layer: nn.Module) -> torch.Tensor:
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]  # of a 4-bit layer
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]  # a 4-bit layer has one
     return weight.detach().view(-1).view(torch.int16)
 
 
@@ -209,12 +209,12 @@ def _compare_arms(layers: list[nn.Module], seconds: Callable[[], float], triples
     """Medians by arm, and of the ratios within each triple, since machines drift, with 95 % intervals of the latter."""
     orders = list(itertools.permutations(ARMS))
     timed: list[dict[str, float]] = []
-    for number in range(SETTLING + triples):
+    for number in range(WARMUP_TRIPLES + triples):
         timed.append({})
         for arm in orders[number % len(orders)]:
             with _arm(arm, layers):
                 timed[-1][arm] = seconds()
-    counted = timed[SETTLING:]
+    counted = timed[WARMUP_TRIPLES:]
     return {
         **{f"{arm}_ms": round(1000 * statistics.median(found[arm] for found in counted), 4) for arm in ARMS},
         "triples": triples,

@@ -55,7 +55,7 @@ def make_checkpoint(job: Job) -> dict[str, str]:
 def _load_and_train(job: Job, folder: str, placement: Placement) -> dict[str, Any]:
     from peft import LoraConfig
 
-    _start_afresh(job)
+    _free_memory(job)
     report = surgery.Report(device=job.device)
     start = time.perf_counter()
     built: Any = surgery.qlora(
@@ -81,7 +81,7 @@ def _load_and_train(job: Job, folder: str, placement: Placement) -> dict[str, An
     }
 
 
-def _start_afresh(job: Job) -> None:
+def _free_memory(job: Job) -> None:
     """Free the previous model and its cached memory."""
     gc.collect()
     if job.on_cuda:

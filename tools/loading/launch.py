@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_load.py"
 
 #: Seconds within which torchrun ends its ranks: it terminates them, and kills them after 30.
-FAREWELL = 60
+SHUTDOWN_LIMIT = 60
 
 #: Number of log lines to print for a run that failed.
 LOG_LINES = 12
@@ -32,7 +32,7 @@ def compare(options: Options, parsed: argparse.Namespace) -> Results:
     """Run all turns of all ways, alternating ways, each in new processes unless `parsed.together`."""
     # `timeout` sends SIGTERM; an exit through `finally` ends the children too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    starts = [options] if parsed.together else list(_single(options))
+    starts = [options] if parsed.together else list(_single_turns(options))
     outcomes: list[Outcome] = []
     turns: dict[str, int] = {}
     for start in starts:
@@ -46,7 +46,7 @@ def compare(options: Options, parsed: argparse.Namespace) -> Results:
     return Results(options=options, environment=environment(options, ranks=parsed.ranks), outcomes=tuple(outcomes))
 
 
-def _single(options: Options) -> Iterator[Options]:
+def _single_turns(options: Options) -> Iterator[Options]:
     """Split options into one turn of one way each, with training in the last turn alone."""
     for turn in range(options.repeats):
         is_last = turn == options.repeats - 1
@@ -72,7 +72,7 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
             print("\n".join(tail), file=sys.stderr)
             found = [_interrupted(outcome, options, failure) for outcome in found]
-        return [*found, *_silent(options, found, ranks, failure or "ended without a word")]
+        return [*found, *_missing_outcomes(options, found, ranks, failure or "ended without a word")]
 
 
 def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
@@ -84,7 +84,7 @@ def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
     finally:
         # torchrun ends its ranks, which are neither our children nor in its process group.
         child.terminate()
-        child.wait(timeout=FAREWELL)
+        child.wait(timeout=SHUTDOWN_LIMIT)
     return f"torchrun ended with {code}" if code else None
 
 
@@ -97,7 +97,7 @@ def _interrupted(outcome: Outcome, options: Options, failure: str) -> Outcome:
     return outcome
 
 
-def _silent(options: Options, found: list[Outcome], ranks: int, failure: str) -> Iterator[Outcome]:
+def _missing_outcomes(options: Options, found: list[Outcome], ranks: int, failure: str) -> Iterator[Outcome]:
     """Outcomes for ranks that have written none, because another one has failed or all were stopped."""
     known = {(outcome.way, outcome.rank) for outcome in found}
     for way in options.ways:

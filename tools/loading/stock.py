@@ -37,12 +37,12 @@ def load_stock(case: Case, *, fsdp: int) -> Trainee:
     ids = case.tokens(model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # a transformers model has one
     if accelerator is None:
         clip = getattr(model, "clip_grad_norm_", lambda limit: nn.utils.clip_grad_norm_(model.parameters(), limit))
-        return Trainee(step=plain_step(model, optimizer, ids, clip=clip), close=_forget)
+        return Trainee(step=plain_step(model, optimizer, ids, clip=clip), close=_reset)
 
     def clip_all(limit: float) -> object:
         return accelerator.clip_grad_norm_(model.parameters(), limit)
 
-    return Trainee(step=plain_step(model, optimizer, ids, clip=clip_all, backward=accelerator.backward), close=_forget)
+    return Trainee(step=plain_step(model, optimizer, ids, clip=clip_all, backward=accelerator.backward), close=_reset)
 
 
 def _plugin(case: Case, fsdp: int) -> Any:
@@ -74,7 +74,7 @@ def _prepare(accelerator: Any, model: nn.Module, fsdp: int) -> tuple[nn.Module, 
     return wrapped, accelerator.prepare(adamw(wrapped))
 
 
-def _forget() -> None:
+def _reset() -> None:
     """Reset the state that accelerate keeps in classes and in the environment, before the next way runs."""
     from accelerate.state import AcceleratorState
 

@@ -43,15 +43,15 @@ class Summary:
 def summarize(way: str, outcomes: Sequence[Outcome]) -> Summary:
     """Summarize the outcomes of `way`."""
     mine = [outcome for outcome in outcomes if outcome.way == way]
-    error = next((outcome.error for outcome in _most_telling(mine) if outcome.error), None)
+    error = next((outcome.error for outcome in _own_errors_first(mine) if outcome.error), None)
     loads = [(outcome, outcome.load) for outcome in mine if outcome.load is not None]
     if not loads:
         return Summary(way=way, error=error)
     turns = sorted({outcome.turn for outcome in mine})
     by_turn = {turn: [load for outcome, load in loads if outcome.turn == turn] for turn in turns}
-    ready = {turn: max(load.ready for load in of) for turn, of in by_turn.items() if of}
+    ready = {turn: max(load.ready for load in found) for turn, found in by_turn.items() if found}
     trainings = [[each.training for each in mine if each.turn == turn and each.training] for turn in turns]
-    training = _of_training([of for of in trainings if of])
+    training = _training_fields([found for found in trainings if found])
     middle = sorted(ready, key=lambda turn: ready[turn])[(len(ready) - 1) // 2]
     slowest = max(by_turn[middle], key=lambda load: load.seconds)
     return Summary(
@@ -75,12 +75,12 @@ def _most(loads: Sequence[tuple[Outcome, Load]], value: Callable[[Load], int]) -
     return max(value(load) for _, load in loads)
 
 
-def _most_telling(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def _own_errors_first(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Sort outcomes so that ranks with an error of their own come before ranks that were only stopped."""
     return sorted(outcomes, key=lambda outcome: "torchrun" in (outcome.error or "torchrun"))
 
 
-def _of_training(turns: Sequence[Sequence[Training]]) -> dict[str, Any]:
+def _training_fields(turns: Sequence[Sequence[Training]]) -> dict[str, Any]:
     """The training fields of a summary, from the ranks of each turn; losses are those of the first turn."""
     if not turns:
         return {}

@@ -21,19 +21,19 @@ __all__ = ["World", "joined"]
 TIMEOUT = timedelta(minutes=8)
 
 #: Longest wait of ranks for each other after a way has failed on one of them.
-PATIENCE = timedelta(seconds=90)
+FAILURE_TIMEOUT = timedelta(seconds=90)
 
 GIB = 1024**3
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank. `aside` is a group for coordination, since a failing way may leave the default group out of step."""
+    """This rank. `control_group` coordinates ranks, since a failing way may leave the default group out of step."""
 
     rank: int
     size: int
     device: torch.device
-    aside: dist.ProcessGroup
+    control_group: dist.ProcessGroup
 
     @property
     def on_cuda(self) -> bool:
@@ -53,7 +53,9 @@ class World:
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
-        return any(gather_objects(value, self.aside))
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control_group)
+        return any(found)
 
     def clear(self) -> None:
         """Release unused memory: of the device, of pinned pages, and of malloc's heap."""
@@ -87,7 +89,7 @@ def joined(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
-        aside=dist.new_group(backend="gloo", timeout=PATIENCE),
+        control_group=dist.new_group(backend="gloo", timeout=FAILURE_TIMEOUT),
     )
     world.meet()
     yield world

@@ -29,7 +29,7 @@ reason; on one, its probe asks the device at hand ([exactness under FSDP2](fsdp2
 """
 
 #: Patches whose defect only a GPU has; without one, the probe cannot confirm their version window.
-_OF_GPUS: Final = frozenset({"torch.fsdp2-bit-exact-gather"})
+_GPU_ONLY: Final = frozenset({"torch.fsdp2-bit-exact-gather"})
 
 
 def page(outcomes: Sequence[Outcome], installed: Mapping[str, str]) -> str:
@@ -61,7 +61,7 @@ def contradictions(outcomes: Iterable[Outcome]) -> Iterator[tuple[str, str, Outc
             outside = " is not in " in found["why"]
             if found["verdict"] == "unknown" and outside and "sees the defect" in found["why"]:
                 yield patch_id, "the defect is there, outside the window", outcome
-            if found["verdict"] == "obsolete" and not outside and patch_id not in _OF_GPUS:
+            if found["verdict"] == "obsolete" and not outside and patch_id not in _GPU_ONLY:
                 yield patch_id, "the defect is not there, inside the window", outcome
 
 

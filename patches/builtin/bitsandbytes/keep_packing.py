@@ -1,4 +1,4 @@
-"""`bitsandbytes.keep-packing`: evaluation on a CPU with AVX512-BF16 leaves the packed weight as it is."""
+"""`bitsandbytes.keep-packing`: evaluation on a CPU with AVX512-BF16 leaves the packed weight unchanged."""
 
 from __future__ import annotations
 
