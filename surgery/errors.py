@@ -1,4 +1,4 @@
-"""Every error that surgery raises on purpose: one root, and a kind for each thing a caller may want to handle."""
+"""Errors that surgery raises on purpose: one root, and a kind for each thing that a caller may handle."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class NotFilledError(SurgeryError, RuntimeError):
 
 
 class QuantizerError(SurgeryError, ValueError):
-    """A quantizer whose layout or results are not of the sizes that `surgery.quantizers.base.Quantizer` promises."""
+    """A format whose layout or results are not of the sizes that `surgery.quantizers.base.QuantFormat` promises."""
 
 
 class TraceError(SurgeryError, ValueError):

@@ -1,4 +1,4 @@
-"""Attest a model at rest, and its weights as forward sees them: gathered."""
+"""Attest a model at rest, and the gathered weights in forward."""
 
 from __future__ import annotations
 
