@@ -23,7 +23,7 @@ from surgery.sharding.base import strategy_of
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["active_adapter", "adapter_state", "by_peft_key", "find_peft_model", "peft_state", "save_adapter"]
+__all__ = ["adapter_state", "by_peft_key", "save_adapter"]
 
 
 @together()

@@ -29,7 +29,7 @@ from surgery.errors import ConfigError, SelectorError
 from surgery.quantizers.digest import Piece, Record, Records, page_count, page_sums, records_of, settle
 from surgery.sharding.base import strategy_of
 
-__all__ = ["Watch", "attest", "attesting", "chosen_records", "raise_any", "rest_differences"]
+__all__ = ["Watch", "attest", "attesting"]
 
 
 @together()

@@ -20,7 +20,6 @@ from surgery.quantizers.digest import Piece, Record, Records, Sums, cut, on_cpu,
 from surgery.sharding.base import Shard
 
 __all__ = [
-    "add_up",
     "complete",
     "fingerprint",
     "gather_whole",

@@ -20,7 +20,7 @@ from surgery.finetune.records import Conversation, Record, Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Span", "encode_marked", "encode_records", "has_generation_markers", "render_conversation"]
+__all__ = ["Sample", "encode_records"]
 
 Span: TypeAlias = tuple[int, int]
 

@@ -14,7 +14,7 @@ import torch
 
 from surgery.telemetry.measurements import SAMPLE_PERIOD, History, Phase, Prediction, Sample, Sampler, anonymous_memory
 
-__all__ = ["Notice", "Phase", "Report", "anonymous_memory", "group_names", "say"]
+__all__ = ["Phase", "Report", "anonymous_memory", "group_names", "say"]
 
 T = TypeVar("T")
 
