@@ -1,4 +1,4 @@
-"""The command line: one command a subject, and every expected error as a message and an exit code."""
+"""The command line: its commands, and expected errors as messages and exit codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _root() -> None:
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, as torchrun sends it to the ranks that are left: what Ctrl-C cleans up, this does."""
+    """SIGTERM, as torchrun sends it to the ranks that are left; it cleans up as Ctrl-C does."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _terminate(*_: object) -> None:
 
 
 def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """`command`, with expected errors said on stderr (exit code 2), Ctrl-C quiet (130), and SIGTERM too (143).
+    """Wrap `command`: expected errors go to stderr (exit code 2), Ctrl-C (130) and SIGTERM (143) are quiet.
 
     Anything else is a bug, here or upstream, and keeps its traceback.
     """
@@ -102,7 +102,7 @@ def _message(error: BaseException) -> str:
 
 
 def _say(message: str) -> None:
-    """Rank 0 speaks for all; another rank says one line, in case that it alone has something to say."""
+    """Print for all from rank 0; another rank prints one line, in case that it alone has failed."""
     rank = os.environ.get("RANK", "0")
     text = message if rank == "0" else f"rank {rank}: {message.splitlines()[0]}"
     typer.echo(text, err=True)

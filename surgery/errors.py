@@ -1,4 +1,4 @@
-"""Every error that surgery raises on purpose: one root, and a kind for each thing a caller may want to handle."""
+"""Errors that surgery raises on purpose: one root, and a kind for each thing that a caller may handle."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _held: dict[Path, AdapterFolder] = {}
 
 @contextmanager
 def hold(directory: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[AdapterFolder]:
-    """A block during which `directory` is this process's to save adapters in; one inside the other is the same.
+    """Hold `directory`, to save adapters in it, for a block; a block inside of another has the same folder.
 
     It is made if it is not there, tried by writing to it, and put in order after processes that were killed. Links are
     followed. A folder that was made, and nothing was put in, is removed at the end.
@@ -273,7 +273,7 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`tensors` as safetensors takes them: contiguous, and no two in the same memory."""
+    """Copy `tensors` where safetensors needs it: contiguous, and no two in the same memory."""
     separate: dict[str, torch.Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():

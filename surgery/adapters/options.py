@@ -15,7 +15,7 @@ from surgery.errors import ConfigError, SelectorError
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["INITIALIZATIONS", "OPTIONS", "check_adapter", "check_built", "check_modules", "unknown_targets"]
+__all__ = ["OPTIONS", "check_adapter", "check_built", "check_modules", "unknown_targets"]
 
 #: Values of `init_lora_weights` that do not look at the base weight in full precision, which 4 bits do not hold.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")

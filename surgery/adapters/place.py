@@ -120,7 +120,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A block during which no other process is in a block of `folder`, by whatever path it came there.
+    """Lock `folder` for a block, against other processes by whatever path.
 
     On a file system without locks two processes are not noticed. The file of the lock is removed at the end; one that a
     killed process has left is taken over.

@@ -121,7 +121,7 @@ def _like(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _is_uniform(lora: Any) -> bool:
-    """Whether the options cannot tell one decoder block from another: they are plain names, none with a number."""
+    """Whether the options treat all decoder blocks alike: they are plain names, none with a number."""
     numbers = (lora.layers_to_transform is not None, lora.layers_pattern)
     indices = getattr(lora, "trainable_token_indices", None)
     parameters = getattr(lora, "target_parameters", None)
@@ -133,7 +133,7 @@ def _is_uniform(lora: Any) -> bool:
 
 
 def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
-    """Blocks -> the first one that has the same modules and parameters, under the same names; without those first."""
+    """Map blocks to the first one with the same modules, parameters and names; that one is left out."""
     first: dict[object, Site] = {}
     found = {site: first.setdefault(_kind(site.module), site) for site in blocks}
     holders = Counter(parameter for site in blocks for parameter in site.module.parameters())

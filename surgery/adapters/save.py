@@ -23,7 +23,7 @@ from surgery.sharding.base import strategy_of
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["active_adapter", "adapter_state", "by_peft_key", "find_peft_model", "peft_state", "save_adapter"]
+__all__ = ["adapter_state", "by_peft_key", "save_adapter"]
 
 
 @together()
@@ -120,7 +120,7 @@ def find_peft_model(model: nn.Module) -> tuple[str, PeftModel]:
 
 
 def active_adapter(model: PeftModel) -> str:
-    """The name of the one adapter of `model` that is active, which is the one that is trained and saved."""
+    """The name of the one active adapter of `model`, which is trained and saved."""
     active = list(model.active_adapters)
     if len(active) == 1:
         return active[0]
@@ -131,8 +131,9 @@ def active_adapter(model: PeftModel) -> str:
 
 
 def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state`, whole tensors of `model` by FQN, under the keys that PEFT has for the active adapter in a file, together
-    with the buffers of modules that are saved whole.
+    """Rename `state`, whole tensors by FQN, to the keys of PEFT's file for the active adapter of `model`.
+
+    Buffers of modules that are saved whole are added.
 
     What PEFT takes, and how it calls it, follows from names and the configuration. So it is asked about a copy of the
     tree that has these tensors and no wrappers: FSDP1 takes a question of one rank for a collective, and its names

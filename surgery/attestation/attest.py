@@ -1,4 +1,4 @@
-"""Attest a model at rest, and its weights as forward sees them: gathered."""
+"""Attest a model at rest, and the gathered weights in forward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from surgery.errors import ConfigError, SelectorError
 from surgery.quantizers.digest import Piece, Record, Records, page_count, page_sums, records_of, settle
 from surgery.sharding.base import strategy_of
 
-__all__ = ["Watch", "attest", "attesting", "chosen_records", "raise_any", "rest_differences"]
+__all__ = ["Watch", "attest", "attesting"]
 
 
 @together()

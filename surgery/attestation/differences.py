@@ -47,7 +47,7 @@ class Difference:
 
 
 class AttestationError(SurgeryError):
-    """4-bit weights that are not what was quantized; `differences` says of which layer, on which rank, and how many.
+    """4-bit weights that are not what was quantized; `differences` has layer, ranks and amount of each.
 
     Raised on all ranks alike. `differences` is empty if there was nothing to look at.
     """
@@ -76,7 +76,7 @@ class Attestation:
 
 
 def union(differences: Iterable[Difference]) -> list[Difference]:
-    """Differences that are alike but for the ranks as one each, for a message; in their order."""
+    """Join differences that are alike but for their ranks, in order, for a message."""
     alike: dict[Difference, list[int]] = {}
     for each in differences:
         alike.setdefault(replace(each, ranks=()), []).extend(each.ranks)

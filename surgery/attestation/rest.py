@@ -1,4 +1,4 @@
-"""Compare what ranks hold between uses, shards and `quant_state`, with what was quantized.
+"""Compare shards and `quant_state`, between uses, with what was quantized.
 
 Functions are collective, on one rank too, unless they say otherwise.
 """
@@ -15,12 +15,11 @@ import torch.distributed as dist
 from torch import nn
 
 from surgery.attestation.differences import Difference
-from surgery.comm.collectives import all_gather_single, gather_objects
+from surgery.comm.collectives import all_gather_flat, gather_objects
 from surgery.quantizers.digest import Piece, Record, Records, Sums, cut, on_cpu, page_count, page_sums, pages_between
 from surgery.sharding.base import Shard
 
 __all__ = [
-    "add_up",
     "complete",
     "fingerprint",
     "gather_whole",
@@ -68,7 +67,7 @@ def complete(records: Sequence[Record]) -> None:
 
 
 def state_disagreements(records: Sequence[Record]) -> list[Difference]:
-    """Layers of which a rank has computed another `quant_state` than rank 0; the others return nothing.
+    """Layers of which a rank has computed another `quant_state`, on rank 0; none on the others.
 
     All compute it from the same statistics, but devices of different kinds may differ.
     """
@@ -93,18 +92,14 @@ def fingerprint(records: Sequence[Record]) -> str:
 
 
 def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Tensor:
-    """The packed weight that `shard` is a part of, `(nbytes,)` uint8 on the CPU; as bytes all the way."""
+    """The whole packed weight of `shard`, `(nbytes,)` uint8 on the CPU, gathered as bytes."""
     mine = shard.piece.data.detach().reshape(-1).view(torch.uint8)
     if shard.group is None:
         return mine.cpu()
     ranges = gather_objects((shard.piece.start, shard.piece.stop), shard.group)
-    longest = max(stop - start for start, stop in ranges)
-    sent = torch.zeros(longest, dtype=torch.uint8, device=device)
-    sent[: mine.numel()] = mine
-    received = torch.empty(len(ranges) * longest, dtype=torch.uint8, device=device)
-    all_gather_single(received, sent, group=shard.group)
+    parts = all_gather_flat(mine.to(device), [stop - start for start, stop in ranges], group=shard.group).cpu()
     whole = torch.zeros(nbytes, dtype=torch.uint8)
-    for (start, stop), part in zip(ranges, received.cpu().view(-1, longest), strict=True):
+    for (start, stop), part in zip(ranges, parts, strict=True):
         whole[start:stop] = part[: stop - start]
     return whole
 
@@ -235,7 +230,7 @@ class _Claim(NamedTuple):
 
 
 def _claim(held: _Held, *, adds_up: bool) -> _Claim:
-    """`adds_up`: the parts that ranks of this group hold make the right whole."""
+    """State what is known of a part. adds_up: the parts that ranks of this group hold make the right whole."""
     is_right = not held.differing() if held.is_known else (adds_up or None)
     return _Claim(held.sums.start, held.sums.stop, held.sums.pages.tolist(), is_right)
 

@@ -35,14 +35,16 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered  # type: ignore[return-value]  # each rank has filled its own
 
 
-def all_gather_flat(mine: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """`(ranks, max(sizes))`: row i begins with the 1-D tensor of rank i, which has `sizes[i]` elements."""
+def all_gather_flat(
+    mine: torch.Tensor, sizes: Sequence[int], *, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """Gather `(ranks, max(sizes))`: row i begins with the 1-D tensor of rank i, which has `sizes[i]` elements."""
     longest = max(sizes)
     padded = mine.new_zeros(longest)
     padded[: mine.numel()] = mine
     out = mine.new_empty(len(sizes) * longest)
     with noticing_ends():
-        all_gather_single(_bytes(out), _bytes(padded))
+        all_gather_single(_bytes(out), _bytes(padded), group=group)
     return out.view(len(sizes), longest)
 
 

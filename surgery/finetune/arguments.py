@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import typer
 
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
@@ -24,6 +27,7 @@ __all__ = [
     "QuantType",
     "ScheduleName",
     "StrategyName",
+    "panel",
     "parse_list",
     "parse_mesh",
     "parse_shard",
@@ -53,6 +57,11 @@ OF_FSDP2: dict[StrategyName, str] = {
     "hybrid-shard": "leave it out, since --mesh alone makes FSDP2 hybrid",
     "no-shard": "use --mesh Nx1 on N ranks, where each keeps everything",
 }
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """A function of help, names and further arguments of `typer.Option` that makes an option of the panel `title`."""
+    return lambda text, *names, **more: typer.Option(*names, help=text, rich_help_panel=title, **more)
 
 
 def parse_list(value: str) -> tuple[str, ...]:

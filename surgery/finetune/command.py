@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -19,6 +18,7 @@ from surgery.finetune.arguments import (
     QuantType,
     ScheduleName,
     StrategyName,
+    panel,
     parse_list,
     parse_mesh,
     parse_shard,
@@ -51,17 +51,12 @@ anything else.
 """
 
 
-def _panel(title: str) -> Callable[..., Any]:
-    """A function of help, names and further arguments of `typer.Option` that makes an option of the panel `title`."""
-    return lambda text, *names, **more: typer.Option(*names, help=text, rich_help_panel=title, **more)
-
-
-_data = _panel("Data")
-_training = _panel("Training")
-_adapter = _panel("Adapter")
-_quantization = _panel("Quantization and precision")
-_sharding = _panel("Sharding and memory")
-_output = _panel("Output")
+_data = panel("Data")
+_training = panel("Training")
+_adapter = panel("Adapter")
+_quantization = panel("Quantization and precision")
+_sharding = panel("Sharding and memory")
+_output = panel("Output")
 
 
 def finetune(

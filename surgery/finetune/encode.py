@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from surgery.errors import ConfigError, DataError
 from surgery.finetune.records import Conversation, Record, Text
@@ -20,7 +20,7 @@ from surgery.finetune.records import Conversation, Record, Text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Sample", "Span", "encode_marked", "encode_records", "has_generation_markers", "render_conversation"]
+__all__ = ["Sample", "encode_records"]
 
 Span: TypeAlias = tuple[int, int]
 
@@ -35,8 +35,9 @@ def has_generation_markers(record: Conversation, tokenizer: PreTrainedTokenizerB
 
     A tokenizer may have a template of its own for conversations with tools.
     """
+    tools: Any = list(record.tools) or None
     with _template_errors(record):
-        return bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=cast("Any", _tools(record)))))
+        return bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template(tools=tools)))
 
 
 def encode_marked(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -44,16 +45,9 @@ def encode_marked(record: Conversation, tokenizer: PreTrainedTokenizerBase) -> t
 
     Raises `DataError` if the template refuses the messages, or does not show one, or the tools.
     """
-    _check_all_is_shown(record, tokenizer, _as_text(record, tokenizer, len(record.messages)))
-    with _template_errors(record):
-        encoding = tokenizer.apply_chat_template(
-            _dicts(record, len(record.messages)),
-            tools=_tools(record),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-    marked = cast("Mapping[str, list[int]]", encoding)
+    _check_all_is_shown(record, tokenizer, _as_text(record, tokenizer))
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    marked = _apply_template(record, tokenizer, **options)
     return marked["input_ids"], marked["assistant_masks"]
 
 
@@ -65,7 +59,7 @@ def render_conversation(record: Conversation, tokenizer: PreTrainedTokenizerBase
     `DataError` if the template refuses the messages, does not show one, or the tools, or renders a turn differently
     once later turns follow.
     """
-    text = _as_text(record, tokenizer, len(record.messages))
+    text = _as_text(record, tokenizer)
     _check_all_is_shown(record, tokenizer, text)
     turns = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
     return text, tuple(_span(record, tokenizer, turn, text) for turn in turns)
@@ -83,7 +77,7 @@ def _check_all_is_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase
                 "to the model, or not to its end; remove that message, or give the checkpoint a chat_template.jinja "
                 "that renders it"
             )
-    if record.tools and text == _as_text(replace(record, tools=()), tokenizer, len(record.messages)):
+    if record.tools and text == _as_text(replace(record, tools=()), tokenizer):
         raise record.at.error(
             'the chat template of the checkpoint does not show tools to the model; remove "tools", or give the '
             "checkpoint a chat_template.jinja that renders them"
@@ -102,13 +96,13 @@ def _is_shown(record: Conversation, tokenizer: PreTrainedTokenizerBase, index: i
     longer = replace(message, content=f"{message.content} seen")
     changed = replace(record, messages=(*record.messages[:index], longer, *record.messages[index + 1 :]))
     try:
-        return _as_text(changed, tokenizer, len(record.messages)) != text
+        return _as_text(changed, tokenizer) != text
     except DataError:
         return True
 
 
 def _span(record: Conversation, tokenizer: PreTrainedTokenizerBase, turn: int, text: str) -> Span:
-    start = _prefix_length(text, _as_text(record, tokenizer, turn, add_generation_prompt=True))
+    start = _prefix_length(text, _as_text(record, tokenizer, turn, prompt=True))
     if start is None:
         start = _prefix_length(text, _as_text(record, tokenizer, turn))
     is_last = turn + 1 == len(record.messages)
@@ -126,29 +120,20 @@ def _prefix_length(text: str, prefix: str) -> int | None:
 
 
 def _as_text(
-    record: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    *,
-    add_generation_prompt: bool = False,
+    record: Conversation, tokenizer: PreTrainedTokenizerBase, count: int | None = None, *, prompt: bool = False
 ) -> str:
-    """The first `count` messages as text."""
+    """The first `count` messages, or all, as text, with the generation prompt of the next one if `prompt`."""
+    text: str = _apply_template(record, tokenizer, count, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _apply_template(
+    record: Conversation, tokenizer: PreTrainedTokenizerBase, count: int | None = None, **options: Any
+) -> Any:
+    messages = [{"role": message.role, "content": message.content} for message in record.messages[:count]]
+    tools: Any = list(record.tools) or None
     with _template_errors(record):
-        rendered = tokenizer.apply_chat_template(
-            _dicts(record, count),
-            tools=_tools(record),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    return cast("str", rendered)
-
-
-def _dicts(record: Conversation, count: int) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in record.messages[:count]]
-
-
-def _tools(record: Conversation) -> list[dict[str, Any] | Callable[..., Any]] | None:
-    return list(record.tools) or None
+        return tokenizer.apply_chat_template(messages, tools=tools, **options)
 
 
 @contextmanager
@@ -193,9 +178,8 @@ def encode_records(
 ) -> Iterator[Sample]:
     """One sample a record, in order, cut off after `max_length` tokens.
 
-    Raises `ConfigError` for a tokenizer that cannot do what the records need (character offsets, an
-    end-of-sequence token, a chat template), and `DataError` for a conversation that the chat template
-    refuses.
+    Raises `ConfigError` for a tokenizer that lacks what the records need (character offsets, an end-of-sequence token,
+    a chat template), and `DataError` for a conversation that the chat template refuses.
     """
     _check_tokenizer(tokenizer, records)
     for start in range(0, len(records), _CHUNK):
@@ -211,11 +195,8 @@ def encode_records(
         encoded |= _tokenize({index: item for index, item in rendered.items() if not item.is_chat}, tokenizer)
         for index in range(len(chunk)):
             ids, learnt = encoded[index]
-            yield Sample(
-                ids=array("i", ids[:max_length]),
-                learnt=array("b", learnt[:max_length]),
-                cut=max(0, len(ids) - max_length),
-            )
+            kept, flags = array("i", ids[:max_length]), array("b", learnt[:max_length])
+            yield Sample(ids=kept, learnt=flags, cut=max(0, len(ids) - max_length))
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, records: Sequence[Record]) -> None:

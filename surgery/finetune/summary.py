@@ -22,16 +22,7 @@ from surgery.finetune.options import Job
 from surgery.telemetry.atomic import write_whole
 from surgery.telemetry.report import Report
 
-__all__ = [
-    "Attested",
-    "Attestor",
-    "Check",
-    "Phases",
-    "Summary",
-    "card_sections",
-    "patch_rows",
-    "write_summary",
-]
+__all__ = ["Attested", "Attestor", "Check", "Phases", "Summary", "card_sections", "patch_rows", "write_summary"]
 
 #: Layers whose weights are compared in each watched forward, others each time; all are compared at rest.
 SAMPLE = 8

@@ -14,7 +14,9 @@ import torch
 
 from surgery.telemetry.measurements import SAMPLE_PERIOD, History, Phase, Prediction, Sample, Sampler, anonymous_memory
 
-__all__ = ["Notice", "Phase", "Report", "anonymous_memory", "group_names", "say"]
+__all__ = ["Phase", "Report", "anonymous_memory", "group_names", "say"]
+
+T = TypeVar("T")
 
 #: Kinds of notices, by the field of `Report` that keeps their names.
 Notice = Literal["read_once_per_node", "ignored", "initialized", "misread"]
@@ -71,9 +73,6 @@ def _names(groups: Mapping[str, int]) -> list[str]:
 def _common_name(members: list[list[str]]) -> str:
     """The name that all have, with `*` for numbers that are not the same in all."""
     return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*members, strict=True))
-
-
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
