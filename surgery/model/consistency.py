@@ -15,7 +15,7 @@ from torch import nn
 import patches
 from surgery.checkpoint import Checkpoint, Index
 from surgery.checkpoint.hub import can_be_hub_id
-from surgery.checkpoint.samples import samples
+from surgery.checkpoint.reader import samples
 from surgery.comm.comparison import Facts, all_alike, facts_of, same_on_every_rank
 from surgery.comm.failures import noticing_ends
 from surgery.comm.ranks import Ranks

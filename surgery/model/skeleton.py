@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.refusals import contradiction
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
-from surgery.model.extent import bounded
 from surgery.model.fqn import join, split
 from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
-__all__ = ["build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
+__all__ = ["bounded", "build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
 
 
 def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -197,3 +200,35 @@ def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:
 
 def _folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+#: Parameters that will be tied are counted one by one while a model is built.
+TIES = 8
+FEW_ELEMENTS = 1 << 20
+
+
+@contextmanager
+def bounded(checkpoint: Checkpoint) -> Iterator[None]:
+    """In this thread, end the building of a model that has several times as many elements as the checkpoint.
+
+    Every stored element fills one parameter, however tensors are merged or split on the way. Raises
+    `WeightsMismatchError` from within a constructor.
+    """
+    stored = sum(entry.numel for entry in checkpoint.index.values())
+    most = left = TIES * stored + FEW_ELEMENTS
+    builder = threading.get_ident()
+
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is None or threading.get_ident() != builder:
+            return
+        left -= parameter.numel()
+        if left < 0:
+            said = f"it describes a model of more than {most:,} elements"
+            raise contradiction(checkpoint.path, said, f"{stored:,}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -6,23 +6,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from surgery.comm.collectives import RUN_BYTES
-from surgery.comm.device_to_host import THREADS
+from surgery.comm.collectives import RUN_BYTES, THREADS
 from surgery.passes.base import Batch
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
 from surgery.passes.tensors import Target
 from surgery.planning.figures import Memory, Peaks
-from surgery.planning.held import (
+from surgery.planning.inventory import (
+    Inventory,
     adapters_as_made,
     adapters_being_drawn,
     adapters_held,
     adapters_whole,
     fixed_bytes,
+    row_bytes,
     state_bytes,
     weights_held,
 )
-from surgery.planning.inventory import Inventory, row_bytes
 from surgery.quantizers.base import STATISTIC_BYTES
 
 __all__ = ["plan_load"]

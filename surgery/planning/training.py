@@ -7,8 +7,7 @@ from typing import Literal
 
 from surgery.passes.setting import Setting, at_least_one
 from surgery.planning.figures import Step
-from surgery.planning.held import adapters_held, fixed_bytes, state_bytes, weights_held
-from surgery.planning.inventory import Inventory
+from surgery.planning.inventory import Inventory, adapters_held, fixed_bytes, state_bytes, weights_held
 
 __all__ = ["Training", "plan_step"]
 
