@@ -39,11 +39,7 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls,
-        path_or_hub_id: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
+        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
     ) -> Checkpoint:
         """Open a folder, a `*.safetensors` file, or a hub id (see `surgery.checkpoint.hub.resolve`).
 

@@ -179,8 +179,7 @@ def header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
         raise _truncated(file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}")
     if prefix == _LFS_POINTER:
         raise CheckpointError(
-            f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.",
-            path=file,
+            f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.", path=file
         )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:

@@ -117,13 +117,11 @@ def exists(path: Path) -> bool:
 def _local(path: Path, revision: str | None) -> Resolved:
     if not exists(path):
         raise CheckpointError(
-            f"There is no checkpoint at {path}. Expected an existing path, or a hub id such as owner/name.",
-            path=path,
+            f"There is no checkpoint at {path}. Expected an existing path, or a hub id such as owner/name.", path=path
         )
     if revision is not None:
         raise CheckpointError(
-            f"Expected no revision for the local path {path}, found {revision!r}. Revisions are for hub ids.",
-            path=path,
+            f"Expected no revision for the local path {path}, found {revision!r}. Revisions are for hub ids.", path=path
         )
     # Absolute, so that a later change of the working directory does not move the checkpoint.
     return Resolved(path=path.absolute(), revision=None)

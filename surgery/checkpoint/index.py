@@ -79,10 +79,7 @@ class Index(Mapping[str, TensorEntry]):
         hint = f" The most similar name is {similar[0]!r}." if similar else ""
         folder = self.files[0].parent
         raise WeightsMismatchError(
-            f"The checkpoint in {folder} holds no tensor {name!r}.{hint}",
-            missing=[name],
-            path=folder,
-            tensor=name,
+            f"The checkpoint in {folder} holds no tensor {name!r}.{hint}", missing=[name], path=folder, tensor=name
         )
 
     def __getitem__(self, name: str) -> TensorEntry:

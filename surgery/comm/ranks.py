@@ -16,15 +16,7 @@ import torch.distributed as dist
 
 from surgery.errors import ConfigError, SurgeryError
 
-__all__ = [
-    "PeerError",
-    "Ranks",
-    "StoppedError",
-    "broadcast_from_rank0",
-    "current_ranks",
-    "lost",
-    "rank0_rng_state",
-]
+__all__ = ["PeerError", "Ranks", "StoppedError", "broadcast_from_rank0", "current_ranks", "lost", "rank0_rng_state"]
 
 
 #: Seconds between two looks at a gate that has been closed for longer than that, and how many such looks there are for

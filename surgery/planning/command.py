@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, parse_targets
-from surgery.finetune.choices import (
-    FsdpVersion,
-    OptimizerName,
-    PrecisionName,
-    QuantStorageName,
-    QuantType,
-)
+from surgery.finetune.choices import FsdpVersion, OptimizerName, PrecisionName, QuantStorageName, QuantType
 
 if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan
@@ -63,8 +57,7 @@ def plan(
     *,
     world: Annotated[int, typer.Option(help="Number of ranks.", rich_help_panel=_SHARDING)] = 1,
     gpu_memory: Annotated[
-        str | None,
-        typer.Option(help="Of each GPU, such as 24GiB: says whether it fits.", rich_help_panel=_SHARDING),
+        str | None, typer.Option(help="Of each GPU, such as 24GiB: says whether it fits.", rich_help_panel=_SHARDING)
     ] = None,
     fsdp: Annotated[FsdpVersion, typer.Option(help="Which FSDP, on several ranks.", rich_help_panel=_SHARDING)] = "2",
     placement: Annotated[
@@ -76,8 +69,7 @@ def plan(
         ),
     ] = None,
     mesh: Annotated[
-        str | None,
-        typer.Option(help="REPLICATExSHARD, for hybrid sharding.", rich_help_panel=_SHARDING, metavar="RxS"),
+        str | None, typer.Option(help="REPLICATExSHARD, for hybrid sharding.", rich_help_panel=_SHARDING, metavar="RxS")
     ] = None,
     cpu_offload: Annotated[
         bool, typer.Option("--cpu-offload", help="Keep shards on the CPU between uses.", rich_help_panel=_SHARDING)

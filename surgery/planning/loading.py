@@ -138,8 +138,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
         state=state_bytes(quantized, setting),
         packed=sum(target.nbytes for target in quantized),
         run=min(
-            max((capacities[target] for target in quantized), default=0),
-            RUN_BYTES["cpu" if setting.on_cpu else "cuda"],
+            max((capacities[target] for target in quantized), default=0), RUN_BYTES["cpu" if setting.on_cpu else "cuda"]
         ),
     )
 

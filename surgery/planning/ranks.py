@@ -64,8 +64,7 @@ def classify(inventory: Inventory, setting: Setting) -> tuple[RankClass, ...]:
     period = max((target.layout.blocksize for target in inventory.targets if target.layout is not None), default=1)
     return tuple(
         RankClass(
-            ranks=tuple(ranks),
-            typical=max(ranks[:period], key=lambda rank: _elements_read(inventory, setting, rank)),
+            ranks=tuple(ranks), typical=max(ranks[:period], key=lambda rank: _elements_read(inventory, setting, rank))
         )
         for ranks in found.values()
     )

@@ -36,7 +36,6 @@ class Ddp(Unsharded):
 
     def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
         """Refuse a model that has nothing to train."""
-        del quant
         if not adapted:
             raise ConfigError(
                 "DDP averages gradients, but without lora nothing is trained: pass lora=, or leave shard out"
