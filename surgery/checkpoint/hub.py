@@ -238,16 +238,12 @@ def _fetch(request: _Request, *, allow: Sequence[str], ignore: Sequence[str]) ->
 
 
 def explain(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool = False) -> str:
-    """Message for the user: what happened and what to do."""
-    if has_timed_out(error):
-        return _explain_silence(repo_id)
-    return _explain_answer(error, repo_id, revision=revision, local_files_only=local_files_only)
-
-
-def _explain_answer(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
+    """Message for the user about an error of `huggingface_hub`: what happened and what to do."""
     from huggingface_hub import constants, errors
 
     repo, where = repo_id, constants.ENDPOINT
+    if has_timed_out(error) or isinstance(error, errors.LocalEntryNotFoundError):
+        return _explain_not_cached(error, repo_id, revision=revision, local_files_only=local_files_only)
     if isinstance(error, errors.HFValidationError):
         return f"{repo!r} is neither an existing path nor a valid hub id: {error}"
     if isinstance(error, errors.GatedRepoError):
@@ -262,8 +258,6 @@ def _explain_answer(error: Exception, repo_id: str, *, revision: str | None, loc
             f"There is no folder {repo!r} here and no such repository at {where}. Check the spelling; if the "
             "repository is private, log in with `hf auth login` or give a token (HF_TOKEN, or token=)."
         )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _explain_not_cached(error, repo_id, revision=revision, local_files_only=local_files_only)
     return (
         f"The download of {repo!r} from {where} failed: {type(error).__name__}: {error}. "
         "Start again: files that are complete are kept."
@@ -277,20 +271,16 @@ def has_timed_out(error: BaseException | None) -> bool:
     return any(kind.__name__ == "TimeoutException" for kind in type(error).__mro__) or has_timed_out(error.__cause__)
 
 
-def _explain_silence(repo_id: str) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"{constants.ENDPOINT} has not answered in time: {repo_id!r} was looked for there, and is not complete in the "
-        f"cache at {constants.HF_HUB_CACHE}. Check the network and HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT "
-        f"({constants.HF_HUB_ETAG_TIMEOUT} s) and HF_HUB_DOWNLOAD_TIMEOUT ({constants.HF_HUB_DOWNLOAD_TIMEOUT} s) to "
-        "what it may take."
-    )
-
-
 def _explain_not_cached(error: Exception, repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
     from huggingface_hub import constants
 
+    if has_timed_out(error):
+        return (
+            f"{constants.ENDPOINT} has not answered in time: {repo_id!r} was looked for there, and is not complete in the cache at "
+            f"{constants.HF_HUB_CACHE}. Check the network and HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT "
+            f"({constants.HF_HUB_ETAG_TIMEOUT} s) and HF_HUB_DOWNLOAD_TIMEOUT ({constants.HF_HUB_DOWNLOAD_TIMEOUT} s) "
+            "to what it may take."
+        )
     subject = f"{repo_id!r} (revision {revision or constants.DEFAULT_REVISION})"
     place = f"the cache at {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from surgery.checkpoint.header import Header, TensorEntry, read_header
+from surgery.checkpoint.header import Header, Stamp, TensorEntry, read_header
 from surgery.checkpoint.layout import Layout, find_layout
-from surgery.checkpoint.stamp import Stamp
 from surgery.errors import WeightsMismatchError
 
 __all__ = ["Index"]

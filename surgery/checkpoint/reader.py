@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -109,9 +108,7 @@ class Reader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _entry(self, tensor: str | TensorEntry) -> TensorEntry:
@@ -235,10 +232,5 @@ def _of_tensor(descriptor: int, entry: TensorEntry, seed: bytes) -> str:
     start = place % (entry.nbytes - length + 1)
     data = os.pread(descriptor, length, entry.start + start)
     if len(data) < length:
-        raise CheckpointError(
-            f"{entry.file} ends inside tensor {entry.name!r}: it has changed since it was opened. Leave it alone while "
-            "it is read; start again.",
-            path=entry.file,
-            tensor=entry.name,
-        )
+        raise _file_too_short(entry, offset=entry.start + start + len(data))
     return f"{hashlib.blake2b(data, digest_size=8).hexdigest()} of bytes {start} to {start + length}"

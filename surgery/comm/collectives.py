@@ -1,4 +1,4 @@
-"""What ranks send each other while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
+"""Data that ranks exchange while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
 
 Everything travels as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
 """
@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -65,7 +64,7 @@ def gather_parts(
 def gather_to_rank0(
     mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, copies: HostCopies
 ) -> None:
-    """On rank 0 (which alone passes `out`, 1-D, on the CPU) fill `out[parts[i]]` with the `mine` of every rank i.
+    """Fill `out[parts[i]]` with the `mine` of every rank i, on rank 0, which alone passes `out` (1-D, on the CPU).
 
     A bounded run at a time. `out` is full once `copies` have been waited for.
     """
@@ -166,7 +165,5 @@ class HostCopies:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

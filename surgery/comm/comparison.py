@@ -1,4 +1,4 @@
-"""What must be the same on every rank, compared by one digest; where it is not, all ranks say what differs, and how."""
+"""Comparison over ranks, by one digest, of what must be the same; if it is not, all ranks say what differs, and how."""
 
 from __future__ import annotations
 

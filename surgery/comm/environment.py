@@ -1,4 +1,4 @@
-"""The launcher's word on this process: rank and world size, of the job and of the node, as torchrun sets them."""
+"""Rank, world size and node of this process, as torchrun says in the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all ranks must have been given alike to build one model, as facts that they compare before a weight is read."""
+"""Facts that must be the same on all ranks that build one model, compared before a weight is read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROVENANCE = frozenset(
 
 
 def environment(device: torch.device) -> dict[str, Facts]:
-    """What a process brings with it: its kind of device, versions of libraries, patches that act on all of it."""
+    """Facts of this process: its kind of device, versions of libraries, patches that act on all of it."""
     return {
         "device": {"type": device.type},
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -50,7 +50,7 @@ def _version(name: str) -> str:
 
 
 def adapter_facts(lora: LoraConfig | None) -> Facts:
-    """All that shapes adapters."""
+    """Everything that shapes adapters."""
     return facts_of(lora, without=PROVENANCE)
 
 

@@ -96,7 +96,7 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
-    """What comes before the `blocks` of a language model, and what comes after: `(embedding, (last norm, head))`.
+    """The modules before and after the `blocks` of a language model: `(embedding, (last norm, head))`.
 
     The embedding is None if there is none, or if the head shares its weight: then it is among the others. The last norm
     is found by its place, beside the blocks and after them. What a model does not have is left out, and so is an end

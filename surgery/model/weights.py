@@ -1,4 +1,4 @@
-"""Which checkpoint tensors fill which parameters, decided and checked before anything is read."""
+"""Assignment of checkpoint tensors to the parameters that they fill, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightPlan:
-    """What is loaded of a checkpoint, in the model's order, and the names of what is not, as in transformers.
+    """Tensors of a checkpoint that are loaded, in the model's order, and names of what is not, as in transformers.
 
     ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
     holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
@@ -134,7 +134,7 @@ def _check_known(name: str, entry: TensorEntry) -> None:
 
 
 def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:
-    """Shape must be equal; floating goes into floating of any width, everything else into its own dtype."""
+    """Require equal shapes; floating goes into floating of any width, everything else into its own dtype."""
     parent, _, leaf = name.rpartition(".")
     wanted = getattr(model.get_submodule(parent), leaf)
     entry = next(iter(entries))
@@ -176,7 +176,7 @@ def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device
 
 
 def _initial(model: nn.Module, path: str, leaf: str) -> torch.Tensor | None:
-    """What initialization makes of the buffer, whatever was there before: None if that depends on it, or on chance."""
+    """The value that initialization gives the buffer; None if that depends on chance, or on what was there before."""
     from transformers import PreTrainedModel
 
     steps = path.split(".") if path else []

@@ -25,7 +25,6 @@ __all__ = [
     "adapters_as_made",
     "adapters_being_drawn",
     "adapters_held",
-    "adapters_whole",
     "fixed_bytes",
     "row_bytes",
     "state_bytes",
@@ -243,11 +242,6 @@ def adapters_held(inventory: Inventory, setting: Setting) -> int:
     """Bytes of adapters that a rank keeps, padded to what the rank with most has."""
     shards = setting.strategy.at_rest.shards
     return sum(unit.adapter_elements(shards) for unit in inventory.units) * setting.dtype.itemsize
-
-
-def adapters_whole(inventory: Inventory, setting: Setting) -> int:
-    """Bytes of all adapters."""
-    return inventory.adapter_elements * setting.dtype.itemsize
 
 
 def adapters_as_made(inventory: Inventory, setting: Setting) -> int:

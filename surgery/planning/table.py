@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from surgery.passes.setting import Setting
-from surgery.planning.figures import RankPlan, Step
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.ranks import RankClass
+from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
 from surgery.telemetry.notices import group_names, say
 from surgery.telemetry.numbers import say_size

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.passes.setting import Setting, at_least_one
-from surgery.planning.figures import Step
 from surgery.planning.inventory import Inventory, adapters_held, fixed_bytes, state_bytes, weights_held
+from surgery.planning.ranks import Step
 
 __all__ = ["Training", "plan_step"]
 
