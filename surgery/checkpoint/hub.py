@@ -276,8 +276,8 @@ def _explain_not_cached(error: Exception, repo_id: str, *, revision: str | None,
 
     if has_timed_out(error):
         return (
-            f"{constants.ENDPOINT} has not answered in time: {repo_id!r} was looked for there, and is not complete in the cache at "
-            f"{constants.HF_HUB_CACHE}. Check the network and HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT "
+            f"{constants.ENDPOINT} has not answered in time: {repo_id!r} was looked for there, and is not complete in "
+            f"the cache at {constants.HF_HUB_CACHE}. Check the network and HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT "
             f"({constants.HF_HUB_ETAG_TIMEOUT} s) and HF_HUB_DOWNLOAD_TIMEOUT ({constants.HF_HUB_DOWNLOAD_TIMEOUT} s) "
             "to what it may take."
         )

@@ -129,7 +129,7 @@ def _is_of_others(error: BaseException) -> bool:
 
 
 def _reason(ranks: Ranks, error: BaseException) -> PeerError:
-    """The reason why ranks do not answer: a failure that one has reported, or the ranks that have lost their heartbeat."""
+    """The reason why ranks do not answer: a failure that one has reported, or ranks without a heartbeat."""
     try:
         ranks.raise_peer_failure()
     except PeerError as peer:
