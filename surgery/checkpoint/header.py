@@ -260,15 +260,13 @@ def _check_ranges(entries: list[TensorEntry], *, file: Path, data_start: int, fi
         raise _corrupt(file, f"{file_size - position} bytes at its end belong to no tensor")
 
 
-def _corrupt(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
-    return _defect("is not a valid safetensors file", file, problem, tensor)
-
-
 def _truncated(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
-    return _defect("is truncated", file, problem, tensor)
+    return _corrupt(file, problem, tensor, verdict="is truncated")
 
 
-def _defect(verdict: str, file: Path, problem: str, tensor: str | None) -> CheckpointError:
+def _corrupt(
+    file: Path, problem: str, tensor: str | None = None, *, verdict: str = "is not a valid safetensors file"
+) -> CheckpointError:
     subject = "" if tensor is None else f"tensor {tensor!r}: "
     message = f"The checkpoint file {file} {verdict}: {subject}{problem}. Download or save the file again."
     return CheckpointError(message, path=file, tensor=tensor)

@@ -145,7 +145,8 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
             path=entry.file,
             tensor=entry.name,
         )
-    if tensor.dtype == wanted.dtype or (_castable(tensor.dtype) and wanted.dtype.is_floating_point):
+    castable = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
         return
     raise WeightsMismatchError(
         f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "
@@ -153,10 +154,6 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
         path=entry.file,
         tensor=entry.name,
     )
-
-
-def _castable(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device) -> tuple[str, ...]:

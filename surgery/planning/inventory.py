@@ -136,6 +136,7 @@ def take_inventory(prepared: Prepared) -> Inventory:
         adapters.setdefault(_unit_at(each.fqn, unit_at), []).append((each.shape[0], each.shape[1:].numel()))
     quant = prepared.setting.format
     features = {block.fqn: sum(_features(each, quant) for each in block.module.modules()) for block in blocks}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     return Inventory(
         targets=prepared.targets,
         units=tuple(
@@ -150,7 +151,7 @@ def take_inventory(prepared: Prepared) -> Inventory:
         ),
         unsharded=sum(target.nbytes for target in prepared.targets if target.fqn in prepared.unsharded),
         hidden=_hidden(model, blocks),
-        vocabulary=_vocabulary(model),
+        vocabulary=head.out_features if isinstance(head, nn.Linear) else 0,
         ignored=prepared.ignored,
         initialized=prepared.initialized,
     )
@@ -194,11 +195,6 @@ def _hidden(model: nn.Module, blocks: Sequence[Site]) -> int:
         return weight.shape[1]
     inputs = (m.in_features for site in blocks for m in site.module.modules() if isinstance(m, nn.Linear))
     return next(inputs, 0)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head.out_features if isinstance(head, nn.Linear) else 0
 
 
 MIB = 1 << 20

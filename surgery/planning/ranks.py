@@ -62,12 +62,12 @@ def classify(inventory: Inventory, setting: Setting) -> tuple[RankClass, ...]:
         cells[cell].append(rank)
     # How much is rounded out to whole blocks repeats itself after so many ranks.
     period = max((target.layout.blocksize for target in inventory.targets if target.layout is not None), default=1)
-    return tuple(
-        RankClass(
-            ranks=tuple(ranks), typical=max(ranks[:period], key=lambda rank: _elements_read(inventory, setting, rank))
-        )
-        for ranks in found.values()
-    )
+
+    def elements_read(rank: int) -> int:
+        slices = ((setting.strategy.partition.slice(form, rank), count) for form, count in inventory.forms.items())
+        return sum(count * len(each.elements) for each, count in slices)
+
+    return tuple(RankClass(ranks=tuple(r), typical=max(r[:period], key=elements_read)) for r in found.values())
 
 
 def _steps(inventory: Inventory, setting: Setting) -> dict[Axis, set[int]]:
@@ -119,11 +119,6 @@ def _likeness(inventory: Inventory, setting: Setting, rank: int) -> tuple[int, .
     shards = strategy.at_rest.shards
     adapters = [_adapter_rows(height, shards, rank % shards) for height in _heights(inventory)]
     return (int(strategy.devices(rank) != strategy.devices(setting.world_size - 1)), *rows, *adapters)
-
-
-def _elements_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    partition = setting.strategy.partition
-    return sum(count * len(partition.slice(form, rank).elements) for form, count in inventory.forms.items())
 
 
 def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:

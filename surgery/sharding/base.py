@@ -225,10 +225,13 @@ class ShardStrategy:
 
     # A training loop. ------------------------------------------------------------------------------------------------
 
+    #: Whether gradients are averaged over all ranks, in a mesh of two dimensions too.
+    averages: ClassVar[bool] = False
+
     @property
     def averaged_over(self) -> int:
         """Number of ranks that gradients are averaged over."""
-        return 1
+        return self.world_size if self.averages else 1
 
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """A block for forward and backward of a micro-batch; gradients are exchanged in the last only."""
@@ -243,7 +246,9 @@ class ShardStrategy:
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks, in place."""
+        """The sum of a tensor over the ranks that average gradients, in place."""
+        if self.averages:
+            dist.all_reduce(value)
         return value
 
     # The memory plan. ------------------------------------------------------------------------------------------------
@@ -298,12 +303,8 @@ def _own_shard(layer: nn.Module) -> Shard:
     """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    if isinstance(weight, DTensor):
-        return _sharded_along_rows(weight)
-    return Shard(piece=Piece(data=weight.detach()))
-
-
-def _sharded_along_rows(weight: DTensor) -> Shard:
+    if not isinstance(weight, DTensor):
+        return Shard(piece=Piece(data=weight.detach()))
     mesh, local = weight.device_mesh, weight.to_local()
     sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if not sharded:

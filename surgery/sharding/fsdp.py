@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from surgery.config import FSDP1, FSDP2
@@ -30,6 +29,7 @@ class Fsdp(ShardStrategy):
     """The base of FSDP1 and FSDP2: parameters are divided over a mesh, and gathered for use."""
 
     options: FSDP1 | FSDP2 | None
+    averages = True
 
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)
@@ -51,7 +51,8 @@ class Fsdp(ShardStrategy):
 
     def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
         """Refuse a cast of packed weights."""
-        cast = self._cast_to
+        precision = None if self.options is None else self.options.mixed_precision
+        cast = None if precision is None else precision.param_dtype
         if cast is None or cast == quant.storage or not quant.storage.is_floating_point or not quant.needs_modules:
             return
         raise ConfigError(
@@ -59,11 +60,6 @@ class Fsdp(ShardStrategy):
             "4-bit data as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
             f"quant_storage={cast}"
         )
-
-    @property
-    def _cast_to(self) -> torch.dtype | None:
-        precision = None if self.options is None else self.options.mixed_precision
-        return None if precision is None else precision.param_dtype
 
     def _check_kept(self, model: nn.Module, kept: Sequence[str], dtype: torch.dtype) -> None:
         named = model.named_buffers() if is_pretrained(model) else ()
@@ -89,16 +85,6 @@ class Fsdp(ShardStrategy):
         """The mesh, all ranks in one row if none is chosen."""
         replicas, shards = self.mesh_shape or (1, self.world_size)
         return Grid(replicas=replicas, shards=shards)
-
-    @property
-    def averaged_over(self) -> int:
-        """Number of all ranks, in a mesh of two dimensions too."""
-        return self.world_size
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        dist.all_reduce(value)
-        return value
 
     #: Whether blocks that are gathered in forward stay so until backward.
     keeps_gathered: bool = False

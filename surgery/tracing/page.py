@@ -15,7 +15,7 @@ from surgery.telemetry.notices import say
 from surgery.telemetry.numbers import say_size
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 
-__all__ = ["Element", "duration", "element", "file_bytes", "measured", "memory", "rate", "render", "write"]
+__all__ = ["render"]
 
 Cell = Element | str
 
@@ -57,7 +57,7 @@ WIDTH, LEFT, RIGHT, LANE, PLOT, GAP, LETTER = 960, 68, 14, 20, 110, 22, 6.2
 
 
 def render(traces: Sequence[RankTrace]) -> str:
-    """A document of HTML with all of `traces`, of which there is at least one."""
+    """A document of HTML, in ASCII, with all of `traces`, of which there is at least one."""
     title = f"Trace of {_ranks(traces[0].world_size)}"
     axes = _Axes.of(traces)
     head = element(
@@ -68,15 +68,17 @@ def render(traces: Sequence[RankTrace]) -> str:
         element("title", title),
         element("style", _STYLE),
     )
+    columns = ("rank", "device", "took", "read", "read at", *(f"{kind} peak" for kind in axes.kinds), "ended")
     body = element(
         "body",
         element("h1", title),
         *_facts(traces),
-        _ranks_table(traces, axes.kinds),
+        _table("of-ranks", columns, [_rank_row(trace, axes.kinds) for trace in traces]),
         *(_rank(trace, axes, is_open=len(traces) <= FEW) for trace in traces),
         element("p", _READING, class_="quiet"),
     )
-    return write(element("html", head, body, lang="en"))
+    document = tostring(element("html", head, body, lang="en"), encoding="us-ascii", method="html")
+    return f"<!DOCTYPE html>\n{document.decode()}\n"
 
 
 def _facts(traces: Sequence[RankTrace]) -> Iterator[Element]:
@@ -114,12 +116,6 @@ def _rank(trace: RankTrace, axes: _Axes, *, is_open: bool) -> Element:
     if is_open:
         rank.set("open", "")
     return rank
-
-
-def _ranks_table(traces: Sequence[RankTrace], kinds: Sequence[str]) -> Element:
-    """A row for each rank, over all of its phases."""
-    head = ("rank", "device", "took", "read", "read at", *(f"{kind} peak" for kind in kinds), "ended")
-    return _table("of-ranks", head, [_rank_row(trace, kinds) for trace in traces])
 
 
 def _rank_row(trace: RankTrace, kinds: Sequence[str]) -> Sequence[Cell]:
@@ -328,11 +324,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def write(root: Element) -> str:
-    """A document of HTML, in ASCII: whatever a name may hold, it can be encoded."""
-    return f"<!DOCTYPE html>\n{tostring(root, encoding='us-ascii', method='html').decode()}\n"
 
 
 def _text(value: str | float) -> str:
