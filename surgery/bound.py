@@ -18,10 +18,9 @@ from surgery.adapters.metadata import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.comm.background import return_freed_memory, undisturbed
 from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
-from surgery.comm.environment import default_device, launched_world_size
+from surgery.comm.environment import Node, default_device, launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
-from surgery.comm.nodes import Node
 from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
 from surgery.config import Quant
 from surgery.errors import ConfigError

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import TensorEntry, parse_json
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.index import Index
-from surgery.checkpoint.prequantized import require_unquantized
 from surgery.checkpoint.reader import Reader
+from surgery.checkpoint.refusals import require_usable
 from surgery.errors import CheckpointError
 
 __all__ = ["Checkpoint", "read_config"]
@@ -40,11 +39,7 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls,
-        path_or_hub_id: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
+        cls, path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None, token: str | bool | None = None
     ) -> Checkpoint:
         """Open a folder, a `*.safetensors` file, or a hub id (see `surgery.checkpoint.hub.resolve`).
 
@@ -55,8 +50,7 @@ class Checkpoint:
         folder = found.path if found.path.is_dir() else found.path.parent
         config = read_config(folder)
         index = Index.open(found.path)
-        require_unquantized(index, config, path=found.path)
-        require_agreement(index, config, path=found.path)
+        require_usable(index, config, path=found.path)
         return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
 
     def names(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ every tensor, works on any source of bytes, and names the file and the tensor in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -16,17 +17,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 
-from surgery.checkpoint.stamp import Stamp
 from surgery.errors import CheckpointError
 
 __all__ = [
     "LENGTH_BYTES",
     "MAX_HEADER_BYTES",
     "Header",
+    "Stamp",
     "TensorEntry",
     "header_length",
     "parse_header",
@@ -179,8 +180,7 @@ def header_length(prefix: bytes, *, file: Path, file_size: int) -> int:
         raise _truncated(file, f"it has {file_size} bytes; the length of the header alone takes {LENGTH_BYTES}")
     if prefix == _LFS_POINTER:
         raise CheckpointError(
-            f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.",
-            path=file,
+            f"The checkpoint file {file} is a Git LFS pointer. Get the weights with `git lfs pull`.", path=file
         )
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
@@ -260,15 +260,72 @@ def _check_ranges(entries: list[TensorEntry], *, file: Path, data_start: int, fi
         raise _corrupt(file, f"{file_size - position} bytes at its end belong to no tensor")
 
 
-def _corrupt(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
-    return _defect("is not a valid safetensors file", file, problem, tensor)
-
-
 def _truncated(file: Path, problem: str, tensor: str | None = None) -> CheckpointError:
-    return _defect("is truncated", file, problem, tensor)
+    return _corrupt(file, problem, tensor, verdict="is truncated")
 
 
-def _defect(verdict: str, file: Path, problem: str, tensor: str | None) -> CheckpointError:
+def _corrupt(
+    file: Path, problem: str, tensor: str | None = None, *, verdict: str = "is not a valid safetensors file"
+) -> CheckpointError:
     subject = "" if tensor is None else f"tensor {tensor!r}: "
     message = f"The checkpoint file {file} {verdict}: {subject}{problem}. Download or save the file again."
     return CheckpointError(message, path=file, tensor=tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """Size in bytes, time of the last change in ns, inode and its device, and a digest of the first `header_bytes`."""
+
+    size: int
+    modified: int
+    inode: int
+    device: int
+    header_bytes: int
+    header: str
+
+    @classmethod
+    def of(cls, status: os.stat_result, header: bytes) -> Self:
+        """The stamp of a file with this `status`, which begins with `header`."""
+        return cls(
+            size=status.st_size,
+            modified=status.st_mtime_ns,
+            inode=status.st_ino,
+            device=status.st_dev,
+            header_bytes=len(header),
+            header=_digest(header),
+        )
+
+    def check(self, file: Path, descriptor: int) -> None:
+        """Raise `CheckpointError` if `file`, open as `descriptor`, has changed; costs one `stat`, reads nothing."""
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise _changed(file, str(error)) from error
+        if found.st_size != self.size:
+            raise _changed(file, f"it had {self.size} bytes, and has {found.st_size}")
+        if found.st_mtime_ns != self.modified:
+            raise _changed(file, f"it was written to at {found.st_mtime_ns} ns, last before that at {self.modified}")
+        if {found.st_ino, os.fstat(descriptor).st_ino} != {self.inode}:
+            raise _changed(file, "another file has taken its place")
+
+    def check_header(self, file: Path, descriptor: int) -> None:
+        """Do what `check` does, and compare the header, read again."""
+        self.check(file, descriptor)
+        try:
+            header = os.pread(descriptor, self.header_bytes, 0)
+        except OSError as error:
+            raise _changed(file, str(error)) from error
+        if _digest(header) != self.header:
+            raise _changed(file, "its header is another one")
+
+
+def _digest(header: bytes) -> str:
+    return hashlib.blake2b(header, digest_size=16).hexdigest()
+
+
+def _changed(file: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"The checkpoint file {file} has changed since it was opened: {how}. Leave it alone while it is read; start "
+        "again.",
+        path=file,
+    )

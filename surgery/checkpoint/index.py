@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from surgery.checkpoint.header import Header, TensorEntry, read_header
+from surgery.checkpoint.header import Header, Stamp, TensorEntry, read_header
 from surgery.checkpoint.layout import Layout, find_layout
-from surgery.checkpoint.stamp import Stamp
 from surgery.errors import WeightsMismatchError
 
 __all__ = ["Index"]
@@ -79,10 +78,7 @@ class Index(Mapping[str, TensorEntry]):
         hint = f" The most similar name is {similar[0]!r}." if similar else ""
         folder = self.files[0].parent
         raise WeightsMismatchError(
-            f"The checkpoint in {folder} holds no tensor {name!r}.{hint}",
-            missing=[name],
-            path=folder,
-            tensor=name,
+            f"The checkpoint in {folder} holds no tensor {name!r}.{hint}", missing=[name], path=folder, tensor=name
         )
 
     def __getitem__(self, name: str) -> TensorEntry:

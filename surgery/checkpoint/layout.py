@@ -47,8 +47,7 @@ def find_layout(path: Path) -> Layout:
         return _one_file(path)
     if not path.is_dir():
         raise CheckpointError(
-            f"There is no checkpoint at {path}: expected a folder, or a {_SUFFIX} file. Check the path.",
-            path=path,
+            f"There is no checkpoint at {path}: expected a folder, or a {_SUFFIX} file. Check the path.", path=path
         )
     if (path / SINGLE_NAME).is_file():
         return Layout(files=(path / SINGLE_NAME,))

@@ -75,7 +75,11 @@ class Patience:
         with self._lock:
             late = next((asked for asked, (until, _) in self._waiting.items() if now >= until), None)
         if late is not None:
-            raise CheckpointError(silence(" ".join(late), self._limit))
+            raise CheckpointError(
+                f"The hub has not answered {' '.join(late)} within {self._limit:g} s. Check the network and "
+                "HF_ENDPOINT, or set HF_HUB_ETAG_TIMEOUT to the number of seconds that it may take "
+                "(HF_HUB_DOWNLOAD_TIMEOUT for data of files)."
+            )
 
     def _say(self, request: Any, seconds: float) -> None:
         log.warning(
@@ -84,14 +88,6 @@ class Patience:
             SAID_AFTER,
             seconds,
         )
-
-
-def silence(asked: str, limit: float) -> str:
-    """Message about a host that does not answer."""
-    return (
-        f"The hub has not answered {asked} within {limit:g} s. Check the network and HF_ENDPOINT, or set "
-        "HF_HUB_ETAG_TIMEOUT to the number of seconds that it may take (HF_HUB_DOWNLOAD_TIMEOUT for data of files)."
-    )
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from surgery.checkpoint.checkpoint import Checkpoint, read_config
-from surgery.checkpoint.contradiction import require_agreement
 from surgery.checkpoint.header import LENGTH_BYTES, Header, TensorEntry, header_length, parse_header
 from surgery.checkpoint.hub import (
     ANY_WEIGHTS,
@@ -19,15 +18,16 @@ from surgery.checkpoint.hub import (
     PATIENCE_WITH_A_CACHE,
     can_be_hub_id,
     exists,
+    explain,
     find_cached,
+    has_timed_out,
     is_whole,
     no_weights,
 )
-from surgery.checkpoint.hub_errors import explain, has_timed_out
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
 from surgery.checkpoint.patience import patience, say_cache_is_taken
-from surgery.checkpoint.prequantized import require_unquantized
+from surgery.checkpoint.refusals import require_usable
 from surgery.errors import CheckpointError
 
 __all__ = ["peek"]
@@ -118,8 +118,7 @@ class _Repository:
             headers = dict(zip(layout.files, pool.map(self._header, layout.files), strict=True))
         index = Index.join(layout, headers)
         content = read_config(folder) if config is not None else None
-        require_unquantized(index, content, path=folder)
-        require_agreement(index, content, path=folder)
+        require_usable(index, content, path=folder)
         return Checkpoint(
             source=self.repo_id, path=folder, revision=self.commit, index=index, config=content, fetch=self._fetch
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -78,9 +76,7 @@ class Prefetch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _read_next(self, buffer: _Buffer, until: torch.cuda.Event | None = None) -> None:
@@ -122,9 +118,6 @@ class _Buffer:
 
 
 def _chunks(requests: Iterable[Request], size: int) -> Iterator[Request]:
-    return itertools.chain.from_iterable(_split(request, size) for request in requests)
-
-
-def _split(request: Request, size: int) -> Iterator[Request]:
-    for start in range(request.start, request.stop, size):
-        yield Request(entry=request.entry, start=start, stop=min(start + size, request.stop))
+    for request in requests:
+        for start in range(request.start, request.stop, size):
+            yield Request(entry=request.entry, start=start, stop=min(start + size, request.stop))

@@ -1,4 +1,4 @@
-"""What must be the same on every rank, compared by one digest; where it is not, all ranks say what differs, and how."""
+"""Comparison over ranks, by one digest, of what must be the same; if it is not, all ranks say what differs, and how."""
 
 from __future__ import annotations
 
@@ -150,13 +150,8 @@ def _values(by_rank: Sequence[str | None]) -> str:
     ranks_of: dict[str | None, list[int]] = {}
     for rank, value in enumerate(by_rank):
         ranks_of.setdefault(value, []).append(rank)
-    return ", ".join(f"{_shortened(value)} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
-
-
-def _shortened(value: str | None) -> str:
-    if value is None:
-        return "not there"
-    return value if len(value) <= WIDTH else f"{value[:WIDTH]}..."
+    shown = {each: "not there" if each is None else each[:WIDTH] + "..." * (len(each) > WIDTH) for each in ranks_of}
+    return ", ".join(f"{shown[value]} on {_ranks(ranks)}" for value, ranks in ranks_of.items())
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,15 +1,34 @@
+<<<<<<< HEAD
 """Rank and world size, of the job and of the node, as torchrun sets them in the environment."""
+=======
+"""Rank, world size and node of this process, as torchrun says in the environment."""
+>>>>>>> w/words2
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
 
+<<<<<<< HEAD
 __all__ = ["default_device", "expect_number", "launched_rank", "launched_world_size", "local_rank", "local_world_size"]
+=======
+__all__ = [
+    "Node",
+    "default_device",
+    "launched_rank",
+    "launched_world_size",
+    "local_rank",
+    "local_world_size",
+    "node_ranks",
+]
+>>>>>>> w/words2
 
 
 def launched_rank() -> int | None:
@@ -60,3 +79,38 @@ def _number(name: str) -> int | None:
     if number is None:
         raise ConfigError(f"expected {name} to be a number, found {value!r:.80}: correct or unset it")
     return number
+
+
+def node_ranks(rank: int, world_size: int) -> range:
+    """The ranks of this node, by `LOCAL_WORLD_SIZE` of torchrun; all ranks where it says nothing that can be right."""
+    size = whole_number(os.environ.get("LOCAL_WORLD_SIZE", "")) or world_size
+    if not 0 < size < world_size or world_size % size:
+        return range(world_size)
+    first = rank // size * size
+    return range(first, first + size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """The ranks of this node and, where there are several nodes, their process group."""
+
+    ranks: range
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, rank: int, world_size: int) -> Node:
+        """Collective where there are several nodes: to be called on all ranks alike."""
+        ranks = node_ranks(rank, world_size)
+        if len(ranks) == world_size:
+            return cls(ranks=ranks)
+        nodes = [range(first, first + len(ranks)) for first in range(0, world_size, len(ranks))]
+        groups = [dist.new_group(list(node)) for node in nodes]
+        return cls(ranks=ranks, group=groups[rank // len(ranks)])
+
+    def converter(self, name: str, receivers: Iterable[Sequence[int]]) -> int | None:
+        """The rank of this node that reads and converts what the tensor `name`, and others with it, are made of.
+
+        Ranks take turns. None if no rank here receives any of it; if one alone does, that one.
+        """
+        found = sorted({rank for ranks in receivers for rank in ranks})
+        return found[sum(name.encode()) % len(found)] if found else None

@@ -67,7 +67,7 @@ def meet(ranks: Ranks, device: torch.device, *, failed: bool = False) -> bool:
 
 @contextlib.contextmanager
 def collective(ranks: Ranks) -> Iterator[None]:
-    """A block with collectives: that a connection is lost in it becomes the `PeerError` of the rank that has ended.
+    """A block with collectives: the loss of a connection in it becomes the `PeerError` of the rank that has ended.
 
     Which rank that was is known if it has reported a failure, as one does that fails in such a block; or if it no
     longer beats (see `beating`, which is to be around this block). The ranks do not meet at its end, because they could
@@ -99,7 +99,7 @@ def together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noticing_ends() -> Iterator[None]:
-    """Around a collective: that its connection is lost means that another rank is gone, and is raised as `PeerError`.
+    """A block with one collective: the loss of its connection is raised as `PeerError`, since another rank is gone.
 
     For code that does not know its `Ranks`, somewhere inside of `collective`, which finds out what rank that was.
     """
@@ -129,7 +129,7 @@ def _is_of_others(error: BaseException) -> bool:
 
 
 def _reason(ranks: Ranks, error: BaseException) -> PeerError:
-    """Why other ranks do not answer: what one of them has said, or which of them no longer show that they live."""
+    """The reason why ranks do not answer: a failure that one has reported, or ranks without a heartbeat."""
     try:
         ranks.raise_peer_failure()
     except PeerError as peer:

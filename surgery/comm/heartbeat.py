@@ -27,7 +27,7 @@ LEFT = 1 << 40
 
 @contextlib.contextmanager
 def beating(ranks: Ranks) -> Iterator[None]:
-    """While the block runs, the other ranks are told if this process ends.
+    """A block during which the other ranks are told if this process ends.
 
     A launcher like torchrun ends the other ranks itself. But collectives alone do not notice an end while ranks wait
     for each other at a gate, which is not one, and do not say whose it was. Each rank watches the next one only, so

@@ -16,15 +16,7 @@ import torch.distributed as dist
 
 from surgery.errors import ConfigError, SurgeryError
 
-__all__ = [
-    "PeerError",
-    "Ranks",
-    "StoppedError",
-    "broadcast_from_rank0",
-    "current_ranks",
-    "lost",
-    "rank0_rng_state",
-]
+__all__ = ["PeerError", "Ranks", "StoppedError", "broadcast_from_rank0", "current_ranks", "lost", "rank0_rng_state"]
 
 
 #: Seconds between two looks at a gate that has been closed for longer than that, and how many such looks there are for
@@ -49,7 +41,7 @@ class PeerError(SurgeryError):
 
 
 def lost(rank: int | None) -> PeerError:
-    """That the process of `rank` has ended; None: of one that is not known."""
+    """The error for a process that has ended: of `rank`, or of one that is not known (None)."""
     which = "another rank" if rank is None else f"rank {rank}"
     return PeerError(f"{which} has ended without a word: its own output, or the kernel's log, says why", rank=rank)
 
@@ -108,7 +100,7 @@ class Ranks:
         raise PeerError(message, rank=int(rank) if rank else None)
 
     def lost_store(self) -> PeerError:
-        """That the store does not answer: the process that holds it has ended."""
+        """The error for a store that does not answer, since the process that holds it has ended."""
         return lost(store_holder(self.store))
 
     def count(self, key: str, more: int) -> int:
@@ -155,7 +147,7 @@ class Ranks:
         return f"{self.prefix}/failure"
 
     def _reason_to_leave(self, stop: threading.Event, looks: int, limit: float) -> SurgeryError | None:
-        """Why not to wait at a gate any longer, after so many `looks` at it and another pause."""
+        """The reason not to wait at a gate any longer, after so many `looks` at it and another pause; None to go on."""
         if stop.wait(min(1e-5 * 2.0 ** min(looks, 16), GATE_PAUSE)):
             return StoppedError("stopped while waiting for the other ranks")
         try:
@@ -166,7 +158,7 @@ class Ranks:
         return None if time.monotonic() < limit else self.too_slow()
 
     def too_slow(self) -> PeerError:
-        """That another rank lives, and does not come to where all ranks meet."""
+        """The error for a rank that lives, and does not come to where all ranks meet."""
         return PeerError(
             f"another rank has not come to where all ranks meet within {self.store.timeout}, though none has ended: it "
             "is stuck, or that much slower; its own output may say why. init_process_group(timeout=...), or --timeout "

@@ -1,4 +1,4 @@
-"""What all ranks must have been given alike to build one model, as facts that they compare before a weight is read."""
+"""Facts that must be the same on all ranks that build one model, compared before a weight is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 import patches
 from surgery.checkpoint import Checkpoint, Index
 from surgery.checkpoint.hub import can_be_hub_id
-from surgery.checkpoint.samples import samples
+from surgery.checkpoint.reader import samples
 from surgery.comm.comparison import Facts, all_alike, facts_of, same_on_every_rank
 from surgery.comm.failures import noticing_ends
 from surgery.comm.ranks import Ranks
@@ -34,7 +34,7 @@ PROVENANCE = frozenset(
 
 
 def environment(device: torch.device) -> dict[str, Facts]:
-    """What a process brings with it: its kind of device, versions of libraries, patches that act on all of it."""
+    """Facts of this process: its kind of device, versions of libraries, patches that act on all of it."""
     return {
         "device": {"type": device.type},
         "libraries": {name: _version(name) for name in LIBRARIES},
@@ -50,7 +50,7 @@ def _version(name: str) -> str:
 
 
 def adapter_facts(lora: LoraConfig | None) -> Facts:
-    """All that shapes adapters."""
+    """Everything that shapes adapters."""
     return facts_of(lora, without=PROVENANCE)
 
 

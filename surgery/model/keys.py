@@ -94,7 +94,7 @@ class _Renamer:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Logical:
-    """What a converter asks a model for: config, and parameters on meta in the shapes that they have unquantized."""
+    """A model as converters see it: config, and parameters on meta in the shapes that they have unquantized."""
 
     config: Any
     parameters: Mapping[str, torch.Tensor]
@@ -105,7 +105,7 @@ class Logical:
 
     @classmethod
     def of(cls, model: nn.Module) -> Logical:
-        """Of `model`, before its layers are replaced."""
+        """The view of `model`, before its layers are replaced."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return cls(config=getattr(model, "config", None), parameters=parameters)
 

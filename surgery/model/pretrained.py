@@ -1,4 +1,4 @@
-"""What transformers makes of a model of its own that it loads in 4 bits, beside its weights: done by its own code."""
+"""Properties that transformers gives a model of its own that it loads in 4 bits, set by its own code."""
 
 from __future__ import annotations
 

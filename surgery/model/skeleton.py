@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from surgery.checkpoint import Checkpoint
+from surgery.checkpoint.refusals import contradiction
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
-from surgery.model.extent import bounded
 from surgery.model.fqn import join, split
 from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
-__all__ = ["build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
+__all__ = ["bounded", "build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
 
 
 def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """What `build` makes, with every parameter and persistent buffer on meta.
+    """Call `build`, with every parameter and persistent buffer of its model on meta.
 
     Buffers that no checkpoint holds (rotary frequencies, say) are real, on `device`; tied parameters are one object. A
     model of transformers has the dtypes and the values that it would have if transformers had loaded it in `dtype`; of
@@ -81,7 +83,7 @@ def compute_own_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Parameters in place, so that ties survive."""
+    """Cast a parameter in place, so that ties survive, or replace a buffer."""
     parameter = module._parameters.get(name)
     if parameter is None:
         module._buffers[name] = module.get_buffer(name).to(dtype)
@@ -115,7 +117,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         )
     _refuse_other_weights(checkpoint)
     with _blaming(checkpoint, "config.json"):
-        config = AutoConfig.from_pretrained(_folder(checkpoint), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"{checkpoint.path}: model_type {config.model_type!r} has no causal language model in transformers"
@@ -138,7 +140,7 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
         ):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         with _blaming(checkpoint, "generation_config.json"):
-            load_generation_config(model, _folder(checkpoint))
+            load_generation_config(model, checkpoint.path)
         trained: nn.Module = model.train()
         return trained
 
@@ -158,7 +160,7 @@ def _own_config(config: Any) -> Any:
 
 @contextlib.contextmanager
 def _blaming(checkpoint: Checkpoint, file: str) -> Iterator[None]:
-    """Turns whatever a class of transformers makes of `file`, each an error of its own, into a `ConfigError`."""
+    """Turn whatever transformers raises about `file` into a `ConfigError`."""
     try:
         yield
     except SurgeryError:
@@ -168,7 +170,7 @@ def _blaming(checkpoint: Checkpoint, file: str) -> Iterator[None]:
 
 
 def _refuse_other_weights(checkpoint: Checkpoint) -> None:
-    """Transformers would load a file that the config names instead, or an adapter that lies beside the weights too."""
+    """Refuse what transformers would load instead, a file that the config names, or as well, an adapter beside it."""
     named = (checkpoint.config or {}).get("transformers_weights")
     if named is not None and [file.name for file in checkpoint.index.files] != [named]:
         raise CheckpointError(
@@ -176,7 +178,7 @@ def _refuse_other_weights(checkpoint: Checkpoint) -> None:
             "the path of that file, or remove the entry",
             path=checkpoint.path,
         )
-    if (_folder(checkpoint) / "adapter_config.json").is_file():
+    if (checkpoint.path / "adapter_config.json").is_file():
         raise CheckpointError(
             f"{checkpoint.path} holds an adapter beside the model (adapter_config.json), which transformers would load "
             "on top of it: move one of them to another folder",
@@ -185,7 +187,7 @@ def _refuse_other_weights(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:
-    """A config can name a hub repository whose compiled attention kernels transformers would download and call."""
+    """Refuse a config that names a hub repository, whose compiled kernels transformers would download and call."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         asked = getattr(part, "_attn_implementation", None)
         if isinstance(asked, str) and "/" in asked:
@@ -195,5 +197,33 @@ def _refuse_hub_kernels(config: Any, checkpoint: Checkpoint) -> None:
             )
 
 
-def _folder(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+#: Parameters that will be tied are counted one by one while a model is built.
+TIES = 8
+FEW_ELEMENTS = 1 << 20
+
+
+@contextmanager
+def bounded(checkpoint: Checkpoint) -> Iterator[None]:
+    """End the building, in this thread, of a model that has several times as many elements as the checkpoint.
+
+    Every stored element fills one parameter, however tensors are merged or split on the way. Raises
+    `WeightsMismatchError` from within a constructor.
+    """
+    stored = sum(entry.numel for entry in checkpoint.index.values())
+    most = left = TIES * stored + FEW_ELEMENTS
+    builder = threading.get_ident()
+
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        if parameter is None or threading.get_ident() != builder:
+            return
+        left -= parameter.numel()
+        if left < 0:
+            said = f"it describes a model of more than {most:,} elements"
+            raise contradiction(checkpoint.path, said, f"{stored:,}")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -97,7 +97,7 @@ def _repeats(module: nn.Module) -> bool:
 
 
 def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
-    """What comes before the `blocks` of a language model, and what comes after: `(embedding, (last norm, head))`.
+    """The modules before and after the `blocks` of a language model: `(embedding, (last norm, head))`.
 
     The embedding is None if there is none, or if the head shares its weight: then it is among the others. The last norm
     is found by its place, beside the blocks and after them. What a model does not have is left out, and so is an end
@@ -108,16 +108,12 @@ def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None,
     norm = _after(model, blocks)
     before: tuple[nn.Module | None, ...] = (embedding,)
     after: tuple[nn.Module | None, ...] = (norm, head)
-    if embedding is not None and head is not None and _share(embedding, head):
+    if embedding is not None and head is not None and not set(embedding.parameters()).isdisjoint(head.parameters()):
         before, after = (), (norm, embedding, head)
     rest = _parameters_beside(model, {*(site.module for site in blocks), *before, *after})
     ends = (tuple(module for module in end if module is not None) for end in (before, after))
     first, last = (() if any(not rest.isdisjoint(m.parameters()) for m in end) else end for end in ends)
     return (first[0] if first else None), last
-
-
-def _share(one: nn.Module, other: nn.Module) -> bool:
-    return not set(one.parameters()).isdisjoint(other.parameters())
 
 
 def _parameters_beside(model: nn.Module, parts: Collection[nn.Module | None]) -> set[nn.Parameter]:

@@ -33,11 +33,7 @@ def twin_of(
 
 
 def _copy(
-    module: nn.Module,
-    fqn: str,
-    parameters: Parameters,
-    hollow: frozenset[nn.Module],
-    made: dict[nn.Module, nn.Module],
+    module: nn.Module, fqn: str, parameters: Parameters, hollow: frozenset[nn.Module], made: dict[nn.Module, nn.Module]
 ) -> nn.Module:
     module = _unwrapped(module)
     if module in made:

@@ -1,21 +1,26 @@
-"""Which checkpoint tensors fill which parameters, decided and checked before anything is read."""
+"""Assignment of checkpoint tensors to the parameters that they fill, checked before anything is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, Index, TensorEntry
+from surgery.checkpoint import Checkpoint, Index, Reader, TensorEntry
 from surgery.errors import WeightsMismatchError
-from surgery.model.defaults import fill_buffers
+from surgery.model.fqn import split
 from surgery.model.keys import Assignment, Group, Logical, group_keys
+<<<<<<< HEAD
 from surgery.model.ties import untie_different
 from surgery.model.tree import tied_parameters, was_conv1d
+=======
+from surgery.model.tree import tied_parameters
+>>>>>>> w/words2
 
-__all__ = ["WeightPlan", "plan_weights"]
+__all__ = ["WeightPlan", "fill_buffers", "plan_weights", "untie_different"]
 
 #: Names shown of a long list of missing or unexpected keys.
 SHOWN = 8
@@ -23,7 +28,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightPlan:
-    """What is loaded of a checkpoint, in the model's order, and the names of what is not, as in transformers.
+    """Tensors of a checkpoint that are loaded, in the model's order, and names of what is not, as in transformers.
 
     ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
     holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
@@ -134,7 +139,7 @@ def _check_known(name: str, entry: TensorEntry) -> None:
 
 
 def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:
-    """Shape must be equal; floating goes into floating of any width, everything else into its own dtype."""
+    """Require equal shapes; floating goes into floating of any width, everything else into its own dtype."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     wanted = getattr(owner, leaf)
@@ -147,7 +152,8 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
             path=entry.file,
             tensor=entry.name,
         )
-    if tensor.dtype == wanted.dtype or (_castable(tensor.dtype) and wanted.dtype.is_floating_point):
+    castable = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
         return
     raise WeightsMismatchError(
         f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "
@@ -157,5 +163,100 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
     )
 
 
-def _castable(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device) -> tuple[str, ...]:
+    """Give the buffers of `names` the values that `model` initializes them with, on `device`; returns which have one.
+
+    Parameters are left out, and so are buffers whose initial value is random, or of which the model says nothing.
+    """
+    done = []
+    for name in names:
+        path, leaf = split(name)
+        owner = model.get_submodule(path)
+        value = _initial(model, path, leaf) if leaf in owner._buffers else None
+        if value is not None:
+            owner._buffers[leaf] = value.to(device)
+            done.append(name)
+    return tuple(done)
+
+
+def _initial(model: nn.Module, path: str, leaf: str) -> torch.Tensor | None:
+    """The value that initialization gives the buffer; None if that depends on chance, or on what was there before."""
+    from transformers import PreTrainedModel
+
+    steps = path.split(".") if path else []
+    above = [model.get_submodule(".".join(steps[:length])) for length in range(len(steps) + 1)]
+    initializer = next((module for module in reversed(above) if isinstance(module, PreTrainedModel)), None)
+    if initializer is None:
+        return None
+    found: list[torch.Tensor] = []
+    for trial in (0, 1):
+        twin = copy.deepcopy(above[-1])
+        twin._buffers[leaf] = torch.full_like(twin.get_buffer(leaf), trial, device="cpu")
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(trial)
+            initializer._init_weights(twin)
+        found.append(twin.get_buffer(leaf))
+    return found[0] if torch.equal(*found) else None
+
+
+#: So many ranges are compared, of so many elements. Special and added tokens are in the first and the last.
+SAMPLES, SAMPLE = 16, 1 << 12
+
+
+def untie_different(model: nn.Module, stored: Mapping[str, Assignment], checkpoint: Checkpoint) -> None:
+    """Untie parameters of `model`, on meta, that `checkpoint` stores with different values.
+
+    That is what `PreTrainedModel.tie_weights` does while it loads: of parameters that are both there, and differ in the
+    dtype of the model, none is dropped. They are compared by samples, the same here and on the hub; the loader compares
+    all that it reads. Nothing is read if no tied parameter is stored twice. Raises `WeightsMismatchError` where untying
+    would not give stock's model.
+    """
+    order = {name: number for number, name in enumerate(getattr(model, "all_tied_weights_keys", {}))}
+    for first, aliases in tied_parameters(model).items():
+        # The source of a tie before its targets, which are compared with it.
+        names = sorted((first, *aliases), key=lambda name: order.get(name, -1))
+        kept, *others = [name for name in names if name in stored] or [first]
+        for name in others:
+            if not _equal(checkpoint, stored[kept], stored[name], model.state_dict(keep_vars=True)[name].dtype):
+                _untie(model, name, kept)
+
+
+def _untie(model: nn.Module, name: str, kept: str) -> None:
+    path, leaf = split(name)
+    owner = model.get_submodule(path)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    # Upstream has chosen what to quantize by then: a linear layer that is tied, or the head, stays in 16 bits.
+    if name not in getattr(model, "all_tied_weights_keys", {}) or not (
+        owner is head or isinstance(owner, nn.Embedding)
+    ):
+        raise WeightsMismatchError(
+            f"{name} and {kept} differ in the checkpoint, but the model ties them: set tie_word_embeddings to false in "
+            "config.json if they are two",
+            tensor=name,
+        )
+    tied = owner.get_parameter(leaf)
+    setattr(owner, leaf, nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad))
+    model.all_tied_weights_keys.pop(name)  # type: ignore[operator, union-attr]  # a dictionary, upstream
+
+
+def _equal(checkpoint: Checkpoint, one: Assignment, other: Assignment, dtype: torch.dtype) -> bool:
+    with Reader(checkpoint.index) as reader:
+        if one.converter is not None or other.converter is not None:
+            whole = [a.convert({key: reader.read(key) for key in a.sources})[a.targets[0]] for a in (one, other)]
+            return torch.equal(whole[0].to(dtype), whole[1].to(dtype))
+        read = checkpoint.fetch or reader.read_range
+        entries = [checkpoint.entry(a.sources[0]) for a in (one, other)]
+        return all(
+            torch.equal(*(read(entry, part.start, part.stop).to(dtype) for entry in entries))
+            for part in _samples(entries[0].numel)
+        )
+
+
+def _samples(numel: int) -> Iterator[range]:
+    """Ranges of elements from the first to the last; all of them if there are few."""
+    if numel <= SAMPLES * SAMPLE:
+        yield range(numel)
+        return
+    for number in range(SAMPLES):
+        start = (numel - SAMPLE) * number // (SAMPLES - 1)
+        yield range(start, start + SAMPLE)

@@ -19,8 +19,8 @@ from torch import nn
 from surgery.adapters.deferred import DeferredValues, Drawing
 from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request
 from surgery.comm.background import Background, in_background
-from surgery.comm.device_to_host import HostCopies
-from surgery.comm.nodes import Node
+from surgery.comm.collectives import HostCopies
+from surgery.comm.environment import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, Naming, Pass, group_into_batches

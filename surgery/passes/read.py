@@ -87,7 +87,7 @@ class Read(BatchPass):
     def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
         """Compare a tensor that is saved once more under a tied name: one of two would be lost without a word.
 
-        Samples have been compared already (`surgery.model.ties`); what they have missed is found here.
+        Samples have been compared already (`surgery.model.weights`); what they have missed is found here.
         """
         entry = self.loading.checkpoint.index[name]
         other = self.loading.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())

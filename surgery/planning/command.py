@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+<<<<<<< HEAD
 from surgery.finetune.arguments import (
     FsdpVersion,
     OptimizerName,
@@ -17,6 +19,10 @@ from surgery.finetune.arguments import (
     parse_storage,
     parse_targets,
 )
+=======
+from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, parse_targets
+from surgery.finetune.choices import FsdpVersion, OptimizerName, PrecisionName, QuantStorageName, QuantType
+>>>>>>> w/words2
 
 if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan
@@ -50,10 +56,10 @@ holds before it loads; the driver, cuBLAS and NCCL take their part of --gpu-memo
 to change).
 """
 
-_TRAINING = "Training"
-_ADAPTER = "Adapter"
-_QUANTIZATION = "Quantization and precision"
-_SHARDING = "Ranks and sharding"
+_of_training = partial(typer.Option, rich_help_panel="Training")
+_of_adapter = partial(typer.Option, rich_help_panel="Adapter")
+_of_precision = partial(typer.Option, rich_help_panel="Quantization and precision")
+_of_ranks = partial(typer.Option, rich_help_panel="Ranks and sharding")
 
 
 def plan(
@@ -64,65 +70,37 @@ def plan(
         ),
     ],
     *,
-    world: Annotated[int, typer.Option(help="Number of ranks.", rich_help_panel=_SHARDING)] = 1,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option(help="Of each GPU, such as 24GiB: says whether it fits.", rich_help_panel=_SHARDING),
-    ] = None,
-    fsdp: Annotated[FsdpVersion, typer.Option(help="Which FSDP, on several ranks.", rich_help_panel=_SHARDING)] = "2",
+    world: Annotated[int, _of_ranks(help="Number of ranks.")] = 1,
+    gpu_memory: Annotated[str | None, _of_ranks(help="Of each GPU, such as 24GiB: says whether it fits.")] = None,
+    fsdp: Annotated[FsdpVersion, _of_ranks(help="Which FSDP, on several ranks.")] = "2",
     placement: Annotated[
         str | None,
-        typer.Option(
+        _of_ranks(
             help="Where weights wait to be sharded: sharded, rank0-cpu or replicated.",
-            rich_help_panel=_SHARDING,
             show_default="sharded; rank0-cpu with --fsdp 1",
         ),
     ] = None,
-    mesh: Annotated[
-        str | None,
-        typer.Option(help="REPLICATExSHARD, for hybrid sharding.", rich_help_panel=_SHARDING, metavar="RxS"),
-    ] = None,
-    cpu_offload: Annotated[
-        bool, typer.Option("--cpu-offload", help="Keep shards on the CPU between uses.", rich_help_panel=_SHARDING)
-    ] = False,
-    device: Annotated[
-        Literal["cuda", "cpu"], typer.Option(help="What ranks compute on.", rich_help_panel=_SHARDING)
-    ] = "cuda",
-    seq: Annotated[int, typer.Option(help="Tokens a sample.", rich_help_panel=_TRAINING)] = 1024,
-    batch: Annotated[
-        int, typer.Option(help="Samples a rank puts through the model at once.", rich_help_panel=_TRAINING)
-    ] = 1,
-    optimizer: Annotated[OptimizerName, typer.Option(help="The optimizer.", rich_help_panel=_TRAINING)] = "adamw",
+    mesh: Annotated[str | None, _of_ranks(help="REPLICATExSHARD, for hybrid sharding.", metavar="RxS")] = None,
+    cpu_offload: Annotated[bool, _of_ranks("--cpu-offload", help="Keep shards on the CPU between uses.")] = False,
+    device: Annotated[Literal["cuda", "cpu"], _of_ranks(help="What ranks compute on.")] = "cuda",
+    seq: Annotated[int, _of_training(help="Tokens a sample.")] = 1024,
+    batch: Annotated[int, _of_training(help="Samples a rank puts through the model at once.")] = 1,
+    optimizer: Annotated[OptimizerName, _of_training(help="The optimizer.")] = "adamw",
     activation_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--activation-checkpointing", help="Recompute activations in backward.", rich_help_panel=_TRAINING
-        ),
+        bool, _of_training("--activation-checkpointing", help="Recompute activations in backward.")
     ] = False,
-    lora_r: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=_ADAPTER)] = 16,
+    lora_r: Annotated[int, _of_adapter(help="Rank of the adapters.")] = 16,
     target_modules: Annotated[
-        str,
-        typer.Option(
-            help="Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.",
-            rich_help_panel=_ADAPTER,
-        ),
+        str, _of_adapter(help="Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.")
     ] = "all-linear",
     precision: Annotated[
-        PrecisionName,
-        typer.Option(help="Dtype of what is not quantized, and how it computes.", rich_help_panel=_QUANTIZATION),
+        PrecisionName, _of_precision(help="Dtype of what is not quantized, and how it computes.")
     ] = "bf16",
-    quant_type: Annotated[QuantType, typer.Option(help="The 4-bit data type.", rich_help_panel=_QUANTIZATION)] = "nf4",
-    blocksize: Annotated[
-        int, typer.Option(help="Weights that share one statistic.", rich_help_panel=_QUANTIZATION)
-    ] = 64,
-    double_quant: Annotated[
-        bool, typer.Option(help="Quantize the block statistics too.", rich_help_panel=_QUANTIZATION)
-    ] = True,
+    quant_type: Annotated[QuantType, _of_precision(help="The 4-bit data type.")] = "nf4",
+    blocksize: Annotated[int, _of_precision(help="Weights that share one statistic.")] = 64,
+    double_quant: Annotated[bool, _of_precision(help="Quantize the block statistics too.")] = True,
     quant_storage: Annotated[
-        QuantStorageName,
-        typer.Option(
-            help="Dtype that packs the 4-bit weights; auto fits the precision.", rich_help_panel=_QUANTIZATION
-        ),
+        QuantStorageName, _of_precision(help="Dtype that packs the 4-bit weights; auto fits the precision.")
     ] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,

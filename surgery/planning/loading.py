@@ -6,23 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from surgery.comm.collectives import RUN_BYTES
-from surgery.comm.device_to_host import THREADS
+from surgery.comm.collectives import RUN_BYTES, THREADS
 from surgery.passes.base import Batch
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
 from surgery.passes.tensors import Target
-from surgery.planning.figures import Memory, Peaks
-from surgery.planning.held import (
+from surgery.planning.inventory import (
+    Inventory,
     adapters_as_made,
     adapters_being_drawn,
     adapters_held,
-    adapters_whole,
     fixed_bytes,
+    row_bytes,
     state_bytes,
     weights_held,
 )
-from surgery.planning.inventory import Inventory, row_bytes
+from surgery.planning.ranks import Memory, Peaks
 from surgery.quantizers.base import STATISTIC_BYTES
 
 __all__ = ["plan_load"]
@@ -44,7 +43,7 @@ def plan_load(
     if strategy.shards_on_meta:
         held.keep(adapters_held(inventory, setting), on_host=strategy.adapter_device(rank).type == "cpu")
     else:  # they wait to be sharded, or moved, as whole as the weights
-        held.always += adapters_whole(inventory, setting)
+        held.always += inventory.adapter_elements * setting.dtype.itemsize
     waiting = None
     for batch in batches:
         sizes = _sizes(batch, setting, rank)
@@ -138,8 +137,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
         state=state_bytes(quantized, setting),
         packed=sum(target.nbytes for target in quantized),
         run=min(
-            max((capacities[target] for target in quantized), default=0),
-            RUN_BYTES["cpu" if setting.on_cpu else "cuda"],
+            max((capacities[target] for target in quantized), default=0), RUN_BYTES["cpu" if setting.on_cpu else "cuda"]
         ),
     )
 

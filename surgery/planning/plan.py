@@ -17,10 +17,9 @@ from surgery.passes.base import group_into_batches
 from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
 from surgery.passes.staging import Staging
-from surgery.planning.figures import RankPlan
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.loading import plan_load
-from surgery.planning.ranks import RankClass, bytes_read, classify, read_once_per_node
+from surgery.planning.ranks import RankClass, RankPlan, bytes_read, classify, read_once_per_node
 from surgery.planning.training import Training, plan_step
 from surgery.sharding.advice import default_options
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.table import Table
 
 from surgery.passes.setting import Setting
-from surgery.planning.figures import RankPlan, Step
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.ranks import RankClass
+from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
 from surgery.telemetry.numbers import say_size
 from surgery.telemetry.report import group_names, say
@@ -56,9 +55,10 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
     if plan.training is not None:
         moment = max((f for _, f in plan.classes if f.train), key=lambda f: f.device_peak or f.host_peak).train
         assert moment is not None
+        at = "at the loss" if moment.moment == "loss" else "in backward"
         yield (
             "Activations and logits are an estimate, from the shapes of linear layers, for attention that keeps no "
-            f"scores. Training is at its peak {_at(moment)}; its rows are of that moment, and add up to the peak."
+            f"scores. Training is at its peak {at}; its rows are of that moment, and add up to the peak."
         )
     if plan.inventory.ignored:
         yield say("ignored", group_names(plan.inventory.ignored))
@@ -66,10 +66,6 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
         yield say("initialized", group_names(plan.inventory.initialized))
     if plan.read_once_per_node:
         yield f"{say('read_once_per_node', group_names(plan.read_once_per_node))} That is not in the bytes read above."
-
-
-def _at(step: Step) -> str:
-    return "at the loss" if step.moment == "loss" else "in backward"
 
 
 def _shown(plan: MemoryPlan) -> Sequence[tuple[RankClass, RankPlan]]:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.passes.setting import Setting, at_least_one
-from surgery.planning.figures import Step
-from surgery.planning.held import adapters_held, fixed_bytes, state_bytes, weights_held
-from surgery.planning.inventory import Inventory
+from surgery.planning.inventory import Inventory, adapters_held, fixed_bytes, state_bytes, weights_held
+from surgery.planning.ranks import Step
 
 __all__ = ["Training", "plan_step"]
 
@@ -67,7 +66,9 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
     """The figures of `rank`, at the worse of two moments: the loss, and backward through the largest block."""
     weights, adapters = weights_held(inventory, setting), adapters_held(inventory, setting)
     state = state_bytes(inventory.targets, setting)
-    optimizer = _optimizer(inventory, setting, training, rank)
+    shards = setting.strategy.at_rest.shards
+    own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
+    optimizer = (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
     on_host = weights + 2 * adapters + optimizer if setting.strategy.cpu_offload else 0
     moment = max(_moments(inventory, setting, training), key=lambda moment: moment.total)
     total = weights + state + 2 * adapters + optimizer + moment.total
@@ -86,13 +87,6 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
         device_peak=0 if setting.on_cpu else total - on_host,
         moment=moment.name,
     )
-
-
-def _optimizer(inventory: Inventory, setting: Setting, training: Training, rank: int) -> int:
-    """Bytes of the optimizer's states of what `rank` has of the adapters."""
-    shards = setting.strategy.at_rest.shards
-    own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
-    return (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
 
 
 def _moments(inventory: Inventory, setting: Setting, training: Training) -> tuple[_Moment, _Moment]:

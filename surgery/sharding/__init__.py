@@ -1,4 +1,4 @@
-"""How ranks share a model: the protocol is in `base`, and each strategy is a file of its own, imported here."""
+"""Ways in which ranks share a model: the protocol in `base`, and a file for each strategy, imported here."""
 
 from surgery.sharding import ddp, fsdp1, fsdp2, unsharded
 

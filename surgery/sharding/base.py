@@ -52,7 +52,7 @@ READS_WEIGHTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Devices:
-    """Where a rank computes, and where it keeps what it has loaded until the model takes it.
+    """The devices of a rank: the one that computes, and the one that keeps what is loaded until the model takes it.
 
     compute: where weights are quantized, and where every quantization state lives, on every rank.
     data: where weights, packed or not, wait; `meta` on a rank that keeps none.
@@ -79,7 +79,7 @@ class Shard:
 
 
 class ShardStrategy:
-    """How the ranks of one job share a model. The methods here are those of a model that every rank holds whole.
+    """The way in which the ranks of a job share a model; the methods here are those of one that every rank holds whole.
 
     options: what the user chose, such as `surgery.FSDP2(...)`; None for none. placement: where weights wait until the
     model is complete, one of `placements`. device: the kind that ranks compute on, this rank's where there is a job.
@@ -136,7 +136,6 @@ class ShardStrategy:
 
         `model` is on meta, its modules are replaced, and it is not adapted yet. Refuses what cannot be sharded.
         """
-        del model, quant
         return frozenset()
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
@@ -146,27 +145,24 @@ class ShardStrategy:
 
     @cached_property
     def partition(self) -> Partition:
-        """Who reads, and who keeps, which rows while the model is loaded."""
+        """The rows that each rank reads, and keeps, while the model is loaded."""
         return Partition(grid=Grid(replicas=self.world_size))
 
     @cached_property
     def at_rest(self) -> Grid:
-        """Over how many ranks parameters are divided once the model is complete."""
+        """The ranks that parameters are divided over once the model is complete."""
         return Grid(replicas=self.world_size)
 
     def devices(self, rank: int) -> Devices:
-        """Where `rank` computes, and where it keeps what it has loaded."""
-        del rank
+        """The devices of `rank`."""
         return Devices(compute=self.device, data=self.device)
 
     def adapter_rows(self, rank: int, rows: int) -> range:
         """The rows that `rank` keeps of an adapter's `rows` while values are drawn."""
-        del rank
         return range(rows)
 
     def adapter_device(self, rank: int) -> torch.device:
-        """Where `rank` keeps the values drawn for adapters until the model is complete."""
-        del rank
+        """The device on which `rank` keeps the values drawn for adapters until the model is complete."""
         return torch.device("cpu")
 
     # Building. -------------------------------------------------------------------------------------------------------
@@ -184,7 +180,6 @@ class ShardStrategy:
 
     def shard_on_meta(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
         """`model`, sharded before it is filled. Not collective. Called if `shards_on_meta`."""
-        del quant
         return model
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
@@ -202,7 +197,6 @@ class ShardStrategy:
     @classmethod
     def made(cls, model: nn.Module) -> bool:
         """Whether `model` is sharded by this strategy."""
-        del model
         return False
 
     @classmethod
@@ -217,7 +211,6 @@ class ShardStrategy:
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
-        del model
         return {layer: _own_shard(layer) for layer in layers}
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -229,14 +222,16 @@ class ShardStrategy:
 
     # A training loop. ------------------------------------------------------------------------------------------------
 
+    #: Whether gradients are averaged over all ranks, in a mesh of two dimensions too.
+    averages: ClassVar[bool] = False
+
     @property
     def averaged_over(self) -> int:
         """Number of ranks that gradients are averaged over."""
-        return 1
+        return self.world_size if self.averages else 1
 
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """A block for forward and backward of a micro-batch; gradients are exchanged in the last only."""
-        del model, is_last
         return nullcontext()
 
     def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
@@ -248,7 +243,9 @@ class ShardStrategy:
         return torch.amp.GradScaler(self.device.type, enabled=enabled)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks, in place."""
+        """The sum of a tensor over the ranks that average gradients, in place."""
+        if self.averages:
+            dist.all_reduce(value)
         return value
 
     # The memory plan. ------------------------------------------------------------------------------------------------
@@ -258,12 +255,10 @@ class ShardStrategy:
 
     def gathered_at_loss(self, units: Sequence[Unit]) -> int:
         """Bytes that are unsharded on a rank when the loss is computed."""
-        del units
         return 0
 
     def gathered_in_backward(self, units: Sequence[Unit]) -> int:
         """Bytes of weights that are unsharded on a rank in backward through the largest block."""
-        del units
         return 0
 
     def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
@@ -271,13 +266,12 @@ class ShardStrategy:
 
         units: in the order in which they are sharded. unsharded: bytes of parameters that stay whole.
         """
-        del units, unsharded, rank
         return ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """What a strategy gathers together: bytes when whole, frozen weights and adapters apart.
+    """Parameters that a strategy gathers together: bytes when whole, of frozen weights and of adapters.
 
     kind: `block`, `embedding`, `tail` (the last norm and the head) or `root` (the rest).
     """
@@ -306,12 +300,8 @@ def _own_shard(layer: nn.Module) -> Shard:
     """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    if isinstance(weight, DTensor):
-        return _sharded_along_rows(weight)
-    return Shard(piece=Piece(data=weight.detach()))
-
-
-def _sharded_along_rows(weight: DTensor) -> Shard:
+    if not isinstance(weight, DTensor):
+        return Shard(piece=Piece(data=weight.detach()))
     mesh, local = weight.device_mesh, weight.to_local()
     sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if not sharded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +24,7 @@ class Ddp(Unsharded):
     label = "DDP"
     placements = ("replicated",)
     options: DDP | None
+    averages = True
 
     def check(self) -> None:
         """Refuse placements under which a rank would lack weights."""
@@ -36,7 +36,6 @@ class Ddp(Unsharded):
 
     def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
         """Refuse a model that has nothing to train."""
-        del quant
         if not adapted:
             raise ConfigError(
                 "DDP averages gradients, but without lora nothing is trained: pass lora=, or leave shard out"
@@ -68,20 +67,10 @@ class Ddp(Unsharded):
         state = super().trainable_state(root.module)
         return {clean(join(name, inner)): tensor for inner, tensor in state.items()}
 
-    @property
-    def averaged_over(self) -> int:
-        """Number of all ranks."""
-        return self.world_size
-
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
         """A block under `no_sync` in all but the last."""
         root = outermost(model, DistributedDataParallel)
         return nullcontext() if is_last or root is None else root.no_sync()
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        dist.all_reduce(value)
-        return value
 
 
 register(DDP, Ddp)

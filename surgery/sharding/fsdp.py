@@ -1,25 +1,25 @@
-"""What both kinds of FSDP have in common: a mesh, a cast that must spare packed weights, views that come apart."""
+"""The base of both kinds of FSDP: a mesh, a cast that must spare packed weights, memory that is shared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from surgery.config import FSDP1, FSDP2
 from surgery.errors import ConfigError
-from surgery.model.fqn import PEFT_PREFIX
+from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.pretrained import is_pretrained
 from surgery.model.tree import Site
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import ShardStrategy, Unit
 from surgery.sharding.partition import Grid
 
-__all__ = ["Fsdp", "check_kept"]
+__all__ = ["Fsdp", "check_kept", "shared_parameters"]
 
 #: Number of names that an error lists at most.
 SHOWN = 4
@@ -29,6 +29,7 @@ class Fsdp(ShardStrategy):
     """The base of FSDP1 and FSDP2: parameters are divided over a mesh, and gathered for use."""
 
     options: FSDP1 | FSDP2 | None
+    averages = True
 
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)
@@ -50,8 +51,8 @@ class Fsdp(ShardStrategy):
 
     def check_format(self, quant: QuantFormat, *, adapted: bool) -> None:
         """Refuse a cast of packed weights."""
-        del adapted
-        cast = self._cast_to
+        precision = None if self.options is None else self.options.mixed_precision
+        cast = None if precision is None else precision.param_dtype
         if cast is None or cast == quant.storage or not quant.storage.is_floating_point or not quant.needs_modules:
             return
         raise ConfigError(
@@ -59,11 +60,6 @@ class Fsdp(ShardStrategy):
             "4-bit data as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
             f"quant_storage={cast}"
         )
-
-    @property
-    def _cast_to(self) -> torch.dtype | None:
-        precision = None if self.options is None else self.options.mixed_precision
-        return None if precision is None else precision.param_dtype
 
     def _check_kept(self, model: nn.Module, kept: Sequence[str], dtype: torch.dtype) -> None:
         named = model.named_buffers() if is_pretrained(model) else ()
@@ -75,7 +71,6 @@ class Fsdp(ShardStrategy):
 
         FSDP copies each parameter into shards, after which one that is a view of another would be trained apart.
         """
-        del blocks, unsharded
         first: dict[int, str] = {}
         for name, parameter in adapted.named_parameters():
             other = first.setdefault(parameter.untyped_storage()._cdata, name)
@@ -90,16 +85,6 @@ class Fsdp(ShardStrategy):
         """The mesh, all ranks in one row if none is chosen."""
         replicas, shards = self.mesh_shape or (1, self.world_size)
         return Grid(replicas=replicas, shards=shards)
-
-    @property
-    def averaged_over(self) -> int:
-        """Number of all ranks, in a mesh of two dimensions too."""
-        return self.world_size
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        dist.all_reduce(value)
-        return value
 
     #: Whether blocks that are gathered in forward stay so until backward.
     keeps_gathered: bool = False
@@ -138,6 +123,27 @@ def check_kept(precision: Any, kept: Sequence[str], buffers: Mapping[str, torch.
     others = [name for name, own in buffers.items() if own != cast] if cast is not None else []
     if others:
         raise _would_cast("buffer_dtype", cast, others, dtype)
+
+
+def shared_parameters(
+    model: nn.Module, groups: Mapping[nn.Module, object]
+) -> Iterator[tuple[nn.Parameter, list[str], int]]:
+    """`(parameter, FQNs, number of groups)` of each that would be sharded twice.
+
+    groups: module -> its group, which what is inside of the module belongs to; all else is in the root's.
+    """
+    owners: dict[nn.Parameter, dict[str, object]] = defaultdict(dict)
+    stack: list[tuple[str, nn.Module, object]] = [("", model, None)]
+    while stack:
+        prefix, module, outer = stack.pop()
+        group = groups.get(module, outer)
+        for name, parameter in module.named_parameters(recurse=False):
+            owners[parameter][join(prefix, name)] = group
+        stack.extend((join(prefix, name), child, group) for name, child in module.named_children())
+    for parameter, found in owners.items():
+        count = len(set(found.values()))
+        if count > 1:
+            yield parameter, list(found), count
 
 
 def _would_cast(option: str, cast: torch.dtype | None, names: Sequence[str], dtype: torch.dtype) -> ConfigError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -24,7 +24,7 @@ from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
 from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
-from surgery.sharding.fsdp import Fsdp
+from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
 
@@ -48,12 +48,7 @@ CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 
 
 def plan_units(
-    model: nn.Module,
-    blocks: Iterable[nn.Module],
-    *,
-    use_orig_params: bool,
-    policy: Units,
-    unsharded: set[nn.Parameter],
+    model: nn.Module, blocks: Iterable[nn.Module], *, use_orig_params: bool, policy: Units, unsharded: set[nn.Parameter]
 ) -> set[nn.Module]:
     """The modules, the root apart, that become FSDP units of their own; `unsharded` parameters are in none.
 
@@ -100,13 +95,9 @@ def _leaves(
         stack.extend((join(name, child_name), child) for child_name, child in module.named_children())
 
 
-def _loose(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ParameterDict, nn.ParameterList)) and len(module) > 0
-
-
 def _own(module: nn.Module) -> list[nn.Parameter]:
-    loose = [p for child in module.children() if _loose(child) for p in child.parameters()]
-    return [*module.parameters(recurse=False), *loose]
+    loose = [child for child in module.children() if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
+    return [*module.parameters(recurse=False), *(p for child in loose for p in child.parameters())]
 
 
 def _kind(name: str, module: nn.Module, own: list[nn.Parameter], *, use_orig_params: bool) -> Kind:
@@ -129,7 +120,7 @@ def _describe(kind: Kind) -> str:
 def _main_kind(kinds: dict[nn.Module, Kind], held: dict[nn.Module, list[nn.Parameter]]) -> Kind | None:
     sizes: Counter[Kind] = Counter()
     for module, kind in kinds.items():
-        sizes[kind] += sum(p.numel() * p.element_size() for p in held[module])
+        sizes[kind] += sum(p.nbytes for p in held[module])
     return sizes.most_common(1)[0][0] if sizes else None
 
 
@@ -145,29 +136,12 @@ def _not_uniform(
 
 
 def _check_ties(model: nn.Module, units: set[nn.Module], unsharded: set[nn.Parameter]) -> None:
-    """A parameter shared by two units would be sharded twice, apart."""
-    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter, unit in _owned_parameters(model, units):
-        owners[parameter].add(unit)
-        names[parameter].append(name)
-    for parameter, found in owners.items():
-        if len(found) > 1 and parameter not in unsharded:
+    for parameter, names, count in shared_parameters(model, {unit: unit for unit in units}):
+        if parameter not in unsharded:
             raise ConfigError(
-                f"{' and '.join(names[parameter])} are one tied parameter, but would go to {len(found)} FSDP units: "
+                f"{' and '.join(names)} are one tied parameter, but would go to {count} FSDP units: "
                 "leave them out of target_modules and modules_to_save, or use strategy no-shard"
             )
-
-
-def _owned_parameters(model: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """`(name, parameter, unit)` of every place that holds a parameter, shared ones as often as they are held."""
-    stack: list[tuple[str, nn.Module, nn.Module]] = [("", model, model)]
-    while stack:
-        prefix, module, unit = stack.pop()
-        yield from ((join(prefix, name), p, unit) for name, p in module.named_parameters(recurse=False))
-        stack.extend(
-            (join(prefix, name), child, child if child in units else unit) for name, child in module.named_children()
-        )
 
 
 def materializer(
@@ -183,19 +157,12 @@ def materializer(
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue
-            new = made.get(parameter)
-            if new is None:
-                new = _empty(parameter, quant, device)
+            new = made[parameter] if parameter in made else _empty(parameter, quant, device)
             if parameter in shared:
                 made[parameter] = new
             module._parameters[name] = new
 
     return materialize
-
-
-def _shared_parameters(model: nn.Module) -> set[nn.Parameter]:
-    places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, count in places.items() if count > 1}
 
 
 def _empty(parameter: nn.Parameter, quant: QuantFormat, device: torch.device) -> nn.Parameter:
@@ -206,7 +173,7 @@ def _empty(parameter: nn.Parameter, quant: QuantFormat, device: torch.device) ->
 def _bring(
     model: nn.Module, parameters: set[nn.Parameter], config: FSDP1, *, quant: QuantFormat, device: torch.device
 ) -> list[nn.Parameter]:
-    """What takes the place of `parameters`, whole on `device`, with rank 0's values if the others have none."""
+    """Replace `parameters` by whole ones on `device`, with rank 0's values if the others have none; returns these."""
     brought: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -237,6 +204,7 @@ def wrap(
     """
     options: dict[str, Any] = {}
     made: dict[nn.Parameter, nn.Parameter] = {}
+    places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     if config.mesh is not None:
         options["device_mesh"] = init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
     wrapped = FullyShardedDataParallel(
@@ -245,7 +213,7 @@ def wrap(
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
         cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
         mixed_precision=config.mixed_precision,
-        param_init_fn=materializer(quant, device, made, _shared_parameters(model)),
+        param_init_fn=materializer(quant, device, made, {each for each, count in places.items() if count > 1}),
         device_id=device,
         sync_module_states=config.sync_module_states,
         use_orig_params=config.use_orig_params,
@@ -439,7 +407,9 @@ class Fsdp1(Fsdp):
         """One unit at a time is whole on the device."""
         state: dict[str, torch.Tensor] = {}
         for prefix, unit in list(model.named_modules()):
-            if not isinstance(unit, FullyShardedDataParallel) or not _trains(unit):
+            if not isinstance(unit, FullyShardedDataParallel):
+                continue
+            if not any(parameter.requires_grad for _, parameter in _own_parameters(unit)):
                 continue
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
                 found = {clean(join(prefix, name)): p for name, p in _own_parameters(unit) if p.requires_grad}
@@ -499,10 +469,6 @@ class _ScalarFlags(ShardedGradScaler):
         flags.update((device, flag.reshape(())) for device, flag in flags.items())
 
 
-def _trains(unit: nn.Module) -> bool:
-    return any(parameter.requires_grad for _, parameter in _own_parameters(unit))
-
-
 def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters below `unit` that no other unit inside of it holds."""
     yield from ((join(prefix, name), p) for name, p in unit._parameters.items() if p is not None)
@@ -513,25 +479,19 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
     """The shards of layers whose weights are in flat parameters, by layer."""
-    for unit in FullyShardedDataParallel.fsdp_modules(model):
-        handle: Any = unit._handle
-        if handle is not None:
-            yield from _unit_shards(handle)
-
-
-def _unit_shards(handle: Any) -> Iterator[tuple[nn.Module, Shard]]:
-    """The same of one unit; `handle` keeps where in its flat parameter each parameter is."""
-    flat = handle.flat_param
-    # Before the first forward, and where nothing is sharded, there is one tensor only.
-    local = getattr(flat, "_local_shard", flat.data) if handle.uses_sharded_strategy else flat.data
-    group = handle.process_group if handle.uses_sharded_strategy else None
-    for where, info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
-        if where.param_name != "weight":
+    handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
+    for handle in handles:
+        if handle is None:
             continue
-        first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
-        data = local[first : first + numel] if info.in_shard else local[:0]
-        piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
-        yield where.module, Shard(piece=piece, group=group)
+        flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
+        # Before the first forward, and where nothing is sharded, there is one tensor only.
+        local = getattr(flat, "_local_shard", flat.data) if is_sharded else flat.data
+        for where, info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
+            if where.param_name == "weight":
+                first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
+                data = local[first : first + numel] if info.in_shard else local[:0]
+                piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
+                yield where.module, Shard(piece=piece, group=handle.process_group if is_sharded else None)
 
 
 register(FSDP1, Fsdp1)

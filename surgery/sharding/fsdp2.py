@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
-from surgery.model.fqn import clean, join
+from surgery.model.fqn import clean
 from surgery.model.tree import Site, decoder_blocks, ends_of
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
 from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
-from surgery.sharding.fsdp import Fsdp
+from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Partition
 
 if TYPE_CHECKING:
@@ -96,21 +96,12 @@ def _check_uniform(trained: Mapping[str, nn.Parameter]) -> None:
 
 
 def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) -> None:
-    """A parameter shared by two groups would be sharded twice; what is in none of `groups` is in the root's."""
     numbers = {module: number for number, group in enumerate(groups) for module in group if module is not None}
-    first: dict[nn.Parameter, tuple[str, int | None]] = {}
-    stack: list[tuple[str, nn.Module, int | None]] = [("", model, None)]
-    while stack:
-        prefix, module, outer = stack.pop()
-        group = numbers.get(module, outer)
-        for name, parameter in module.named_parameters(recurse=False):
-            fqn, other = first.setdefault(parameter, (join(prefix, name), group))
-            if other != group:
-                raise ConfigError(
-                    f"{fqn} and {join(prefix, name)} are one parameter, but are used in two groups of FSDP2, which "
-                    "cannot gather it for both: untie them, or build the model without shard"
-                )
-        stack.extend((join(prefix, name), child, group) for name, child in module.named_children())
+    for _, (first, *_, last), _ in shared_parameters(model, numbers):
+        raise ConfigError(
+            f"{first} and {last} are one parameter, but are used in two groups of FSDP2, which cannot gather it for "
+            "both: untie them, or build the model without shard"
+        )
 
 
 class Fsdp2(Fsdp):
@@ -182,7 +173,7 @@ class Fsdp2(Fsdp):
         return self.partition.rows_of(rank, rows) if self.shards_on_meta else super().adapter_rows(rank, rows)
 
     def adapter_device(self, rank: int) -> torch.device:
-        """Where weights wait, if the model is sharded by then."""
+        """The device that weights wait on, if the model is sharded by then."""
         return self.devices(rank).data if self.shards_on_meta else super().adapter_device(rank)
 
     def meet(self) -> None:
@@ -202,7 +193,6 @@ class Fsdp2(Fsdp):
 
     def shard_on_meta(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
         """`model` itself, sharded in place: what is on meta stays there, the rest is this rank's shard of it."""
-        del quant
         _make_plain(model)
         assert self.options is not None
         shard(model, decoder_blocks(model), self.options, self._met)
@@ -296,7 +286,6 @@ class Fsdp2(Fsdp):
 
     def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
         """One moment, with everything whole: parameters are sharded one after the other, and freed."""
-        del unsharded, rank
         return () if self.shards_on_meta else ((0, sum(unit.weights for unit in units)),)
 
 

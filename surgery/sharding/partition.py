@@ -1,4 +1,4 @@
-"""Who reads, and who keeps, which part of a tensor: pure arithmetic, the same on every rank.
+"""Partition of tensors: the rows that each rank reads, and keeps. Pure arithmetic, the same on every rank.
 
 A tensor is divided along dimension 0 of the form in which it is stored, as FSDP2 divides it (`torch.chunk`). A packed
 4-bit weight is `(n, 1)` there, so that its shards are contiguous ranges of the flat weight; quantization blocks are
@@ -22,7 +22,7 @@ def chunk(rows: range, parts: int, part: int) -> range:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How a tensor is stored, as far as its division goes.
+    """The shape in which a tensor is stored and divided.
 
     rows: the size of dimension 0 (1 for a scalar). row: elements of the checkpoint that make a row; two per byte of
     a packed weight. numel: elements in the checkpoint; the last row may lack some. blocksize: elements that share one
@@ -76,7 +76,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """How all tensors of a model are divided.
+    """The division of all tensors of a model.
 
     grid: of sharded tensors. rank0_only: parameters that are not quantized are read and kept by rank 0 alone.
     """
@@ -85,7 +85,7 @@ class Partition:
     rank0_only: bool = False
 
     def slice(self, form: Form, rank: int) -> Slice:
-        """What `rank` reads and keeps of a tensor of `form`."""
+        """The part of a tensor of `form` that `rank` reads and keeps."""
         return _slice(self, form, rank)
 
     def rows_of(self, rank: int, rows: int) -> range:

@@ -40,7 +40,7 @@ def trace_events(traces: Sequence[RankTrace]) -> list[Event]:
 
 
 def _thinned(samples: Sequence[Sample], limit: int) -> Sequence[Sample]:
-    """At most `limit` samples, with every peak."""
+    """Reduce samples to at most `limit`, with every peak."""
     history = History(limit=limit)
     for sample in samples:
         history.add(sample)

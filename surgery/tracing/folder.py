@@ -92,7 +92,7 @@ def draw(folder: Path, page: Path) -> tuple[RankTrace, ...]:
 
 
 def _join(traces: Sequence[RankTrace]) -> str:
-    """Our figures beside the events: viewers skip what they do not know."""
+    """Put our figures beside the events: viewers skip what they do not know."""
     ranks = [trace.as_dict() for trace in traces]
     joined = {"traceEvents": trace_events(traces), "world_size": traces[0].world_size, "ranks": ranks}
     return json.dumps(joined, separators=(",", ":"), allow_nan=False) + "\n"

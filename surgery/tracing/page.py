@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from xml.etree.ElementTree import Element, tostring
 
 from surgery.telemetry.measurements import Phase
 from surgery.telemetry.numbers import say_size
+<<<<<<< HEAD
 from surgery.telemetry.report import say
 from surgery.tracing.markup import Element, duration, element, file_bytes, measured, memory, rate, write
+=======
+>>>>>>> w/words2
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 
 __all__ = ["render"]
@@ -57,7 +61,7 @@ WIDTH, LEFT, RIGHT, LANE, PLOT, GAP, LETTER = 960, 68, 14, 20, 110, 22, 6.2
 
 
 def render(traces: Sequence[RankTrace]) -> str:
-    """A document of HTML with all of `traces`, of which there is at least one."""
+    """A document of HTML, in ASCII, with all of `traces`, of which there is at least one."""
     title = f"Trace of {_ranks(traces[0].world_size)}"
     axes = _Axes.of(traces)
     head = element(
@@ -68,15 +72,17 @@ def render(traces: Sequence[RankTrace]) -> str:
         element("title", title),
         element("style", _STYLE),
     )
+    columns = ("rank", "device", "took", "read", "read at", *(f"{kind} peak" for kind in axes.kinds), "ended")
     body = element(
         "body",
         element("h1", title),
         *_facts(traces),
-        _ranks_table(traces, axes.kinds),
+        _table("of-ranks", columns, [_rank_row(trace, axes.kinds) for trace in traces]),
         *(_rank(trace, axes, is_open=len(traces) <= FEW) for trace in traces),
         element("p", _READING, class_="quiet"),
     )
-    return write(element("html", head, body, lang="en"))
+    document = tostring(element("html", head, body, lang="en"), encoding="us-ascii", method="html")
+    return f"<!DOCTYPE html>\n{document.decode()}\n"
 
 
 def _facts(traces: Sequence[RankTrace]) -> Iterator[Element]:
@@ -114,12 +120,6 @@ def _rank(trace: RankTrace, axes: _Axes, *, is_open: bool) -> Element:
     if is_open:
         rank.set("open", "")
     return rank
-
-
-def _ranks_table(traces: Sequence[RankTrace], kinds: Sequence[str]) -> Element:
-    """A row for each rank, over all of its phases."""
-    head = ("rank", "device", "took", "read", "read at", *(f"{kind} peak" for kind in kinds), "ended")
-    return _table("of-ranks", head, [_rank_row(trace, kinds) for trace in traces])
 
 
 def _rank_row(trace: RankTrace, kinds: Sequence[str]) -> Sequence[Cell]:
@@ -282,3 +282,54 @@ def _plot(trace: RankTrace, axes: _Axes, kind: str, top: int) -> Iterator[Elemen
             element("text", text, x=x, y=y(peak) - 4),
             class_="predicted",
         )
+
+
+def element(tag: str, /, *children: Element | str | None, **attributes: str | float) -> Element:
+    """Make an element; text comes first among its children, and None is left out.
+
+    In attribute names, `_` at the end is dropped (`class_`), and others are `-` (`text_anchor`).
+    """
+    made = Element(tag, {key.rstrip("_").replace("_", "-"): _text(value) for key, value in attributes.items()})
+    made.text = "".join(child for child in children if isinstance(child, str))
+    made.extend(child for child in children if isinstance(child, Element))
+    return made
+
+
+def measured(value: float, shown: str) -> Element:
+    """A figure, shown for people, with its exact value for programs."""
+    return element("data", shown, value=str(value))
+
+
+def memory(count: int) -> Element:
+    """Bytes of memory, in powers of 1024."""
+    return measured(count, say_size(count))
+
+
+def file_bytes(count: float) -> str:
+    """Bytes of files, in powers of 1000, to three digits."""
+    units = iter(("B", "kB", "MB", "GB"))
+    unit = next(units)
+    while round(count) >= 1000 and (larger := next(units, None)):
+        count, unit = count / 1000, larger
+    return f"{count:,.{0 if unit == 'B' or count >= 100 else 1 if count >= 10 else 2}f} {unit}"
+
+
+def rate(count: float, seconds: float) -> str:
+    """Bytes of files a second; empty if nothing was read."""
+    return f"{file_bytes(count / seconds)}/s" if count and seconds else ""
+
+
+def duration(seconds: float) -> str:
+    """Milliseconds below a second, seconds below two minutes, then minutes, then hours."""
+    if round(seconds, 3) < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _text(value: str | float) -> str:
+    """Coordinates in tenths of a pixel; anything else as it is."""
+    return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)

@@ -13,8 +13,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from surgery.comm.collectives import gather_objects
-
 __all__ = ["World", "joined"]
 
 #: Longest wait of a rank for another before it gives up: some take minutes to load a large model.

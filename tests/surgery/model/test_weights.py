@@ -99,7 +99,7 @@ def test_one_element_that_differs_unties(tmp_path: Path) -> None:
 
 
 def test_what_samples_do_not_see_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surgery.model.ties.SAMPLE", 16)
+    monkeypatch.setattr("surgery.model.weights.SAMPLE", 16)
     with pytest.raises(PassError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ") as caught:
         surgery.qlora(saved_twice(tmp_path, differing=True), report=surgery.Report())
     assert isinstance(caught.value.__cause__, WeightsMismatchError)

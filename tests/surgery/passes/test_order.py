@@ -13,7 +13,7 @@ from torch import nn
 
 import surgery
 from surgery.checkpoint import Checkpoint
-from surgery.comm.nodes import Node
+from surgery.comm.environment import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError, PassError
 from surgery.model.skeleton import build_on_meta, causal_lm

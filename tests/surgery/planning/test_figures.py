@@ -13,10 +13,9 @@ from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
 from surgery.passes.prepare import prepare
 from surgery.passes.staging import Staging
-from surgery.planning.figures import RankPlan, Step
-from surgery.planning.held import weights_held
-from surgery.planning.inventory import Inventory, take_inventory
+from surgery.planning.inventory import Inventory, take_inventory, weights_held
 from surgery.planning.plan import make_plan
+from surgery.planning.ranks import RankPlan, Step
 from surgery.planning.training import Training
 from surgery.planning.verdict import check_fits, fits_gpu, predictions
 from tests.helpers.models import save_tiny

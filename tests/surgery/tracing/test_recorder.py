@@ -19,7 +19,7 @@ from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks, try_ranks
 from tests.surgery.tracing.made import MIB, Page, look, pages
 
-BUILDING = {"skeleton", "replace", "shard"}
+BUILDING = {"skeleton", "bind", "shard"}
 
 
 def phase_named(trace: RankTrace, name: str) -> Phase:
