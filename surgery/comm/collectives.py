@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Collectives: objects and statistics to all ranks, parts of a tensor to the rank that keeps it.
-=======
-"""Data that ranks exchange while a model is loaded: statistics to all, parts of a tensor to whoever keeps it.
->>>>>>> w/words2
 
 Tensors travel as bytes. All functions are collective: to be called on all ranks of the group, in the same order.
 """
@@ -12,33 +8,26 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-<<<<<<< HEAD
-from typing import TypeVar
-=======
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Self
->>>>>>> w/words2
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from surgery.comm.failures import noticing_ends
 
-<<<<<<< HEAD
-__all__ = ["all_gather_flat", "all_gather_single", "gather_objects", "gather_parts", "gather_to_rank0", "scatter_parts"]
-
-T = TypeVar("T")
-=======
 __all__ = [
     "THREADS",
     "HostCopies",
     "all_gather_flat",
     "all_gather_single",
+    "gather_objects",
     "gather_parts",
     "gather_to_rank0",
     "scatter_parts",
 ]
->>>>>>> w/words2
+
+T = TypeVar("T")
 
 #: The name since torch 2.13, where the older one warns.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

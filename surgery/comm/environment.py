@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Rank and world size, of the job and of the node, as torchrun sets them in the environment."""
-=======
 """Rank, world size and node of this process, as torchrun says in the environment."""
->>>>>>> w/words2
 
 from __future__ import annotations
 
@@ -16,19 +12,16 @@ import torch.distributed as dist
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
 
-<<<<<<< HEAD
-__all__ = ["default_device", "expect_number", "launched_rank", "launched_world_size", "local_rank", "local_world_size"]
-=======
 __all__ = [
     "Node",
     "default_device",
+    "expect_number",
     "launched_rank",
     "launched_world_size",
     "local_rank",
     "local_world_size",
     "node_ranks",
 ]
->>>>>>> w/words2
 
 
 def launched_rank() -> int | None:

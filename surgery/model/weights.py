@@ -13,12 +13,7 @@ from surgery.checkpoint import Checkpoint, Index, Reader, TensorEntry
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment, Group, Logical, group_keys
-<<<<<<< HEAD
-from surgery.model.ties import untie_different
 from surgery.model.tree import tied_parameters, was_conv1d
-=======
-from surgery.model.tree import tied_parameters
->>>>>>> w/words2
 
 __all__ = ["WeightPlan", "fill_buffers", "plan_weights", "untie_different"]
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-<<<<<<< HEAD
 from surgery.finetune.arguments import (
     FsdpVersion,
     OptimizerName,
@@ -19,10 +18,6 @@ from surgery.finetune.arguments import (
     parse_storage,
     parse_targets,
 )
-=======
-from surgery.finetune.arguments import parse_mesh, parse_shard, parse_storage, parse_targets
-from surgery.finetune.choices import FsdpVersion, OptimizerName, PrecisionName, QuantStorageName, QuantType
->>>>>>> w/words2
 
 if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan

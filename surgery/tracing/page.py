@@ -12,11 +12,7 @@ from xml.etree.ElementTree import Element, tostring
 
 from surgery.telemetry.measurements import Phase
 from surgery.telemetry.numbers import say_size
-<<<<<<< HEAD
 from surgery.telemetry.report import say
-from surgery.tracing.markup import Element, duration, element, file_bytes, measured, memory, rate, write
-=======
->>>>>>> w/words2
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 
 __all__ = ["render"]

@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from surgery.comm.collectives import gather_objects
+
 __all__ = ["World", "joined"]
 
 #: Longest wait of a rank for another before it gives up: some take minutes to load a large model.
@@ -51,9 +53,7 @@ class World:
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control_group)
-        return any(found)
+        return any(gather_objects(value, self.control_group))
 
     def clear(self) -> None:
         """Release unused memory: of the device, of pinned pages, and of malloc's heap."""
