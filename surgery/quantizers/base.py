@@ -57,7 +57,7 @@ class Layout:
         return -(-numel // self.blocksize)
 
     def whole_blocks(self, elements: int) -> int:
-        """About so many `elements`, and at least one block, as whole blocks."""
+        """Round `elements` down to whole blocks, one at least."""
         return max(elements // self.blocksize, 1) * self.blocksize
 
     def packed_shape(self, shape: Sequence[int], storage: torch.dtype) -> tuple[int, int]:
@@ -148,7 +148,7 @@ class QuantFormat:
     # Values. ---------------------------------------------------------------------------------------------------------
 
     def run_elements(self, device: torch.device) -> int:
-        """About how many elements to quantize at once on `device`; runs are of whole blocks."""
+        """Approximate number of elements to quantize at once on `device`; runs are of whole blocks."""
         return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
 
     def quantize(
