@@ -10,8 +10,8 @@ from surgery.passes.setting import Setting
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
+from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.numbers import say_size
-from surgery.telemetry.report import group_names, say
 
 __all__ = ["headline", "notes", "render"]
 

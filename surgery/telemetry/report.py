@@ -6,73 +6,28 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
-from surgery.telemetry.measurements import SAMPLE_PERIOD, History, Phase, Prediction, Sample, Sampler, anonymous_memory
+from surgery.telemetry.measurements import (
+    SAMPLE_PERIOD,
+    History,
+    Notice,
+    Phase,
+    Prediction,
+    Sample,
+    Sampler,
+    anonymous_memory,
+    group_names,
+    say,
+)
 
-__all__ = ["Phase", "Report", "anonymous_memory", "group_names", "say"]
+__all__ = ["Phase", "Report", "anonymous_memory"]
 
 T = TypeVar("T")
-
-#: Kinds of notices, by the field of `Report` that keeps their names.
-Notice = Literal["read_once_per_node", "ignored", "initialized", "misread"]
-
-#: What a line says of one name, of several, and of either.
-_TEXTS: Mapping[Notice, tuple[str, str, str]] = {
-    "read_once_per_node": (
-        "tensor is",
-        "tensors are",
-        "merged, split or transposed for the model, so read once per node, by one rank for the others",
-    ),
-    "ignored": ("name", "names", "in the checkpoint with no place in this model, ignored as transformers does"),
-    "initialized": ("buffer is", "buffers are", "not in the checkpoint; what transformers initializes is used"),
-    "misread": (
-        "4-bit weight is",
-        "4-bit weights are",
-        (
-            "dequantized wrongly by bitsandbytes on this CPU, where rows are not whole blocks. The result equals "
-            'stock\'s; for the right one, run inside of patches.transaction("bitsandbytes.cpu-dequantize-flat", '
-            'reason="...")'
-        ),
-    ),
-}
-
-#: Most groups that a line names; a model has few, however many layers and experts it has.
-SHOWN = 8
-
-
-def group_names(keys: Iterable[str]) -> dict[str, int]:
-    """Count `keys`, which are unique, in groups that differ in numbers alone, with `*` where they do.
-
-    In order of first appearance: `{"model.layers.*.mlp.experts.*.w1.weight": 256}`. A key alone is its own name.
-    """
-    groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for key in keys:
-        parts = key.split(".")
-        groups.setdefault(tuple("*" if part.isdigit() else part for part in parts), []).append(parts)
-    return {_common_name(members): len(members) for members in groups.values()}
-
-
-def say(notice: Notice, groups: Mapping[str, int]) -> str:
-    """The line about `groups`, at least one: how many names there are, what happens to them, and which they are."""
-    one, several, what = _TEXTS[notice]
-    total = sum(groups.values())
-    return f"{total:,} {one if total == 1 else several} {what}: {', '.join(_names(groups))}."
-
-
-def _names(groups: Mapping[str, int]) -> list[str]:
-    names = [name if count == 1 else f"{name} ({count:,})" for name, count in groups.items()]
-    rest = sum(list(groups.values())[SHOWN:])
-    return [*names[:SHOWN], *([f"{rest:,} more"] if rest else [])]
-
-
-def _common_name(members: list[list[str]]) -> str:
-    """The name that all have, with `*` for numbers that are not the same in all."""
-    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in zip(*members, strict=True))
 
 
 @dataclass(kw_only=True)

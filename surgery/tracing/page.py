@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from xml.etree.ElementTree import Element, tostring
 
-from surgery.telemetry.measurements import Phase
+from surgery.telemetry.measurements import Phase, say
 from surgery.telemetry.numbers import say_size
-from surgery.telemetry.report import say
 from surgery.tracing.record import KINDS, RankTrace, predicted_peak
 
 __all__ = ["render"]

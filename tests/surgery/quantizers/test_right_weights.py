@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.telemetry.report import group_names
+from surgery.telemetry.measurements import group_names
 from tests.helpers.lookup import look_up, require_looked_up
 from tests.helpers.models import save_tiny
 from tests.helpers.whole_blocks import right_kernels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.telemetry.report import group_names, say
+from surgery.telemetry.measurements import group_names, say
 
 
 def test_names_that_differ_in_numbers_are_one_group() -> None:
