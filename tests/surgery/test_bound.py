@@ -18,6 +18,12 @@ from tests.helpers.ranks import run_ranks
 from tests.surgery.binding import IDS, bind, bound_and_adapted, emptied, logits, lora, on_meta, replaced
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream makes the folder that it saves to before it asks for the weights."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("bound") / "model")
