@@ -19,7 +19,7 @@ from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks, try_ranks
 from tests.surgery.tracing.made import MIB, Page, look, pages
 
-BUILDING = {"skeleton", "bind", "shard"}
+BUILDING = {"skeleton", "install", "shard"}
 
 
 def phase_named(trace: RankTrace, name: str) -> Phase:
@@ -115,9 +115,8 @@ def test_ranks_leave_what_their_reports_say(tmp_path: Path) -> None:
     assert [trace.rank for trace in traces] == [0, 1]
     for rank, (trace, report) in enumerate(zip(traces, reports, strict=True)):
         assert report.keys() >= BUILDING
-        assert {phase.name: phase.host_peak for phase in trace.phases} == {
-            name: figures["host_peak"] for name, figures in report.items()
-        }
+        for name, figures in report.items():  # a phase of several turns has the highest peak of them
+            assert figures["host_peak"] == max(phase.host_peak for phase in trace.phases if phase.name == name)
         assert trace.bytes_read - sum(phase.bytes_read for phase in trace.phases) >= 1000 + rank  # told after them
         ended = max(phase.start + phase.seconds for phase in trace.phases)
         assert trace.samples[0].seconds <= trace.phases[0].start
