@@ -109,7 +109,8 @@ class Bound:
             changes = {"shard": shard, "placement": placement, "lora": _lora_of(outer), "world_size": ranks.world_size}
             topics = choices({**vars(bound), **changes}, passes, None)
             same_on_every_rank(ranks, "fill", topics, device=bound.device)
-            found, setting = find_passes(passes), replace(bound, **changes)
+            setting = replace(bound, **changes)
+            found = find_passes(passes, adapted=setting.lora is not None)
             job = set_up(setting, ranks)
             with everyone(ranks, device=bound.device):
                 setting.strategy.check_ties(tied_parameters(self.model))
@@ -273,6 +274,7 @@ def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) 
     adapt = [] if lora is None else [Adapt(loading=shared, lora=lora), *placed(passes, "adapt")]
     quantize = Quantize(loading=shared)
     yield from placed(passes, "replace")
+    yield from placed(passes, "adapt") if lora is None else ()  # somebody else has adapted it
     if early and len(adapt) > 1:
         yield from adapt
         yield ReadAhead(loading=shared)

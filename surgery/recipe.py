@@ -85,7 +85,8 @@ def qlora(
             "world_size": ranks.world_size,
         }
         same_on_every_rank(ranks, "choices", choices(asked, passes, checkpoint), device=device)
-        found, setting = find_passes(passes), Setting(**asked)
+        setting = Setting(**asked)
+        found = find_passes(passes, adapted=lora is not None)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         job = set_up(setting, ranks)
         with everyone(ranks, device=device):

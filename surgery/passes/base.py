@@ -114,18 +114,24 @@ class Naming:
             ) from error
 
 
-def find_passes(given: Sequence[Pass | str]) -> tuple[Pass, ...]:
+def find_passes(given: Sequence[Pass | str], *, adapted: bool) -> tuple[Pass, ...]:
     """The passes of `given`, each a pass, or the name of one that an installed distribution offers.
 
-    Raises `ConfigError` for a name that there is not, what is no pass, and a place that there is not.
+    adapted: whether the model has adapters by then. Raises `ConfigError` for a name that there is not, what is no pass,
+    and a place that there is not.
     """
     found = tuple(_named(each) if isinstance(each, str) else each for each in given)
     for each in found:
         if not isinstance(each, Pass):
             raise ConfigError(f"passes: expected objects of surgery.Pass or names, found {each!r:.80}")
+        if not isinstance(getattr(each, "name", None), str):
+            raise ConfigError(f"passes: {type(each).__name__} has no name, by which errors call it: give it one")
         if each.after not in PLACES:
+            places = ", ".join(PLACES)
+            raise ConfigError(f"pass {each.name}: expected after to be one of {places}, found {each.after!r}")
+        if each.after == "adapt" and not adapted:
             raise ConfigError(
-                f"pass {each.name}: expected after to be one of {', '.join(PLACES)}, found {each.after!r}"
+                f"pass {each.name} comes after 'adapt', and there are no adapters: use 'replace', or lora="
             )
     return found
 

@@ -45,7 +45,10 @@ class Pipeline:
             if not step.is_collective:
                 self.loading.ranks.raise_peer_failure()
             with self.loading.report.phase(step.name), Naming(step.name, "the model"):
-                model = step.run(model)
+                changed: object = step.run(model)
+                if not isinstance(changed, nn.Module):
+                    raise TypeError(f"run must return the model, or what replaces it; found {changed!r:.80}")
+                model = changed
         return model
 
     def _run_batches(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:

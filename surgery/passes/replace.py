@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from surgery.errors import ConfigError, SelectorError
+from surgery.errors import ConfigError, QuantizerError, SelectorError
 from surgery.model.fqn import match_any, require_matches
 from surgery.model.pretrained import is_pretrained, not_converted, planned_dtypes
 from surgery.model.tree import Site, replace_module, sites
@@ -37,10 +37,22 @@ class Replace(Pass):
                     f"{site.fqn}.{held[0]} is not on meta: build the model on meta, and bind it before fill()"
                 )
             new = self.quant.replacement(site.module)
+            _check_replacement(self.quant, site.fqn, new)
             if new is not site.module:
                 replace_module(model, site, new)
         self.quant.mark(model)
         return model
+
+
+def _check_replacement(quant: QuantFormat, fqn: str, new: nn.Module) -> None:
+    name = type(quant).__name__
+    if not quant.is_quantized(new):
+        raise QuantizerError(
+            f"{name}.replacement made a {type(new).__name__} of {fqn}, which is_quantized denies: make them agree"
+        )
+    real = [each for each, parameter in new.named_parameters() if not parameter.is_meta]
+    if real:
+        raise QuantizerError(f"{name}.replacement made {fqn}.{real[0]} in memory: make it on meta, to be filled later")
 
 
 def quantizable(model: nn.Module, quant: QuantFormat) -> tuple[Site, ...]:

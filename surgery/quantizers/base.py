@@ -122,7 +122,7 @@ class QuantFormat:
 
     def replacement(self, module: Any) -> nn.Module:
         """A frozen quantized module in the place of `module`, on meta, its weight `(n, 1)` in `storage`."""
-        raise NotImplementedError
+        raise NotImplementedError(_undefined(self))
 
     @classmethod
     def is_quantized(cls, module: nn.Module) -> bool:
@@ -140,7 +140,7 @@ class QuantFormat:
 
     def layout(self, module: Any) -> Layout:
         """The packing of the weight of a quantized `module`."""
-        raise NotImplementedError
+        raise NotImplementedError(_undefined(self))
 
     def mark(self, model: nn.Module) -> None:
         """Set on `model`, its modules replaced, what upstream sets on a model that it loads in this format."""
@@ -159,7 +159,7 @@ class QuantFormat:
         Both are 1-D: uint8 with `layout.packed_bytes(n)` elements, float32 with `layout.blocks(n)`. Only the last block
         of a weight may be partial. The run is cast first, to `dtype`, or to the model's where that is None.
         """
-        raise NotImplementedError
+        raise NotImplementedError(_undefined(self))
 
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
@@ -192,8 +192,13 @@ class QuantFormat:
         return module.quant_state
 
     def state_tensors(self, state: Any) -> Mapping[str, torch.Tensor]:
-        """The tensors of a state by name."""
-        return {"statistics": state} if isinstance(state, torch.Tensor) else {}
+        """The tensors of a state by name; to be defined where a state is not one tensor."""
+        if not isinstance(state, torch.Tensor):
+            raise QuantizerError(
+                f"{type(self).__name__}.state_tensors: expected a tensor for a state, found a {type(state).__name__}: "
+                "define it for states of this format, so that they can be attested"
+            )
+        return {"statistics": state}
 
     def state_settings(self, state: Any) -> Mapping[str, str]:
         """Everything else that a state says of how to read the tensors, as text by name."""
@@ -234,6 +239,10 @@ class QuantFormat:
         return numel * (self.compute_dtype or self.dtype).itemsize
 
 
+def _undefined(quant: QuantFormat) -> str:
+    return f"{type(quant).__name__} must define replacement, is_quantized, layout and quantize"
+
+
 _FORMATS: dict[type, type[QuantFormat]] = {}
 
 
@@ -247,7 +256,10 @@ def format_for(options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype |
     kind = _FORMATS.get(type(options))
     if kind is None:
         known = ", ".join(each.__name__ for each in _FORMATS if each is not type(None))
-        raise ConfigError(f"quant: expected None or one of {known}; got {options!r:.80}")
+        raise ConfigError(
+            f"quant: expected None or one of {known}; got {options!r:.80}. A format of your own is known once a module "
+            "is imported that calls surgery.quantizers.base.register for it"
+        )
     return kind(options, dtype=dtype, compute_dtype=compute_dtype)
 
 

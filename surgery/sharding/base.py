@@ -331,7 +331,10 @@ def strategy_for(
     kind = _STRATEGIES.get(type(options))
     if kind is None:
         known = ", ".join(each.__name__ for each in _STRATEGIES if each is not type(None))
-        raise ConfigError(f"shard: expected None or one of {known}; got {options!r:.80}")
+        raise ConfigError(
+            f"shard: expected None or one of {known}; got {options!r:.80}. A strategy of your own is known once a "
+            "module is imported that calls surgery.sharding.base.register for it"
+        )
     wanted = None if placement is None else parse_placement(placement)
     return kind(options, world_size=world_size, device=device, placement=wanted)
 
