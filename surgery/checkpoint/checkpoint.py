@@ -1,4 +1,4 @@
-"""A checkpoint, opened: found, downloaded if need be, and checked, with no weight read yet."""
+"""An open checkpoint: found, downloaded if need be, and checked; no weight is read yet."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _are_sizes(found: Any) -> TypeGuard[list[int]]:
 
 
 def _elements(shape: list[int]) -> int:
-    """The product of `shape`, as far as a tensor can have so many: the whole product of many sizes takes minutes."""
+    """The product of `shape`, up to a limit that no tensor reaches: the whole product of many sizes takes minutes."""
     if 0 in shape:
         return 0
     product = 1
@@ -309,7 +309,7 @@ class Stamp:
             raise _changed(file, "another file has taken its place")
 
     def check_header(self, file: Path, descriptor: int) -> None:
-        """Do what `check` does, and compare the header, read again."""
+        """Call `check`, then read the header again and compare it."""
         self.check(file, descriptor)
         try:
             header = os.pread(descriptor, self.header_bytes, 0)

@@ -63,7 +63,7 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Resolved:
-    """Find what `source` means: an existing path, as it is; else a hub repository, as a cached snapshot.
+    """Resolve `source` to a local path: an existing path, as it is; else the cached snapshot of a hub repository.
 
     Of a repository, the safetensors files and the small files of model and tokenizer are downloaded, unless
     they are in the cache: never a pickle, never code. A commit that is complete in the cache is taken from there and
@@ -163,7 +163,7 @@ def _snapshot(request: _Request) -> Path:
 
 
 def find_cached(repo_id: str, *, revision: str | None) -> Path | None:
-    """The snapshot in the cache, if it has all weights; nobody is asked."""
+    """The snapshot in the cache if it has all weights, else None; no request is sent."""
     request = _Request(repo_id=repo_id, revision=revision, token=False, local_files_only=True)
     try:
         folder = _files(request)
@@ -174,7 +174,7 @@ def find_cached(repo_id: str, *, revision: str | None) -> Path | None:
 
 
 def is_whole(repo_id: str, cached: Path, *, revision: str | None) -> bool:
-    """Whether `revision` is the commit of a cached snapshot of which it is known that no file is missing.
+    """Whether `revision` is the commit of a cached snapshot that is known to have all its files.
 
     That is known where a list of the commit's files was kept, which `huggingface_hub` 2 has compared.
     """
@@ -190,7 +190,7 @@ def is_whole(repo_id: str, cached: Path, *, revision: str | None) -> bool:
 
 
 def _files(request: _Request) -> Path:
-    """The files of model and tokenizer, and the folder that they are in."""
+    """The folder of the snapshot, with the files of model and tokenizer, downloaded unless `local_files_only`."""
     folder = _fetch(request, allow=_SMALL_FILES, ignore=_IGNORED)
     pinned = replace(request, revision=folder.name)
     if (folder / INDEX_NAME).is_file():
@@ -265,7 +265,7 @@ def explain(error: Exception, repo_id: str, *, revision: str | None, local_files
 
 
 def has_timed_out(error: BaseException | None) -> bool:
-    """Whether `error` comes of a timeout of the HTTP library; httpx and httpx2 have no class in common."""
+    """Whether `error` was caused by a timeout of the HTTP library; httpx and httpx2 have no class in common."""
     if error is None:
         return False
     return any(kind.__name__ == "TimeoutException" for kind in type(error).__mro__) or has_timed_out(error.__cause__)

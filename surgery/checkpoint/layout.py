@@ -1,4 +1,4 @@
-"""The files that make up a checkpoint: decided from names alone, before any of them is opened.
+"""Files that make up a checkpoint, found by their names alone, before any of them is opened.
 
 A weight map is data from outside. It may name files inside the checkpoint's folder and nothing else.
 """

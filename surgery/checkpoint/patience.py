@@ -1,4 +1,4 @@
-"""Limits to waiting for the hub: the user is told after some seconds, and a limit ends it.
+"""Time limits for requests to the hub: a warning after some seconds, then an error.
 
 `huggingface_hub` (to 2.4) sets no limit for what it asks the hub's API, so that a host that takes a connection and
 never answers is waited for without end and without a word.
@@ -38,7 +38,7 @@ class Patience:
             return next((" ".join(asked) for asked in self._waiting), None)
 
     def ask(self, request: Any) -> None:
-        """Give a request of httpx the limit where it has none; refuse it once another has waited in vain."""
+        """Give a request of httpx a time limit if it has none; refuse it once another has timed out."""
         now, timeouts = time.monotonic(), request.extensions.get("timeout") or {}
         limits = {phase: timeouts.get(phase) or self._limit for phase in ("connect", "read", "write", "pool")}
         request.extensions = {**request.extensions, "timeout": limits}
@@ -65,7 +65,7 @@ class Patience:
             timer.cancel()
 
     def end(self) -> None:
-        """Cancel what would be said later."""
+        """Cancel the warnings that are still to come."""
         with self._lock:
             for _, timer in self._waiting.values():
                 timer.cancel()
@@ -92,7 +92,7 @@ class Patience:
 
 @contextmanager
 def patience(repo_id: str, *, at_first: float | None = None) -> Iterator[Patience]:
-    """Watch over what `huggingface_hub` asks of a repository in this block, by hooks of its HTTP client.
+    """Watch the requests of `huggingface_hub` for a repository in this block, by hooks of its HTTP client.
 
     A request may take `HF_HUB_ETAG_TIMEOUT` seconds where upstream sets no limit; until something has been answered,
     at most `at_first`. Raises `CheckpointError` from within a request that follows one that had no answer in time.
@@ -113,7 +113,7 @@ def patience(repo_id: str, *, at_first: float | None = None) -> Iterator[Patienc
 
 
 def say_cache_is_taken(repo_id: str, commit: str, asked: Patience) -> None:
-    """Tell the user that the cache alone was looked at."""
+    """Warn that the cache was used without asking the hub."""
     log.warning(
         "No answer to %s: taking %s at commit %s, which is complete in the cache. There may be a later one.",
         asked.unanswered,

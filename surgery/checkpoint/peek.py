@@ -1,4 +1,4 @@
-"""Open a checkpoint to look at it: of a hub id, the headers of its files are fetched by range, and nothing else."""
+"""Open a checkpoint without its weights: from the hub only the headers of its files are fetched, by HTTP range."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class _Repository:
         return cls(repo_id=repo_id, commit=str(found.sha), token=token, files=names)
 
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint, with entries in files that are not there."""
+        """The checkpoint; the files of its entries are not on this machine."""
         config = self._download("config.json")
         self._download("adapter_config.json")  # which a download has too, and by which the model is refused
         folder = config.parent if config is not None else Path(self.repo_id)
@@ -131,7 +131,7 @@ class _Repository:
         return Path(hf_hub_download(self.repo_id, name, revision=self.commit, token=self.token))
 
     def _layout(self, folder: Path) -> Layout:
-        """The layout of the folder that a download of the repository would be."""
+        """The layout that a download of the repository would have."""
         # That by which snapshot_download chooses.
         from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # not in __all__
 

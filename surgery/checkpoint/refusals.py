@@ -75,7 +75,7 @@ def _require_agreement(index: Index, config: Mapping[str, Any], *, path: Path) -
 
 
 def contradiction(path: Path, said: str, held: str) -> WeightsMismatchError:
-    """The error for a config.json that says one thing where the headers have another."""
+    """The error for a config.json that contradicts the headers: it `said` one thing, they `held` another."""
     return WeightsMismatchError(
         f"{path}: config.json and the weights are not of the same model: {said}, but the headers of the weights have "
         f"{held}. Get config.json and the weights from the same place",

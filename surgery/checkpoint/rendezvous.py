@@ -28,7 +28,7 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True, kw_only=True)
 class Rendezvous:
-    """The ranks that wait for each other. Each method is collective: every rank calls it, in the same order."""
+    """A group of ranks that wait for each other. Each method is collective: every rank calls it, in the same order."""
 
     group: dist.ProcessGroup | None
     rank: int

@@ -91,7 +91,7 @@ def _shards(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -
 
 
 def _serializable(name: str, tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
-    """Copy of `tensor` as safetensors takes it: on the CPU, contiguous, in none of `storages`; itself, if it is so."""
+    """`tensor` on the CPU, contiguous, and in none of `storages`, as safetensors needs it; a copy unless it is so."""
     if tensor.is_meta:
         raise CheckpointError(f"Tensor {name!r} is on the meta device: it has no values.", tensor=name)
     ready = tensor.detach().cpu().contiguous()

@@ -1,1 +1,1 @@
-"""Ranks of a job: who they are, what they send each other, and how the failure of one ends all."""
+"""Communication between the ranks of a job: collectives, comparison, heartbeat, and failures that end all ranks."""

@@ -1,4 +1,4 @@
-"""Loading in a thread of its own, which ends with the block that has begun it."""
+"""Background loading in a thread that ends with the block that started it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """A block that builds a model while other threads read for it.
+    """A block that builds a model, undisturbed by the threads that read for it.
 
     Python looks for no reference cycles in it: it would do so again and again, and each look, at every object there is,
     takes longer than what is built between two of them. And where a GPU quantizes, this thread computes alone: a team

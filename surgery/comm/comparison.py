@@ -36,7 +36,7 @@ WHOLE = re.compile(r"(-?\d+)\.0")
 
 
 def facts_of(value: object, name: str = "", *, without: AbstractSet[str] = frozenset()) -> dict[str, str]:
-    """`value`, a tree of dataclasses, mappings and sequences, as facts by dotted names; `without` some, wherever."""
+    """Flatten `value`, a tree of dataclasses, mappings and sequences, to facts by dotted names; `without` some keys."""
     return dict(_facts(value, name, without))
 
 
@@ -96,7 +96,7 @@ def same_on_every_rank(
 
 
 def all_alike(ranks: Ranks, name: str, value: str, *, device: torch.device | None = None) -> bool:
-    """Whether `value` is the same on all ranks, which all are told; as `same_on_every_rank` for the rest."""
+    """Whether `value` is the same on all ranks; arguments and cost are those of `same_on_every_rank`."""
     if ranks.world_size == 1:
         return True
     key = f"{ranks.prefix}/{name}/{_digest(value.encode())}"
@@ -132,7 +132,7 @@ def _read(ranks: Ranks, key: str) -> dict[str, str]:
 
 
 def _refusal(differing: Mapping[str, Sequence[Facts]]) -> str:
-    """`differing`: the facts of every rank, by topic."""
+    """The message of the error. differing: the facts of every rank, by topic."""
     lines = [
         f"the ranks differ in {' and '.join(differing)}, and would train a mixture without a word; give all the same"
     ]

@@ -75,7 +75,7 @@ def _number(name: str) -> int | None:
 
 
 def node_ranks(rank: int, world_size: int) -> range:
-    """The ranks of this node, by `LOCAL_WORLD_SIZE` of torchrun; all ranks where it says nothing that can be right."""
+    """The ranks of this node, by `LOCAL_WORLD_SIZE` of torchrun; all ranks if that is unset or impossible."""
     size = whole_number(os.environ.get("LOCAL_WORLD_SIZE", "")) or world_size
     if not 0 < size < world_size or world_size % size:
         return range(world_size)
@@ -92,7 +92,7 @@ class Node:
 
     @classmethod
     def of(cls, rank: int, world_size: int) -> Node:
-        """Collective where there are several nodes: to be called on all ranks alike."""
+        """The node of `rank`. Collective if there are several nodes: to be called on all ranks alike."""
         ranks = node_ranks(rank, world_size)
         if len(ranks) == world_size:
             return cls(ranks=ranks)
@@ -101,7 +101,7 @@ class Node:
         return cls(ranks=ranks, group=groups[rank // len(ranks)])
 
     def converter(self, name: str, receivers: Iterable[Sequence[int]]) -> int | None:
-        """The rank of this node that reads and converts what the tensor `name`, and others with it, are made of.
+        """The rank of this node that reads and converts the sources of the tensor `name`, and of others made with it.
 
         Ranks take turns. None if no rank here receives any of it; if one alone does, that one.
         """

@@ -51,7 +51,7 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
 
 
 def meet(ranks: Ranks, device: torch.device, *, failed: bool = False) -> bool:
-    """Wait for the other ranks, on the `device` that their group speaks; whether any of them came having `failed`.
+    """Wait for the other ranks, on the `device` of their group; returns whether any of them has `failed`.
 
     Raises `PeerError` if one is gone.
     """
@@ -112,7 +112,7 @@ def noticing_ends() -> Iterator[None]:
 
 
 def _is_of_others(error: BaseException) -> bool:
-    """Whether `error`, or what caused it, says that other ranks do not answer.
+    """Whether `error`, or one of its causes, says that other ranks do not answer.
 
     gloo raises plain RuntimeErrors, which name a file of its sources: `[.../gloo/transport/tcp/pair.cc:553] Connection
     closed by peer` (torch 2.13).

@@ -1,4 +1,4 @@
-"""Noticing that the process of another rank has ended: each shows that it lives, and watches one other."""
+"""Heartbeats: each rank shows that its process lives, and watches one other."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def beating(ranks: Ranks) -> Iterator[None]:
 
 
 def silent_ranks(ranks: Ranks) -> list[int]:
-    """The ranks that show no sign of life in the time of `MISSED` beats, in which the others are in `beating`.
+    """The ranks without a heartbeat for as long as `MISSED` beats take; the others have to be in `beating`.
 
     Raises `PeerError` at once if one of them reports a failure.
     """
@@ -66,7 +66,7 @@ def silent_ranks(ranks: Ranks) -> list[int]:
 
 
 def wait_for_the_others(ranks: Ranks) -> None:
-    """Wait until all ranks have left `beating`, for `MISSED` beats at most: they still have to read what failed."""
+    """Wait until all ranks have left `beating`, for `MISSED` beats at most, so that they can read why a rank failed."""
     with contextlib.suppress(RuntimeError):
         for _ in range(10 * MISSED):
             if min(_counts(ranks, range(ranks.world_size)).values()) >= LEFT:

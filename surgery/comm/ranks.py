@@ -1,4 +1,4 @@
-"""The ranks of a job, and what they tell each other through its store: failures, gates, counters, small values."""
+"""Ranks of a job, and the failures, gates, counters and small values that they share through its store."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lost(rank: int | None) -> PeerError:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others. Without a process group it is rank 0 of 1."""
+    """The rank of this process, and the store that it shares with the others; rank 0 of 1 without a process group."""
 
     rank: int = 0
     world_size: int = 1
@@ -68,7 +68,7 @@ class Ranks:
         self._report(PeerError(message, rank=self.rank), desynced=desynced)
 
     def relay_failure(self, error: PeerError) -> None:
-        """Tell the other ranks what this one has noticed of another."""
+        """Tell the other ranks of the failure of another one."""
         self._report(error, desynced=True)
 
     def _report(self, failure: PeerError, *, desynced: bool) -> None:
@@ -108,7 +108,7 @@ class Ranks:
         return int(self.store.add(key, more))
 
     def arrive(self, name: str, *, stop: threading.Event) -> None:
-        """Come to the gate `name`, without waiting there. Who has arrived calls `pass_gate` later, whatever happens.
+        """Arrive at the gate `name`, without waiting there. A rank that has arrived has to call `pass_gate` later.
 
         Raises `StoppedError`, without having arrived, if `stop` is set.
         """
@@ -121,7 +121,7 @@ class Ranks:
                 raise self.lost_store() from error
 
     def pass_gate(self, name: str, *, stop: threading.Event) -> None:
-        """Wait until every rank has come to `name`, so that all enter the collectives behind it or none does.
+        """Wait until every rank has arrived at `name`, so that all enter the collectives behind it or none does.
 
         Raises `PeerError` if another rank has reported a failure instead, or has not come within the time limit of the
         process group, and `StoppedError` once `stop` is set.
@@ -147,7 +147,7 @@ class Ranks:
         return f"{self.prefix}/failure"
 
     def _reason_to_leave(self, stop: threading.Event, looks: int, limit: float) -> SurgeryError | None:
-        """The reason not to wait at a gate any longer, after so many `looks` at it and another pause; None to go on."""
+        """The reason to stop waiting at a gate, after so many `looks` at it and another pause; None to go on."""
         if stop.wait(min(1e-5 * 2.0 ** min(looks, 16), GATE_PAUSE)):
             return StoppedError("stopped while waiting for the other ranks")
         try:

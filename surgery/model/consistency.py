@@ -55,7 +55,7 @@ def adapter_facts(lora: LoraConfig | None) -> Facts:
 
 
 def source_facts(checkpoint: Checkpoint | str | os.PathLike[str]) -> Facts:
-    """Whether opening `checkpoint` takes all ranks together. Paths need not agree: what is in them is compared."""
+    """Whether ranks open `checkpoint` together or each by itself. Paths need not agree: what is in them is compared."""
     together = isinstance(checkpoint, str) and can_be_hub_id(checkpoint)
     return {"kind": "a hub id, or a path relative to this folder" if together else "an absolute path, or open already"}
 
@@ -91,7 +91,7 @@ def _contents(ranks: Ranks, index: Index) -> Facts:
 
 
 def _identity(index: Index) -> str:
-    """The files themselves: equal for two ranks that look at the same ones, on the same machine."""
+    """The identity of the files: equal for two ranks that read the same ones on the same machine."""
     stamps = sorted((stamp.device, stamp.inode, stamp.size, stamp.modified) for stamp in index.stamps.values())
     return f"{_machine()} {stamps}"
 
@@ -104,7 +104,7 @@ def _machine() -> str:
 
 
 def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """All settings of a model that has a config, as those of transformers."""
+    """All settings in the config of a model that has one, such as those of transformers."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         yield from facts_of(config.to_dict(), without=PROVENANCE).items()
@@ -112,7 +112,7 @@ def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _structure(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every module with what it says of its settings, every parameter and buffer."""
+    """Every module with its `extra_repr`, every parameter and buffer."""
     for name, module in model.named_modules():
         yield from facts_of(_settings(module), name or "the model").items()
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -170,7 +170,7 @@ def _blaming(checkpoint: Checkpoint, file: str) -> Iterator[None]:
 
 
 def _refuse_other_weights(checkpoint: Checkpoint) -> None:
-    """Refuse what transformers would load instead, a file that the config names, or as well, an adapter beside it."""
+    """Refuse a config that names another weight file, or an adapter beside the weights: transformers would load it."""
     named = (checkpoint.config or {}).get("transformers_weights")
     if named is not None and [file.name for file in checkpoint.index.files] != [named]:
         raise CheckpointError(

@@ -117,7 +117,7 @@ def ends_of(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | None,
 
 
 def _parameters_beside(model: nn.Module, parts: Collection[nn.Module | None]) -> set[nn.Parameter]:
-    """The parameters of `model` that modules hold which are in none of its `parts`."""
+    """The parameters of `model` outside of its `parts`."""
     found: set[nn.Parameter] = set()
     stack = [model]
     while stack:
@@ -129,7 +129,7 @@ def _parameters_beside(model: nn.Module, parts: Collection[nn.Module | None]) ->
 
 
 def _after(model: nn.Module, blocks: Sequence[Site]) -> nn.Module | None:
-    """The last module with parameters of its own beside the container of the last block, and after it."""
+    """The last module with parameters of its own that follows the container of the last block."""
     container = split(blocks[-1].fqn)[0] if blocks else ""
     if not container:  # no blocks, or the model itself is what contains them
         return None

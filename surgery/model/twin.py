@@ -1,4 +1,4 @@
-"""A copy of a module tree without its wrappers, its parameters replaced: what is done to it, the model does not see."""
+"""Copies of module trees, without wrappers and with other parameters, which can be changed freely."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Parameters = Callable[[str, nn.Module], Mapping[str, torch.Tensor]]
 def twin_of(
     model: nn.Module, parameters: Parameters, *, hollow: Collection[nn.Module] = ()
 ) -> dict[nn.Module, nn.Module]:
-    """Modules of `model` -> their copies, that of `model` itself first.
+    """Copy the module tree of `model`; returns module -> copy, `model` itself first.
 
     A copy has the class, the attributes and the buffers of its module, and the parameters that `parameters` returns for
     its FQN (without wrapper segments) and itself. A module that is held twice has one copy. Modules of FSDP1, of

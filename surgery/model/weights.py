@@ -159,7 +159,7 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
 
 
 def fill_buffers(model: nn.Module, names: Iterable[str], *, device: torch.device) -> tuple[str, ...]:
-    """Give the buffers of `names` the values that `model` initializes them with, on `device`; returns which have one.
+    """Give the buffers of `names` the initial values of `model`, on `device`; returns the names that have one.
 
     Parameters are left out, and so are buffers whose initial value is random, or of which the model says nothing.
     """

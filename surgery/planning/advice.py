@@ -1,4 +1,4 @@
-"""The options that would make a plan fit: each one tried alone, in order; if none is enough, one after the other."""
+"""Advice on options that make a plan fit: each is tried alone, in order; if none is enough, they are combined."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _tried(change: Change, plan: MemoryPlan, memory: int) -> Option | None:
 
 
 def _shared(plan: MemoryPlan, proposal: Proposal | None, world_size: int | None = None) -> Option | None:
-    """The plan with another sharding, and on other ranks where `world_size` says so."""
+    """The plan with another sharding, on `world_size` ranks if that is given."""
     if proposal is None:
         return None
     setting = replace(
@@ -89,7 +89,7 @@ def _checkpointing(plan: MemoryPlan, _memory: int) -> Option | None:
 
 
 def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
-    """The smallest number of ranks that is enough; if none is, of those that were tried the one that needs least."""
+    """The smallest number of ranks that fits; if none does, the one with the lowest peak of those that were tried."""
     low, tried = plan.setting.world_size, []
     while low < MOST_RANKS:
         high = min(2 * low, MOST_RANKS)
@@ -120,7 +120,7 @@ def _on_ranks(plan: MemoryPlan, world_size: int) -> Option | None:
 
 
 def _halved(plan: MemoryPlan, memory: int, *, name: str, least: int) -> Option | None:
-    """Half of what `name` says, and half of that, until it fits or would be below `least`."""
+    """Halve the field `name` of the training until the plan fits, or the field would be below `least`."""
     option: Option | None = None
     training = plan.training
     while training is not None and getattr(training, name) // 2 >= least:

@@ -143,7 +143,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
 
 
 def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> int:
-    """Statistics: this rank's, everyone's as they arrive, everyone's by weight; what makes states of these."""
+    """Bytes of statistics: this rank's, all ranks' as received, all ranks' by weight; and of making states of them."""
     blocks = sum(target.form.blocks for target in quantized)
     everyones = blocks * STATISTIC_BYTES
     finishing = everyones + setting.format.finishing_bytes(blocks)
@@ -155,7 +155,7 @@ def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> 
 
 
 def _converting(targets: Iterable[Target]) -> int:
-    """Bytes of the sources of one assignment, and of what becomes of them, where it is not read range by range."""
+    """Bytes of the sources and results of the largest assignment that is converted whole, not read range by range."""
     most = 0
     for assignment, group in groupby(targets, lambda target: target.assignment):
         made = list(group)
@@ -167,7 +167,7 @@ def _converting(targets: Iterable[Target]) -> int:
 
 @dataclass(kw_only=True)
 class _Held:
-    """Bytes held so far: parts by where they wait, states on the device.
+    """Bytes held so far: parts on the host and on the device, states on the device.
 
     always: on the host, whatever else happens; pinned: of that. landing: of a batch that is on its way from rank 0's
     GPU to its CPU, while the next one is made.
@@ -184,7 +184,7 @@ class _Held:
     peaks: Peaks = field(default_factory=Peaks)
 
     def note(self, *, host_more: int = 0, device_more: int = 0) -> None:
-        """A moment with so much beside what is held."""
+        """Note a moment with so many bytes beside those held."""
         device = self.device + self.state + self.landing + device_more
         self.peaks.note(host=self.always + self.host + host_more, device=device, pinned=self.pinned)
 

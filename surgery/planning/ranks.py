@@ -1,4 +1,4 @@
-"""Ranks that are alike, so that each kind is planned once; and the bytes that a rank reads."""
+"""Classes of ranks that are alike, each planned once, and the figures of a plan for one rank."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def classify(inventory: Inventory, setting: Setting) -> tuple[RankClass, ...]:
 
 
 def _steps(inventory: Inventory, setting: Setting) -> dict[Axis, set[int]]:
-    """The positions on each axis from which on ranks keep or read another number of rows."""
+    """The positions on each axis at which the number of rows that a rank keeps or reads changes."""
     partition, at_rest = setting.strategy.partition, setting.strategy.at_rest
     found: dict[Axis, set[int]] = defaultdict(set)
     found[1, setting.world_size] = {1}  # rank 0 may be given what others have
@@ -151,7 +151,7 @@ class Peaks:
     both: int = 0
 
     def note(self, *, host: int, device: int, pinned: int = 0) -> None:
-        """A moment at which so much is held; `pinned` is part of `host`."""
+        """Note a moment at which so many bytes are held; `pinned` is part of `host`."""
         self.host = max(self.host, host)
         self.anonymous = max(self.anonymous, host - pinned)
         self.device = max(self.device, device)
@@ -188,7 +188,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A training step at its worst moment; the peaks are sums of what is above them.
+    """A training step at its worst moment; the peaks are sums of the fields before them.
 
     weights, quant_state, adapters, gradients, optimizer: held between steps.
     gathered: what the sharding has whole then. dequantized: the weight of a quantized layer while it multiplies.

@@ -90,7 +90,7 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
 
 
 def _moments(inventory: Inventory, setting: Setting, training: Training) -> tuple[_Moment, _Moment]:
-    """The loss and backward. An estimate: attention is taken to keep no scores.
+    """The two moments, loss and backward. An estimate: attention is taken to keep no scores.
 
     Each linear layer keeps its input, for the adapter, and its output, for what comes after; norms keep copies in
     float32. A checkpointed block keeps its input alone.

@@ -1,4 +1,4 @@
-"""The verdict on a plan: whether it fits the memory that there is, what would make it fit, the peaks it predicts."""
+"""The verdict on a plan: whether it fits in memory, options that would make it fit, and the predicted peaks."""
 
 from __future__ import annotations
 

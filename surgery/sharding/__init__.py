@@ -1,4 +1,4 @@
-"""Ways in which ranks share a model: the protocol in `base`, and a file for each strategy, imported here."""
+"""Sharding strategies: the protocol in `base`, and a file for each strategy, imported here."""
 
 from surgery.sharding import ddp, fsdp1, fsdp2, unsharded
 

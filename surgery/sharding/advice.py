@@ -1,4 +1,4 @@
-"""Other ways to share a model that a memory plan may propose, each with what a user types for it."""
+"""Proposals of other shardings for a memory plan, each with the options that a user types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def default_options(world_size: int) -> FSDP2 | None:
 
 
 def shards_alone(strategy: ShardStrategy) -> Proposal | None:
-    """A way in which no rank ever holds more than its shard; None where it is so, or there is one rank."""
+    """A sharding in which no rank ever holds more than its shard; None if that is so already, or for one rank."""
     if strategy.shards_on_meta or strategy.world_size == 1:
         return None
     shard = FSDP2(cpu_offload=strategy.cpu_offload)
@@ -34,7 +34,7 @@ def shards_alone(strategy: ShardStrategy) -> Proposal | None:
 
 
 def offloaded(strategy: ShardStrategy) -> Proposal | None:
-    """The same with shards on the CPU between uses; None where that is so, or cannot be."""
+    """The same sharding with shards on the CPU between uses; None if that is so already, or impossible."""
     cannot = getattr(strategy.options, "cpu_offload", None) is None or strategy.device.type == "cpu"
     if strategy.cpu_offload or cannot:
         return None
@@ -43,7 +43,7 @@ def offloaded(strategy: ShardStrategy) -> Proposal | None:
 
 
 def on_ranks(strategy: ShardStrategy, world_size: int) -> Proposal | None:
-    """The same on `world_size` ranks, or a sharding where there is none; None where a mesh says how many there are."""
+    """The same sharding on `world_size` ranks, FSDP2 if there is none; None if a mesh fixes the number of ranks."""
     if getattr(strategy.options, "mesh", None) is not None:
         return None
     text = f"--world {world_size}"

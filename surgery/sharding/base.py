@@ -1,4 +1,4 @@
-"""The seam between loading and sharding: what a strategy answers, and which strategy serves which options.
+"""The protocol of sharding strategies, and the registry of the strategies that serve each kind of options.
 
 Everything that differs by how ranks share a model is a method of `ShardStrategy`. A new strategy is one file with a
 subclass, and one `register` line; nothing else asks which strategy it has to do with.
@@ -79,7 +79,7 @@ class Shard:
 
 
 class ShardStrategy:
-    """The way in which the ranks of a job share a model; the methods here are those of one that every rank holds whole.
+    """The way in which the ranks of a job share a model. The defaults are those of a model that every rank holds whole.
 
     options: what the user chose, such as `surgery.FSDP2(...)`; None for none. placement: where weights wait until the
     model is complete, one of `placements`. device: the kind that ranks compute on, this rank's where there is a job.
@@ -115,7 +115,7 @@ class ShardStrategy:
             )
 
     def check_group(self) -> None:
-        """Refuse to begin without what must be set up by then: a process group, where there are options."""
+        """Refuse to begin without a process group if there are options."""
         if self.options is not None and not dist.is_initialized():
             raise ConfigError(
                 f"shard={type(self.options).__name__}() needs a process group: start with torchrun and call "
@@ -171,7 +171,7 @@ class ShardStrategy:
     shards_on_meta: bool = False
 
     def meet(self) -> None:
-        """Set up what takes a collective, such as a mesh; called on all ranks alike, before they go their own ways."""
+        """Set up what takes a collective, such as a mesh; called on all ranks alike, before loading begins."""
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:

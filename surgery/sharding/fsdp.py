@@ -107,7 +107,7 @@ class Fsdp(ShardStrategy):
         raise NotImplementedError
 
     def _in_block(self, blocks: Sequence[int], units: Sequence[Unit]) -> int:
-        """blocks: bytes of each decoder block, the largest first."""
+        """Bytes unsharded in backward through the largest block. blocks: bytes of each, the largest first."""
         raise NotImplementedError
 
 
@@ -128,7 +128,7 @@ def check_kept(precision: Any, kept: Sequence[str], buffers: Mapping[str, torch.
 def shared_parameters(
     model: nn.Module, groups: Mapping[nn.Module, object]
 ) -> Iterator[tuple[nn.Parameter, list[str], int]]:
-    """`(parameter, FQNs, number of groups)` of each that would be sharded twice.
+    """Yield `(parameter, FQNs, number of groups)` of each parameter that would be sharded more than once.
 
     groups: module -> its group, which what is inside of the module belongs to; all else is in the root's.
     """

@@ -1,4 +1,4 @@
-"""FSDP1 around a quantized model: what becomes a unit, how meta ranks get memory, and the wrapping itself."""
+"""FSDP1 around a quantized model: its units, memory for ranks that hold it on meta, and the wrapping."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
 def plan_units(
     model: nn.Module, blocks: Iterable[nn.Module], *, use_orig_params: bool, policy: Units, unsharded: set[nn.Parameter]
 ) -> set[nn.Module]:
-    """The modules, the root apart, that become FSDP units of their own; `unsharded` parameters are in none.
+    """The modules below the root that become FSDP units of their own; `unsharded` parameters are in none.
 
     Every block is one. FSDP1 flattens a unit into one tensor, so its parameters must agree in dtype and, without
     `use_orig_params`, in `requires_grad`. With policy `auto` the kind of what the block itself holds stays in it, or
@@ -250,7 +250,7 @@ class Fsdp1(Fsdp):
         return self.options
 
     def check(self) -> None:
-        """Refuse placements and devices that FSDP1 does nothing sensible with."""
+        """Refuse placements and devices that FSDP1 cannot work with."""
         if self.placement == "sharded":
             raise ConfigError(
                 "placement sharded keeps each rank's shard alone, but FSDP1 makes its shards itself: use "
@@ -364,7 +364,7 @@ class Fsdp1(Fsdp):
 
     @cached_property
     def partition(self) -> Partition:
-        """All ranks quantize a part each for rank 0; or each has everything."""
+        """The partition: all ranks quantize a part each for rank 0, or each has everything."""
         if self.waits_on_rank0 and self.world_size > 1:
             return Partition(grid=Grid(shards=self.world_size), rank0_only=True)
         return super().partition
@@ -404,7 +404,7 @@ class Fsdp1(Fsdp):
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """One unit at a time is whole on the device."""
+        """Gather the trainable parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
         for prefix, unit in list(model.named_modules()):
             if not isinstance(unit, FullyShardedDataParallel):
@@ -425,7 +425,7 @@ class Fsdp1(Fsdp):
         return _root(model).clip_grad_norm_(limit_of(max_norm))
 
     def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
-        """The scaler that exchanges what it has found."""
+        """The scaler that exchanges its flags over ranks."""
         return _ScalarFlags(self.device.type, enabled=enabled)
 
     def _at_end(self, units: Sequence[Unit]) -> int:
@@ -437,7 +437,7 @@ class Fsdp1(Fsdp):
         return sum(blocks[:2]) + self._at_end(units)
 
     def finishing_peaks(self, units: Sequence[Unit], *, unsharded: int, rank: int) -> Iterable[tuple[int, int]]:
-        """One moment for each unit: memory for its parameters, where there is none yet; a flat copy; and its shard."""
+        """A moment for each unit: memory for its parameters, where there is none yet; a flat copy; and its shard."""
         in_blocks = [unit.weights for unit in units if unit.kind == "block"]
         sizes = [*in_blocks, sum(unit.weights for unit in units) - sum(in_blocks)]
         has_weights = rank == 0 or not self.waits_on_rank0
@@ -458,7 +458,7 @@ def _root(model: nn.Module) -> FullyShardedDataParallel:
 
 
 class _ScalarFlags(ShardedGradScaler):
-    """Its flags of an overflow are vectors of one element, but a fused optimizer takes scalars (torch 2.13)."""
+    """A scaler with scalar flags of an overflow; torch's are vectors, which fused optimizers refuse (2.13)."""
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Unscale the gradients of `optimizer`, and see whether one on any rank is not finite."""

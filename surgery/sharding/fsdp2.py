@@ -1,4 +1,4 @@
-"""FSDP2 around a quantized model: which modules make a group, and sharding it while it is on meta."""
+"""FSDP2 around a quantized model: its groups of modules, and sharding on meta."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | 
 
 
 def _check_dtypes(model: nn.Module, groups: Sequence[tuple[nn.Module | None, ...]]) -> None:
-    """FSDP2 reduces the gradients of a group as one tensor; what is in none of `groups` is in the root's."""
+    """Require one trained dtype in each group, whose gradients FSDP2 reduces as one tensor; the rest is the root's."""
     left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for group in groups:
         inside = {p for module in group if module is not None for p in module.parameters()}
@@ -119,7 +119,7 @@ class Fsdp2(Fsdp):
         self.mesh: DeviceMesh | None = None
 
     def check(self) -> None:
-        """Refuse to wait for a broadcast that FSDP2 does not make."""
+        """Refuse placement rank0-cpu, which waits for a broadcast that FSDP2 does not make."""
         if self.placement == "rank0-cpu":
             raise ConfigError(
                 "placement rank0-cpu waits for FSDP1 to broadcast rank 0's weights, which FSDP2 does not do: use "
@@ -159,11 +159,11 @@ class Fsdp2(Fsdp):
 
     @cached_property
     def partition(self) -> Partition:
-        """Each rank reads and keeps its shard; or each keeps everything."""
+        """The partition: each rank reads and keeps its shard, or each keeps everything."""
         return Partition(grid=self.at_rest) if self.shards_on_meta else super().partition
 
     def devices(self, rank: int) -> Devices:
-        """Weights wait on the device, or as shards on the CPU if they are offloaded."""
+        """The devices of `rank`: weights wait on its own, or as shards on the CPU if they are offloaded."""
         found = super().devices(rank)
         on_cpu = self.shards_on_meta and self.cpu_offload
         return Devices(compute=found.compute, data=torch.device("cpu")) if on_cpu else found
@@ -188,7 +188,7 @@ class Fsdp2(Fsdp):
 
     @property
     def replicas(self) -> dist.ProcessGroup | None:
-        """The ranks of this one's column of the mesh."""
+        """The ranks in this rank's column of the mesh."""
         return self._met.get_group("replicate") if self._met.ndim > 1 else None
 
     def shard_on_meta(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
@@ -237,7 +237,7 @@ class Fsdp2(Fsdp):
         return super().shards(model, layers)
 
     def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """One parameter at a time is whole on the device."""
+        """Gather the trainable parameters, one at a time whole on the device."""
         _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
         state: dict[nn.Parameter, torch.Tensor] = {}
         on_rank0 = dist.get_rank() == 0

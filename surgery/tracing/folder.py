@@ -22,7 +22,7 @@ _RANK_FILE = re.compile(r"rank-(\d{5,})\.json")
 
 
 def start_afresh(folder: Path, *, rank: int, world_size: int) -> None:
-    """Make `folder`, and remove this rank's files of an earlier run; rank 0 also those of ranks there are no more.
+    """Make `folder`, and remove this rank's files of an earlier run; rank 0 also those of ranks beyond `world_size`.
 
     Raises `TraceError` if this rank could not write there either.
     """
@@ -92,7 +92,7 @@ def draw(folder: Path, page: Path) -> tuple[RankTrace, ...]:
 
 
 def _join(traces: Sequence[RankTrace]) -> str:
-    """Put our figures beside the events: viewers skip what they do not know."""
+    """The joined JSON: our figures beside the events, since viewers skip what they do not know."""
     ranks = [trace.as_dict() for trace in traces]
     joined = {"traceEvents": trace_events(traces), "world_size": traces[0].world_size, "ranks": ranks}
     return json.dumps(joined, separators=(",", ":"), allow_nan=False) + "\n"

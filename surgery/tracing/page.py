@@ -213,7 +213,7 @@ class _Axes:
 
 
 def _values(trace: RankTrace, kind: str) -> Iterator[int]:
-    """Everything that a plot of `kind` shows."""
+    """All values that a plot of `kind` shows."""
     yield from (getattr(sample, field) for field in _LINES[kind].values() for sample in trace.samples)
     yield from (_peak(phase, kind) for phase in trace.phases)
     yield from (predicted_peak(each, kind) or 0 for each in trace.predictions.values())
@@ -326,5 +326,5 @@ def duration(seconds: float) -> str:
 
 
 def _text(value: str | float) -> str:
-    """Coordinates in tenths of a pixel; anything else as it is."""
+    """Text of a value: coordinates in tenths of a pixel, anything else as it is."""
     return f"{value:.1f}".removesuffix(".0") if isinstance(value, float) else str(value)

@@ -81,7 +81,7 @@ class RankTrace:
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON's types only; samples as columns."""
+        """The trace in JSON's types; samples as columns."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         columns = zip(*self.samples, strict=True) if self.samples else ((),) * len(Sample._fields)
         return {
@@ -94,7 +94,7 @@ class RankTrace:
         }
 
     def as_json(self) -> str:
-        """One line of JSON."""
+        """The trace as one line of JSON."""
         return json.dumps(self.as_dict(), separators=(",", ":"), allow_nan=False) + "\n"
 
     @classmethod

@@ -22,7 +22,7 @@ __all__ = ["trace"]
 
 @contextmanager
 def trace(folder: str | os.PathLike[str], *, device: torch.device | None = None) -> Iterator[Report]:
-    """Record memory over time while the block runs; to be given to `qlora` as its `report`.
+    """Record memory over time while the block runs; what it yields is given to `qlora` as its `report`.
 
     Each rank writes `folder/rank-00000.json` when its block ends, also when that is by an exception, whose type is then
     in the file. Rank 0 draws `folder/trace.html` and joins `folder/trace.json`, which https://ui.perfetto.dev opens,
