@@ -90,7 +90,8 @@ def same_on_every_rank(
         for topic in dict.fromkeys(topic for of_rank in told for topic in of_rank):
             of_ranks = [of_rank.get(topic) for of_rank in told]
             if len(set(of_ranks)) > 1:
-                facts = {digest: _read(ranks, f"{key}/{topic}/{digest}") for digest in set(of_ranks) if digest}
+                found = {each: ranks.store.get(f"{key}/{topic}/{each}") for each in set(of_ranks) if each}
+                facts = {digest: json.loads(zlib.decompress(data)) for digest, data in found.items()}
                 differing[topic] = [facts.get(digest, {}) for digest in of_ranks]
     raise ConfigError(_refusal(differing))
 
@@ -124,11 +125,6 @@ def _meet(ranks: Ranks, name: str, device: torch.device | None) -> None:
 
 def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _read(ranks: Ranks, key: str) -> dict[str, str]:
-    facts: dict[str, str] = json.loads(zlib.decompress(ranks.store.get(key)))
-    return facts
 
 
 def _refusal(differing: Mapping[str, Sequence[Facts]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group],
     """
     from transformers.core_model_loading import dot_natural_key
 
-    rename = _Renamer.of(model)
+    rename = _Renamer(model)
     groups: dict[str, Group] = {}
     unplaced: list[str] = []
     repeated: list[str] = []
@@ -67,21 +67,17 @@ def _in_order(keys: Iterable[str], sort_key: Callable[[str], Any]) -> list[str]:
 class _Renamer:
     """Checkpoint key -> parameter name, by the conversion tables of transformers."""
 
-    def __init__(self, model: nn.Module, tables: Sequence[Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
+        tables = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else ()
         self.renamings = [entry for entry in tables if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in tables if isinstance(entry, WeightConverter)]
         self.by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}
         self.prefix = getattr(model, "base_model_prefix", None) or None
         self.state = dict(model.state_dict(keep_vars=True))
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _Renamer:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        return cls(model, get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else ())
 
     def __call__(self, key: str) -> tuple[str, Any, str | None]:
         from transformers.core_model_loading import rename_source_key

@@ -165,6 +165,11 @@ def materializer(
     return materialize
 
 
+def _shared(model: nn.Module) -> set[nn.Parameter]:
+    places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in places.items() if count > 1}
+
+
 def _empty(parameter: nn.Parameter, quant: QuantFormat, device: torch.device) -> nn.Parameter:
     """An uninitialized parameter like `parameter`, of the same kind, with the same state if it has one."""
     return quant.like(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
@@ -204,7 +209,6 @@ def wrap(
     """
     options: dict[str, Any] = {}
     made: dict[nn.Parameter, nn.Parameter] = {}
-    places = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     if config.mesh is not None:
         options["device_mesh"] = init_device_mesh(device.type, config.mesh, mesh_dim_names=("replicate", "shard"))
     wrapped = FullyShardedDataParallel(
@@ -213,7 +217,7 @@ def wrap(
         auto_wrap_policy=CustomPolicy(lambda module: module in units),
         cpu_offload=CPUOffload(offload_params=True) if config.cpu_offload else None,
         mixed_precision=config.mixed_precision,
-        param_init_fn=materializer(quant, device, made, {each for each, count in places.items() if count > 1}),
+        param_init_fn=materializer(quant, device, made, _shared(model)),
         device_id=device,
         sync_module_states=config.sync_module_states,
         use_orig_params=config.use_orig_params,
