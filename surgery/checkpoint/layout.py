@@ -44,7 +44,11 @@ def find_layout(path: Path) -> Layout:
     Raises `CheckpointError` if there is no such checkpoint, or if a shard is missing.
     """
     if _is_file(path):
-        return _one_file(path)
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise _pickle_only(path, [path.name])
+        if path.suffix != _SUFFIX:
+            raise CheckpointError(f"Expected a {_SUFFIX} file or a folder, found the file {path}.", path=path)
+        return Layout(files=(path,))
     if not path.is_dir():
         raise CheckpointError(
             f"There is no checkpoint at {path}: expected a folder, or a {_SUFFIX} file. Check the path.", path=path
@@ -76,14 +80,6 @@ def read_weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         _check_shard_name(name, tensor=tensor, index=file)
     return weight_map
-
-
-def _one_file(file: Path) -> Layout:
-    if file.suffix in _PICKLE_SUFFIXES:
-        raise _pickle_only(file, [file.name])
-    if file.suffix != _SUFFIX:
-        raise CheckpointError(f"Expected a {_SUFFIX} file or a folder, found the file {file}.", path=file)
-    return Layout(files=(file,))
 
 
 def _sharded(folder: Path) -> Layout:

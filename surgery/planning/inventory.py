@@ -56,10 +56,6 @@ class UnitTensors:
         """Elements of the adapters, or of one of `shards` parts: padded to the largest one, or that at `position`."""
         return sum(_rows(rows, shards, position) * row for rows, row in self.adapters)
 
-    def whole(self, dtype: torch.dtype) -> Unit:
-        """The unit in bytes, with adapters in `dtype`."""
-        return Unit(kind=self.kind, weights=self.weight_bytes(), adapters=self.adapter_elements() * dtype.itemsize)
-
 
 def _rows(rows: int, shards: int, position: int | None) -> int:
     largest = -(-rows // shards)
@@ -109,7 +105,10 @@ class Inventory:
 
     def whole_units(self, dtype: torch.dtype) -> tuple[Unit, ...]:
         """All units in bytes, in the order in which they are sharded, with adapters in `dtype`."""
-        return tuple(unit.whole(dtype) for unit in self.units)
+        return tuple(
+            Unit(kind=each.kind, weights=each.weight_bytes(), adapters=each.adapter_elements() * dtype.itemsize)
+            for each in self.units
+        )
 
 
 def row_bytes(target: Target) -> int:

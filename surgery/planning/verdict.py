@@ -76,7 +76,7 @@ def say(plan: MemoryPlan, gpu_memory: int | None) -> Iterator[str]:
         yield f"It fits {say_size(gpu_memory)}: {needed}."
         return
     yield f"It does not fit {say_size(gpu_memory)}: {needed}."
-    found = _advice(plan, gpu_memory)
+    found = list(advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))
     for advice in found:
         yield f"  It would fit with {' '.join(advice.options)}: {say_size(advice.device_peak)} on the device."
     if not found:
@@ -88,9 +88,5 @@ def as_dict(plan: MemoryPlan, gpu_memory: int | None) -> dict[str, Any]:
     if gpu_memory is None:
         return {"gpu_memory": None, "fits": None, "would_fit_with": []}
     fits = fits_gpu(plan, gpu_memory)
-    advice = [] if fits else [asdict(found) for found in _advice(plan, gpu_memory)]
+    advice = [] if fits else [asdict(found) for found in advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR)]
     return {"gpu_memory": gpu_memory, "fits": fits, "would_fit_with": advice}
-
-
-def _advice(plan: MemoryPlan, gpu_memory: int) -> list[Advice]:
-    return list(advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))

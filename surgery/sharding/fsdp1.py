@@ -63,9 +63,11 @@ def plan_units(
     units = set(blocks)
     for root in (*blocks, model):
         leaves = list(_leaves(root, outside=blocks - {root}, unsharded=unsharded))
-        held = {leaf: parameters for _, leaf, parameters in leaves}
         kinds = {leaf: _kind(name, leaf, own, use_orig_params=use_orig_params) for name, leaf, own in leaves}
-        main = kinds[root] if root in kinds else _main_kind(kinds, held)
+        sizes: Counter[Kind] = Counter()
+        for _, leaf, own in leaves:
+            sizes[kinds[leaf]] += sum(parameter.nbytes for parameter in own)
+        main = kinds[root] if root in kinds else max(sizes, key=lambda kind: sizes[kind], default=None)
         strangers = [(name, leaf) for name, leaf, _ in leaves if kinds[leaf] != main]
         if strangers and policy == "block":
             raise _not_uniform(strangers, kinds, main)
@@ -115,13 +117,6 @@ def _describe(kind: Kind) -> str:
     dtype, trainable = kind
     name = str(dtype).removeprefix("torch.")
     return name if trainable is None else f"{'trainable' if trainable else 'frozen'} {name}"
-
-
-def _main_kind(kinds: dict[nn.Module, Kind], held: dict[nn.Module, list[nn.Parameter]]) -> Kind | None:
-    sizes: Counter[Kind] = Counter()
-    for module, kind in kinds.items():
-        sizes[kind] += sum(p.nbytes for p in held[module])
-    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _not_uniform(
