@@ -54,11 +54,11 @@ def test_a_model_is_stopped_whatever_its_config_calls_its_layers(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """The names in a config are a first look; what is counted while building holds without them."""
-    from surgery.checkpoint import checkpoint as module
+    from surgery.checkpoint import refusals as module
 
     shutil.copytree(tiny, tmp_path / "model")
     edit_config(tmp_path / "model", num_hidden_layers=5000, **{name: 3})
-    monkeypatch.setattr(module, "require_agreement", lambda *arguments, **options: None)
+    monkeypatch.setattr(module, "_require_agreement", lambda *arguments, **options: None)
     assert built_of(tmp_path / "model") < 1000
 
 
