@@ -260,6 +260,22 @@ def test_a_fill_that_failed_leaves_a_model_that_waits(checkpoint: Path, expected
         assert torch.equal(logits(filled), expected)
 
 
+class After(surgery.Pass):
+    name = "after"
+    after = "adapt"
+    model: Any = None
+
+    def run(self, model: Any) -> Any:
+        self.model = model
+        return model
+
+
+def test_a_pass_after_adapters_sees_those_that_were_there(checkpoint: Path) -> None:
+    bound, after = bind(checkpoint), After()
+    with bound.fill(get_peft_model(bound.model, lora()), passes=(after,)):
+        assert isinstance(after.model, PeftModel)
+
+
 @pytest.mark.distributed
 def test_adapters_that_a_sharding_cannot_train_are_refused_and_another_can(checkpoint: Path) -> None:
     for said in run_ranks(_shared_by_dora, 2, checkpoint):

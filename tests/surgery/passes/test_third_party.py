@@ -180,3 +180,31 @@ def test_a_place_that_there_is_not_is_refused(checkpoints: dict[str, Path]) -> N
     wrong.after = "reed"  # type: ignore[misc]  # of this object
     with pytest.raises(surgery.ConfigError, match="expected after to be one of replace, adapt, install, shard"):
         surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(wrong,))
+
+
+class Forgetful(surgery.Pass):
+    name = "forgetful"
+
+    def run(self, model: Any) -> Any:
+        return None
+
+
+class Nameless(surgery.Pass):
+    """It has nothing."""
+
+
+def test_a_pass_that_returns_no_model_is_named(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.PassError, match="pass forgetful failed at the model: TypeError: run must return"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(Forgetful(),))
+
+
+def test_a_pass_without_a_name_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.ConfigError, match="Nameless has no name"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(Nameless(),))
+
+
+def test_a_pass_after_adapters_that_there_are_none_of_is_refused(checkpoints: dict[str, Path]) -> None:
+    late = Seeing()
+    late.after = "adapt"  # type: ignore[misc]  # of this object
+    with pytest.raises(surgery.ConfigError, match="comes after 'adapt', and there are no adapters"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(late,))

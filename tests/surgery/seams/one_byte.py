@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.quantizers.base import Layout, QuantFormat, register
 
-__all__ = ["OneByte"]
+__all__ = ["OneByte", "OneByteFormat"]
 
 
 @dataclass(frozen=True, kw_only=True)

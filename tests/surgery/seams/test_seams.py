@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import surgery
+from surgery.quantizers import base
+from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import strategy_for
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.seams.everywhere import Everywhere
 from tests.surgery.seams.loads import norms, trained, trained_each
-from tests.surgery.seams.one_byte import OneByte
+from tests.surgery.seams.one_byte import OneByte, OneByteFormat
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -62,3 +66,53 @@ def test_the_shardings_train_as_one_process(checkpoint: Path) -> None:
 def test_a_sharding_that_nobody_registered_is_refused() -> None:
     with pytest.raises(surgery.ConfigError, match=r"shard: expected None or one of .*FSDP2.*; got 'fsdp'"):
         strategy_for("fsdp")
+
+
+class Denied(OneByteFormat):
+    """Its modules are not what it says that it makes."""
+
+    @classmethod
+    def is_quantized(cls, module: nn.Module) -> bool:
+        return False
+
+
+class InMemory(OneByteFormat):
+    """Its modules are not on meta."""
+
+    def replacement(self, module: Any) -> nn.Module:
+        return super().replacement(module).to_empty(device="cpu")
+
+
+class Opaque(OneByteFormat):
+    """Its states are objects of which nobody knows anything."""
+
+    def states(self, statistics: Any, shapes: Any, dtypes: Any) -> list[Any]:
+        return [{"statistics": each} for each in statistics]
+
+
+class Missing(QuantFormat):
+    """Nothing is defined."""
+
+
+WRONG: dict[type[QuantFormat], str] = {
+    Denied: "Denied.replacement made a OneByteLinear of model.layers.0.self_attn.q_proj, which is_quantized denies",
+    InMemory: "weight in memory: make it on meta",
+    Opaque: "Opaque.state_tensors: expected a tensor for a state, found a dict",
+    Missing: "Missing must define replacement, is_quantized, layout and quantize",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
+def test_what_a_format_gets_wrong_is_said(
+    kind: type[QuantFormat], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(base._FORMATS, OneByte, kind)
+    with pytest.raises(surgery.PassError, match=re.escape(WRONG[kind])):
+        surgery.qlora(checkpoint, quant=OneByte(), report=surgery.Report())
+
+
+def test_options_of_a_format_that_is_not_imported_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(
+        surgery.ConfigError, match=r"got 'nf4'\. A format of your own is known once a module"
+    ):
+        surgery.qlora(checkpoint, quant="nf4", report=surgery.Report())
