@@ -119,10 +119,15 @@ def find_passes(given: Sequence[Pass | str]) -> tuple[Pass, ...]:
 
     Raises `ConfigError` for a name that there is not, what is no pass, and a place that there is not.
     """
+    if not isinstance(given, (list, tuple)):
+        # A generator would be empty by the time it is run, without a word.
+        raise ConfigError(f"passes: expected a list or tuple of passes, found {given!r:.80}")
     found = tuple(_named(each) if isinstance(each, str) else each for each in given)
     for each in found:
         if not isinstance(each, Pass):
             raise ConfigError(f"passes: expected objects of surgery.Pass or names, found {each!r:.80}")
+        if not isinstance(getattr(each, "name", None), str):
+            raise ConfigError(f"passes: expected a text as the name of a pass, found none in {each!r:.80}")
         if each.after not in PLACES:
             raise ConfigError(
                 f"pass {each.name}: expected after to be one of {', '.join(PLACES)}, found {each.after!r}"

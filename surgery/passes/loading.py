@@ -20,6 +20,7 @@ from surgery.adapters.deferred import DeferredValues, Drawing
 from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request
 from surgery.comm.background import Background, in_background
 from surgery.comm.collectives import HostCopies
+from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.environment import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
@@ -81,6 +82,8 @@ class Loading:
         strategy = self.setting.strategy
         staging = Staging.on(self.device)
         targets = current_targets(model, self.targets)
+        facts = {target.fqn: f"{target.dtype} {tuple(target.shape)}" for target in targets}
+        same_on_every_rank(self.ranks, "targets", {"what is to be filled": facts})
         self.batches = group_into_batches(targets, elements=staging.layer_limit(self.ranks.world_size))
         self.buffers.reserve(targets)
         self.prefetch = self._stack.enter_context(

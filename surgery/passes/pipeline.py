@@ -45,7 +45,7 @@ class Pipeline:
             if not step.is_collective:
                 self.loading.ranks.raise_peer_failure()
             with self.loading.report.phase(step.name), Naming(step.name, "the model"):
-                model = step.run(model)
+                model = _returned(step.run(model))
         return model
 
     def _run_batches(self, model: nn.Module, steps: Sequence[Pass]) -> nn.Module:
@@ -68,6 +68,12 @@ class Pipeline:
                     waiting = batch
             _run(behind, waiting)
             self.loading.raise_failure()
+
+
+def _returned(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected run() to return the model to go on with, found {model!r:.80}")
+    return model
 
 
 def _split(steps: Sequence[Pass]) -> tuple[Sequence[BatchPass], Sequence[BatchPass]]:
