@@ -180,3 +180,48 @@ def test_a_place_that_there_is_not_is_refused(checkpoints: dict[str, Path]) -> N
     wrong.after = "reed"  # type: ignore[misc]  # of this object
     with pytest.raises(surgery.ConfigError, match="expected after to be one of replace, adapt, install, shard"):
         surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(wrong,))
+
+
+class Forgetful(surgery.Pass):
+    name = "forgetful"
+
+    def run(self, model: torch.nn.Module) -> torch.nn.Module:
+        return None  # type: ignore[return-value]  # on purpose
+
+
+def test_one_that_returns_nothing_is_named(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.PassError, match=r"pass forgetful failed .* expected run\(\) to return the model"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(Forgetful(),))
+
+
+@pytest.mark.parametrize("wrong", [None, Seeing(), (each for each in [Seeing()])], ids=["none", "one", "generator"])
+def test_what_is_no_list_of_passes_is_refused(wrong: Any, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.ConfigError, match="passes: expected a list or tuple of passes"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=wrong)
+
+
+def test_one_without_a_name_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.ConfigError, match="expected a text as the name of a pass"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(surgery.Pass(),))
+
+
+@pytest.mark.distributed
+def test_one_that_cannot_be_made_on_one_rank_ends_all(checkpoints: dict[str, Path]) -> None:
+    first, second = run_ranks(_without_one, 2, checkpoints["llama"], timeout=60)
+    assert "expected the name of an installed pass" in second
+    assert first == f"rank 1 failed: ConfigError: {second}"
+
+
+def _without_one(checkpoint: Path) -> str:
+    import torch.distributed as dist
+
+    import surgery.passes.base as base
+
+    entry = type("Entry", (), {"name": "seeing", "value": "here:Seeing", "load": lambda _: Seeing})()
+    base.entry_points = lambda group: [entry] * (1 - dist.get_rank())  # type: ignore[assignment, attr-defined, misc]
+    try:
+        surgery.qlora(checkpoint, report=surgery.Report(), passes=("seeing",))
+    except surgery.SurgeryError as error:
+        dist.barrier()
+        return str(error)
+    return ""

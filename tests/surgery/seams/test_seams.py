@@ -13,7 +13,7 @@ from surgery.sharding.base import strategy_for
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.seams.everywhere import Everywhere
-from tests.surgery.seams.loads import norms, trained, trained_each
+from tests.surgery.seams.loads import failing_states, norms, trained, trained_each
 from tests.surgery.seams.one_byte import OneByte
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -62,3 +62,9 @@ def test_the_shardings_train_as_one_process(checkpoint: Path) -> None:
 def test_a_sharding_that_nobody_registered_is_refused() -> None:
     with pytest.raises(surgery.ConfigError, match=r"shard: expected None or one of .*FSDP2.*; got 'fsdp'"):
         strategy_for("fsdp")
+
+
+def test_a_format_that_fails_on_one_rank_ends_all(checkpoint: Path) -> None:
+    first, second = run_ranks(failing_states, 2, checkpoint, ["FSDP1", "FSDP2"], timeout=60)
+    assert [message.partition(" at ")[0] for message in second] == ["pass exchange failed"] * 2
+    assert first == [f"rank 1 failed: PassError: {message}" for message in second]
