@@ -48,7 +48,8 @@ class Loading:
     """The state of one fill, of this rank. batches: what is read, in order, once `read_ahead` was called.
 
     watchers: passes of third parties that see values and tensors. failure: the first of theirs, or of the format where
-    ranks count on each other, until it is raised where no rank waits for this one. stop: set when the work of its threads is not wanted any more.
+    ranks count on each other, until it is raised where no rank waits for this one. stop: set when the work of its
+    threads is not wanted any more.
     """
 
     checkpoint: Checkpoint

@@ -215,7 +215,7 @@ def test_one_that_cannot_be_made_on_one_rank_ends_all(checkpoints: dict[str, Pat
 def _without_one(checkpoint: Path) -> str:
     import torch.distributed as dist
 
-    import surgery.passes.base as base
+    from surgery.passes import base
 
     entry = type("Entry", (), {"name": "seeing", "value": "here:Seeing", "load": lambda _: Seeing})()
     base.entry_points = lambda group: [entry] * (1 - dist.get_rank())  # type: ignore[assignment, attr-defined, misc]
