@@ -133,7 +133,7 @@ class Bound:
             )
         if self._spent:
             raise ConfigError(
-                "fill: an earlier fill() failed when it had sharded or filled this model already: build and bind it anew"
+                "fill: an earlier fill() failed when it had sharded or filled this model: build and bind it anew"
             )
         if all(module is not self.model for module in outer.modules()):
             raise ConfigError(
