@@ -231,7 +231,7 @@ def choices(
 
 
 def _named(passes: Any) -> Any:
-    """What tells `passes` apart; of what is no list of them, which is refused later, its text."""
+    """Names and objects of `passes`; the name of its class, if it is no list of them, and is refused later."""
     if not isinstance(passes, (list, tuple)):
         return type(passes).__name__
     return [each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]
