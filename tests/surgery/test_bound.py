@@ -187,7 +187,10 @@ def test_a_bound_model_used_too_early_says_what_to_call(
     ],
     ids=["forward", "merge_and_unload", "merge_adapter", "unload", "saving", "a move"],
 )
-def test_so_does_peft_around_it(use: Callable[[Any], object], checkpoint: Path) -> None:
+def test_so_does_peft_around_it(
+    use: Callable[[Any], object], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes a README before it asks for weights
     bound = bind(checkpoint)
     adapted = get_peft_model(bound.model, lora())
     with pytest.raises(surgery.NotFilledError):
