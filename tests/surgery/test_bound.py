@@ -166,8 +166,13 @@ EARLY: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("use", EARLY.values(), ids=EARLY)
 def test_a_bound_model_used_too_early_says_what_to_call(
-    use: Callable[[Any], object], checkpoint: Path, expected: torch.Tensor
+    use: Callable[[Any], object],
+    checkpoint: Path,
+    expected: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # transformers writes a config before it asks for weights
     bound = bind(checkpoint)
     with pytest.raises(surgery.NotFilledError, match=r"call fill\(\) of what surgery.bind\(\) returned first"):
         use(bound.model)
