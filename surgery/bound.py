@@ -66,6 +66,7 @@ class Bound:
     checkpoint: Checkpoint = field(repr=False)
     report: Report = field(repr=False)
     _prepared: Prepared = field(repr=False)
+    _spent: bool = field(default=False, init=False, repr=False)
 
     def fill(
         self,
@@ -96,21 +97,16 @@ class Bound:
             PeerError: it did on another rank.
         """
         outer = self.model if model is None else model
-        if not is_waiting(self.model):
-            raise ConfigError(
-                "fill: expected a bound model that waits for its weights, found one that is filled already"
-            )
-        if all(module is not self.model for module in outer.modules()):
-            raise ConfigError(
-                f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
-            )
         bound = self._prepared.setting
         with building(bound.device) as ranks:
             changes = {"shard": shard, "placement": placement, "lora": _lora_of(outer), "world_size": ranks.world_size}
-            topics = choices({**vars(bound), **changes}, passes, None)
+            with everyone(ranks, device=bound.device):
+                self._check(outer)
+                topics = choices({**vars(bound), **changes}, passes, None)
             same_on_every_rank(ranks, "fill", topics, device=bound.device)
-            setting = replace(bound, **changes)
-            found = find_passes(passes, adapted=setting.lora is not None)
+            with everyone(ranks, device=bound.device):  # what is installed may differ
+                setting = replace(bound, **changes)
+                found = find_passes(passes, adapted=setting.lora is not None)
             job = set_up(setting, ranks)
             with everyone(ranks, device=bound.device):
                 setting.strategy.check_ties(tied_parameters(self.model))
@@ -122,12 +118,32 @@ class Bound:
             if ranks.world_size > 1:
                 trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
                 broadcast_from_rank0(trained, device=bound.device)
-            prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
+            prepared, on_meta = replace(self._prepared, setting=setting, unsharded=unsharded), self._on_meta()
             try:
                 return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
             except BaseException:
+                self._spent = self._on_meta() != on_meta
                 wait(self.model)  # so that nobody computes with half a model
                 raise
+
+    def _check(self, outer: nn.Module) -> None:
+        """Refuse to fill what is filled, what an earlier fill has changed, and what is not around the bound model."""
+        if not is_waiting(self.model):
+            raise ConfigError(
+                "fill: expected a bound model that waits for its weights, found one that is filled already"
+            )
+        if self._spent:
+            raise ConfigError(
+                "fill: an earlier fill() failed when it had sharded or filled this model: build and bind it anew"
+            )
+        if all(module is not self.model for module in outer.modules()):
+            raise ConfigError(
+                f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
+            )
+
+    def _on_meta(self) -> set[nn.Parameter]:
+        """The parameters that nothing has sharded or filled."""
+        return {p for p in self.model.parameters() if p.is_meta}
 
 
 def bind(
@@ -209,10 +225,17 @@ def choices(
         "adapters": adapter_facts(setting["lora"]),
         "sharding": facts_of({"placement": placement, "shard": shard}),
         "precision": facts_of({name: setting[name] for name in ("dtype", "compute_dtype")}),
-        "passes": facts_of([each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]),
+        "passes": facts_of(_named(passes)),
         **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
         **environment(setting["device"]),
     }
+
+
+def _named(passes: Any) -> Any:
+    """Names and objects of `passes`; the name of its class, if it is no list of them, and is refused later."""
+    if not isinstance(passes, (list, tuple)):
+        return type(passes).__name__
+    return [each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]
 
 
 def set_up(setting: Setting, ranks: Ranks) -> Job:

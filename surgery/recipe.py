@@ -84,9 +84,11 @@ def qlora(
             "device": device,
             "world_size": ranks.world_size,
         }
-        same_on_every_rank(ranks, "choices", choices(asked, passes, checkpoint), device=device)
-        setting = Setting(**asked)
-        found = find_passes(passes, adapted=lora is not None)
+        with everyone(ranks, device=device):
+            topics = choices(asked, passes, checkpoint)
+        same_on_every_rank(ranks, "choices", topics, device=device)
+        with everyone(ranks, device=device):  # what is installed may differ
+            setting, found = Setting(**asked), find_passes(passes, adapted=lora is not None)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         job = set_up(setting, ranks)
         with everyone(ranks, device=device):

@@ -36,6 +36,10 @@ def keep_initial_values(
 ) -> Any:
     """Keep adapters on the CPU with their values, around base weights on meta."""
     model: nn.Module = _given_model(_instance, args, kwargs)
+    for config in _instance.peft_config.values():
+        for name in ("use_dora", "trainable_token_indices"):
+            if getattr(config, name, None):
+                raise NotFilledError(f"{name} of LoRA")
     with appearing_real(model):
         return wrapped(*args, **kwargs)
 

@@ -32,8 +32,8 @@ def everyone(ranks: Ranks, *, device: torch.device) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001  # raised below, once the others are told
-        if not _is_of_others(error):
-            ranks.report_failure(error)
+        # Also what seems to be the fault of others: they may know nothing of it. The first report stays.
+        ranks.report_failure(error)
         failure = error
     except BaseException as error:  # an interrupt waits for nobody
         ranks.report_failure(error, desynced=True)

@@ -120,6 +120,9 @@ def find_passes(given: Sequence[Pass | str], *, adapted: bool) -> tuple[Pass, ..
     adapted: whether the model has adapters by then. Raises `ConfigError` for a name that there is not, what is no pass,
     and a place that there is not.
     """
+    if not isinstance(given, (list, tuple)):
+        # A generator would be empty by the time it is run, without a word.
+        raise ConfigError(f"passes: expected a list or tuple of passes, found {given!r:.80}")
     found = tuple(_named(each) if isinstance(each, str) else each for each in given)
     for each in found:
         if not isinstance(each, Pass):

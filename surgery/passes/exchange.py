@@ -80,11 +80,12 @@ class Exchange(BatchPass):
         for buffer in quantized:
             buffer.statistics = None
         shapes = [buffer.target.logical for buffer in quantized if buffer.target.logical is not None]
-        states = self.loading.setting.format.states(
-            statistics, shapes, [buffer.target.precision for buffer in quantized]
-        )
-        for buffer, state in zip(quantized, states, strict=True):
-            buffer.state = state
+        with self.loading.keeping_failure(self.name, quantized[0].target.module_fqn if quantized else ""):
+            states = self.loading.setting.format.states(
+                statistics, shapes, [buffer.target.precision for buffer in quantized]
+            )
+            for buffer, state in zip(quantized, states, strict=True):
+                buffer.state = state
 
     def _statistics(self, quantized: Sequence[ShardBuffer]) -> list[torch.Tensor]:
         """The statistics of all blocks of each weight, float32, in order."""

@@ -107,7 +107,8 @@ class _Refusing:
         """Casts, of all but packed weights; a move from meta is refused."""
         model: Any = self
         try:
-            stays = fn(torch.empty(1, device="meta")).is_meta
+            # Buffers are real: on meta they would be lost.
+            stays = fn(torch.empty(1, device="meta")).is_meta and not fn(torch.empty(1, device="cpu")).is_meta
         except NotImplementedError:  # of torch, for a copy from meta
             stays = False
         if not stays:

@@ -20,6 +20,7 @@ from surgery.adapters.deferred import DeferredValues, Drawing
 from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request
 from surgery.comm.background import Background, in_background
 from surgery.comm.collectives import HostCopies
+from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.environment import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
@@ -46,8 +47,9 @@ class Job:
 class Loading:
     """The state of one fill, of this rank. batches: what is read, in order, once `read_ahead` was called.
 
-    watchers: passes of third parties that see values and tensors. failure: the first of theirs, until it is raised
-    where no rank waits for this one. stop: set when the work of its threads is not wanted any more.
+    watchers: passes of third parties that see values and tensors. failure: the first of theirs, or of the format where
+    ranks count on each other, until it is raised where no rank waits for this one. stop: set when the work of its
+    threads is not wanted any more.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +83,8 @@ class Loading:
         strategy = self.setting.strategy
         staging = Staging.on(self.device)
         targets = current_targets(model, self.targets)
+        facts = {target.fqn: f"{target.dtype} {tuple(target.shape)}" for target in targets}
+        same_on_every_rank(self.ranks, "targets", {"what is to be filled": facts})
         self.batches = group_into_batches(targets, elements=staging.layer_limit(self.ranks.world_size))
         self.buffers.reserve(targets)
         self.prefetch = self._stack.enter_context(
@@ -122,14 +126,20 @@ class Loading:
     def show(self, target: Target, look: Callable[[Pass], None]) -> None:
         """Have every watcher `look` at something of `target`; a failure is kept for `raise_failure`."""
         for watcher in self.watchers:
-            try:
-                with Naming(watcher.name, target.fqn):
-                    look(watcher)
-            except Exception as error:  # noqa: BLE001  # raised later
-                self.failure = self.failure or error
+            with self.keeping_failure(watcher.name, target.fqn):
+                look(watcher)
+
+    @contextlib.contextmanager
+    def keeping_failure(self, pass_name: str, fqn: str) -> Iterator[None]:
+        """A block of others' code, whose failure is kept for `raise_failure`: other ranks count on this one."""
+        try:
+            with Naming(pass_name, fqn):
+                yield
+        except Exception as error:  # noqa: BLE001  # raised later
+            self.failure = self.failure or error
 
     def raise_failure(self) -> None:
-        """Raise what a watcher has failed with."""
+        """Raise what was kept."""
         if self.failure is not None:
             raise self.failure
 

@@ -28,9 +28,12 @@ class Record(BatchPass):
     def run_batch(self, batch: Batch) -> None:
         """Remember the quantized tensors of `batch`."""
         quantized = [buffer for buffer in batch.buffers if buffer.target.is_quantized]
+        if self.loading.failure is not None:
+            return
         if any(buffer.state is None for buffer in quantized):
             raise ConfigError("a quantized weight has no state yet: record comes after exchange")
-        record([_made(buffer) for buffer in quantized], self.loading.setting.format)
+        with self.loading.keeping_failure(self.name, batch.fqn):
+            record([_made(buffer) for buffer in quantized], self.loading.setting.format)
 
 
 def _made(buffer: ShardBuffer) -> Made:

@@ -30,7 +30,8 @@ class Relocate(BatchPass):
 
     def run_batch(self, batch: Batch) -> None:
         """Move the buffers of `batch`."""
-        if not all(buffer.is_complete for buffer in batch.buffers):
+        failed = self.loading.failure is not None  # and others wait for what this rank has
+        if not failed and not all(buffer.is_complete for buffer in batch.buffers):
             raise ConfigError("a tensor of this batch is not complete on this rank: relocate comes after exchange")
         self.loading.host_copies.wait()
         with collective(self.loading.ranks), Naming(self.name, batch.fqn):

@@ -43,7 +43,7 @@ class Finish(Pass):
     def run(self, model: nn.Module) -> nn.Module:
         """The complete model."""
         setting, devices = self.loading.setting, self.loading.buffers.devices
-        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        empty = [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]
         if empty and devices.keeps_data:
             raise ConfigError(f"{empty[0]} is on meta ({len(empty)} in all): a complete model comes after install")
         with patches.transaction(

@@ -162,6 +162,7 @@ EARLY: dict[str, Callable[[Any], object]] = {
     "state_dict": lambda model: model.state_dict(),
     "load_state_dict": lambda model: model.load_state_dict({}),
     "a move": lambda model: nn.Module.to(model, "cpu"),
+    "a move to meta": lambda model: nn.Module.to(model, "meta"),
     "to_empty": lambda model: model.to_empty(device="cpu"),
     "resizing": lambda model: model.resize_token_embeddings(200),
     "generate": lambda model: model.generate(IDS, max_new_tokens=1),
@@ -171,8 +172,13 @@ EARLY: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("use", EARLY.values(), ids=EARLY)
 def test_a_bound_model_used_too_early_says_what_to_call(
-    use: Callable[[Any], object], checkpoint: Path, expected: torch.Tensor
+    use: Callable[[Any], object],
+    checkpoint: Path,
+    expected: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # transformers writes a config before it asks for weights
     bound = bind(checkpoint)
     with pytest.raises(surgery.NotFilledError, match=r"call fill\(\) of what surgery.bind\(\) returned first"):
         use(bound.model)
@@ -192,7 +198,10 @@ def test_a_bound_model_used_too_early_says_what_to_call(
     ],
     ids=["forward", "merge_and_unload", "merge_adapter", "unload", "saving", "a move"],
 )
-def test_so_does_peft_around_it(use: Callable[[Any], object], checkpoint: Path) -> None:
+def test_so_does_peft_around_it(
+    use: Callable[[Any], object], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes a README before it asks for weights
     bound = bind(checkpoint)
     adapted = get_peft_model(bound.model, lora())
     with pytest.raises(surgery.NotFilledError):
@@ -274,6 +283,55 @@ def test_a_pass_after_adapters_sees_those_that_were_there(checkpoint: Path) -> N
     bound, after = bind(checkpoint), After()
     with bound.fill(get_peft_model(bound.model, lora()), passes=(after,)):
         assert isinstance(after.model, PeftModel)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=["dora", "tokens"])
+def test_adapters_that_read_weights_are_refused(options: dict[str, Any], checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    with pytest.raises(surgery.NotFilledError, match=next(iter(options))):
+        get_peft_model(bound.model, LoraConfig(target_modules=["q_proj"], **options))
+
+
+class FailingLate(surgery.Pass):
+    name = "failing late"
+    after = "install"
+
+    def run(self, model: nn.Module) -> nn.Module:
+        raise ValueError("on purpose")
+
+
+def test_a_fill_that_failed_late_is_not_tried_again(checkpoint: Path) -> None:
+    bound = bind(checkpoint)
+    with pytest.raises(surgery.PassError, match="on purpose"):
+        bound.fill(passes=(FailingLate(),))
+    with pytest.raises(surgery.ConfigError, match="build and bind it anew"):
+        bound.fill()
+
+
+@pytest.mark.distributed
+def test_what_is_wrong_on_one_rank_ends_all(checkpoint: Path) -> None:
+    first, second = run_ranks(_wrong_on_one, 2, checkpoint, timeout=60)
+    assert "expected a module around the bound model" in second[0]
+    assert first[0].startswith("rank 1 failed: ConfigError: fill: expected a module")
+    assert all("the ranks differ in what is to be filled" in of_rank[1] for of_rank in (first, second))
+
+
+def _wrong_on_one(checkpoint: Path) -> list[str]:
+    import torch.distributed as dist
+
+    def said(fill: Callable[[], object]) -> str:
+        try:
+            fill()
+        except surgery.SurgeryError as error:
+            dist.barrier()
+            return str(error)
+        return ""
+
+    bound = bind(checkpoint)
+    outer = said(lambda: bound.fill(nn.Linear(2, 2) if dist.get_rank() else None, shard=surgery.FSDP2()))
+    if dist.get_rank():
+        del bound.model.model.layers[1]
+    return [outer, said(lambda: bound.fill(shard=surgery.FSDP2()))]
 
 
 @pytest.mark.distributed

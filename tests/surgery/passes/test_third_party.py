@@ -208,3 +208,31 @@ def test_a_pass_after_adapters_that_there_are_none_of_is_refused(checkpoints: di
     late.after = "adapt"  # type: ignore[misc]  # of this object
     with pytest.raises(surgery.ConfigError, match="comes after 'adapt', and there are no adapters"):
         surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=(late,))
+
+
+@pytest.mark.parametrize("wrong", [None, Seeing(), (each for each in [Seeing()])], ids=["none", "one", "generator"])
+def test_what_is_no_list_of_passes_is_refused(wrong: Any, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(surgery.ConfigError, match="passes: expected a list or tuple of passes"):
+        surgery.qlora(checkpoints["llama"], report=surgery.Report(), passes=wrong)
+
+
+@pytest.mark.distributed
+def test_one_that_cannot_be_made_on_one_rank_ends_all(checkpoints: dict[str, Path]) -> None:
+    first, second = run_ranks(_without_one, 2, checkpoints["llama"], timeout=60)
+    assert "expected the name of an installed pass" in second
+    assert first == f"rank 1 failed: ConfigError: {second}"
+
+
+def _without_one(checkpoint: Path) -> str:
+    import torch.distributed as dist
+
+    from surgery.passes import base
+
+    entry = type("Entry", (), {"name": "seeing", "value": "here:Seeing", "load": lambda _: Seeing})()
+    base.entry_points = lambda group: [entry] * (1 - dist.get_rank())  # type: ignore[assignment, attr-defined, misc]
+    try:
+        surgery.qlora(checkpoint, report=surgery.Report(), passes=("seeing",))
+    except surgery.SurgeryError as error:
+        dist.barrier()
+        return str(error)
+    return ""

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from peft import LoraConfig
 
 import surgery
+from surgery.quantizers.base import register
 from surgery.sharding.base import strategy_of
 from tests.surgery.seams.everywhere import Everywhere
+from tests.surgery.seams.one_byte import OneByte, OneByteFormat
 
 IDS = torch.arange(24).view(2, 12)
 
@@ -68,3 +70,25 @@ def trained(checkpoint: Path, shard: Any, quant: Any) -> tuple[list[float], dict
 def trained_each(checkpoint: Path, cases: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     """`trained` for every case."""
     return {name: trained(checkpoint, shard, quant) for name, (shard, quant) in cases.items()}
+
+
+class StatelessOnRank1(OneByteFormat):
+    """Cannot make its states on rank 1."""
+
+    def states(self, statistics: Any, shapes: Any, dtypes: Any) -> list[Any]:
+        if dist.get_rank() == 1:
+            raise ValueError("on purpose")
+        return super().states(statistics, shapes, dtypes)
+
+
+def failing_states(checkpoint: Path, shardings: list[str]) -> list[str]:
+    """By sharding: what `qlora` raised on this rank."""
+    register(OneByte, StatelessOnRank1)
+    found = []
+    for name in shardings:
+        try:
+            surgery.qlora(checkpoint, quant=OneByte(), shard=SHARDINGS[name], report=surgery.Report())
+        except surgery.SurgeryError as error:
+            found.append(str(error))
+        dist.barrier()
+    return found

@@ -17,7 +17,7 @@ from surgery.sharding.base import strategy_for
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.seams.everywhere import Everywhere
-from tests.surgery.seams.loads import norms, trained, trained_each
+from tests.surgery.seams.loads import failing_states, norms, trained, trained_each
 from tests.surgery.seams.one_byte import OneByte, OneByteFormat
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
@@ -112,7 +112,11 @@ def test_what_a_format_gets_wrong_is_said(
 
 
 def test_options_of_a_format_that_is_not_imported_are_refused(checkpoint: Path) -> None:
-    with pytest.raises(
-        surgery.ConfigError, match=r"got 'nf4'\. A format of your own is known once a module"
-    ):
+    with pytest.raises(surgery.ConfigError, match=r"got 'nf4'\. A format of your own is known once a module"):
         surgery.qlora(checkpoint, quant="nf4", report=surgery.Report())
+
+
+def test_a_format_that_fails_on_one_rank_ends_all(checkpoint: Path) -> None:
+    first, second = run_ranks(failing_states, 2, checkpoint, ["FSDP1", "FSDP2"], timeout=60)
+    assert [message.partition(" at ")[0] for message in second] == ["pass exchange failed"] * 2
+    assert first == [f"rank 1 failed: PassError: {message}" for message in second]
