@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +17,8 @@ from surgery.adapters.folder import make_room
 from surgery.adapters.metadata import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.comm.background import return_freed_memory, undisturbed
-from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
-from surgery.comm.environment import Node, default_device, launched_world_size
+from surgery.comm.comparison import facts_of, same_on_every_rank
+from surgery.comm.environment import Node, compute_device, launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
@@ -51,7 +51,7 @@ from surgery.telemetry.report import Report
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Bound", "bind", "building", "choices", "fill", "foresee", "set_up"]
+__all__ = ["Bound", "agree", "bind", "building", "fill", "foresee", "set_up"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -78,8 +78,9 @@ class Bound:
     ) -> nn.Module:
         """Read, quantize and install what this rank owns; to be called on all ranks alike.
 
-        Parameters keep the dtype and `requires_grad` that they have by then. Resident patches are in force until
-        `surgery.release(model)`, the end of `with bound.fill() as model:`, or its collection.
+        Returns `model`, or what wraps it under FSDP1 and DDP. Parameters keep the dtype and `requires_grad` that they
+        have by then. Resident patches are in force until `surgery.release(model)`, the end of `with bound.fill() as
+        model:`, or its collection.
 
         Args:
             model: the outermost module around the bound one, such as a `PeftModel`; None is the bound one.
@@ -87,26 +88,19 @@ class Bound:
             placement: where weights wait until the model is complete.
             passes: third parties' passes.
 
-        Returns:
-            The complete model: `model`, or what wraps it under FSDP1 and DDP.
-
         Raises:
-            ConfigError: options that cannot work together, a model that is filled already, or adapters that cannot be
-                sharded so.
+            ConfigError: options or adapters that cannot work together, or a model that is filled already.
             PassError: a pass failed; names the pass and the FQN.
             PeerError: it did on another rank.
         """
         outer = self.model if model is None else model
         bound = self._prepared.setting
+        asked = {each.name: getattr(bound, each.name) for each in fields(bound)}
         with building(bound.device) as ranks:
-            changes = {"shard": shard, "placement": placement, "lora": _lora_of(outer), "world_size": ranks.world_size}
             with everyone(ranks, device=bound.device):
                 self._check(outer)
-                topics = choices({**vars(bound), **changes}, passes, None)
-            same_on_every_rank(ranks, "fill", topics, device=bound.device)
-            with everyone(ranks, device=bound.device):  # what is installed may differ
-                setting = replace(bound, **changes)
-                found = find_passes(passes, adapted=setting.lora is not None)
+                asked |= {"shard": shard, "placement": placement, "lora": _lora_of(outer)}
+            setting, found = agree(ranks, "fill", passes, **asked)
             job = set_up(setting, ranks)
             with everyone(ranks, device=bound.device):
                 setting.strategy.check_ties(tied_parameters(self.model))
@@ -118,11 +112,12 @@ class Bound:
             if ranks.world_size > 1:
                 trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
                 broadcast_from_rank0(trained, device=bound.device)
-            prepared, on_meta = replace(self._prepared, setting=setting, unsharded=unsharded), self._on_meta()
+            prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
+            untouched = [parameter for parameter in self.model.parameters() if parameter.is_meta]
             try:
                 return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
             except BaseException:
-                self._spent = self._on_meta() != on_meta
+                self._spent = not set(untouched) <= set(self.model.parameters())
                 wait(self.model)  # so that nobody computes with half a model
                 raise
 
@@ -140,10 +135,6 @@ class Bound:
             raise ConfigError(
                 f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
             )
-
-    def _on_meta(self) -> set[nn.Parameter]:
-        """The parameters that nothing has sharded or filled."""
-        return {p for p in self.model.parameters() if p.is_meta}
 
 
 def bind(
@@ -175,21 +166,12 @@ def bind(
         ConfigError: a parameter is not on meta, or options that cannot work together.
         CheckpointError: a checkpoint that is broken, or not of this model.
     """
-    device = device or default_device()
+    device = compute_device(device)
     dtype = dtype or _dtype_of(model)
     with building(device) as ranks:
-        asked = {
-            "quant": quant,
-            "shard": None,
-            "lora": None,
-            "placement": None,
-            "dtype": dtype,
-            "compute_dtype": compute_dtype or dtype,
-            "device": device,
-            "world_size": ranks.world_size,
-        }
-        same_on_every_rank(ranks, "bind", choices(asked, (), checkpoint), device=device)
-        setting = Setting(**asked)
+        asked = {"quant": quant, "shard": None, "lora": None, "placement": None, "device": device}
+        asked |= {"dtype": dtype, "compute_dtype": compute_dtype or dtype}
+        setting, _ = agree(ranks, "bind", (), checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         with everyone(ranks, device=device), undisturbed(device):
             require_meta(model)
@@ -214,28 +196,34 @@ def building(device: torch.device) -> Iterator[Ranks]:
         yield ranks
 
 
-def choices(
-    setting: Mapping[str, Any], passes: Sequence[Pass | str], checkpoint: Checkpoint | str | os.PathLike[str] | None
-) -> dict[str, Facts]:
-    """Facts that all ranks must share before they do anything together; `setting` has the fields of `Setting`."""
-    shard = setting["shard"]
-    placement = strategy_for(shard, placement=setting["placement"]).placement
-    return {
-        "quantization": facts_of(setting["quant"]),
-        "adapters": adapter_facts(setting["lora"]),
-        "sharding": facts_of({"placement": placement, "shard": shard}),
-        "precision": facts_of({name: setting[name] for name in ("dtype", "compute_dtype")}),
-        "passes": facts_of(_named(passes)),
-        **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
-        **environment(setting["device"]),
-    }
+def agree(
+    ranks: Ranks,
+    name: str,
+    passes: Sequence[Pass | str],
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    **asked: Any,
+) -> tuple[Setting, tuple[Pass, ...]]:
+    """The setting of what is `asked`, and the passes, once all ranks are found to ask for the same; collective.
 
-
-def _named(passes: Any) -> Any:
-    """Names and objects of `passes`; the name of its class, if it is no list of them, and is refused later."""
-    if not isinstance(passes, (list, tuple)):
-        return type(passes).__name__
-    return [each if isinstance(each, str) else (getattr(each, "name", ""), each) for each in passes]
+    name: of this comparison. Raises `ConfigError` for what cannot work together, and where ranks differ.
+    """
+    device, shard = asked["device"], asked["shard"]
+    given = passes if isinstance(passes, (list, tuple)) else [passes]  # which is refused below
+    with everyone(ranks, device=device):
+        placement = strategy_for(shard, placement=asked["placement"]).placement
+        topics = {
+            "quantization": facts_of(asked["quant"]),
+            "adapters": adapter_facts(asked["lora"]),
+            "sharding": facts_of({"placement": placement, "shard": shard}),
+            "precision": facts_of({each: asked[each] for each in ("dtype", "compute_dtype")}),
+            "passes": facts_of([(getattr(each, "name", each), each) for each in given]),
+            **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
+            **environment(device),
+        }
+    same_on_every_rank(ranks, name, topics, device=device)
+    with everyone(ranks, device=device):  # what is installed may differ
+        setting = Setting(**{**asked, "world_size": ranks.world_size})
+        return setting, find_passes(passes, adapted=setting.lora is not None)
 
 
 def set_up(setting: Setting, ranks: Ranks) -> Job:

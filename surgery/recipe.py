@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.bound import building, choices, fill, foresee, set_up
+from surgery.bound import agree, building, fill, foresee, set_up
 from surgery.checkpoint import Checkpoint
-from surgery.comm.comparison import same_on_every_rank
-from surgery.comm.environment import default_device
+from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
-from surgery.passes.base import Pass, find_passes
+from surgery.passes.base import Pass
 from surgery.passes.prepare import prepare
-from surgery.passes.setting import Setting
 from surgery.telemetry.report import Report
 
 if TYPE_CHECKING:
@@ -72,23 +70,11 @@ def qlora(
         PassError: a pass failed; names the pass and the FQN.
         PeerError: it did on another rank.
     """
-    device = _with_index(device or default_device())
+    device = compute_device(device)
     with building(device) as ranks:
-        asked = {
-            "quant": quant,
-            "shard": shard,
-            "lora": lora,
-            "placement": placement,
-            "dtype": dtype,
-            "compute_dtype": compute_dtype or dtype,
-            "device": device,
-            "world_size": ranks.world_size,
-        }
-        with everyone(ranks, device=device):
-            topics = choices(asked, passes, checkpoint)
-        same_on_every_rank(ranks, "choices", topics, device=device)
-        with everyone(ranks, device=device):  # what is installed may differ
-            setting, found = Setting(**asked), find_passes(passes, adapted=lora is not None)
+        asked = {"quant": quant, "shard": shard, "lora": lora, "placement": placement, "device": device}
+        asked |= {"dtype": dtype, "compute_dtype": compute_dtype or dtype}
+        setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         job = set_up(setting, ranks)
         with everyone(ranks, device=device):
@@ -98,9 +84,3 @@ def qlora(
                 prepared = prepare(opened, setting, build=model, ranks=ranks, device=device)
             foresee(prepared, opened, ranks, report)
         return fill(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """`cuda` as the GPU that is current in this thread: another thread may have another one."""
-    index: int | None = device.index  # which upstream declares to be there always
-    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and index is None else device

@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from surgery.checkpoint import Index, Prefetch, Reader, Request
-from surgery.passes.staging import CHUNK_ELEMENTS
+from surgery.passes.loading import CHUNK_ELEMENTS
 
 OTHER = "fastsafetensors"
 

@@ -22,7 +22,7 @@ import torch
 from surgery.adapters.metadata import TOKENIZER_FILES, tokenizer_sizes
 from surgery.adapters.place import allocate, locked, made, refuse_base, refuse_model, refuse_what_stays
 from surgery.checkpoint.header import read_header
-from surgery.comm.environment import default_device, launched_world_size
+from surgery.comm.environment import compute_device, launched_world_size
 from surgery.comm.failures import everyone
 from surgery.comm.ranks import current_ranks
 from surgery.errors import AdapterError, CheckpointError, ConfigError
@@ -309,7 +309,7 @@ def reserve(
     """
     ranks = current_ranks(launched_world_size())
     with ExitStack() as stack:
-        with everyone(ranks, device=device or default_device()):
+        with everyone(ranks, device=compute_device(device)):
             if ranks.rank == 0:
                 stack.enter_context(hold(directory, overwrite=overwrite))
         yield

@@ -14,7 +14,7 @@ from surgery.telemetry.numbers import whole_number
 
 __all__ = [
     "Node",
-    "default_device",
+    "compute_device",
     "expect_number",
     "launched_rank",
     "launched_world_size",
@@ -55,12 +55,14 @@ def expect_number(name: str, *, least: int, advice: str) -> int:
     return number
 
 
-def default_device() -> torch.device:
-    """This rank's accelerator (`LOCAL_RANK`), or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    rank = local_rank()
-    return torch.device("cuda", torch.cuda.current_device() if rank is None else rank)
+def compute_device(device: torch.device | None = None) -> torch.device:
+    """`device` with its index, since threads may have other ones; None is this rank's accelerator, or the CPU."""
+    if device is None and torch.cuda.is_available():
+        rank = local_rank()
+        device = torch.device("cuda" if rank is None else f"cuda:{rank}")
+    device = device or torch.device("cpu")
+    index: int | None = device.index  # which upstream declares to be there always
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and index is None else device
 
 
 def _number(name: str) -> int | None:

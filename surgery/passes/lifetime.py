@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -88,20 +88,19 @@ def stop_waiting(model: nn.Module) -> None:
     model.__class__ = type(model).__mro__[2]
 
 
+def _refused(use: str) -> Any:
+    def refuse(_self: object, *_args: Any, **_kwargs: Any) -> NoReturn:
+        raise NotFilledError(use)
+
+    return refuse
+
+
 class _Refusing:
     """A bound model until it is filled: what would need its weights raises `NotFilledError`."""
 
-    def state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: there are no values yet."""
-        raise NotFilledError("state_dict()")
-
-    def load_state_dict(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: what it loads would be replaced."""
-        raise NotFilledError("load_state_dict()")
-
-    def resize_token_embeddings(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Refused: new rows are initialized from the others."""
-        raise NotFilledError("resize_token_embeddings()")
+    state_dict = _refused("state_dict()")
+    load_state_dict = _refused("load_state_dict()")
+    resize_token_embeddings = _refused("resize_token_embeddings()")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # upstream's signature
         """Casts, of all but packed weights; a move from meta is refused."""
@@ -126,9 +125,6 @@ class _Refusing:
 
 @functools.cache
 def _refusing(kind: Any) -> Any:
-    @functools.wraps(kind.forward)
-    def forward(_self: object, *_args: Any, **_kwargs: Any) -> Any:
-        raise NotFilledError("forward")
-
+    forward = functools.wraps(kind.forward)(_refused("forward"))
     members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
     return type(kind.__name__, (_Refusing, kind), members)

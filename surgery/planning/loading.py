@@ -8,8 +8,8 @@ from itertools import groupby
 
 from surgery.comm.collectives import RUN_BYTES, THREADS
 from surgery.passes.base import Batch
+from surgery.passes.loading import Staging
 from surgery.passes.setting import Setting
-from surgery.passes.staging import Staging
 from surgery.passes.tensors import Target
 from surgery.planning.inventory import (
     Inventory,

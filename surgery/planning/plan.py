@@ -14,9 +14,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.peek import peek
 from surgery.config import Quant
 from surgery.passes.base import group_into_batches
+from surgery.passes.loading import Staging
 from surgery.passes.prepare import prepare
 from surgery.passes.setting import Setting
-from surgery.passes.staging import Staging
 from surgery.planning.inventory import Inventory, take_inventory
 from surgery.planning.loading import plan_load
 from surgery.planning.ranks import RankClass, RankPlan, bytes_read, classify, read_once_per_node

@@ -168,11 +168,6 @@ class Sums:
     stop: int
     pages: torch.Tensor
 
-    @classmethod
-    def of(cls, piece: Piece, pages: torch.Tensor) -> Sums:
-        """`pages` are the sums of `piece`."""
-        return cls(start=piece.start, stop=piece.stop, pages=pages)
-
 
 @dataclass(kw_only=True, eq=False)
 class Record:
@@ -233,7 +228,7 @@ def record(made: Sequence[Made], quant: QuantFormat) -> None:
             quant=quant,
             nbytes=each.nbytes,
             device=each.piece.data.device,
-            own=Sums.of(each.piece, pages),
+            own=Sums(start=each.piece.start, stop=each.piece.stop, pages=pages),
             states={name: of_tensor[tensor] for name, tensor in tensors.items()},
             settings=dict(quant.state_settings(each.state)),
         )

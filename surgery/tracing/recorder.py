@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from surgery.comm.environment import default_device, launched_rank, launched_world_size
+from surgery.comm.environment import compute_device, launched_rank, launched_world_size
 from surgery.errors import ConfigError, TraceError
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import start_afresh, write_rank
@@ -41,7 +41,7 @@ def trace(folder: str | os.PathLike[str], *, device: torch.device | None = None)
     place = Path(folder)
     rank, world_size = _rank_and_world()
     start_afresh(place, rank=rank, world_size=world_size)
-    report = Report(show_progress=rank == 0, device=device or default_device())
+    report = Report(show_progress=rank == 0, device=compute_device(device))
     started = time.time() - report.seconds
 
     def result(error: BaseException | None = None) -> RankTrace:

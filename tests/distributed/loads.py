@@ -83,7 +83,7 @@ class WatchedCheckpoint(Checkpoint):
 
 def in_small_steps(patch: pytest.MonkeyPatch) -> None:
     """Make a layer of every few tensors, and read large ones in chunks: otherwise a tiny model is one of each."""
-    from surgery.passes.staging import Staging
+    from surgery.passes.loading import Staging
 
     staging = Staging(elements=4096, buffers=3, threads=2, layer_elements=2000)
     patch.setattr(Staging, "on", lambda *args, **options: staging)

@@ -18,7 +18,7 @@ import surgery
 from surgery.checkpoint import Reader, TensorEntry
 from surgery.comm.background import in_background, undisturbed
 from surgery.comm.ranks import StoppedError
-from surgery.passes.staging import Staging
+from surgery.passes.loading import Staging
 
 CPU = torch.device("cpu")
 

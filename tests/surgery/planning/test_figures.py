@@ -11,8 +11,8 @@ import torch
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
+from surgery.passes.loading import Staging
 from surgery.passes.prepare import prepare
-from surgery.passes.staging import Staging
 from surgery.planning.inventory import Inventory, take_inventory, weights_held
 from surgery.planning.plan import make_plan
 from surgery.planning.ranks import RankPlan, Step
