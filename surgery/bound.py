@@ -124,13 +124,9 @@ class Bound:
     def _check(self, outer: nn.Module) -> None:
         """Refuse to fill what is filled, what an earlier fill has changed, and what is not around the bound model."""
         if not is_waiting(self.model):
-            raise ConfigError(
-                "fill: expected a bound model that waits for its weights, found one that is filled already"
-            )
+            raise ConfigError("fill: expected a model that waits for its weights, found one that is filled already")
         if self._spent:
-            raise ConfigError(
-                "fill: an earlier fill() failed when it had sharded or filled this model: build and bind it anew"
-            )
+            raise ConfigError("fill: an earlier fill() has sharded or filled a part of it: build and bind it anew")
         if all(module is not self.model for module in outer.modules()):
             raise ConfigError(
                 f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
@@ -174,6 +170,8 @@ def bind(
         setting, _ = agree(ranks, "bind", (), checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         with everyone(ranks, device=device), undisturbed(device):
+            if is_waiting(model):
+                raise ConfigError("bind: this model is bound already: call fill() of what bind() returned")
             require_meta(model)
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             compute_own_buffers(model, device)

@@ -231,6 +231,11 @@ def test_twice_filled_is_refused(checkpoint: Path) -> None:
         bound.fill()
 
 
+def test_twice_bound_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(surgery.ConfigError, match="this model is bound already"):
+        surgery.bind(bind(checkpoint).model, checkpoint)
+
+
 def test_another_model_is_refused(checkpoint: Path) -> None:
     with pytest.raises(surgery.ConfigError, match="expected a module around the bound model"):
         bind(checkpoint).fill(nn.Linear(2, 2))
