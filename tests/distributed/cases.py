@@ -119,12 +119,16 @@ INTEGER_CASES = [
 
 DDP_CASES = [
     Case(name="ddp", kind=DDP),
+    Case(name="ddp-odd", kind=DDP, model="odd"),
+    Case(name="ddp-accumulation", kind=DDP, accumulation=2),
+]
+
+#: What more ranks than two do not change.
+DDP_ON_TWO = [
     Case(name="ddp-storage-uint8", kind=DDP, quant={"quant_storage": torch.uint8}),
     Case(name="ddp-biased-fp4", kind=DDP, model="biased", quant={"quant_type": "fp4"}),
     Case(name="ddp-tied", kind=DDP, model="tied"),
-    Case(name="ddp-odd", kind=DDP, model="odd"),
     Case(name="ddp-checkpointing", kind=DDP, checkpointing="non-reentrant"),
-    Case(name="ddp-accumulation", kind=DDP, accumulation=2),
     Case(name="ddp-many-buckets", kind=DDP, shard={"bucket_cap_mb": 0.001, "gradient_as_bucket_view": False}),
     Case(name="ddp-static-graph", kind=DDP, shard={"static_graph": True}),
 ]
@@ -137,10 +141,11 @@ CASES = [
 ]
 
 #: Also on one rank, where a process group gathers from nobody.
-ON_ONE = [case for case in CASES if case.kind in (FSDP2, DDP) and case.model in ("tied", "odd")]
+ON_ONE = [case for case in [*CASES, *DDP_ON_TWO] if case.kind in (FSDP2, DDP) and case.model in ("tied", "odd")]
 
-#: Meshes of one shard.
+#: Meshes of one shard, too.
 ON_TWO = [
+    *DDP_ON_TWO,
     Case(name="fsdp2-replicas", kind=FSDP2, shard={"mesh": (2, 1)}),
     Case(name="fsdp2-replicas-odd", kind=FSDP2, model="odd", shard={"mesh": (2, 1)}),
 ]
