@@ -173,6 +173,8 @@ def bind(
             if is_waiting(model):
                 raise ConfigError("bind: this model is bound already: call fill() of what bind() returned")
             require_meta(model)
+            if torch.get_default_device().type == "meta":
+                raise ConfigError("bind: called in a block of torch.device('meta'): call it behind the block")
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             compute_own_buffers(model, device)
             with report.phase("bind"):

@@ -127,7 +127,6 @@ class QuantFormat:
     @classmethod
     def is_quantized(cls, module: nn.Module) -> bool:
         """Whether `module` is one of this format's, and its `weight` is packed."""
-        del module
         return False
 
     def logical(self, module: Any) -> torch.Size:
@@ -168,12 +167,10 @@ class QuantFormat:
 
         dtypes: in which each was quantized; None for the model's. Many weights at once are little more work than one.
         """
-        del shapes, dtypes
         return list(statistics)
 
     def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
         """The frozen parameter of a quantized `module` over `packed`; `state` is what `states` gave."""
-        del module, state
         return nn.Parameter(packed, requires_grad=False)
 
     def set_state(self, module: Any, state: Any) -> None:
@@ -202,19 +199,16 @@ class QuantFormat:
 
     def state_settings(self, state: Any) -> Mapping[str, str]:
         """Everything else that a state says of how to read the tensors, as text by name."""
-        del state
         return {}
 
     # Upstream's faults. ----------------------------------------------------------------------------------------------
 
     def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
         """Patches, as `patches.transaction` takes them, while PEFT or FSDP rebuild `model`."""
-        del model
         return ()
 
     def misread(self, model: nn.Module) -> list[str]:
         """FQNs of the weights of `model` that upstream takes for others on this machine."""
-        del model
         return []
 
     # The memory plan. ------------------------------------------------------------------------------------------------
@@ -225,17 +219,14 @@ class QuantFormat:
 
     def finishing_bytes(self, blocks: int) -> int:
         """Temporary bytes that `states` takes for so many blocks, beside their float32 statistics."""
-        del blocks
         return 0
 
     def quantizing_bytes(self, device: torch.device) -> float:
         """Temporary bytes for each element that is being quantized on `device`."""
-        del device
         return 8.0
 
     def dequantized_bytes(self, numel: int, blocks: int) -> int:
         """Temporary bytes of the weight of a layer while it multiplies."""
-        del blocks
         return numel * (self.compute_dtype or self.dtype).itemsize
 
 

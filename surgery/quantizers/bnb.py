@@ -221,7 +221,6 @@ class Bnb4bit(QuantFormat):
 
     def layout(self, module: Any) -> Layout:
         """Two elements a byte, in blocks of `blocksize`."""
-        del module
         return Layout(values_per_byte=2, blocksize=self.options.blocksize)
 
     def mark(self, model: nn.Module) -> None:
@@ -239,7 +238,6 @@ class Bnb4bit(QuantFormat):
         self, run: torch.Tensor, layout: Layout, dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed bytes and absmax, by the kernel under `bitsandbytes.functional.quantize_4bit`."""
-        del layout
         return _quantize_blocks(run.to(dtype or self.dtype), self.options)
 
     def states(

@@ -239,7 +239,9 @@ def records_of(model: nn.Module) -> dict[nn.Module, Record]:
     """The record of every quantized layer of `model`; raises `ConfigError` if there is none of a layer, or no layer."""
     layers = quantized_modules(model)
     unknown = [layer for layer in layers if layer not in _records]
-    if not layers or unknown:
+    if not layers:
+        raise ConfigError("attest: expected quantized layers, found none: a model of quant=None has none")
+    if unknown:
         raise ConfigError(
             f"expected a model whose quantized layers surgery.qlora has made, found {len(layers)} layers, of "
             f"{len(unknown)} of which nothing was recorded then: attest what surgery.qlora returned, not a copy"

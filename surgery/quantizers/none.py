@@ -17,7 +17,6 @@ class Unquantized(QuantFormat):
 
     def takes(self, module: nn.Module) -> bool:
         """False, of every module."""
-        del module
         return False
 
 

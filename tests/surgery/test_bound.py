@@ -231,6 +231,11 @@ def test_twice_filled_is_refused(checkpoint: Path) -> None:
         bound.fill()
 
 
+def test_a_block_in_which_nothing_can_be_computed_is_refused(checkpoint: Path) -> None:
+    with torch.device("meta"), pytest.raises(surgery.ConfigError, match="call it behind the block"):
+        surgery.bind(on_meta(checkpoint), checkpoint)
+
+
 def test_twice_bound_is_refused(checkpoint: Path) -> None:
     with pytest.raises(surgery.ConfigError, match="this model is bound already"):
         surgery.bind(bind(checkpoint).model, checkpoint)
