@@ -19,7 +19,6 @@ __all__ = [
     "launched_rank",
     "launched_world_size",
     "local_rank",
-    "local_world_size",
     "node_ranks",
 ]
 
@@ -37,11 +36,6 @@ def launched_world_size() -> int | None:
 def local_rank() -> int | None:
     """`LOCAL_RANK`, the rank among those of this node, or None. Raises `ConfigError` for anything but a number."""
     return _number("LOCAL_RANK")
-
-
-def local_world_size() -> int | None:
-    """`LOCAL_WORLD_SIZE`, how many ranks this node has, or None. Raises `ConfigError` for anything but a number."""
-    return _number("LOCAL_WORLD_SIZE")
 
 
 def expect_number(name: str, *, least: int, advice: str) -> int:

@@ -23,7 +23,7 @@ from surgery.comm.failures import everyone
 from surgery.config import precision
 from surgery.errors import ConfigError
 from surgery.finetune.dataset import Plan, make_plan, read_data
-from surgery.finetune.loop import Session, Tracker, Trainer, Training, build_optimizer
+from surgery.finetune.loop import Session, Tracker, Trainer, TrainingResult, build_optimizer
 from surgery.finetune.options import Job
 from surgery.finetune.summary import (
     Attested,
@@ -37,7 +37,7 @@ from surgery.finetune.trackers import ProgressTracker, close_with, open_trackers
 from surgery.finetune.world import World, join_world
 from surgery.model.checkpointing import checkpoint_activations
 from surgery.model.consistency import source_facts
-from surgery.planning.training import Training as PlannedTraining
+from surgery.planning.training import Training
 from surgery.planning.verdict import predictions
 from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
 from surgery.telemetry.report import Report, anonymous_memory
@@ -177,7 +177,7 @@ def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[
 
 def _train(
     job: Job, checkpoint: Checkpoint, plan: Plan, *, world: World, trackers: Sequence[Tracker], report: Report
-) -> tuple[Training, Attested | None]:
+) -> tuple[TrainingResult, Attested | None]:
     """Build the model, train it and save the adapter, with attestations if they were asked for.
 
     The model's patches are undone, whatever happens.
@@ -222,7 +222,7 @@ def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn
         "compute_dtype": policy.compute_dtype,
     }
     if job.trace is not None:
-        training = PlannedTraining(
+        training = Training(
             batch=job.training.batch_size,
             seq=job.data.max_length,
             optimizer=job.training.optimizer,

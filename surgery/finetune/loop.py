@@ -29,8 +29,8 @@ __all__ = [
     "StepMetrics",
     "Tracker",
     "Trainer",
-    "Training",
     "TrainingError",
+    "TrainingResult",
     "build_optimizer",
     "gradient_scale",
     "token_loss",
@@ -245,7 +245,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainingResult:
     """Results of a run: the loss of each step, evaluations, and tokens and seconds of the steps."""
 
     losses: tuple[float, ...]
@@ -269,7 +269,7 @@ class Session:
     trackers: Sequence[Tracker]
     watch: Callable[[int], AbstractContextManager[object]]
 
-    def run(self) -> Training:
+    def run(self) -> TrainingResult:
         """Train to the end; if there is a split, evaluate before, every so many steps, and after the last."""
         evaluations = [self._evaluate(0)] if self._evaluates else []
         losses: list[float] = []
@@ -282,7 +282,7 @@ class Session:
                 tracker.on_step(metrics)
             if self._is_due(metrics.step):
                 evaluations.append(self._evaluate(metrics.step))
-        return Training(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
+        return TrainingResult(losses=tuple(losses), evaluations=tuple(evaluations), tokens=tokens, seconds=seconds)
 
     def _steps(self) -> Iterator[StepMetrics]:
         samples, count = self.plan.dataset.train, self.plan.schedule.steps

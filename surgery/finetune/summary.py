@@ -17,7 +17,7 @@ from surgery import attest, attesting
 from surgery.attestation.differences import Attestation
 from surgery.errors import AdapterError
 from surgery.finetune.dataset import Plan
-from surgery.finetune.loop import Training
+from surgery.finetune.loop import TrainingResult
 from surgery.finetune.options import Job
 from surgery.telemetry.atomic import write_whole
 from surgery.telemetry.report import Report
@@ -95,7 +95,7 @@ class Attestor:
         self._checks.append(check)
 
 
-def card_sections(job: Job, plan: Plan, training: Training, world_size: int) -> dict[str, Mapping[str, object]]:
+def card_sections(job: Job, plan: Plan, training: TrainingResult, world_size: int) -> dict[str, Mapping[str, object]]:
     """Rows by title of a section. Files are named without their folders, which are nobody else's business."""
     data, evaluations = plan.dataset, training.evaluations
     files = {"file": job.data.train.name, "evaluation file": job.data.evaluation and job.data.evaluation.name}
@@ -154,7 +154,7 @@ class Summary:
     sharding: str | None
     placement: str
     samples: Mapping[str, int]
-    training: Training
+    training: TrainingResult
     memory: tuple[Phases, ...]
     read_once_per_node: Mapping[str, int]
     ignored: Mapping[str, int]

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 __all__ = [
     "SAMPLE_PERIOD",
     "History",
+    "MemorySample",
     "Notice",
     "Phase",
     "Prediction",
-    "Sample",
     "Sampler",
     "anonymous_memory",
     "group_names",
@@ -60,7 +60,7 @@ class Prediction:
     device_before: int = 0
 
 
-class Sample(NamedTuple):
+class MemorySample(NamedTuple):
     """The most memory seen from `seconds` on until the next sample, in bytes; on the device 0 without one."""
 
     seconds: float
@@ -78,11 +78,11 @@ class History:
     """
 
     limit: int = SAMPLES
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[MemorySample] = field(default_factory=list)
     _width: int = field(default=1, init=False, repr=False)
     _joined: int = field(default=0, init=False, repr=False)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: MemorySample) -> None:
         """Append `sample`, or join it to the last one."""
         if self._joined:
             self.samples[-1] = _join(self.samples[-1], sample)
@@ -100,8 +100,8 @@ class History:
         self._width *= 2
 
 
-def _join(first: Sample, second: Sample) -> Sample:
-    return Sample(first.seconds, *map(max, first[1:], second[1:]))
+def _join(first: MemorySample, second: MemorySample) -> MemorySample:
+    return MemorySample(first.seconds, *map(max, first[1:], second[1:]))
 
 
 #: Seconds between two looks at the process's memory, at first. A layer takes milliseconds to seconds.

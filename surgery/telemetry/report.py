@@ -15,10 +15,10 @@ import torch
 from surgery.telemetry.measurements import (
     SAMPLE_PERIOD,
     History,
+    MemorySample,
     Notice,
     Phase,
     Prediction,
-    Sample,
     Sampler,
     anonymous_memory,
     group_names,
@@ -117,7 +117,7 @@ class Report:
         """Fill `history` while the block runs, between phases too."""
 
         def look() -> None:
-            self.history.add(Sample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
+            self.history.add(MemorySample(round(self.seconds, 4), anonymous_memory(), *self._device_memory()))
 
         with self._sampler.calling(look):
             yield self.history

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.telemetry.measurements import History, Sample
+from surgery.telemetry.measurements import History, MemorySample
 from surgery.tracing.record import RankTrace, predicted_peak
 
 __all__ = ["Event", "trace_events"]
@@ -39,7 +39,7 @@ def trace_events(traces: Sequence[RankTrace]) -> list[Event]:
     return metadata + sorted((event for rank in ranks for event in rank.events()), key=lambda event: event["ts"])
 
 
-def _thinned(samples: Sequence[Sample], limit: int) -> Sequence[Sample]:
+def _thinned(samples: Sequence[MemorySample], limit: int) -> Sequence[MemorySample]:
     """Reduce samples to at most `limit`, with every peak."""
     history = History(limit=limit)
     for sample in samples:
@@ -53,7 +53,7 @@ class _Rank:
 
     trace: RankTrace
     offset: float
-    samples: Sequence[Sample]
+    samples: Sequence[MemorySample]
 
     def metadata(self) -> Iterator[Event]:
         rank = self.trace.rank

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from surgery.telemetry.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import MemorySample, Phase, Prediction
 
 __all__ = ["FORMAT", "KINDS", "VERSION", "RankTrace", "predicted_peak"]
 
@@ -54,7 +54,7 @@ class RankTrace:
     phases: tuple[Phase, ...] = ()
     predictions: Mapping[str, Prediction]
     read_once_per_node: Mapping[str, int] = field(default_factory=dict)
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[MemorySample, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -83,14 +83,14 @@ class RankTrace:
     def as_dict(self) -> dict[str, Any]:
         """The trace in JSON's types; samples as columns."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        columns = zip(*self.samples, strict=True) if self.samples else ((),) * len(Sample._fields)
+        columns = zip(*self.samples, strict=True) if self.samples else ((),) * len(MemorySample._fields)
         return {
             "format": FORMAT,
             "version": VERSION,
             **fields,
             "phases": [dataclasses.asdict(phase) for phase in self.phases],
             "predictions": {group: dataclasses.asdict(each) for group, each in self.predictions.items()},
-            "samples": dict(zip(Sample._fields, map(list, columns), strict=True)),
+            "samples": dict(zip(MemorySample._fields, map(list, columns), strict=True)),
         }
 
     def as_json(self) -> str:
@@ -128,7 +128,7 @@ def _read(hint: Any, found: object, name: str) -> Any:
     """Make what `hint` says from JSON's types. Raises `ValueError`, naming the field that is missing or wrong."""
     if hint in _EXPECTED:
         return _plain(hint, found, name)
-    if hint == tuple[Sample, ...]:
+    if hint == tuple[MemorySample, ...]:
         return _samples(_dict(found))
     if get_origin(hint) is tuple:
         return tuple(_read(get_args(hint)[0], each, name) for each in _list(found, name))
@@ -151,16 +151,16 @@ def _plain(hint: Any, found: object, name: str) -> object:
     return found
 
 
-def _samples(columns: Mapping[str, object]) -> tuple[Sample, ...]:
-    lists = [_list(columns.get(name), name) for name in Sample._fields]
+def _samples(columns: Mapping[str, object]) -> tuple[MemorySample, ...]:
+    lists = [_list(columns.get(name), name) for name in MemorySample._fields]
     if len({*map(len, lists)}) > 1:
         raise ValueError(f"expected samples in columns of one length, found {[*map(len, lists)]}")
-    for column, kind in zip(lists, get_type_hints(Sample).values(), strict=True):
+    for column, kind in zip(lists, get_type_hints(MemorySample).values(), strict=True):
         for value in column:
             _plain(kind, value, "a sample")
     if sorted(lists[0]) != lists[0]:
         raise ValueError("expected samples in order of time")
-    return tuple(map(Sample._make, zip(*lists, strict=True)))
+    return tuple(map(MemorySample._make, zip(*lists, strict=True)))
 
 
 def _dict(found: object) -> dict[str, Any]:

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from surgery.comm.environment import launched_rank, launched_world_size, local_rank, local_world_size
+from surgery.comm.environment import launched_rank, launched_world_size, local_rank
 from surgery.errors import ConfigError
 
 VARIABLES: dict[str, Callable[[], int | None]] = {
     "RANK": launched_rank,
     "WORLD_SIZE": launched_world_size,
     "LOCAL_RANK": local_rank,
-    "LOCAL_WORLD_SIZE": local_world_size,
 }
 
 

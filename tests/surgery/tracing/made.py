@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.telemetry.measurements import History, Phase, Prediction, Sample
+from surgery.telemetry.measurements import History, MemorySample, Phase, Prediction
 from surgery.tracing.record import RankTrace
 
 MIB = 2**20
@@ -48,7 +48,12 @@ def trace_of(rank: int = 0, world_size: int = 1, **changes: Any) -> RankTrace:
             Phase(name="train", group="train", start=2.0, seconds=1.0, host_before=100 * MIB, host_peak=200 * MIB),
         ),
         predictions={"load": Prediction(host=50 * MIB, host_before=80 * MIB)},
-        samples=(Sample(0.0, 80 * MIB), Sample(1.0, 150 * MIB), Sample(2.0, 120 * MIB), Sample(2.5, 200 * MIB)),
+        samples=(
+            MemorySample(0.0, 80 * MIB),
+            MemorySample(1.0, 150 * MIB),
+            MemorySample(2.0, 120 * MIB),
+            MemorySample(2.5, 200 * MIB),
+        ),
     )
     return replace(trace, **changes)
 

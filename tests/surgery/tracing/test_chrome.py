@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from surgery.telemetry.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import MemorySample, Phase, Prediction
 from surgery.tracing.chrome import trace_events
 from surgery.tracing.folder import write_rank
 from tests.surgery.tracing.made import MIB, trace_of
@@ -47,7 +47,7 @@ def test_one_rank_exactly() -> None:
 
 
 def test_a_device_has_counters_of_what_is_allocated_and_reserved() -> None:
-    samples = (Sample(0.0, 1, 5, 9), Sample(0.25, 1, 5, 10), Sample(0.5, 2, 4, 10))
+    samples = (MemorySample(0.0, 1, 5, 9), MemorySample(0.25, 1, 5, 10), MemorySample(0.5, 2, 4, 10))
     trace = trace_of(phases=(), samples=samples, predictions={})
     assert [event for event in trace_events([trace]) if event["ph"] == "C"] == [
         counter("host memory", 0, 1),
@@ -82,7 +82,9 @@ def test_ranks_are_processes_on_one_clock() -> None:
 
 
 def test_counters_of_many_ranks_are_thinned_and_keep_their_peaks() -> None:
-    samples = tuple(Sample(float(second), 100 + second % 7 + (900 if second == 777 else 0)) for second in range(1000))
+    samples = tuple(
+        MemorySample(float(second), 100 + second % 7 + (900 if second == 777 else 0)) for second in range(1000)
+    )
     many = [trace_of(rank, 128, samples=samples) for rank in range(128)]
     counted = [event for event in trace_events(many) if event["name"] == "host memory"]
     for rank in range(128):

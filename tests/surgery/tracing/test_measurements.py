@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.telemetry.measurements import History, Sample
+from surgery.telemetry.measurements import History, MemorySample
 
 BYTES = st.integers(0, 2**40)
 
@@ -16,7 +16,7 @@ BYTES = st.integers(0, 2**40)
 def test_thinned_samples_keep_order_and_every_maximum(values: list[tuple[int, int, int]], limit: int) -> None:
     history = History(limit=limit)
     for second, value in enumerate(values):
-        history.add(Sample(float(second), *value))
+        history.add(MemorySample(float(second), *value))
     kept = history.samples
     assert len(kept) <= limit
     starts = [int(sample.seconds) for sample in kept]
@@ -29,7 +29,7 @@ def test_thinned_samples_keep_order_and_every_maximum(values: list[tuple[int, in
 def test_samples_are_thinned_evenly() -> None:
     history = History(limit=64)
     for second in range(10_000):
-        history.add(Sample(float(second), second))
+        history.add(MemorySample(float(second), second))
     widths = {int(after.seconds - before.seconds) for before, after in pairwise(history.samples)}
     assert widths == {256}
     assert 32 <= len(history.samples) <= 64
@@ -37,7 +37,7 @@ def test_samples_are_thinned_evenly() -> None:
 
 def test_few_samples_are_kept_as_they_are() -> None:
     history = History(limit=4)
-    samples = [Sample(float(second), 10 - second) for second in range(4)]
+    samples = [MemorySample(float(second), 10 - second) for second in range(4)]
     for sample in samples:
         history.add(sample)
     assert history.samples == samples

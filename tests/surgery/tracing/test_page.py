@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from surgery.telemetry.measurements import Phase, Prediction, Sample
+from surgery.telemetry.measurements import MemorySample, Phase, Prediction
 from surgery.tracing.page import render
 from surgery.tracing.record import RankTrace
 from tests.surgery.tracing.made import MIB, Page, trace_of
@@ -67,7 +67,7 @@ def test_device_memory_is_shown_where_there_is_a_device() -> None:
     page = page_of(
         trace_of(
             phases=(phase,),
-            samples=(Sample(0.0, MIB, 5 * MIB, 9 * MIB),),
+            samples=(MemorySample(0.0, MIB, 5 * MIB, 9 * MIB),),
             predictions={"load": Prediction(device=8 * MIB, device_before=MIB)},
         )
     )
@@ -106,7 +106,7 @@ def test_the_line_is_where_the_samples_are() -> None:
 
 
 def test_of_samples_on_one_pixel_the_highest_is_drawn() -> None:
-    samples = tuple(Sample(second / 10_000, MIB * (900 if second == 7777 else 100)) for second in range(30_000))
+    samples = tuple(MemorySample(second / 10_000, MIB * (900 if second == 7777 else 100)) for second in range(30_000))
     corners = outline(page_of(trace_of(samples=samples)))
     assert len(corners) < 2000
     highest = min(corners, key=lambda corner: corner[1])
