@@ -40,7 +40,7 @@ from surgery.passes.read import Read, ReadAhead
 from surgery.passes.record import Record
 from surgery.passes.relocate import Relocate
 from surgery.passes.setting import Setting
-from surgery.passes.shard import Finish, Shard
+from surgery.passes.shard import Finish, ShardOnMeta
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions
@@ -293,7 +293,7 @@ def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) 
         yield ReadAhead(loading=shared)
         yield from adapt if early else ()
     if strategy.shards_on_meta:
-        yield Shard(loading=shared)
+        yield ShardOnMeta(loading=shared)
     yield Read(loading=shared)
     yield quantize
     yield Exchange(loading=shared, quantize=quantize)

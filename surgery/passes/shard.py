@@ -12,11 +12,11 @@ from surgery.errors import ConfigError
 from surgery.passes.base import Pass
 from surgery.passes.loading import Loading
 
-__all__ = ["Finish", "Shard"]
+__all__ = ["Finish", "ShardOnMeta"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard(Pass):
+class ShardOnMeta(Pass):
     """Shards a model that is on meta. After: what is on meta is the rank's shard of it, to be filled."""
 
     name = "shard"
