@@ -5,7 +5,7 @@ import re
 import pytest
 
 import patches
-from patches.patch import Probe
+from collections.abc import Callable
 from tests.helpers.declare import FUNCTIONS, declare
 from tests.helpers.fake_upstream import layers
 
@@ -39,7 +39,7 @@ def failing() -> bool:
         ),
     ],
 )
-def test_verdicts(probe: Probe | None, requires: dict[str, str], kind: str, why: str) -> None:
+def test_verdicts(probe: Callable[[], bool] | None, requires: dict[str, str], kind: str, why: str) -> None:
     found = patches.verdict(declare("a", SCALE, probe=probe, requires=requires))
     assert str(found) == found.kind == kind
     assert re.search(why, found.why)
