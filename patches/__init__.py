@@ -45,7 +45,7 @@ from .errors import (
     VerifyError,
     WrapperError,
 )
-from .foreign import ChangedFile, Foreign, ForeignPatch, changed_files, foreign
+from .foreign import changed_files, foreign
 from .ledger import LEDGER, Entry, Ledger, Receipt, State
 from .manifest import manifest, replay, replay_from_environment
 from .patch import Patch
@@ -65,7 +65,6 @@ __all__ = [
     "ApplyError",
     "Audit",
     "Bundle",
-    "ChangedFile",
     "ConflictError",
     "CycleError",
     "Deferred",
@@ -76,9 +75,7 @@ __all__ = [
     "DriftWarning",
     "DuplicatePatchError",
     "Entry",
-    "Foreign",
     "ForeignError",
-    "ForeignPatch",
     "IncompatibleError",
     "JournalError",
     "Ledger",
