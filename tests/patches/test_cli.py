@@ -170,7 +170,7 @@ def test_every_command_imports_from_the_current_folder(command: str, tmp_path: P
     assert ran.stdout.startswith("registered\n")
 
 
-@pytest.mark.parametrize(("columns", "header"), [(40, ["id", "verdict"]), (54, ["id", "verdict", "why"])])
+@pytest.mark.parametrize(("columns", "header"), [(40, ["id", "verdict"]), (60, ["id", "verdict", "why"])])
 def test_a_table_that_is_too_wide_for_the_terminal_has_its_last_column_wrapped(
     columns: int, header: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ def test_what_it_writes_passes_its_own_tests_and_is_formatted(project: Path) -> 
         cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert f"{2 * len(TARGETS)} passed" in ran.stdout, ran.stdout
-    for command in (
+    for tool in (
         [
             "ruff",
             "check",
