@@ -85,7 +85,7 @@ def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJso
 
     needed: the defect is present. obsolete: it is absent; a transaction skips the patch. unknown: the versions are
     outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
-    probe raised. incompatible: a library is missing, or the target does not exist.
+    probe raised. absent: the library is not installed. incompatible: the target does not exist.
 
     Exits with 1 if a patch is unknown or incompatible.
     """
@@ -170,7 +170,7 @@ def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
-    if found.kind == VerdictKind.INCOMPATIBLE:
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         return {}
     try:
         seen = is_seen_when_compiled(patch)
