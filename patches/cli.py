@@ -264,7 +264,7 @@ def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
-    if found.kind == VerdictKind.INCOMPATIBLE:
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         return {}
     try:
         seen = is_seen_when_compiled(patch)

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, overload
 
-from patches.activation import ACTIVATIONS
-from patches.errors import ForeignError
-from patches.ledger import State
-from patches.table import aligned
-from patches.target import MISSING
-
+from ..activation import ACTIVATIONS
+from ..errors import ForeignError
+from ..ledger import State
+from ..table import aligned
+from ..target import MISSING
 from .classify import how_of, kind_of
 from .clean import Baseline, CleanProcess
 from .dependencies import dependencies_first

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patches.errors import ForeignError
-from patches.versions import distributions_of
+from ..errors import ForeignError
+from ..versions import distributions_of
 
 if TYPE_CHECKING:
     from importlib import metadata

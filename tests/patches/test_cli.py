@@ -28,7 +28,8 @@ def registered() -> None:
     patches.register(declare("cli-obsolete", scale, probe=lambda: False))
     patches.register(declare("cli-unknown", scale, requires={"wrapt": "<1"}))
     patches.register(declare("cli-incompatible", f"{FUNCTIONS}:gone"))
-    patches.register(declare("cli-absent", f"{FUNCTIONS}:gone", requires={"wrapt": "<1"}))
+    patches.register(declare("cli-gone", f"{FUNCTIONS}:gone", requires={"wrapt": "<1"}))
+    patches.register(declare("cli-absent", "no_such_library:function"))
 
 
 def test_list_shows_every_id_without_importing_any() -> None:
@@ -59,7 +60,8 @@ def test_show_has_every_fact() -> None:
     [
         ("fake.cli-needed", "needed", 0),
         ("fake.cli-obsolete", "obsolete", 0),
-        ("fake.cli-absent", "obsolete", 0),
+        ("fake.cli-gone", "obsolete", 0),
+        ("fake.cli-absent", "absent", 0),
         ("fake.cli-unknown", "unknown", 1),
         ("fake.cli-incompatible", "incompatible", 1),
     ],

@@ -43,7 +43,7 @@ def test_what_it_writes_passes_its_own_tests_and_is_formatted(project: Path) -> 
         assert made.exit_code == 0, made.output
     environment = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "patches.pytest_plugin", "-W", "error", "tests"],
+        [sys.executable, "-m", "pytest", "-p", "patches.testing.plugin", "-W", "error", "tests"],
         cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert f"{2 * len(TARGETS)} passed" in ran.stdout, ran.stdout
