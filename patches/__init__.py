@@ -89,7 +89,7 @@ _MORE: Final = (
     "transaction",
     "deferred",
 )
-_RARE: Final = ("journal", "foreign")
+_RARE: Final = ("processes", "manifest", "foreign.compare", "foreign.disk")
 
 
 def __getattr__(name: str) -> Any:

@@ -181,7 +181,7 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
     """The verdict on a patch, if it allows applying or skipping. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
-    if found.kind == VerdictKind.INCOMPATIBLE:
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
     if found.probe_error is not None and not force:
         raise ProbeError(

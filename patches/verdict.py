@@ -19,7 +19,7 @@ __all__ = ["Verdict", "VerdictKind", "judge", "renew_locks"]
 
 
 class VerdictKind(enum.StrEnum):
-    """The four possible verdicts on a patch."""
+    """The five possible verdicts on a patch."""
 
     NEEDED = "needed"
     """The defect is present: inside the window, the probe finds it or there is no probe."""
@@ -30,8 +30,10 @@ class VerdictKind(enum.StrEnum):
     or the probe raised; or the source or the signature differs; or somebody else has patched the target, and the
     patch does not allow that.
     """
+    ABSENT = "absent"
+    """A distribution that it requires, or the top-level module of its target, is not installed."""
     INCOMPATIBLE = "incompatible"
-    """A distribution is not installed; or the target does not resolve, in a version inside the window."""
+    """The target does not resolve, in a version inside the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,13 @@ def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable
     """
     window = compare(patch.requires)
     if window.missing:
-        return Verdict(kind=VerdictKind.INCOMPATIBLE, why=f"not installed: {', '.join(window.missing)}")
+        return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: {', '.join(window.missing)}")
     try:
         place = resolve(patch)
     except TargetError as error:
+        top_level = error.target.partition(":")[0].partition(".")[0]
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == top_level:
+            return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: module {top_level}")
         # In a version that was never known to have the defect, missing code cannot have it.
         is_left_out = window.outside or (patch.optional and error.is_absent)
         kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._product import multiply
 from ._specimen import partial_block_rows
 from ._whole_blocks import has_partial_blocks

@@ -9,7 +9,7 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 if TYPE_CHECKING:
     import torch
