@@ -19,7 +19,6 @@ from .aliases import Alias, aliases
 from .audit import Audit, Row, audit
 from .bundle import BUNDLES, Bundle
 from .deferred import Deferred, defer
-from .digest import active_set, digest
 from .errors import (
     ApplyError,
     ConflictError,
@@ -46,11 +45,11 @@ from .errors import (
     WrapperError,
 )
 from .foreign import ChangedFile, Foreign, ForeignPatch, changed_files, foreign
+from .journal import Difference, Process, Processes, read_journals
 from .ledger import LEDGER, Entry, Ledger, Receipt, State
-from .manifest import manifest, replay, replay_from_environment
+from .manifest import active_set, digest, manifest, replay, replay_from_environment
 from .patch import Patch
 from .plan import Plan, fingerprint_of, plan, verdict
-from .processes import Difference, Process, Processes, read_journals
 from .reapply import reapply
 from .registry import REGISTRY
 from .scope import Scoped, on

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from .compiled import drop_stale_graphs
 from .copies import Copies
+from .deferred import Pending
 from .errors import OverwrittenError
 from .ledger import LEDGER, Ledger, Receipt, State
 from .order import in_order, refuse_conflicts
 from .patch import Patch
-from .pending import Pending
 from .slot import Slot
 from .target import Place, accept, describe, locate, rehearse
 
@@ -38,7 +38,7 @@ class Activations:
         # Receipts whose last instance was collected while a change was in progress, perhaps in this very thread.
         self._expired: deque[Receipt] = deque()
         self._changing = False
-        self.pending = Pending()
+        self.pending = Pending(self)
         """Receipts that wait for their modules."""
         self._failed: list[Receipt] = []
         self._stale = False
@@ -123,11 +123,6 @@ class Activations:
             self._changing = False
         if receipt.scope is not None:
             receipt.scope.when_empty(lambda: self._expire_soon(receipt))
-
-    def pend(self, receipt: Receipt, modules: frozenset[str], when_ready: Callable[[Receipt], None]) -> None:
-        """Let the receipt wait for these modules; `when_ready` is called without the lock."""
-        self.ledger.record(receipt, State.PENDING, f"waits for {', '.join(sorted(modules))}")
-        self.pending.add(receipt, modules, when_ready)
 
     def fail(self, receipt: Receipt, note: str) -> None:
         """Undo anything that a pending receipt may have changed, and record that it failed."""

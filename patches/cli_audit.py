@@ -12,7 +12,7 @@ import typer
 
 from .audit import audit as take_audit
 from .foreign import changed_files, foreign
-from .processes import read_journals
+from .journal import read_journals
 from .table import aligned
 
 __all__ = ["audit", "import_first"]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final, NoReturn, Self
 
 from .activation import ACTIVATIONS
-from .arrival import postpone, split
+from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State, caller
 from .patch import Patch
@@ -101,6 +101,7 @@ class Transaction:
         self._expect(_Phase.OPEN)
         made: list[Receipt] = []
         try:
+            ACTIVATIONS.pending.notice()
             instances = None if on is None else tuple(on)
             now, later = split(items, instances) if self._deferred else (items, ())
             plan = make_plan(now, on=instances, force=self._force)
@@ -155,7 +156,7 @@ class Transaction:
             made.append(receipt)
             self._pending.append(receipt)
             self.deferred.append(receipt)
-            postpone(receipt, force=self._force)
+            ACTIVATIONS.pending.postpone(receipt, force=self._force)
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:
