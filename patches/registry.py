@@ -160,7 +160,7 @@ class Registry:
         close = tuple(difflib.get_close_matches(patch_id, known))
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
         return UnknownPatchError(
-            f"no patch has the id {patch_id!r}; {hint} (or import the module that registers it)",
+            f"no patch has the id {patch_id!r}; {hint}",
             patch_id=patch_id,
             suggestions=close,
         )
