@@ -138,6 +138,15 @@ with patches.transaction("acme.loud", reason="a test"):
     assert run(tmp_path, "-c", program, sites=(site,)) == "ALL IS WELL\n"
     rows = json.loads(run(tmp_path, "-m", "model_surgery_patches", "check", "acme.loud", "--json", sites=(site,)))
     assert [row["verdict"] for row in rows] == ["needed"]
+    (site / "acme.py").write_text((site / "acme.py").read_text().replace("model_surgery_patches as ", ""))
+    program = """
+import model_surgery_patches
+try:
+    model_surgery_patches.get("acme.loud")
+except AttributeError as error:
+    print(*error.__notes__)
+"""
+    assert f"`import patches` leads to {shadow} here" in run(tmp_path, "-c", program, sites=(site,))
 
 
 def test_the_plugin_leaves_the_name_to_the_file_that_tests_mean(shadow: Path, tmp_path: Path) -> None:
