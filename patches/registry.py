@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,15 @@ class Registry:
             self._patches[patch.id] = patch
 
     def _load(self, point: EntryPoint) -> Patch:
-        loaded = point.load()
+        try:
+            loaded = point.load()
+        except (AttributeError, ImportError) as error:
+            other = getattr(sys.modules[__package__], "__shadowed_by__", None)
+            if other is not None:
+                error.add_note(
+                    f"`import patches` leads to {other} here; `import model_surgery_patches as patches` would not"
+                )
+            raise
         if isinstance(loaded, Patch) and loaded.id == point.name:
             if self._patches.get(loaded.id) is not loaded:
                 self._add(loaded)
