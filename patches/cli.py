@@ -59,9 +59,9 @@ def _import(modules: Sequence[str], option: str = "--import") -> None:
 _SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
 _Selectors = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SELECTOR]...", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
-_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR...", help=_SELECTORS_HELP)]
+_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
 _Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
 _Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
