@@ -14,17 +14,16 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from .aliases import aliases as find_aliases
+from .audit import aliases as find_aliases
 from .audit import audit as take_audit
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .processes import read_journals
-from .registry import REGISTRY
+from .journal import read_journals
+from .registry import REGISTRY, select
 from .scaffold import scaffold, write
-from .select import select
 from .table import aligned
 from .verdict import Verdict, VerdictKind
 
@@ -270,7 +269,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
         seen = is_seen_when_compiled(patch)
     except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
-    return {"torch.compile": "traced" if seen else "passed by: declare it traced=True if that compiles its target"}
+    return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of functions written in C, generators and coroutines"}
 
 
 def _plain(value: object) -> object:

@@ -10,10 +10,10 @@ from pathlib import Path
 from string import Template
 from typing import Final
 
+from .drift import NoSourceError, fingerprint
 from .errors import PatchError, TargetError
 from .patch import Patch
 from .registry import ENTRY_POINT_GROUP
-from .source import NoSourceError, fingerprint
 from .target import Kind, Place, describe, locate, parse
 
 __all__ = ["ExistsError", "Scaffold", "scaffold", "write"]
@@ -62,13 +62,14 @@ def scaffold(
     """
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
         raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
-    place = describe(target, *locate(target))
+    parsed = parse(target)
+    place = describe(parsed, locate(parsed))
     if place.kind not in _CALLED:
         why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
         raise TargetError(f"no patch was made for {target!r}: {why}", target=target, why=why)
     reason = reason or _REASON
     Patch(id=id, target=target, wrapper=_placeholder, reason=reason)  # refuses a bad id
-    parsed, function = parse(target), _identifier(id)
+    function = _identifier(id)
     words = {
         "id": id,
         "target": target,
@@ -106,7 +107,7 @@ def _known(place: Place, upstream: str) -> Iterator[str]:
     """The fields that say where the defect is reported, in which version it was seen, and in which source."""
     from importlib import metadata
 
-    package = parse(place.target).module.partition(".")[0]
+    package = place.target.module.partition(".")[0]
     if upstream:
         yield f'upstream="{upstream}",'
     for name in metadata.packages_distributions().get(package, ())[:1]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import patches
-from patches.patch import Probe
+from collections.abc import Callable
 from tests.helpers.declare import FUNCTIONS, declare
 from tests.helpers.fake_upstream import layers
 
@@ -40,7 +40,7 @@ def failing() -> bool:
         ),
     ],
 )
-def test_verdicts(probe: Probe | None, requires: dict[str, str], kind: str, why: str) -> None:
+def test_verdicts(probe: Callable[[], bool] | None, requires: dict[str, str], kind: str, why: str) -> None:
     found = patches.verdict(declare("a", SCALE, probe=probe, requires=requires))
     assert str(found) == found.kind == kind
     assert re.search(why, found.why)

@@ -49,7 +49,6 @@ def check_dequantizes_by_blocks() -> None:
     requires={"bitsandbytes": ">=0.49"},
     needs=("bitsandbytes.cpu-matmul-flat",),
     signature="(A, quant_state=None, absmax=None, out=None, blocksize=None, quant_type='fp4')",
-    traced=True,
     subject=lambda _instance, args, kwargs: _quant_state(args, kwargs),
     probe=dequantizes_with_wrong_statistics,
     verify=check_dequantizes_by_blocks,

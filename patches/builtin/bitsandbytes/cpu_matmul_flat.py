@@ -61,7 +61,6 @@ def check_multiplies_by_blocks() -> None:
     requires={"bitsandbytes": ">=0.49"},
     signature="(A, B, quant_state, out=None, bias=None)",
     aliases="ignore",  # layers look the function up here; the binding in its defining module is never called
-    traced=True,
     subject=lambda _instance, args, kwargs: _quant_state(args, kwargs),
     probe=multiplies_by_wrong_weight,
     verify=check_multiplies_by_blocks,
