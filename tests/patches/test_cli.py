@@ -186,10 +186,10 @@ def test_a_table_that_is_too_wide_for_the_terminal_has_its_last_column_wrapped(
     assert sorted(narrow.split()) == sorted(wide.split())
 
 
-@pytest.mark.parametrize(("traced", "told"), [(True, "traced"), (False, "passed by")])
-def test_what_torch_compile_makes_of_a_patch_is_told(traced: bool, told: str) -> None:
-    patch_id = f"fake.cli-traced-{traced}".lower()
-    patches.register(declare(f"cli-traced-{traced}".lower(), f"{FUNCTIONS}:scale", traced=traced))
+@pytest.mark.parametrize(("name", "told"), [("scale", "traced"), ("floor", "not seen")])
+def test_what_torch_compile_makes_of_a_patch_is_told(name: str, told: str) -> None:
+    patch_id = f"fake.cli-compiled-{name}"
+    patches.register(declare(f"cli-compiled-{name}", f"{FUNCTIONS}:{name}"))
     assert told in json.loads(run("show", patch_id, "--json").stdout)["torch.compile"]
     (row,) = json.loads(run("check", patch_id, "--json").stdout)
     assert told in row["torch.compile"]

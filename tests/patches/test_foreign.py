@@ -193,7 +193,7 @@ def test_the_whole_chain_of_wrappers_is_shown(victim: ModuleType, stock: Foreign
 
 def test_what_this_registry_has_installed_is_left_to_the_audit(victim: ModuleType, found: Foreign) -> None:
     before = sorted(one.target for one in found)
-    traced = declare("traced", "victim.layers:Other.forward", traced=True)
+    traced = declare("traced", "victim.layers:Other.forward")
     ours = [
         traced,
         declare("item", "victim.functions:REGISTRY['relu']"),
