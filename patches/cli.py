@@ -25,6 +25,7 @@ from .plan import plan as make_plan
 from .registry import REGISTRY, select
 from .scaffold import scaffold, write
 from .table import aligned
+from .target import MISSING
 from .verdict import Verdict, VerdictKind
 
 __all__ = ["app", "main"]
@@ -58,9 +59,9 @@ def _import(modules: Sequence[str], option: str = "--import") -> None:
 _SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
 _Selectors = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SELECTOR]...", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
-_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR...", help=_SELECTORS_HELP)]
+_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
 _Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
 _Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
@@ -114,10 +115,12 @@ def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_finger
         typer.echo(fingerprint_of(patch))
         return
     found = verdict(patch)
-    declared = {field.name: _plain(getattr(patch, field.name)) for field in fields(patch)}
-    facts = {**declared, **_judgement(found), **_under_compile(patch, found)}
+    declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
+    declared["target"] = " or ".join(map(str, patch.targets))
+    given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
+    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, default=repr))
+        typer.echo(json.dumps(facts, indent=2, default=str))
     else:
         _print([{"field": name, "value": _text(value)} for name, value in facts.items() if value], as_json=False)
 
@@ -269,11 +272,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
         seen = is_seen_when_compiled(patch)
     except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
-    return {
-        "torch.compile": "traced"
-        if seen
-        else "not seen: a compiled region runs the stock code of functions written in C, generators and coroutines"
-    }
+    return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of its target"}
 
 
 def _plain(value: object) -> object:
