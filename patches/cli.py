@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from .aliases import aliases as find_aliases
 from .cli_audit import audit, import_first
 from .cli_new import new
+from .cli_run import check_lock, lock, run
 from .errors import PatchError, TargetError
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
@@ -50,6 +52,10 @@ _Import = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, for what it patches or registers. Repeatable."),
 ]
+_Lock = Annotated[
+    Path | None,
+    typer.Option("--lock", metavar="FILE", help="Say what differs from this file, which `patches lock` wrote."),
+]
 
 
 @app.command("list")
@@ -78,7 +84,9 @@ def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint
 
 
 @app.command()
-def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJson = False) -> None:
+def check(
+    selectors: _Selectors = None, modules: _Import = None, as_json: _AsJson = False, lock_file: _Lock = None
+) -> None:
     """Report for each patch whether the installed versions need it.
 
     A patch without an entry point is known once its module is imported: `--import my_project.patches`.
@@ -87,10 +95,13 @@ def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJso
     outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
     probe raised. incompatible: a library is missing, or the target does not exist.
 
-    Exits with 1 if a patch is unknown or incompatible.
+    Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
     for module in modules or ():
         import_first(module)
+    if lock_file is not None:
+        check_lock(lock_file, selectors or (), as_json=as_json)
+        return
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
     rows = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
     if as_json:
@@ -104,6 +115,8 @@ def check(selectors: _Selectors = None, modules: _Import = None, as_json: _AsJso
 
 app.command()(audit)
 app.command()(new)
+app.command(context_settings={"allow_interspersed_args": False})(run)
+app.command()(lock)
 
 
 @app.command()

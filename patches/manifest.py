@@ -125,9 +125,7 @@ def lock(*items: Item) -> dict[str, Any]:
         raise ManifestError(
             "expected patches to lock, and none is in force here; name them, or import what applies them"
         )
-    entries = {
-        entry["id"]: {**entry, "fingerprint": _fingerprint(REGISTRY.get(entry["id"]))} for entry in found["patches"]
-    }
+    entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
     return {**found, "patches": [entries[patch_id] for patch_id in sorted(entries)]}
 
 
@@ -210,6 +208,12 @@ def _entry(patch: Patch, **known: str) -> dict[str, Any]:
     }
 
 
+def _locked(entry: Mapping[str, Any]) -> dict[str, Any]:
+    patch = REGISTRY.get(entry["id"])
+    found = str(verdict(patch)) if entry["options"]["deferred"] else entry["verdict"]
+    return {**entry, "verdict": found, "fingerprint": _fingerprint(patch)}
+
+
 def _versions(patch: Patch) -> dict[str, str]:
     """Distribution -> installed version, of the patch's own distribution, of its target, and of its requirements."""
     owners = (owner_of(module) for module in (patch.module, parse(patch.target).module))
@@ -279,7 +283,7 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     if entry["target"] != patch.target:
         had = f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
         yield f"{had}; lock again if that is meant"
-    if not entry["options"]["deferred"]:  # what was not imported there has no verdict yet
+    if "fingerprint" in entry or not entry["options"]["deferred"]:  # or else it had no verdict yet
         yield from _differing_verdict(entry, patch)
 
 
