@@ -151,16 +151,22 @@ def write(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     from pathlib import Path
 
     place = Path(path).resolve()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, prefix=place.name, delete=False) as file:
-        try:
-            file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    mode = place.stat().st_mode & 0o777 if place.exists() else 0o644
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    try:
+        file = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, prefix=place.name, delete=False)
+    except OSError as error:
+        raise ManifestError(f"expected a place to write to, and {str(path)!r} is none: {error}") from error
+    try:
+        with file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(place.stat().st_mode & 0o777 if place.exists() else 0o644)
-            Path(file.name).replace(place)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        Path(file.name).chmod(mode)
+        Path(file.name).replace(place)
+    except BaseException:
+        Path(file.name).unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
