@@ -154,18 +154,18 @@ def write(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     mode = place.stat().st_mode & 0o777 if place.exists() else 0o644
     text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     try:
-        file = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, prefix=place.name, delete=False)
+        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
     except OSError as error:
         raise ManifestError(f"expected a place to write to, and {str(path)!r} is none: {error}") from error
     try:
-        with file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(file.name).chmod(mode)
-        Path(file.name).replace(place)
+        Path(name).chmod(mode)
+        Path(name).replace(place)
     except BaseException:
-        Path(file.name).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         raise
 
 

@@ -1,4 +1,4 @@
-"""What Python imports at its start, if this folder is on its path: applies `PATCHES_APPLY` (see `patches.run`).
+"""Start of a Python with this folder on its path: applies `PATCHES_APPLY` (see `patches.run`).
 
 Then it makes way for the `sitecustomize` that would have been imported without this one.
 """

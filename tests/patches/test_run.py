@@ -12,6 +12,7 @@ import pytest
 
 import patches
 from patches.run import environment
+from patches.startup import write_pth
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,6 +182,20 @@ def test_a_sitecustomize_of_somebody_else_runs_too(project: Path) -> None:
     ran, plain = started(project, "-c", "print(1)"), python(project, "-c", "print(1)")
     assert (ran.returncode, ran.stdout, ran.stderr) == (plain.returncode, plain.stdout, plain.stderr)
     assert "theirs" in ran.stderr
+
+
+def test_installed_the_variables_are_enough(project: Path) -> None:
+    (project / "site").mkdir()
+    (project / "site" / write_pth.NAME).write_text(write_pth.LINE)
+    program = "import site; site.addsitedir('site'); import late_lib; print(late_lib.one())"
+    given = {"PATCHES_IMPORT": "my_project.patches", "PATCHES_APPLY": "late.one"}
+    assert python(project, "-c", program, **given).stdout == "patched 1\n"
+    assert python(project, "-c", program).stdout == "1\n"
+    ran = python(project, "-c", program, PATCHES_APPLY="late.one")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    both = os.pathsep.join((STARTUP, str(project / "site")))  # as `patches run` does where it is installed
+    ran = python(project, "-c", f"{program}; import patches; print(len(patches.active()))", path=both, **given)
+    assert ran.stdout.split() == ["patched", "1", "1"]
 
 
 def test_runs_nest(project: Path) -> None:
