@@ -1,0 +1,126 @@
+"""Liger-Kernel's set for Llama as declarations. See `liger_llama.md`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import reference
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import patches
+
+LLAMA = "transformers.models.llama.modeling_llama"
+UPSTREAM = "https://github.com/linkedin/Liger-Kernel"
+SEEN = {"transformers": ">=5.20,<5.40"}
+
+
+class _Caller(threading.local):
+    """The attention module that runs in this thread. Dynamo traces a `threading.local`; a `ContextVar` splits the graph."""
+
+    module: nn.Module | None = None
+
+
+_caller = _Caller()
+
+
+@patches.register(
+    "liger.llama-attention",
+    target=f"{LLAMA}:LlamaAttention.forward",
+    reason="apply_rotary_pos_emb is a function, and is not told which model calls it",
+    upstream=UPSTREAM,
+    requires=SEEN,
+)
+def remember_attention(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Remember the module for `apply_rotary_pos_emb`."""
+    _caller.module = instance
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        _caller.module = None
+
+
+@patches.register(
+    "liger.llama-rotary",
+    target=f"{LLAMA}:apply_rotary_pos_emb",
+    reason="the stock one makes a copy of queries and keys to rotate them",
+    upstream=UPSTREAM,
+    requires=SEEN,
+    signature="(q, k, cos, sin, unsqueeze_dim=1)",
+    subject=lambda instance, args, kwargs: _caller.module,
+    needs=("liger.llama-attention",),
+)
+def rotary(
+    wrapped: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate by the fused kernel."""
+    return reference.rotate(*args, **kwargs)
+
+
+@patches.register(
+    "liger.llama-rms-norm",
+    target=f"{LLAMA}:LlamaRMSNorm.forward",
+    reason="the stock one is five kernels, and keeps a copy in float32",
+    upstream=UPSTREAM,
+    requires=SEEN,
+    signature="(self, hidden_states)",
+)
+def rms_norm(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Normalize by the fused kernel."""
+    return reference.rms_norm(*args, instance.weight, instance.variance_epsilon)
+
+
+@patches.register(
+    "liger.llama-swiglu",
+    target=f"{LLAMA}:LlamaMLP.forward",
+    reason="the stock one keeps silu(gate) for the backward",
+    upstream=UPSTREAM,
+    requires=SEEN,
+    signature="(self, x)",
+)
+def swiglu(
+    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Gate by the fused kernel; an activation that it does not have takes the stock way."""
+    if instance.config.hidden_act not in ("silu", "swish"):
+        return wrapped(*args, **kwargs)
+    (x,) = args
+    return instance.down_proj(reference.silu_mul(instance.gate_proj(x), instance.up_proj(x)))
+
+
+@patches.register(
+    "liger.llama-loss",
+    target=f"{LLAMA}:LlamaForCausalLM.forward",
+    reason="the stock one materializes the logits of all tokens to compute a loss",
+    upstream=UPSTREAM,
+    requires=SEEN,
+)
+def fused_loss(
+    wrapped: Callable[..., Any], instance: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Compute the loss chunk by chunk in training; everything else takes the stock way."""
+    if not instance.training or kwargs.get("labels") is None:
+        return wrapped(*args, **kwargs)
+    labels = kwargs["labels"]
+    outputs = instance.model(*args, **{**kwargs, "labels": None})
+    loss = reference.linear_cross_entropy(outputs.last_hidden_state, instance.lm_head.weight, labels)
+    return CausalLMOutputWithPast(loss=loss)
+
+
+patches.bundle(
+    "liger-llama",
+    ("liger.llama-attention", "liger.llama-rotary", "liger.llama-rms-norm", "liger.llama-swiglu", "liger.llama-loss"),
+)
+
+
+def on_model(model: nn.Module) -> patches.Transaction:
+    """A transaction with the whole set for one model; other models never notice."""
+    return patches.transaction("liger-llama", on=list(model.modules()), reason="one model")
