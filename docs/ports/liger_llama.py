@@ -16,7 +16,8 @@ import patches
 
 LLAMA = "transformers.models.llama.modeling_llama"
 UPSTREAM = "https://github.com/linkedin/Liger-Kernel"
-SEEN = {"transformers": ">=5.20,<5.40"}
+SEEN = {"transformers": ">=5.24,<5.40"}
+NEEDS_LOGITS = {"shift_labels", "logits_to_keep", "return_dict"}
 
 
 class _Caller(threading.local):
@@ -102,17 +103,35 @@ def swiglu(
     reason="the stock one materializes the logits of all tokens to compute a loss",
     upstream=UPSTREAM,
     requires=SEEN,
+    signature="(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, "
+    "labels=None, use_cache=None, logits_to_keep=0, **kwargs)",
 )
 def fused_loss(
     wrapped: Callable[..., Any], instance: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Compute the loss chunk by chunk in training; everything else takes the stock way."""
-    if not instance.training or kwargs.get("labels") is None:
+    """Compute the loss chunk by chunk in training; what asks for logits takes the stock way."""
+    if not instance.training or kwargs.get("labels") is None or NEEDS_LOGITS & kwargs.keys():
         return wrapped(*args, **kwargs)
-    labels = kwargs["labels"]
-    outputs = instance.model(*args, **{**kwargs, "labels": None})
-    loss = reference.linear_cross_entropy(outputs.last_hidden_state, instance.lm_head.weight, labels)
-    return CausalLMOutputWithPast(loss=loss)
+    labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+    outputs = instance.model(*args, **kwargs)
+    loss = reference.linear_cross_entropy(outputs.last_hidden_state, instance.lm_head.weight, labels, items)
+    return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
+@patches.register(
+    "liger.cross-entropy",
+    target="transformers.loss.loss_utils:fixed_cross_entropy",
+    reason="the stock one keeps the softmax of all logits for the backward",
+    upstream=UPSTREAM,
+    requires=SEEN,
+    signature="(source, target, num_items_in_batch=None, ignore_index=-100, **kwargs)",
+    conflicts=("liger.llama-loss",),
+)
+def cross_entropy(
+    wrapped: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Compute the loss by the fused kernel."""
+    return reference.cross_entropy(*args, **kwargs)
 
 
 patches.bundle(
@@ -122,5 +141,5 @@ patches.bundle(
 
 
 def on_model(model: nn.Module) -> patches.Transaction:
-    """A transaction with the whole set for one model; other models never notice."""
+    """Open the whole set for one model; other models never notice."""
     return patches.transaction("liger-llama", on=list(model.modules()), reason="one model")

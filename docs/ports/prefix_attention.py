@@ -10,7 +10,7 @@ import torch
 
 import patches
 
-SEEN = {"transformers": ">=5.20,<5.40"}
+SEEN = {"transformers": ">=5.24,<5.40"}
 TABLE = "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"
 TARGETS = {
     "flash-attention-2": f"{TABLE}[flash_attention_2]",
@@ -23,7 +23,7 @@ TARGETS = {
 
 
 def share_prefix(
-    wrapped: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Callable[..., Any], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by groups where the call has a `prefix_grouper`; everything else takes the stock way."""
     grouper: reference.PrefixGrouper | None = kwargs.pop("prefix_grouper", None)

@@ -30,15 +30,33 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, chunk: int = 4
+def cross_entropy(
+    source: torch.Tensor,
+    target: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
 ) -> torch.Tensor:
-    """Mean loss of the next token; the logits of `chunk` tokens exist at a time. -100 is ignored."""
+    """Mean loss from the logarithm of the sum alone; or the sum by `num_items_in_batch`."""
+    kept = target != ignore_index
+    at_target = source.gather(1, target.where(kept, 0)[:, None])[:, 0]
+    losses = (source.logsumexp(dim=1) - at_target) * kept
+    return losses.sum() / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    *,
+    chunk: int = 4,
+) -> torch.Tensor:
+    """Loss of the next token; the logits of `chunk` tokens exist at a time."""
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + functional.cross_entropy((rows @ weight.T).float(), targets, reduction="sum")
-    return total / (labels != -100).sum()
+    items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    return torch.stack([cross_entropy((rows @ weight.T).float(), targets, items) for rows, targets in parts]).sum()
 
 
 class PrefixGrouper:

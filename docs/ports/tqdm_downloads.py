@@ -56,9 +56,11 @@ class Download:
             # A bar that has no `disable` yet is in its `__init__`.
             bars = [bar for bar in self._bars if not getattr(bar, "disable", True)]
         files = [bar for bar in bars if bar.unit == "it"]
-        parts = [bar.n / bar.total for bar in bars if bar.unit != "it" and bar.total and bar.n < bar.total]
-        total = sum(bar.total or 0 for bar in files) or 1
-        return min((sum(bar.n for bar in files) + sum(parts)) / total, 1.0)
+        shares = [min(bar.n / bar.total, 1.0) for bar in bars if bar.unit != "it" and bar.total]
+        # A file arrives before the bar of all files is told.
+        arrived = max(sum(bar.n for bar in files), shares.count(1.0))
+        on_their_way = sum(share for share in shares if share < 1.0)
+        return min((arrived + on_their_way) / (sum(bar.total or 0 for bar in files) or 1), 1.0)
 
 
 @patches.register(
@@ -69,7 +71,7 @@ class Download:
     requires={"tqdm": ">=4.60,<5"},
 )
 def own_bar(
-    wrapped: Callable[..., tqdm[Any]], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Callable[..., tqdm[Any]], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tqdm[Any]:
     """Give the new bar to the download that is running here."""
     bar = wrapped(*args, **kwargs)
@@ -104,7 +106,7 @@ def watch_update(
     signature="(self, fn, /, *args, **kwargs)",
 )
 def carry_context(
-    wrapped: Callable[..., Future[Any]], instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Callable[..., Future[Any]], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Future[Any]:
     """Submit the call with the context of the submitting thread, where a download is running in it."""
     if _download.get() is None:
