@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 from .activation import ACTIVATIONS
-from .address import parse
 from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
 from .ledger import LEDGER, Receipt, State
-from .order import in_order, refuse_conflicts
-from .patch import Patch
-from .plan import Item, acceptable, expand, is_left_out
-from .scope import Scoped
+from .patch import Patch, Scoped
+from .plan import Item, acceptable, expand, is_left_out, resolve
+from .slot import in_order, refuse_conflicts
 from .verdict import Verdict
 
 __all__ = ["postpone", "split"]
@@ -23,7 +21,7 @@ _PATIENCE: Final = 60.0
 """Seconds to wait for other threads. Without a limit, a thread that waits for our import would deadlock with us."""
 
 
-def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item], list[Patch]]:
+def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
     """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
 
     Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
@@ -35,7 +33,7 @@ def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item
             now.append(patch if instances is None else Scoped(patch=patch, instances=instances))
         elif instances is not None:
             raise ScopeError(
-                f"{patch.id!r} cannot be limited to instances yet: {parse(patch.target).module!r} is not imported",
+                f"{patch.id!r} cannot be limited to instances yet: {patch.targets[0].module!r} is not imported",
                 patch_id=patch.id,
             )
         else:
@@ -70,7 +68,7 @@ def _missing(patch: Patch) -> frozenset[str]:
     """
     waited: set[str] = set()
     for needed, _ in expand([patch]):
-        module = parse(needed.target).module
+        module = needed.targets[0].module
         waited.add(module)
         if needed.probe is not None:
             waited.add(module.partition(".")[0])
@@ -98,7 +96,7 @@ def _apply(receipt: Receipt, found: Verdict, *, force: bool) -> None:
         if is_left_out(receipt.patch, found) and not force:
             LEDGER.record(receipt, State.SKIPPED, found.why)
             return
-        (place,) = ACTIVATIONS.check([receipt.patch])
+        (place,) = ACTIVATIONS.check([receipt.patch], resolve)
         ACTIVATIONS.apply(receipt, place)
     finally:
         ACTIVATIONS.lock.release()

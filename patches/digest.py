@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .ledger import Receipt
 from .patch import Patch
-from .target import parse
 from .undo import active
 from .versions import installed_version, owner_of
 
@@ -37,7 +36,7 @@ def process_wide() -> list[Receipt]:
 
 def versions_of(patch: Patch) -> dict[str, str]:
     """Distribution -> installed version, of the patch's own distribution, of its target, and of its requirements."""
-    owners = (owner_of(module) for module in (patch.module, parse(patch.target).module))
+    owners = (owner_of(module) for module in (patch.module, patch.targets[0].module))
     versions = dict(owner.split(" ", 1) for owner in owners if " " in owner)
     versions.update({name: installed_version(name) or "not installed" for name in patch.requires})
     return dict(sorted(versions.items()))

@@ -23,6 +23,10 @@ class Pending:
     def __contains__(self, receipt: Receipt) -> bool:
         return receipt in self._missing
 
+    def renew_lock(self) -> None:
+        """Replace the lock in a child made by `fork`."""
+        self._lock = threading.RLock()
+
     def receipts(self) -> list[Receipt]:
         """The receipts that wait, oldest first."""
         return list(self._missing)

@@ -132,7 +132,8 @@ def test_surgery_uses_the_public_names_of_patches() -> None:
     for name, file in modules("surgery").items():
         for imported in imports(name, file, inside_functions=True):
             root, _, rest = imported.partition(".")
-            assert root != "patches" or rest in ("", *patches.__all__), f"{name} imports {imported}"
+            assert root != "patches", f"{name} imports {imported}, which a file beside a script may shadow"
+            assert root != "model_surgery_patches" or rest in ("", *patches.__all__), f"{name} imports {imported}"
 
 
 def outside_the_seams() -> Iterator[tuple[str, ast.Module]]:

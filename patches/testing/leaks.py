@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from patches.errors import UndoError
-from patches.ledger import Receipt
-from patches.undo import active, revert
+from ..errors import UndoError
+from ..ledger import Receipt
+from ..undo import active, revert
 
 __all__ = ["LeakDetector"]
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery.adapters.upstream import WAITING
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import quantized_modules

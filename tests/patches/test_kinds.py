@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import patches
-from patches.address import parse
-from patches.cell import MISSING
+from patches.target import parse
+from patches.target import MISSING
 from patches.errors import TargetError
 from tests.helpers.declare import declare
 from tests.helpers.fake_upstream import values
