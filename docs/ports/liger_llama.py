@@ -15,13 +15,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import patches
 
 LLAMA = "transformers.models.llama.modeling_llama"
-UPSTREAM = "https://github.com/linkedin/Liger-Kernel"
-SEEN = {"transformers": ">=5.24,<5.40"}
+COMMON: dict[str, Any] = {
+    "upstream": "https://github.com/linkedin/Liger-Kernel",
+    "requires": {"transformers": ">=5.24,<5.40"},
+}
 NEEDS_LOGITS = {"shift_labels", "logits_to_keep", "return_dict"}
 
 
 class _Caller(threading.local):
-    """The attention module that runs in this thread. Dynamo traces a `threading.local`; a `ContextVar` splits the graph."""
+    """The attention module that runs in this thread. A `ContextVar` would split the graph of torch.compile."""
 
     module: nn.Module | None = None
 
@@ -32,14 +34,13 @@ _caller = _Caller()
 @patches.register(
     "liger.llama-attention",
     target=f"{LLAMA}:LlamaAttention.forward",
-    reason="apply_rotary_pos_emb is a function, and is not told which model calls it",
-    upstream=UPSTREAM,
-    requires=SEEN,
+    reason="apply_rotary_pos_emb is not told which module calls it",
+    **COMMON,
 )
 def remember_attention(
     wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Remember the module for `apply_rotary_pos_emb`."""
+    """Remember the module for the `subject` of the rotary function."""
     _caller.module = instance
     try:
         return wrapped(*args, **kwargs)
@@ -47,45 +48,38 @@ def remember_attention(
         _caller.module = None
 
 
-@patches.register(
+patches.register(
     "liger.llama-rotary",
     target=f"{LLAMA}:apply_rotary_pos_emb",
+    replace=reference.apply_rotary_pos_emb,
     reason="the stock one makes a copy of queries and keys to rotate them",
-    upstream=UPSTREAM,
-    requires=SEEN,
     signature="(q, k, cos, sin, unsqueeze_dim=1)",
-    subject=lambda instance, args, kwargs: _caller.module,
+    subject=lambda _instance, _args, _kwargs: _caller.module,
     needs=("liger.llama-attention",),
+    **COMMON,
 )
-def rotary(
-    wrapped: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate by the fused kernel."""
-    return reference.rotate(*args, **kwargs)
 
 
-@patches.register(
+def rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Normalize by the fused kernel."""
+    return reference.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+patches.register(
     "liger.llama-rms-norm",
     target=f"{LLAMA}:LlamaRMSNorm.forward",
+    replace=rms_norm,
     reason="the stock one is five kernels, and keeps a copy in float32",
-    upstream=UPSTREAM,
-    requires=SEEN,
-    signature="(self, hidden_states)",
+    **COMMON,
 )
-def rms_norm(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Normalize by the fused kernel."""
-    return reference.rms_norm(*args, instance.weight, instance.variance_epsilon)
 
 
 @patches.register(
     "liger.llama-swiglu",
     target=f"{LLAMA}:LlamaMLP.forward",
     reason="the stock one keeps silu(gate) for the backward",
-    upstream=UPSTREAM,
-    requires=SEEN,
     signature="(self, x)",
+    **COMMON,
 )
 def swiglu(
     wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -101,10 +95,9 @@ def swiglu(
     "liger.llama-loss",
     target=f"{LLAMA}:LlamaForCausalLM.forward",
     reason="the stock one materializes the logits of all tokens to compute a loss",
-    upstream=UPSTREAM,
-    requires=SEEN,
     signature="(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None, "
     "labels=None, use_cache=None, logits_to_keep=0, **kwargs)",
+    **COMMON,
 )
 def fused_loss(
     wrapped: Callable[..., Any], instance: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,25 +111,19 @@ def fused_loss(
     return CausalLMOutputWithPast(loss=loss, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
-@patches.register(
+patches.register(
     "liger.cross-entropy",
     target="transformers.loss.loss_utils:fixed_cross_entropy",
+    replace=reference.cross_entropy,
     reason="the stock one keeps the softmax of all logits for the backward",
-    upstream=UPSTREAM,
-    requires=SEEN,
-    signature="(source, target, num_items_in_batch=None, ignore_index=-100, **kwargs)",
     conflicts=("liger.llama-loss",),
+    **COMMON,
 )
-def cross_entropy(
-    wrapped: Callable[..., Any], instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """Compute the loss by the fused kernel."""
-    return reference.cross_entropy(*args, **kwargs)
-
 
 patches.bundle(
     "liger-llama",
     ("liger.llama-attention", "liger.llama-rotary", "liger.llama-rms-norm", "liger.llama-swiglu", "liger.llama-loss"),
+    atomic=True,
 )
 
 

@@ -46,4 +46,4 @@ for name, target in TARGETS.items():
         requires=SEEN,
     )(share_prefix)
 
-patches.bundle("verl-prefix", tuple(f"verl.prefix-{name}" for name in TARGETS))
+patches.bundle("verl-prefix", tuple(f"verl.prefix-{name}" for name in TARGETS), atomic=True)

@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional
 
 
-def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def apply_rotary_pos_emb(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary position embedding by halves, without the concatenated copy that `rotate_half` makes."""
-    cos, sin = (table.chunk(2, dim=-1)[0].unsqueeze(1) for table in (cos, sin))
+    cos, sin = (table.chunk(2, dim=-1)[0].unsqueeze(unsqueeze_dim) for table in (cos, sin))
 
     def turned(states: torch.Tensor) -> torch.Tensor:
         first, second = states.chunk(2, dim=-1)
@@ -35,7 +37,7 @@ def cross_entropy(
     target: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
-    **kwargs: Any,
+    **_kwargs: Any,
 ) -> torch.Tensor:
     """Mean loss from the logarithm of the sum alone; or the sum by `num_items_in_batch`."""
     kept = target != ignore_index

@@ -117,4 +117,5 @@ def carry_context(
 patches.bundle(
     "xinference-downloads",
     ("xinference.tqdm-new", "xinference.tqdm-update", "xinference.thread-pool-context"),
+    atomic=True,
 )

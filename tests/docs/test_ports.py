@@ -1,4 +1,4 @@
-"""The ports of public monkeypatches in `docs/ports/`: their pages tell the truth, and what they patch computes the same."""
+"""The ports in `docs/ports/` of public monkeypatches: their pages tell the truth, and what is patched computes the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import copy
 import io
 import pickle
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,8 +21,8 @@ import tqdm.std
 from tqdm.auto import tqdm as auto_tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.loss import loss_utils
-from transformers.models.llama import modeling_llama
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 import patches
 from tests.helpers.models import tiny_config
@@ -33,7 +32,7 @@ PORTS = Path(__file__).parents[2] / "docs" / "ports"
 sys.path.append(str(PORTS))
 
 import liger_llama  # noqa: E402 - beside its page
-import prefix_attention  # noqa: E402
+import prefix_attention  # noqa: E402, F401 - registers its patches
 import reference  # noqa: E402
 import tqdm_downloads  # noqa: E402
 
@@ -69,7 +68,7 @@ def _unchanged() -> Iterator[None]:
     assert differences == []
 
 
-# Pages ------------------------------------------------------------------------------------------------------------------
+# Pages ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -111,7 +110,7 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-# Liger's Llama ----------------------------------------------------------------------------------------------------------
+# Liger's Llama --------------------------------------------------------------------------------------------------------
 
 
 def llama(**changes: Any) -> Any:
@@ -135,7 +134,7 @@ def test_the_logits_are_the_same_and_every_patch_is_called(compiled: bool, dtype
     with patches.transaction("liger-llama", reason="a test", count_calls=True):
         patched = maybe(compiled, model)(TOKENS).logits
         calls = [row.calls for row in patches.audit()]
-    torch.testing.assert_close(patched, stock)
+    torch.testing.assert_close(patched, stock, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-4)
     assert compiled or calls == [2, 2, 5, 2, 1]
 
 
@@ -173,21 +172,16 @@ def test_generation_is_the_same() -> None:
 
 
 @COMPILED
-def test_one_model_is_patched_and_no_other(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_model_is_patched_and_no_other(compiled: bool) -> None:
     mine, others = llama(), llama()
-    kernels = ("rotate", "rms_norm", "silu_mul")
-    seen: list[str] = []
-    for name in kernels:
-        kernel = getattr(reference, name)
-        monkeypatch.setattr(
-            reference, name, lambda *args, kernel=kernel, name=name: (seen.append(name), kernel(*args))[1]
-        )
     stock = others(TOKENS).logits
-    with liger_llama.on_model(mine):
+    with patches.transaction("liger-llama", on=list(mine.modules()), reason="a test", count_calls=True):
         assert torch.equal(maybe(compiled, others)(TOKENS).logits, stock)
-        assert seen == []
-        torch.testing.assert_close(maybe(compiled, mine)(TOKENS).logits, stock)
-        assert set(seen) == set(kernels)
+        assert [row.calls for row in patches.audit()] == [0] * 5
+        patched = maybe(compiled, mine)(TOKENS).logits
+        assert compiled or [row.calls for row in patches.audit()] == [2, 2, 5, 2, 1]
+    torch.testing.assert_close(patched, stock, atol=1e-6, rtol=1e-4)
+    assert not torch.equal(patched, stock)
 
 
 def test_models_in_two_threads_do_not_mistake_each_other() -> None:
@@ -213,9 +207,7 @@ def test_a_patched_model_is_copied(copied: Callable[[Any], Any], whole: bool) ->
     stock = model(TOKENS).logits
     with patches.transaction("liger-llama", reason="a test") if whole else liger_llama.on_model(model):
         twin = copied(model)
-        assert [name for module in twin.modules() for name in vars(module) if callable(vars(module)[name])] == [
-            name for module in model.modules() for name in vars(module) if callable(vars(module)[name])
-        ]
+        assert [vars(module).keys() for module in twin.modules()] == [vars(module).keys() for module in model.modules()]
         torch.testing.assert_close(twin(TOKENS).logits, stock)
     assert torch.equal(twin(TOKENS).logits, stock)
 
@@ -267,7 +259,7 @@ def test_a_registration_in_the_class_counts_after_undoing() -> None:
     AttentionInterface.register("sdpa", stock)
 
 
-# Xinference's downloads -------------------------------------------------------------------------------------------------
+# Xinference's downloads -----------------------------------------------------------------------------------------------
 
 
 def bar(**options: Any) -> Any:
