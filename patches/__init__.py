@@ -19,11 +19,10 @@ from typing import Any, Final
 
 from .audit import aliases, audit
 from .deferred import defer
-from .digest import active_set, digest
 from .errors import PatchError, UndoError
 from .foreign import changed_files, foreign
 from .ledger import Receipt, State
-from .manifest import manifest, replay, replay_from_environment
+from .manifest import active_set, digest, manifest, replay, replay_from_environment
 from .patch import Patch, on
 from .plan import fingerprint_of, plan, verdict
 from .registry import BUNDLES, REGISTRY, select
@@ -89,7 +88,7 @@ _MORE: Final = (
     "transaction",
     "deferred",
 )
-_RARE: Final = ("processes", "manifest", "foreign.compare", "foreign.disk")
+_RARE: Final = ("journal", "manifest", "foreign.compare", "foreign.disk")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from .copies import Copies
+from .deferred import Pending
 from .errors import OverwrittenError
 from .forms import is_traced
 from .ledger import LEDGER, Ledger, Receipt, State
 from .patch import Patch
-from .pending import Pending
 from .registry import BUNDLES, REGISTRY
 from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
@@ -41,7 +41,7 @@ class Activations:
         # Receipts whose last instance was collected while a change was in progress, perhaps in this very thread.
         self._expired: deque[Receipt] = deque()
         self._changing = False
-        self.pending = Pending()
+        self.pending = Pending(self)
         """Receipts that wait for their modules."""
         self._failed: list[Receipt] = []
         self._stale = False
@@ -149,11 +149,6 @@ class Activations:
             self._changing = False
         if receipt.scope is not None:
             receipt.scope.when_empty(lambda: self._expire_soon(receipt))
-
-    def pend(self, receipt: Receipt, modules: frozenset[str], when_ready: Callable[[Receipt], None]) -> None:
-        """Let the receipt wait for these modules; `when_ready` is called without the lock."""
-        self.ledger.record(receipt, State.PENDING, f"waits for {', '.join(sorted(modules))}")
-        self.pending.add(receipt, modules, when_ready)
 
     def fail(self, receipt: Receipt, note: str) -> None:
         """Undo anything that a pending receipt may have changed, and record that it failed."""
@@ -276,7 +271,6 @@ class Activations:
             self.lock.release()
         else:
             self.lock, self._changing = threading.RLock(), False
-        self.pending.renew_lock()
         REGISTRY.lock, BUNDLES.lock = threading.Lock(), threading.Lock()
         renew_locks()
 

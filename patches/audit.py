@@ -76,6 +76,7 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     `aliases`, every loaded module is searched for copies of the targets, which takes some tenths of a second for
     each patch.
     """
+    ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
         in_force = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]

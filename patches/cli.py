@@ -21,7 +21,7 @@ from .foreign import changed_files, foreign
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .processes import read_journals
+from .journal import read_journals
 from .registry import REGISTRY, select
 from .scaffold import scaffold, write
 from .table import aligned

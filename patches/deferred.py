@@ -1,15 +1,189 @@
-"""`defer`: patches for modules that are not imported yet, not tied to a `with` block."""
+"""Deferred application: a patch is applied as soon as its module is imported, by whatever way.
+
+wrapt's import hooks are not used, because they cannot be removed, and an error in one fails the import.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Final
 
+from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
 from .ledger import Receipt, State
-from .plan import Item
-from .transaction import transaction
-from .undo import revert
+from .patch import Patch, Scoped
+from .slot import in_order, refuse_conflicts
 
-__all__ = ["Deferred", "defer"]
+if TYPE_CHECKING:
+    from .activation import Activations
+    from .plan import Item
+
+__all__ = ["Deferred", "Pending", "defer", "split"]
+
+_PATIENCE: Final = 60.0
+"""Seconds to wait for other threads. Without a limit, a thread that waits for our import would deadlock with us."""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Wait:
+    """One receipt's wait: sets of modules, of each of which one must have been executed."""
+
+    modules: frozenset[frozenset[str]]
+    force: bool
+    applying: bool = False
+
+
+class Pending:
+    """Receipts that wait for their modules. Thread-safe; holds no lock while anything else is called.
+
+    A module counts as imported when our finder has seen it executed. One that came past the finder, by hand or from
+    an older `sys.meta_path`, is noticed after the next import of any other, or when the registry is next asked.
+    """
+
+    def __init__(self, activations: Activations) -> None:
+        self._activations = activations
+        self._waits: dict[Receipt, _Wait] = {}
+        self._lock = threading.RLock()
+        self._finder: _Finder | None = None
+
+    def receipts(self) -> list[Receipt]:
+        """The receipts that wait, oldest first."""
+        return list(self._waits)
+
+    def is_forced(self, receipt: Receipt) -> bool:
+        """Whether the receipt waits to be applied even if it is obsolete."""
+        wait = self._waits.get(receipt)
+        return wait is not None and wait.force
+
+    def postpone(self, receipt: Receipt, *, force: bool) -> None:
+        """Apply the receipt once its patch's missing modules are imported, or now if they are by now.
+
+        It is applied in the thread that imports the last of them. An error then neither fails the import nor keeps
+        other patches from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is
+        issued.
+        """
+        owner = self._activations
+        with owner.lock:
+            refuse_conflicts([*(other.patch for other in owner.in_force()), receipt.patch])
+            missing = _missing(receipt.patch)
+            names = ", ".join(sorted(" or ".join(sorted(group)) for group in missing))
+            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
+            with self._lock:
+                self._waits[receipt] = _Wait(modules=missing, force=force)
+                self._watch()
+        self.notice()  # imported after the check and before the finder was installed
+
+    def take(self, receipt: Receipt) -> bool:
+        """Remove a pending receipt; returns False if it was not pending any more."""
+        with self._lock:
+            waited = self._waits.pop(receipt, None) is not None
+            if waited:
+                self._watch()
+            return waited
+
+    def notice(self, *executed: str) -> None:
+        """Apply whatever waits for no module any more. Not to be called with a lock held: a probe may import."""
+        if not self._waits:
+            return
+        with self._lock:
+            there = {*executed, *filter(_is_settled, self._names())}
+            for wait in self._waits.values():
+                wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
+            ready = [receipt for receipt, wait in self._waits.items() if not wait.modules and not wait.applying]
+            for receipt in ready:
+                self._waits[receipt].applying = True
+            self._watch()
+        for receipt in ready:
+            self._apply_or_fail(receipt)
+
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+
+    def _watch(self) -> None:
+        if self._finder is None:  # not on import, which must have no effect outside this package
+            self._finder = _Finder(self)
+            os.register_at_fork(after_in_child=self._begin_child)
+        self._finder.watch(self._names())
+
+    def _begin_child(self) -> None:
+        # The threads that held the lock, or were applying something, are not in the child.
+        self._lock = threading.RLock()
+        for wait in self._waits.values():
+            wait.applying = False
+
+    def _apply_or_fail(self, receipt: Receipt) -> None:
+        try:
+            self._apply(receipt)
+        except Exception as error:  # noqa: BLE001 - it must not fail somebody else's import
+            self._fail(receipt, error)
+        except BaseException as interrupt:
+            self._fail(receipt, interrupt)
+            raise
+
+    def _apply(self, receipt: Receipt) -> None:
+        from .plan import acceptable, is_left_out, resolve
+
+        owner, force = self._activations, self.is_forced(receipt)
+        found = acceptable(receipt.patch, force=force)
+        failed = {other.id for other in owner.failed()} & set(receipt.patch.needs)
+        if failed - {other.id for other in owner.active()}:
+            raise PatchError(f"{receipt.id!r} was not applied: it needs {', '.join(sorted(failed))}, which failed")
+        if not owner.lock.acquire(timeout=_PATIENCE):
+            why = f"another thread has been changing patches for {_PATIENCE:.0f} s"
+            raise ApplyError(f"{receipt.id!r} was not applied: {why}", patch_id=receipt.id)
+        try:
+            if not self.take(receipt):
+                return  # cancelled meanwhile
+            receipt.verdict = found
+            if is_left_out(receipt.patch, found) and not force:
+                owner.ledger.record(receipt, State.SKIPPED, found.why)
+                return
+            (place,) = owner.check([receipt.patch], resolve)
+            owner.apply(receipt, place)
+        finally:
+            owner.lock.release()
+        owner.drop_stale_graphs()
+        if receipt.patch.verify is not None:
+            receipt.patch.verify()
+
+    def _fail(self, receipt: Receipt, error: BaseException) -> None:
+        if self._activations.lock.acquire(timeout=_PATIENCE):
+            try:
+                self._activations.fail(receipt, repr(error))
+            finally:
+                self._activations.lock.release()
+        try:
+            message = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed: {error!r}"
+            warnings.warn(message, DeferredPatchWarning, stacklevel=2)
+        except DeferredPatchWarning:
+            return  # warnings are errors here, but the import must not fail; the ledger has the error
+
+
+def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
+    """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
+
+    Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
+    """
+    from .plan import expand
+
+    now: list[Item] = []
+    later: dict[str, Patch] = {}
+    for patch, instances in expand(items, on):
+        if not _missing(patch):
+            now.append(patch if instances is None else Scoped(patch=patch, instances=instances))
+        elif instances is not None:
+            why = f"the module of {patch.target!r} is not imported"
+            raise ScopeError(f"{patch.id!r} cannot be limited to instances yet: {why}", patch_id=patch.id)
+        else:
+            later[patch.id] = patch
+    return now, [later[patch_id] for patch_id in in_order(later.values())]
 
 
 class Deferred:
@@ -26,10 +200,12 @@ class Deferred:
 
     def cancel(self) -> list[Receipt]:
         """Cancel the pending receipts, and return them. Applied patches stay until `patches.revert`."""
+        from .undo import revert
+
         return revert(*self.pending)
 
 
-def defer(*items: Item, reason: str, force: bool = False) -> Deferred:
+def defer(*items: Item, reason: str = "", force: bool = False) -> Deferred:
     """Apply patches as soon as anyone imports their modules, or at once if imported already. Imports none.
 
     A patch without a probe is applied as soon as its module has been executed, before the rest of the package can copy
@@ -38,6 +214,146 @@ def defer(*items: Item, reason: str, force: bool = False) -> Deferred:
     the audit, with the error, and a DeferredPatchWarning is issued; the import goes on. Errors that can be found
     without importing are raised at once.
     """
+    from .transaction import transaction
+
     with transaction(*items, reason=reason, force=force, deferred=True) as applied:
         applied.commit()
     return Deferred([*applied.receipts, *applied.deferred])
+
+
+def _missing(patch: Patch) -> frozenset[frozenset[str]]:
+    """The modules that must be imported before the patch can be applied.
+
+    A probe runs the library, so a patch with a probe waits for the whole package. A patch without one waits for the
+    module alone, so that the rest of the package already imports the patched object.
+    """
+    from .plan import expand
+
+    waited: set[frozenset[str]] = set()
+    for needed, _ in expand([patch]):
+        modules = {target.module for target in needed.targets}
+        waited.add(frozenset(modules))
+        if needed.probe is not None:
+            waited.add(frozenset(module.partition(".")[0] for module in modules))
+    return frozenset(group for group in waited if not any(map(_is_there, group)))
+
+
+def _is_there(name: str) -> bool:
+    """Whether a module is in `sys.modules`, and not one of importlib's that load themselves when they are used."""
+    return sys.modules.get(name) is not None and not _is_lazy(sys.modules[name])
+
+
+def _is_lazy(module: ModuleType) -> bool:
+    lazy = getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
+    return lazy is not None and type(module) is lazy
+
+
+def _is_settled(name: str) -> bool:
+    """Whether a module is there and is not being executed, by an import or by hand."""
+    if not _is_there(name):
+        return False
+    module = sys.modules[name]
+    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        return False
+    space = getattr(module, "__dict__", None)
+    return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in _frames())
+
+
+def _frames() -> Iterator[Any]:
+    for innermost in sys._current_frames().values():
+        frame: Any = innermost
+        while frame is not None:
+            yield frame
+            frame = frame.f_back
+
+
+class _Finder(MetaPathFinder):
+    """A finder that finds nothing itself, but wraps the loaders of the watched modules.
+
+    It is in `sys.meta_path` only while there are watched modules. A module that is already imported, or that
+    `importlib.reload` executes again, is not told of.
+    """
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._names: frozenset[str] = frozenset()
+        self._plain: list[Any] = []
+
+    def watch(self, names: frozenset[str]) -> None:
+        """Watch exactly these modules from now on."""
+        self._names = names
+        found = sys.meta_path
+        if names and not (isinstance(found, _Finders) and found.first is self):
+            self._plain = found
+            sys.meta_path = _Finders(self, found)
+        elif not names and isinstance(found, _Finders) and found.first is self:
+            self._plain[:] = found.others()
+            sys.meta_path = self._plain
+        for module in [sys.modules[name] for name in names if _is_lazy(sys.modules.get(name, sys))]:
+            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec from the finders after this one, with a loader that tells when it is done.
+
+        While a watched module is there, though not told of, every other import tells too: after it is time to look,
+        since the import system holds its lock over all modules here.
+        """
+        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                self._tell(spec)
+                return spec
+        return None
+
+    def _tell(self, spec: ModuleSpec) -> None:
+        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
+            spec.loader = _Telling(spec.loader, self._pending)
+
+
+class _Finders(list[Any]):
+    """`sys.meta_path` with a finder that comes first, wherever others insert theirs."""
+
+    def __init__(self, first: _Finder, others: Iterable[Any]) -> None:
+        super().__init__(others)
+        self.first = first
+
+    def others(self) -> list[Any]:
+        """Every other finder. A copy that somebody took and put back has ours in it."""
+        return [finder for finder in super().__iter__() if finder is not self.first]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self.first, *self.others()])
+
+
+class _Telling(Loader):
+    """A loader that delegates to `loader`, then tells. The module ends up with the original `loader`."""
+
+    def __init__(self, loader: Any, pending: Pending) -> None:
+        self._loader = loader
+        self._pending = pending
+
+    def __getattr__(self, name: str) -> Any:
+        # A caller of `importlib.util.find_spec` may have this loader and ask it for the source.
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module with the original loader."""
+        return self._loader.create_module(spec)  # type: ignore[no-any-return]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then tell; not if execution raises, since the import may be tried again."""
+        name, spec = module.__name__, module.__spec__
+        if spec is not None and spec.loader is self:
+            spec.loader = self._loader
+        if getattr(module, "__loader__", None) is self:
+            module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if not _is_lazy(module):
+            self._pending.notice(name)
+        elif spec is not None:
+            spec.loader = _Telling(spec.loader, self._pending)  # nothing is executed before the module is used

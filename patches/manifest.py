@@ -1,4 +1,4 @@
-"""Manifests: the patches of one process as data, to be replayed in another.
+"""Manifests: the patches of one process as data, to be applied again in another, or compared with by a lock file.
 
 A newly started worker (multiprocessing's `spawn`, Ray, a launcher) has none of its parent's patches:
 
@@ -9,50 +9,74 @@ A newly started worker (multiprocessing's `spawn`, Ray, a launcher) has none of 
 from __future__ import annotations
 
 import importlib
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from .digest import process_wide, versions_of
-from .errors import ManifestError, UnknownPatchError
+from .activation import ACTIVATIONS
+from .deferred import defer
+from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
-from .plan import verdict
-from .registry import REGISTRY
+from .plan import Item, expand, fingerprint_of, verdict
+from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
 from .verdict import VerdictKind
+from .versions import installed_version, owner_of
 
-__all__ = ["VARIABLE", "manifest", "replay", "replay_from_environment"]
+__all__ = [
+    "VARIABLE", "active_set", "changes", "digest", "lock", "manifest", "read", "replay", "replay_from_environment",
+    "write",
+]  # fmt: skip
 
 VARIABLE: Final = "PATCHES_MANIFEST"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
+_KEYS: Final = frozenset(("id", "target", "module", "reason", "verdict", "versions", "options"))
 _MAIN: Final = ("__main__", "__mp_main__")
 
 
+def active_set() -> tuple[str, ...]:
+    """List each patch that acts on the whole process as one line: id, target, versions. Sorted, without duplicates.
+
+    Patches that are limited to instances are left out: they end when the instances are garbage-collected, which
+    happens at different times even in equal processes.
+    """
+    process_wide = {receipt.patch for receipt in active() if receipt.scope is None and not receipt.disabled}
+    return tuple(sorted({_line(patch) for patch in process_wide}))
+
+
+def digest() -> str:
+    """Hash the active set to hexadecimal digits, equal in processes with the same patches.
+
+    The order of application does not matter. Ids and targets do, and the versions of patches and patched libraries.
+    """
+    from hashlib import sha256
+
+    return sha256("\n".join(active_set()).encode()).hexdigest()
+
+
 def manifest() -> dict[str, Any]:
-    """The active patches of this process, for `json.dumps`: `patches`, in order, and `not_replayable`, with reasons.
+    """The active and the pending patches, for `json.dumps`: `patches`, in order, and `not_replayable`, with reasons.
 
     Not replayable are patches that are limited to instances, which another process does not have, and patches that are
     not registered, and so cannot be found by id.
     """
-    with_grounds = [(receipt, _why_not(receipt)) for receipt in active()]
-    entries = {receipt.id: _entry(receipt) for receipt, why in with_grounds if not why}
+    with_grounds = [(receipt, _why_not(receipt)) for receipt in _in_force()]
+    entries = {receipt.id: _entry_of(receipt) for receipt, why in with_grounds if not why}
     left_out = [{"id": receipt.id, "target": receipt.target, "why": why} for receipt, why in with_grounds if why]
     return {"format": _FORMAT, "patches": list(entries.values()), "not_replayable": left_out}
 
 
 def replay(manifest: Mapping[str, Any]) -> Transaction:
-    """Apply and commit all patches of a manifest, or none; returns the transaction.
+    """Apply and commit all patches of a manifest, or none; returns the transaction. Pending ones are deferred again.
 
     Patches that are active already, as in a forked child, are not applied again. For an unknown id, the module that
     defines the wrapper is imported, which should register it. Raises ManifestError, before anything is changed, if a
-    version, a target, or a verdict differs from the manifest.
+    version, a target, a verdict, or a fingerprint differs from the manifest.
     """
-    entries = _read(manifest)
-    known = {receipt.id for receipt in process_wide()}
-    missing = {entry["id"]: entry for entry in entries if entry["id"] not in known}
+    known = {receipt.id for receipt in _in_force() if receipt.scope is None}
+    missing = {entry["id"]: entry for entry in _entries(manifest) if entry["id"] not in known}
     differences = [line for entry in missing.values() for line in _differences(entry, _find(entry))]
     if differences:
         raise ManifestError(
@@ -60,13 +84,17 @@ def replay(manifest: Mapping[str, Any]) -> Transaction:
             "Install the same versions, or make a new manifest",
             differences=differences,
         )
-    with transaction(
-        *missing,
-        reason=f"replayed: {'; '.join(dict.fromkeys(entry['reason'] for entry in missing.values())) or 'nothing new'}",
-        force=any(entry["options"]["force"] for entry in missing.values()),
-        count_calls=any(entry["options"]["count_calls"] for entry in missing.values()),
-    ) as done:
-        _disable(done.receipts, missing)
+    reason = f"replayed: {'; '.join(dict.fromkeys(entry['reason'] for entry in missing.values())) or 'nothing new'}"
+    now = {key: entry["options"] for key, entry in missing.items() if not entry["options"]["deferred"]}
+    later = {key: entry["options"] for key, entry in missing.items() if entry["options"]["deferred"]}
+    force = any(options["force"] for options in now.values())
+    count_calls = any(options["count_calls"] for options in now.values())
+    with transaction(*now, reason=reason, force=force, count_calls=count_calls) as done:
+        disabled = [receipt for receipt in done.receipts if now.get(receipt.id, {}).get("disabled")]
+        disable(*disabled)
+        if later:
+            force = any(options["force"] for options in later.values())
+            done.deferred.extend(defer(*later, reason=reason, force=force).receipts)
         done.commit()
     return done
 
@@ -79,27 +107,125 @@ def replay_from_environment() -> Transaction | None:
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
         return None
-    if not text.startswith("{"):
-        text = _read_file(text)
+    return replay(_parse(text, VARIABLE) if text.startswith("{") else read(text))
+
+
+def lock(*items: Item) -> dict[str, Any]:
+    """A manifest with the fingerprint of each target, to be compared with later: of these patches and what they need,
+    as they would be applied now, or of those in force. Sorted by id, so that two can be told apart line by line.
+
+    Imports the libraries. Raises ManifestError if there is nothing to lock.
+    """
+    found = manifest()
+    if items:
+        found = {**found, "patches": [_entry(patch) for patch, _ in expand(items)], "not_replayable": []}
+    if not found["patches"]:
+        raise ManifestError(
+            "expected patches to lock, and none is in force here; name them, or import what applies them"
+        )
+    entries = {
+        entry["id"]: {**entry, "fingerprint": _fingerprint(REGISTRY.get(entry["id"]))} for entry in found["patches"]
+    }
+    return {**found, "patches": [entries[patch_id] for patch_id in sorted(entries)]}
+
+
+def changes(locked: Mapping[str, Any], *selectors: str) -> list[str]:
+    """The differences between a lock and this environment, each a line that says what to do.
+
+    Every locked patch is looked at; with selectors, it is a difference too if one of their patches is not locked.
+    """
+    entries, lines = _entries(locked), list[str]()
+    for entry in entries:
+        try:
+            lines += _differences(entry, _find(entry))
+        except ManifestError as error:
+            lines.append(f"{error}; lock again without it, if it is not used any more")
+    unlocked = set(select(*selectors)) - {entry["id"] for entry in entries}
+    return lines + [f"{patch_id!r} is not in the lock; lock again with it" for patch_id in sorted(unlocked)]
+
+
+def write(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a manifest or lock as JSON with sorted keys, whole or not at all; a link is followed."""
+    import json
+    import tempfile
+    from pathlib import Path
+
+    place = Path(path).resolve()
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, prefix=place.name, delete=False) as file:
+        try:
+            file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(place.stat().st_mode & 0o777 if place.exists() else 0o644)
+            Path(file.name).replace(place)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The manifest or lock in a file. Raises ManifestError."""
     try:
-        found = json.loads(text)
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this call alone
+            return _parse(file.read(), path)
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"expected a file with a manifest, and it cannot be read: {error}") from error
+
+
+def _parse(text: str, source: object) -> Mapping[str, Any]:
+    import json
+
+    try:
+        found: Mapping[str, Any] = json.loads(text)
     except ValueError as error:
-        raise ManifestError(f"expected {VARIABLE} to hold JSON, or the path of a file with it: {error}") from error
-    return replay(found)
+        raise ManifestError(f"expected {source} to hold JSON, or the path of a file with it: {error}") from error
+    return found
 
 
-def _entry(receipt: Receipt) -> dict[str, Any]:
-    patch, found = receipt.patch, receipt.verdict
-    forced = found.kind == VerdictKind.OBSOLETE or found.probe_error is not None
+def _in_force() -> list[Receipt]:
+    active()  # notices what has been imported, and has gone
+    return ACTIVATIONS.in_force()
+
+
+def _entry_of(receipt: Receipt) -> dict[str, Any]:
+    found, waits = receipt.verdict, receipt in ACTIVATIONS.pending.receipts()
+    forced = (
+        found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or ACTIVATIONS.pending.is_forced(receipt)
+    )
+    options = {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled, "deferred": waits}
+    return {**_entry(receipt.patch, verdict=str(found)), "reason": receipt.reason, "options": options}
+
+
+def _entry(patch: Patch, **known: str) -> dict[str, Any]:
     return {
         "id": patch.id,
         "target": patch.target,
         "module": patch.module,
-        "reason": receipt.reason,
-        "verdict": str(found),
-        "versions": versions_of(patch),
-        "options": {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled},
+        "reason": patch.reason,
+        "verdict": known.get("verdict") or str(verdict(patch)),
+        "versions": _versions(patch),
+        "options": dict.fromkeys(("force", "count_calls", "disabled", "deferred"), False),
     }
+
+
+def _versions(patch: Patch) -> dict[str, str]:
+    """Distribution -> installed version, of the patch's own distribution, of its target, and of its requirements."""
+    owners = (owner_of(module) for module in (patch.module, patch.targets[0].module))
+    versions = dict(owner.split(" ", 1) for owner in owners if " " in owner)
+    versions.update({name: installed_version(name) or "not installed" for name in patch.requires})
+    return dict(sorted(versions.items()))
+
+
+def _line(patch: Patch) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in _versions(patch).items())
+    return f"{patch.id} {patch.target} [{versions}]"
+
+
+def _fingerprint(patch: Patch) -> str:
+    try:
+        return fingerprint_of(patch)
+    except TargetError:
+        return ""  # it has no source, or is not there, of which the verdict tells
 
 
 def _why_not(receipt: Receipt) -> str:
@@ -112,25 +238,16 @@ def _why_not(receipt: Receipt) -> str:
     return "" if registered is receipt.patch else "another patch is registered under its id"
 
 
-def _read(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = manifest.get("format")
-    if found != _FORMAT:
+def _entries(manifest: Any) -> list[dict[str, Any]]:
+    found = manifest.get("format") if isinstance(manifest, Mapping) else manifest
+    if found != _FORMAT or not isinstance(manifest.get("patches"), list):
         raise ManifestError(f"expected a manifest of format {_FORMAT}, as patches.manifest() makes it, found {found!r}")
-    keys = {"id", "target", "module", "reason", "verdict", "versions", "options"}
-    entries: list[dict[str, Any]] = list(manifest["patches"])
+    entries: list[Any] = manifest["patches"]
     for entry in entries:
-        if keys - entry.keys():
-            absent = ", ".join(sorted(keys - entry.keys()))
+        absent = ", ".join(sorted(_KEYS - entry.keys() if isinstance(entry, Mapping) else _KEYS))
+        if absent:
             raise ManifestError(f"an entry of the manifest lacks {absent}: {entry!r}; make it with patches.manifest()")
     return entries
-
-
-def _read_file(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be imported for this call alone
-            return file.read()
-    except OSError as error:
-        raise ManifestError(f"{VARIABLE} names a file that cannot be read: {error}") from error
 
 
 def _find(entry: Mapping[str, Any]) -> Patch:
@@ -150,20 +267,29 @@ def _find(entry: Mapping[str, Any]) -> Patch:
         raise ManifestError(f"{patch_id!r} was declared by {module!r}, and is not here: {error}") from error
 
 
-def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterable[str]:
-    versions = versions_of(patch)
+def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
+    versions = _versions(patch)
     for name in sorted({*versions, *entry["versions"]}):
         there, here = entry["versions"].get(name, "absent"), versions.get(name, "absent")
         if there != here:
-            yield f"{patch.id!r} was applied with {name} {there}, and here it is {here}"
+            advice = "test the patch with it, then lock again"
+            yield f"{patch.id!r} was applied with {name} {there}, and here it is {here}; {advice}"
     if entry["target"] != patch.target:
-        yield f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
+        had = f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
+        yield f"{had}; lock again if that is meant"
+    if not entry["options"]["deferred"]:  # what was not imported there has no verdict yet
+        yield from _differing_verdict(entry, patch)
+
+
+def _differing_verdict(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     found = verdict(patch)
     if entry["verdict"] != str(found):
-        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}"
-
-
-def _disable(receipts: Iterable[Receipt], entries: Mapping[str, Mapping[str, Any]]) -> None:
-    disabled = [receipt for receipt in receipts if receipt.id in entries and entries[receipt.id]["options"]["disabled"]]
-    if disabled:
-        disable(*disabled)
+        advice = (
+            "remove the patch, or lock again" if found.kind == VerdictKind.OBSOLETE else "adapt it, then lock again"
+        )
+        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {advice}"
+    here = _fingerprint(patch) if "fingerprint" in entry else ""
+    if entry.get("fingerprint", "") != here:
+        moved = f"the source of {patch.target!r} had the fingerprint {entry['fingerprint'] or 'none'}"
+        advice = "read what has changed, adapt the patch to it, then lock again"
+        yield f"{patch.id!r}: {moved}, and here {here or 'none'}; {advice}"

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
 from .activation import ACTIVATIONS
-from .arrival import postpone, split
+from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
 from .patch import Patch, caller
@@ -181,7 +181,7 @@ class Transaction:
             made.append(receipt)
             self._pending.append(receipt)
             self.deferred.append(receipt)
-            postpone(receipt, force=self._force)
+            ACTIVATIONS.pending.postpone(receipt, force=self._force)
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:

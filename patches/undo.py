@@ -31,6 +31,7 @@ _PATIENCE: Final = 5
 
 def active() -> list[Receipt]:
     """The receipts of all active patches, oldest first."""
+    ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
         return ACTIVATIONS.active()

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -262,3 +268,180 @@ def test_threads_that_import_and_cancel() -> None:
         assert outcome in (1, ("a", 1))
         assert round_ % 2 or outcome == ("a", 1)
         assert import_late("late_lib.slow").one() == 1
+
+
+class First(MetaPathFinder):
+    """A finder that others put before ours, and that finds one module without asking anyone."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        self.name = name
+        self.file = file
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return importlib.util.spec_from_file_location(fullname, self.file) if fullname == self.name else None
+
+
+@pytest.fixture
+def put_first(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    added: list[Any] = []
+
+    def put(finder: Any) -> None:
+        added.append(finder)
+        sys.meta_path.insert(0, finder)
+
+    yield put
+    for finder in added:
+        sys.meta_path.remove(finder)
+
+
+@pytest.mark.parametrize("name", ["late_lib_alone", "late_lib.early"])
+def test_a_finder_put_before_ours_changes_nothing(name: str, late: Path, put_first: Callable[[Any], None]) -> None:
+    patches.defer(declare("a", f"{name}:one"), reason="a test")
+    put_first(First(name, late / "early.py"))
+    assert import_late(name).one() == ("a", 1)
+    assert type(import_late(name).__spec__.loader).__module__ == "_frozen_importlib_external"
+    patches.revert("fake.a")
+
+
+def test_finders_that_others_put_in_and_take_out_meanwhile_are_kept(put_first: Callable[[Any], None]) -> None:
+    plain, saved = sys.meta_path, list(sys.meta_path)
+    patches.defer(declare("a", ONE), reason="a test")
+    taken = list(sys.meta_path)
+    mine = First("late_lib_none", Path())
+    put_first(mine)
+    sys.meta_path[:] = [mine, *taken]  # as who took a copy puts it back
+    patches.revert("fake.a")
+    assert sys.meta_path is plain
+    assert sys.meta_path == [mine, *saved]
+
+
+def test_a_module_put_there_by_hand_is_noticed_when_asked() -> None:
+    deferred = patches.defer(declare("a", "late_lib_by_hand:one"), reason="a test")
+    module = ModuleType("late_lib_by_hand")
+    module.one = lambda: 1  # type: ignore[attr-defined]
+    sys.modules["late_lib_by_hand"] = module
+    assert states() == {"fake.a": "active"}
+    assert module.one() == ("a", 1)
+    assert patches.active() == deferred.pending + list(deferred.receipts)
+    patches.revert("fake.a")
+
+
+def test_a_module_put_there_by_hand_is_noticed_with_the_next_import(late: Path) -> None:
+    patches.defer(declare("a", "late_lib_by_hand:one"), reason="a test")
+    module = sys.modules["late_lib_by_hand"] = ModuleType("late_lib_by_hand")
+    module.one = lambda: 1  # type: ignore[attr-defined]
+    import_late("late_lib")
+    assert module.one() == ("a", 1)
+    patches.revert("fake.a")
+
+
+def test_a_module_executed_by_hand_is_patched_when_it_is_done(late: Path) -> None:
+    (late / "made.py").write_text(
+        "one = None\nimport late_lib.early\nimport patches\npatches.audit()\ndef one(): return 1\n"
+    )
+    patches.defer(declare("a", "late_lib_made:one"), reason="a test")
+    spec = importlib.util.spec_from_file_location("late_lib_made", late / "made.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["late_lib_made"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert states() == {"fake.a": "active"}
+    assert module.one() == ("a", 1)
+    patches.revert("fake.a")
+
+
+def lazily(name: str) -> ModuleType:
+    """A module that executes itself when it is used, made as importlib's documentation says."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_lazy_module_is_patched_when_it_executes_itself(before: bool, late: Path) -> None:
+    (late / "early.py").write_text("import late_lib.ran\ndef one(): return 1\n")
+    (late / "ran.py").write_text("")
+    (late / "__init__.py").write_text("")
+    lazy = lazily("late_lib.early") if before else None
+    patches.defer(declare("a", ONE), reason="a test")
+    lazy = lazy or lazily("late_lib.early")
+    assert states() == {"fake.a": "pending"}
+    assert "late_lib.ran" not in sys.modules
+    assert lazy.one() == ("a", 1)
+    assert states() == {"fake.a": "active"}
+    assert type(lazy.__spec__.loader).__module__ == "_frozen_importlib_external"  # type: ignore[union-attr]
+    patches.revert("fake.a")
+
+
+def test_a_lazy_finder_stays_lazy(late: Path, put_first: Callable[[Any], None]) -> None:
+    class Lazy(First):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+            spec = super().find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = importlib.util.LazyLoader(spec.loader)
+            return spec
+
+    (late / "ran.py").write_text("import late_lib.sub\ndef one(): return 1\n")
+    put_first(Lazy("late_lib_lazy", late / "ran.py"))
+    patches.defer(declare("a", "late_lib_lazy:one"), reason="a test")
+    lazy = import_late("late_lib_lazy")
+    assert (states(), "late_lib.sub" in sys.modules) == ({"fake.a": "pending"}, False)
+    assert lazy.one() == ("a", 1)
+    patches.revert("fake.a")
+
+
+def test_a_probe_waits_for_a_package_without_a_file(late: Path) -> None:
+    (late.parent / "late_lib_space").mkdir()
+    (late.parent / "late_lib_space" / "one.py").write_text("def one(): return 1\n")
+    patches.defer(declare("a", "late_lib_space.one:one", probe=lambda: True), reason="a test")
+    assert import_late("late_lib_space.one").one() == ("a", 1)
+    patches.revert("fake.a")
+
+
+def test_each_is_forced_or_not_as_it_was_asked() -> None:
+    patches.defer(declare("a", ONE, probe=lambda: False), reason="a test", force=True)
+    patches.defer(declare("b", TWO, probe=lambda: False), reason="a test")
+    early = import_late()
+    assert (early.one(), early.two()) == (("a", 1), 2)
+    patches.revert("fake.a")
+
+
+def test_a_probe_that_asks_the_registry_is_not_asked_again_meanwhile() -> None:
+    asked = []
+
+    def probe() -> bool:
+        asked.append(patches.active())
+        import_late("late_lib.sub.deep")
+        return True
+
+    patches.defer(declare("a", ONE, probe=probe), declare("b", "late_lib.sub.deep:Thing.run"), reason="a test")
+    assert import_late().one() == ("a", 1)
+    assert asked == [[]]
+    patches.revert("fake.a", "fake.b")
+
+
+def test_a_child_forked_while_somebody_imports_can_import(late: Path) -> None:
+    patches.defer(declare("a", ONE), reason="a test")
+    pending = patches.activation.ACTIVATIONS.pending
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pending._lock:
+            held.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if import_late().one() == ("a", 1) else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+    patches.revert("fake.a")

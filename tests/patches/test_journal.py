@@ -84,6 +84,65 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
     assert "not in the journal" in caplog.text
 
 
+class Unwritable:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+CIRCLE: dict[str, Any] = {}
+CIRCLE["itself"] = CIRCLE
+
+
+@pytest.mark.parametrize("line", [{"value": Unwritable()}, CIRCLE, {("a", "key"): 1}], ids=["value", "circle", "key"])
+def test_a_line_that_cannot_be_written_stops_nothing(
+    journal: Path, line: dict[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = patches.journal.Journal(list)
+    writer.write(line)
+    writer.write(line)
+    assert caplog.text.count("not in the journal") == 1
+
+
+@pytest.mark.parametrize("name", ["a\udcffname", "x" * 300, "."], ids=["surrogate", "long", "deleted"])
+def test_an_odd_folder_fails_no_patch(name: str, tmp_path: Path) -> None:
+    program = (
+        "import os, patches, tempfile\n"
+        "from tests.helpers.declare import declare\n"
+        "with tempfile.TemporaryDirectory() as gone: os.chdir(gone)\n"
+        f"with patches.transaction(declare('a', '{FUNCTIONS}:scale', reason='\\udcff'), reason='\\udcff \\0'): pass\n"
+    )
+    folder = str(tmp_path / name) if name != "." else name
+    environment = {**os.environ, "PATCHES_JOURNAL": folder}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count(b"not in the journal") == ("udcff" not in ascii(name))
+
+
+def test_a_rank_that_is_no_number_is_left_out(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "\N{SUPERSCRIPT TWO}")
+    with patches.transaction(declare("ranked", f"{FUNCTIONS}:scale"), reason="a test"):
+        pass
+    (file,) = journal.iterdir()
+    assert "rank" not in lines(file)[0]
+
+
+def test_counts_are_written_when_a_process_ends(tmp_path: Path) -> None:
+    program = WORKER + (
+        "from patches.ledger import LEDGER, _line\n"
+        "journal = LEDGER._journal\n"
+        "last = {entry.serial: _line(entry) for entry in LEDGER.entries}\n"
+        "journal._counts = lambda: [{**line, 'calls': 7, 'passed': 2} for line in last.values()]\n"
+    )
+    run_worker(tmp_path, "a=scale", program=program)
+    run_worker(tmp_path, "a=scale")
+    code, text = audit(tmp_path)
+    assert "active (process), 7 calls, 2 passed" in text
+    assert code == 0  # equal processes need not have equally many calls
+    facts = json.loads(audit(tmp_path, "--json")[1])
+    found = [(one["calls"], one["passed"]) for process in facts["processes"] for one in process["applications"]]
+    assert sorted(found, key=str) == [(7, 2), (None, None)]
+
+
 def test_a_forked_child_has_a_file_of_its_own_with_what_it_inherited(tmp_path: Path) -> None:
     program = WORKER + (
         "child = os.fork()\nif child == 0:\n    patches.revert('fake.a')\n    os._exit(0)\nos.waitpid(child, 0)\n"

@@ -58,6 +58,22 @@ def test_replaying_twice_changes_nothing() -> None:
     assert len(patches.active()) == 1
 
 
+def test_what_waits_is_in_the_manifest_and_waits_again() -> None:
+    target = "tests.helpers.unimported:answer"
+    patches.register(declare("replayed-late", target))
+    patches.defer("fake.replayed-late", reason="a test")
+    manifest = patches.manifest()
+    assert [(entry["id"], entry["options"]["deferred"]) for entry in manifest["patches"]] == [
+        ("fake.replayed-late", True)
+    ]
+    patches.revert("fake.replayed-late")
+    done = patches.replay(json.loads(json.dumps(manifest)))
+    assert "tests.helpers.unimported" not in sys.modules
+    assert [receipt.state for receipt in done.deferred] == ["pending"]
+    assert patches.replay(manifest).deferred == []  # it waits already
+    patches.revert("fake.replayed-late")
+
+
 def test_options_are_kept() -> None:
     apply("fake.replayed-obsolete", force=True)
     apply("fake.replayed-scale")
@@ -114,7 +130,18 @@ def test_a_patch_that_cannot_be_found_is_refused(module: str, says: str) -> None
         patches.replay(manifest)
 
 
-@pytest.mark.parametrize("text", ['{"format": 2}', "{", '{"format": 1, "patches": [{}]}', "/no/such/file"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": 1}',
+        '{"format": 2}',
+        "{",
+        "[1]",
+        '{"format": 2, "patches": [{}]}',
+        '{"format": 2, "patches": [1]}',
+        "/no/such/file",
+    ],
+)
 def test_what_is_no_manifest_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATCHES_MANIFEST", text)
     with pytest.raises(patches.ManifestError):
