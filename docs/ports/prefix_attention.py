@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
-
-import reference
-import torch
+from typing import TYPE_CHECKING, Any
 
 import patches
+
+if TYPE_CHECKING:  # a process that starts with these patches imports this module before it needs torch
+    import torch
+    from reference import PrefixGrouper
 
 SEEN = {"transformers": ">=5.24,<5.40"}
 TABLE = "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"
@@ -26,7 +27,7 @@ def share_prefix(
     wrapped: Callable[..., Any], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by groups where the call has a `prefix_grouper`; everything else takes the stock way."""
-    grouper: reference.PrefixGrouper | None = kwargs.pop("prefix_grouper", None)
+    grouper: PrefixGrouper | None = kwargs.pop("prefix_grouper", None)
     if grouper is None:
         return wrapped(*args, **kwargs)
     module, query, key, value, _mask = args

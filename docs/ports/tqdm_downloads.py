@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextvars import ContextVar, copy_context
 from types import TracebackType
-from typing import Any, Self
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, Self
 
 import patches
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _download: ContextVar[Download | None] = ContextVar("download", default=None)
 

@@ -1,4 +1,4 @@
-"""The ports in `docs/ports/` of public monkeypatches: their pages tell the truth, and what is patched computes the same."""
+"""The ports in `docs/ports/`: their pages tell the truth, and what they patch computes the same."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import tqdm.std
+from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm as auto_tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.loss import loss_utils
@@ -46,12 +47,15 @@ OWNERS = (
     ALL_ATTENTION_FUNCTIONS._local_mapping,
     ALL_ATTENTION_FUNCTIONS._global_mapping,
     ThreadPoolExecutor,
+    tqdm.std.tqdm,
+    auto_tqdm,
 )
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _used() -> None:
-    """Lets transformers put onto its classes what it keeps there."""
+    """Lets transformers and tqdm put onto their classes what they keep there."""
+    bar(total=1).update()
     llama().generate(TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=2)
 
 
@@ -72,7 +76,8 @@ def _unchanged() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_runs_prints_what_it_says(page: str) -> None:
+def test_what_a_page_runs_prints_what_it_says(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PORTS)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     expected = None
     for block in BLOCK.finditer((PORTS / f"{page}.md").read_text()):
@@ -158,6 +163,17 @@ def test_the_loss_and_its_gradients_are_the_same(selected: str, items: int | Non
     assert (patched.logits is None) == (selected == "liger-llama")
 
 
+@pytest.mark.parametrize("saved", [None, "norm", "lm_head"])
+def test_an_adapted_model_is_patched_too(saved: str | None) -> None:
+    config = LoraConfig(target_modules="all-linear", modules_to_save=saved and [saved])
+    model = get_peft_model(llama(), config).train()
+    stock = model(TOKENS, labels=TOKENS).loss
+    with liger_llama.on_model(model):
+        out = model(TOKENS, labels=TOKENS)
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, stock)
+
+
 def test_two_ways_to_compute_the_loss_are_refused() -> None:
     with pytest.raises(patches.ConflictError, match=r"liger.llama-loss"):
         patches.transaction("liger-llama", "liger.cross-entropy", reason="a test").__enter__()
@@ -231,7 +247,7 @@ def test_replacing_the_class_as_the_original_does_breaks_pickling(monkeypatch: p
         pickle.dumps(model)
 
 
-# verl's attention -------------------------------------------------------------------------------------------------------
+# verl's attention -----------------------------------------------------------------------------------------------------
 
 
 @COMPILED
