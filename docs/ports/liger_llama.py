@@ -53,14 +53,13 @@ patches.register(
     target=f"{LLAMA}:apply_rotary_pos_emb",
     replace=reference.apply_rotary_pos_emb,
     reason="the stock one makes a copy of queries and keys to rotate them",
-    signature="(q, k, cos, sin, unsqueeze_dim=1)",
     subject=lambda _instance, _args, _kwargs: _caller.module,
     needs=("liger.llama-attention",),
     **COMMON,
 )
 
 
-def rms_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def rms_norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Normalize by the fused kernel."""
     return reference.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -82,7 +81,7 @@ patches.register(
     **COMMON,
 )
 def swiglu(
-    wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Callable[..., torch.Tensor], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
     """Gate by the fused kernel; an activation that it does not have takes the stock way."""
     if instance.config.hidden_act not in ("silu", "swish"):

@@ -24,7 +24,10 @@ TARGETS = {
 
 
 def share_prefix(
-    wrapped: Callable[..., Any], _instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    wrapped: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    _instance: None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend by groups where the call has a `prefix_grouper`; everything else takes the stock way."""
     grouper: PrefixGrouper | None = kwargs.pop("prefix_grouper", None)

@@ -174,6 +174,14 @@ def test_an_adapted_model_is_patched_too(saved: str | None) -> None:
     torch.testing.assert_close(out.loss, stock)
 
 
+def test_checkpointed_layers_are_recomputed_with_the_same_kernels() -> None:
+    model = llama().train()
+    model.activation_checkpointing_enable()
+    with patches.transaction("liger-llama", on=list(model.modules()), reason="a test", count_calls=True):
+        model(TOKENS, labels=TOKENS).loss.backward()
+        assert [row.calls for row in patches.audit()] == [4, 4, 9, 4, 1]
+
+
 def test_two_ways_to_compute_the_loss_are_refused() -> None:
     with pytest.raises(patches.ConflictError, match=r"liger.llama-loss"):
         patches.transaction("liger-llama", "liger.cross-entropy", reason="a test").__enter__()
