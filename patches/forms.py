@@ -154,33 +154,44 @@ def is_plain(place: Place) -> bool:
 
 def _closure(shape: Any, *, takes_self: bool) -> tuple[Any, _Put]:
     """A function that calls the layer that is put into it, with the name and signature of `shape`."""
+    patched, put = _around_method() if takes_self else _around_function()
+    return functools.wraps(shape)(patched), put
+
+
+def _around_function() -> tuple[Any, _Put]:
     top: _Top = (_Nobody, None, None)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(None, args, kwargs):
+            return inner(*args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(*args, **kwargs)
+        return wrapper(inner, None, args, kwargs)
 
     def put(new: _Top) -> None:
         nonlocal top
         top = new
 
-    if takes_self:
+    return patched, put
 
-        def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(self, args, kwargs):
-                if layer.direct is not None:
-                    return layer.direct(self, *args, **kwargs)
-                return wrapper(inner.__get__(self), self, args, kwargs)
+
+def _around_method() -> tuple[Any, _Put]:
+    top: _Top = (_Nobody, None, None)
+
+    def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(self, args, kwargs):
             return inner(self, *args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(self, *args, **kwargs)
+        return wrapper(inner.__get__(self), self, args, kwargs)
 
-    else:
+    def put(new: _Top) -> None:
+        nonlocal top
+        top = new
 
-        def patched(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # the other signature
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(None, args, kwargs):
-                if layer.direct is not None:
-                    return layer.direct(*args, **kwargs)
-                return wrapper(inner, None, args, kwargs)
-            return inner(*args, **kwargs)
-
-    return functools.wraps(shape)(patched), put
+    return patched, put
 
 
 class Disguise(wrapt.FunctionWrapper[Any, Any]):
