@@ -38,8 +38,8 @@ class Transaction:
     """Patches that are applied together, and undone together unless they are committed.
 
     Used in a `with` statement, once, or as a decorator, which begins a new one for each call. Entering applies all
-    items or none; leaving, in any way, undoes all that was not committed, and so does dropping an open transaction. After a
-    failure every operation raises TransactionError, except rolling back.
+    items or none; leaving, in any way, undoes all that was not committed, and so does dropping an open transaction.
+    After a failure every operation raises TransactionError, except rolling back.
 
     Undoing is never left half done: it goes newest first, and continues past failures. Failures to undo are
     raised as an UndoError, or, if the block itself raised, added to its exception as notes.
