@@ -60,6 +60,7 @@ class _Nobody:
 _Top: TypeAlias = tuple[Any, Any, Any]
 """Outermost layer, its wrapper, and the callable inside it: one tuple, so that other threads see all or nothing."""
 _Put: TypeAlias = Callable[[_Top], None]
+_Getter: TypeAlias = Callable[[Any], Any]
 
 
 class Form:
@@ -162,7 +163,7 @@ def _closure(kind: Kind, shape: Any) -> tuple[Any, _Put]:
     return functools.wraps(shape)(patched), put
 
 
-class Disguise(wrapt.FunctionWrapper):  # type: ignore[misc]  # untyped
+class Disguise(wrapt.FunctionWrapper[Any, Any]):
     """A closure that looks like the object it was made around, in every respect but that it is called.
 
     Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
@@ -186,8 +187,6 @@ class Disguise(wrapt.FunctionWrapper):  # type: ignore[misc]  # untyped
     def __reduce_ex__(self, protocol: Any) -> Any:
         target = self._self_target
         return (getattr, (target.held, target.name)) if target.held is not MISSING else (_resolve, (str(target),))
-
-    __reduce__ = None
 
 
 def core(value: Any) -> Any:
@@ -281,20 +280,21 @@ def _property(place: Place, layers: Sequence[Layer]) -> property:
     owner, name = place.owner, place.name
     if place.kind == Kind.ATTRIBUTE:
         stored = _StoredAttribute(owner, name, place.own)
-        getter = functools.reduce(_around_getter, layers, stored.read)
+        stored_getter: _Getter = stored.read
+        getter = functools.reduce(_around_getter, layers, stored_getter)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
     own: property = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
     if place.own is MISSING:  # inherited, and so looked up on each access
         read = read and (lambda self: getattr(super(owner, self), name))
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
-    readers = [layer for layer in layers if layer.patch.kind != Kind.SETTER]
-    writers = [layer for layer in layers if layer.patch.kind == Kind.SETTER]
+    readers = [layer for layer in layers if layer.patch.kind != "setter"]
+    writers = [layer for layer in layers if layer.patch.kind == "setter"]
     own = own.getter(functools.reduce(_around_getter, readers, read)) if read else own
     return own.setter(functools.reduce(_around_setter, writers, write)) if write else own
 
 
-def _around_getter(inner: Any, layer: Layer) -> Callable[[Any], Any]:
+def _around_getter(inner: _Getter, layer: Layer) -> _Getter:
     wrapper = layer.wrapper(Kind.PROPERTY)
 
     def patched(instance: Any) -> Any:

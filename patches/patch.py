@@ -172,9 +172,9 @@ class Patch:
         deeds = {"wrapper": self.wrapper is not None, "replace": self.replace is not MISSING}
         deeds["factory"] = self.factory is not None
         given = [name for name, is_given in deeds.items() if is_given]
-        if self.kind == Kind.DELETE and given:
+        if self.kind == "delete" and given:
             raise self._refuse(given[0], "nothing is needed to delete the target")
-        if self.kind != Kind.DELETE and len(given) != 1:
+        if self.kind != "delete" and len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise self._refuse("wrapper", f"expected one of wrapper, replace and factory, got {found}")
         for name in ("wrapper", "factory"):
@@ -185,12 +185,11 @@ class Patch:
         if self.kind == "auto" and self.replace is not MISSING:
             is_class, is_value = isinstance(self.replace, type), not callable(self.replace)
             self._set(kind="class" if is_class else "value" if is_value else "auto")
-        deed = self.wrapper or self.factory or (None if self.replace is MISSING else self.replace)
+        deed: Any = self.wrapper or self.factory or (None if self.replace is MISSING else self.replace)
         name = getattr(deed, "__qualname__", None)
-        module = getattr(deed, "__module__", None) if isinstance(name, str) else None
         declaring = str(_outside(sys._getframe(1)).f_globals.get("__name__", "?"))
         written = getattr(deed, "__globals__", {}).get("__name__", declaring)
-        module = module or declaring
+        module = getattr(deed, "__module__", None) or declaring if isinstance(name, str) else declaring
         self._set(module=module, claimant=f"{module}:{name or repr(deed)}")
         self._set(declared_in=frozenset({module, declaring, written}))
 
@@ -241,7 +240,7 @@ class Patch:
         """The patch in the form of a wrapper of a place of this kind. Runs the factory, if there is one."""
         if self.wrapper is not None:
             return self.wrapper
-        made = MISSING if self.kind == Kind.DELETE else self.replace if self.factory is None else self.factory()
+        made = MISSING if self.kind == "delete" else self.replace if self.factory is None else self.factory()
         if kind in STORED:
             return lambda _wrapped, _instance, _args, _kwargs: made
         if not callable(made):
@@ -291,7 +290,7 @@ def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) 
     """
     if callable(instances) and not isinstance(instances, Iterable):
         return Scoped(patch=patch, instances=instances)
-    chosen = tuple(cast("Iterable[object]", instances))
+    chosen = tuple(instances)
     if not chosen:
         patch_id = patch if isinstance(patch, str) else patch.id
         raise ScopeError(f"{patch_id!r} was given no instance; expected at least one", patch_id=patch_id)

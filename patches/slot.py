@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FunctionType, ModuleType
@@ -239,10 +240,6 @@ class Slot:
                 continue
             self._ours = tuple(other for other in self._ours if other is not ours)
 
-    def is_lost(self) -> bool:
-        """Whether nobody has an object of ours any more, so that none can be put back here."""
-        return not self._all_ours()
-
     def _all_ours(self) -> list[object]:
         return [*self._ours, *(ours for ref in self._past if (ours := ref()) is not None)]
 
@@ -300,7 +297,8 @@ class Slot:
 
 
 def _spec(place: Place) -> object:
-    return vars(place.owner).get("__spec__") if isinstance(place.owner, ModuleType) else None
+    """The spec of the target's module, which every reload replaces."""
+    return getattr(sys.modules.get(place.target.module), "__spec__", None)
 
 
 # Order ----------------------------------------------------------------------------------------------------------------

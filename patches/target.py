@@ -178,7 +178,7 @@ def _alike(target: Target, wrong: str, names: Iterable[str]) -> str:
     """The target with the name most similar to `wrong` in its place, or ""."""
     import difflib
 
-    close = difflib.get_close_matches(wrong, [name for name in names if isinstance(name, str)], n=1)
+    close = difflib.get_close_matches(wrong, list(names), n=1)
     return str(target).replace(wrong, close[0], 1) if close else ""
 
 
@@ -406,7 +406,7 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
         what = f"attribute {target.name!r}" if target.is_attribute else f"item {target.name}"
         raise refuse(
             target,
-            f'{_name(owner)} has no {what} (kind="add" is for adding one)',
+            f"{_name(owner)} has no {what} (kind='add' is for adding one)",
             suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
             is_absent=True,
         )

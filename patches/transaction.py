@@ -271,6 +271,8 @@ def transaction(
     With `deferred`, nothing is imported: a patch whose module is not imported yet waits, and is applied when somebody
     imports it; one that then fails is `failed` in the audit. Leaving the block cancels patches that still wait.
     """
+    if reason and not reason.strip():
+        raise TransactionError("expected a reason for the ledger, got a blank one", state=_Phase.NEW.value)
     return Transaction(
         items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
@@ -323,5 +325,5 @@ def _raise_from(
     kind: type[ApplyError], what: str, made: Sequence[Receipt], failed: Receipt, error: Exception
 ) -> NoReturn:
     undone = tuple(receipt.id for receipt in made)
-    message = f"{failed.id!r} {what}: {error!r}; undone: {', '.join(undone)}"
+    message = f"{failed.id!r} {what}: {error} ({type(error).__name__}); undone: {', '.join(undone)}"
     raise kind(message, patch_id=failed.id, undone=undone) from error

@@ -228,5 +228,7 @@ def _verify_again(receipt: Receipt) -> None:
         receipt.patch.verify()
     except Exception as error:
         report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
-        message = f"{receipt.id!r} does not have its effect after the reload: {error!r}; it was undone"
+        message = (
+            f"{receipt.id!r} does not have its effect after the reload: {error} ({type(error).__name__}); it was undone"
+        )
         raise VerifyError(message, patch_id=receipt.id, undone=(receipt.id,)) from error
