@@ -250,8 +250,9 @@ class ItemCell:
 
     def find(self) -> Any:
         """Read the item, whichever layer of the mapping has it, or MISSING."""
-        is_mapping = isinstance(self._container, MutableMapping)
-        return self._same(self._container.get(self._key, MISSING)) if is_mapping else self.read()  # type: ignore[union-attr]
+        if not isinstance(self._container, MutableMapping):
+            return self.read()
+        return self._same(self._container.get(self._key, MISSING))
 
     def _same(self, held: Any) -> Any:
         """The string that was read or written before, if it is equal: `os.environ` makes a new one for each read."""
@@ -276,7 +277,7 @@ class ItemCell:
 
 
 def _first_layers(mapping: MutableMapping[Any, Any]) -> list[Mapping[Any, Any]]:
-    """The dictionaries in which a mapping keeps items of its own; empty if it is one itself, or keeps them elsewhere."""
+    """The dictionaries in which a mapping keeps items of its own; empty if it is a dictionary, or keeps none."""
     if isinstance(mapping, ChainMap):
         return [mapping.maps[0]]
     if isinstance(mapping, dict):
@@ -562,11 +563,15 @@ def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
         return Kind(kind)
     if target.parameter is not None:
         return Kind.VALUE
+    return _kind_found(target, owner, found, kind)
+
+
+def _kind_found(target: Target, owner: Any, found: Any, kind: str) -> Kind:
     if kind == Kind.CLASS and not isinstance(found, type):
         raise refuse(target, f"it is an object of type {type(found).__name__!r}, and the patch says 'class'")
+    if kind == Kind.CLASS:
+        return Kind.CLASS
     if isinstance(found, type):
-        if kind == Kind.CLASS:
-            return Kind.CLASS
         raise refuse(target, 'it is a class; patch its methods, __init__ or __new__ instead, or say kind="class"')
     if isinstance(owner, type):
         return _kind_in_class(target, owner, found)
