@@ -19,6 +19,7 @@ from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
 from .registry import REGISTRY
+from .run import offer
 from .select import select
 from .table import aligned
 from .verdict import Verdict, VerdictKind
@@ -144,7 +145,14 @@ def plan(selectors: _Planned, force: _Force = False) -> None:
 
 
 def main() -> None:
-    """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
+    """Run the console script. Errors of this package are printed without a traceback, with exit code 2.
+
+    Modules and patches of a project in the current folder are found, though it is not installed.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    offer(here)
     try:
         app()
     except PatchError as error:

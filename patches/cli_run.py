@@ -57,7 +57,6 @@ def lock(selectors: _Locked = None, output: _Output = None, modules: _Import = N
 
     `patches check --lock FILE` then says what has moved since.
     """
-    sys.path.insert(0, str(Path.cwd()))
     for module in modules or ():
         importlib.import_module(module)
     found = make_lock(*(selectors or ()))
@@ -70,7 +69,6 @@ def lock(selectors: _Locked = None, output: _Output = None, modules: _Import = N
 
 def check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
     """Print what differs from a lock, and exit with 1 if anything does."""
-    sys.path.insert(0, str(Path.cwd()))
     locked = read(file)
     lines = changes(locked, *selectors)
     typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")

@@ -198,6 +198,31 @@ def test_installed_the_variables_are_enough(project: Path) -> None:
     assert ran.stdout.split() == ["patched", "1", "1"]
 
 
+@pytest.mark.parametrize("program", ["python -m patches", "patches"])
+def test_a_project_in_the_current_folder_is_found_by_its_entry_points(program: str, project: Path) -> None:
+    (project / "pyproject.toml").write_text(
+        "[project.entry-points.'patches.registry']\n"
+        "'late.one' = 'my_project.patches'\n'late.other' = 'my_project.patches'\n"
+    )
+    start = ["-m", "patches"]
+    if program == "patches":  # as the console script, which has not the current folder on its path
+        start = ["-P", "-c", "import sys; from patches.cli import main; sys.argv[0] = 'patches'; sys.exit(main())"]
+    assert "late.other  " in python(project, *start, "list").stdout
+    ran = python(project, *start, "run", "--apply", "late.one", "script.py")
+    assert ran.stdout.startswith("patched 1"), ran.stderr
+    assert "needed" in python(project, *start, "check", "late.one").stdout
+    (project / "pyproject.toml").write_text("[project.entry-points.'patches.registry'\n")
+    assert "late" not in python(project, *start, "list").stdout
+
+
+def test_a_test_suite_runs_under_it(project: Path) -> None:
+    (project / "test_late.py").write_text(
+        "def test_first():\n    import late_lib\n    assert late_lib.one() == 'patched 1'\n"
+        "def test_second():\n    import late_lib\n    assert late_lib.one() == 'patched 1'\n"
+    )
+    assert "2 passed" in output(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_late.py")
+
+
 def test_runs_nest(project: Path) -> None:
     (project / "my_project" / "more.py").write_text(
         "import patches\n"
