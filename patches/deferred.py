@@ -94,16 +94,21 @@ class Pending:
         """Apply whatever waits for no module any more. Not to be called with a lock held: a probe may import."""
         if not self._waits:
             return
-        with self._lock:
-            there = {*executed, *filter(_is_settled, self._names())}
-            for wait in self._waits.values():
-                wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
-            ready = [receipt for receipt, wait in self._waits.items() if not wait.modules and not wait.applying]
+        ready: dict[Receipt, _Wait] = {}
+        try:
+            with self._lock:
+                there = {*executed, *filter(_is_settled, self._names())}
+                for wait in self._waits.values():
+                    wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
+                self._watch()
+                ready = {key: wait for key, wait in self._waits.items() if not wait.modules and not wait.applying}
+                for wait in ready.values():
+                    wait.applying = True  # so that a probe which imports or asks does not begin it again
             for receipt in ready:
-                self._waits[receipt].applying = True
-            self._watch()
-        for receipt in ready:
-            self._apply_or_fail(receipt)
+                self._apply_or_fail(receipt)
+        finally:
+            for wait in ready.values():
+                wait.applying = False
 
     def _names(self) -> frozenset[str]:
         return frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
@@ -242,20 +247,18 @@ def _missing(patch: Patch) -> frozenset[frozenset[str]]:
 
 def _is_there(name: str) -> bool:
     """Whether a module is in `sys.modules`, and not one of importlib's that load themselves when they are used."""
-    return sys.modules.get(name) is not None and not _is_lazy(sys.modules[name])
+    module = sys.modules.get(name)
+    return module is not None and not _is_lazy(module)
 
 
-def _is_lazy(module: ModuleType) -> bool:
-    lazy = getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
-    return lazy is not None and type(module) is lazy
+def _is_lazy(module: object) -> bool:
+    return type(module) is getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
 
 
 def _is_settled(name: str) -> bool:
     """Whether a module is there and is not being executed, by an import or by hand."""
-    if not _is_there(name):
-        return False
-    module = sys.modules[name]
-    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+    module = sys.modules.get(name)
+    if not _is_there(name) or getattr(getattr(module, "__spec__", None), "_initializing", False):
         return False
     space = getattr(module, "__dict__", None)
     return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in _frames())
@@ -291,7 +294,7 @@ class _Finder(MetaPathFinder):
         elif not names and isinstance(found, _Finders) and found.first is self:
             self._plain[:] = found.others()
             sys.meta_path = self._plain
-        for module in [sys.modules[name] for name in names if _is_lazy(sys.modules.get(name, sys))]:
+        for module in filter(_is_lazy, map(sys.modules.get, names)):
             self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
 
     def find_spec(

@@ -8,6 +8,7 @@ its own file with the lines of its parent, since it has the parent's patches. `r
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, overload
@@ -77,6 +78,9 @@ class Journal:
     def _begin_child(self) -> None:
         self._begin()
         self._write(self._history)
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None:  # its children end without atexit, and drop what was registered before their start
+            util.register_after_fork(self, lambda _: util.Finalize(None, self.write_counts, exitpriority=0))
 
     def _append(self, folder: str, line: Mapping[str, Any]) -> None:
         import json
