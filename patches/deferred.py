@@ -42,18 +42,22 @@ class _Wait:
     applying: bool = False
 
 
-class Pending:
-    """Receipts that wait for their modules. Thread-safe; holds no lock while anything else is called.
+class Pending(MetaPathFinder):
+    """Receipts that wait for their modules, and the finder that sees them imported, by wrapping their loaders.
 
-    A module counts as imported when our finder has seen it executed. One that came past the finder, by hand or from
-    an older `sys.meta_path`, is noticed after the next import of any other, or when the registry is next asked.
+    Thread-safe; holds no lock while anything else is called.
+
+    A module counts as imported when it has been executed. One that came past the finder, such as one that was put into
+    `sys.modules` by hand, is noticed after the next import of any other, or when the registry is next asked.
     """
 
     def __init__(self, activations: Activations) -> None:
         self._activations = activations
         self._waits: dict[Receipt, _Wait] = {}
         self._lock = threading.RLock()
-        self._finder: _Finder | None = None
+        self._names: frozenset[str] = frozenset()
+        self._plain: list[Any] | None = None
+        """`sys.meta_path` as it is while nothing waits."""
 
     def receipts(self) -> list[Receipt]:
         """The receipts that wait, oldest first."""
@@ -97,7 +101,7 @@ class Pending:
         ready: dict[Receipt, _Wait] = {}
         try:
             with self._lock:
-                there = {*executed, *filter(_is_settled, self._names())}
+                there = {*executed, *filter(_is_settled, self._names)}
                 for wait in self._waits.values():
                     wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
                 self._watch()
@@ -110,14 +114,40 @@ class Pending:
             for wait in ready.values():
                 wait.applying = False
 
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec from the other finders, with a loader that tells when it is done.
+
+        While a module that is waited for is there, though not told of, every other import tells too: afterwards, since
+        the import system holds its lock over all modules here.
+        """
+        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                self._tell(spec)
+                return spec
+        return None
+
+    def _tell(self, spec: ModuleSpec) -> None:
+        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
+            spec.loader = _Telling(spec.loader, self)
 
     def _watch(self) -> None:
-        if self._finder is None:  # not on import, which must have no effect outside this package
-            self._finder = _Finder(self)
+        """Be in `sys.meta_path` while anything waits. Called with the lock held."""
+        if self._plain is None:  # not on import, which must have no effect outside this package
             os.register_at_fork(after_in_child=self._begin_child)
-        self._finder.watch(self._names())
+        self._names = frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+        found, ours = sys.meta_path, isinstance(sys.meta_path, _Finders) and sys.meta_path.first is self
+        if self._names and found and not ours:  # there is none while Python shuts down
+            self._plain, sys.meta_path = found, _Finders(self, found)
+        elif self._plain is not None and ours and not self._names:
+            self._plain[:], sys.meta_path = [finder for finder in found if finder is not self], self._plain
+        for module in filter(_is_lazy, map(sys.modules.get, self._names)):
+            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
 
     def _begin_child(self) -> None:
         # The threads that held the lock, or were applying something, are not in the child.
@@ -272,67 +302,16 @@ def _frames() -> Iterator[Any]:
             frame = frame.f_back
 
 
-class _Finder(MetaPathFinder):
-    """A finder that finds nothing itself, but wraps the loaders of the watched modules.
-
-    It is in `sys.meta_path` only while there are watched modules. A module that is already imported, or that
-    `importlib.reload` executes again, is not told of.
-    """
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-        self._names: frozenset[str] = frozenset()
-        self._plain: list[Any] = []
-
-    def watch(self, names: frozenset[str]) -> None:
-        """Watch exactly these modules from now on."""
-        self._names = names
-        found = sys.meta_path
-        if names and not (isinstance(found, _Finders) and found.first is self):
-            self._plain = found
-            sys.meta_path = _Finders(self, found)
-        elif not names and isinstance(found, _Finders) and found.first is self:
-            self._plain[:] = found.others()
-            sys.meta_path = self._plain
-        for module in filter(_is_lazy, map(sys.modules.get, names)):
-            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec from the finders after this one, with a loader that tells when it is done.
-
-        While a watched module is there, though not told of, every other import tells too: after it is time to look,
-        since the import system holds its lock over all modules here.
-        """
-        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
-            return None
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                self._tell(spec)
-                return spec
-        return None
-
-    def _tell(self, spec: ModuleSpec) -> None:
-        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
-            spec.loader = _Telling(spec.loader, self._pending)
-
-
 class _Finders(list[Any]):
     """`sys.meta_path` with a finder that comes first, wherever others insert theirs."""
 
-    def __init__(self, first: _Finder, others: Iterable[Any]) -> None:
+    def __init__(self, first: Pending, others: Iterable[Any]) -> None:
         super().__init__(others)
         self.first = first
 
-    def others(self) -> list[Any]:
-        """Every other finder. A copy that somebody took and put back has ours in it."""
-        return [finder for finder in super().__iter__() if finder is not self.first]
-
     def __iter__(self) -> Iterator[Any]:
-        return iter([self.first, *self.others()])
+        # A copy that somebody took and put back has ours in it.
+        return iter([self.first, *(finder for finder in super().__iter__() if finder is not self.first)])
 
 
 class _Telling(Loader):
