@@ -23,7 +23,9 @@ __all__ = ["VARIABLE", "Application", "Difference", "Journal", "Process", "Proce
 
 VARIABLE: Final = "PATCHES_JOURNAL"
 _REQUIRED: Final = ("serial", "id", "target", "state", "scope", "verdict", "owner", "host", "pid", "session")
-_REVERTED: Final = "reverted"  # without effect, so it makes no difference
+# These states make no difference: one has no effect, the other will have it as soon as it can.
+_REVERTED: Final = "reverted"
+_WAITS: Final = "pending"
 _Lines = Callable[[], Iterable[Mapping[str, Any]]]
 
 
@@ -177,9 +179,10 @@ class Processes(Sequence[Process]):
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """Every id that differs between processes, or is missing in some."""
+        """Every id that differs between processes, or is missing in some; not where it waits for its module."""
         ids = sorted({one.id for process in self._processes for one in process.applications})
-        columns = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
+        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
+        columns = {key: {name: text for name, text in found.items() if text != _WAITS} for key, found in cells.items()}
         differing = [
             Difference(id=key, by_process=cells) for key, cells in columns.items() if len({*cells.values()}) > 1
         ]
@@ -266,6 +269,8 @@ def _application(line: Mapping[str, Any]) -> Application:
 
 
 def _cell(process: Process, patch_id: str) -> str:
+    if any((one.id, one.state) == (patch_id, _WAITS) for one in process.applications):
+        return _WAITS
     return " + ".join(
         dict.fromkeys(str(one) for one in process.applications if one.id == patch_id and one.state != _REVERTED)
     )

@@ -269,6 +269,7 @@ def test_a_spawned_worker_of_a_data_loader_is_patched_and_in_the_journal(project
     states = sorted(one.state for process in kept for one in process.applications)
     assert states[:1] == ["active"]  # the worker
     assert set(states[1:]) == {"pending"}  # its parent, and the resource tracker, which import no such thing
+    assert kept.differences == ()
 
 
 def test_ranks_of_torchrun_are_patched(project: Path) -> None:
