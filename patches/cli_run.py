@@ -38,13 +38,16 @@ _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", 
 def run(command: _Command = None, apply: _Apply = None, modules: _Import = None) -> None:
     """Run a script, a module or a program, and every Python process that it starts, with patches.
 
-    Each patch is applied when its target is imported. Without a command, print the environment that does it, as
-    NAME=VALUE. Exits with 2 if an id is unknown; otherwise this process becomes the command.
+    Each patch is applied when its target is imported. Without a command, print the environment that does it, for
+    `eval "$(patches run --apply IDS)"` in a shell. Exits with 2 if an id is unknown; otherwise this
+    process becomes the command.
     """
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (f"{name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name))
+        added = (
+            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
+        )
         typer.echo("\n".join(added))
         return
     arguments = command_of(command)

@@ -142,11 +142,15 @@ def test_what_is_wrong_is_said_before_anything_starts(given: tuple[str, ...], sa
 
 
 def test_without_a_command_it_prints_the_environment(project: Path) -> None:
-    printed = output(project)
-    variables = dict(shlex.split(line)[0].split("=", 1) for line in printed.splitlines())
-    assert variables["PATCHES_APPLY"] == "late.one"
-    given = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
-    assert python(project, "script.py", path=variables["PYTHONPATH"], **given).stdout.startswith("patched 1")
+    python_here = shlex.quote(sys.executable)
+    given = "--apply 'late.o*,late.one' --import my_project.patches"
+    (project / "my_project" / "patches.py").write_text(
+        PROJECT["my_project/patches.py"].partition("@patches.register('late.other'")[0]
+    )
+    script = f'eval "$({python_here} -m patches run {given})" && exec {python_here} script.py'
+    program = f"import os; os.execl('/bin/sh', 'sh', '-c', {script!r})"
+    ran = python(project, "-c", program)
+    assert ran.stdout.startswith("patched 1"), ran.stderr
 
 
 @pytest.mark.parametrize(
