@@ -80,10 +80,10 @@ class Pending(MetaPathFinder):
             refuse_conflicts([*(other.patch for other in owner.in_force()), receipt.patch])
             missing = _missing(receipt.patch)
             names = ", ".join(sorted(" or ".join(sorted(group)) for group in missing))
-            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
             with self._lock:
                 self._waits[receipt] = _Wait(modules=missing, force=force)
                 self._watch()
+            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
         self.notice()  # imported after the check and before the finder was installed
 
     def take(self, receipt: Receipt) -> bool:
@@ -99,9 +99,9 @@ class Pending(MetaPathFinder):
         if not self._waits:
             return
         ready: dict[Receipt, _Wait] = {}
+        there = {*executed, *filter(_is_settled, self._names)}
         try:
             with self._lock:
-                there = {*executed, *filter(_is_settled, self._names)}
                 for wait in self._waits.values():
                     wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
                 self._watch()
@@ -140,11 +140,12 @@ class Pending(MetaPathFinder):
         """Be in `sys.meta_path` while anything waits. Called with the lock held."""
         if self._plain is None:  # not on import, which must have no effect outside this package
             os.register_at_fork(after_in_child=self._begin_child)
+            self._plain = sys.meta_path
         self._names = frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
         found, ours = sys.meta_path, isinstance(sys.meta_path, _Finders) and sys.meta_path.first is self
         if self._names and found and not ours:  # there is none while Python shuts down
             self._plain, sys.meta_path = found, _Finders(self, found)
-        elif self._plain is not None and ours and not self._names:
+        elif ours and not self._names:
             self._plain[:], sys.meta_path = [finder for finder in found if finder is not self], self._plain
         for module in filter(_is_lazy, map(sys.modules.get, self._names)):
             self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
