@@ -33,10 +33,10 @@ venv: $(VENV)/.installed
 
 # torch comes first and alone, so that no other requirement can choose its version. An editable install needs to be
 # repeated only when what it installs has changed.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml patches/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable ./patches --editable '.[demo,dev]'
 	touch $@
 
 # The weights alone: the dependencies of this distribution would build llama.cpp from source.

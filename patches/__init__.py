@@ -15,99 +15,34 @@ A patch is data, and acts inside a transaction:
 
 from __future__ import annotations
 
-from .aliases import Alias, aliases
-from .audit import Audit, Row, audit
-from .bundle import BUNDLES, Bundle
-from .deferred import Deferred, defer
-from .errors import (
-    ApplyError,
-    ConflictError,
-    CycleError,
-    DeferredPatchWarning,
-    DefinitionError,
-    DriftError,
-    DriftWarning,
-    DuplicatePatchError,
-    ForeignError,
-    IncompatibleError,
-    JournalError,
-    ManifestError,
-    NotActiveError,
-    OverwrittenError,
-    PatchError,
-    ProbeError,
-    ScopeError,
-    TargetError,
-    TransactionError,
-    UndoError,
-    UnknownPatchError,
-    VerifyError,
-    WrapperError,
-)
-from .foreign import ChangedFile, Foreign, ForeignPatch, changed_files, foreign
-from .journal import Difference, Process, Processes, read_journals
-from .ledger import LEDGER, Entry, Ledger, Receipt, State
+from typing import Any, Final
+
+from .audit import aliases, audit
+from .deferred import defer
+from .errors import PatchError, UndoError
+from .foreign import changed_files, foreign
+from .ledger import Receipt, State
 from .manifest import active_set, digest, manifest, replay, replay_from_environment
-from .patch import Patch
-from .plan import Plan, fingerprint_of, plan, verdict
-from .reapply import reapply
-from .registry import REGISTRY
-from .scope import Scoped, on
-from .select import select
-from .transaction import Savepoint, Transaction, transaction
-from .undo import active, disable, enable, revert
-from .verdict import Verdict, VerdictKind
+from .patch import Patch, on
+from .plan import fingerprint_of, plan, verdict
+from .registry import BUNDLES, REGISTRY, select
+from .slot import passed
+from .target import MISSING, at
+from .transaction import Transaction, transaction
+from .undo import active, disable, enable, keep, reapply, revert, revert_all
 
 __all__ = [
-    "LEDGER",
-    "Alias",
-    "ApplyError",
-    "Audit",
-    "Bundle",
-    "ChangedFile",
-    "ConflictError",
-    "CycleError",
-    "Deferred",
-    "DeferredPatchWarning",
-    "DefinitionError",
-    "Difference",
-    "DriftError",
-    "DriftWarning",
-    "DuplicatePatchError",
-    "Entry",
-    "Foreign",
-    "ForeignError",
-    "ForeignPatch",
-    "IncompatibleError",
-    "JournalError",
-    "Ledger",
-    "ManifestError",
-    "NotActiveError",
-    "OverwrittenError",
+    "MISSING",
     "Patch",
     "PatchError",
-    "Plan",
-    "ProbeError",
-    "Process",
-    "Processes",
     "Receipt",
-    "Row",
-    "Savepoint",
-    "ScopeError",
-    "Scoped",
     "State",
-    "TargetError",
     "Transaction",
-    "TransactionError",
     "UndoError",
-    "UnknownPatchError",
-    "Verdict",
-    "VerdictKind",
-    "VerifyError",
-    "WrapperError",
     "active",
     "active_set",
     "aliases",
+    "at",
     "audit",
     "bundle",
     "changed_files",
@@ -119,15 +54,17 @@ __all__ = [
     "foreign",
     "get",
     "ids",
+    "keep",
     "manifest",
     "on",
+    "passed",
     "plan",
-    "read_journals",
     "reapply",
     "register",
     "replay",
     "replay_from_environment",
     "revert",
+    "revert_all",
     "select",
     "transaction",
     "verdict",
@@ -137,3 +74,28 @@ register = REGISTRY.register
 get = REGISTRY.get
 ids = REGISTRY.ids
 bundle = BUNDLES.register
+
+#: Modules whose other public names are attributes of this package too, imported when they are used.
+_MORE: Final = (
+    "errors",
+    "ledger",
+    "verdict",
+    "audit",
+    "plan",
+    "patch",
+    "registry",
+    "target",
+    "transaction",
+    "deferred",
+)
+_RARE: Final = ("journal", "manifest", "foreign.compare", "foreign.disk")
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    for module in (*_MORE, *_RARE):
+        found = importlib.import_module(f"{__name__}.{module}")
+        if name in found.__all__:
+            return getattr(found, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from .compiled import drop_stale_graphs
 from .copies import Copies
 from .deferred import Pending
 from .errors import OverwrittenError
+from .forms import is_traced
 from .ledger import LEDGER, Ledger, Receipt, State
-from .order import in_order, refuse_conflicts
 from .patch import Patch
-from .slot import Slot
-from .target import Place, accept, describe, locate, rehearse
+from .registry import BUNDLES, REGISTRY
+from .slot import Slot, in_order, refuse_conflicts
+from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
+from .verdict import renew_locks
 
 __all__ = ["ACTIVATIONS", "Activations"]
 
@@ -49,8 +52,17 @@ class Activations:
             self._expire(self._expired.popleft())
         for receipt, slot in list(self._left_behind.items()):
             if slot.settle():
-                self.ledger.record(receipt, State.REVERTED, "once nothing was in the way")
-                del self._left_behind[receipt]
+                self._close(receipt, "once nothing was in the way")
+
+    def _close(self, receipt: Receipt, note: str) -> None:
+        self.ledger.record(receipt, State.REVERTED, note)
+        del self._left_behind[receipt]
+
+    def is_quiet(self, packages: Iterable[str]) -> bool:
+        """Whether no patch of these top-level packages is active."""
+        with self.lock:
+            patched = {target.module.partition(".")[0] for receipt in self._held for target in receipt.patch.targets}
+            return patched.isdisjoint(packages)
 
     def active(self) -> list[Receipt]:
         """The receipts that are applied, oldest first."""
@@ -70,37 +82,48 @@ class Activations:
 
     def installed(self) -> list[object]:
         """The objects that we installed and that are still in place, one for each intact slot."""
-        return [slot.live for slot in self._slots.values() if slot.links and slot.condition == State.ACTIVE]
+        return [slot.live for slot in self._slots.values() if slot.links and self._condition(slot) == State.ACTIVE]
 
     def condition(self, receipt: Receipt) -> State:
         """The current state of a receipt: of an active one, as found at its place; of any other, from the ledger."""
         slot = self._held.get(receipt)
         if slot is None:
             return receipt.state
-        found = slot.condition
+        found = self._condition(slot)
         return State.DISABLED if found == State.ACTIVE and receipt.disabled else found
 
-    def place(self, target: str, kind: str) -> Place:
+    def _condition(self, slot: Slot) -> State:
+        ours = [other.live for other in self._slots.values() if other.links and other.place.kind in STORED]
+        return slot.condition(lambda owner: any(owner is value for value in ours))
+
+    def _slot(self, target: Target) -> tuple[Slot | None, object]:
+        """The slot in use at a target, if there is one, and the target's owner."""
+        owner = locate(target)
+        slot = self._slots.get((id(owner), target.name))
+        return (None if slot is None or not slot.links else slot), owner
+
+    def place(self, target: Target, kind: str) -> Place:
         """Resolve a target to its place as it was before any patch of ours. Raises TargetError."""
-        owner, name = locate(target)
-        slot = self._slots.get((id(owner), name))
-        if slot is None or not slot.links:
-            return describe(target, owner, name, kind)
+        slot, owner = self._slot(target)
+        if slot is None:
+            return describe(target, owner, kind)
+        if kind == Kind.ADD:
+            ids = ", ".join(link.patch.id for link in slot.links)
+            raise refuse(target, f"it is there already, since {ids} was applied")
         accept(target, slot.place, kind)
         return slot.place
 
-    def copies(self, target: str, kind: str) -> Copies:
+    def copies(self, target: Target, kind: str) -> Copies:
         """The other bindings of the target's object. Raises TargetError."""
-        owner, name = locate(target)
-        slot = self._slots.get((id(owner), name))
-        return Copies(self.place(target, kind)) if slot is None or not slot.links else slot.copies
+        slot, _ = self._slot(target)
+        return Copies(self.place(target, kind)) if slot is None else slot.copies
 
-    def check(self, patches: Sequence[Patch]) -> list[Place]:
+    def check(self, patches: Sequence[Patch], resolve: Callable[[Patch], Place]) -> list[Place]:
         """Check that all these patches can be applied now; returns their places. Changes nothing."""
         together = [*(receipt.patch for receipt in self._held), *patches]
         refuse_conflicts(together)
         in_order(together)
-        places = [self.place(patch.target, patch.kind) for patch in patches]
+        places = [resolve(patch) for patch in patches]
         for place in places:
             if place.key in self._slots:
                 self._slots[place.key].refuse_overwritten()
@@ -113,11 +136,12 @@ class Activations:
         slot = self._slots.get(place.key)
         if slot is None or not slot.links:
             slot = self._slots[place.key] = Slot(place)
+        receipt.target = str(place.target)
         self._held[receipt] = slot
         self._changing = True
         try:
             slot.add(receipt)
-            self._stale = self._stale or slot.is_traced
+            self._stale = self._stale or is_traced(slot.place)
             self.ledger.record(receipt, State.ACTIVE)
         finally:
             self._changing = False
@@ -141,7 +165,9 @@ class Activations:
 
         Changes nothing if the new definitions cannot be patched. Raises TargetError, OverwrittenError.
         """
-        places = [describe(receipt.target, *locate(receipt.target), receipt.patch.kind) for receipt in receipts]
+        targets = [self._held[receipt].place.target for receipt in receipts]
+        kinds = [receipt.patch.kind for receipt in receipts]
+        places = [describe(target, locate(target), kind) for target, kind in zip(targets, kinds, strict=True)]
         for place in places:
             rehearse(place)
         for receipt in receipts:
@@ -160,7 +186,7 @@ class Activations:
         self._changing = True
         try:
             self._held[receipt].refresh()
-            self._stale = self._stale or self._held[receipt].is_traced
+            self._stale = self._stale or is_traced(self._held[receipt].place)
         finally:
             self._changing = False
         self.ledger.record(receipt, State.DISABLED if disabled else State.ACTIVE)
@@ -174,11 +200,16 @@ class Activations:
         if slot is None:
             self._undo_unapplied(receipt, note)
             return
+        if receipt in self._left_behind and slot.is_gone():
+            self._close(receipt, note)
+            return
         self._changing = True
-        self._stale = self._stale or slot.is_traced
+        self._stale = self._stale or is_traced(slot.place)
         try:
             slot.remove(receipt)
         except OverwrittenError as error:
+            if not slot.links:
+                slot.let_go()
             self.ledger.record(receipt, State(error.state), str(error))
             self._left_behind[receipt] = slot
             self._forget_unused(slot)
@@ -218,22 +249,41 @@ class Activations:
     def drop_stale_graphs(self) -> None:
         """Make torch.compile trace anew, if a traced target has changed. To be called without the lock, for which a
         thread that is compiling may be waiting.
+
+        Drops all graphs, because no public API tells which ones have inlined a function; but only compiled code, not
+        the counters, CUDA graphs and settings that `torch.compiler.reset` also resets. Nothing is imported.
         """
-        if self._stale:
-            self._stale = False
-            drop_stale_graphs()
+        if not self._stale:
+            return
+        self._stale = False
+        dynamo = sys.modules.get("torch._dynamo")
+        # While another thread is still importing it, nothing has been compiled either.
+        drop = getattr(dynamo, "reset_code_caches", None) or getattr(dynamo, "reset", None)
+        if drop is not None:
+            drop()
+
+    def renew_locks(self) -> None:
+        """Replace the locks that other threads held at a `fork`: in the child, they are never released."""
+        # A lock of the forking thread itself is kept, since that thread goes on here and will release it.
+        if self.lock.acquire(blocking=False):
+            self.lock.release()
+        else:
+            self.lock, self._changing = threading.RLock(), False
+        REGISTRY.lock, BUNDLES.lock = threading.Lock(), threading.Lock()
+        renew_locks()
 
     def _expire_soon(self, receipt: Receipt) -> None:
         # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
         # the lock does not stop, or by another thread, where waiting could deadlock.
         self._expired.append(receipt)
-        if not self.lock.acquire(blocking=False):
+        lock = self.lock
+        if not lock.acquire(blocking=False):
             return
         try:
             if not self._changing:
                 self.catch_up()
         finally:
-            self.lock.release()
+            lock.release()
 
     def _expire(self, receipt: Receipt) -> None:
         stale = self._stale
@@ -247,3 +297,5 @@ class Activations:
 
 
 ACTIVATIONS: Final = Activations(LEDGER)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=ACTIVATIONS.renew_locks)

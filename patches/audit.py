@@ -1,18 +1,19 @@
-"""The audit: the ledger compared with the live objects."""
+"""The audit: the ledger compared with the live objects, and with the copies of targets in other modules."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Final, overload
+from typing import Final, Literal
 
 from .activation import ACTIVATIONS
-from .aliases import unpatched_copies
-from .ledger import LEDGER, Receipt, State
+from .errors import TargetError
+from .ledger import LEDGER, Entry, Receipt, State
+from .patch import Patch
+from .plan import resolve
+from .registry import REGISTRY
 from .table import aligned
 
-__all__ = ["Audit", "Row", "audit"]
+__all__ = ["Alias", "Audit", "Row", "aliases", "audit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,44 +35,38 @@ class Row:
     note: str
     calls: int | None = None
     """Number of calls through the patch; None if calls are not counted."""
+    passed: int | None = None
+    """Number of those calls that the wrapper marked as passed through; it acted on the others."""
     aliases: tuple[str, ...] = ()
     """Copies of the target that still hold the original, so that calls bypass the patch; only on request."""
 
 
 # Owner and note would make the lines too long to read; they are in the JSON.
-_COLUMNS: Final = tuple(field.name for field in fields(Row) if field.name not in ("owner", "note", "calls", "aliases"))
+_COLUMNS: Final = tuple(
+    field.name for field in fields(Row) if field.name not in ("owner", "note", "calls", "passed", "aliases")
+)
 
 
-class Audit(Sequence[Row]):
+class Audit(tuple[Row, ...]):
     """Rows, oldest first. `str()` is a table."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = tuple(rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        return self._rows[index]
+    __slots__ = ()
 
     def __str__(self) -> str:
-        if not self._rows:
+        if not self:
             return "no patch is active"
-        columns = (*_COLUMNS, "calls") if any(row.calls is not None for row in self._rows) else _COLUMNS
-        table = aligned(columns, [[_text(getattr(row, name)) for name in columns] for row in self._rows])
-        passing = [f"calls pass by {row.id} through {', '.join(row.aliases)}" for row in self._rows if row.aliases]
+        counts = [name for name in ("calls", "passed") if any(getattr(row, name) for row in self)]
+        counted = any(row.calls is not None for row in self)
+        columns = (*_COLUMNS, *dict.fromkeys(["calls", *counts] if counted else []))
+        table = aligned(columns, [[_text(getattr(row, name)) for name in columns] for row in self])
+        passing = [f"calls pass by {row.id} through {', '.join(row.aliases)}" for row in self if row.aliases]
         return "\n".join((table, *passing))
 
     def to_json(self) -> str:
         """A JSON array with one object per row."""
-        return json.dumps([asdict(row) for row in self._rows], indent=2)
+        import json
+
+        return json.dumps([asdict(row) for row in self], indent=2)
 
 
 def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
@@ -84,9 +79,11 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        listed = {*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()}
-        receipts = [receipt for receipt in LEDGER.receipts if include_reverted or receipt in listed]
-        return Audit([_row(receipt, aliases=aliases) for receipt in receipts])
+        in_force = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+        rows = {receipt.serial: _row(receipt, aliases=aliases) for receipt in in_force}
+        past = {entry.serial: entry for entry in LEDGER.entries if entry.serial not in rows} if include_reverted else {}
+        rows |= {serial: _past_row(entry) for serial, entry in past.items()}
+        return Audit(rows[serial] for serial in sorted(rows))
 
 
 def _row(receipt: Receipt, *, aliases: bool) -> Row:
@@ -103,9 +100,83 @@ def _row(receipt: Receipt, *, aliases: bool) -> Row:
         owner=receipt.owner,
         note=receipt.note,
         calls=receipt.calls,
-        aliases=unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else (),
+        passed=receipt.passed,
+        aliases=_unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else (),
+    )
+
+
+def _past_row(entry: Entry) -> Row:
+    return Row(
+        id=entry.id,
+        target=entry.target,
+        state=entry.state,
+        scope=entry.scope,
+        since=entry.since.isoformat(timespec="seconds"),
+        by=entry.by,
+        reason=entry.reason,
+        verdict=entry.verdict,
+        owner=entry.owner,
+        note=entry.note,
+        calls=entry.calls,
+        passed=entry.passed,
     )
 
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
+
+
+# Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alias:
+    """Another binding of a target, as it is now."""
+
+    where: str
+    """`module:name`, `module:Class.name`, `module:TABLE['key']` or `module:LIST[0]`."""
+    holds: Literal["original", "patched"]
+    """"original": calls through it are not patched, where patches are active. "patched": it was rewritten, or copied
+    while a patch was active.
+    """
+
+
+def aliases(patch: str | Patch) -> list[Alias]:
+    """Every copy of a patch's target, or of a target, found by identity in the modules that are loaded.
+
+    Looks into every module, and into the classes, dictionaries and lists stored in one; imports the target's module
+    and nothing else. Copies in closures, partials, default arguments and instances are not found, nor are those of
+    classmethods, properties and values. Raises UnknownPatchError, TargetError.
+    """
+    place_of = resolve(_looked_up(patch) if isinstance(patch, str) and ":" in patch else _declared(patch))
+    with ACTIVATIONS.lock:
+        copies = ACTIVATIONS.copies(place_of.target, place_of.kind)
+        found = [
+            *(Alias(where=str(binding), holds="original") for binding in copies.of_original()),
+            *(Alias(where=str(binding), holds="patched") for binding in copies.of_installed()),
+        ]
+    return sorted(found, key=lambda alias: alias.where)
+
+
+def _unpatched_copies(patch: Patch) -> tuple[str, ...]:
+    """The copies through which calls bypass an active patch; empty if the patch ignores aliases."""
+    if patch.aliases == "ignore":
+        return ()
+    copies = ACTIVATIONS.copies(resolve(patch).target, patch.kind)
+    return tuple(sorted(map(str, copies.of_original(spared=patch.spared()))))
+
+
+def _declared(patch: str | Patch) -> Patch:
+    return REGISTRY.get(patch) if isinstance(patch, str) else patch
+
+
+def _looked_up(target: str) -> Patch:
+    """A patch by which to look a target up: of any kind, or of kind "class", which "auto" refuses to patch."""
+    for kind in ("auto", "class"):
+        made = Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up", kind=kind)
+        try:
+            resolve(made)
+        except TargetError:
+            continue
+        return made
+    return Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up")

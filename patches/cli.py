@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import shlex
+import shutil
 import sys
-from dataclasses import asdict
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from .aliases import aliases as find_aliases
-from .cli_audit import audit, import_first
-from .cli_new import new
-from .cli_run import check_lock, lock, run
-from .errors import PatchError, TargetError
+from .audit import aliases as find_aliases
+from .audit import audit as take_audit
+from .errors import PatchError, TargetError, UnknownPatchError
+from .foreign import changed_files, foreign
+from .journal import read_journals
+from .manifest import changes, read
+from .manifest import lock as make_lock
+from .manifest import write as write_lock
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import REGISTRY
-from .run import offer
-from .select import select
+from .registry import REGISTRY, select
+from .run import command as command_of
+from .run import environment, offer
+from .scaffold import scaffold, write
 from .table import aligned
+from .target import MISSING
 from .verdict import Verdict, VerdictKind
 
 __all__ = ["app", "main"]
@@ -33,17 +44,35 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
-    "the installed versions need. Applying is done in Python: `with patches.transaction(ID, reason=...):`.",
+    "the installed versions need. Applying is done in Python: `with patches.transaction(ID):`.",
 )
+
+
+def _import(modules: Sequence[str], option: str = "--import") -> None:
+    """Import the modules that an option names, those in the current folder too, as `python -m` does.
+
+    The entry points of a project there are found, though it is not installed.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    offer(here)
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise typer.BadParameter(f"{module!r} cannot be imported: {error}", param_hint=option) from error
+
 
 _SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
 _Selectors = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SELECTOR]...", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
-_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR...", help=_SELECTORS_HELP)]
+_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
 _Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
 _Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
@@ -51,23 +80,60 @@ _Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `p
 _AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
-    typer.Option("--import", metavar="MODULE", help="Import this first, for what it patches or registers. Repeatable."),
+    typer.Option(
+        "--import",
+        metavar="MODULE",
+        callback=lambda modules: _import(modules or ()),
+        is_eager=True,
+        help="Import this first, for what it registers or applies. Repeatable.",
+    ),
 ]
 _Lock = Annotated[
     Path | None,
     typer.Option("--lock", metavar="FILE", help="Say what differs from this file, which `patches lock` wrote."),
 ]
+_Command = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="`script.py ...`, `-m module ...`, or a program.")
+]
+_Apply = Annotated[
+    list[str] | None,
+    typer.Option("--apply", metavar="IDS", help="What to apply: ids, bundles or selectors, separated by commas."),
+]
+_RunImport = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
+]
+_Locked = Annotated[list[str] | None, typer.Argument(metavar="[SELECTOR]...", help="Everything in force if none.")]
+_Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
+_All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
+_Journal = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Show every process that ran with PATCHES_JOURNAL=DIR, and which of them differ."),
+]
+_Foreign = Annotated[
+    list[str] | None,
+    typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
+]
+_Disk = Annotated[
+    bool, typer.Option("--disk", help="With --foreign: also compare the installed files with their RECORD.")
+]
+_Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
+_NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
+_Target = Annotated[str, typer.Option("--target", metavar="TARGET", help="`package.module:Class.attribute`.")]
+_Reason = Annotated[str, typer.Option(metavar="TEXT", help="The defect, in a sentence.")]
+_Upstream = Annotated[str, typer.Option(metavar="URL", help="The report, or the source that shows the defect.")]
+_Root = Annotated[Path, typer.Option(metavar="DIR", help="What packages are found in: the project, or its `src`.")]
+_Tests = Annotated[Path, typer.Option(metavar="DIR", help="Where the tests go, below the root unless absolute.")]
 
 
 @app.command("list")
-def list_patches(as_json: _AsJson = False) -> None:
+def list_patches(_: _Import = None, as_json: _AsJson = False) -> None:
     """List every known patch and its source. Imports none of them."""
-    known = [{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()]
-    _print(known, as_json=as_json)
+    _print([{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()], as_json=as_json)
 
 
 @app.command()
-def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint = False) -> None:
+def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_fingerprint: _Fingerprint = False) -> None:
     """Show everything about one patch, its verdict included. Imports the library that it patches.
 
     With --fingerprint, print the fingerprint of the installed upstream source, to use in the patch's declaration.
@@ -77,57 +143,76 @@ def show(patch_id: _Id, as_json: _AsJson = False, only_fingerprint: _Fingerprint
         typer.echo(fingerprint_of(patch))
         return
     found = verdict(patch)
-    facts = {**_facts(patch), **_judgement(found), **_under_compile(patch, found)}
+    declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
+    declared["target"] = " or ".join(map(str, patch.targets))
+    given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
+    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    typer.echo(aligned(("field", "value"), [(name, _text(value)) for name, value in facts.items()]))
+        typer.echo(json.dumps(facts, indent=2, default=str))
+    else:
+        _print([{"field": name, "value": _text(value)} for name, value in facts.items() if value], as_json=False)
 
 
 @app.command()
-def check(
-    selectors: _Selectors = None, modules: _Import = None, as_json: _AsJson = False, lock_file: _Lock = None
-) -> None:
+def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = False, lock_file: _Lock = None) -> None:
     """Report for each patch whether the installed versions need it.
 
     A patch without an entry point is known once its module is imported: `--import my_project.patches`.
 
-    needed: the defect is present. obsolete: it is absent; a transaction skips the patch. unknown: the versions are
-    outside the window, the source or the signature of the target has changed, somebody else has patched it, or the
-    probe raised. incompatible: a library is missing, or the target does not exist.
+    - needed: the defect is present.
+    - obsolete: it is absent; a transaction skips the patch.
+    - absent: the library is not installed.
+    - unknown: the versions are outside the window, the source or the signature of the target has changed, somebody
+      else has patched it, or the probe raised.
+    - incompatible: the target does not exist.
 
     Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
-    for module in modules or ():
-        import_first(module)
     if lock_file is not None:
-        check_lock(lock_file, selectors or (), as_json=as_json)
+        _check_lock(lock_file, selectors or (), as_json=as_json)
         return
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
-    rows = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
+    rows: list[dict[str, Any]] = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
     if as_json:
-        details = [_details(patch_id, found) for patch_id, found in verdicts.items()]
-        typer.echo(json.dumps([{**row, **more} for row, more in zip(rows, details, strict=True)], indent=2))
-    else:
-        _print(rows, as_json=False)
+        rows = [{**row, **_details(row["id"], found)} for row, found in zip(rows, verdicts.values(), strict=True)]
+    _print(rows, as_json=as_json)
     if any(found.kind in _UNTRUSTED for found in verdicts.values()):
         raise typer.Exit(1)
 
 
-app.command()(audit)
-app.command()(new)
-app.command(context_settings={"allow_interspersed_args": False})(run)
-app.command()(lock)
+@app.command()
+def audit(
+    _: _Import = None,
+    as_json: _AsJson = False,
+    everything: _All = False,
+    journal: _Journal = None,
+    foreign_packages: _Foreign = None,
+    disk: _Disk = False,
+) -> None:
+    """Show the patches of this process: target, scope, time, caller, reason, and state.
+
+    A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
+
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ.
+    With --foreign, show what code other than this package has patched, compared with a clean process.
+    """
+    if disk and not foreign_packages:
+        raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
+    if journal is not None:
+        _show_journal(journal, as_json=as_json)
+    elif foreign_packages:
+        _show_foreign(foreign_packages, as_json=as_json, disk=disk)
+    else:
+        found = take_audit(include_reverted=everything)
+        typer.echo(found.to_json() if as_json else str(found))
 
 
 @app.command()
-def aliases(patch: _Patch, modules: _Import = None, as_json: _AsJson = False) -> None:
+def aliases(patch: _Patch, _: _Import = None, as_json: _AsJson = False) -> None:
     """List the copies of a target in other modules, such as `from x import f` makes.
 
     A patch does not reach a copy that holds the original, unless declared with aliases="rewrite".
     """
-    for module in modules or ():
-        import_first(module)
     found = [asdict(alias) for alias in find_aliases(patch)]
     if as_json or found:
         _print(found, as_json=as_json)
@@ -136,7 +221,7 @@ def aliases(patch: _Patch, modules: _Import = None, as_json: _AsJson = False) ->
 
 
 @app.command()
-def plan(selectors: _Planned, force: _Force = False) -> None:
+def plan(selectors: _Planned, _: _Import = None, force: _Force = False) -> None:
     """Show which patches a transaction would apply, in which order, and why. Changes nothing.
 
     Includes the patches that others need. Exits with 2 if the transaction would be refused, and prints the reason.
@@ -144,44 +229,109 @@ def plan(selectors: _Planned, force: _Force = False) -> None:
     typer.echo(make_plan(*selectors, force=force).explain())
 
 
-def main() -> None:
-    """Run the console script. Errors of this package are printed without a traceback, with exit code 2.
+@app.command()
+def new(
+    package: _Package,
+    patch_id: _NewId,
+    target: _Target,
+    _: _Import = None,
+    reason: _Reason = "",
+    upstream: _Upstream = "",
+    root: _Root = Path(),
+    tests: _Tests = Path("tests"),
+) -> None:
+    """Write a new patch and its tests, tied to the installed version and source of the target.
 
-    Modules and patches of a project in the current folder are found, though it is not installed.
+    The tests pass as written. Comments number what remains: the probe, which tries for the defect; the verification
+    of the effect; the wrapper, which has it; and a test.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    offer(here)
+    sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
+    planned = scaffold(package, id=patch_id, target=target, reason=reason, upstream=upstream, tests=tests)
+    for path in write(planned, root):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{planned.entry_point}\n")
+    typer.echo(f"and run: python -m pytest {root / planned.tests}")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = None) -> None:
+    """Run a script, a module or a program, and every Python process that it starts, with patches.
+
+    Each patch is applied when its target is imported. Without a command, print the environment that does it, for
+    `eval "$(patches run --apply IDS)"` in a shell. Exits with 2 if an id is unknown; otherwise this process becomes the
+    command.
+    """
+    selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
+    wanted = environment(*selectors, imports=modules or ())
+    if not command:
+        added = (
+            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
+        )
+        typer.echo("\n".join(added))
+        return
+    arguments = command_of(command)
+    sys.stdout.flush()
+    os.execvpe(arguments[0], arguments, wanted)  # noqa: S606 - the caller's own command
+
+
+@app.command()
+def lock(selectors: _Locked = None, output: _Output = None, _: _Import = None) -> None:
+    """Write down the patches with the versions, verdicts and fingerprints that they have here, as JSON.
+
+    `patches check --lock FILE` then says what has moved since.
+    """
+    found = make_lock(*(selectors or ()))
+    if output is None:
+        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    write_lock(found, output)
+    typer.echo(f"locked {', '.join(entry['id'] for entry in found['patches'])} in {output}")
+
+
+def _check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
+    """Print what differs from a lock, and exit with 1 if anything does."""
+    locked = read(file)
+    lines = changes(locked, *selectors)
+    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")
+    if lines:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
     try:
         app()
     except PatchError as error:
         typer.echo(f"patches: {error}", err=True)
+        if isinstance(error, UnknownPatchError):
+            hint = "declare it in an entry point, or name the module that registers it with --import MODULE"
+            typer.echo(f"If it is yours, {hint}.", err=True)
         sys.exit(2)
 
 
-def _facts(patch: Patch) -> dict[str, Any]:
-    return {
-        "id": patch.id,
-        "target": patch.target,
-        "reason": patch.reason,
-        "upstream": patch.upstream,
-        "requires": dict(patch.requires),
-        "kind": patch.kind,
-        "traced": patch.traced,
-        "after": patch.after,
-        "needs": patch.needs,
-        "conflicts": patch.conflicts,
-        "tags": patch.tags,
-        "fingerprint": patch.fingerprint,
-        "signature": patch.signature,
-        "on_drift": patch.on_drift,
-        "on_foreign": patch.on_foreign,
-        "wrapper": patch.claimant,
-    }
+def _show_journal(folder: Path, *, as_json: bool) -> None:
+    processes = read_journals(folder)
+    typer.echo(processes.to_json() if as_json else str(processes))
+    if processes.differences:
+        raise typer.Exit(1)
 
 
-def _judgement(found: Verdict) -> dict[str, str]:
+def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
+    _import(packages, option="--foreign")
+    found = foreign(*packages)
+    changed = changed_files(*packages) if disk else None
+    if as_json:
+        facts = json.loads(found.to_json())
+        files = {} if changed is None else {"files": [asdict(file) for file in changed]}
+        typer.echo(json.dumps({**facts, **files}, indent=2))
+        return
+    typer.echo(str(found))
+    if changed is not None:
+        rows = [(file.distribution, file.path, file.state) for file in changed]
+        typer.echo(aligned(("distribution", "file", "state"), rows) if rows else "every file is as installed")
+
+
+def _judgement(found: Verdict) -> dict[str, Any]:
     return {"verdict": str(found), "why": found.why}
 
 
@@ -191,23 +341,47 @@ def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
-    if found.kind == VerdictKind.INCOMPATIBLE:
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         return {}
     try:
         seen = is_seen_when_compiled(patch)
     except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
-    return {"torch.compile": "traced" if seen else "passed by: declare it traced=True if that compiles its target"}
+    return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of its target"}
+
+
+def _plain(value: object) -> object:
+    """A field's value as JSON can hold it; functions by name."""
+    if callable(value):
+        return f"{value.__module__}:{getattr(value, '__qualname__', repr(value))}"
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _print(rows: list[dict[str, str]], *, as_json: bool) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif rows:
-        typer.echo(aligned(tuple(rows[0]), [tuple(row.values()) for row in rows]))
+        typer.echo(_table(tuple(rows[0]), [tuple(row.values()) for row in rows]))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; where it is too wide for the terminal, the last column is wrapped, below the others if they are wide."""
+    table = aligned(header, rows)
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns  # a pipe has no width
+    if max(map(len, table.splitlines())) <= width:
+        return table
+    firsts = aligned(header[:-1], [row[:-1] for row in rows]).splitlines()
+    start = max(map(len, firsts)) + 2
+    indent = start if start <= width // 2 else 4
+    wrap = textwrap.TextWrapper(width=max(width - indent, 1), break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for first, row in zip(firsts, (header, *rows), strict=True):
+        last = f"\n{' ' * indent}".join(wrap.wrap(row[-1]))
+        lines.append(f"{first:{start}}{last}" if indent == start else f"{first}\n{' ' * indent}{last}")
+    return "\n".join(lines)

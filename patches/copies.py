@@ -1,18 +1,96 @@
-"""Copies of the object at one place, such as `from x import f` makes: found, rewritten, restored."""
+"""Copies of the object at one place, such as `from x import f` makes: found, rewritten, restored. Imports nothing."""
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Final
 
-import wrapt
-
-from .bindings import Binding, bindings
 from .target import MISSING, Kind, Place
 
-__all__ = ["Copies"]
+__all__ = ["Binding", "Copies", "bindings"]
+
+_dict_of_class: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Binding:
+    """One place that holds an object: an entry of a module, of a class, or of a dictionary or list there."""
+
+    module: str
+    path: str
+    """`name`, `Class.name`, `TABLE['key']` or `LIST[0]`."""
+    container: Any
+    key: Any
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.path}"
+
+    def read(self) -> Any:
+        """The object that is stored there now, or None."""
+        if type(self.container) is list:
+            return self.container[self.key] if self.key < len(self.container) else None
+        held = _dict_of_class(self.container) if isinstance(self.container, type) else self.container
+        return held.get(self.key)
+
+    def write(self, value: object) -> None:
+        """Store `value`, bypassing any `__setattr__` of the module or metaclass."""
+        if isinstance(self.container, type):
+            type.__setattr__(self.container, self.key, value)
+        else:
+            self.container[self.key] = value
+
+
+def bindings(is_wanted: Callable[[object], bool]) -> Iterator[Binding]:
+    """Find every entry of a loaded module, or of a class, dictionary or list stored in one, that holds a wanted object.
+
+    One level deep, each container once. `__dict__`s are read directly, so that lazy modules (those of transformers,
+    `importlib.util.LazyLoader`) are not triggered.
+    """
+    seen: set[int] = set()
+    for name, module in list(sys.modules.items()):
+        entries = _entries_of_module(module)
+        if entries is None or id(entries) in seen:
+            continue
+        seen.add(id(entries))
+        for key, value in list(entries.items()):
+            if is_wanted(value):
+                yield Binding(module=name, path=key, container=entries, key=key)
+            else:
+                yield from _inside(name, key, value, is_wanted, seen)
+
+
+def _entries_of_module(module: object) -> dict[str, Any] | None:
+    try:
+        entries = object.__getattribute__(module, "__dict__")
+    except AttributeError:  # anything can be put into sys.modules
+        return None
+    return entries if type(entries) is dict else None
+
+
+def _inside(
+    module: str, name: str, value: object, is_wanted: Callable[[object], bool], seen: set[int]
+) -> Iterator[Binding]:
+    # `issubclass` of the `type`: isinstance reads the object's `__class__`, and some objects warn about that.
+    kind = type(value)
+    is_class = issubclass(kind, type)
+    if not (is_class or kind is dict or kind is list) or id(value) in seen:
+        return
+    seen.add(id(value))
+    for key, held in _items(value, is_class=is_class):
+        if is_wanted(held):
+            path = f"{name}.{key}" if is_class else f"{name}[{key!r}]"
+            yield Binding(module=module, path=path, container=value, key=key)
+
+
+def _items(value: Any, *, is_class: bool) -> list[tuple[Any, Any]]:
+    if type(value) is list:
+        return list(enumerate(value))
+    return list((_dict_of_class(value) if is_class else value).items())
+
 
 _COPIED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.STATICMETHOD, Kind.CLASS)
 
@@ -51,11 +129,10 @@ class Copies:
         # The wrapper may return a class that was already bound elsewhere. Those bindings are not copies.
         if not self._find([installed]):
             self._remember(_stored(installed))
-        self._move_rewritten(lambda binding: self._form(installed, binding))
+        self._move_rewritten(_stored(installed))
         for binding in self.of_original(spared):
-            form = self._form(installed, binding)
-            self._rewritten.append((binding, form))
-            binding.write(form)
+            self._rewritten.append((binding, _stored(installed)))
+            binding.write(_stored(installed))
         self._refresh(installed)
 
     def restore(self, installed: object) -> None:
@@ -65,27 +142,21 @@ class Copies:
         """
         if not self._engaged:
             return
-        self._move_rewritten(lambda _: self._original)
+        self._move_rewritten(self._original)
         self._refresh(installed)
         self._rewritten.clear()
         self._engaged = False
 
-    def _move_rewritten(self, form: Callable[[Binding], object]) -> None:
+    def _move_rewritten(self, held: object) -> None:
         for position, (binding, written) in enumerate(self._rewritten):
-            if _core(binding.read()) is _core(written):
-                self._rewritten[position] = binding, form(binding)
-                binding.write(form(binding))
+            if binding.read() is written:
+                self._rewritten[position] = binding, held
+                binding.write(held)
 
     def _refresh(self, installed: object) -> None:
         current = _stored(installed)
         for binding in self._find([past for past in self._alive() if past is not current]):
-            binding.write(self._form(installed, binding))
-
-    def _form(self, installed: Any, binding: Binding) -> object:
-        """The value for a binding, as read from the place: for a method outside a class, the unbound method."""
-        stored = _stored(installed)
-        binds = isinstance(stored, wrapt.FunctionWrapper) and isinstance(self._place.owner, type)
-        return stored.__get__(None, self._place.owner) if binds and not isinstance(binding.container, type) else stored
+            binding.write(current)
 
     def _remember(self, stored: Any) -> None:
         alive = self._alive()
@@ -101,7 +172,7 @@ class Copies:
         if self._original is MISSING or not wanted:
             return []
         ids = frozenset(map(id, wanted))
-        found = (binding for binding in bindings(lambda value: id(_core(value)) in ids) if binding.module not in spared)
+        found = (binding for binding in bindings(lambda value: id(value) in ids) if binding.module not in spared)
         return [binding for binding in found if not self._is_the_place(binding)]
 
     def _is_the_place(self, binding: Binding) -> bool:
@@ -121,8 +192,3 @@ def _original(place: Place) -> Any:
 def _stored(value: Any) -> Any:
     """The object that a copy of an attribute with this `value` holds."""
     return value.__func__ if type(value) is staticmethod else value
-
-
-def _core(value: Any) -> Any:
-    """The installed wrapper, if `value` is a bound form of it, which wrapt makes anew on each access."""
-    return value._self_parent if type(value) is wrapt.BoundFunctionWrapper else value

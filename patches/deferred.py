@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
 from .ledger import Receipt, State
-from .order import in_order, refuse_conflicts
-from .patch import Patch
-from .scope import Scoped
-from .target import parse
+from .patch import Patch, Scoped
+from .slot import in_order, refuse_conflicts
+from .target import MISSING
 
 if TYPE_CHECKING:
     from .activation import Activations
@@ -166,7 +165,7 @@ class Pending(MetaPathFinder):
             raise
 
     def _apply(self, receipt: Receipt) -> None:
-        from .plan import acceptable, is_left_out
+        from .plan import acceptable, is_left_out, resolve
 
         owner, force = self._activations, self.is_forced(receipt)
         found = acceptable(receipt.patch, force=force)
@@ -183,7 +182,7 @@ class Pending(MetaPathFinder):
             if is_left_out(receipt.patch, found) and not force:
                 owner.ledger.record(receipt, State.SKIPPED, found.why)
                 return
-            (place,) = owner.check([receipt.patch])
+            (place,) = owner.check([receipt.patch], resolve)
             owner.apply(receipt, place)
         finally:
             owner.lock.release()
@@ -198,13 +197,13 @@ class Pending(MetaPathFinder):
             finally:
                 self._activations.lock.release()
         try:
-            message = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed: {error!r}"
-            warnings.warn(message, DeferredPatchWarning, stacklevel=2)
+            what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
+            warnings.warn(f"{what}: {type(error).__name__}: {error}", DeferredPatchWarning, stacklevel=2)
         except DeferredPatchWarning:
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 
 
-def split(items: Iterable[Item], on: Sequence[object] | None) -> tuple[list[Item], list[Patch]]:
+def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
     """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
 
     Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
@@ -243,7 +242,7 @@ class Deferred:
         return revert(*self.pending)
 
 
-def defer(*items: Item, reason: str, force: bool = False) -> Deferred:
+def defer(*items: Item, reason: str = "", force: bool = False) -> Deferred:
     """Apply patches as soon as anyone imports their modules, or at once if imported already. Imports none.
 
     A patch without a probe is applied as soon as its module has been executed, before the rest of the package can copy
@@ -269,7 +268,9 @@ def _missing(patch: Patch) -> frozenset[frozenset[str]]:
 
     waited: set[frozenset[str]] = set()
     for needed, _ in expand([patch]):
-        modules = {parse(needed.target).module}
+        if any(target.held is not MISSING for target in needed.targets):
+            continue  # an object in hand
+        modules = {target.module for target in needed.targets}
         waited.add(frozenset(modules))
         if needed.probe is not None:
             waited.add(frozenset(module.partition(".")[0] for module in modules))

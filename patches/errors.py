@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "ApplyError",
@@ -27,21 +27,24 @@ __all__ = [
     "UndoError",
     "UnknownPatchError",
     "VerifyError",
+    "VersionWarning",
     "WrapperError",
 ]
 
 
 class PatchError(Exception):
-    """Base class of this package's errors."""
+    """Base class of this package's errors. The facts of a case are attributes, annotated in its class."""
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        vars(self).update(facts)
 
 
 class DefinitionError(PatchError, ValueError):
     """A patch declaration is invalid; `field` is the field to correct."""
 
-    def __init__(self, message: str, *, patch_id: str, field: str) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
-        self.field = field
+    patch_id: str
+    field: str
 
 
 class UnknownPatchError(PatchError, LookupError):
@@ -49,77 +52,71 @@ class UnknownPatchError(PatchError, LookupError):
     nothing.
     """
 
-    def __init__(self, message: str, *, patch_id: str, suggestions: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
-        self.suggestions = tuple(suggestions)
+    patch_id: str
+    suggestions: tuple[str, ...] = ()
 
 
 class DuplicatePatchError(PatchError):
     """Two claims on one id; `claimants` names both."""
 
-    def __init__(self, message: str, *, patch_id: str, claimants: Sequence[str]) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
-        self.claimants = tuple(claimants)
+    patch_id: str
+    claimants: tuple[str, ...]
 
 
 class TargetError(PatchError):
     """A target cannot be parsed, does not resolve, or cannot be patched; `why` is the cause alone."""
 
-    def __init__(self, message: str, *, target: str, why: str) -> None:
-        super().__init__(message)
-        self.target = target
-        self.why = why
+    target: str
+    why: str
+    suggestion: str = ""
+    """A target that resolves, or is at least of the right form, and is spelt almost like this one."""
+    is_absent: bool = False
+    """Whether nothing is there: the module, a name on the way, or the target itself."""
 
 
 class ScopeError(PatchError, ValueError):
     """A patch cannot be limited to the given instances."""
 
-    def __init__(self, message: str, *, patch_id: str) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
+    patch_id: str
 
 
 class ConflictError(PatchError):
     """Two patches may not be active together; `patch_ids` holds both."""
 
-    def __init__(self, message: str, *, patch_ids: Sequence[str]) -> None:
-        super().__init__(message)
-        self.patch_ids = tuple(patch_ids)
+    patch_ids: tuple[str, ...]
 
 
 class CycleError(PatchError):
     """Patches are ordered in a cycle; `cycle` lists them, the first repeated at the end."""
 
-    def __init__(self, message: str, *, cycle: Sequence[str]) -> None:
-        super().__init__(message)
-        self.cycle = tuple(cycle)
+    cycle: tuple[str, ...]
 
 
 class ForeignError(PatchError):
     """Foreign patches cannot be determined; `why` is the cause alone."""
 
-    def __init__(self, message: str, *, why: str) -> None:
-        super().__init__(message)
-        self.why = why
+    why: str
 
 
 class IncompatibleError(PatchError):
-    """A patch cannot be applied to the installed versions."""
+    """A patch cannot be applied to the installed versions, or an atomic bundle not as a whole."""
 
-    def __init__(self, message: str, *, patch_id: str, why: str) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
-        self.why = why
+    patch_id: str
+    why: str
 
 
 class DriftError(IncompatibleError):
-    """A target differs from the one the patch was written for, or somebody else has patched it; see `on_drift`."""
+    """A target differs from the one the patch was written for, in version (`on_unknown`) or source (`on_drift`), or
+    somebody else has patched it (`on_foreign`).
+    """
 
 
 class DriftWarning(UserWarning):
     """A patch was applied to a target that has drifted or that somebody else has patched, because it is set to warn."""
+
+
+class VersionWarning(UserWarning):
+    """A patch was applied to a version outside its window, because it is set to warn."""
 
 
 class DeferredPatchWarning(UserWarning):
@@ -129,9 +126,7 @@ class DeferredPatchWarning(UserWarning):
 class JournalError(PatchError):
     """A folder has no journal, or a file in it is not a valid journal; `path` names it."""
 
-    def __init__(self, message: str, *, path: str) -> None:
-        super().__init__(message)
-        self.path = path
+    path: str
 
 
 class ManifestError(PatchError):
@@ -139,26 +134,20 @@ class ManifestError(PatchError):
     each difference.
     """
 
-    def __init__(self, message: str, *, differences: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.differences = tuple(differences)
+    differences: tuple[str, ...] = ()
 
 
 class ProbeError(PatchError):
     """A probe raised, so it is unknown whether its patch is needed; the exception is the `__cause__`."""
 
-    def __init__(self, message: str, *, patch_id: str) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
+    patch_id: str
 
 
 class ApplyError(PatchError):
     """Installing a patch failed; `undone` lists the ids that were applied before it and have been undone."""
 
-    def __init__(self, message: str, *, patch_id: str, undone: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
-        self.undone = tuple(undone)
+    patch_id: str
+    undone: tuple[str, ...] = ()
 
 
 class VerifyError(ApplyError):
@@ -168,17 +157,13 @@ class VerifyError(ApplyError):
 class TransactionError(PatchError):
     """The state of the transaction (`state`) does not allow the operation."""
 
-    def __init__(self, message: str, *, state: str) -> None:
-        super().__init__(message)
-        self.state = state
+    state: str
 
 
 class NotActiveError(PatchError, LookupError):
     """A patch that is to be reverted is not active."""
 
-    def __init__(self, message: str, *, patch_id: str) -> None:
-        super().__init__(message)
-        self.patch_id = patch_id
+    patch_id: str
 
 
 class OverwrittenError(PatchError):
@@ -188,11 +173,9 @@ class OverwrittenError(PatchError):
     and "overwritten" otherwise.
     """
 
-    def __init__(self, message: str, *, target: str, state: str, found: object) -> None:
-        super().__init__(message)
-        self.target = target
-        self.state = state
-        self.found = found
+    target: str
+    state: str
+    found: object
 
 
 class WrapperError(PatchError, RuntimeError):
@@ -202,14 +185,12 @@ class WrapperError(PatchError, RuntimeError):
     would silently use the unpatched value.
     """
 
-    def __init__(self, message: str, *, target: str) -> None:
-        super().__init__(message)
-        self.target = target
+    target: str
 
 
 class UndoError(ExceptionGroup[Exception], PatchError):
     """Some patches could not be undone, with one exception for each; all others were."""
 
-    def derive(self, excs: Sequence[Exception]) -> UndoError:  # type: ignore[override]  # no other kind is in it
+    def derive(self, excs: Any) -> UndoError:  # type: ignore[override]  # no other kind is in it
         """Derive a group of this class, for `split` and `except*`."""
         return UndoError(self.message, excs)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import enum
 import itertools
 import os
-import sys
+import weakref
+from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from .counting import CallCounter
 from .journal import Journal
-from .patch import Patch
-from .scope import Scope
-from .verdict import Verdict
+from .patch import Patch, Scope
 from .versions import owner_of
 
-__all__ = ["LEDGER", "Entry", "Ledger", "Receipt", "State", "caller"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-_PACKAGE: Final = __name__.partition(".")[0]
+    from .verdict import Verdict
+
+__all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State"]
+
+_LENGTH: Final = 4_000
+"""Number of entries that are kept; those of patches in force are kept in any case."""
 
 
 class State(enum.StrEnum):
@@ -43,12 +47,25 @@ class State(enum.StrEnum):
     """Never applied: obsolete."""
 
 
+_OVER: Final = (State.REVERTED, State.SKIPPED)
+
+
+class Calls:
+    """Number of calls of one wrapper, and of those that it has marked as passed through."""
+
+    __slots__ = ("made", "passed")
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.passed = 0
+
+
 class Receipt:
     """One application of one patch. Compares by identity, and keeps no patched object alive."""
 
     __slots__ = (
-        "__weakref__", "by", "calls_before", "count_calls", "counter", "disabled", "note", "patch", "pid", "reason",
-        "scope", "serial", "since", "state", "verdict"
+        "__weakref__", "_before", "_calls", "by", "count_calls", "disabled", "note", "patch", "pid", "reason", "scope",
+        "serial", "since", "state", "target", "verdict",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +81,8 @@ class Receipt:
     ) -> None:
         self.serial = serial
         self.patch = patch
+        self.target = str(patch.target)
+        """The target of the patch, or the one of several that was there."""
         self.scope = scope
         self.reason = reason
         self.by = by
@@ -76,8 +95,12 @@ class Receipt:
         self.disabled = False
         """Whether it is applied but without effect until it is enabled again."""
         self.count_calls = count_calls
-        self.counter: CallCounter | None = None
-        self.calls_before = 0
+        self._calls: Calls | None = None
+        self._before = (0, 0)
+
+    def count(self, calls: Calls) -> None:
+        """Count from now on what `calls` counts."""
+        self._calls, self._before = calls, (calls.made, calls.passed)
 
     @property
     def calls(self) -> int | None:
@@ -85,17 +108,26 @@ class Receipt:
 
         If several receipts hold the same patch at the same place, each counts the calls of all.
         """
-        return None if self.counter is None else self.counter.calls - self.calls_before
+        return None if self._calls is None else self._calls.made - self._before[0]
+
+    @property
+    def passed(self) -> int | None:
+        """Number of those calls that the wrapper has marked with `patches.passed`; it acted on the others."""
+        return None if self._calls is None else self._calls.passed - self._before[1]
+
+    def extend(self, instances: Iterable[object]) -> None:
+        """Cover these objects as well, from now on. Raises ScopeError if it is not limited to objects."""
+        from .errors import ScopeError
+
+        if self.scope is None or self.scope.predicate is not None or self.state not in (State.ACTIVE, State.DISABLED):
+            why = f"it is {self.state}, on {self.scope_text}"
+            raise ScopeError(f"{self.id!r} cannot be extended to more objects: {why}", patch_id=self.id)
+        self.scope.add(tuple(instances))
 
     @property
     def id(self) -> str:
         """The id of the patch."""
         return self.patch.id
-
-    @property
-    def target(self) -> str:
-        """The target of the patch."""
-        return self.patch.target
 
     @property
     def owner(self) -> str:
@@ -128,31 +160,41 @@ class Entry:
     state: State
     reason: str
     by: str
-    """`file:line` of the statement that applied it."""
+    since: datetime
+    """Time of application."""
     time: datetime
     pid: int
     verdict: str
     note: str
+    calls: int | None
+    """Number of calls through the wrapper until then; None if calls are not counted."""
+    passed: int | None
 
 
 class Ledger:
-    """Append-only list of entries. Writers hold the lock of the slots."""
+    """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
+
+    Receipts are referenced weakly: whoever applied a patch, and the slot while it is applied, keep them alive.
+    """
 
     def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        self._receipts: list[Receipt] = []
+        self._entries: deque[Entry] = deque(maxlen=_LENGTH)
+        self._in_force: dict[int, Entry] = {}
+        self._receipts: weakref.WeakValueDictionary[int, Receipt] = weakref.WeakValueDictionary()
         self._serials = itertools.count(1)
-        self._journal = Journal(lambda: map(_line, self._entries.copy()))
+        self._journal = Journal(lambda: map(_line, self.entries), self._counted)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """Every entry, oldest first."""
-        return tuple(self._entries)
+        """The entries that are kept, oldest first."""
+        recent = list(self._entries)
+        older = (entry for entry in self._in_force.copy().values() if recent and entry.time < recent[0].time)
+        return (*older, *recent)
 
     @property
     def receipts(self) -> tuple[Receipt, ...]:
-        """Every receipt, oldest first."""
-        return tuple(self._receipts)
+        """Every receipt that is alive, oldest first."""
+        return tuple(self._receipts.values())
 
     def open(
         self,
@@ -169,51 +211,55 @@ class Ledger:
             serial=next(self._serials),
             patch=patch,
             scope=scope,
-            reason=reason,
+            reason=reason or patch.reason,
             by=by,
             verdict=verdict,
-            count_calls=count_calls,
+            count_calls=count_calls or bool(os.environ.get("PATCHES_COUNT")),
         )
-        self._receipts.append(receipt)
+        self._receipts[receipt.serial] = receipt
         return receipt
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
         """Set the state of the receipt, and append an entry."""
         receipt.state = state
         receipt.note = note
-        entry = Entry(
+        entry = self._entry(receipt)
+        self._entries.append(entry)
+        if state in _OVER:
+            self._in_force.pop(receipt.serial, None)
+        else:
+            self._in_force[receipt.serial] = entry
+        self._journal.write(_line(entry))
+
+    def _counted(self) -> list[dict[str, object]]:
+        """The lines of patches in force whose calls are counted."""
+        return [
+            _line(self._entry(receipt)) for receipt in self.receipts if receipt.calls and receipt.state not in _OVER
+        ]
+
+    def _entry(self, receipt: Receipt) -> Entry:
+        return Entry(
             serial=receipt.serial,
             id=receipt.id,
             target=receipt.target,
             owner=receipt.owner,
             scope=receipt.scope_text,
-            state=state,
+            state=receipt.state,
             reason=receipt.reason,
             by=receipt.by,
+            since=receipt.since,
             time=datetime.now(UTC),
             pid=os.getpid(),
             verdict=str(receipt.verdict),
-            note=note,
+            note=receipt.note,
+            calls=receipt.calls,
+            passed=receipt.passed,
         )
-        self._entries.append(entry)
-        self._journal.write(_line(entry))
 
 
 def _line(entry: Entry) -> dict[str, object]:
     """An entry in the format of the journal."""
-    return {**vars(entry), "time": entry.time.isoformat()}
-
-
-def caller() -> str:
-    """`file:line` of the innermost frame that is not in this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def _is_ours(module: str) -> bool:
-    return module == _PACKAGE or module.startswith(f"{_PACKAGE}.") or module == "contextlib"
+    return {**vars(entry), "since": entry.since.isoformat(), "time": entry.time.isoformat()}
 
 
 LEDGER: Final = Ledger()

@@ -19,9 +19,7 @@ from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
 from .plan import Item, expand, fingerprint_of, verdict
-from .registry import REGISTRY
-from .select import select
-from .target import parse
+from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
 from .verdict import VerdictKind
@@ -222,7 +220,7 @@ def _locked(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _versions(patch: Patch) -> dict[str, str]:
     """Distribution -> installed version, of the patch's own distribution, of its target, and of its requirements."""
-    owners = (owner_of(module) for module in (patch.module, parse(patch.target).module))
+    owners = (owner_of(module) for module in (patch.module, patch.targets[0].module))
     versions = dict(owner.split(" ", 1) for owner in owners if " " in owner)
     versions.update({name: installed_version(name) or "not installed" for name in patch.requires})
     return dict(sorted(versions.items()))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .activation import ACTIVATIONS
-from .address import refuse
-from .compose import is_traced
-from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError
-from .ledger import caller
-from .order import in_order, refuse_conflicts
-from .patch import Patch
-from .registry import REGISTRY
-from .scope import Scope, Scoped
-from .scope import on as limit
-from .select import is_pattern, select
-from .source import NoSourceError, fingerprint
+from .drift import NoSourceError, fingerprint
+from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
+from .forms import is_traced
+from .patch import Patch, Scope, Scoped, caller
+from .patch import on as limit
+from .registry import REGISTRY, atomic_bundles, is_pattern, select
+from .slot import in_order, refuse_conflicts
 from .table import aligned
-from .target import Kind, Place, locate
+from .target import STORED, Kind, Place, locate, refuse
 from .verdict import Verdict, VerdictKind, judge
 
 __all__ = [
@@ -29,6 +25,7 @@ __all__ = [
     "Plan",
     "Step",
     "acceptable",
+    "chosen",
     "expand",
     "is_left_out",
     "is_seen_when_compiled",
@@ -41,7 +38,8 @@ __all__ = [
 Item: TypeAlias = str | Patch | Scoped
 """Item of a transaction: an id, a bundle, a selector (`patches.select`), a patch, or any of these limited by `on`."""
 
-_Request: TypeAlias = tuple[Patch, tuple[object, ...] | None]
+_Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool] | None
+_Request: TypeAlias = tuple[Patch, _Chosen]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,43 +67,67 @@ class Plan:
         return aligned(("step", "id", "target", "scope", "verdict", "why"), rows)
 
 
-def verdict(patch: str | Patch) -> Verdict:
-    """The verdict on a patch from the installed versions, the target and the probe. Applies nothing."""
-    return judge(_patch(patch), resolve)
+def verdict(patch: str | Patch, *, fresh: bool = False) -> Verdict:
+    """The verdict on a patch from the installed versions, the target and the probe. Applies nothing.
+
+    The answer of a probe is kept; `fresh` asks it again.
+    """
+    declared = _patch(patch)
+    packages = {target.module.partition(".")[0] for target in declared.targets}
+    return judge(declared, resolve, is_quiet=lambda: ACTIVATIONS.is_quiet(packages), fresh=fresh)
 
 
 def fingerprint_of(patch: str | Patch) -> str:
     """The fingerprint of the installed source of a patch's target. Raises TargetError if it has none."""
-    declared = _patch(patch)
-    place = resolve(declared.target, declared.kind)
+    place = resolve(_patch(patch))
     try:
         return fingerprint(place)
     except NoSourceError as error:
-        raise refuse(declared.target, f"it has no fingerprint: {error}") from error
+        raise refuse(place.target, f"it has no fingerprint: {error}") from error
 
 
-def make_plan(items: Iterable[Item], *, on: Sequence[object] | None = None, force: bool = False) -> Plan:
+def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False) -> Plan:
     """Plan the application of these items: everything that can be decided before anything is changed.
 
     `on` limits every item that has no limit of its own. `force` keeps obsolete patches, and those whose probe
     raised. Raises UnknownPatchError, ConflictError, CycleError, IncompatibleError, ProbeError, ScopeError.
     """
+    items = tuple(items)
     requests = expand(items, on)
     patches = [patch for patch, _ in requests]
     refuse_conflicts(patches)
     rank = {patch_id: position for position, patch_id in enumerate(in_order(patches))}
-    verdicts = {patch.id: acceptable(patch, force=force) for patch in patches}
+    verdicts = {patch.id: acceptable(patch, force=force) for patch in dict.fromkeys(patches)}
+    left_out = {
+        patch.id: verdicts[patch.id] for patch in patches if not force and is_left_out(patch, verdicts[patch.id])
+    }
+    _refuse_to_split(items, left_out)
     steps = [
         Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
     ]
-    applied = tuple(step for step in steps if force or not is_left_out(step.patch, step.verdict))
+    applied = tuple(step for step in steps if step.patch.id not in left_out)
     for step in applied:
         _refuse_to_limit(step)
     return Plan(steps=applied, skipped=tuple(step for step in steps if step not in applied))
 
 
-def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_Request]:
+def _refuse_to_split(items: Iterable[Item], left_out: Mapping[str, Verdict]) -> None:
+    """Raise IncompatibleError if some but not all members of an atomic bundle would be left out."""
+    selected = (item.patch if isinstance(item, Scoped) else item for item in items)
+    for name in (name for item in selected if isinstance(item, str) for name in atomic_bundles(item)):
+        missing = [patch_id for patch_id in select(name) if patch_id in left_out]
+        if missing and len(missing) < len(select(name)):
+            why = "; ".join(f"{patch_id} is {left_out[patch_id]}: {left_out[patch_id].why}" for patch_id in missing)
+            raise IncompatibleError(
+                f"the bundle {name!r} is atomic and was not applied, since it would not be whole: {why}; "
+                "apply its members by their ids, or pass force=True",
+                patch_id=missing[0],
+                why=why,
+            )
+
+
+def expand(items: Iterable[Item], on: _Chosen = None) -> list[_Request]:
     """Resolve items to patches, including the patches they need, each with the instances it is limited to.
 
     Imports no target.
@@ -113,20 +135,20 @@ def expand(items: Iterable[Item], on: Sequence[object] | None = None) -> list[_R
     return _with_needs(_requests(items, on))
 
 
-def plan(*items: Item, on: Iterable[object] | None = None, force: bool = False) -> Plan:
+def plan(*items: Item, on: Iterable[object] | Callable[[Any], bool] | None = None, force: bool = False) -> Plan:
     """Plan a `transaction` without running it: `print(patches.plan("a.b", "qlora-low-memory").explain())`.
 
     Changes nothing; probes run, and the libraries are imported. Raises the errors that the transaction would raise
     before its first change.
     """
-    made = make_plan(items, on=None if on is None else tuple(on), force=force)
+    made = make_plan(items, on=chosen(on), force=force)
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        ACTIVATIONS.check([step.patch for step in made.steps])
+        ACTIVATIONS.check([step.patch for step in made.steps], resolve)
     return made
 
 
-def _requests(items: Iterable[Item], on: Sequence[object] | None) -> list[_Request]:
+def _requests(items: Iterable[Item], on: _Chosen) -> list[_Request]:
     """Patches and the instances they are limited to, without duplicates from overlapping selectors."""
     requests: list[_Request] = []
     for item in items:
@@ -159,7 +181,7 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
     """The verdict on a patch, if it allows applying or skipping. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
-    if found.kind == VerdictKind.INCOMPATIBLE:
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
     if found.probe_error is not None and not force:
         raise ProbeError(
@@ -167,27 +189,34 @@ def acceptable(patch: Patch, *, force: bool) -> Verdict:
             "correct the probe, or pass force=True",
             patch_id=patch.id,
         ) from found.probe_error
-    if "error" in _policies(patch, found) and not force:
+    policies = _policies(patch, found)
+    if "error" in policies and not force:
         raise DriftError(
-            f"{patch.id!r} was not applied: {found.why}; adapt the patch to it, say on_drift or on_foreign in its "
-            "declaration, or pass force=True",
+            f"{patch.id!r} was not applied: {found.why}; adapt the patch to it, say on_unknown, on_drift or on_foreign "
+            "in its declaration, or pass force=True",
             patch_id=patch.id,
             why=found.why,
         )
-    if "warn" in _policies(patch, found):
+    if "warn" in policies and "skip" not in policies:
         file, _, line = caller().rpartition(":")
-        warnings.warn_explicit(f"{patch.id!r} is applied, although {found.why}", DriftWarning, file, int(line))
+        kind = VersionWarning if found.outside else DriftWarning
+        warnings.warn_explicit(f"{patch.id!r} is applied, although {found.why}", kind, file, int(line))
     return found
 
 
 def _policies(patch: Patch, found: Verdict) -> set[str]:
     """The patch's policies that the findings of its verdict invoke."""
-    return {policy for policy, lines in ((patch.on_drift, found.drift), (patch.on_foreign, found.foreign)) if lines}
+    findings = (
+        (patch.on_drift, found.drift),
+        (patch.on_foreign, found.foreign),
+        (patch.on_unknown, found.outside),
+    )
+    return {policy for policy, lines in findings if lines}
 
 
 def is_seen_when_compiled(patch: Patch) -> bool:
     """Whether the patch takes effect in a region traced by torch.compile. Raises TargetError."""
-    return is_traced(resolve(patch.target, patch.kind), [patch])
+    return is_traced(resolve(patch))
 
 
 def is_left_out(patch: Patch, found: Verdict) -> bool:
@@ -197,10 +226,15 @@ def is_left_out(patch: Patch, found: Verdict) -> bool:
 
 def _explained(number: str, step: Step) -> tuple[str, ...]:
     scope = "process" if step.scope is None else str(step.scope)
-    return number, step.patch.id, step.patch.target, scope, str(step.verdict), step.verdict.why
+    return number, step.patch.id, str(step.patch.target), scope, str(step.verdict), step.verdict.why
 
 
-def _scope(patch: Patch, instances: tuple[object, ...] | None) -> Scope | None:
+def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> _Chosen:
+    """The objects, or the predicate that chooses them, as `on=` takes either."""
+    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else tuple(on)
+
+
+def _scope(patch: Patch, instances: _Chosen) -> Scope | None:
     return None if instances is None else Scope(instances, patch_id=patch.id)
 
 
@@ -209,26 +243,42 @@ def _refuse_to_limit(step: Step) -> None:
     patch = step.patch
     if step.scope is None:
         return
-    kind = resolve(patch.target, patch.kind).kind
-    if kind in (Kind.VALUE, Kind.CLASS):
+    place = resolve(patch)
+    why = f"{patch.id!r} cannot be limited to instances: {str(place.target)!r} is a {place.kind}"
+    if place.kind in STORED:
         raise ScopeError(
-            f"{patch.id!r} cannot be limited to instances: {patch.target!r} is a {kind}, which all read alike",
+            f"{why}, which all read alike; patch what reads it, or say kind='attribute' for what instances store",
             patch_id=patch.id,
         )
-    if patch.subject is None and kind in (Kind.FUNCTION, Kind.STATICMETHOD):
+    if patch.subject is None and place.kind in (Kind.FUNCTION, Kind.STATICMETHOD):
         raise ScopeError(
-            f"{patch.id!r} cannot be limited to instances: {patch.target!r} is a {kind}, which is called "
-            "without one; give the patch a `subject` that picks the deciding object from the arguments",
+            f"{why}, which is called without one; give the patch a `subject` that picks the deciding object from the "
+            "arguments",
             patch_id=patch.id,
         )
 
 
-def resolve(target: str, kind: str) -> Place:
-    """Resolve a target to its place before any patch of ours; imports its module. Raises TargetError."""
-    # The target's module is imported outside the lock, since that may take long or wait for another thread.
-    # Inside the lock it is imported already.
-    owner, name = locate(target)
-    if isinstance(owner, ModuleType):
-        getattr(owner, name, None)  # may import too, if the module imports on attribute access
-    with ACTIVATIONS.lock:
-        return ACTIVATIONS.place(target, kind)
+def resolve(patch: Patch) -> Place:
+    """Resolve a patch's target to its place before any patch of ours; imports its module.
+
+    Of several targets, takes the first that is there. Raises TargetError.
+    """
+    problems: list[TargetError] = []
+    for target in patch.targets:
+        try:
+            # The target's module is imported outside the lock, since that may take long or wait for another thread.
+            # Inside the lock it is imported already.
+            owner = locate(target)
+            if isinstance(owner, ModuleType):
+                getattr(owner, target.name, None)  # may import too, if the module imports on attribute access
+            with ACTIVATIONS.lock:
+                return ACTIVATIONS.place(target, patch.kind)
+        except TargetError as error:
+            problems.append(error)
+            if not error.is_absent:
+                break
+    if len(problems) == 1:
+        raise problems[0]
+    why = "; ".join(f"{problem.target!r}: {problem.why}" for problem in problems)
+    absent = all(problem.is_absent for problem in problems)
+    raise refuse(" or ".join(map(str, patch.targets)), why, is_absent=absent)

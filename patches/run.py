@@ -20,9 +20,9 @@ from typing import Final
 
 from .deferred import Deferred, defer
 from .errors import PatchError
-from .order import in_order, refuse_conflicts
 from .plan import expand
 from .registry import ENTRY_POINT_GROUP, REGISTRY
+from .slot import in_order, refuse_conflicts
 
 __all__ = ["apply_from_environment", "command", "environment", "offer"]
 

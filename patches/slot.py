@@ -1,20 +1,132 @@
-"""Slots: the object installed at one place, and exact restoration of the original."""
+"""Slots: the object installed at one place for a chain of patches, and exact restoration of the original."""
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FunctionType, ModuleType
+from typing import Any, Final
 
-from .compose import compose, is_traced
 from .copies import Copies
-from .errors import OverwrittenError, TargetError
-from .ledger import Receipt, State
-from .link import Link
-from .order import in_order
-from .overlay import is_redefinition, leads_to
-from .target import Kind, Place, is_orphaned
+from .errors import ConflictError, CycleError, OverwrittenError, TargetError
+from .forms import Form, core
+from .ledger import Calls, Receipt, State
+from .patch import Patch, Wrapper
+from .target import MISSING, STORED, Kind, Place, owner_now
 
-__all__ = ["Slot"]
+__all__ = ["Link", "Slot", "in_order", "passed", "refuse_conflicts"]
+
+_MAX_DEPTH: Final = 8
+_LINKS: Final = ("__wrapped__", "__func__", "fget", "fset", "fdel")
+_counting: Final[dict[str, Calls]] = {}
+
+
+def passed(patch_id: str) -> None:
+    """Mark the call in progress as passed through: called by a wrapper that had nothing to do. See `Receipt.passed`.
+
+    Does nothing unless calls of the patch are counted.
+    """
+    calls = _counting.get(patch_id)
+    if calls is not None:
+        calls.passed += 1
+
+
+class Link:
+    """One patch in the chain of a slot, active while at least one receipt holds it.
+
+    However many receipts there are, the wrapper runs once per call, and only if one of them covers the subject;
+    a receipt without a scope covers everything. Composed objects consult the link on each call.
+    """
+
+    __slots__ = ("_covered", "_made", "_predicates", "_receipts", "_wrapper", "calls", "direct", "everyone", "patch")
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.calls: Calls | None = None
+        """The counts of calls, if a receipt has asked for them."""
+        self.everyone = False
+        """Whether some receipt covers every subject."""
+        self.direct: Any = None
+        """A function to call instead of the wrapper, with the arguments of the call, or None."""
+        self._receipts: tuple[Receipt, ...] = ()
+        self._covered: dict[int, int] = {}  # `id` of a covered object -> number of scopes that cover it
+        self._predicates: tuple[Callable[[Any], bool], ...] = ()
+        self._made: tuple[object, object] | None = None
+        self._wrapper: Wrapper | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._receipts)
+
+    def wrapper(self, kind: Kind) -> Wrapper:
+        """The patch in the form of a wrapper; its factory has run once."""
+        if self._wrapper is None:
+            self._wrapper, self.direct = self.patch.wrapper_for(kind)
+        wrapper, calls = self._wrapper, self.calls
+        if calls is None:
+            return wrapper
+        self.direct = None  # which would not be counted
+
+        # Without a lock, which torch.compile cannot trace; no other thread of CPython runs between the two bytecodes.
+        def counted(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.made += 1
+            return wrapper(wrapped, instance, args, kwargs)
+
+        return counted
+
+    def value_over(self, inner: object, kind: Kind) -> object:
+        """The wrapper's result for a value, computed once, so that a class it makes stays the same class."""
+        if self._made is None or self._made[0] is not inner:
+            self._made = inner, self.wrapper(kind)(lambda: inner, None, (), {})
+        return self._made[1]
+
+    def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call goes through the wrapper; to be asked if `everyone` is False."""
+        if not self._receipts:
+            return False
+        subject_of = self.patch.subject
+        subject = instance if subject_of is None else subject_of(instance, args, kwargs)
+        if id(subject) in self._covered:
+            return True
+        for chooses in self._predicates:  # noqa: SIM110 - `any` with a generator takes four times as long, on every call
+            if chooses(subject):
+                return True
+        return False
+
+    def hold(self, receipt: Receipt) -> None:
+        """Add a receipt that keeps the link active."""
+        if receipt.count_calls:
+            self.calls = self.calls or Calls()
+            _counting[self.patch.id] = self.calls
+            receipt.count(self.calls)
+        self._set((*self._receipts, receipt))
+
+    def drop(self, receipt: Receipt) -> bool:
+        """Remove a receipt; returns False if it does not hold the link."""
+        held = receipt in self._receipts
+        if receipt.scope is not None:
+            receipt.scope.cover(None)
+        self._set(tuple(other for other in self._receipts if other is not receipt))
+        if not self._receipts and _counting.get(self.patch.id) is self.calls:
+            _counting.pop(self.patch.id, None)
+        return held
+
+    def refresh(self) -> None:
+        """Update the scopes after receipts were disabled or enabled."""
+        self._set(self._receipts)
+
+    def _set(self, receipts: tuple[Receipt, ...]) -> None:
+        # The receipts are set last, so that dropping a receipt again completes a drop that was interrupted.
+        predicates = []
+        for receipt in receipts:
+            if receipt.scope is not None:
+                receipt.scope.cover(None if receipt.disabled else self._covered)
+            if receipt.scope is not None and receipt.scope.predicate is not None and not receipt.disabled:
+                predicates.append(receipt.scope.predicate)
+        self._predicates = tuple(predicates)
+        self.everyone = any(receipt.scope is None and not receipt.disabled for receipt in receipts)
+        self._receipts = receipts
 
 
 class Slot:
@@ -30,6 +142,8 @@ class Slot:
         # interrupt at any point neither looks foreign.
         self._ours: tuple[object, ...] = ()
         self.copies = Copies(place)
+        self._form = Form(place)
+        self._past: list[weakref.ref[Any]] = []
         self._spec = _spec(place)
 
     @property
@@ -37,19 +151,18 @@ class Slot:
         """The object at the place now."""
         return self.place.cell.read()
 
-    @property
-    def is_traced(self) -> bool:
-        """Whether torch.compile sees the installed object."""
-        return is_traced(self.place, [link.patch for link in self.links])
+    def condition(self, is_ours: Callable[[object], bool]) -> State:
+        """ACTIVE, BURIED, RELOADED or OVERWRITTEN, judged by the object at the place now.
 
-    @property
-    def condition(self) -> State:
-        """ACTIVE, BURIED, RELOADED or OVERWRITTEN, judged by the object at the place now."""
-        if is_orphaned(self.place):
-            return State.RELOADED
+        `is_ours` tells whether an object, the owner that the target leads to now, was put there by a patch of ours.
+        """
+        owner = owner_now(self.place.target)
+        if owner is not self.place.owner and not is_ours(owner):
+            redefined = owner is MISSING or is_redefinition(owner, self.place.owner) or self._is_redefined()
+            return State.RELOADED if redefined else State.OVERWRITTEN
         if self._is_intact():
             return State.ACTIVE
-        if leads_to(self.live, self._ours):
+        if leads_to(self.live, self._all_ours()):
             return State.BURIED
         return State.RELOADED if self._is_redefined() else State.OVERWRITTEN
 
@@ -62,9 +175,9 @@ class Slot:
         """Add `receipt` to its patch's link, a new one if needed, and install the recomposed object."""
         link = next((link for link in self.links if link.patch is receipt.patch), None)
         if link is not None:
-            counter, everyone = link.counter, link.everyone
+            calls, everyone = link.calls, link.everyone
             link.hold(receipt)
-            if link.counter is not counter or (self._is_value and link.everyone is not everyone):
+            if link.calls is not calls or (self._is_value and link.everyone is not everyone):
                 self._install()  # or it is composed as it was
             return
         link = Link(receipt.patch)
@@ -85,7 +198,7 @@ class Slot:
 
     @property
     def _is_value(self) -> bool:
-        return self.place.kind in (Kind.VALUE, Kind.CLASS)
+        return self.place.kind in STORED
 
     def _refresh_value(self) -> None:
         if self._is_value and not self.settle():
@@ -111,9 +224,30 @@ class Slot:
             self._install()
             return True
         if not self.links:
+            self._form.empty()
             self.copies.restore(self.place.own)
         # Restored by somebody else, or redefined by a reload: nothing of ours is left to remove.
-        return self.live is self.place.own or self._is_redefined() or self._is_absent()
+        if self.live is self.place.own or self._is_redefined() or self._is_absent():
+            return True
+        # Somebody has undone what they did before us: what they put back is what our original was made from.
+        return not self.links and not self._is_value and self.is_gone() and leads_to(self.place.own, [self.live])
+
+    def is_gone(self) -> bool:
+        """Whether what is there now does not lead to an object of ours."""
+        return not leads_to(self.live, self._all_ours())
+
+    def let_go(self) -> None:
+        """Keep what was installed by weak references only, once nothing is installed any more."""
+        self._form = Form(self.place)
+        for ours in self._ours:
+            try:
+                self._past.append(weakref.ref(ours))
+            except TypeError:  # a value: whoever has it may put it back at any time
+                continue
+            self._ours = tuple(other for other in self._ours if other is not ours)
+
+    def _all_ours(self) -> list[object]:
+        return [*self._ours, *(ours for ref in self._past if (ours := ref()) is not None)]
 
     def _is_absent(self) -> bool:
         """Whether nothing is left to undo: a value's patches were disabled when somebody replaced it, and still are."""
@@ -124,16 +258,21 @@ class Slot:
         """Whether a reload has put a new definition here, judged by the function or class, or else by the module's
         new spec, since a decorated function, for example, does not show its source.
         """
-        return is_redefinition(self.live, self.place) or _spec(self.place) is not self._spec
+        return is_redefinition(self.live, self.place.own) or _spec(self.place) is not self._spec
 
     def _is_intact(self) -> bool:
         live = self.live
-        return any(live is ours for ours in self._ours) or (live is self.place.own and not self._ours)
+        if live is self.place.own and not self._ours:
+            return True
+        bound = not self._is_value and live is not self.place.own
+        return any(live is ours or (bound and core(live) is core(ours)) for ours in self._all_ours())
 
     def _install(self) -> None:
-        wanted = compose(self.place, self.links) if self.links else self.place.own
+        wanted = self._form.over(self.links) if self.links else self.place.own
         self._ours = (*self._ours, wanted)
         self._write(wanted)
+        if not self.links:
+            self._form.empty()
         self._follow(wanted)
         self._ours = (wanted,)
 
@@ -142,26 +281,141 @@ class Slot:
             self.copies.restore(installed)
             self.copies.note(installed)
             return
-        # The module that declares a patch may hold a copy of the original in order to call it.
-        self.copies.rewrite(installed, spared=frozenset(link.patch.module for link in self.links))
+        self.copies.rewrite(installed, spared=frozenset().union(*(link.patch.spared() for link in self.links)))
 
     def _write(self, value: object) -> None:
         if self.live is value:
             return
+        target = str(self.place.target)
         self.place.cell.write(value)
         if self.live is not value:
             why = f"setting it had no effect; expected {value!r} there, found {self.live!r}"
-            raise TargetError(f"cannot patch {self.place.target!r}: {why}", target=self.place.target, why=why)
+            raise TargetError(f"cannot patch {target!r}: {why}", target=target, why=why)
 
     def _overwritten(self, advice: str) -> OverwrittenError:
-        state, found = self.condition, self.live
+        state, found, target = self.condition(lambda _: False), self.live, str(self.place.target)
         return OverwrittenError(
-            f"{self.place.target!r} is {state}: expected what was installed, found {found!r}; {advice}",
-            target=self.place.target,
+            f"{target!r} is {state}: expected what was installed, found {found!r}; {advice}",
+            target=target,
             state=state.value,
             found=found,
         )
 
 
 def _spec(place: Place) -> object:
-    return vars(place.owner).get("__spec__") if isinstance(place.owner, ModuleType) else None
+    """The spec of the target's module, which every reload replaces."""
+    return getattr(sys.modules.get(place.target.module), "__spec__", None)
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+def in_order(patches: Iterable[Patch]) -> list[str]:
+    """Sort the ids by the patches' `after` constraints, otherwise as given. Raises CycleError."""
+    waiting = {patch.id: patch for patch in patches}
+    present = frozenset(waiting)
+    ordered: list[str] = []
+    while waiting:
+        ready = next((key for key in waiting if not _before(waiting[key], present) & waiting.keys()), None)
+        if ready is None:
+            raise _cycle(waiting)
+        ordered.append(ready)
+        del waiting[ready]
+    return ordered
+
+
+def refuse_conflicts(patches: Iterable[Patch]) -> None:
+    """Raise ConflictError if two of the patches may not be active together, or have the same id."""
+    by_id: dict[str, Patch] = {}
+    for patch in patches:
+        other = by_id.setdefault(patch.id, patch)
+        if other is not patch:
+            raise ConflictError(
+                f"two patches have the id {patch.id!r}: {other.claimant} and {patch.claimant}; use one, or, if the "
+                f"second is the first declared again, call patches.revert({patch.id!r}) before it is applied",
+                patch_ids=(other.id, patch.id),
+            )
+    for patch in by_id.values():
+        for conflicting in patch.conflicts:
+            if conflicting in by_id:
+                raise ConflictError(
+                    f"{patch.id!r} ({patch.claimant}) says that it may not be active together with "
+                    f"{conflicting!r} ({by_id[conflicting].claimant}); leave one out, or revert it first",
+                    patch_ids=(patch.id, conflicting),
+                )
+
+
+def _before(patch: Patch, present: frozenset[str]) -> frozenset[str]:
+    return present.intersection((*patch.after, *patch.needs))
+
+
+def _cycle(waiting: dict[str, Patch]) -> CycleError:
+    # Every blocked patch has a blocked predecessor, so walking backwards must reach one of them twice.
+    path = [next(iter(waiting))]
+    while path[-1] not in path[:-1]:
+        path.append(min(_before(waiting[path[-1]], frozenset(waiting))))
+    cycle = tuple(path[path.index(path[-1]) :][::-1])
+    claims = " before ".join(f"{patch_id} ({waiting[patch_id].claimant})" for patch_id in cycle)
+    return CycleError(f"no order satisfies these patches: {claims}; remove one `after` or `needs`", cycle=cycle)
+
+
+# Foreign objects ------------------------------------------------------------------------------------------------------
+
+
+def leads_to(found: object, wanted: Sequence[object]) -> bool:
+    """Whether `found` calls, or at least refers to, one of `wanted`.
+
+    Follows `__wrapped__`, bound and static methods, properties, partials, and references of a function: closure,
+    defaults, globals that its code names.
+    """
+    seen: set[int] = set()
+    frontier = [found]
+    for _ in range(_MAX_DEPTH):
+        if any(value is goal for value in frontier for goal in wanted):
+            return True
+        seen.update(map(id, frontier))
+        frontier = [value for source in frontier for value in _referred(source) if id(value) not in seen]
+    return False
+
+
+def _referred(value: object) -> Iterator[object]:
+    for name in _LINKS:
+        linked = getattr(value, name, None)
+        if linked is not None:
+            yield linked
+    if isinstance(value, functools.partial):
+        yield value.func
+    if isinstance(value, type):
+        yield from value.__bases__
+    # `type`, not isinstance: a wrapt proxy imitates a function, but only its `__wrapped__` is relevant.
+    if type(value) is FunctionType:
+        yield from _referred_by_function(value)
+
+
+def _referred_by_function(function: FunctionType) -> Iterator[object]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a cell that is not filled yet
+            continue
+    names = (name for name in function.__code__.co_names if name in function.__globals__)
+    yield from (function.__globals__[name] for name in names)
+
+
+def is_redefinition(found: Any, original: Any) -> bool:
+    """Whether `found` is the original function or class, redefined from the same file by a reload."""
+    if isinstance(found, type) and isinstance(original, type) and found is not original:
+        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
+    if isinstance(found, ModuleType) and isinstance(original, ModuleType):
+        return found is not original
+    if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
+        return False
+    if "<locals>" in found.__code__.co_qualname:  # made by a function, which may make several with equal names
+        return False
+    return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
+        original.__module__,
+        original.__qualname__,
+        original.__code__.co_filename,
+    )

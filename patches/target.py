@@ -1,34 +1,57 @@
-"""Targets: the place named by `package.module:Class.attribute`, and whether it can be patched."""
+"""Targets: the place named by `package.module:Class.attribute`, what is stored there, and whether it can be patched."""
 
 from __future__ import annotations
 
+import ast
 import enum
 import importlib
+import re
 import sys
-from collections.abc import MutableMapping, MutableSequence
-from dataclasses import dataclass
-from types import FunctionType, ModuleType
-from typing import Any, Final
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, ClassMethodDescriptorType, FunctionType, ModuleType
+from typing import Any, Final, Protocol
+from weakref import WeakKeyDictionary
 
-from .address import Target, parse, refuse
-from .cell import MISSING, AttributeCell, Cell, DefaultCell, ItemCell, Missing, has_default
+from .errors import TargetError
 
 __all__ = [
     "MISSING",
+    "STORED",
+    "Cell",
+    "DefaultCell",
+    "ItemCell",
     "Kind",
     "Missing",
     "Place",
     "Target",
     "accept",
+    "at",
     "describe",
-    "is_orphaned",
     "locate",
+    "owner_now",
     "parse",
+    "refuse",
     "rehearse",
 ]
 
+_DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})(?:\[(?P<key>.+)\]|\((?P<parameter>[^\W\d]\w*)\))?")
 # CPython does not allow setting attributes of a type with this flag (Py_TPFLAGS_IMMUTABLETYPE): int, most C types.
 _IMMUTABLE_TYPE: Final = 1 << 8
+
+
+class Missing(enum.Enum):
+    """The type of `MISSING`, which marks an attribute or item that is not there (None is a value)."""
+
+    MISSING = "missing"
+
+    def __repr__(self) -> str:
+        return "<missing>"
+
+
+MISSING: Final = Missing.MISSING
 
 
 class Kind(enum.StrEnum):
@@ -47,22 +70,299 @@ class Kind(enum.StrEnum):
     VALUE = "value"
     """The stored value itself: a constant, an item, a default argument. The wrapper is called once, when the patch
     is applied, with only `wrapped()`, which returns the current value; its result replaces that value. "auto"
-    chooses this kind for default arguments alone, since wrappers of other kinds run on each call.
+    chooses this kind for default arguments and for a `replace=` that cannot be called, since wrappers of other kinds
+    run on each call.
     """
     CLASS = "class"
     """A class, replaced in the manner of VALUE: the wrapper returns another class, usually a subclass of
     `wrapped()`. Existing instances and subclasses keep the old class; to change those too, patch its methods.
     """
+    ADD = "add"
+    """An attribute or item that is not there yet, such as `os:environ[NAME]`; undoing deletes it again."""
+    DELETE = "delete"
+    """An attribute or item that is to be absent; undoing puts it back."""
+
+
+#: Kinds that replace what is stored, for every reader alike.
+STORED: Final = frozenset({Kind.VALUE, Kind.CLASS, Kind.ADD, Kind.DELETE})
+
+
+# What is named --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A parsed target: the module or the object in hand, and the path from it to what is patched."""
+
+    module: str
+    path: tuple[str, ...]
+    text: str = field(default="", compare=False)
+    """The target as it was written."""
+    key: Any = MISSING
+    """The key of an item target, `module:path[key]`."""
+    parameter: str | None = None
+    """The parameter of a default argument target, `module:path(parameter)`."""
+    held: Any = field(default=MISSING, compare=False)
+    """The object in hand that has the attribute `path[-1]`, as given to `at`."""
+
+    @property
+    def owner_path(self) -> tuple[str, ...]:
+        """The path to the owner of the target: a module or class, a container, a function."""
+        is_attribute = self.key is MISSING and self.parameter is None
+        return self.path[:-1] if is_attribute else self.path
+
+    @property
+    def is_attribute(self) -> bool:
+        """Whether an attribute is meant, and not an item or a default argument."""
+        return self.owner_path != self.path
+
+    @property
+    def name(self) -> str:
+        """The name of the target within its owner: an attribute, `[key]` or `(parameter)`."""
+        if self.parameter is not None:
+            return f"({self.parameter})"
+        return self.path[-1] if self.key is MISSING else f"[{self.key!r}]"
+
+    def __str__(self) -> str:
+        return self.text or f"{self.module}:{'.'.join(self.path)}{'' if self.is_attribute else self.name}"
+
+
+def parse(text: str) -> Target:
+    """Split `package.module:Class.attribute`, `...:TABLE[key]`, or `...:function(parameter)`.
+
+    A key is a Python literal, or else is taken as a string: `[3]`, `['3']`, `[relu]`. Raises TargetError if
+    `text` has none of these forms.
+    """
+    match = _TARGET.fullmatch(text)
+    if match is None:
+        forms = "'package.module:Class.attribute', nor with [key] or (parameter) after it"
+        raise refuse(text, f"it is not of the form {forms}", suggestion=_with_colon(text))
+    key = MISSING if match["key"] is None else _literal(match["key"])
+    path = tuple(match[2].split("."))
+    return Target(module=match[1], path=path, text=text, key=key, parameter=match["parameter"])
+
+
+def at(owner: object, name: str) -> Target:
+    """Name an attribute of an object in hand, for `Patch(target=...)`: a module, a class, or any other object.
+
+    The patch keeps the object alive.
+    """
+    if isinstance(owner, ModuleType):
+        return Target(module=owner.__name__, path=(name,), held=owner)
+    kind = owner if isinstance(owner, type) else type(owner)
+    return Target(module=kind.__module__, path=(*kind.__qualname__.split("."), name), held=owner)
+
+
+def refuse(target: object, why: str, *, suggestion: str = "", is_absent: bool = False) -> TargetError:
+    """The error for a target that cannot be patched."""
+    hint = f"; did you mean {suggestion!r}?" if suggestion else ""
+    message = f"cannot patch {str(target)!r}: {why}{hint}"
+    return TargetError(message, target=str(target), why=why, suggestion=suggestion, is_absent=is_absent)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _with_colon(text: str) -> str:
+    """The dotted name with a colon before its first class, or else before its last part."""
+    head, bracket, tail = text.partition("[" if "[" in text else "(")
+    parts = head.replace(":", ".").split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return ""
+    first = next((index for index, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1) or 1
+    return f"{'.'.join(parts[:first])}:{'.'.join(parts[first:])}{bracket}{tail}"
+
+
+def _alike(target: Target, wrong: str, names: Iterable[str]) -> str:
+    """The target with the name most similar to `wrong` in its place, or ""."""
+    import difflib
+
+    close = difflib.get_close_matches(wrong, list(names), n=1)
+    return str(target).replace(wrong, close[0], 1) if close else ""
+
+
+# What is stored -------------------------------------------------------------------------------------------------------
+
+
+class Cell(Protocol):
+    """A place that stores one value."""
+
+    def read(self) -> Any:
+        """The stored object itself, or MISSING."""
+
+    def write(self, value: Any) -> None:
+        """Store `value`; MISSING deletes what is stored."""
+
+
+class AttributeCell:
+    """An entry of the `__dict__` of a module, class, or other object: never bound, never inherited."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner = owner
+        self._name = name
+        self._after: tuple[str, ...] = ()
+
+    def read(self) -> Any:
+        """Read `owner.__dict__[name]`, or MISSING."""
+        return self._owner.__dict__.get(self._name, MISSING)
+
+    def write(self, value: Any) -> None:
+        """Call `setattr`, or `delattr` for MISSING. A descriptor is told its name, as in a class body."""
+        entries = self._owner.__dict__
+        if value is MISSING:
+            self._after = _keys_after(entries, self._name)
+            delattr(self._owner, self._name)
+            return
+        was_there = self._name in entries
+        setattr(self._owner, self._name, value)
+        if isinstance(self._owner, type) and hasattr(type(value), "__set_name__"):
+            type(value).__set_name__(value, self._owner, self._name)
+        if not was_there and type(entries) is dict:
+            _move_to_end(entries, self._after)
+        self._after = ()
+
+
+class ItemCell:
+    """An item of a dictionary or a list. The items of a dictionary keep their order.
+
+    A mapping of several layers (`ChainMap`, the registries of transformers) has the item only if its first layer has:
+    undoing deletes what was added there, so that a later change of a lower layer shows.
+    """
+
+    def __init__(self, container: MutableMapping[Any, Any] | MutableSequence[Any], key: Any) -> None:
+        self._container = container
+        self._key = key
+        self._after: tuple[Any, ...] = ()
+        self._texts: list[str] = []
+
+    def read(self) -> Any:
+        """Read the item, or MISSING; never creates one, as a `defaultdict` would."""
+        if isinstance(self._container, MutableMapping):
+            held = self._same(self._container.get(self._key, MISSING))
+            layers = _first_layers(self._container)
+            return held if not layers or any(self._key in layer for layer in layers) else MISSING
+        in_range = isinstance(self._key, int) and 0 <= self._key < len(self._container)
+        return self._container[self._key] if in_range else MISSING
+
+    def find(self) -> Any:
+        """Read the item, whichever layer of the mapping has it, or MISSING."""
+        if not isinstance(self._container, MutableMapping):
+            return self.read()
+        return self._same(self._container.get(self._key, MISSING))
+
+    def _same(self, held: Any) -> Any:
+        """The string that was read or written before, if it is equal: `os.environ` makes a new one for each read."""
+        if type(held) is not str or isinstance(self._container, dict):
+            return held
+        self._texts.append(held)
+        return self._texts[self._texts.index(held)]
+
+    def write(self, value: Any) -> None:
+        """Store the item, or delete it for MISSING."""
+        self._same(value)
+        plain: Any = self._container if isinstance(self._container, dict) else None
+        if value is MISSING:
+            self._after = _keys_after(plain or {}, self._key)
+            del self._container[self._key]
+            return
+        was_there = plain is not None and self._key in plain
+        self._container[self._key] = value
+        if plain is not None and not was_there:
+            _move_to_end(plain, self._after)
+        self._after = ()
+
+
+def _first_layers(mapping: MutableMapping[Any, Any]) -> list[Mapping[Any, Any]]:
+    """The dictionaries in which a mapping keeps items of its own; empty if it is a dictionary, or keeps none."""
+    if isinstance(mapping, ChainMap):
+        return [mapping.maps[0]]
+    if isinstance(mapping, dict):
+        return []
+    kept = [held for held in getattr(mapping, "__dict__", {}).values() if isinstance(held, dict)]
+    try:
+        return [held for held in kept if all(key in mapping for key in held)]
+    except TypeError:  # keys of another form, as those of os.environ, which are encoded
+        return []
+
+
+def _keys_after(entries: Mapping[Any, Any], key: Any) -> tuple[Any, ...]:
+    keys = list(entries)
+    return tuple(keys[keys.index(key) + 1 :]) if key in entries else ()
+
+
+def _move_to_end(entries: dict[Any, Any], keys: tuple[Any, ...]) -> None:
+    from collections import deque
+
+    there = [key for key in keys if key in entries]
+    # In C throughout, so that no other thread can find a key missing in between.
+    deque(map(entries.__setitem__, there, map(entries.pop, there)), maxlen=0)
+
+
+class DefaultCell:
+    """The default of one parameter of a Python function.
+
+    The tuple `__defaults__` is immutable, so writing makes a new one. When all items are again what they were
+    before the first write, the original tuple is put back, whatever the order of writes.
+    """
+
+    _first: Final[WeakKeyDictionary[FunctionType, tuple[Any, ...]]] = WeakKeyDictionary()
+
+    def __init__(self, function: FunctionType, parameter: str) -> None:
+        self._function = function
+        self._parameter = parameter
+        self._keyword_only = parameter in (function.__kwdefaults__ or {})
+
+    def read(self) -> Any:
+        """Read the default, or MISSING if somebody has removed it."""
+        if self._keyword_only:
+            return (self._function.__kwdefaults__ or {}).get(self._parameter, MISSING)
+        position = _position(self._function, self._parameter)
+        return MISSING if position is None else (self._function.__defaults__ or ())[position]
+
+    def write(self, value: Any) -> None:
+        """Make `value` the default. Raises LookupError if the parameter no longer has a default."""
+        if self._keyword_only:
+            present_keywords = self._function.__kwdefaults__ or {}
+            present_keywords[self._parameter] = value
+            self._function.__kwdefaults__ = present_keywords
+            return
+        position, present = _position(self._function, self._parameter), self._function.__defaults__ or ()
+        if position is None:
+            raise LookupError(f"{self._function.__qualname__}() has no default for {self._parameter!r} any more")
+        first = self._first.setdefault(self._function, present)
+        wanted = (*present[:position], value, *present[position + 1 :])
+        if len(first) == len(wanted) and all(a is b for a, b in zip(first, wanted, strict=True)):
+            self._function.__defaults__ = self._first.pop(self._function)
+        else:
+            self._function.__defaults__ = wanted
+
+
+def _has_default(function: FunctionType, parameter: str) -> bool:
+    """Whether the function itself, not one that it wraps, has a default for the parameter."""
+    return parameter in (function.__kwdefaults__ or {}) or _position(function, parameter) is not None
+
+
+def _position(function: FunctionType, parameter: str) -> int | None:
+    """The index of the parameter in `__defaults__`, which covers the last positional parameters."""
+    positional = function.__code__.co_varnames[: function.__code__.co_argcount]
+    with_default = positional[len(positional) - len(function.__defaults__ or ()) :]
+    return with_default.index(parameter) if parameter in with_default else None
+
+
+# What is there --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
     """The place of a target, and its current content."""
 
-    target: str
+    target: Target
     owner: Any
     """The module, class or other object; for an item its container, for a default argument its function."""
-    name: str
     kind: Kind
     """Kind of the place; never SETTER, since getter and setter of a property are one place of kind PROPERTY."""
     cell: Cell
@@ -72,168 +372,88 @@ class Place:
     """Value of the attribute, looked up in the bases too, without binding descriptors; MISSING if absent."""
 
     @property
+    def name(self) -> str:
+        """The name within the owner."""
+        return self.target.name
+
+    @property
     def key(self) -> tuple[int, str]:
         """The key of the slot. Valid while `owner` is alive, which the holder of the key must ensure."""
         return id(self.owner), self.name
 
 
-def locate(text: str) -> tuple[Any, str]:
-    """Import the target's module, and return the target's owner and its name there.
+def locate(target: Target) -> Any:
+    """Import the target's module, and return the target's owner.
 
     Raises TargetError if the target does not resolve, or Python does not allow changing it.
     """
-    target = parse(text)
+    if target.held is not MISSING:
+        return _changeable(target, target.held)
     try:
         module = importlib.import_module(target.module)
     except Exception as error:  # a module may raise anything on import
-        raise refuse(text, f"importing {target.module!r} raised {error!r}") from error
-    return _owner(text, target, module), target.name
+        absent = isinstance(error, ModuleNotFoundError) and f"{target.module}.".startswith(f"{error.name}.")
+        suggestion = _alike(target, target.module.rpartition(".")[2], _siblings(target.module)) if absent else ""
+        why = f"importing {target.module!r} raised {error!r}"
+        raise refuse(target, why, suggestion=suggestion, is_absent=absent) from error
+    return _owner(target, module)
 
 
-def is_orphaned(place: Place) -> bool:
-    """Whether the target's text now resolves to another owner, such as the new class of a reloaded module."""
-    target = parse(place.target)
+def owner_now(target: Target) -> Any:
+    """The owner that the target leads to in the modules that are loaded, or MISSING."""
     module = sys.modules.get(target.module)
     try:
-        return module is None or _owner(place.target, target, module) is not place.owner
+        return target.held if target.held is not MISSING else MISSING if module is None else _owner(target, module)
     except Exception:  # noqa: BLE001 - importing may raise anything; then the owner is gone
-        return True
+        return MISSING
 
 
-def describe(text: str, owner: Any, name: str, kind: str = "auto") -> Place:
-    """Describe the place that `text` names. `kind` is "auto" or the `Kind` that the caller expects.
+def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
+    """Describe the place that `target` names. `kind` is "auto" or the `Kind` that the caller expects.
 
     Raises TargetError if the place is empty, is of another kind, or cannot be wrapped. Changes nothing.
     """
-    target = parse(text)
-    cell, found = _cell(target, owner, name), _find(target, owner, name)
+    cell, found = _cell(target, owner), _find(target, owner)
     if kind == Kind.ATTRIBUTE:
-        _check_attribute(text, owner, found)
+        _check_attribute(target, owner, found)
+    elif kind == Kind.ADD:
+        _check_addition(target, owner, found)
     elif found is MISSING:
-        missing = f"attribute {name!r}" if target.key is MISSING else f"item {name}"
-        raise refuse(text, f"{_name(owner)} has no {missing}")
-    actual = _kind_of(text, target, owner, found, kind)
-    place = Place(target=text, owner=owner, name=name, kind=actual, cell=cell, own=cell.read(), found=found)
-    accept(text, place, kind)
+        what = f"attribute {target.name!r}" if target.is_attribute else f"item {target.name}"
+        raise refuse(
+            target,
+            f'{_name(owner)} has no {what} (kind="add" is for adding one)',
+            suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
+            is_absent=True,
+        )
+    place = Place(
+        target=target, owner=owner, kind=_kind_of(target, owner, found, kind), cell=cell, own=cell.read(), found=found
+    )
+    accept(target, place, kind)
     return place
 
 
-def accept(text: str, place: Place, kind: str) -> None:
+def accept(target: Target, place: Place, kind: str) -> None:
     """Raise TargetError if the place, patched already or not, cannot take a patch of this kind."""
     expected = Kind.PROPERTY if kind == Kind.SETTER else kind
-    implied = place.kind not in (Kind.VALUE, Kind.CLASS, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
+    implied = place.kind not in (*STORED, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
+    if (
+        place.kind == Kind.ADD
+        and place.own is MISSING
+        and kind in ("auto", "value")
+        and place.cell.read() is not MISSING
+    ):
+        implied, expected = callable(place.cell.read()), Kind.ADD if kind == "value" else expected
     if expected != place.kind and not (expected == "auto" and implied):
-        raise refuse(text, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
+        raise refuse(target, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
+    if kind == Kind.DELETE and place.own is MISSING:
+        raise refuse(target, f"{_name(place.owner)} inherits it; delete it where it is defined")
     if place.kind != Kind.PROPERTY:
         return
     if kind == Kind.SETTER and place.found.fset is None:
-        raise refuse(text, "it is a property without a setter, so no write can be wrapped")
+        raise refuse(target, "it is a property without a setter, so no write can be wrapped")
     if kind != Kind.SETTER and place.found.fget is None:
-        raise refuse(text, "it is a property without a getter, so no read can be wrapped")
-
-
-def _owner(text: str, target: Target, module: ModuleType) -> Any:
-    found: Any = module
-    for part in target.owner_path:
-        try:
-            found = getattr(found, part)
-        except AttributeError as error:
-            raise refuse(text, f"{_name(found)} has no attribute {part!r}") from error
-    if target.parameter is not None:
-        return _function_with_default(text, found, target.parameter)
-    if target.key is not MISSING:
-        return _container(text, found)
-    if isinstance(found, type) and found.__flags__ & _IMMUTABLE_TYPE:
-        raise refuse(text, f"{_name(found)} is an immutable type; patch what calls it instead")
-    if not hasattr(found, "__dict__"):
-        why = "is neither a module nor a class, and has no __dict__ to set an attribute in"
-        raise refuse(text, f"{_name(found)} {why}")
-    return found
-
-
-def _container(text: str, found: Any) -> Any:
-    if not isinstance(found, MutableMapping | MutableSequence):
-        raise refuse(text, f"{_name(found)} is not a dictionary or list whose items can be set")
-    return found
-
-
-def _function_with_default(text: str, found: Any, parameter: str) -> FunctionType:
-    inner = found
-    while inner is not None:  # through all wrappers, including our own patches
-        if type(inner) is FunctionType and has_default(inner, parameter):
-            return inner
-        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "__func__", None)
-    raise refuse(text, f"{_name(found)} is not a Python function with a default for {parameter!r}")
-
-
-def _cell(target: Target, owner: Any, name: str) -> Cell:
-    if target.parameter is not None:
-        return DefaultCell(owner, target.parameter)
-    return AttributeCell(owner, name) if target.key is MISSING else ItemCell(owner, target.key)
-
-
-def _find(target: Target, owner: Any, name: str) -> Any:
-    if target.owner_path == target.path:
-        return _cell(target, owner, name).read()
-    if isinstance(owner, type):
-        return next((vars(base)[name] for base in owner.__mro__ if name in vars(base)), MISSING)
-    # Modules may create attributes on first access (PEP 562) and usually store them, so access before looking. A
-    # method of another object is returned bound.
-    return getattr(owner, name, MISSING)
-
-
-def _check_attribute(text: str, owner: Any, found: Any) -> None:
-    if not isinstance(owner, type):
-        what = "a module" if isinstance(owner, ModuleType) else "no class"
-        raise refuse(text, f"kind 'attribute' is for what instances of a class store, and this is {what}")
-    if owner.__dictoffset__ == 0:
-        raise refuse(text, f"instances of {_name(owner)} have no __dict__ to store an attribute in")
-    if hasattr(type(found), "__set__"):
-        raise refuse(text, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
-
-
-def _kind_of(text: str, target: Target, owner: Any, found: Any, kind: str) -> Kind:
-    if not isinstance(owner, type | ModuleType) and target.owner_path != target.path:
-        _check_object(text, target, owner)
-    if target.parameter is not None or kind in (Kind.ATTRIBUTE, Kind.VALUE):
-        return Kind.VALUE if kind != Kind.ATTRIBUTE else Kind.ATTRIBUTE
-    if kind == Kind.CLASS and not isinstance(found, type):
-        raise refuse(text, f"it is an object of type {type(found).__name__!r}, and the patch says 'class'")
-    if isinstance(found, type):
-        if kind == Kind.CLASS:
-            return Kind.CLASS
-        raise refuse(text, 'it is a class; patch its methods, __init__ or __new__ instead, or say kind="class"')
-    if isinstance(owner, type):
-        return _kind_in_class(text, owner, target.path[-1], found)
-    if callable(found):
-        return Kind.FUNCTION
-    why = "which cannot be called and so cannot be wrapped"
-    raise refuse(text, f'it is a {type(found).__name__}, {why}; to replace it, say kind="value"')
-
-
-def _kind_in_class(text: str, owner: type, name: str, found: Any) -> Kind:
-    if name in ("__new__", "__init__") and found is vars(object)[name]:
-        # object's own methods refuse arguments once a class defines one of the two, or has ever had a __new__.
-        raise refuse(text, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
-    # Subclasses of these may bind in their own way, which rebuilding would lose. `__class__`, not `type`: a wrapt
-    # proxy around a classmethod, ours or somebody else's, has the `__class__` of the wrapped object.
-    for kind, builtin in _DESCRIPTORS.items():
-        if found.__class__ is builtin:
-            return kind
-    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, _DESCRIPTOR_TYPES):
-        return Kind.METHOD
-    why = f'it is a {type(found).__name__}, neither a method nor a plain property; to replace it, say kind="value"'
-    raise refuse(text, why)
-
-
-def _check_object(text: str, target: Target, owner: Any) -> None:
-    """Raise TargetError for an attribute that would not be stored in the `__dict__` of the object when set."""
-    name = target.path[-1]
-    on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
-    if hasattr(type(on_class), "__set__"):
-        raise refuse(text, f"it is a {type(on_class).__name__} of {_name(type(owner))}; patch it there")
-    if on_class is MISSING and name not in vars(owner):
-        raise refuse(text, f"it is neither in the __dict__ of {_name(owner)} nor on its class")
+        raise refuse(target, "it is a property without a getter, so no read can be wrapped")
 
 
 def rehearse(place: Place) -> None:
@@ -257,12 +477,145 @@ def rehearse(place: Place) -> None:
         raise refuse(place.target, f"{type(place.owner).__qualname__}.__setattr__ stores it elsewhere")
 
 
+def _siblings(module: str) -> list[str]:
+    """The names beside a module that cannot be found: of its package, or of the top level."""
+    import pkgutil
+
+    parent = module.rpartition(".")[0]
+    if not parent:
+        return [*sys.stdlib_module_names, *(found.name for found in pkgutil.iter_modules())]
+    return [found.name for found in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", ()))]
+
+
+def _owner(target: Target, module: ModuleType) -> Any:
+    found: Any = module
+    for part in target.owner_path:
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            why = f"{_name(found)} has no attribute {part!r}"
+            raise refuse(target, why, suggestion=_alike(target, part, dir(found)), is_absent=True) from error
+    if target.parameter is not None:
+        return _function_with_default(target, found, target.parameter)
+    if target.key is not MISSING and not isinstance(found, MutableMapping | MutableSequence):
+        raise refuse(target, f"{_name(found)} is not a dictionary or list whose items can be set")
+    return found if target.key is not MISSING else _changeable(target, found)
+
+
+def _changeable(target: Target, owner: Any) -> Any:
+    if isinstance(owner, type) and owner.__flags__ & _IMMUTABLE_TYPE:
+        raise refuse(target, f"{_name(owner)} is an immutable type; patch what calls it instead")
+    if not hasattr(owner, "__dict__"):
+        why = "is neither a module nor a class, and has no __dict__ to set an attribute in"
+        raise refuse(target, f"{_name(owner)} {why}")
+    return owner
+
+
+def _function_with_default(target: Target, found: Any, parameter: str) -> FunctionType:
+    inner = found
+    while inner is not None:  # through all wrappers, including our own patches
+        if type(inner) is FunctionType and _has_default(inner, parameter):
+            return inner
+        inner = getattr(inner, "__wrapped__", None) or getattr(inner, "__func__", None)
+    raise refuse(target, f"{_name(found)} is not a Python function with a default for {parameter!r}", is_absent=True)
+
+
+def _cell(target: Target, owner: Any) -> Cell:
+    if target.parameter is not None:
+        return DefaultCell(owner, target.parameter)
+    return AttributeCell(owner, target.name) if target.key is MISSING else ItemCell(owner, target.key)
+
+
+def _find(target: Target, owner: Any) -> Any:
+    if not target.is_attribute:
+        cell = _cell(target, owner)
+        return cell.find() if isinstance(cell, ItemCell) else cell.read()
+    if isinstance(owner, type):
+        return next((vars(base)[target.name] for base in owner.__mro__ if target.name in vars(base)), MISSING)
+    # Modules may create attributes on first access (PEP 562) and usually store them, so access before looking. A
+    # method of another object is returned bound.
+    return getattr(owner, target.name, MISSING)
+
+
+def _check_attribute(target: Target, owner: Any, found: Any) -> None:
+    if not isinstance(owner, type):
+        what = "a module" if isinstance(owner, ModuleType) else "no class"
+        raise refuse(target, f"kind 'attribute' is for what instances of a class store, and this is {what}")
+    if owner.__dictoffset__ == 0:
+        raise refuse(target, f"instances of {_name(owner)} have no __dict__ to store an attribute in")
+    if hasattr(type(found), "__set__"):
+        raise refuse(target, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
+
+
+def _check_addition(target: Target, owner: Any, found: Any) -> None:
+    if target.parameter is not None or isinstance(owner, MutableSequence):
+        raise refuse(target, "kind 'add' is for attributes and for the items of a dictionary")
+    if found is not MISSING:
+        raise refuse(target, f"it is there already, a {type(found).__name__}; leave out kind='add' to patch it")
+
+
+def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
+    if target.is_attribute and not isinstance(owner, type | ModuleType) and kind != Kind.ADD:
+        _check_object(target, owner)
+    if kind == Kind.DELETE and (target.parameter is not None or isinstance(owner, MutableSequence)):
+        raise refuse(target, "kind 'delete' is for attributes and for the items of a dictionary")
+    if kind in (Kind.ATTRIBUTE, Kind.VALUE, Kind.ADD, Kind.DELETE):
+        return Kind(kind)
+    if target.parameter is not None:
+        return Kind.VALUE
+    return _kind_found(target, owner, found, kind)
+
+
+def _kind_found(target: Target, owner: Any, found: Any, kind: str) -> Kind:
+    if kind == Kind.CLASS and not isinstance(found, type):
+        raise refuse(target, f"it is an object of type {type(found).__name__!r}, and the patch says 'class'")
+    if kind == Kind.CLASS:
+        return Kind.CLASS
+    if isinstance(found, type):
+        raise refuse(target, 'it is a class; patch its methods, __init__ or __new__ instead, or say kind="class"')
+    if isinstance(owner, type):
+        return _kind_in_class(target, owner, found)
+    if callable(found):
+        return Kind.FUNCTION
+    why = "which cannot be called and so cannot be wrapped"
+    raise refuse(target, f'it is a {type(found).__name__}, {why}; to replace it, say kind="value"')
+
+
+def _kind_in_class(target: Target, owner: type, found: Any) -> Kind:
+    name = target.path[-1]
+    if name in ("__new__", "__init__") and found is vars(object)[name]:
+        # object's own methods refuse arguments once a class defines one of the two, or has ever had a __new__.
+        raise refuse(target, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
+    # Subclasses of these may bind in their own way, which rebuilding would lose. `__class__`, not `type`: a wrapt
+    # proxy around a classmethod, ours or somebody else's, has the `__class__` of the wrapped object.
+    for kind, builtin in _DESCRIPTORS.items():
+        if found.__class__ in builtin:
+            return kind
+    if name == "__new__" and isinstance(found, BuiltinFunctionType):  # of a base that is written in C
+        return Kind.STATICMETHOD
+    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, _BUILTIN_DESCRIPTORS):
+        return Kind.METHOD
+    why = f'it is a {type(found).__name__}, neither a method nor a plain property; to replace it, say kind="value"'
+    raise refuse(target, why)
+
+
+def _check_object(target: Target, owner: Any) -> None:
+    """Raise TargetError for an attribute that would not be stored in the `__dict__` of the object when set."""
+    name = target.path[-1]
+    on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
+    if hasattr(type(on_class), "__set__"):
+        raise refuse(target, f"it is a {type(on_class).__name__} of {_name(type(owner))}; patch it there")
+    if on_class is MISSING and name not in vars(owner):
+        raise refuse(target, f"it is neither in the __dict__ of {_name(owner)} nor on its class", is_absent=True)
+
+
+#: The second of the classmethods is that of types written in C, such as `object.__init_subclass__`.
 _DESCRIPTORS: Final = {
-    Kind.CLASSMETHOD: classmethod,
-    Kind.STATICMETHOD: staticmethod,
-    Kind.PROPERTY: property,
+    Kind.CLASSMETHOD: (classmethod, ClassMethodDescriptorType),
+    Kind.STATICMETHOD: (staticmethod,),
+    Kind.PROPERTY: (property,),
 }
-_DESCRIPTOR_TYPES: Final = tuple(_DESCRIPTORS.values())
+_BUILTIN_DESCRIPTORS: Final = (classmethod, staticmethod, property)
 
 
 def _name(value: object) -> str:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
 from .activation import ACTIVATIONS
 from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
-from .ledger import LEDGER, Receipt, State, caller
-from .patch import Patch
-from .plan import Item, Step, make_plan
+from .ledger import LEDGER, Receipt, State
+from .patch import Patch, caller
+from .plan import Item, Step, chosen, make_plan, resolve
+from .target import STORED, Place
 from .undo import report, undo_past_interrupts
 from .verdict import Verdict, VerdictKind
 
 __all__ = ["Savepoint", "Transaction", "transaction"]
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _NOT_IMPORTED: Final = Verdict(kind=VerdictKind.UNKNOWN, why="its module is not imported yet")
 
 
@@ -32,8 +37,9 @@ class _Phase(enum.StrEnum):
 class Transaction:
     """Patches that are applied together, and undone together unless they are committed.
 
-    Used in a `with` statement, once. Entering applies all items or none; leaving, in any way, undoes all that
-    was not committed. After a failure every operation raises TransactionError, except rolling back.
+    Used in a `with` statement, once, or as a decorator, which begins a new one for each call. Entering applies all
+    items or none; leaving, in any way, undoes all that was not committed, and so does dropping an open transaction.
+    After a failure every operation raises TransactionError, except rolling back.
 
     Undoing is never left half done: it goes newest first, and continues past failures. Failures to undo are
     raised as an UndoError, or, if the block itself raised, added to its exception as notes.
@@ -45,7 +51,7 @@ class Transaction:
         *,
         reason: str,
         by: str,
-        on: Sequence[object] | None,
+        on: Any,
         force: bool,
         count_calls: bool = False,
         deferred: bool = False,
@@ -70,13 +76,24 @@ class Transaction:
         self._pending: list[Receipt] = []
         self._savepoints: list[Savepoint] = []
 
-    def __enter__(self) -> Self:
+    def __call__(self, function: _F) -> _F:
+        """Decorate a function, a coroutine function or a generator function: the patches are active while it runs."""
         self._expect(_Phase.NEW)
-        self._phase = _Phase.OPEN
-        items, on = self._items, self._on
-        # The transaction may outlive the block, in a variable, but must not keep the instances alive.
-        self._items, self._on = (), None
+        again: dict[str, Any] = {name: getattr(self, f"_{name}") for name in ("on", "force", "count_calls", "deferred")}
+        items, reason, by = self._items, self.reason, self.by
+
+        def begin() -> Transaction:
+            return Transaction(items, reason=reason, by=by, **again)
+
+        return cast("_F", _decorated(function, begin))
+
+    def __enter__(self) -> Self:
         try:
+            self._expect(_Phase.NEW)
+            self._phase = _Phase.OPEN
+            items, on = self._items, self._on
+            # The transaction may outlive the block, in a variable, but must not keep the instances alive.
+            self._items, self._on = (), None
             self.apply(*items, on=on)
             return self  # noqa: TRY300 - an interrupt here must undo as well
         except BaseException as error:
@@ -92,7 +109,12 @@ class Transaction:
         self._cause = error
         report(problems, error)
 
-    def apply(self, *items: Item, on: Iterable[object] | None = None) -> list[Receipt]:
+    def __del__(self) -> None:
+        # An interrupt between two bytecodes of the `with` statement, or of the methods above, ends here.
+        if getattr(self, "_pending", None) and not sys.is_finalizing():
+            self._undo(self._pending, "the transaction was dropped while open")
+
+    def apply(self, *items: Item, on: Iterable[object] | Callable[[Any], bool] | None = None) -> list[Receipt]:
         """Apply more patches in this transaction, all or none; returns their receipts.
 
         If this raises, these items are undone and the transaction has failed: leave it, or roll back to a
@@ -101,8 +123,7 @@ class Transaction:
         self._expect(_Phase.OPEN)
         made: list[Receipt] = []
         try:
-            ACTIVATIONS.pending.notice()
-            instances = None if on is None else tuple(on)
+            instances = chosen(on)
             now, later = split(items, instances) if self._deferred else (items, ())
             plan = make_plan(now, on=instances, force=self._force)
             self._install(plan.steps, made)
@@ -138,8 +159,12 @@ class Transaction:
     def _install(self, steps: Sequence[Step], made: list[Receipt]) -> None:
         with ACTIVATIONS.lock:
             ACTIVATIONS.catch_up()
-            places = ACTIVATIONS.check([step.patch for step in steps])
-            for step, place in zip(steps, places, strict=True):
+            places = ACTIVATIONS.check([step.patch for step in steps], resolve)
+            changed: list[Place] = []
+            for step, checked in zip(steps, places, strict=True):
+                # What was replaced by an earlier patch may be on the way to this one's target.
+                place = resolve(step.patch) if changed else checked
+                changed += [place] if place.kind in STORED else []
                 receipt = self._open(step)
                 # Recorded before anything is changed, so that an interrupt in between leaves no untracked change.
                 made.append(receipt)
@@ -229,28 +254,56 @@ class Savepoint:
 
 def transaction(
     *items: Item,
-    reason: str,
-    on: Iterable[object] | None = None,
+    reason: str = "",
+    on: Iterable[object] | Callable[[Any], bool] | None = None,
     force: bool = False,
     count_calls: bool = False,
     deferred: bool = False,
 ) -> Transaction:
-    """Apply patches for the duration of a `with` block, or beyond it if committed.
+    """Apply patches for the duration of a `with` block or of a decorated function, or beyond it if committed.
 
     An item is an id, a Patch, or `patches.on(either, instances)`; `on` limits every other item to these
-    instances. Obsolete patches are skipped and listed in `.skipped`, unless `force`. Independent of any enclosing
-    transaction: patches committed inside stay when the outer one is undone. With `count_calls`, `receipt.calls`
-    and the audit show the number of calls through each patch; uncounted calls cost nothing.
+    instances. `reason` is for the ledger; by default each patch's own. Obsolete patches are skipped and listed in
+    `.skipped`, unless `force`. Independent of any enclosing transaction: patches committed inside stay when the outer
+    one is undone. With `count_calls`, or PATCHES_COUNT=1 in the environment, `receipt.calls` and the audit show the
+    number of calls through each patch; uncounted calls cost nothing.
 
     With `deferred`, nothing is imported: a patch whose module is not imported yet waits, and is applied when somebody
     imports it; one that then fails is `failed` in the audit. Leaving the block cancels patches that still wait.
     """
-    if not reason.strip():
-        raise TransactionError("expected a reason for the ledger, got an empty one", state=_Phase.NEW.value)
-    instances = None if on is None else tuple(on)
+    if reason and not reason.strip():
+        raise TransactionError("expected a reason for the ledger, got a blank one", state=_Phase.NEW.value)
     return Transaction(
-        items, reason=reason, by=caller(), on=instances, force=force, count_calls=count_calls, deferred=deferred
+        items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
+
+
+def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:
+    """The function with a transaction around each call, or around each run of a coroutine or generator."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return function(*args, **kwargs)
+
+    def run_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return (yield from function(*args, **kwargs))
+
+    async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return await function(*args, **kwargs)
+
+    async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            async for item in function(*args, **kwargs):
+                yield item
+
+    forms = {
+        inspect.isgeneratorfunction: run_generator,
+        inspect.iscoroutinefunction: run_coroutine,
+        inspect.isasyncgenfunction: run_async_generator,
+    }
+    return functools.wraps(function)(next((form for is_one, form in forms.items() if is_one(function)), run))
 
 
 def _verify(receipts: Sequence[Receipt]) -> None:
@@ -266,6 +319,6 @@ def _verify(receipts: Sequence[Receipt]) -> None:
 def _raise_from(
     kind: type[ApplyError], what: str, made: Sequence[Receipt], failed: Receipt, error: Exception
 ) -> NoReturn:
-    undone = [receipt.id for receipt in made]
-    message = f"{failed.id!r} {what}: {error}; undone: {', '.join(undone)}"
+    undone = tuple(receipt.id for receipt in made)
+    message = f"{failed.id!r} {what}: {error} ({type(error).__name__}); undone: {', '.join(undone)}"
     raise kind(message, patch_id=failed.id, undone=undone) from error

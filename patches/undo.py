@@ -1,16 +1,29 @@
-"""Undoing, disabling and enabling active patches, and reporting failures to undo."""
+"""Undoing, disabling, enabling and reapplying active patches, and reporting failures to undo."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from .activation import ACTIVATIONS
-from .errors import NotActiveError, UndoError
-from .ledger import Receipt, caller
-from .select import is_pattern, select
+from .errors import NotActiveError, OverwrittenError, ScopeError, UndoError, VerifyError
+from .ledger import Receipt, State
+from .patch import caller
+from .plan import acceptable
+from .registry import is_pattern, select
 
-__all__ = ["active", "disable", "enable", "report", "revert", "undo_past_interrupts"]
+__all__ = [
+    "active",
+    "disable",
+    "enable",
+    "keep",
+    "reapply",
+    "report",
+    "revert",
+    "revert_all",
+    "undo_past_interrupts",
+]
 
 _PATIENCE: Final = 5
 """Number of interrupts while undoing, after which leaving takes priority over completing the undo."""
@@ -35,6 +48,32 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
         chosen = list({receipt: None for patch in patches for receipt in _chosen(patch)})
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
+
+
+def revert_all() -> list[Receipt]:
+    """Undo every patch of this process, whatever has applied it; returns the receipts that were undone.
+
+    Also cancels patches that wait for their modules. Raises UndoError as `revert` does.
+    """
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
+        chosen = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+    report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
+    return chosen
+
+
+def keep(receipts: Iterable[Receipt], owner: object) -> Callable[[], object]:
+    """Revert the receipts when `owner` is garbage-collected; the returned function does so at once, and only once.
+
+    For patches that are committed, and serve one object: a model, a connection. Not at the end of the process.
+    """
+    try:
+        finalizer = weakref.finalize(owner, revert, *receipts)
+    except TypeError as error:
+        why = f"an object of type {type(owner).__name__!r} cannot be referenced weakly"
+        raise ScopeError(f"no patch can be kept for it: {why}", patch_id="") from error
+    finalizer.atexit = False
+    return finalizer
 
 
 def disable(*patches: str | Receipt) -> list[Receipt]:
@@ -117,3 +156,83 @@ def report(problems: Sequence[BaseException], error: BaseException | None) -> No
 
 def _ids(receipts: Iterable[Receipt]) -> str:
     return ", ".join(sorted({receipt.id for receipt in receipts})) or "none"
+
+
+def reapply(patch: str | Receipt) -> list[Receipt]:
+    """Apply a patch, by id or receipt, again after its module was reloaded; returns the receipts concerned.
+
+    All receipts of the same places move together and stay valid, so their owners can still undo them. Objects
+    made before the reload keep the stock behaviour. Patches that are still in place are left alone.
+
+    Raises NotActiveError; OverwrittenError if somebody else has patched over it since; ScopeError for a patch of a
+    class that is limited to instances, since those belong to the class before the reload; IncompatibleError,
+    ProbeError and the like if the patch does not fit the new definitions; and VerifyError, after undoing.
+    """
+    with ACTIVATIONS.lock:
+        ACTIVATIONS.catch_up()
+        chosen = _reloaded(patch)
+    for receipt in chosen:
+        acceptable(receipt.patch, force=True)
+    with ACTIVATIONS.lock:
+        moved = _move(chosen)
+    ACTIVATIONS.drop_stale_graphs()
+    for receipt in moved:
+        _verify_again(receipt)
+    return moved
+
+
+def _reloaded(patch: str | Receipt) -> list[Receipt]:
+    active = ACTIVATIONS.active()
+    chosen = [receipt for receipt in active if receipt is patch or receipt.id == patch]
+    if not chosen:
+        patch_id = patch if isinstance(patch, str) else patch.id
+        raise NotActiveError(f"{patch_id!r} is not active, so that there is nothing to apply again", patch_id=patch_id)
+    found = [receipt for receipt in chosen if ACTIVATIONS.condition(receipt) == State.RELOADED]
+    for receipt in chosen:
+        _refuse(receipt)
+    return found
+
+
+def _refuse(receipt: Receipt) -> None:
+    condition = ACTIVATIONS.condition(receipt)
+    if condition in (State.BURIED, State.OVERWRITTEN):
+        raise OverwrittenError(
+            f"{receipt.id!r} is {condition}: somebody else has changed {receipt.target!r} since; "
+            "revert it, then apply it again",
+            target=receipt.target,
+            state=condition.value,
+            found=None,
+        )
+    in_class = len(receipt.patch.targets[0].path) > 1
+    if condition == State.RELOADED and receipt.scope is not None and in_class:
+        raise ScopeError(
+            f"{receipt.id!r} is limited to {receipt.scope_text} of a class from before the reload, where it still "
+            "acts; apply it to instances of the new class",
+            patch_id=receipt.id,
+        )
+
+
+def _move(chosen: list[Receipt]) -> list[Receipt]:
+    moved: list[Receipt] = []
+    for receipt in chosen:
+        if receipt in moved:
+            continue
+        together = ACTIVATIONS.held_with(receipt)
+        for other in together:
+            _refuse(other)
+        ACTIVATIONS.reapply(together)
+        moved += together
+    return moved
+
+
+def _verify_again(receipt: Receipt) -> None:
+    if receipt.patch.verify is None:
+        return
+    try:
+        receipt.patch.verify()
+    except Exception as error:
+        report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
+        message = (
+            f"{receipt.id!r} does not have its effect after the reload: {error} ({type(error).__name__}); it was undone"
+        )
+        raise VerifyError(message, patch_id=receipt.id, undone=(receipt.id,)) from error

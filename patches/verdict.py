@@ -15,11 +15,11 @@ from .patch import Patch
 from .target import Place
 from .versions import Window, compare
 
-__all__ = ["Verdict", "VerdictKind", "judge"]
+__all__ = ["Verdict", "VerdictKind", "judge", "renew_locks"]
 
 
 class VerdictKind(enum.StrEnum):
-    """The four possible verdicts on a patch."""
+    """The five possible verdicts on a patch."""
 
     NEEDED = "needed"
     """The defect is present: inside the window, the probe finds it or there is no probe."""
@@ -30,8 +30,10 @@ class VerdictKind(enum.StrEnum):
     or the probe raised; or the source or the signature differs; or somebody else has patched the target, and the
     patch does not allow that.
     """
+    ABSENT = "absent"
+    """A distribution that it requires, or the top-level module of its target, is not installed."""
     INCOMPATIBLE = "incompatible"
-    """A distribution is not installed; or the target does not resolve, in a version inside the window."""
+    """The target does not resolve, in a version inside the window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,33 +50,40 @@ class Verdict:
     """Differences between the target and the patch's declaration, one line each."""
     foreign: tuple[str, ...] = ()
     """Foreign patches of the target; searched for unless the patch allows them."""
+    outside: tuple[str, ...] = ()
+    """Versions outside the patch's window, one line each, if nothing else could decide."""
 
     def __str__(self) -> str:
         return self.kind.value
 
 
-_probed: Final[WeakKeyDictionary[Patch, bool | Exception]] = WeakKeyDictionary()
+_probed: Final[WeakKeyDictionary[Patch, bool]] = WeakKeyDictionary()
 # Held while the probe of a patch runs, so that a thread that wants to apply that patch waits for the result. One
 # lock per patch: probes import, and with a single lock a probe could deadlock with an import that waits for it.
 _probing: Final[WeakKeyDictionary[Patch, threading.RLock]] = WeakKeyDictionary()
-_probing_guard: Final = threading.Lock()
+_probing_guard = threading.Lock()
 
 
-def judge(patch: Patch, resolve: Callable[[str, str], Place]) -> Verdict:
-    """Judge `patch`. A probe runs once per process.
+def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable[[], bool], fresh: bool) -> Verdict:
+    """Judge `patch`.
 
-    `resolve(target, kind)` imports and resolves the target, or raises TargetError.
+    `resolve(patch)` imports and resolves the target, or raises TargetError. An answer of the probe is kept for the rest
+    of the process if `is_quiet()`: no patch is active that could have changed it. `fresh` asks it again.
     """
     window = compare(patch.requires)
     if window.missing:
-        return Verdict(kind=VerdictKind.INCOMPATIBLE, why=f"not installed: {', '.join(window.missing)}")
+        return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: {', '.join(window.missing)}")
     try:
-        place = resolve(patch.target, patch.kind)
+        place = resolve(patch)
     except TargetError as error:
+        top_level = error.target.partition(":")[0].partition(".")[0]
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == top_level:
+            return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: module {top_level}")
         # In a version that was never known to have the defect, missing code cannot have it.
-        kind = VerdictKind.OBSOLETE if window.outside else VerdictKind.INCOMPATIBLE
+        is_left_out = window.outside or (patch.optional and error.is_absent)
+        kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE
         return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
-    seen = None if patch.probe is None else _run_probe(patch)
+    seen = None if patch.probe is None else _run_probe(patch, is_quiet, fresh=fresh)
     drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else find_foreign(place)
     if seen is not False and (drift or foreign):
         probe_error = seen if isinstance(seen, Exception) else None
@@ -90,7 +99,7 @@ def _judge_versions(window: Window, *, same_source: bool) -> Verdict:
     if window.outside and same_source:
         return _same_source(window)
     if window.outside:
-        return Verdict(kind=VerdictKind.UNKNOWN, why="; ".join(window.outside))
+        return Verdict(kind=VerdictKind.UNKNOWN, why="; ".join(window.outside), outside=window.outside)
     return Verdict(kind=VerdictKind.NEEDED, why="; ".join(window.inside) or "it requires no particular version")
 
 
@@ -110,18 +119,29 @@ def _judge_probe(window: Window, *, seen: bool | Exception, same_source: bool) -
         return _same_source(window)
     if window.outside:
         why = "; ".join(("the probe sees the defect", *window.outside))
-        return Verdict(kind=VerdictKind.UNKNOWN, why=why)
+        return Verdict(kind=VerdictKind.UNKNOWN, why=why, outside=window.outside)
     return Verdict(kind=VerdictKind.NEEDED, why="; ".join(("the probe sees the defect", *window.inside)))
 
 
-def _run_probe(patch: Patch) -> bool | Exception:
+def _run_probe(patch: Patch, is_quiet: Callable[[], bool], *, fresh: bool) -> bool | Exception:
     assert patch.probe is not None
     with _probing_guard:
         mine = _probing.setdefault(patch, threading.RLock())
     with mine:
-        if patch not in _probed:
-            try:
-                _probed[patch] = bool(patch.probe())
-            except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
-                _probed[patch] = error
-        return _probed[patch]
+        if patch in _probed and not fresh:
+            return _probed[patch]
+        was_quiet = is_quiet()
+        try:
+            seen = bool(patch.probe())
+        except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
+            return error
+        if was_quiet and is_quiet():
+            _probed[patch] = seen
+        return seen
+
+
+def renew_locks() -> None:
+    """Forget probes in progress: in a child made by `fork`, the threads that run them do not exist."""
+    global _probing_guard  # noqa: PLW0603 - a lock that another thread held cannot be released
+    _probing_guard = threading.Lock()
+    _probing.clear()

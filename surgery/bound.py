@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery.adapters.attach import needs_weights
 from surgery.adapters.folder import make_room
 from surgery.adapters.metadata import name_base
@@ -23,7 +25,7 @@ from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
 from surgery.config import Quant
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, ShadowedPatchesWarning
 from surgery.model.consistency import adapter_facts, environment, source_facts
 from surgery.model.skeleton import compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
@@ -183,9 +185,23 @@ def bind(
     return Bound(model=prepared.model, checkpoint=opened, report=report, _prepared=prepared)
 
 
+@functools.cache
+def _warn_of_other_patches() -> None:
+    """Warn, once, if `import patches` in this program leads to something else than the registry."""
+    other = getattr(patches, "__shadowed_by__", None)
+    if other is not None:
+        warnings.warn(
+            f"`import patches` leads to {other} here, and not to the registry of patches that surgery uses, which is "
+            f"{patches.__file__}: rename the former, or get the latter by `import model_surgery_patches as patches`",
+            ShadowedPatchesWarning,
+            stacklevel=2,
+        )
+
+
 @contextmanager
 def building(device: torch.device) -> Iterator[Ranks]:
     """A block in which the ranks of this job build a model together; where one fails, all do."""
+    _warn_of_other_patches()
     ranks = current_ranks(launched_world_size())
     with (
         beating(ranks),

@@ -12,7 +12,7 @@ from typing import ParamSpec
 
 import typer
 
-from patches import PatchError
+from model_surgery_patches import PatchError
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune

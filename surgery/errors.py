@@ -14,6 +14,7 @@ __all__ = [
     "PassError",
     "QuantizerError",
     "SelectorError",
+    "ShadowedPatchesWarning",
     "SurgeryError",
     "TraceError",
     "WeightsMismatchError",
@@ -103,6 +104,10 @@ class NotFilledError(SurgeryError, RuntimeError):
             "surgery.bind() returned first"
         )
         self.use = use
+
+
+class ShadowedPatchesWarning(UserWarning):
+    """Another module has the name `patches` in this program; surgery uses its own registry all the same."""
 
 
 class QuantizerError(SurgeryError, ValueError):

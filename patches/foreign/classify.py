@@ -7,8 +7,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, Final
 
-from patches.target import MISSING
-
+from ..target import MISSING
 from .describe import DATA, describe, is_mock, is_wrapt_wrapper, parts, without_defaults
 from .walk import Spot
 

@@ -15,19 +15,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from patches.errors import ForeignError
-
+from ..errors import ForeignError
 from .describe import DATA, describe
 from .walk import loaded, namespace, spots
 
 __all__ = ["Baseline", "CleanProcess", "answer"]
 
-_PROGRAM: Final = """
+_PROGRAM: Final = f"""
 import json, sys
 request = json.load(sys.stdin)
 sys.path[:] = request["path"]
 sys.prefix, sys.exec_prefix = request["prefixes"]
-from patches.foreign.clean import answer
+from {__name__} import answer
 answer(request)
 """
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, overload
 
-from patches.activation import ACTIVATIONS
-from patches.errors import ForeignError
-from patches.ledger import State
-from patches.table import aligned
-from patches.target import MISSING
-
+from ..activation import ACTIVATIONS
+from ..errors import ForeignError
+from ..ledger import State
+from ..table import aligned
+from ..target import MISSING
 from .classify import how_of, kind_of
 from .clean import Baseline, CleanProcess
 from .dependencies import dependencies_first
@@ -21,7 +20,7 @@ from .describe import DATA, describe
 from .origin import Origin, origins
 from .walk import Spot, spots
 
-__all__ = ["Foreign", "ForeignPatch", "foreign"]
+__all__ = ["Foreign", "ForeignPatch", "compare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +78,8 @@ _INTACT: Final = (State.ACTIVE, State.DISABLED)
 _HEADER: Final = ("target", "kind", "how", "defined at", "owner")
 
 
-def foreign(*packages: str, timeout: float = 120) -> Foreign:
-    """Find foreign patches in these packages, in their modules that are loaded in this process.
-
-    The same modules are imported in a clean process, within `timeout` seconds, and everything that holds code is
-    compared: functions, methods, properties, classes, items of dictionaries, wrappers, default arguments. Imports
-    nothing in this process. Not listed: objects that this package has installed (see `patches.audit()`), wrappers that
-    a package puts around its own code, lazily loaded objects, and values without code.
-
-    Raises ForeignError if a package is not imported, or the clean process fails.
-    """
+def compare(packages: Sequence[str], *, timeout: float) -> Foreign:
+    """Compare the loaded modules of these packages with a clean process, as `patches.foreign` says."""
     if not packages:
         raise _refuse("expected the names of packages, got none")
     for package in packages:

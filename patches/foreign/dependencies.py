@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from patches.versions import distributions_of
+from ..versions import distributions_of
 
 __all__ = ["dependencies_first"]
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patches.errors import ForeignError
-from patches.versions import distributions_of
+from ..errors import ForeignError
+from ..versions import distributions_of
 
 if TYPE_CHECKING:
     from importlib import metadata
 
-__all__ = ["ChangedFile", "changed_files"]
+__all__ = ["ChangedFile", "compare_with_record"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,8 @@ class ChangedFile:
     """modified, or missing."""
 
 
-def changed_files(*packages: str) -> list[ChangedFile]:
-    """Find files that have changed since installation, in the distributions of these packages.
-
-    Reads all files, which takes seconds per gigabyte. Bytecode and files without a hash are not compared. Raises
-    ForeignError for a package without a distribution, or whose distribution has no RECORD.
-    """
+def compare_with_record(packages: Iterable[str]) -> list[ChangedFile]:
+    """Compare the files of these packages with the RECORD of their distributions, as `patches.changed_files` says."""
     from importlib import metadata
 
     names = dict.fromkeys(name for package in packages for name in _expect(package))

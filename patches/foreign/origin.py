@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from patches.versions import owner_of
-
+from ..versions import owner_of
 from .describe import class_name, parts
 from .walk import belongs, folders_of, namespace
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from patches.activation import ACTIVATIONS
-from patches.errors import UndoError
-from patches.ledger import Receipt
-from patches.undo import active, revert
+from ..activation import ACTIVATIONS
+from ..errors import UndoError
+from ..ledger import Receipt
+from ..undo import active, revert
 
 __all__ = ["LeakDetector"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from patches.errors import PatchError, UndoError
-from patches.transaction import Transaction, transaction
-from patches.undo import active
+from ..errors import PatchError, UndoError
+from ..transaction import Transaction, transaction
+from ..undo import active
 
 __all__ = ["SessionPatches"]
 

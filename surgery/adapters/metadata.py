@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
+from surgery.model.consistency import LIBRARIES
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -84,7 +85,7 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     return config
 
 
-_DISTRIBUTIONS = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers", "accelerate", "wrapt")
+_DISTRIBUTIONS = (*LIBRARIES, "accelerate", "wrapt")
 
 Section = Mapping[str, object]
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery.adapters.attach import appearing_real
 from surgery.errors import NotFilledError
 

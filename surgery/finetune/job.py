@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery import plan as memory_plan
 from surgery import qlora, release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions

@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery import attest, attesting
 from surgery.attestation.differences import Attestation
 from surgery.errors import AdapterError

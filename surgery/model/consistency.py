@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery.checkpoint import Checkpoint, Index
 from surgery.checkpoint.hub import can_be_hub_id
 from surgery.checkpoint.reader import samples
@@ -23,9 +23,9 @@ from surgery.comm.ranks import Ranks
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["adapter_facts", "environment", "same_model", "source_facts"]
+__all__ = ["LIBRARIES", "adapter_facts", "environment", "same_model", "source_facts"]
 
-LIBRARIES = ("model-surgery", "torch", "bitsandbytes", "peft", "transformers")
+LIBRARIES = ("model-surgery", "model-surgery-patches", "torch", "bitsandbytes", "peft", "transformers")
 
 #: Where a model came from and who wrote it: the same model may have come from elsewhere on another node.
 PROVENANCE = frozenset(

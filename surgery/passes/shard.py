@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-import patches
+import model_surgery_patches as patches
 from surgery.comm.background import return_freed_memory
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass

@@ -62,9 +62,8 @@ def test_copies_are_told_while_the_patch_is_active() -> None:
         assert patches.audit(aliases=True)[0].aliases == ()
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_rewritten_copies_are_patched_and_restored(traced: bool) -> None:
-    with applied(SCALE, traced=traced) as tx:
+def test_rewritten_copies_are_patched_and_restored() -> None:
+    with applied(SCALE) as tx:
         every = (copies.scale, copies.resize, copies.BY_NAME["scale"], copies.IN_ORDER[0])
         assert [call(2) for call in every] == [("a", 4)] * 4
         assert where(tx.receipts[0].patch, "patched") == FOUND
@@ -72,8 +71,7 @@ def test_rewritten_copies_are_patched_and_restored(traced: bool) -> None:
     assert all(held is functions.scale for held in (copies.scale, copies.resize, *copies.IN_ORDER))
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_rewritten_copies_of_methods_keep_their_instance(traced: bool) -> None:
+def test_rewritten_copies_of_methods_keep_their_instance() -> None:
     seen: list[Any] = []
 
     def note(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -81,27 +79,25 @@ def test_rewritten_copies_of_methods_keep_their_instance(traced: bool) -> None:
         return wrapped(*args, **kwargs)
 
     base, taker = layers.Base(), copies.Taker()
-    with applied(f"{LAYERS}:Base.forward", wrapper=note, traced=traced):
+    with applied(f"{LAYERS}:Base.forward", wrapper=note):
         assert copies.run(base, 1) == ("Base", 1)
         assert taker.take(1) == ("Taker", 1)  # type: ignore[misc]
     assert seen == [base, taker]
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_rewritten_staticmethod(traced: bool) -> None:
+def test_a_rewritten_staticmethod() -> None:
     stock = layers.Base.add
-    with applied(f"{LAYERS}:Base.add", traced=traced):
+    with applied(f"{LAYERS}:Base.add"):
         assert copies.add(1, 2) == ("a", 3)
     assert copies.add is layers.Base.add is stock
 
 
-@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(("target", "name"), [("Base.forward", "forward"), ("Base.add", "add")])
-def test_a_copy_made_meanwhile_gets_the_original(target: str, name: str, traced: bool) -> None:
+def test_a_copy_made_meanwhile_gets_the_original(target: str, name: str) -> None:
     late: Any = types.ModuleType("late_importer")
     sys.modules["late_importer"] = late
     try:
-        with applied(f"{LAYERS}:{target}", traced=traced):
+        with applied(f"{LAYERS}:{target}"):
             late.copy = getattr(layers.Base, name)
         assert late.copy is getattr(layers.Base, name)
     finally:

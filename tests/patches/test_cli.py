@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
 from typer.testing import CliRunner, Result
 
 import patches
@@ -26,7 +28,8 @@ def registered() -> None:
     patches.register(declare("cli-obsolete", scale, probe=lambda: False))
     patches.register(declare("cli-unknown", scale, requires={"wrapt": "<1"}))
     patches.register(declare("cli-incompatible", f"{FUNCTIONS}:gone"))
-    patches.register(declare("cli-absent", f"{FUNCTIONS}:gone", requires={"wrapt": "<1"}))
+    patches.register(declare("cli-gone", f"{FUNCTIONS}:gone", requires={"wrapt": "<1"}))
+    patches.register(declare("cli-absent", "no_such_library:function"))
 
 
 def test_list_shows_every_id_without_importing_any() -> None:
@@ -52,12 +55,28 @@ def test_show_has_every_fact() -> None:
     assert "wrapt >=1" in table
 
 
+def test_show_says_what_replaces_the_target() -> None:
+    targets = (f"{FUNCTIONS}:gone", f"{FUNCTIONS}:scale")
+    patches.register(declare("cli-replaced", targets, wrapper=None, replace=_scale))
+    shown = json.loads(run("show", "fake.cli-replaced", "--json").stdout)
+    assert shown["target"] == " or ".join(targets)
+    assert shown["replace"] == f"{__name__}:_scale"
+    patches.register(declare("cli-set", f"{FUNCTIONS}:scale", wrapper=None, kind="value", replace={1, 2}))
+    assert json.loads(run("show", "fake.cli-set", "--json").stdout)["replace"] == "{1, 2}"
+    assert "{1, 2}" in run("show", "fake.cli-set").stdout
+
+
+def _scale(x: int, *, by: int = 2) -> int:
+    return x * by
+
+
 @pytest.mark.parametrize(
     ("patch_id", "verdict", "code"),
     [
         ("fake.cli-needed", "needed", 0),
         ("fake.cli-obsolete", "obsolete", 0),
-        ("fake.cli-absent", "obsolete", 0),
+        ("fake.cli-gone", "obsolete", 0),
+        ("fake.cli-absent", "absent", 0),
         ("fake.cli-unknown", "unknown", 1),
         ("fake.cli-incompatible", "incompatible", 1),
     ],
@@ -101,6 +120,7 @@ def test_audit_all_shows_history() -> None:
     [
         (("show", "fake.cli-neded"), "did you mean fake.cli-needed"),
         (("check", "nobody.knows"), "no patch has the id 'nobody.knows'"),
+        (("check", "nobody.knows"), "name the module that registers it with --import MODULE"),
         (("audit", "--import", "no_such_module"), "cannot be imported"),
         (("show",), "Missing argument"),
     ],
@@ -118,17 +138,73 @@ def test_a_wrong_argument_exits_with_2_and_says_why(arguments: tuple[str, ...], 
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("list", "--help"), ("check", "--help"), ("audit", "--help")])
-def test_help_teaches(arguments: tuple[str, ...]) -> None:
-    ran = run(*arguments)
+COMMANDS = {
+    "list": (),
+    "show": ("mine.scale",),
+    "check": ("mine.scale",),
+    "audit": (),
+    "aliases": ("mine.scale",),
+    "plan": ("mine.scale",),
+    "new": ("mine.more", "--id", "mine.again", "--target", "mine.library:scale"),
+}
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    assert sorted(COMMANDS) == sorted(typer.main.get_command(app).commands)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_terminal_of_80_columns(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    ran = run(*command.split(), "--help")
     assert ran.exit_code == 0
     assert len(ran.stdout) > 200
+    assert "…" not in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    options = typer.main.get_command(app).commands[command].params if command else ()
+    names = [name for option in options for name in option.opts if name.startswith("--")]
+    assert [name for name in names if f" {name} " not in ran.stdout] == []
 
 
-@pytest.mark.parametrize(("traced", "told"), [(True, "traced"), (False, "passed by")])
-def test_what_torch_compile_makes_of_a_patch_is_told(traced: bool, told: str) -> None:
-    patch_id = f"fake.cli-traced-{traced}".lower()
-    patches.register(declare(f"cli-traced-{traced}".lower(), f"{FUNCTIONS}:scale", traced=traced))
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_imports_from_the_current_folder(command: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").touch()
+    (tmp_path / "mine" / "library.py").write_text("def scale(x):\n    return x\n")
+    (tmp_path / "mine" / "patch.py").write_text(
+        "import patches\n\n"
+        "@patches.register('mine.scale', target='mine.library:scale', reason='a test')\n"
+        "def scale(wrapped, instance, args, kwargs):\n    return wrapped(*args, **kwargs)\n\n"
+        "print('registered')\n"
+    )
+    program = "import sys; sys.path.remove(''); from patches.cli import main; main()"  # as the console script does
+    arguments = [sys.executable, "-c", program, command, "--import", "mine.patch", *COMMANDS[command]]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("registered\n")
+
+
+@pytest.mark.parametrize(("columns", "header"), [(40, ["id", "verdict"]), (60, ["id", "verdict", "why"])])
+def test_a_table_that_is_too_wide_for_the_terminal_has_its_last_column_wrapped(
+    columns: int, header: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    wide = run("check", "fake.cli-needed", "fake.cli-obsolete").stdout
+    assert len(wide.splitlines()) == 3
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = run("check", "fake.cli-needed", "fake.cli-obsolete").stdout
+    assert max(map(len, narrow.splitlines())) <= columns
+    assert narrow.splitlines()[0].split() == header
+    assert sorted(narrow.split()) == sorted(wide.split())
+
+
+@pytest.mark.parametrize(("name", "told"), [("scale", "traced"), ("floor", "not seen")])
+def test_what_torch_compile_makes_of_a_patch_is_told(name: str, told: str) -> None:
+    patch_id = f"fake.cli-compiled-{name}"
+    patches.register(declare(f"cli-compiled-{name}", f"{FUNCTIONS}:{name}"))
     assert told in json.loads(run("show", patch_id, "--json").stdout)["torch.compile"]
     (row,) = json.loads(run("check", patch_id, "--json").stdout)
     assert told in row["torch.compile"]

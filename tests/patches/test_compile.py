@@ -65,7 +65,6 @@ def patch_of(target: str, model: Model, *, scoped: bool) -> tuple[patches.Patch,
         "a",
         f"{__name__}:{target}",
         wrapper=tenfold,
-        traced=True,
         kind="attribute" if target == "Model.offset" else "auto",
         subject=None if owned else (lambda instance, args, kwargs: model),
     )
@@ -131,7 +130,7 @@ def test_a_second_scope_is_traced_too() -> None:
 
 
 def test_a_copy_rewritten_after_compilation_is_traced_anew() -> None:
-    patch = declare("a", f"{__name__}:halve", wrapper=tenfold, traced=True, aliases="rewrite")
+    patch = declare("a", f"{__name__}:halve", wrapper=tenfold, aliases="rewrite")
     model = Model()
     run = compiled(model)
     stock = run(X)
@@ -157,7 +156,7 @@ def count_compilations(change: Any) -> int:
 
 def test_graphs_are_kept_where_nothing_that_they_see_changes() -> None:
     def apply_untraced(model: Model) -> None:
-        with patches.transaction(declare("a", f"{__name__}:Unrelated.run"), reason="a test"):
+        with patches.transaction(declare("a", "math:floor"), reason="a test"):
             pass
 
     assert count_compilations(apply_untraced) == 1
@@ -171,16 +170,9 @@ def test_graphs_are_dropped_where_it_does() -> None:
     assert count_compilations(apply_traced) == 2
 
 
-class Unrelated:
-    def run(self) -> int:
-        return 1
-
-
 WITHOUT_DYNAMO = """
 import sys, patches
-from patches.compiled import drop_stale_graphs
-drop_stale_graphs()
-patch = patches.Patch(id="a.b", target="json:dumps", wrapper=lambda w, i, a, k: "!", reason="a test", traced=True)
+patch = patches.Patch(id="a.b", target="json:dumps", wrapper=lambda w, i, a, k: "!", reason="a test")
 with patches.transaction(patch, reason="a test"):
     import json
     assert json.dumps(1) == "!"

@@ -11,7 +11,6 @@ from typer.testing import CliRunner, Result
 import patches
 from patches import versions
 from patches.cli import app
-from patches.foreign import disk
 
 FILES = {"crate/__init__.py": b"x = 1\n", "crate/data.bin": bytes(1000), "crate/gone.py": b"", "crate/free.py": b"y\n"}
 
@@ -38,7 +37,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_as_installed_is_not_listed(installed: Path) -> None:
     (installed / "crate" / "free.py").write_text("anything, for no hash is recorded")
     (installed / "crate" / "__pycache__").mkdir()
-    assert disk.changed_files("crate") == []
+    assert patches.changed_files("crate") == []
     assert "every file is as installed" in command().stdout
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import patches
 from patches.cli import app
-from patches.signature import parse_signature, same_parameters
+from patches.drift import parse_signature, same_parameters
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import functions, values
 from tests.helpers.snapshot import Snapshot

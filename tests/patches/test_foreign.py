@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import patches
 from patches.cli import app
+from patches.foreign.compare import Foreign
 from tests.helpers.declare import declare
 from tests.helpers.victim import forget, make, write
 
@@ -154,23 +155,23 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def stock(victim: ModuleType) -> patches.Foreign:
+def stock(victim: ModuleType) -> Foreign:
     return patches.foreign("victim")
 
 
 @pytest.fixture(scope="module")
-def found(victim: ModuleType, stock: patches.Foreign) -> patches.Foreign:
+def found(victim: ModuleType, stock: Foreign) -> patches.Foreign:
     plant(victim)
     return patches.foreign("victim")
 
 
-def test_an_unpatched_package_has_nothing(stock: patches.Foreign) -> None:
+def test_an_unpatched_package_has_nothing(stock: Foreign) -> None:
     assert list(stock) == []
     assert str(stock) == "nobody else has patched anything"
 
 
 @pytest.mark.parametrize("target", expected())
-def test_a_planted_patch_is_found_with_its_source(found: patches.Foreign, target: str) -> None:
+def test_a_planted_patch_is_found_with_its_source(found: Foreign, target: str) -> None:
     kind, how, source = expected()[target]
     one = next(one for one in found if one.target == target)
     assert (one.kind, one.how) == (kind, how)
@@ -178,21 +179,21 @@ def test_a_planted_patch_is_found_with_its_source(found: patches.Foreign, target
     assert source in outermost if source else not outermost
 
 
-def test_nothing_else_is_found(found: patches.Foreign) -> None:
+def test_nothing_else_is_found(found: Foreign) -> None:
     assert sorted(one.target for one in found) == sorted(expected())
     assert found.unchecked == {}
 
 
-def test_the_whole_chain_of_wrappers_is_shown(victim: ModuleType, stock: patches.Foreign) -> None:
+def test_the_whole_chain_of_wrappers_is_shown(victim: ModuleType, stock: Foreign) -> None:
     victim.functions.chained = around(wrapt.FunctionWrapper(foreign_function, wrapper))
     one = next(one for one in patches.foreign("victim") if one.target == "victim.functions:chained")
     assert one.defined_at == tuple(map(line_of, (around(foreign_function), wrapper, foreign_function)))
     del victim.functions.chained
 
 
-def test_what_this_registry_has_installed_is_left_to_the_audit(victim: ModuleType, found: patches.Foreign) -> None:
+def test_what_this_registry_has_installed_is_left_to_the_audit(victim: ModuleType, found: Foreign) -> None:
     before = sorted(one.target for one in found)
-    traced = declare("traced", "victim.layers:Other.forward", traced=True)
+    traced = declare("traced", "victim.layers:Other.forward")
     ours = [
         traced,
         declare("item", "victim.functions:REGISTRY['relu']"),
@@ -224,7 +225,7 @@ def test_nothing_is_imported_or_computed(victim: ModuleType) -> None:
     assert "victim:__getattr__" in [one.target for one in found]
 
 
-def test_a_module_loaded_since_is_compared_too(victim: ModuleType, found: patches.Foreign) -> None:
+def test_a_module_loaded_since_is_compared_too(victim: ModuleType, found: Foreign) -> None:
     lazily = importlib.import_module("victim.lazily")
     assert [one.target for one in patches.foreign("victim") if "lazily" in one.target] == []
     lazily.loaded_later = foreign_function
@@ -312,3 +313,13 @@ def test_the_command_shows_what_an_imported_module_patches(tmp_path: Path, monke
     assert facts["unchecked"] == {}
     monkeypatch.delitem(sys.modules, "quietly")
     assert CliRunner().invoke(app, ["audit", "--foreign", "no_such_package"]).exit_code == 2
+
+
+def test_the_comparison_is_imported_on_use() -> None:
+    program = (
+        "import sys, patches\n"
+        "assert not [name for name in sys.modules if name.startswith('patches.foreign.')]\n"
+        "import patches.foreign.compare\n"
+        "assert callable(patches.foreign)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -70,9 +70,9 @@ class Programs(RuleBasedStateMachine):
     def first(self, at: str) -> patches.Patch:
         return self._declare(at)
 
-    @rule(target=patches_made, at=st.sampled_from(TARGETS), traced=st.booleans())
-    def declare(self, at: str, traced: bool) -> patches.Patch:
-        return self._declare(at, traced=traced)
+    @rule(target=patches_made, at=st.sampled_from(TARGETS))
+    def declare(self, at: str) -> patches.Patch:
+        return self._declare(at)
 
     def _declare(self, at: str, **fields: Any) -> patches.Patch:
         self.count += 1

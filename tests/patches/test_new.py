@@ -43,13 +43,29 @@ def test_what_it_writes_passes_its_own_tests_and_is_formatted(project: Path) -> 
         assert made.exit_code == 0, made.output
     environment = {**os.environ, "PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "patches.pytest_plugin", "-W", "error", "tests"],
+        [sys.executable, "-m", "pytest", "-p", "patches.testing.plugin", "-W", "error", "tests"],
         cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert f"{2 * len(TARGETS)} passed" in ran.stdout, ran.stdout
-    for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "120", "my_project", "tests"]
-        ran = subprocess.run(ruff, cwd=project, capture_output=True, text=True, timeout=60, check=False)
+    for tool in (
+        [
+            "ruff",
+            "check",
+            "--isolated",
+            "--select",
+            "E,W,F,I,UP,B,RUF,PL,PT,RET,ANN001,ANN2",
+            "--ignore",
+            "E501",
+            "my_project",
+        ],
+        ["ruff", "check", "--isolated", "tests"],
+        ["ruff", "format", "--check", "--isolated", "my_project", "tests"],
+        ["ruff", "format", "--check", "--isolated", "--line-length", "120", "my_project", "tests"],
+        ["mypy", "--strict", "my_project", "tests"],
+    ):
+        given = {**os.environ, "MYPYPATH": str(ROOT)}
+        command = [sys.executable, "-m", *tool]
+        ran = subprocess.run(command, cwd=project, env=given, capture_output=True, text=True, timeout=120, check=False)
         assert ran.returncode == 0, ran.stdout
 
 
@@ -57,6 +73,25 @@ def test_it_says_what_to_add_and_to_run(project: Path) -> None:
     made = new(project, "json.strict", "json:dumps")
     assert '[project.entry-points."patches.registry"]\n"json.strict" = "my_project.patches.strict"' in made.output
     assert f"python -m pytest {project}/tests/test_strict.py" in made.output
+
+
+def test_the_report_is_linked_if_there_is_one(project: Path) -> None:
+    new(project, "json.strict", "json:dumps", "--upstream", "https://example.org/1")
+    new(project, "json.loose", "json:dumps")
+    strict, loose = ((project / "my_project" / "patches" / name).read_text() for name in ("strict.py", "loose.py"))
+    assert 'upstream="https://example.org/1"' in strict
+    assert "upstream" not in loose
+
+
+def test_a_target_without_a_colon_is_told_as_such() -> None:
+    program = "from patches.cli import main; main()"
+    arguments = ["new", "mine", "--id", "textwrap.strict", "--target", "textwrap.shorten"]
+    command = [sys.executable, "-c", program, *arguments]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("patches: ")
+    assert "textwrap.shorten" in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_the_patch_is_tied_to_what_is_installed(project: Path) -> None:

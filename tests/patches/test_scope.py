@@ -17,11 +17,10 @@ FORWARD = f"{LAYERS}:Base.forward"
 pytestmark = pytest.mark.usefixtures("unchanged")
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_only_the_given_instances_are_covered_by_identity(traced: bool) -> None:
+def test_only_the_given_instances_are_covered_by_identity() -> None:
     covered, equal = layers.Unhashable(1), layers.Unhashable(1)
     assert covered == equal
-    with patches.transaction(patches.on(declare("a", TO, traced=traced), [covered]), reason="a test"):
+    with patches.transaction(patches.on(declare("a", TO), [covered]), reason="a test"):
         assert covered.to("cpu") == ("a", "cpu")
         assert equal.to("cpu") == "cpu"
         assert layers.Unhashable.to(covered, "cpu") == ("a", "cpu")
@@ -63,10 +62,9 @@ def test_a_class_can_be_the_instance_of_a_classmethod() -> None:
         assert layers.Base.build(1) == ("Base", 1)
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_subject_decides_for_functions(traced: bool) -> None:
+def test_a_subject_decides_for_functions() -> None:
     covered, other = layers.Base(), layers.Base()
-    patch = declare("a", f"{FUNCTIONS}:describe", traced=traced, subject=lambda instance, args, kwargs: args[0])
+    patch = declare("a", f"{FUNCTIONS}:describe", subject=lambda instance, args, kwargs: args[0])
     with patches.transaction(patches.on(patch, [covered]), reason="a test"):
         assert functions.describe(covered) == ("a", "Base")
         assert functions.describe(other) == "Base"

@@ -9,7 +9,8 @@ from tests.helpers.fake_upstream import functions, layers
 
 
 def place(text: str, kind: str = "auto") -> Place:
-    return describe(text, *locate(text), kind)
+    target = parse(text)
+    return describe(target, locate(target), kind)
 
 
 def test_parse_splits_module_and_path() -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 import patches
-from patches.patch import Probe
 from tests.helpers.declare import FUNCTIONS, declare
 from tests.helpers.fake_upstream import layers
 
@@ -34,12 +35,12 @@ def failing() -> bool:
         (
             lambda: True,
             {"no-such-distribution": ">=1"},
-            "incompatible",
+            "absent",
             "not installed: no-such-distribution",
         ),
     ],
 )
-def test_verdicts(probe: Probe | None, requires: dict[str, str], kind: str, why: str) -> None:
+def test_verdicts(probe: Callable[[], bool] | None, requires: dict[str, str], kind: str, why: str) -> None:
     found = patches.verdict(declare("a", SCALE, probe=probe, requires=requires))
     assert str(found) == found.kind == kind
     assert re.search(why, found.why)
@@ -49,6 +50,16 @@ def test_a_target_that_is_gone_is_incompatible() -> None:
     found = patches.verdict(declare("a", f"{FUNCTIONS}:gone"))
     assert found.kind == "incompatible"
     assert "no attribute 'gone'" in found.why
+
+
+def test_a_library_that_is_not_installed_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_installed.py").write_text("import no_such_dependency")
+    monkeypatch.syspath_prepend(tmp_path)
+    for target in ("no_such_library:function", "no_such_library.part:Class.method"):
+        found = patches.verdict(declare("a", target))
+        assert (found.kind, found.why) == ("absent", "not installed: module no_such_library")
+    for target in ("half_installed:function", "half_installed.part:function", "json.no_such_part:function"):
+        assert patches.verdict(declare("a", target)).kind == "incompatible"
 
 
 def test_prereleases_and_local_versions_are_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +101,8 @@ def test_force_applies_an_obsolete_patch() -> None:
 
 
 def test_an_unknown_patch_is_applied_and_flagged() -> None:
-    with patches.transaction(declare("a", SCALE, requires=OUTSIDE), reason="a test"):
+    patch = declare("a", SCALE, requires=OUTSIDE)
+    with pytest.warns(patches.VersionWarning, match="not in <1"), patches.transaction(patch, reason="a test"):
         assert [(row.state, row.verdict) for row in patches.audit()] == [("active", "unknown")]
 
 
@@ -106,10 +118,16 @@ def test_a_probe_that_raises_stops_the_transaction_unless_forced() -> None:
         assert len(tx.receipts) == 1
 
 
-def test_an_incompatible_patch_stops_the_transaction_even_if_forced() -> None:
-    patch = declare("a", SCALE, requires={"no-such-distribution": ""})
+@pytest.mark.parametrize(
+    ("patch", "why"),
+    [
+        (declare("a", SCALE, requires={"no-such-distribution": ""}), "not installed: no-such-distribution"),
+        (declare("a", f"{FUNCTIONS}:gone"), "no attribute 'gone'"),
+    ],
+)
+def test_an_absent_or_incompatible_patch_stops_the_transaction_even_if_forced(patch: patches.Patch, why: str) -> None:
     with (
-        pytest.raises(patches.IncompatibleError) as caught,
+        pytest.raises(patches.IncompatibleError, match=why) as caught,
         patches.transaction(patch, reason="x", force=True),
     ):
         pass

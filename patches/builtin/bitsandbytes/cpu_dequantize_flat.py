@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._specimen import partial_block_rows
 from ._whole_blocks import dequantize, has_partial_blocks
 
@@ -50,7 +49,6 @@ def check_dequantizes_by_blocks() -> None:
     requires={"bitsandbytes": ">=0.49"},
     needs=("bitsandbytes.cpu-matmul-flat",),
     signature="(A, quant_state=None, absmax=None, out=None, blocksize=None, quant_type='fp4')",
-    traced=True,
     subject=lambda _instance, args, kwargs: _quant_state(args, kwargs),
     probe=dequantizes_with_wrong_statistics,
     verify=check_dequantizes_by_blocks,

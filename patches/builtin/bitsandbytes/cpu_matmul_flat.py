@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._product import multiply
 from ._specimen import partial_block_rows
 from ._whole_blocks import has_partial_blocks
@@ -62,7 +61,6 @@ def check_multiplies_by_blocks() -> None:
     requires={"bitsandbytes": ">=0.49"},
     signature="(A, B, quant_state, out=None, bias=None)",
     aliases="ignore",  # layers look the function up here; the binding in its defining module is never called
-    traced=True,
     subject=lambda _instance, args, kwargs: _quant_state(args, kwargs),
     probe=multiplies_by_wrong_weight,
     verify=check_multiplies_by_blocks,

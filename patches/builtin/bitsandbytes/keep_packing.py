@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from patches.errors import IncompatibleError
-from patches.registry import REGISTRY
-
+from ...errors import IncompatibleError
+from ...registry import REGISTRY
 from ._specimen import packed_linear4bit
 
 if TYPE_CHECKING:

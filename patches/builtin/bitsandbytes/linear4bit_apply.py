@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._packing import as_params4bit, is_quantized
 from ._specimen import meta_linear4bit
 

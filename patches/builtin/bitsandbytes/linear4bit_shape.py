@@ -6,9 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.builtin.torch.fsdp1_raw_reads import reading_raw
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
+from ..torch.fsdp1_raw_reads import reading_raw
 from ._packing import as_params4bit, is_quantized, packed_shape
 from ._specimen import packed_linear4bit
 

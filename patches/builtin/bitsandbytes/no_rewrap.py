@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._specimen import packed_linear4bit
 
 __all__ = ["recover_in_place"]
@@ -50,7 +49,6 @@ def _module(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     upstream="https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py",
     requires={"bitsandbytes": ">=0.44"},
     signature="(module)",  # no fingerprint: 0.50 changed the source, to log a warning instead of issuing it
-    traced=True,
     subject=lambda _instance, args, kwargs: _module(args, kwargs),
     probe=recovery_replaces_weight,
     verify=check_recovers_in_place,

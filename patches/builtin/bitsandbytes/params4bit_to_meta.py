@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._specimen import packed_linear4bit
 
 if TYPE_CHECKING:

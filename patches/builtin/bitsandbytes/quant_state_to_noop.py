@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from patches.registry import REGISTRY
-
+from ...registry import REGISTRY
 from ._specimen import meta_linear4bit, packed_linear4bit
 
 __all__ = ["stay_put"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 __all__ = ["add_unwrapped_prefixes"]
 

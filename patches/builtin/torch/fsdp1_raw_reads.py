@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 __all__ = ["read_raw", "reading_raw"]
 

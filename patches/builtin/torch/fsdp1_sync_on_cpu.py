@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 __all__ = ["accept_cpu_states"]
 

@@ -9,7 +9,7 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,6 @@ def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945"
     ),
     requires={"torch": ">=2.6"},
-    traced=True,  # torch 2.6 to 2.11 compile the gather if `skip_fsdp_hooks` is off
     subject=_a_4bit_layer,
     probe=copying_changes_bits,
     verify=check_gathers_exactly,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from patches.registry import REGISTRY
+from ...registry import REGISTRY
 
 if TYPE_CHECKING:
     import torch

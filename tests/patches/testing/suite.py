@@ -48,4 +48,4 @@ def write_project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) ->
 
 def run(pytester: pytest.Pytester, suite: str, *options: str) -> pytest.RunResult:
     pytester.makepyfile(test_suite=suite)
-    return pytester.runpytest_subprocess("-p", "patches.pytest_plugin", *options)
+    return pytester.runpytest_subprocess("-p", "patches.testing.plugin", *options)

@@ -15,12 +15,12 @@ from typing import TypeAlias
 
 import pytest
 
-from .plan import Item
-from .testing.bisect import Bisection
-from .testing.leaks import LeakDetector
-from .testing.rerun import Rerun
-from .testing.session import SessionPatches
-from .transaction import Transaction, transaction
+from ..plan import Item
+from ..transaction import Transaction, transaction
+from .bisect import Bisection
+from .leaks import LeakDetector
+from .rerun import Rerun
+from .session import SessionPatches
 
 __all__ = ["Patched", "patched", "pytest_addoption", "pytest_configure"]
 

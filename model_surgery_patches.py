@@ -1,0 +1,1 @@
+patches/model_surgery_patches.py
