@@ -191,14 +191,15 @@ class Pending(MetaPathFinder):
             receipt.patch.verify()
 
     def _fail(self, receipt: Receipt, error: BaseException) -> None:
+        why = f"{type(error).__name__}: {error}"
         if self._activations.lock.acquire(timeout=_PATIENCE):
             try:
-                self._activations.fail(receipt, repr(error))
+                self._activations.fail(receipt, why)
             finally:
                 self._activations.lock.release()
         try:
             what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
-            warnings.warn(f"{what}: {type(error).__name__}: {error}", DeferredPatchWarning, stacklevel=2)
+            warnings.warn(f"{what}: {why}", DeferredPatchWarning, stacklevel=2)
         except DeferredPatchWarning:
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 

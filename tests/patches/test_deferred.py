@@ -459,7 +459,7 @@ def test_several_targets_wait_for_the_first_module_that_comes() -> None:
 
 def test_an_object_in_hand_waits_for_nothing() -> None:
     held = type("Held", (), {"one": lambda self: 1, "__module__": "late_lib.gone"})()
-    patch = patches.Patch(id="fake.a", target=patches.at(held, "one"), replace=lambda: 2, reason="a test")
+    patch = patches.Patch(id="fake.a", target=patches.at(held, "one"), replace=lambda self: 2, reason="a test")
     deferred = patches.defer(patch, reason="a test")
     assert (deferred.pending, held.one()) == ([], 2)
     patches.revert("fake.a")

@@ -165,7 +165,7 @@ def test_a_process_that_cannot_be_patched_does_not_run(apply: str, imports: str,
 
 
 def test_an_interpreter_without_the_package_says_so(project: Path) -> None:
-    (project / "lib" / "wrapt.py").write_text("raise ImportError('no wrapt')")
+    (project / "lib" / "model_surgery_patches.py").write_text("raise ImportError('not here')")
     path = os.pathsep.join((str(ROOT / "patches" / "startup"), str(project / "lib")))
     ran = python(project, "-S", "-c", "import sitecustomize; print('ran')", path=path, PATCHES_APPLY="late.one")
     assert (ran.returncode, ran.stdout) == (2, "")
