@@ -29,7 +29,7 @@ from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
 from .registry import REGISTRY, select
 from .run import command as command_of
-from .run import environment
+from .run import environment, offer
 from .scaffold import scaffold, write
 from .table import aligned
 from .target import MISSING
@@ -52,10 +52,14 @@ app = typer.Typer(
 
 
 def _import(modules: Sequence[str], option: str = "--import") -> None:
-    """Import the modules that an option names, those in the current folder too, as `python -m` does."""
+    """Import the modules that an option names, those in the current folder too, as `python -m` does.
+
+    The entry points of a project there are found, though it is not installed.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    offer(here)
     for module in modules:
         try:
             importlib.import_module(module)
@@ -250,17 +254,20 @@ def new(
     typer.echo(f"and run: python -m pytest {root / planned.tests}")
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": False})
 def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = None) -> None:
     """Run a script, a module or a program, and every Python process that it starts, with patches.
 
-    Each patch is applied when its target is imported. Without a command, print the environment that does it, as
-    NAME=VALUE. Exits with 2 if an id is unknown; otherwise this process becomes the command.
+    Each patch is applied when its target is imported. Without a command, print the environment that does it, for
+    `eval "$(patches run --apply IDS)"` in a shell. Exits with 2 if an id is unknown; otherwise this process becomes the
+    command.
     """
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (f"{name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name))
+        added = (
+            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
+        )
         typer.echo("\n".join(added))
         return
     arguments = command_of(command)

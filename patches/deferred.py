@@ -21,6 +21,7 @@ from .ledger import Receipt, State
 from .patch import Patch, Scoped
 from .registry import atomic_bundles, select
 from .slot import in_order, refuse_conflicts
+from .target import MISSING
 
 if TYPE_CHECKING:
     from .activation import Activations
@@ -43,18 +44,22 @@ class _Wait:
     applying: bool = False
 
 
-class Pending:
-    """Receipts that wait for their modules. Thread-safe; holds no lock while anything else is called.
+class Pending(MetaPathFinder):
+    """Receipts that wait for their modules, and the finder that sees them imported, by wrapping their loaders.
 
-    A module counts as imported when our finder has seen it executed. One that came past the finder, by hand or from
-    an older `sys.meta_path`, is noticed after the next import of any other, or when the registry is next asked.
+    Thread-safe; holds no lock while anything else is called.
+
+    A module counts as imported when it has been executed. One that came past the finder, such as one that was put into
+    `sys.modules` by hand, is noticed after the next import of any other, or when the registry is next asked.
     """
 
     def __init__(self, activations: Activations) -> None:
         self._activations = activations
         self._waits: dict[Receipt, _Wait] = {}
         self._lock = threading.RLock()
-        self._finder: _Finder | None = None
+        self._names: frozenset[str] = frozenset()
+        self._plain: list[Any] | None = None
+        """`sys.meta_path` as it is while nothing waits."""
 
     def receipts(self) -> list[Receipt]:
         """The receipts that wait, oldest first."""
@@ -79,10 +84,10 @@ class Pending:
             refuse_conflicts([*(other.patch for other in owner.in_force()), receipt.patch])
             missing = _missing(*(select(bundle) if bundle else [receipt.patch]))
             names = ", ".join(sorted(" or ".join(sorted(group)) for group in missing))
-            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
             with self._lock:
                 self._waits[receipt] = _Wait(modules=missing, force=force, bundle=bundle)
                 self._watch()
+            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
 
     def take(self, receipt: Receipt) -> bool:
         """Remove a pending receipt; returns False if it was not pending any more."""
@@ -96,27 +101,61 @@ class Pending:
         """Apply whatever waits for no module any more. Not to be called with a lock held: a probe may import."""
         if not self._waits:
             return
-        with self._lock:
-            there = {*executed, *filter(_is_settled, self._names())}
-            for wait in self._waits.values():
-                wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
-            ready: dict[object, list[Receipt]] = {}
-            for receipt, wait in self._waits.items():
-                if not wait.modules and not wait.applying:
+        ready: dict[object, list[Receipt]] = {}
+        begun: list[_Wait] = []
+        there = {*executed, *filter(_is_settled, self._names)}
+        try:
+            with self._lock:
+                for wait in self._waits.values():
+                    wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
+                self._watch()
+                for receipt, wait in self._waits.items():
+                    if wait.modules or wait.applying:
+                        continue
                     ready.setdefault(wait.bundle or receipt, []).append(receipt)
-                    wait.applying = True
-            self._watch()
-        for together in ready.values():
-            self._apply_or_fail(together)
+                    begun.append(wait)
+                    wait.applying = True  # so that a probe which imports or asks does not begin it again
+            for together in ready.values():
+                self._apply_or_fail(together)
+        finally:
+            for wait in begun:
+                wait.applying = False
 
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec from the other finders, with a loader that tells when it is done.
+
+        While a module that is waited for is there, though not told of, every other import tells too: afterwards, since
+        the import system holds its lock over all modules here.
+        """
+        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                self._tell(spec)
+                return spec
+        return None
+
+    def _tell(self, spec: ModuleSpec) -> None:
+        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
+            spec.loader = _Telling(spec.loader, self)
 
     def _watch(self) -> None:
-        if self._finder is None:  # not on import, which must have no effect outside this package
-            self._finder = _Finder(self)
+        """Be in `sys.meta_path` while anything waits. Called with the lock held."""
+        if self._plain is None:  # not on import, which must have no effect outside this package
             os.register_at_fork(after_in_child=self._begin_child)
-        self._finder.watch(self._names())
+            self._plain = sys.meta_path
+        self._names = frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+        found, ours = sys.meta_path, isinstance(sys.meta_path, _Finders) and sys.meta_path.first is self
+        if self._names and found and not ours:  # there is none while Python shuts down
+            self._plain, sys.meta_path = found, _Finders(self, found)
+        elif ours and not self._names:
+            self._plain[:], sys.meta_path = [finder for finder in found if finder is not self], self._plain
+        for module in filter(_is_lazy, map(sys.modules.get, self._names)):
+            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
 
     def _begin_child(self) -> None:
         # The threads that held the lock, or were applying something, are not in the child.
@@ -169,14 +208,15 @@ class Pending:
             receipt.patch.verify()
 
     def _fail(self, receipt: Receipt, error: BaseException) -> None:
+        why = f"{type(error).__name__}: {error}"
         if self._activations.lock.acquire(timeout=_PATIENCE):
             try:
-                self._activations.fail(receipt, f"{type(error).__name__}: {error}")
+                self._activations.fail(receipt, why)
             finally:
                 self._activations.lock.release()
         try:
             what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
-            warnings.warn(f"{what}: {type(error).__name__}: {error}", DeferredPatchWarning, stacklevel=2)
+            warnings.warn(f"{what}: {why}", DeferredPatchWarning, stacklevel=2)
         except DeferredPatchWarning:
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 
@@ -250,6 +290,8 @@ def _missing(*patches: str | Patch) -> frozenset[frozenset[str]]:
 
     waited: set[frozenset[str]] = set()
     for needed, _ in expand(patches):
+        if any(target.held is not MISSING for target in needed.targets):
+            continue  # an object in hand
         modules = {target.module for target in needed.targets}
         waited.add(frozenset(modules))
         if needed.probe is not None:
@@ -259,20 +301,18 @@ def _missing(*patches: str | Patch) -> frozenset[frozenset[str]]:
 
 def _is_there(name: str) -> bool:
     """Whether a module is in `sys.modules`, and not one of importlib's that load themselves when they are used."""
-    return sys.modules.get(name) is not None and not _is_lazy(sys.modules[name])
+    module = sys.modules.get(name)
+    return module is not None and not _is_lazy(module)
 
 
-def _is_lazy(module: ModuleType) -> bool:
-    lazy = getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
-    return lazy is not None and type(module) is lazy
+def _is_lazy(module: object) -> bool:
+    return type(module) is getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
 
 
 def _is_settled(name: str) -> bool:
     """Whether a module is there and is not being executed, by an import or by hand."""
-    if not _is_there(name):
-        return False
-    module = sys.modules[name]
-    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+    module = sys.modules.get(name)
+    if not _is_there(name) or getattr(getattr(module, "__spec__", None), "_initializing", False):
         return False
     space = getattr(module, "__dict__", None)
     return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in _frames())
@@ -286,67 +326,16 @@ def _frames() -> Iterator[Any]:
             frame = frame.f_back
 
 
-class _Finder(MetaPathFinder):
-    """A finder that finds nothing itself, but wraps the loaders of the watched modules.
-
-    It is in `sys.meta_path` only while there are watched modules. A module that is already imported, or that
-    `importlib.reload` executes again, is not told of.
-    """
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-        self._names: frozenset[str] = frozenset()
-        self._plain: list[Any] = []
-
-    def watch(self, names: frozenset[str]) -> None:
-        """Watch exactly these modules from now on."""
-        self._names = names
-        found = sys.meta_path
-        if names and not (isinstance(found, _Finders) and found.first is self):
-            self._plain = found
-            sys.meta_path = _Finders(self, found)
-        elif not names and isinstance(found, _Finders) and found.first is self:
-            self._plain[:] = found.others()
-            sys.meta_path = self._plain
-        for module in [sys.modules[name] for name in names if _is_lazy(sys.modules.get(name, sys))]:
-            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec from the finders after this one, with a loader that tells when it is done.
-
-        While a watched module is there, though not told of, every other import tells too: after it is time to look,
-        since the import system holds its lock over all modules here.
-        """
-        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
-            return None
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                self._tell(spec)
-                return spec
-        return None
-
-    def _tell(self, spec: ModuleSpec) -> None:
-        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
-            spec.loader = _Telling(spec.loader, self._pending)
-
-
 class _Finders(list[Any]):
     """`sys.meta_path` with a finder that comes first, wherever others insert theirs."""
 
-    def __init__(self, first: _Finder, others: Iterable[Any]) -> None:
+    def __init__(self, first: Pending, others: Iterable[Any]) -> None:
         super().__init__(others)
         self.first = first
 
-    def others(self) -> list[Any]:
-        """Every other finder. A copy that somebody took and put back has ours in it."""
-        return [finder for finder in super().__iter__() if finder is not self.first]
-
     def __iter__(self) -> Iterator[Any]:
-        return iter([self.first, *self.others()])
+        # A copy that somebody took and put back has ours in it.
+        return iter([self.first, *(finder for finder in super().__iter__() if finder is not self.first)])
 
 
 class _Telling(Loader):

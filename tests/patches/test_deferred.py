@@ -471,3 +471,21 @@ def test_an_atomic_bundle_fails_as_a_whole() -> None:
         assert len(told) == 2
         assert import_late().one() == 1
         assert set(states().values()) == {"failed"}
+
+
+def test_several_targets_wait_for_the_first_module_that_comes() -> None:
+    patch = patches.Patch(
+        id="fake.a", target=("late_lib.never:one", ONE), wrapper=lambda wrapped, *_: "patched", reason="a test"
+    )
+    patches.defer(patch, reason="a test")
+    assert patches.audit()[0].note == "waits for late_lib.early or late_lib.never"
+    assert import_late().one() == "patched"
+    patches.revert("fake.a")
+
+
+def test_an_object_in_hand_waits_for_nothing() -> None:
+    held = type("Held", (), {"one": lambda self: 1, "__module__": "late_lib.gone"})()
+    patch = patches.Patch(id="fake.a", target=patches.at(held, "one"), replace=lambda self: 2, reason="a test")
+    deferred = patches.defer(patch, reason="a test")
+    assert (deferred.pending, held.one()) == ([], 2)
+    patches.revert("fake.a")
