@@ -53,8 +53,6 @@ class Activations:
         for receipt, slot in list(self._left_behind.items()):
             if slot.settle():
                 self._close(receipt, "once nothing was in the way")
-            elif slot.is_lost():
-                self._close(receipt, "nobody has what was installed any more")
 
     def _close(self, receipt: Receipt, note: str) -> None:
         self.ledger.record(receipt, State.REVERTED, note)

@@ -161,7 +161,7 @@ def _unpatched_copies(patch: Patch) -> tuple[str, ...]:
     if patch.aliases == "ignore":
         return ()
     copies = ACTIVATIONS.copies(resolve(patch).target, patch.kind)
-    return tuple(sorted(map(str, copies.of_original(spared=patch.declared_in))))
+    return tuple(sorted(map(str, copies.of_original(spared=patch.spared()))))
 
 
 def _declared(patch: str | Patch) -> Patch:

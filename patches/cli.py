@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -18,13 +20,19 @@ from .audit import aliases as find_aliases
 from .audit import audit as take_audit
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
+from .journal import read_journals
+from .manifest import changes, read
+from .manifest import lock as make_lock
+from .manifest import write as write_lock
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .journal import read_journals
 from .registry import REGISTRY, select
+from .run import command as command_of
+from .run import environment
 from .scaffold import scaffold, write
 from .table import aligned
+from .target import MISSING
 from .verdict import Verdict, VerdictKind
 
 __all__ = ["app", "main"]
@@ -58,9 +66,9 @@ def _import(modules: Sequence[str], option: str = "--import") -> None:
 _SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
 _Selectors = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SELECTOR]...", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
-_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR...", help=_SELECTORS_HELP)]
+_Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
 _Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
 _Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
@@ -76,6 +84,23 @@ _Import = Annotated[
         help="Import this first, for what it registers or applies. Repeatable.",
     ),
 ]
+_Lock = Annotated[
+    Path | None,
+    typer.Option("--lock", metavar="FILE", help="Say what differs from this file, which `patches lock` wrote."),
+]
+_Command = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="`script.py ...`, `-m module ...`, or a program.")
+]
+_Apply = Annotated[
+    list[str] | None,
+    typer.Option("--apply", metavar="IDS", help="What to apply: ids, bundles or selectors, separated by commas."),
+]
+_RunImport = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
+]
+_Locked = Annotated[list[str] | None, typer.Argument(metavar="[SELECTOR]...", help="Everything in force if none.")]
+_Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
 _All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
     Path | None,
@@ -114,16 +139,18 @@ def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_finger
         typer.echo(fingerprint_of(patch))
         return
     found = verdict(patch)
-    declared = {field.name: _plain(getattr(patch, field.name)) for field in fields(patch)}
-    facts = {**declared, **_judgement(found), **_under_compile(patch, found)}
+    declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
+    declared["target"] = " or ".join(map(str, patch.targets))
+    given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
+    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, default=repr))
+        typer.echo(json.dumps(facts, indent=2, default=str))
     else:
         _print([{"field": name, "value": _text(value)} for name, value in facts.items() if value], as_json=False)
 
 
 @app.command()
-def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = False) -> None:
+def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = False, lock_file: _Lock = None) -> None:
     """Report for each patch whether the installed versions need it.
 
     A patch without an entry point is known once its module is imported: `--import my_project.patches`.
@@ -135,8 +162,11 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
       else has patched it, or the probe raised.
     - incompatible: the target does not exist.
 
-    Exits with 1 if a patch is unknown or incompatible.
+    Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
+    if lock_file is not None:
+        _check_lock(lock_file, selectors or (), as_json=as_json)
+        return
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
     rows: list[dict[str, Any]] = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
     if as_json:
@@ -219,6 +249,47 @@ def new(
     typer.echo(f"and run: python -m pytest {root / planned.tests}")
 
 
+@app.command()
+def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = None) -> None:
+    """Run a script, a module or a program, and every Python process that it starts, with patches.
+
+    Each patch is applied when its target is imported. Without a command, print the environment that does it, as
+    NAME=VALUE. Exits with 2 if an id is unknown; otherwise this process becomes the command.
+    """
+    selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
+    wanted = environment(*selectors, imports=modules or ())
+    if not command:
+        added = (f"{name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name))
+        typer.echo("\n".join(added))
+        return
+    arguments = command_of(command)
+    sys.stdout.flush()
+    os.execvpe(arguments[0], arguments, wanted)  # noqa: S606 - the caller's own command
+
+
+@app.command()
+def lock(selectors: _Locked = None, output: _Output = None, _: _Import = None) -> None:
+    """Write down the patches with the versions, verdicts and fingerprints that they have here, as JSON.
+
+    `patches check --lock FILE` then says what has moved since.
+    """
+    found = make_lock(*(selectors or ()))
+    if output is None:
+        typer.echo(json.dumps(found, indent=2, sort_keys=True))
+        return
+    write_lock(found, output)
+    typer.echo(f"locked {', '.join(entry['id'] for entry in found['patches'])} in {output}")
+
+
+def _check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
+    """Print what differs from a lock, and exit with 1 if anything does."""
+    locked = read(file)
+    lines = changes(locked, *selectors)
+    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")
+    if lines:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
     try:
@@ -269,7 +340,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
         seen = is_seen_when_compiled(patch)
     except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
-    return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of functions written in C, generators and coroutines"}
+    return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of its target"}
 
 
 def _plain(value: object) -> object:

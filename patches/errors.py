@@ -191,6 +191,6 @@ class WrapperError(PatchError, RuntimeError):
 class UndoError(ExceptionGroup[Exception], PatchError):
     """Some patches could not be undone, with one exception for each; all others were."""
 
-    def derive(self, excs: Any) -> UndoError:
+    def derive(self, excs: Any) -> UndoError:  # type: ignore[override]  # no other kind is in it
         """Derive a group of this class, for `split` and `except*`."""
         return UndoError(self.message, excs)

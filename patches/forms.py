@@ -13,6 +13,7 @@ import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, Protocol, TypeAlias
 from weakref import WeakValueDictionary
@@ -40,6 +41,9 @@ class Layer(Protocol):
     def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call goes through the wrapper."""
 
+    direct: Any
+    """A function to call instead of the wrapper, with the arguments of the call, or None."""
+
     def wrapper(self, kind: Kind) -> Wrapper:
         """The patch in the form of a wrapper, counted if somebody asks for it."""
 
@@ -50,7 +54,7 @@ class Layer(Protocol):
 class _Nobody:
     """The layer of an empty chain."""
 
-    everyone = False
+    everyone, direct = False, None
 
     @staticmethod
     def covers(_instance: Any, _args: Any, _kwargs: Any) -> bool:
@@ -60,6 +64,7 @@ class _Nobody:
 _Top: TypeAlias = tuple[Any, Any, Any]
 """Outermost layer, its wrapper, and the callable inside it: one tuple, so that other threads see all or nothing."""
 _Put: TypeAlias = Callable[[_Top], None]
+_Getter: TypeAlias = Callable[[Any], Any]
 
 
 class Form:
@@ -82,7 +87,7 @@ class Form:
         installed, _, put = self._made
         inner = self._inner
         for layer in layers[:-1]:
-            outer, put_outer = _closure(self._place.kind, self._shape)
+            outer, put_outer = _closure(self._shape, takes_self=self._takes_self)
             put_outer((layer, layer.wrapper(kind), inner))
             inner = outer
         put((layers[-1], layers[-1].wrapper(kind), inner))
@@ -99,10 +104,14 @@ class Form:
 
     def _make(self) -> tuple[object, Any, _Put]:
         place = self._place
+        bound = place.found if isinstance(place.found, MethodType) and is_plain(place) else None
         self._inner: Any = _innermost(place)
-        self._shape: Any = _unbound(place.found) if place.found is not MISSING else self._inner
-        closure, put = _closure(place.kind, self._shape)
+        self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
+        self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
+        closure, put = _closure(self._shape, takes_self=self._takes_self)
         installed: Any = closure if is_plain(place) else Disguise(self._shape, closure, place.target, place.kind)
+        if bound is not None:
+            return MethodType(closure, bound.__self__), closure, put
         if place.kind == Kind.STATICMETHOD:
             return staticmethod(installed), closure, put
         return classmethod(installed) if place.kind == Kind.CLASSMETHOD else installed, closure, put
@@ -111,10 +120,18 @@ class Form:
         place = self._place
         value = place.found if place.own is MISSING else place.own
         for layer in layers:
-            value = layer.value_over(value, place.kind) if layer.everyone else value
+            if layer.everyone and layer.patch.kind == "auto" and place.kind == Kind.ADD:
+                value = self._over_added(value, layer)
+            elif layer.everyone:
+                value = layer.value_over(value, place.kind)
             if place.kind == Kind.CLASS and not isinstance(value, type):
                 raise TypeError(f"the wrapper of {layer.patch.id!r} must return a class, and returned {value!r}")
         return value if place.kind != Kind.DELETE or not any(layer.everyone for layer in layers) else MISSING
+
+    def _over_added(self, added: Any, layer: Layer) -> object:
+        """A form of its own around a function that another patch has added."""
+        kind = Kind.METHOD if isinstance(self._place.owner, type) and hasattr(type(added), "__get__") else Kind.FUNCTION
+        return Form(replace(self._place, kind=kind, own=added, found=added)).over([layer])
 
 
 # Functions ------------------------------------------------------------------------------------------------------------
@@ -128,41 +145,56 @@ def is_traced(place: Place) -> bool:
 def is_plain(place: Place) -> bool:
     """Whether a closure can take the place of what is called there, and be the same sort of thing."""
     function = _unbound(place.found)
-    if isinstance(function, MethodType):  # of an object in hand
+    if isinstance(function, MethodType):  # bound already, such as a method of an object in hand
         function = function.__func__
     if type(function) is not FunctionType:
         return False
     return not function.__code__.co_flags & (_CHANGED_BY_CLOSURES | _ITERABLE_COROUTINE)
 
 
-def _closure(kind: Kind, shape: Any) -> tuple[Any, _Put]:
+def _closure(shape: Any, *, takes_self: bool) -> tuple[Any, _Put]:
     """A function that calls the layer that is put into it, with the name and signature of `shape`."""
+    patched, put = _around_method() if takes_self else _around_function()
+    return functools.wraps(shape)(patched), put
+
+
+def _around_function() -> tuple[Any, _Put]:
     top: _Top = (_Nobody, None, None)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(None, args, kwargs):
+            return inner(*args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(*args, **kwargs)
+        return wrapper(inner, None, args, kwargs)
 
     def put(new: _Top) -> None:
         nonlocal top
         top = new
 
-    if kind in (Kind.METHOD, Kind.CLASSMETHOD):
+    return patched, put
 
-        def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(self, args, kwargs):
-                return wrapper(inner.__get__(self), self, args, kwargs)
+
+def _around_method() -> tuple[Any, _Put]:
+    top: _Top = (_Nobody, None, None)
+
+    def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(self, args, kwargs):
             return inner(self, *args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(self, *args, **kwargs)
+        return wrapper(inner.__get__(self), self, args, kwargs)
 
-    else:
+    def put(new: _Top) -> None:
+        nonlocal top
+        top = new
 
-        def patched(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # the other signature
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(None, args, kwargs):
-                return wrapper(inner, None, args, kwargs)
-            return inner(*args, **kwargs)
-
-    return functools.wraps(shape)(patched), put
+    return patched, put
 
 
-class Disguise(wrapt.FunctionWrapper):  # type: ignore[misc]  # untyped
+class Disguise(wrapt.FunctionWrapper[Any, Any]):
     """A closure that looks like the object it was made around, in every respect but that it is called.
 
     Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
@@ -187,14 +219,10 @@ class Disguise(wrapt.FunctionWrapper):  # type: ignore[misc]  # untyped
         target = self._self_target
         return (getattr, (target.held, target.name)) if target.held is not MISSING else (_resolve, (str(target),))
 
-    __reduce__ = None
-
 
 def core(value: Any) -> Any:
     """The installed object, if `value` is a bound form of it."""
-    if isinstance(value, MethodType | staticmethod | classmethod):
-        return value.__func__
-    return value
+    return value.__func__ if type(value) in (MethodType, staticmethod, classmethod) else value
 
 
 def _unbound(found: Any) -> Any:
@@ -220,11 +248,11 @@ def _innermost(place: Place) -> Any:
     """The innermost callable of the chain: the original, or if inherited, the bases' attribute at call time."""
     owner, name, found = place.owner, place.name, place.found
     if place.own is not MISSING:
-        return _unbound(place.own)
+        return found.__func__ if isinstance(found, MethodType) and is_plain(place) else _unbound(place.own)
     if isinstance(owner, ModuleType) or not place.target.is_attribute:
         return found
     if not isinstance(owner, type):
-        return _method_of_object(owner, name)
+        return _method_of_object(owner, name, bound=isinstance(found, MethodType) and is_plain(place))
     if place.kind == Kind.STATICMETHOD:
 
         def inherited_static(*args: Any, **kwargs: Any) -> Any:
@@ -239,12 +267,12 @@ def _innermost(place: Place) -> Any:
     return inherited
 
 
-def _method_of_object(owner: Any, name: str) -> Callable[..., Any]:
-    def inherited(*args: Any, **kwargs: Any) -> Any:
-        method = next(vars(base)[name] for base in type(owner).__mro__ if name in vars(base))
-        return method.__get__(owner, type(owner))(*args, **kwargs)
+def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
+    def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = next(vars(base)[name] for base in type(self).__mro__ if name in vars(base))
+        return method.__get__(self, type(self))(*args, **kwargs)
 
-    return inherited
+    return inherited if bound else functools.partial(inherited, owner)
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------
@@ -281,20 +309,21 @@ def _property(place: Place, layers: Sequence[Layer]) -> property:
     owner, name = place.owner, place.name
     if place.kind == Kind.ATTRIBUTE:
         stored = _StoredAttribute(owner, name, place.own)
-        getter = functools.reduce(_around_getter, layers, stored.read)
+        stored_getter: _Getter = stored.read
+        getter = functools.reduce(_around_getter, layers, stored_getter)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
     own: property = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
     if place.own is MISSING:  # inherited, and so looked up on each access
         read = read and (lambda self: getattr(super(owner, self), name))
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
-    readers = [layer for layer in layers if layer.patch.kind != Kind.SETTER]
-    writers = [layer for layer in layers if layer.patch.kind == Kind.SETTER]
+    readers = [layer for layer in layers if layer.patch.kind != "setter"]
+    writers = [layer for layer in layers if layer.patch.kind == "setter"]
     own = own.getter(functools.reduce(_around_getter, readers, read)) if read else own
     return own.setter(functools.reduce(_around_setter, writers, write)) if write else own
 
 
-def _around_getter(inner: Any, layer: Layer) -> Callable[[Any], Any]:
+def _around_getter(inner: _Getter, layer: Layer) -> _Getter:
     wrapper = layer.wrapper(Kind.PROPERTY)
 
     def patched(instance: Any) -> Any:

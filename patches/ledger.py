@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State"]
 
-_LENGTH: Final = 10_000
+_LENGTH: Final = 4_000
 """Number of entries that are kept; those of patches in force are kept in any case."""
 
 
@@ -169,7 +169,7 @@ class Entry:
 
 
 class Ledger:
-    """Entries, oldest first: the last 10,000, and those of patches in force. Writers hold the lock of the slots.
+    """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
 
     Receipts are referenced weakly: whoever applied a patch, and the slot while it is applied, keep them alive.
     """

@@ -123,9 +123,7 @@ def lock(*items: Item) -> dict[str, Any]:
         raise ManifestError(
             "expected patches to lock, and none is in force here; name them, or import what applies them"
         )
-    entries = {
-        entry["id"]: {**entry, "fingerprint": _fingerprint(REGISTRY.get(entry["id"]))} for entry in found["patches"]
-    }
+    entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
     return {**found, "patches": [entries[patch_id] for patch_id in sorted(entries)]}
 
 
@@ -151,16 +149,22 @@ def write(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     from pathlib import Path
 
     place = Path(path).resolve()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place.parent, prefix=place.name, delete=False) as file:
-        try:
-            file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    mode = place.stat().st_mode & 0o777 if place.exists() else 0o644
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    try:
+        descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
+    except OSError as error:
+        raise ManifestError(f"expected a place to write to, and {str(path)!r} is none: {error}") from error
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(place.stat().st_mode & 0o777 if place.exists() else 0o644)
-            Path(file.name).replace(place)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        Path(name).chmod(mode)
+        Path(name).replace(place)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
@@ -206,6 +210,12 @@ def _entry(patch: Patch, **known: str) -> dict[str, Any]:
         "versions": _versions(patch),
         "options": dict.fromkeys(("force", "count_calls", "disabled", "deferred"), False),
     }
+
+
+def _locked(entry: Mapping[str, Any]) -> dict[str, Any]:
+    patch = REGISTRY.get(entry["id"])
+    found = str(verdict(patch)) if entry["options"]["deferred"] else entry["verdict"]
+    return {**entry, "verdict": found, "fingerprint": _fingerprint(patch)}
 
 
 def _versions(patch: Patch) -> dict[str, str]:
@@ -277,7 +287,7 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     if entry["target"] != patch.target:
         had = f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
         yield f"{had}; lock again if that is meant"
-    if not entry["options"]["deferred"]:  # what was not imported there has no verdict yet
+    if "fingerprint" in entry or not entry["options"]["deferred"]:  # or else it had no verdict yet
         yield from _differing_verdict(entry, patch)
 
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _NAMES: Final = ("patches", "model_surgery_patches")
 _HERE: Final = Path(__file__).resolve()
-_INIT: Final = (_HERE.parent if _HERE.with_name("registry.py").exists() else _HERE.with_name("patches")) / "__init__.py"
+_BESIDE: Final = _HERE.with_name("patches")
+_INIT: Final = (_BESIDE if (_BESIDE / _HERE.name).exists() else _HERE.parent) / "__init__.py"
 
 
 class _OtherName(Loader, MetaPathFinder):

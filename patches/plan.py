@@ -144,7 +144,7 @@ def plan(*items: Item, on: Iterable[object] | Callable[[Any], bool] | None = Non
     made = make_plan(items, on=chosen(on), force=force)
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        ACTIVATIONS.check([step.patch for step in made.steps])
+        ACTIVATIONS.check([step.patch for step in made.steps], resolve)
     return made
 
 

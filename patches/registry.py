@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,15 @@ class Registry:
             self._patches[patch.id] = patch
 
     def _load(self, point: EntryPoint) -> Patch:
-        loaded = point.load()
+        try:
+            loaded = point.load()
+        except (AttributeError, ImportError) as error:
+            other = getattr(sys.modules[__package__], "__shadowed_by__", None)
+            if other is not None:
+                error.add_note(
+                    f"`import patches` leads to {other} here; `import model_surgery_patches as patches` would not"
+                )
+            raise
         if isinstance(loaded, Patch) and loaded.id == point.name:
             if self._patches.get(loaded.id) is not loaded:
                 self._add(loaded)
@@ -160,7 +169,7 @@ class Registry:
         close = tuple(difflib.get_close_matches(patch_id, known))
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
         return UnknownPatchError(
-            f"no patch has the id {patch_id!r}; {hint} (or import the module that registers it)",
+            f"no patch has the id {patch_id!r}; {hint}",
             patch_id=patch_id,
             suggestions=close,
         )

@@ -271,6 +271,8 @@ def transaction(
     With `deferred`, nothing is imported: a patch whose module is not imported yet waits, and is applied when somebody
     imports it; one that then fails is `failed` in the audit. Leaving the block cancels patches that still wait.
     """
+    if reason and not reason.strip():
+        raise TransactionError("expected a reason for the ledger, got a blank one", state=_Phase.NEW.value)
     return Transaction(
         items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
@@ -278,35 +280,30 @@ def transaction(
 
 def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:
     """The function with a transaction around each call, or around each run of a coroutine or generator."""
-    if inspect.iscoroutinefunction(function):
 
-        async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                return await function(*args, **kwargs)
-
-        return functools.wraps(function)(run_coroutine)
-    if inspect.isasyncgenfunction(function):
-
-        async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                async for item in function(*args, **kwargs):
-                    yield item
-
-        return functools.wraps(function)(run_async_generator)
-    if inspect.isgeneratorfunction(function):
-
-        def run_generator(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                return (yield from function(*args, **kwargs))
-
-        return functools.wraps(function)(run_generator)
-
-    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with begin():
             return function(*args, **kwargs)
 
-    return run
+    def run_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return (yield from function(*args, **kwargs))
+
+    async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return await function(*args, **kwargs)
+
+    async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            async for item in function(*args, **kwargs):
+                yield item
+
+    forms = {
+        inspect.isgeneratorfunction: run_generator,
+        inspect.iscoroutinefunction: run_coroutine,
+        inspect.isasyncgenfunction: run_async_generator,
+    }
+    return functools.wraps(function)(next((form for is_one, form in forms.items() if is_one(function)), run))
 
 
 def _verify(receipts: Sequence[Receipt]) -> None:
@@ -323,5 +320,5 @@ def _raise_from(
     kind: type[ApplyError], what: str, made: Sequence[Receipt], failed: Receipt, error: Exception
 ) -> NoReturn:
     undone = tuple(receipt.id for receipt in made)
-    message = f"{failed.id!r} {what}: {error!r}; undone: {', '.join(undone)}"
+    message = f"{failed.id!r} {what}: {error} ({type(error).__name__}); undone: {', '.join(undone)}"
     raise kind(message, patch_id=failed.id, undone=undone) from error

@@ -67,7 +67,11 @@ def keep(receipts: Iterable[Receipt], owner: object) -> Callable[[], object]:
 
     For patches that are committed, and serve one object: a model, a connection. Not at the end of the process.
     """
-    finalizer = weakref.finalize(owner, revert, *receipts)
+    try:
+        finalizer = weakref.finalize(owner, revert, *receipts)
+    except TypeError as error:
+        why = f"an object of type {type(owner).__name__!r} cannot be referenced weakly"
+        raise ScopeError(f"no patch can be kept for it: {why}", patch_id="") from error
     finalizer.atexit = False
     return finalizer
 
@@ -228,5 +232,7 @@ def _verify_again(receipt: Receipt) -> None:
         receipt.patch.verify()
     except Exception as error:
         report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
-        message = f"{receipt.id!r} does not have its effect after the reload: {error!r}; it was undone"
+        message = (
+            f"{receipt.id!r} does not have its effect after the reload: {error} ({type(error).__name__}); it was undone"
+        )
         raise VerifyError(message, patch_id=receipt.id, undone=(receipt.id,)) from error

@@ -126,6 +126,16 @@ def test_patches_never_imports_surgery_nor_torch_outside_functions() -> None:
         assert not [i for i in everywhere if i.partition(".")[0] == "surgery"], name
 
 
+def test_patches_names_itself_nowhere_since_it_may_have_its_second_name() -> None:
+    for name, file in modules("patches").items():
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        named += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+        # For type checkers alone, the second name says what it stands for.
+        allowed = ["patches"] if name == "patches.model_surgery_patches" else []
+        assert [each for each in named if each.partition(".")[0] == "patches"] == allowed, name
+
+
 def test_surgery_uses_the_public_names_of_patches() -> None:
     import patches
 

@@ -55,7 +55,8 @@ def test_json_has_every_field() -> None:
     assert row["state"] == "active"
     assert row["owner"]
     assert set(row) == {
-        "id", "target", "state", "scope", "since", "by", "reason", "verdict", "owner", "note", "calls", "aliases"
+        "id", "target", "state", "scope", "since", "by", "reason", "verdict", "owner", "note", "calls",
+        "passed", "aliases",
     }  # fmt: skip
 
 

@@ -55,6 +55,21 @@ def test_show_has_every_fact() -> None:
     assert "wrapt >=1" in table
 
 
+def test_show_says_what_replaces_the_target() -> None:
+    targets = (f"{FUNCTIONS}:gone", f"{FUNCTIONS}:scale")
+    patches.register(declare("cli-replaced", targets, wrapper=None, replace=_scale))
+    shown = json.loads(run("show", "fake.cli-replaced", "--json").stdout)
+    assert shown["target"] == " or ".join(targets)
+    assert shown["replace"] == f"{__name__}:_scale"
+    patches.register(declare("cli-set", f"{FUNCTIONS}:scale", wrapper=None, kind="value", replace={1, 2}))
+    assert json.loads(run("show", "fake.cli-set", "--json").stdout)["replace"] == "{1, 2}"
+    assert "{1, 2}" in run("show", "fake.cli-set").stdout
+
+
+def _scale(x: int, *, by: int = 2) -> int:
+    return x * by
+
+
 @pytest.mark.parametrize(
     ("patch_id", "verdict", "code"),
     [

@@ -147,7 +147,7 @@ def test_uncounted_calls_run_the_wrapper_itself() -> None:
     for count in (False, True):
         with patches.transaction(declare("a", SCALE, wrapper=wrapper), reason="a test", count_calls=count):
             functions.scale(1)
-    assert seen == ["call", "counted"]
+    assert seen == ["patched", "counted"]
 
 
 def test_compiled_code_sees_a_patch_being_disabled() -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 import patches
-from patches.target import parse
-from patches.target import MISSING
 from patches.errors import TargetError
+from patches.target import MISSING, parse
 from tests.helpers.declare import declare
 from tests.helpers.fake_upstream import values
 from tests.helpers.snapshot import Snapshot
@@ -188,11 +187,11 @@ def test_a_value_that_somebody_else_has_replaced_is_left_alone() -> None:
     assert len(patches.audit()) == 0
 
 
-def test_a_reloaded_container_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_that_somebody_else_has_replaced_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with patches.transaction(declare("a", f"{VALUES}:STEPS[0]", kind="value"), reason="a test"):
         with monkeypatch.context() as context:
             context.setattr(values, "STEPS", ["fresh"])
-            assert [row.state for row in patches.audit()] == ["reloaded"]
+            assert [row.state for row in patches.audit()] == ["overwritten"]
         assert [row.state for row in patches.audit()] == ["active"]
 
 

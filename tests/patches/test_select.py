@@ -9,9 +9,7 @@ import pytest
 import patches
 from patches.builtin import BUILTIN
 from patches.builtin.bundles import BUNDLES as BUILTIN_BUNDLES
-from patches.registry import Bundles
-from patches.registry import Registry
-from patches.registry import is_pattern, select
+from patches.registry import Bundles, Registry, is_pattern, select
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import functions
 from tests.helpers.snapshot import Snapshot

@@ -71,10 +71,7 @@ def test_arguments_arrive_as_in_wrapt() -> None:
     base = layers.Base()
     targets = [SCALE, *(f"{LAYERS}:Base.{name}" for name in ("forward", "build", "add", "size"))]
     ids = [f"fake.p{number}" for number in range(len(targets))]
-    made = [
-        declare("x", target, id=patch_id, wrapper=wrapper)
-        for patch_id, target in zip(ids, targets, strict=True)
-    ]
+    made = [declare("x", target, id=patch_id, wrapper=wrapper) for patch_id, target in zip(ids, targets, strict=True)]
     with patches.transaction(*made, reason="a test"):
         (
             functions.scale(1, by=2),

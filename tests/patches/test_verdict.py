@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import patches
-from collections.abc import Callable
 from tests.helpers.declare import FUNCTIONS, declare
 from tests.helpers.fake_upstream import layers
 
@@ -101,7 +101,8 @@ def test_force_applies_an_obsolete_patch() -> None:
 
 
 def test_an_unknown_patch_is_applied_and_flagged() -> None:
-    with patches.transaction(declare("a", SCALE, requires=OUTSIDE), reason="a test"):
+    patch = declare("a", SCALE, requires=OUTSIDE)
+    with pytest.warns(patches.VersionWarning, match="not in <1"), patches.transaction(patch, reason="a test"):
         assert [(row.state, row.verdict) for row in patches.audit()] == [("active", "unknown")]
 
 
