@@ -11,7 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -36,7 +36,7 @@ VARIABLE = "LAW_LIB_MODE"
 
 CALLED = {
     name: FORMS[name]
-    for name in ("plain", "defaulted", "coroutine", "generator", "cached", "floor", "partial", "adder", "Base.method",
+    for name in ("plain", "defaulted", "coroutine", "generator", "cached", "floor", "partial", "adder",
                  "Base.of_class", "Derived.method", "Derived.later", "Point.scaled")
 }  # fmt: skip
 CALLED["Base.static"] = Form(path="Base.static", receiver=lambda: form_targets.Base)
@@ -97,7 +97,7 @@ class Open:
     """A transaction of ours that is open."""
 
     tx: patches.Transaction
-    made: list[Made] = field(default_factory=list)
+    made: dict[Made, patches.Receipt]
 
 
 class Forms(RuleBasedStateMachine):
@@ -163,9 +163,10 @@ class Forms(RuleBasedStateMachine):
             assert any(self._is_shared(one.place) or one.patch.kind in ("add", "delete") for one in chosen)
             assert (patches.active(), now.differences()) == (active, [])
             return
-        self.open.append(Open(tx, chosen))
+        by_patch = {receipt.patch: receipt for receipt in tx.receipts}
+        self.open.append(Open(tx, {one: by_patch[one.patch] for one in chosen}))
+        self.receipts |= self.open[-1].made
         for one in chosen:
-            self.receipts[one] = next(receipt for receipt in tx.receipts if receipt.patch is one.patch)
             self.stack[one.place].append(one)
 
     def _is_shared(self, place: str) -> bool:
@@ -180,6 +181,11 @@ class Forms(RuleBasedStateMachine):
         if isinstance(one, Made):
             del self.receipts[one]
 
+    def _all_gone(self, opened: Open) -> None:
+        for one, receipt in reversed(opened.made.items()):
+            if self.receipts.get(one) is receipt:
+                self._gone(one)
+
     @precondition(lambda self: self.open)
     @rule(data=st.data(), raising=st.booleans())
     def leave(self, data: st.DataObject, raising: bool) -> None:
@@ -187,8 +193,7 @@ class Forms(RuleBasedStateMachine):
         self._leave(opened, KeyError("body") if raising else None)
 
     def _leave(self, opened: Open, error: BaseException | None = None) -> None:
-        for one in reversed([one for one in opened.made if one in self.receipts]):
-            self._gone(one)
+        self._all_gone(opened)
         try:
             opened.tx.__exit__(type(error) if error else None, error, None)
         except patches.UndoError:
@@ -202,8 +207,7 @@ class Forms(RuleBasedStateMachine):
         if any(self._is_shared(one.place) for one in opened.made):  # its errors would have nobody to go to
             self._leave(opened)
             return
-        for one in reversed([one for one in opened.made if one in self.receipts]):
-            self._gone(one)
+        self._all_gone(opened)
         del opened
         gc.collect(0)
 
@@ -273,7 +277,6 @@ class Forms(RuleBasedStateMachine):
         return [one for one in self.stack[place] if isinstance(one, Made) and not self.receipts[one].disabled]
 
     def _called(self, place: str) -> list[str]:
-        form_targets.cached.cache_clear()
         self.acted.clear()
         through(CALLED[place].read()(CALLED[place].argument))
         return self.acted.copy()
