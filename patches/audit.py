@@ -117,6 +117,8 @@ def _past_row(entry: Entry) -> Row:
         verdict=entry.verdict,
         owner=entry.owner,
         note=entry.note,
+        calls=entry.calls,
+        passed=entry.passed,
     )
 
 
@@ -161,7 +163,7 @@ def _unpatched_copies(patch: Patch) -> tuple[str, ...]:
     if patch.aliases == "ignore":
         return ()
     copies = ACTIVATIONS.copies(resolve(patch).target, patch.kind)
-    return tuple(sorted(map(str, copies.of_original(spared=patch.declared_in))))
+    return tuple(sorted(map(str, copies.of_original(spared=patch.spared()))))
 
 
 def _declared(patch: str | Patch) -> Patch:

@@ -160,8 +160,8 @@ class Pending:
             finally:
                 self._activations.lock.release()
         try:
-            message = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed: {error!r}"
-            warnings.warn(message, DeferredPatchWarning, stacklevel=2)
+            what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
+            warnings.warn(f"{what}: {type(error).__name__}: {error}", DeferredPatchWarning, stacklevel=2)
         except DeferredPatchWarning:
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 

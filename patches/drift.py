@@ -303,12 +303,13 @@ def _takes(given: inspect.Signature, stock: inspect.Signature) -> bool:
     """Whether every call that the stock function allows is one that the given one allows."""
     ours, theirs = _by_kind(given), _by_kind(stock)
     position, names = min(len(ours[1]), len(theirs[1])), {*ours[1], *ours[3]}
-    required = [name for name in (*ours[1][position:], *ours[3]) if given.parameters[name].default is inspect._empty]
+    required = [name for name in (*ours[1], *ours[3]) if given.parameters[name].default is inspect._empty]
+    optional = {name for name, item in stock.parameters.items() if item.default is not inspect._empty}
     return (
         ours[1][:position] == theirs[1][:position]
         and (len(ours[1]) >= len(theirs[1]) or bool(ours[2] and ours[4]))
         and (bool(ours[4]) or names.issuperset(theirs[3]))
-        and not set(required) - set(theirs[3])
+        and not set(required) - ({*theirs[1], *theirs[3]} - optional)
         and bool(ours[2]) >= bool(theirs[2])
         and bool(ours[4]) >= bool(theirs[4])
     )

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pkgutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
-import wrapt
-
 from .errors import WrapperError
 from .patch import Patch, Wrapper
-from .target import MISSING, STORED, Kind, Place, Target
+from .target import MISSING, STORED, Kind, Place
 
-__all__ = ["Disguise", "Form", "Layer", "core", "is_plain", "is_traced"]
+__all__ = ["Form", "Layer", "core", "is_plain", "is_traced"]
 
 _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
 _CHANGED_BY_CLOSURES: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -40,6 +39,9 @@ class Layer(Protocol):
     def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call goes through the wrapper."""
 
+    direct: Any
+    """A function to call instead of the wrapper, with the arguments of the call, or None."""
+
     def wrapper(self, kind: Kind) -> Wrapper:
         """The patch in the form of a wrapper, counted if somebody asks for it."""
 
@@ -50,7 +52,7 @@ class Layer(Protocol):
 class _Nobody:
     """The layer of an empty chain."""
 
-    everyone = False
+    everyone, direct = False, None
 
     @staticmethod
     def covers(_instance: Any, _args: Any, _kwargs: Any) -> bool:
@@ -83,7 +85,7 @@ class Form:
         installed, _, put = self._made
         inner = self._inner
         for layer in layers[:-1]:
-            outer, put_outer = _closure(self._place.kind, self._shape)
+            outer, put_outer = _closure(self._shape, takes_self=self._takes_self)
             put_outer((layer, layer.wrapper(kind), inner))
             inner = outer
         put((layers[-1], layers[-1].wrapper(kind), inner))
@@ -100,10 +102,14 @@ class Form:
 
     def _make(self) -> tuple[object, Any, _Put]:
         place = self._place
+        bound = place.found if isinstance(place.found, MethodType) and is_plain(place) else None
         self._inner: Any = _innermost(place)
-        self._shape: Any = _unbound(place.found) if place.found is not MISSING else self._inner
-        closure, put = _closure(place.kind, self._shape)
-        installed: Any = closure if is_plain(place) else Disguise(self._shape, closure, place.target, place.kind)
+        self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
+        self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
+        closure, put = _closure(self._shape, takes_self=self._takes_self)
+        installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
+        if bound is not None:
+            return MethodType(closure, bound.__self__), closure, put
         if place.kind == Kind.STATICMETHOD:
             return staticmethod(installed), closure, put
         return classmethod(installed) if place.kind == Kind.CLASSMETHOD else installed, closure, put
@@ -112,10 +118,18 @@ class Form:
         place = self._place
         value = place.found if place.own is MISSING else place.own
         for layer in layers:
-            value = layer.value_over(value, place.kind) if layer.everyone else value
+            if layer.everyone and layer.patch.kind == "auto" and place.kind == Kind.ADD:
+                value = self._over_added(value, layer)
+            elif layer.everyone:
+                value = layer.value_over(value, place.kind)
             if place.kind == Kind.CLASS and not isinstance(value, type):
                 raise TypeError(f"the wrapper of {layer.patch.id!r} must return a class, and returned {value!r}")
         return value if place.kind != Kind.DELETE or not any(layer.everyone for layer in layers) else MISSING
+
+    def _over_added(self, added: Any, layer: Layer) -> object:
+        """A form of its own around a function that another patch has added."""
+        kind = Kind.METHOD if isinstance(self._place.owner, type) and hasattr(type(added), "__get__") else Kind.FUNCTION
+        return Form(replace(self._place, kind=kind, own=added, found=added)).over([layer])
 
 
 # Functions ------------------------------------------------------------------------------------------------------------
@@ -129,71 +143,65 @@ def is_traced(place: Place) -> bool:
 def is_plain(place: Place) -> bool:
     """Whether a closure can take the place of what is called there, and be the same sort of thing."""
     function = _unbound(place.found)
-    if isinstance(function, MethodType):  # of an object in hand
+    if isinstance(function, MethodType):  # bound already, such as a method of an object in hand
         function = function.__func__
     if type(function) is not FunctionType:
         return False
     return not function.__code__.co_flags & (_CHANGED_BY_CLOSURES | _ITERABLE_COROUTINE)
 
 
-def _closure(kind: Kind, shape: Any) -> tuple[Any, _Put]:
+def _closure(shape: Any, *, takes_self: bool) -> tuple[Any, _Put]:
     """A function that calls the layer that is put into it, with the name and signature of `shape`."""
+    patched, put = _around_method() if takes_self else _around_function()
+    return functools.wraps(shape)(patched), put
+
+
+def _around_function() -> tuple[Any, _Put]:
     top: _Top = (_Nobody, None, None)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(None, args, kwargs):
+            return inner(*args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(*args, **kwargs)
+        return wrapper(inner, None, args, kwargs)
 
     def put(new: _Top) -> None:
         nonlocal top
         top = new
 
-    if kind in (Kind.METHOD, Kind.CLASSMETHOD):
+    return patched, put
 
-        def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(self, args, kwargs):
-                return wrapper(inner.__get__(self), self, args, kwargs)
+
+def _around_method() -> tuple[Any, _Put]:
+    top: _Top = (_Nobody, None, None)
+
+    def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        layer, wrapper, inner = top
+        if not layer.everyone and not layer.covers(self, args, kwargs):
             return inner(self, *args, **kwargs)
+        if layer.direct is not None:
+            return layer.direct(self, *args, **kwargs)
+        return wrapper(inner.__get__(self), self, args, kwargs)
 
-    else:
+    def put(new: _Top) -> None:
+        nonlocal top
+        top = new
 
-        def patched(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # the other signature
-            layer, wrapper, inner = top
-            if layer.everyone or layer.covers(None, args, kwargs):
-                return wrapper(inner, None, args, kwargs)
-            return inner(*args, **kwargs)
-
-    return functools.wraps(shape)(patched), put
+    return patched, put
 
 
-class Disguise(wrapt.FunctionWrapper[Any, Any]):
-    """A closure that looks like the object it was made around, in every respect but that it is called.
+def _disguised(shape: Any, closure: Callable[..., Any], place: Place) -> Any:
+    from .disguise import Disguise  # on use, since importing wrapt takes as long as the rest of this package
 
-    Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
-    target, and so leads to whatever is there where it is loaded.
-    """
-
-    def __init__(self, shape: Any, closure: Callable[..., Any], target: Target, kind: Kind) -> None:
-        super().__init__(shape, lambda _wrapped, _instance, args, kwargs: closure(*args, **kwargs))
-        self._self_target = target
-        self._self_binds = kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None or not self._self_binds else MethodType(self, instance)
-
-    def __copy__(self) -> Disguise:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Disguise:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        target = self._self_target
-        return (getattr, (target.held, target.name)) if target.held is not MISSING else (_resolve, (str(target),))
+    binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
+    return Disguise(shape, closure, target=place.target, binds=binds)
 
 
 def core(value: Any) -> Any:
     """The installed object, if `value` is a bound form of it."""
-    if isinstance(value, MethodType | staticmethod | classmethod):
-        return value.__func__
-    return value
+    return value.__func__ if type(value) in (MethodType, staticmethod, classmethod) else value
 
 
 def _unbound(found: Any) -> Any:
@@ -219,11 +227,11 @@ def _innermost(place: Place) -> Any:
     """The innermost callable of the chain: the original, or if inherited, the bases' attribute at call time."""
     owner, name, found = place.owner, place.name, place.found
     if place.own is not MISSING:
-        return _unbound(place.own)
+        return found.__func__ if isinstance(found, MethodType) and is_plain(place) else _unbound(place.own)
     if isinstance(owner, ModuleType) or not place.target.is_attribute:
         return found
     if not isinstance(owner, type):
-        return _method_of_object(owner, name)
+        return _method_of_object(owner, name, bound=isinstance(found, MethodType) and is_plain(place))
     if place.kind == Kind.STATICMETHOD:
 
         def inherited_static(*args: Any, **kwargs: Any) -> Any:
@@ -238,12 +246,12 @@ def _innermost(place: Place) -> Any:
     return inherited
 
 
-def _method_of_object(owner: Any, name: str) -> Callable[..., Any]:
-    def inherited(*args: Any, **kwargs: Any) -> Any:
-        method = next(vars(base)[name] for base in type(owner).__mro__ if name in vars(base))
-        return method.__get__(owner, type(owner))(*args, **kwargs)
+def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
+    def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        method = next(vars(base)[name] for base in type(self).__mro__ if name in vars(base))
+        return method.__get__(self, type(self))(*args, **kwargs)
 
-    return inherited
+    return inherited if bound else functools.partial(inherited, owner)
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------
@@ -266,11 +274,7 @@ def __getattr__(name: str) -> Any:
     target, mark, _ = name.partition("#")
     if not mark:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _retired[name] if name in _retired else _resolve(target.replace("/", "."))
-
-
-def _resolve(target: str) -> Any:
-    return pkgutil.resolve_name(target)
+    return _retired[name] if name in _retired else resolve_name(target.replace("/", "."))
 
 
 # Properties and stored attributes -------------------------------------------------------------------------------------

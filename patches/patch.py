@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import FrameType, MappingProxyType
+from types import FrameType, MappingProxyType, ModuleType
 from typing import Any, Final, Literal, TypeAlias, TypedDict, cast
 
 from .drift import parse_signature
@@ -141,7 +142,7 @@ class Patch:
     claimant: str = field(init=False, default="?")
     """The declarer of the patch: `module:qualified.name` of its wrapper or replacement."""
     declared_in: frozenset[str] = field(init=False, default=frozenset())
-    """The modules whose copies of the target are left alone, since the patch may hold them to call the stock code."""
+    """The modules in which the patch and its wrapper or replacement are written."""
 
     def __post_init__(self) -> None:
         if not _ID.fullmatch(self.id):
@@ -186,11 +187,12 @@ class Patch:
             is_class, is_value = isinstance(self.replace, type), not callable(self.replace)
             self._set(kind="class" if is_class else "value" if is_value else "auto")
         deed: Any = self.wrapper or self.factory or (None if self.replace is MISSING else self.replace)
-        name = getattr(deed, "__qualname__", None)
+        deed = deed.func if isinstance(deed, functools.partial) else deed
+        qualname = getattr(deed, "__qualname__", None)
         declaring = str(_outside(sys._getframe(1)).f_globals.get("__name__", "?"))
         written = getattr(deed, "__globals__", {}).get("__name__", declaring)
-        module = getattr(deed, "__module__", None) or declaring if isinstance(name, str) else declaring
-        self._set(module=module, claimant=f"{module}:{name or repr(deed)}")
+        module = str(getattr(deed, "__module__", None) or declaring) if isinstance(qualname, str) else declaring
+        self._set(module=module, claimant=f"{module}:{qualname or repr(deed)}")
         self._set(declared_in=frozenset({module, declaring, written}))
 
     def _check_wrapper(self, wrapper: Wrapper) -> None:
@@ -236,19 +238,34 @@ class Patch:
     def _refuse(self, name: str, why: str) -> DefinitionError:
         return DefinitionError(f"patch {self.id!r}, field {name!r}: {why}", patch_id=self.id, field=name)
 
-    def wrapper_for(self, kind: Kind) -> Wrapper:
-        """The patch in the form of a wrapper of a place of this kind. Runs the factory, if there is one."""
+    def wrapper_for(self, kind: Kind) -> tuple[Wrapper, Callable[..., Any] | None]:
+        """The patch in the form of a wrapper of a place of this kind, and the function that replaces it, if one does.
+
+        Runs the factory, if there is one.
+        """
         if self.wrapper is not None:
-            return self.wrapper
+            return self.wrapper, None
         made = MISSING if self.kind == "delete" else self.replace if self.factory is None else self.factory()
         if kind in STORED:
-            return lambda _wrapped, _instance, _args, _kwargs: made
+            return lambda _wrapped, _instance, _args, _kwargs: made, None
         if not callable(made):
             raise TypeError(f"the factory of {self.id!r} must return a function, and returned {made!r}")
         call = cast("Callable[..., Any]", made)
         if kind in (Kind.FUNCTION, Kind.STATICMETHOD):
-            return lambda _wrapped, _instance, args, kwargs: call(*args, **kwargs)
-        return lambda _wrapped, instance, args, kwargs: call(instance, *args, **kwargs)
+            return lambda _wrapped, _instance, args, kwargs: call(*args, **kwargs), call
+        return lambda _wrapped, instance, args, kwargs: call(instance, *args, **kwargs), call
+
+    def spared(self) -> frozenset[str]:
+        """The modules whose copies of the target are left alone, since the patch may call the stock code by them: those
+        that declare it, and those beside them that they import.
+        """
+        named: set[str] = set(self.declared_in)
+        for module in self.declared_in:
+            beside = module.rpartition(".")[0]
+            for held in list(vars(sys.modules[module]).values()) if beside and module in sys.modules else ():
+                name = getattr(held, "__name__" if isinstance(held, ModuleType) else "__module__", None)
+                named.update({name} if isinstance(name, str) and name.rpartition(".")[0] == beside else ())
+        return frozenset(named - {target.module for target in self.targets})
 
 
 def caller() -> str:

@@ -20,8 +20,8 @@ from typing import Final
 
 from .deferred import Deferred, defer
 from .errors import PatchError
-from .order import in_order, refuse_conflicts
 from .plan import expand
+from .slot import in_order, refuse_conflicts
 
 __all__ = ["apply_from_environment", "command", "environment"]
 

@@ -40,7 +40,7 @@ class Link:
     a receipt without a scope covers everything. Composed objects consult the link on each call.
     """
 
-    __slots__ = ("_covered", "_made", "_predicates", "_receipts", "_wrapper", "calls", "everyone", "patch")
+    __slots__ = ("_covered", "_made", "_predicates", "_receipts", "_wrapper", "calls", "direct", "everyone", "patch")
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
@@ -48,6 +48,8 @@ class Link:
         """The counts of calls, if a receipt has asked for them."""
         self.everyone = False
         """Whether some receipt covers every subject."""
+        self.direct: Any = None
+        """A function to call instead of the wrapper, with the arguments of the call, or None."""
         self._receipts: tuple[Receipt, ...] = ()
         self._covered: dict[int, int] = {}  # `id` of a covered object -> number of scopes that cover it
         self._predicates: tuple[Callable[[Any], bool], ...] = ()
@@ -60,10 +62,11 @@ class Link:
     def wrapper(self, kind: Kind) -> Wrapper:
         """The patch in the form of a wrapper; its factory has run once."""
         if self._wrapper is None:
-            self._wrapper = self.patch.wrapper_for(kind)
+            self._wrapper, self.direct = self.patch.wrapper_for(kind)
         wrapper, calls = self._wrapper, self.calls
         if calls is None:
             return wrapper
+        self.direct = None  # which would not be counted
 
         # Without a lock, which torch.compile cannot trace; no other thread of CPython runs between the two bytecodes.
         def counted(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -224,7 +227,10 @@ class Slot:
             self._form.empty()
             self.copies.restore(self.place.own)
         # Restored by somebody else, or redefined by a reload: nothing of ours is left to remove.
-        return self.live is self.place.own or self._is_redefined() or self._is_absent()
+        if self.live is self.place.own or self._is_redefined() or self._is_absent():
+            return True
+        # Somebody has undone what they did before us: what they put back is what our original was made from.
+        return not self.links and not self._is_value and self.is_gone() and leads_to(self.place.own, [self.live])
 
     def is_gone(self) -> bool:
         """Whether what is there now does not lead to an object of ours."""
@@ -275,7 +281,7 @@ class Slot:
             self.copies.restore(installed)
             self.copies.note(installed)
             return
-        self.copies.rewrite(installed, spared=frozenset().union(*(link.patch.declared_in for link in self.links)))
+        self.copies.rewrite(installed, spared=frozenset().union(*(link.patch.spared() for link in self.links)))
 
     def _write(self, value: object) -> None:
         if self.live is value:

@@ -96,6 +96,8 @@ class Target:
 
     module: str
     path: tuple[str, ...]
+    text: str = field(default="", compare=False)
+    """The target as it was written."""
     key: Any = MISSING
     """The key of an item target, `module:path[key]`."""
     parameter: str | None = None
@@ -122,7 +124,7 @@ class Target:
         return self.path[-1] if self.key is MISSING else f"[{self.key!r}]"
 
     def __str__(self) -> str:
-        return f"{self.module}:{'.'.join(self.path)}{'' if self.is_attribute else self.name}"
+        return self.text or f"{self.module}:{'.'.join(self.path)}{'' if self.is_attribute else self.name}"
 
 
 def parse(text: str) -> Target:
@@ -136,7 +138,8 @@ def parse(text: str) -> Target:
         forms = "'package.module:Class.attribute', nor with [key] or (parameter) after it"
         raise refuse(text, f"it is not of the form {forms}", suggestion=_with_colon(text))
     key = MISSING if match["key"] is None else _literal(match["key"])
-    return Target(module=match[1], path=tuple(match[2].split(".")), key=key, parameter=match["parameter"])
+    path = tuple(match[2].split("."))
+    return Target(module=match[1], path=path, text=text, key=key, parameter=match["parameter"])
 
 
 def at(owner: object, name: str) -> Target:
@@ -234,11 +237,12 @@ class ItemCell:
         self._container = container
         self._key = key
         self._after: tuple[Any, ...] = ()
+        self._texts: list[str] = []
 
     def read(self) -> Any:
         """Read the item, or MISSING; never creates one, as a `defaultdict` would."""
         if isinstance(self._container, MutableMapping):
-            held = self._container.get(self._key, MISSING)
+            held = self._same(self._container.get(self._key, MISSING))
             layers = _first_layers(self._container)
             return held if not layers or any(self._key in layer for layer in layers) else MISSING
         in_range = isinstance(self._key, int) and 0 <= self._key < len(self._container)
@@ -246,12 +250,21 @@ class ItemCell:
 
     def find(self) -> Any:
         """Read the item, whichever layer of the mapping has it, or MISSING."""
-        is_mapping = isinstance(self._container, MutableMapping)
-        return self._container.get(self._key, MISSING) if is_mapping else self.read()  # type: ignore[union-attr]
+        if not isinstance(self._container, MutableMapping):
+            return self.read()
+        return self._same(self._container.get(self._key, MISSING))
+
+    def _same(self, held: Any) -> Any:
+        """The string that was read or written before, if it is equal: `os.environ` makes a new one for each read."""
+        if type(held) is not str or isinstance(self._container, dict):
+            return held
+        self._texts.append(held)
+        return self._texts[self._texts.index(held)]
 
     def write(self, value: Any) -> None:
         """Store the item, or delete it for MISSING."""
-        plain: Any = self._container if type(self._container) is dict else None
+        self._same(value)
+        plain: Any = self._container if isinstance(self._container, dict) else None
         if value is MISSING:
             self._after = _keys_after(plain or {}, self._key)
             del self._container[self._key]
@@ -264,13 +277,16 @@ class ItemCell:
 
 
 def _first_layers(mapping: MutableMapping[Any, Any]) -> list[Mapping[Any, Any]]:
-    """The dictionaries in which a mapping keeps items of its own; empty if it is one itself, or keeps them elsewhere."""
+    """The dictionaries in which a mapping keeps items of its own; empty if it is a dictionary, or keeps none."""
     if isinstance(mapping, ChainMap):
         return [mapping.maps[0]]
     if isinstance(mapping, dict):
         return []
     kept = [held for held in getattr(mapping, "__dict__", {}).values() if isinstance(held, dict)]
-    return [held for held in kept if all(key in mapping for key in held)]  # those of os.environ are encoded
+    try:
+        return [held for held in kept if all(key in mapping for key in held)]
+    except TypeError:  # keys of another form, as those of os.environ, which are encoded
+        return []
 
 
 def _keys_after(entries: Mapping[Any, Any], key: Any) -> tuple[Any, ...]:
@@ -406,7 +422,7 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
         what = f"attribute {target.name!r}" if target.is_attribute else f"item {target.name}"
         raise refuse(
             target,
-            f"{_name(owner)} has no {what} (kind='add' is for adding one)",
+            f'{_name(owner)} has no {what} (kind="add" is for adding one)',
             suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
             is_absent=True,
         )
@@ -421,6 +437,13 @@ def accept(target: Target, place: Place, kind: str) -> None:
     """Raise TargetError if the place, patched already or not, cannot take a patch of this kind."""
     expected = Kind.PROPERTY if kind == Kind.SETTER else kind
     implied = place.kind not in (*STORED, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
+    if (
+        place.kind == Kind.ADD
+        and place.own is MISSING
+        and kind in ("auto", "value")
+        and place.cell.read() is not MISSING
+    ):
+        implied, expected = callable(place.cell.read()), Kind.ADD if kind == "value" else expected
     if expected != place.kind and not (expected == "auto" and implied):
         raise refuse(target, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
     if kind == Kind.DELETE and place.own is MISSING:
@@ -540,11 +563,15 @@ def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
         return Kind(kind)
     if target.parameter is not None:
         return Kind.VALUE
+    return _kind_found(target, owner, found, kind)
+
+
+def _kind_found(target: Target, owner: Any, found: Any, kind: str) -> Kind:
     if kind == Kind.CLASS and not isinstance(found, type):
         raise refuse(target, f"it is an object of type {type(found).__name__!r}, and the patch says 'class'")
+    if kind == Kind.CLASS:
+        return Kind.CLASS
     if isinstance(found, type):
-        if kind == Kind.CLASS:
-            return Kind.CLASS
         raise refuse(target, 'it is a class; patch its methods, __init__ or __new__ instead, or say kind="class"')
     if isinstance(owner, type):
         return _kind_in_class(target, owner, found)

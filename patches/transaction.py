@@ -38,8 +38,8 @@ class Transaction:
     """Patches that are applied together, and undone together unless they are committed.
 
     Used in a `with` statement, once, or as a decorator, which begins a new one for each call. Entering applies all
-    items or none; leaving, in any way, undoes all that was not committed, and so does dropping an open transaction. After a
-    failure every operation raises TransactionError, except rolling back.
+    items or none; leaving, in any way, undoes all that was not committed, and so does dropping an open transaction.
+    After a failure every operation raises TransactionError, except rolling back.
 
     Undoing is never left half done: it goes newest first, and continues past failures. Failures to undo are
     raised as an UndoError, or, if the block itself raised, added to its exception as notes.
@@ -280,35 +280,30 @@ def transaction(
 
 def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:
     """The function with a transaction around each call, or around each run of a coroutine or generator."""
-    if inspect.iscoroutinefunction(function):
 
-        async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                return await function(*args, **kwargs)
-
-        return functools.wraps(function)(run_coroutine)
-    if inspect.isasyncgenfunction(function):
-
-        async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                async for item in function(*args, **kwargs):
-                    yield item
-
-        return functools.wraps(function)(run_async_generator)
-    if inspect.isgeneratorfunction(function):
-
-        def run_generator(*args: Any, **kwargs: Any) -> Any:
-            with begin():
-                return (yield from function(*args, **kwargs))
-
-        return functools.wraps(function)(run_generator)
-
-    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         with begin():
             return function(*args, **kwargs)
 
-    return run
+    def run_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return (yield from function(*args, **kwargs))
+
+    async def run_coroutine(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            return await function(*args, **kwargs)
+
+    async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
+        with begin():
+            async for item in function(*args, **kwargs):
+                yield item
+
+    forms = {
+        inspect.isgeneratorfunction: run_generator,
+        inspect.iscoroutinefunction: run_coroutine,
+        inspect.isasyncgenfunction: run_async_generator,
+    }
+    return functools.wraps(function)(next((form for is_one, form in forms.items() if is_one(function)), run))
 
 
 def _verify(receipts: Sequence[Receipt]) -> None:

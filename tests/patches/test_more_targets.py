@@ -146,7 +146,9 @@ PRESENT: dict[str, Any] = {
 def test_what_is_there_is_deleted_and_put_back(target: str) -> None:
     holder, before = PRESENT[target], dict(PRESENT[target])
     with patches.transaction(made(target, kind="delete")):
-        assert set(before) - set(holder) == {key for key in before if str(key) in target.rsplit(":", 1)[1].split(".")[-1]}
+        assert set(before) - set(holder) == {
+            key for key in before if str(key) in target.rsplit(":", 1)[1].split(".")[-1]
+        }
         assert [(row.target.replace("'", ""), row.state) for row in patches.audit()] == [(target, "active")]
     assert all(holder[key] is value for key, value in before.items())
     assert len(holder) == len(before)
@@ -451,7 +453,11 @@ def test_a_transaction_decorates_a_function() -> None:
         return functions.scale(x, by=by)
 
     assert functions.scale(2) == 4
-    assert (work.__name__, work.__doc__, str(inspect.signature(work))) == ("work", "Scale.", "(x: 'int', *, by: 'int' = 2) -> 'Any'")
+    assert (work.__name__, work.__doc__, str(inspect.signature(work))) == (
+        "work",
+        "Scale.",
+        "(x: 'int', *, by: 'int' = 2) -> 'Any'",
+    )
     assert [work(2), work(2, by=3)] == [("a", 4), ("a", 6)]
     assert functions.scale(2) == 4
     with pytest.raises(TypeError):
@@ -646,7 +652,10 @@ def test_what_is_kept_can_be_reverted_before() -> None:
 
 
 def test_what_cannot_be_watched_cannot_keep() -> None:
-    with patches.transaction(declare("a", SCALE), reason="a test") as tx, pytest.raises(patches.PatchError, match="int"):
+    with (
+        patches.transaction(declare("a", SCALE), reason="a test") as tx,
+        pytest.raises(patches.PatchError, match="int"),
+    ):
         patches.keep(tx.receipts, 3)
 
 
