@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from .drift import find_drift, find_foreign
+from .drift import find_drift
 from .errors import TargetError
 from .patch import Patch
 from .target import Place
@@ -19,7 +19,7 @@ __all__ = ["Verdict", "VerdictKind", "judge", "renew_locks"]
 
 
 class VerdictKind(enum.StrEnum):
-    """The five possible verdicts on a patch."""
+    """The possible verdicts on a patch."""
 
     NEEDED = "needed"
     """The defect is present: inside the window, the probe finds it or there is no probe."""
@@ -65,10 +65,10 @@ _probing_guard = threading.Lock()
 
 
 def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable[[], bool], fresh: bool) -> Verdict:
-    """Judge `patch`.
+    """Judge `patch`, whose target `resolve(patch)` imports and resolves.
 
-    `resolve(patch)` imports and resolves the target, or raises TargetError. An answer of the probe is kept for the rest
-    of the process if `is_quiet()`: no patch is active that could have changed it. `fresh` asks it again.
+    An answer of the probe is kept for the rest of the process if `is_quiet()`: no patch is active that could have
+    changed it. `fresh` asks it again.
     """
     window = compare(patch.requires)
     if window.missing:
@@ -84,43 +84,34 @@ def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable
         kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE
         return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
     seen = None if patch.probe is None else _run_probe(patch, is_quiet, fresh=fresh)
-    drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else find_foreign(place)
+    drift, foreign = find_drift(patch, place), tuple[str, ...]()
+    if patch.on_foreign != "allow":
+        from .foreign.source import find_foreign
+
+        foreign = find_foreign(place)
     if seen is not False and (drift or foreign):
         probe_error = seen if isinstance(seen, Exception) else None
         why = "; ".join((*drift, *foreign))
         return Verdict(kind=VerdictKind.UNKNOWN, why=why, probe_error=probe_error, drift=drift, foreign=foreign)
-    same_source = bool(patch.fingerprint)
-    if seen is None:
-        return _judge_versions(window, same_source=same_source)
-    return _judge_probe(window, seen=seen, same_source=same_source)
+    return _decide(window, seen=seen, same_source=bool(patch.fingerprint))
 
 
-def _judge_versions(window: Window, *, same_source: bool) -> Verdict:
-    if window.outside and same_source:
-        return _same_source(window)
-    if window.outside:
-        return Verdict(kind=VerdictKind.UNKNOWN, why="; ".join(window.outside), outside=window.outside)
-    return Verdict(kind=VerdictKind.NEEDED, why="; ".join(window.inside) or "it requires no particular version")
-
-
-def _same_source(window: Window) -> Verdict:
-    why = "; ".join((*window.outside, "the source is the one that the patch was written for"))
-    return Verdict(kind=VerdictKind.NEEDED, why=why)
-
-
-def _judge_probe(window: Window, *, seen: bool | Exception, same_source: bool) -> Verdict:
+def _decide(window: Window, *, seen: bool | Exception | None, same_source: bool) -> Verdict:
     if isinstance(seen, Exception):
         return Verdict(kind=VerdictKind.UNKNOWN, why=f"the probe raised {seen!r}", probe_error=seen)
-    if not seen:
+    if seen is False:
         ended = (f"absent since {window.since}",) if window.since else ()
         why = "; ".join(("the probe does not see the defect", *window.outside, *ended))
         return Verdict(kind=VerdictKind.OBSOLETE, why=why, since=window.since)
     if window.outside and same_source:
-        return _same_source(window)
+        why = "; ".join((*window.outside, "the source is the one that the patch was written for"))
+        return Verdict(kind=VerdictKind.NEEDED, why=why)
+    probed = ("the probe sees the defect",) if seen else ()
     if window.outside:
-        why = "; ".join(("the probe sees the defect", *window.outside))
+        why = "; ".join((*probed, *window.outside))
         return Verdict(kind=VerdictKind.UNKNOWN, why=why, outside=window.outside)
-    return Verdict(kind=VerdictKind.NEEDED, why="; ".join(("the probe sees the defect", *window.inside)))
+    why = "; ".join((*probed, *window.inside)) or "it requires no particular version"
+    return Verdict(kind=VerdictKind.NEEDED, why=why)
 
 
 def _run_probe(patch: Patch, is_quiet: Callable[[], bool], *, fresh: bool) -> bool | Exception:
