@@ -7,11 +7,10 @@ from typing import Final, Literal
 
 from .activation import ACTIVATIONS
 from .errors import TargetError
-from .ledger import LEDGER, Entry, Receipt, State
+from .ledger import LEDGER, Entry, Receipt, State, aligned
 from .patch import Patch
 from .plan import resolve
 from .registry import REGISTRY
-from .table import aligned
 
 __all__ = ["Alias", "Audit", "Row", "aliases", "audit"]
 

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import keyword
 import os
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Final
 
 import typer
 
 from .audit import aliases as find_aliases
 from .audit import audit as take_audit
+from .drift import NoSourceError, fingerprint
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
 from .journal import read_journals
+from .ledger import aligned
 from .manifest import changes, read
 from .manifest import lock as make_lock
 from .manifest import write as write_lock
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import REGISTRY, select
+from .registry import ENTRY_POINT_GROUP, REGISTRY, select
 from .run import command as command_of
 from .run import environment, offer
-from .scaffold import scaffold, write
-from .table import aligned
-from .target import MISSING
+from .target import MISSING, Kind, Place, describe, locate, parse
 from .verdict import Verdict, VerdictKind
 
 __all__ = ["app", "main"]
 
 _UNTRUSTED: Final = (VerdictKind.UNKNOWN, VerdictKind.INCOMPATIBLE)
+_TEMPLATES: Final = Path(__file__).with_name("templates")
+_WRAPPED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD, Kind.PROPERTY)
 
 app = typer.Typer(
     name="patches",
@@ -247,11 +252,62 @@ def new(
     of the effect; the wrapper, which has it; and a test.
     """
     sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
-    planned = scaffold(package, id=patch_id, target=target, reason=reason, upstream=upstream, tests=tests)
-    for path in write(planned, root):
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
+        raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
+    facts, reason = _facts(target, _quotable(upstream)), _quotable(reason or "say what goes wrong without it")
+    Patch(id=patch_id, target=target, wrapper=lambda *_: None, reason=reason)  # refuses a bad id
+    name, folder = _identifier(patch_id), Path(*package.split("."))
+    words = {**facts, "id": patch_id, "target": target, "reason": reason, "module": f"{package}.{name}"}
+    texts = {part: Template((_TEMPLATES / f"{part}.txt").read_text()).substitute(words, function=name) for part in ("patch", "tests")}
+    files = {root / folder / f"{name}.py": texts["patch"], root / tests / f"test_{name}.py": texts["tests"]}
+    taken = next(filter(Path.exists, files), None)
+    if taken is not None:
+        raise PatchError(f"{taken} exists; expected a new file: choose another id, package or folder")
+    packages = [root / parent / "__init__.py" for parent in [folder, *folder.parents][:-1]]
+    for path, text in ({path: "" for path in packages if not path.exists()} | files).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {path}")
-    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{planned.entry_point}\n")
-    typer.echo(f"and run: python -m pytest {root / planned.tests}")
+    entry_point = f'[project.entry-points."{ENTRY_POINT_GROUP}"]\n"{patch_id}" = "{words["module"]}"'
+    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{entry_point}\n")
+    typer.echo(f"and run: python -m pytest {root / tests / f'test_{name}.py'}")
+
+
+def _facts(target: str, upstream: str) -> dict[str, str]:
+    """What a template says of a target, from the installed release. Raises TargetError if no wrapper can be there."""
+    parsed = parse(target)
+    place = describe(parsed, locate(parsed))
+    if place.kind not in _WRAPPED:
+        why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
+        raise TargetError(f"no patch was made for {target!r}: {why}", target=target, why=why)
+    return {
+        "owner": ":".join(filter(None, (parsed.module, ".".join(parsed.owner_path)))),
+        "attribute": parsed.name,
+        "known": "".join(f"    {line}\n" for line in _known(place, upstream)),
+    }
+
+
+def _known(place: Place, upstream: str) -> Iterator[str]:
+    """The fields that say where the defect is reported, in which version it was seen, and in which source."""
+    from importlib import metadata
+
+    package = place.target.module.partition(".")[0]
+    if upstream:
+        yield f'upstream="{upstream}",'
+    for name in metadata.packages_distributions().get(package, ())[:1]:
+        yield f'requires={{"{name}": "=={metadata.version(name)}"}},  # widen it to what has the defect'
+    with contextlib.suppress(NoSourceError):
+        yield f'fingerprint="{fingerprint(place)}",  # of the source that this was written for'
+
+
+def _identifier(patch_id: str) -> str:
+    name = patch_id.rpartition(".")[2].replace("-", "_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"patch_{name}"
+
+
+def _quotable(text: str) -> str:
+    """The text as one line that fits in a string literal and in a docstring."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"', "'")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})

@@ -107,7 +107,7 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
-        installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
+        installed: Any = closure if is_plain(place) else _disguise()(self._shape, closure, place)
         if bound is not None:
             return MethodType(closure, bound.__self__), closure, put
         if place.kind == Kind.STATICMETHOD:
@@ -197,14 +197,39 @@ def prepare(place: Place) -> None:
     an import may wait for a thread that waits for the lock of the slots, so it is to be done before.
     """
     if place.kind in _CALLED and not is_plain(place):
-        from . import disguise  # noqa: F401 - to have it imported
+        _disguise()
 
 
-def _disguised(shape: Any, closure: Callable[..., Any], place: Place) -> Any:
-    from .disguise import Disguise
+@functools.cache
+def _disguise() -> Any:
+    """A closure that looks like the object it was made around, in every respect but that it is called.
 
-    binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
-    return Disguise(shape, closure, target=place.target, binds=binds)
+    Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
+    target, and so leads to whatever is there where it is loaded.
+    """
+    import wrapt
+
+    class Disguise(wrapt.FunctionWrapper[Any, Any]):
+        def __init__(self, shape: Any, closure: Callable[..., Any], place: Place) -> None:
+            super().__init__(shape, lambda _wrapped, _instance, args, kwargs: closure(*args, **kwargs))
+            self._self_target = place.target
+            self._self_binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            return self if instance is None or not self._self_binds else MethodType(self, instance)
+
+        def __copy__(self) -> Any:
+            return self
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            target = self._self_target
+            held, name = target.held, target.name
+            return (getattr, (held, name)) if held is not MISSING else (resolve_name, (str(target),))
+
+    return Disguise
 
 
 def core(value: Any) -> Any:

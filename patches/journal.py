@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from .errors import JournalError
-from .table import aligned
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -196,6 +195,8 @@ class Processes(Sequence[Process]):
         return tuple(differing)
 
     def __str__(self) -> str:
+        from .ledger import aligned  # which writes journals
+
         if not self._processes:
             return "no process has kept a journal here"
         rows = sorted({(one.id, one.target) for process in self._processes for one in process.applications})

@@ -16,11 +16,11 @@ from .patch import Patch, Scope
 from .versions import owner_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from .verdict import Verdict
 
-__all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State"]
+__all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State", "aligned"]
 
 _LENGTH: Final = 4_000
 """Number of entries that are kept; those of patches in force are kept in any case."""
@@ -263,3 +263,10 @@ def _line(entry: Entry) -> dict[str, object]:
 
 
 LEDGER: Final = Ledger()
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table with each column as wide as its widest text, in which line breaks become spaces."""
+    lines = [[" ".join(text.split("\n")) for text in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -12,11 +12,11 @@ from .activation import ACTIVATIONS
 from .drift import NoSourceError, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
+from .ledger import aligned
 from .patch import Patch, Scope, Scoped, caller
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
 from .slot import in_order, refuse_conflicts
-from .table import aligned
 from .target import STORED, Kind, Place, locate, refuse
 from .verdict import Verdict, VerdictKind, judge
 

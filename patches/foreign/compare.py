@@ -10,8 +10,7 @@ from typing import Final, overload
 
 from ..activation import ACTIVATIONS
 from ..errors import ForeignError
-from ..ledger import State
-from ..table import aligned
+from ..ledger import State, aligned
 from ..target import MISSING
 from .classify import how_of, kind_of
 from .clean import Baseline, CleanProcess
