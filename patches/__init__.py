@@ -79,7 +79,6 @@ bundle = BUNDLES.register
 _MORE: Final = (
     "errors",
     "ledger",
-    "verdict",
     "audit",
     "plan",
     "patch",

@@ -18,7 +18,6 @@ from .patch import Patch
 from .registry import BUNDLES, REGISTRY
 from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
-from .verdict import renew_locks
 
 __all__ = ["ACTIVATIONS", "Activations"]
 
@@ -75,6 +74,10 @@ class Activations:
     def in_force(self) -> list[Receipt]:
         """The receipts that are applied, and those that wait for their modules, oldest first."""
         return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
+
+    def known(self) -> list[Receipt]:
+        """Every receipt that can be undone: those in force, left behind, or failed."""
+        return [*self.in_force(), *self.left_behind(), *self.failed()]
 
     def failed(self) -> list[Receipt]:
         """The receipts that could not be applied when their modules were imported, oldest first."""
@@ -270,7 +273,6 @@ class Activations:
         else:
             self.lock, self._changing = threading.RLock(), False
         REGISTRY.lock, BUNDLES.lock = threading.Lock(), threading.Lock()
-        renew_locks()
 
     def _expire_soon(self, receipt: Receipt) -> None:
         # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
@@ -297,5 +299,4 @@ class Activations:
 
 
 ACTIVATIONS: Final = Activations(LEDGER)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=ACTIVATIONS.renew_locks)
+os.register_at_fork(after_in_child=ACTIVATIONS.renew_locks)

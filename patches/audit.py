@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from .activation import ACTIVATIONS
 from .errors import TargetError
-from .ledger import LEDGER, Entry, Receipt, State, aligned
+from .ledger import LEDGER, Entry, State, aligned
 from .patch import Patch
 from .plan import resolve
 from .registry import REGISTRY
@@ -78,47 +78,19 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        in_force = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
-        rows = {receipt.serial: _row(receipt, aliases=aliases) for receipt in in_force}
+        rows = {}
+        for receipt in ACTIVATIONS.known():
+            state = ACTIVATIONS.condition(receipt)
+            copies = _unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else ()
+            rows[receipt.serial] = _row(Entry.of(receipt, state), copies)
         past = {entry.serial: entry for entry in LEDGER.entries if entry.serial not in rows} if include_reverted else {}
-        rows |= {serial: _past_row(entry) for serial, entry in past.items()}
+        rows |= {serial: _row(entry) for serial, entry in past.items()}
         return Audit(rows[serial] for serial in sorted(rows))
 
 
-def _row(receipt: Receipt, *, aliases: bool) -> Row:
-    state = ACTIVATIONS.condition(receipt)
-    return Row(
-        id=receipt.id,
-        target=receipt.target,
-        state=state,
-        scope=receipt.scope_text,
-        since=receipt.since.isoformat(timespec="seconds"),
-        by=receipt.by,
-        reason=receipt.reason,
-        verdict=str(receipt.verdict),
-        owner=receipt.owner,
-        note=receipt.note,
-        calls=receipt.calls,
-        passed=receipt.passed,
-        aliases=_unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else (),
-    )
-
-
-def _past_row(entry: Entry) -> Row:
-    return Row(
-        id=entry.id,
-        target=entry.target,
-        state=entry.state,
-        scope=entry.scope,
-        since=entry.since.isoformat(timespec="seconds"),
-        by=entry.by,
-        reason=entry.reason,
-        verdict=entry.verdict,
-        owner=entry.owner,
-        note=entry.note,
-        calls=entry.calls,
-        passed=entry.passed,
-    )
+def _row(entry: Entry, aliases: tuple[str, ...] = ()) -> Row:
+    facts: Any = {field.name: getattr(entry, field.name) for field in fields(Row) if field.name != "aliases"}
+    return Row(**{**facts, "since": entry.since.isoformat(timespec="seconds")}, aliases=aliases)
 
 
 def _text(value: object) -> str:

@@ -30,13 +30,12 @@ from .manifest import changes, read
 from .manifest import lock as make_lock
 from .manifest import write as write_lock
 from .patch import Patch
-from .plan import fingerprint_of, is_seen_when_compiled, verdict
+from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
 from .registry import ENTRY_POINT_GROUP, REGISTRY, select
 from .run import command as command_of
 from .run import environment, offer
 from .target import MISSING, Kind, Place, describe, locate, parse
-from .verdict import Verdict, VerdictKind
 
 __all__ = ["app", "main"]
 
@@ -258,7 +257,10 @@ def new(
     Patch(id=patch_id, target=target, wrapper=lambda *_: None, reason=reason)  # refuses a bad id
     name, folder = _identifier(patch_id), Path(*package.split("."))
     words = {**facts, "id": patch_id, "target": target, "reason": reason, "module": f"{package}.{name}"}
-    texts = {part: Template((_TEMPLATES / f"{part}.txt").read_text()).substitute(words, function=name) for part in ("patch", "tests")}
+    texts = {
+        part: Template((_TEMPLATES / f"{part}.txt").read_text()).substitute(words, function=name)
+        for part in ("patch", "tests")
+    }
     files = {root / folder / f"{name}.py": texts["patch"], root / tests / f"test_{name}.py": texts["tests"]}
     taken = next(filter(Path.exists, files), None)
     if taken is not None:
@@ -274,7 +276,7 @@ def new(
 
 
 def _facts(target: str, upstream: str) -> dict[str, str]:
-    """What a template says of a target, from the installed release. Raises TargetError if no wrapper can be there."""
+    """The facts of a target for the templates, as installed. Raises TargetError if no wrapper can be there."""
     parsed = parse(target)
     place = describe(parsed, locate(parsed))
     if place.kind not in _WRAPPED:

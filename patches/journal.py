@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import JournalError
 
@@ -160,55 +160,44 @@ class Difference:
         return f"{self.id} differs: " + "; ".join(f"{found} in {', '.join(names)}" for found, names in groups.items())
 
 
-class Processes(Sequence[Process]):
+class Processes(tuple[Process, ...]):
     """The processes that kept a journal, by rank, then host. `str()` puts them side by side."""
 
-    def __init__(self, processes: Iterable[Process]) -> None:
-        self._processes = tuple(sorted(processes, key=lambda one: (one.rank is None, one.rank or 0, one.host, one.pid)))
-
-    def __len__(self) -> int:
-        return len(self._processes)
-
-    @overload
-    def __getitem__(self, index: int) -> Process: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Process]: ...
-    def __getitem__(self, index: int | slice) -> Process | Sequence[Process]:
-        return self._processes[index]
+    __slots__ = ()
 
     @property
     def differences(self) -> tuple[Difference, ...]:
         """Every id that differs between processes, or is missing in some; not where it waits for its module."""
-        ids = sorted({one.id for process in self._processes for one in process.applications})
-        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
+        ids = sorted({one.id for process in self for one in process.applications})
+        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self} for patch_id in ids}
         columns = {key: {name: text for name, text in found.items() if text != _WAITS} for key, found in cells.items()}
         differing = [
             Difference(id=key, by_process=cells) for key, cells in columns.items() if len({*cells.values()}) > 1
         ]
         # Ranks within the world size have no journal if they have patched nothing.
-        world = max((one.world_size or 0 for one in self._processes), default=0)
-        silent = sorted({*range(world)} - {one.rank for one in self._processes})
+        world = max((one.world_size or 0 for one in self), default=0)
+        silent = sorted({*range(world)} - {one.rank for one in self})
         if silent:
             absent = dict.fromkeys((f"rank {rank}" for rank in silent), "no journal")
-            present = dict.fromkeys((one.name for one in self._processes), "a journal")
+            present = dict.fromkeys((one.name for one in self), "a journal")
             differing.append(Difference(id="(journal)", by_process={**present, **absent}))
         return tuple(differing)
 
     def __str__(self) -> str:
         from .ledger import aligned  # which writes journals
 
-        if not self._processes:
+        if not self:
             return "no process has kept a journal here"
-        rows = sorted({(one.id, one.target) for process in self._processes for one in process.applications})
-        table = [(*row, *(_state(process, *row) for process in self._processes)) for row in rows]
-        header = ("id", "target", *(process.name for process in self._processes))
+        rows = sorted({(one.id, one.target) for process in self for one in process.applications})
+        table = [(*row, *(_state(process, *row) for process in self)) for row in rows]
+        header = ("id", "target", *(process.name for process in self))
         return "\n".join([aligned(header, table), *map(str, self.differences)])
 
     def to_json(self) -> str:
         """A JSON object: `processes`, a list with one object per process, and `differences`."""
         import json
 
-        processes = [asdict(one) for one in self._processes]
+        processes = [asdict(one) for one in self]
         differences = [asdict(one) for one in self.differences]
         return json.dumps({"processes": processes, "differences": differences}, indent=2)
 
@@ -223,7 +212,8 @@ def read_journals(folder: Path) -> Processes:
     if not files:
         why = f"expected files named <host>-<pid>.jsonl in {str(folder)!r}, found none"
         raise JournalError(f"{why}; run the processes with PATCHES_JOURNAL={folder}", path=str(folder))
-    return Processes(process for process in map(_read, files) if process is not None)
+    processes = [process for process in map(_read, files) if process is not None]
+    return Processes(sorted(processes, key=lambda one: (one.rank is None, one.rank or 0, one.host, one.pid)))
 
 
 def _read(file: Path) -> Process | None:

@@ -7,9 +7,9 @@ import itertools
 import os
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .journal import Journal
 from .patch import Patch, Scope
@@ -18,7 +18,7 @@ from .versions import owner_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from .verdict import Verdict
+    from .plan import Verdict
 
 __all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State", "aligned"]
 
@@ -48,6 +48,7 @@ class State(enum.StrEnum):
 
 
 _OVER: Final = (State.REVERTED, State.SKIPPED)
+_SHARED: Final = ("serial", "id", "target", "owner", "reason", "by", "since", "note", "calls", "passed")
 
 
 class Calls:
@@ -60,43 +61,33 @@ class Calls:
         self.passed = 0
 
 
+@dataclass(kw_only=True, eq=False, repr=False, slots=True, weakref_slot=True)
 class Receipt:
     """One application of one patch. Compares by identity, and keeps no patched object alive."""
 
-    __slots__ = (
-        "__weakref__", "_before", "_calls", "by", "count_calls", "disabled", "note", "patch", "pid", "reason", "scope",
-        "serial", "since", "state", "target", "verdict",
-    )  # fmt: skip
+    serial: int
+    patch: Patch
+    scope: Scope | None
+    reason: str
+    by: str
+    verdict: Verdict
+    count_calls: bool = False
+    target: str = field(init=False)
+    """The target of the patch, or the one of several that was there."""
+    since: datetime = field(init=False, default_factory=lambda: datetime.now(UTC))
+    pid: int = field(init=False, default_factory=os.getpid)
+    state: State = field(init=False, default=State.SKIPPED)
+    """State by the ledger's latest entry, set by the ledger alone; `audit()` compares it with the live objects."""
+    note: str = field(init=False, default="")
+    disabled: bool = field(init=False, default=False)
+    """Whether it is applied but without effect until it is enabled again."""
+    _calls: Calls | None = field(init=False, default=None)
+    _before: tuple[int, int] = field(init=False, default=(0, 0))
 
-    def __init__(
-        self,
-        *,
-        serial: int,
-        patch: Patch,
-        scope: Scope | None,
-        reason: str,
-        by: str,
-        verdict: Verdict,
-        count_calls: bool = False,
-    ) -> None:
-        self.serial = serial
-        self.patch = patch
-        self.target = str(patch.target)
-        """The target of the patch, or the one of several that was there."""
-        self.scope = scope
-        self.reason = reason
-        self.by = by
-        self.verdict = verdict
-        self.since = datetime.now(UTC)
-        self.pid = os.getpid()
-        self.state = State.SKIPPED
-        """State by the ledger's latest entry, set by the ledger alone; `audit()` compares it with the live objects."""
-        self.note = ""
-        self.disabled = False
-        """Whether it is applied but without effect until it is enabled again."""
-        self.count_calls = count_calls
-        self._calls: Calls | None = None
-        self._before = (0, 0)
+    def __post_init__(self) -> None:
+        self.target = str(self.patch.target)
+        self.reason = self.reason or self.patch.reason
+        self.count_calls = self.count_calls or bool(os.environ.get("PATCHES_COUNT"))
 
     def count(self, calls: Calls) -> None:
         """Count from now on what `calls` counts."""
@@ -170,6 +161,13 @@ class Entry:
     """Number of calls through the wrapper until then; None if calls are not counted."""
     passed: int | None
 
+    @classmethod
+    def of(cls, receipt: Receipt, state: State) -> Entry:
+        """An entry for now."""
+        shared: Any = {name: getattr(receipt, name) for name in _SHARED}
+        verdict, scope = str(receipt.verdict), receipt.scope_text
+        return cls(**shared, state=state, verdict=verdict, scope=scope, time=datetime.now(UTC), pid=os.getpid())
+
 
 class Ledger:
     """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
@@ -196,26 +194,9 @@ class Ledger:
         """Every receipt that is alive, oldest first."""
         return tuple(self._receipts.values())
 
-    def open(
-        self,
-        patch: Patch,
-        *,
-        scope: Scope | None,
-        reason: str,
-        by: str,
-        verdict: Verdict,
-        count_calls: bool = False,
-    ) -> Receipt:
-        """Create a receipt, without recording anything yet."""
-        receipt = Receipt(
-            serial=next(self._serials),
-            patch=patch,
-            scope=scope,
-            reason=reason or patch.reason,
-            by=by,
-            verdict=verdict,
-            count_calls=count_calls or bool(os.environ.get("PATCHES_COUNT")),
-        )
+    def open(self, patch: Patch, **given: Any) -> Receipt:
+        """Create a receipt from the other arguments of `Receipt`, without recording anything yet."""
+        receipt = Receipt(serial=next(self._serials), patch=patch, **given)
         self._receipts[receipt.serial] = receipt
         return receipt
 
@@ -223,7 +204,7 @@ class Ledger:
         """Set the state of the receipt, and append an entry."""
         receipt.state = state
         receipt.note = note
-        entry = self._entry(receipt)
+        entry = Entry.of(receipt, state)
         self._entries.append(entry)
         if state in _OVER:
             self._in_force.pop(receipt.serial, None)
@@ -233,28 +214,8 @@ class Ledger:
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        return [
-            _line(self._entry(receipt)) for receipt in self.receipts if receipt.calls and receipt.state not in _OVER
-        ]
-
-    def _entry(self, receipt: Receipt) -> Entry:
-        return Entry(
-            serial=receipt.serial,
-            id=receipt.id,
-            target=receipt.target,
-            owner=receipt.owner,
-            scope=receipt.scope_text,
-            state=receipt.state,
-            reason=receipt.reason,
-            by=receipt.by,
-            since=receipt.since,
-            time=datetime.now(UTC),
-            pid=os.getpid(),
-            verdict=str(receipt.verdict),
-            note=receipt.note,
-            calls=receipt.calls,
-            passed=receipt.passed,
-        )
+        counted = (receipt for receipt in self.receipts if receipt.calls and receipt.state not in _OVER)
+        return [_line(Entry.of(receipt, receipt.state)) for receipt in counted]
 
 
 def _line(entry: Entry) -> dict[str, object]:

@@ -18,11 +18,10 @@ from .deferred import defer
 from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
-from .plan import Item, expand, fingerprint_of, verdict
+from .plan import Item, VerdictKind, expand, fingerprint_of, verdict
 from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
-from .verdict import VerdictKind
 from .versions import installed_version, owner_of
 
 __all__ = [

@@ -15,10 +15,9 @@ from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
 from .patch import Patch, caller
-from .plan import Item, Step, chosen, make_plan, resolve
+from .plan import Item, Step, Verdict, VerdictKind, chosen, make_plan, resolve
 from .target import STORED, Place
 from .undo import report, undo_past_interrupts
-from .verdict import Verdict, VerdictKind
 
 __all__ = ["Savepoint", "Transaction", "transaction"]
 

@@ -57,7 +57,7 @@ def revert_all() -> list[Receipt]:
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        chosen = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+        chosen = ACTIVATIONS.known()
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
 
@@ -107,22 +107,15 @@ def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt
 
 
 def _chosen(patch: str | Receipt) -> list[Receipt]:
-    known = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+    known = ACTIVATIONS.known()
     if isinstance(patch, Receipt):
         return [patch] if patch in known else []
-    if is_pattern(patch):
-        return _selected(patch, known)
-    chosen = [receipt for receipt in known if receipt.id == patch]
-    if not chosen:
-        raise NotActiveError(f"{patch!r} is not active; active: {_ids(known)}", patch_id=patch)
-    return chosen
-
-
-def _selected(selector: str, known: Sequence[Receipt]) -> list[Receipt]:
-    wanted = set(select(selector))
+    wanted = set(select(patch)) if is_pattern(patch) else {patch}
     chosen = [receipt for receipt in known if receipt.id in wanted]
     if not chosen:
-        raise NotActiveError(f"nothing of {selector!r} is active; active: {_ids(known)}", patch_id=selector)
+        what = f"nothing of {patch!r} is" if is_pattern(patch) else f"{patch!r} is not"
+        active = ", ".join(sorted({receipt.id for receipt in known})) or "none"
+        raise NotActiveError(f"{what} active; active: {active}", patch_id=patch)
     return chosen
 
 
@@ -152,10 +145,6 @@ def report(problems: Sequence[BaseException], error: BaseException | None) -> No
     ordinary = [problem for problem in problems if isinstance(problem, Exception)]
     if ordinary:
         raise UndoError("some patches could not be undone", ordinary)
-
-
-def _ids(receipts: Iterable[Receipt]) -> str:
-    return ", ".join(sorted({receipt.id for receipt in receipts})) or "none"
 
 
 def reapply(patch: str | Receipt) -> list[Receipt]:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final, overload
+from typing import Final
 
 from ..activation import ACTIVATIONS
 from ..errors import ForeignError
@@ -42,34 +42,22 @@ class ForeignPatch:
     now: str
 
 
-class Foreign(Sequence[ForeignPatch]):
+class Foreign(tuple[ForeignPatch, ...]):
     """The foreign patches found, in the order of import. `str()` is a table."""
 
-    def __init__(self, found: Sequence[ForeignPatch], unchecked: dict[str, str]) -> None:
-        self._found = tuple(found)
-        self.unchecked = unchecked
-        """Module that is loaded here and could not be imported in a clean process -> reason."""
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @overload
-    def __getitem__(self, index: int) -> ForeignPatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[ForeignPatch]: ...
-    def __getitem__(self, index: int | slice) -> ForeignPatch | Sequence[ForeignPatch]:
-        return self._found[index]
+    unchecked: dict[str, str]
+    """Module that is loaded here and could not be imported in a clean process -> reason."""
 
     def __str__(self) -> str:
         lines = [f"not compared: {module}: {why}" for module, why in self.unchecked.items()]
-        if not self._found:
+        if not self:
             return "\n".join(["nobody else has patched anything", *lines])
-        rows = [(one.target, one.kind, one.how, ", ".join(one.defined_at), one.owner) for one in self._found]
+        rows = [(one.target, one.kind, one.how, ", ".join(one.defined_at), one.owner) for one in self]
         return "\n".join([aligned(_HEADER, rows), *lines])
 
     def to_json(self) -> str:
         """A JSON object: `patches`, a list with one object per patch, and `unchecked`."""
-        found = [asdict(one) for one in self._found]
+        found = [asdict(one) for one in self]
         return json.dumps({"patches": found, "unchecked": self.unchecked}, indent=2)
 
 
@@ -93,7 +81,9 @@ def compare(packages: Sequence[str], *, timeout: float) -> Foreign:
         clean.stop()
     found = [one for package in ordered for one in _compare(package, here[package], baselines[package])]
     unchecked = {module: why for baseline in baselines.values() for module, why in baseline.failed.items()}
-    return Foreign(found, unchecked)
+    result = Foreign(found)
+    result.unchecked = unchecked
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
