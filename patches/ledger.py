@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 import os
-import weakref
 from collections import deque
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -174,13 +173,12 @@ class Entry:
 class Ledger:
     """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
 
-    Receipts are referenced weakly: whoever applied a patch, and the slot while it is applied, keep them alive.
+    Receipts are kept only while they are in force: then nothing of what was patched is kept alive either.
     """
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque(maxlen=_LENGTH)
-        self._in_force: dict[int, Entry] = {}
-        self._receipts: weakref.WeakValueDictionary[int, Receipt] = weakref.WeakValueDictionary()
+        self._in_force: dict[int, tuple[Receipt, Entry]] = {}
         self._serials = itertools.count(1)
         self._journal = Journal(lambda: map(_line, self.entries), self._counted)
 
@@ -188,13 +186,9 @@ class Ledger:
     def entries(self) -> tuple[Entry, ...]:
         """The entries that are kept, oldest first."""
         recent = list(self._entries)
-        older = (entry for entry in self._in_force.copy().values() if recent and entry.time < recent[0].time)
+        in_force = self._in_force.copy().values()
+        older = (entry for _, entry in in_force if recent and entry.time < recent[0].time)
         return (*older, *recent)
-
-    @property
-    def receipts(self) -> tuple[Receipt, ...]:
-        """Every receipt that is alive, oldest first."""
-        return tuple(self._receipts.values())
 
     def open(
         self,
@@ -207,7 +201,7 @@ class Ledger:
         count_calls: bool = False,
     ) -> Receipt:
         """Create a receipt, without recording anything yet."""
-        receipt = Receipt(
+        return Receipt(
             serial=next(self._serials),
             patch=patch,
             scope=scope,
@@ -216,8 +210,6 @@ class Ledger:
             verdict=verdict,
             count_calls=count_calls or bool(os.environ.get("PATCHES_COUNT")),
         )
-        self._receipts[receipt.serial] = receipt
-        return receipt
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
         """Set the state of the receipt, and append an entry."""
@@ -228,14 +220,12 @@ class Ledger:
         if state in _OVER:
             self._in_force.pop(receipt.serial, None)
         else:
-            self._in_force[receipt.serial] = entry
+            self._in_force[receipt.serial] = receipt, entry
         self._journal.write(_line(entry))
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        return [
-            _line(self._entry(receipt)) for receipt in self.receipts if receipt.calls and receipt.state not in _OVER
-        ]
+        return [_line(self._entry(receipt)) for receipt, _ in self._in_force.copy().values() if receipt.calls]
 
     def _entry(self, receipt: Receipt) -> Entry:
         return Entry(

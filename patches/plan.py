@@ -275,7 +275,7 @@ def resolve(patch: Patch) -> Place:
             with ACTIVATIONS.lock:
                 place = ACTIVATIONS.place(target, patch.kind)
             prepare(place)
-            return place
+            return place  # noqa: TRY300 - with an `else`, the lock would be beside it
         except TargetError as error:
             problems.append(error)
             if not error.is_absent:

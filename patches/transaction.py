@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar, cast
@@ -91,6 +91,10 @@ class Transaction:
         try:
             self._expect(_Phase.NEW)
             self._phase = _Phase.OPEN
+            # An interrupt between two bytecodes of the `with` statement, or of the methods here, ends in this. Not in
+            # `__del__`, which would also run, and swallow an interrupt, for every transaction that is closed.
+            self._dropped = weakref.finalize(self, _undo_dropped, self._pending)
+            self._dropped.atexit = False
             items, on = self._items, self._on
             # The transaction may outlive the block, in a variable, but must not keep the instances alive.
             self._items, self._on = (), None
@@ -107,12 +111,8 @@ class Transaction:
         problems = self._undo(self._pending, "" if error is None else f"the block raised {error!r}")
         self._phase = _Phase.CLOSED if error is None else _Phase.FAILED
         self._cause = error
+        self._dropped.detach()
         report(problems, error)
-
-    def __del__(self) -> None:
-        # An interrupt between two bytecodes of the `with` statement, or of the methods above, ends here.
-        if getattr(self, "_pending", None) and not sys.is_finalizing():
-            self._undo(self._pending, "the transaction was dropped while open")
 
     def apply(self, *items: Item, on: Iterable[object] | Callable[[Any], bool] | None = None) -> list[Receipt]:
         """Apply more patches in this transaction, all or none; returns their receipts.
@@ -205,7 +205,7 @@ class Transaction:
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
         problems = undo_past_interrupts(undone, note)
-        self._pending = [receipt for receipt in self._pending if receipt not in undone]
+        self._pending[:] = [receipt for receipt in self._pending if receipt not in undone]
         return problems
 
     def _rollback_to(self, savepoint: Savepoint) -> None:
@@ -277,6 +277,10 @@ def transaction(
     return Transaction(
         items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
+
+
+def _undo_dropped(pending: list[Receipt]) -> None:
+    undo_past_interrupts(pending.copy(), "the transaction was dropped while open")
 
 
 def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:
