@@ -93,7 +93,8 @@ _Lock = Annotated[
     typer.Option("--lock", metavar="FILE", help="Say what differs from this file, which `patches lock` wrote."),
 ]
 _Command = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="`script.py ...`, `-m module ...`, or a program.")
+    list[str] | None,
+    typer.Argument(metavar="COMMAND", help="After `--`: `script.py ...`, `-m module ...`, or a program."),
 ]
 _Apply = Annotated[
     list[str] | None,
@@ -103,7 +104,7 @@ _RunImport = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
 ]
-_Locked = Annotated[list[str] | None, typer.Argument(metavar="[SELECTOR]...", help="Everything in force if none.")]
+_Locked = Annotated[list[str] | None, typer.Argument(metavar="SELECTOR", help="Everything in force if none.")]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
 _All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
@@ -353,7 +354,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
 def _plain(value: object) -> object:
     """A field's value as JSON can hold it; functions by name."""
     if callable(value):
-        return f"{value.__module__}:{getattr(value, '__qualname__', repr(value))}"
+        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(value))}"
     return dict(value) if isinstance(value, Mapping) else value
 
 

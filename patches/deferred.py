@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
 from .ledger import Receipt, State
 from .patch import Patch, Scoped
+from .registry import atomic_bundles, select
 from .slot import in_order, refuse_conflicts
 from .target import MISSING
 
@@ -38,6 +39,8 @@ class _Wait:
 
     modules: frozenset[frozenset[str]]
     force: bool
+    bundle: str
+    """The atomic bundle that it is applied with, as a whole or not at all, or ""."""
     applying: bool = False
 
 
@@ -67,8 +70,10 @@ class Pending(MetaPathFinder):
         wait = self._waits.get(receipt)
         return wait is not None and wait.force
 
-    def postpone(self, receipt: Receipt, *, force: bool) -> None:
+    def postpone(self, receipt: Receipt, *, force: bool, bundle: str = "") -> None:
         """Apply the receipt once its patch's missing modules are imported, or now if they are by now.
+
+        With `bundle`, those of all members of that atomic bundle.
 
         It is applied in the thread that imports the last of them. An error then neither fails the import nor keeps
         other patches from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is
@@ -77,13 +82,12 @@ class Pending(MetaPathFinder):
         owner = self._activations
         with owner.lock:
             refuse_conflicts([*(other.patch for other in owner.in_force()), receipt.patch])
-            missing = _missing(receipt.patch)
+            missing = _missing(*(select(bundle) if bundle else [receipt.patch]))
             names = ", ".join(sorted(" or ".join(sorted(group)) for group in missing))
             with self._lock:
-                self._waits[receipt] = _Wait(modules=missing, force=force)
+                self._waits[receipt] = _Wait(modules=missing, force=force, bundle=bundle)
                 self._watch()
             owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
-        self.notice()  # imported after the check and before the finder was installed
 
     def take(self, receipt: Receipt) -> bool:
         """Remove a pending receipt; returns False if it was not pending any more."""
@@ -97,20 +101,24 @@ class Pending(MetaPathFinder):
         """Apply whatever waits for no module any more. Not to be called with a lock held: a probe may import."""
         if not self._waits:
             return
-        ready: dict[Receipt, _Wait] = {}
+        ready: dict[object, list[Receipt]] = {}
+        begun: list[_Wait] = []
         there = {*executed, *filter(_is_settled, self._names)}
         try:
             with self._lock:
                 for wait in self._waits.values():
                     wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
                 self._watch()
-                ready = {key: wait for key, wait in self._waits.items() if not wait.modules and not wait.applying}
-                for wait in ready.values():
+                for receipt, wait in self._waits.items():
+                    if wait.modules or wait.applying:
+                        continue
+                    ready.setdefault(wait.bundle or receipt, []).append(receipt)
+                    begun.append(wait)
                     wait.applying = True  # so that a probe which imports or asks does not begin it again
-            for receipt in ready:
-                self._apply_or_fail(receipt)
+            for together in ready.values():
+                self._apply_or_fail(together)
         finally:
-            for wait in ready.values():
+            for wait in begun:
                 wait.applying = False
 
     def find_spec(
@@ -155,14 +163,23 @@ class Pending(MetaPathFinder):
         for wait in self._waits.values():
             wait.applying = False
 
-    def _apply_or_fail(self, receipt: Receipt) -> None:
+    def _apply_or_fail(self, together: Sequence[Receipt]) -> None:
+        """Apply a receipt, or those of an atomic bundle: all of them, or none."""
+        from .plan import acceptable, is_left_out, refuse_to_split
+
+        wait = self._waits.get(together[0])
+        force = wait is not None and wait.force
         try:
-            self._apply(receipt)
-        except Exception as error:  # noqa: BLE001 - it must not fail somebody else's import
-            self._fail(receipt, error)
-        except BaseException as interrupt:
-            self._fail(receipt, interrupt)
-            raise
+            if wait is not None and wait.bundle:
+                left_out = [one.patch for one in together if is_left_out(one.patch, acceptable(one.patch, force=force))]
+                refuse_to_split([wait.bundle], [] if force else left_out)
+            for receipt in together:
+                self._apply(receipt)
+        except BaseException as error:
+            for receipt in reversed(together):
+                self._fail(receipt, error)
+            if not isinstance(error, Exception):  # others must not fail somebody else's import
+                raise
 
     def _apply(self, receipt: Receipt) -> None:
         from .plan import acceptable, is_left_out, resolve
@@ -204,8 +221,10 @@ class Pending(MetaPathFinder):
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 
 
-def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
-    """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
+def split(items: Iterable[Item], on: Any) -> tuple[list[Item], dict[Patch, str]]:
+    """Divide items into those to apply now and the patches to defer, each with the name of its atomic bundle or "".
+
+    In the order of application; imports no target.
 
     Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
     """
@@ -213,15 +232,17 @@ def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
 
     now: list[Item] = []
     later: dict[str, Patch] = {}
+    names = [name for item in items if isinstance(item, str) for name in atomic_bundles(item)]
+    waiting = {patch_id: name for name in names for patch_id in select(name) if _missing(*select(name))}
     for patch, instances in expand(items, on):
-        if not _missing(patch):
+        if not _missing(patch) and patch.id not in waiting:
             now.append(patch if instances is None else Scoped(patch=patch, instances=instances))
         elif instances is not None:
             why = f"the module of {patch.target!r} is not imported"
             raise ScopeError(f"{patch.id!r} cannot be limited to instances yet: {why}", patch_id=patch.id)
         else:
             later[patch.id] = patch
-    return now, [later[patch_id] for patch_id in in_order(later.values())]
+    return now, {later[patch_id]: waiting.get(patch_id, "") for patch_id in in_order(later.values())}
 
 
 class Deferred:
@@ -259,8 +280,8 @@ def defer(*items: Item, reason: str = "", force: bool = False) -> Deferred:
     return Deferred([*applied.receipts, *applied.deferred])
 
 
-def _missing(patch: Patch) -> frozenset[frozenset[str]]:
-    """The modules that must be imported before the patch can be applied.
+def _missing(*patches: str | Patch) -> frozenset[frozenset[str]]:
+    """The modules that must be imported before the patches can be applied.
 
     A probe runs the library, so a patch with a probe waits for the whole package. A patch without one waits for the
     module alone, so that the rest of the package already imports the patched object.
@@ -268,7 +289,7 @@ def _missing(patch: Patch) -> frozenset[frozenset[str]]:
     from .plan import expand
 
     waited: set[frozenset[str]] = set()
-    for needed, _ in expand([patch]):
+    for needed, _ in expand(patches):
         if any(target.held is not MISSING for target in needed.targets):
             continue  # an object in hand
         modules = {target.module for target in needed.targets}
