@@ -180,7 +180,7 @@ class Ledger:
         self._entries: deque[Entry] = deque(maxlen=_LENGTH)
         self._in_force: dict[int, tuple[Receipt, Entry]] = {}
         self._serials = itertools.count(1)
-        self._journal = Journal(lambda: map(_line, self.entries), self._counted)
+        self._journal = Journal(self._inherited, self._counted)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -222,6 +222,13 @@ class Ledger:
         else:
             self._in_force[receipt.serial] = receipt, entry
         self._journal.write(_line(entry))
+
+    def _inherited(self) -> list[dict[str, object]]:
+        """The lines of a child made by fork, which counts its own calls."""
+        for receipt in self.receipts:
+            if receipt._calls is not None:
+                receipt.count(receipt._calls)
+        return [_line(entry) for entry in self.entries]
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
