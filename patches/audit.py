@@ -117,6 +117,8 @@ def _past_row(entry: Entry) -> Row:
         verdict=entry.verdict,
         owner=entry.owner,
         note=entry.note,
+        calls=entry.calls,
+        passed=entry.passed,
     )
 
 

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, Protocol, TypeAlias
 from weakref import WeakValueDictionary
 
-import wrapt
-
 from .errors import WrapperError
 from .patch import Patch, Wrapper
-from .target import MISSING, STORED, Kind, Place, Target
+from .target import MISSING, STORED, Kind, Place
 
-__all__ = ["Disguise", "Form", "Layer", "core", "is_plain", "is_traced"]
+__all__ = ["Form", "Layer", "core", "is_plain", "is_traced", "prepare"]
 
 _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
 _CHANGED_BY_CLOSURES: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -109,7 +107,7 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
-        installed: Any = closure if is_plain(place) else Disguise(self._shape, closure, place.target, place.kind)
+        installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
         if bound is not None:
             return MethodType(closure, bound.__self__), closure, put
         if place.kind == Kind.STATICMETHOD:
@@ -194,30 +192,19 @@ def _around_method() -> tuple[Any, _Put]:
     return patched, put
 
 
-class Disguise(wrapt.FunctionWrapper[Any, Any]):
-    """A closure that looks like the object it was made around, in every respect but that it is called.
-
-    Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
-    target, and so leads to whatever is there where it is loaded.
+def prepare(place: Place) -> None:
+    """Import what a form at this place takes. wrapt takes as long as all of this package, and few patches need it; and
+    an import may wait for a thread that waits for the lock of the slots, so it is to be done before.
     """
+    if place.kind in _CALLED and not is_plain(place):
+        from . import disguise  # noqa: F401 - to have it imported
 
-    def __init__(self, shape: Any, closure: Callable[..., Any], target: Target, kind: Kind) -> None:
-        super().__init__(shape, lambda _wrapped, _instance, args, kwargs: closure(*args, **kwargs))
-        self._self_target = target
-        self._self_binds = kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        return self if instance is None or not self._self_binds else MethodType(self, instance)
+def _disguised(shape: Any, closure: Callable[..., Any], place: Place) -> Any:
+    from .disguise import Disguise
 
-    def __copy__(self) -> Disguise:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Disguise:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        target = self._self_target
-        return (getattr, (target.held, target.name)) if target.held is not MISSING else (_resolve, (str(target),))
+    binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
+    return Disguise(shape, closure, target=place.target, binds=binds)
 
 
 def core(value: Any) -> Any:
@@ -295,11 +282,7 @@ def __getattr__(name: str) -> Any:
     target, mark, _ = name.partition("#")
     if not mark:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _retired[name] if name in _retired else _resolve(target.replace("/", "."))
-
-
-def _resolve(target: str) -> Any:
-    return pkgutil.resolve_name(target)
+    return _retired[name] if name in _retired else resolve_name(target.replace("/", "."))
 
 
 # Properties and stored attributes -------------------------------------------------------------------------------------

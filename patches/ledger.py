@@ -166,6 +166,9 @@ class Entry:
     pid: int
     verdict: str
     note: str
+    calls: int | None
+    """Number of calls through the wrapper until then; None if calls are not counted."""
+    passed: int | None
 
 
 class Ledger:
@@ -179,7 +182,7 @@ class Ledger:
         self._in_force: dict[int, Entry] = {}
         self._receipts: weakref.WeakValueDictionary[int, Receipt] = weakref.WeakValueDictionary()
         self._serials = itertools.count(1)
-        self._journal = Journal(lambda: map(_line, self.entries))
+        self._journal = Journal(lambda: map(_line, self.entries), self._counted)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -220,27 +223,38 @@ class Ledger:
         """Set the state of the receipt, and append an entry."""
         receipt.state = state
         receipt.note = note
-        entry = Entry(
-            serial=receipt.serial,
-            id=receipt.id,
-            target=receipt.target,
-            owner=receipt.owner,
-            scope=receipt.scope_text,
-            state=state,
-            reason=receipt.reason,
-            by=receipt.by,
-            since=receipt.since,
-            time=datetime.now(UTC),
-            pid=os.getpid(),
-            verdict=str(receipt.verdict),
-            note=note,
-        )
+        entry = self._entry(receipt)
         self._entries.append(entry)
         if state in _OVER:
             self._in_force.pop(receipt.serial, None)
         else:
             self._in_force[receipt.serial] = entry
         self._journal.write(_line(entry))
+
+    def _counted(self) -> list[dict[str, object]]:
+        """The lines of patches in force whose calls are counted."""
+        return [
+            _line(self._entry(receipt)) for receipt in self.receipts if receipt.calls and receipt.state not in _OVER
+        ]
+
+    def _entry(self, receipt: Receipt) -> Entry:
+        return Entry(
+            serial=receipt.serial,
+            id=receipt.id,
+            target=receipt.target,
+            owner=receipt.owner,
+            scope=receipt.scope_text,
+            state=receipt.state,
+            reason=receipt.reason,
+            by=receipt.by,
+            since=receipt.since,
+            time=datetime.now(UTC),
+            pid=os.getpid(),
+            verdict=str(receipt.verdict),
+            note=receipt.note,
+            calls=receipt.calls,
+            passed=receipt.passed,
+        )
 
 
 def _line(entry: Entry) -> dict[str, object]:

@@ -277,7 +277,7 @@ class ItemCell:
 
 
 def _first_layers(mapping: MutableMapping[Any, Any]) -> list[Mapping[Any, Any]]:
-    """The dictionaries in which a mapping keeps items of its own; empty if it is one itself, or keeps them elsewhere."""
+    """The dictionaries in which a mapping keeps items of its own; empty if it is a dictionary, or keeps none."""
     if isinstance(mapping, ChainMap):
         return [mapping.maps[0]]
     if isinstance(mapping, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
@@ -18,12 +18,12 @@ from surgery.quantizers.base import quantized_modules
 
 __all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
 
-_resident: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., nn.Module]] = weakref.WeakKeyDictionary()
+_resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
 
 
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
-    _resident[model] = weakref.finalize(model, patches.revert, *receipts)
+    _resident[model] = patches.keep(receipts, model)
 
 
 def release(model: nn.Module) -> None:
@@ -64,14 +64,14 @@ def as_context_manager(model: nn.Module) -> nn.Module:
     return model
 
 
-_waiting: weakref.WeakKeyDictionary[nn.Module, weakref.finalize[..., nn.Module]] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
 
 
 def wait(model: nn.Module) -> None:
     """Have `model`, which is on meta, refuse to be used until `stop_waiting`; adapters of PEFT keep their values."""
     bundle = [patches.on(name, [model]) for name in WAITING]
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
-        _waiting[model] = weakref.finalize(model, patches.revert, *transaction.receipts)
+        _waiting[model] = patches.keep(transaction.receipts, model)
         transaction.commit()
     kind: Any = type(model)
     model.__class__ = _refusing(kind)
