@@ -93,9 +93,8 @@ def test_an_interrupt_at_any_line_leaves_nothing(
 
 
 def block_interrupted(interrupter: Interrupter) -> None:
-    with interrupter.armed():
-        with patches.transaction(*declared(), reason="a test") as tx:
-            tx.savepoint()
+    with interrupter.armed(), patches.transaction(*declared(), reason="a test") as tx:
+        tx.savepoint()
 
 
 @pytest.mark.parametrize("dropped", [True, False])

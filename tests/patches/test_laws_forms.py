@@ -51,25 +51,21 @@ class Stored:
     target: str
     kind: str
     read: Callable[[], Any]
-    named: str
-    """How a Snapshot names it."""
 
 
 STORED = {
     stored.target: stored
     for stored in (
-        Stored(target="law_lib:LIMIT", kind="value", read=lambda: vars(LIB).get("LIMIT", ABSENT), named="law_lib.LIMIT"),
-        Stored(target="law_lib:GONE", kind="delete", read=lambda: vars(LIB).get("GONE", ABSENT), named="law_lib.GONE"),
-        Stored(target="law_lib:NEW", kind="add", read=lambda: vars(LIB).get("NEW", ABSENT), named="law_lib.NEW"),
-        Stored(target="law_lib:TABLE[first]", kind="value", read=lambda: LIB.TABLE["first"], named="dict.first"),
-        Stored(target="law_lib:TABLE[second]", kind="delete", read=lambda: LIB.TABLE.get("second", ABSENT),
-               named="dict.second"),
-        Stored(target="law_lib:TABLE[new]", kind="add", read=lambda: LIB.TABLE.get("new", ABSENT), named="dict.new"),
-        Stored(target="law_lib:LAYERS[key]", kind="value", read=lambda: LIB.LAYERS["key"], named="dict.key"),
-        Stored(target=f"os:environ[{VARIABLE}]", kind="add", read=lambda: os.environ.get(VARIABLE, ABSENT),
-               named=f"_Environ.{VARIABLE}"),
+        Stored(target="law_lib:LIMIT", kind="value", read=lambda: vars(LIB).get("LIMIT", ABSENT)),
+        Stored(target="law_lib:GONE", kind="delete", read=lambda: vars(LIB).get("GONE", ABSENT)),
+        Stored(target="law_lib:NEW", kind="add", read=lambda: vars(LIB).get("NEW", ABSENT)),
+        Stored(target="law_lib:TABLE[first]", kind="value", read=lambda: LIB.TABLE["first"]),
+        Stored(target="law_lib:TABLE[second]", kind="delete", read=lambda: LIB.TABLE.get("second", ABSENT)),
+        Stored(target="law_lib:TABLE[new]", kind="add", read=lambda: LIB.TABLE.get("new", ABSENT)),
+        Stored(target="law_lib:LAYERS[key]", kind="value", read=lambda: LIB.LAYERS["key"]),
+        Stored(target=f"os:environ[{VARIABLE}]", kind="add", read=lambda: os.environ.get(VARIABLE, ABSENT)),
     )
-}  # fmt: skip
+}
 STOCK = {target: stored.read() for target, stored in STORED.items()}
 PLACES = [*CALLED, *STORED]
 OWNERS = (*FORM_OWNERS, LIB, LIB.TABLE, LIB.BELOW, LIB.LAYERS.maps[0])
