@@ -29,7 +29,7 @@ from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
 from .registry import REGISTRY, select
 from .run import command as command_of
-from .run import environment
+from .run import environment, offer
 from .scaffold import scaffold, write
 from .table import aligned
 from .target import MISSING
@@ -52,10 +52,14 @@ app = typer.Typer(
 
 
 def _import(modules: Sequence[str], option: str = "--import") -> None:
-    """Import the modules that an option names, those in the current folder too, as `python -m` does."""
+    """Import the modules that an option names, those in the current folder too, as `python -m` does.
+
+    The entry points of a project there are found, though it is not installed.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    offer(here)
     for module in modules:
         try:
             importlib.import_module(module)
@@ -89,7 +93,8 @@ _Lock = Annotated[
     typer.Option("--lock", metavar="FILE", help="Say what differs from this file, which `patches lock` wrote."),
 ]
 _Command = Annotated[
-    list[str] | None, typer.Argument(metavar="[-- COMMAND...]", help="`script.py ...`, `-m module ...`, or a program.")
+    list[str] | None,
+    typer.Argument(metavar="COMMAND", help="After `--`: `script.py ...`, `-m module ...`, or a program."),
 ]
 _Apply = Annotated[
     list[str] | None,
@@ -99,7 +104,7 @@ _RunImport = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
 ]
-_Locked = Annotated[list[str] | None, typer.Argument(metavar="[SELECTOR]...", help="Everything in force if none.")]
+_Locked = Annotated[list[str] | None, typer.Argument(metavar="SELECTOR", help="Everything in force if none.")]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
 _All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
@@ -249,17 +254,20 @@ def new(
     typer.echo(f"and run: python -m pytest {root / planned.tests}")
 
 
-@app.command()
+@app.command(context_settings={"allow_interspersed_args": False})
 def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = None) -> None:
     """Run a script, a module or a program, and every Python process that it starts, with patches.
 
-    Each patch is applied when its target is imported. Without a command, print the environment that does it, as
-    NAME=VALUE. Exits with 2 if an id is unknown; otherwise this process becomes the command.
+    Each patch is applied when its target is imported. Without a command, print the environment that does it, for
+    `eval "$(patches run --apply IDS)"` in a shell. Exits with 2 if an id is unknown; otherwise this process becomes the
+    command.
     """
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (f"{name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name))
+        added = (
+            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
+        )
         typer.echo("\n".join(added))
         return
     arguments = command_of(command)
@@ -346,7 +354,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
 def _plain(value: object) -> object:
     """A field's value as JSON can hold it; functions by name."""
     if callable(value):
-        return f"{value.__module__}:{getattr(value, '__qualname__', repr(value))}"
+        return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', repr(value))}"
     return dict(value) if isinstance(value, Mapping) else value
 
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, Final
 from .errors import ApplyError, DeferredPatchWarning, PatchError, ScopeError
 from .ledger import Receipt, State
 from .patch import Patch, Scoped
+from .registry import atomic_bundles, select
 from .slot import in_order, refuse_conflicts
+from .target import MISSING
 
 if TYPE_CHECKING:
     from .activation import Activations
@@ -37,21 +39,27 @@ class _Wait:
 
     modules: frozenset[frozenset[str]]
     force: bool
+    bundle: str
+    """The atomic bundle that it is applied with, as a whole or not at all, or ""."""
     applying: bool = False
 
 
-class Pending:
-    """Receipts that wait for their modules. Thread-safe; holds no lock while anything else is called.
+class Pending(MetaPathFinder):
+    """Receipts that wait for their modules, and the finder that sees them imported, by wrapping their loaders.
 
-    A module counts as imported when our finder has seen it executed. One that came past the finder, by hand or from
-    an older `sys.meta_path`, is noticed after the next import of any other, or when the registry is next asked.
+    Thread-safe; holds no lock while anything else is called.
+
+    A module counts as imported when it has been executed. One that came past the finder, such as one that was put into
+    `sys.modules` by hand, is noticed after the next import of any other, or when the registry is next asked.
     """
 
     def __init__(self, activations: Activations) -> None:
         self._activations = activations
         self._waits: dict[Receipt, _Wait] = {}
         self._lock = threading.RLock()
-        self._finder: _Finder | None = None
+        self._names: frozenset[str] = frozenset()
+        self._plain: list[Any] | None = None
+        """`sys.meta_path` as it is while nothing waits."""
 
     def receipts(self) -> list[Receipt]:
         """The receipts that wait, oldest first."""
@@ -62,8 +70,10 @@ class Pending:
         wait = self._waits.get(receipt)
         return wait is not None and wait.force
 
-    def postpone(self, receipt: Receipt, *, force: bool) -> None:
+    def postpone(self, receipt: Receipt, *, force: bool, bundle: str = "") -> None:
         """Apply the receipt once its patch's missing modules are imported, or now if they are by now.
+
+        With `bundle`, those of all members of that atomic bundle.
 
         It is applied in the thread that imports the last of them. An error then neither fails the import nor keeps
         other patches from being applied: the ledger and the audit say `failed` and why, and DeferredPatchWarning is
@@ -72,13 +82,12 @@ class Pending:
         owner = self._activations
         with owner.lock:
             refuse_conflicts([*(other.patch for other in owner.in_force()), receipt.patch])
-            missing = _missing(receipt.patch)
+            missing = _missing(*(select(bundle) if bundle else [receipt.patch]))
             names = ", ".join(sorted(" or ".join(sorted(group)) for group in missing))
-            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
             with self._lock:
-                self._waits[receipt] = _Wait(modules=missing, force=force)
+                self._waits[receipt] = _Wait(modules=missing, force=force, bundle=bundle)
                 self._watch()
-        self.notice()  # imported after the check and before the finder was installed
+            owner.ledger.record(receipt, State.PENDING, f"waits for {names}")
 
     def take(self, receipt: Receipt) -> bool:
         """Remove a pending receipt; returns False if it was not pending any more."""
@@ -92,25 +101,61 @@ class Pending:
         """Apply whatever waits for no module any more. Not to be called with a lock held: a probe may import."""
         if not self._waits:
             return
-        with self._lock:
-            there = {*executed, *filter(_is_settled, self._names())}
-            for wait in self._waits.values():
-                wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
-            ready = [receipt for receipt, wait in self._waits.items() if not wait.modules and not wait.applying]
-            for receipt in ready:
-                self._waits[receipt].applying = True
-            self._watch()
-        for receipt in ready:
-            self._apply_or_fail(receipt)
+        ready: dict[object, list[Receipt]] = {}
+        begun: list[_Wait] = []
+        there = {*executed, *filter(_is_settled, self._names)}
+        try:
+            with self._lock:
+                for wait in self._waits.values():
+                    wait.modules = frozenset(group for group in wait.modules if group.isdisjoint(there))
+                self._watch()
+                for receipt, wait in self._waits.items():
+                    if wait.modules or wait.applying:
+                        continue
+                    ready.setdefault(wait.bundle or receipt, []).append(receipt)
+                    begun.append(wait)
+                    wait.applying = True  # so that a probe which imports or asks does not begin it again
+            for together in ready.values():
+                self._apply_or_fail(together)
+        finally:
+            for wait in begun:
+                wait.applying = False
 
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec from the other finders, with a loader that tells when it is done.
+
+        While a module that is waited for is there, though not told of, every other import tells too: afterwards, since
+        the import system holds its lock over all modules here.
+        """
+        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
+            return None
+        for finder in list(sys.meta_path):
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
+            if spec is not None:
+                self._tell(spec)
+                return spec
+        return None
+
+    def _tell(self, spec: ModuleSpec) -> None:
+        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
+            spec.loader = _Telling(spec.loader, self)
 
     def _watch(self) -> None:
-        if self._finder is None:  # not on import, which must have no effect outside this package
-            self._finder = _Finder(self)
+        """Be in `sys.meta_path` while anything waits. Called with the lock held."""
+        if self._plain is None:  # not on import, which must have no effect outside this package
             os.register_at_fork(after_in_child=self._begin_child)
-        self._finder.watch(self._names())
+            self._plain = sys.meta_path
+        self._names = frozenset(name for wait in self._waits.values() for group in wait.modules for name in group)
+        found, ours = sys.meta_path, isinstance(sys.meta_path, _Finders) and sys.meta_path.first is self
+        if self._names and found and not ours:  # there is none while Python shuts down
+            self._plain, sys.meta_path = found, _Finders(self, found)
+        elif ours and not self._names:
+            self._plain[:], sys.meta_path = [finder for finder in found if finder is not self], self._plain
+        for module in filter(_is_lazy, map(sys.modules.get, self._names)):
+            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
 
     def _begin_child(self) -> None:
         # The threads that held the lock, or were applying something, are not in the child.
@@ -118,14 +163,23 @@ class Pending:
         for wait in self._waits.values():
             wait.applying = False
 
-    def _apply_or_fail(self, receipt: Receipt) -> None:
+    def _apply_or_fail(self, together: Sequence[Receipt]) -> None:
+        """Apply a receipt, or those of an atomic bundle: all of them, or none."""
+        from .plan import acceptable, is_left_out, refuse_to_split
+
+        wait = self._waits.get(together[0])
+        force = wait is not None and wait.force
         try:
-            self._apply(receipt)
-        except Exception as error:  # noqa: BLE001 - it must not fail somebody else's import
-            self._fail(receipt, error)
-        except BaseException as interrupt:
-            self._fail(receipt, interrupt)
-            raise
+            if wait is not None and wait.bundle:
+                left_out = [one.patch for one in together if is_left_out(one.patch, acceptable(one.patch, force=force))]
+                refuse_to_split([wait.bundle], [] if force else left_out)
+            for receipt in together:
+                self._apply(receipt)
+        except BaseException as error:
+            for receipt in reversed(together):
+                self._fail(receipt, error)
+            if not isinstance(error, Exception):  # others must not fail somebody else's import
+                raise
 
     def _apply(self, receipt: Receipt) -> None:
         from .plan import acceptable, is_left_out, resolve
@@ -154,20 +208,23 @@ class Pending:
             receipt.patch.verify()
 
     def _fail(self, receipt: Receipt, error: BaseException) -> None:
+        why = f"{type(error).__name__}: {error}"
         if self._activations.lock.acquire(timeout=_PATIENCE):
             try:
-                self._activations.fail(receipt, repr(error))
+                self._activations.fail(receipt, why)
             finally:
                 self._activations.lock.release()
         try:
             what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
-            warnings.warn(f"{what}: {type(error).__name__}: {error}", DeferredPatchWarning, stacklevel=2)
+            warnings.warn(f"{what}: {why}", DeferredPatchWarning, stacklevel=2)
         except DeferredPatchWarning:
             return  # warnings are errors here, but the import must not fail; the ledger has the error
 
 
-def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
-    """Divide items into those to apply now and the patches to defer, in the order of application; imports no target.
+def split(items: Iterable[Item], on: Any) -> tuple[list[Item], dict[Patch, str]]:
+    """Divide items into those to apply now and the patches to defer, each with the name of its atomic bundle or "".
+
+    In the order of application; imports no target.
 
     Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
     """
@@ -175,15 +232,17 @@ def split(items: Iterable[Item], on: Any) -> tuple[list[Item], list[Patch]]:
 
     now: list[Item] = []
     later: dict[str, Patch] = {}
+    names = [name for item in items if isinstance(item, str) for name in atomic_bundles(item)]
+    waiting = {patch_id: name for name in names for patch_id in select(name) if _missing(*select(name))}
     for patch, instances in expand(items, on):
-        if not _missing(patch):
+        if not _missing(patch) and patch.id not in waiting:
             now.append(patch if instances is None else Scoped(patch=patch, instances=instances))
         elif instances is not None:
             why = f"the module of {patch.target!r} is not imported"
             raise ScopeError(f"{patch.id!r} cannot be limited to instances yet: {why}", patch_id=patch.id)
         else:
             later[patch.id] = patch
-    return now, [later[patch_id] for patch_id in in_order(later.values())]
+    return now, {later[patch_id]: waiting.get(patch_id, "") for patch_id in in_order(later.values())}
 
 
 class Deferred:
@@ -221,8 +280,8 @@ def defer(*items: Item, reason: str = "", force: bool = False) -> Deferred:
     return Deferred([*applied.receipts, *applied.deferred])
 
 
-def _missing(patch: Patch) -> frozenset[frozenset[str]]:
-    """The modules that must be imported before the patch can be applied.
+def _missing(*patches: str | Patch) -> frozenset[frozenset[str]]:
+    """The modules that must be imported before the patches can be applied.
 
     A probe runs the library, so a patch with a probe waits for the whole package. A patch without one waits for the
     module alone, so that the rest of the package already imports the patched object.
@@ -230,7 +289,9 @@ def _missing(patch: Patch) -> frozenset[frozenset[str]]:
     from .plan import expand
 
     waited: set[frozenset[str]] = set()
-    for needed, _ in expand([patch]):
+    for needed, _ in expand(patches):
+        if any(target.held is not MISSING for target in needed.targets):
+            continue  # an object in hand
         modules = {target.module for target in needed.targets}
         waited.add(frozenset(modules))
         if needed.probe is not None:
@@ -240,20 +301,18 @@ def _missing(patch: Patch) -> frozenset[frozenset[str]]:
 
 def _is_there(name: str) -> bool:
     """Whether a module is in `sys.modules`, and not one of importlib's that load themselves when they are used."""
-    return sys.modules.get(name) is not None and not _is_lazy(sys.modules[name])
+    module = sys.modules.get(name)
+    return module is not None and not _is_lazy(module)
 
 
-def _is_lazy(module: ModuleType) -> bool:
-    lazy = getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
-    return lazy is not None and type(module) is lazy
+def _is_lazy(module: object) -> bool:
+    return type(module) is getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
 
 
 def _is_settled(name: str) -> bool:
     """Whether a module is there and is not being executed, by an import or by hand."""
-    if not _is_there(name):
-        return False
-    module = sys.modules[name]
-    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+    module = sys.modules.get(name)
+    if not _is_there(name) or getattr(getattr(module, "__spec__", None), "_initializing", False):
         return False
     space = getattr(module, "__dict__", None)
     return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in _frames())
@@ -267,67 +326,16 @@ def _frames() -> Iterator[Any]:
             frame = frame.f_back
 
 
-class _Finder(MetaPathFinder):
-    """A finder that finds nothing itself, but wraps the loaders of the watched modules.
-
-    It is in `sys.meta_path` only while there are watched modules. A module that is already imported, or that
-    `importlib.reload` executes again, is not told of.
-    """
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-        self._names: frozenset[str] = frozenset()
-        self._plain: list[Any] = []
-
-    def watch(self, names: frozenset[str]) -> None:
-        """Watch exactly these modules from now on."""
-        self._names = names
-        found = sys.meta_path
-        if names and not (isinstance(found, _Finders) and found.first is self):
-            self._plain = found
-            sys.meta_path = _Finders(self, found)
-        elif not names and isinstance(found, _Finders) and found.first is self:
-            self._plain[:] = found.others()
-            sys.meta_path = self._plain
-        for module in [sys.modules[name] for name in names if _is_lazy(sys.modules.get(name, sys))]:
-            self._tell(ModuleType.__getattribute__(module, "__spec__"))  # any other way to read it would load it
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """The spec from the finders after this one, with a loader that tells when it is done.
-
-        While a watched module is there, though not told of, every other import tells too: after it is time to look,
-        since the import system holds its lock over all modules here.
-        """
-        if fullname not in self._names and sys.modules.keys().isdisjoint(self._names):
-            return None
-        for finder in list(sys.meta_path):
-            find = None if finder is self else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = None if find is None else find(fullname, path, target)
-            if spec is not None:
-                self._tell(spec)
-                return spec
-        return None
-
-    def _tell(self, spec: ModuleSpec) -> None:
-        if hasattr(spec.loader, "exec_module") and not isinstance(spec.loader, _Telling):
-            spec.loader = _Telling(spec.loader, self._pending)
-
-
 class _Finders(list[Any]):
     """`sys.meta_path` with a finder that comes first, wherever others insert theirs."""
 
-    def __init__(self, first: _Finder, others: Iterable[Any]) -> None:
+    def __init__(self, first: Pending, others: Iterable[Any]) -> None:
         super().__init__(others)
         self.first = first
 
-    def others(self) -> list[Any]:
-        """Every other finder. A copy that somebody took and put back has ours in it."""
-        return [finder for finder in super().__iter__() if finder is not self.first]
-
     def __iter__(self) -> Iterator[Any]:
-        return iter([self.first, *self.others()])
+        # A copy that somebody took and put back has ours in it.
+        return iter([self.first, *(finder for finder in super().__iter__() if finder is not self.first)])
 
 
 class _Telling(Loader):

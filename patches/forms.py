@@ -22,7 +22,7 @@ from .errors import WrapperError
 from .patch import Patch, Wrapper
 from .target import MISSING, STORED, Kind, Place
 
-__all__ = ["Form", "Layer", "core", "is_plain", "is_traced"]
+__all__ = ["Form", "Layer", "core", "is_plain", "is_traced", "prepare"]
 
 _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
 _CHANGED_BY_CLOSURES: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
@@ -192,8 +192,16 @@ def _around_method() -> tuple[Any, _Put]:
     return patched, put
 
 
+def prepare(place: Place) -> None:
+    """Import what a form at this place takes. wrapt takes as long as all of this package, and few patches need it; and
+    an import may wait for a thread that waits for the lock of the slots, so it is to be done before.
+    """
+    if place.kind in _CALLED and not is_plain(place):
+        from . import disguise  # noqa: F401 - to have it imported
+
+
 def _disguised(shape: Any, closure: Callable[..., Any], place: Place) -> Any:
-    from .disguise import Disguise  # on use, since importing wrapt takes as long as the rest of this package
+    from .disguise import Disguise
 
     binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
     return Disguise(shape, closure, target=place.target, binds=binds)

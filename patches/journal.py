@@ -8,6 +8,7 @@ its own file with the lines of its parent, since it has the parent's patches. `r
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, overload
@@ -22,7 +23,9 @@ __all__ = ["VARIABLE", "Application", "Difference", "Journal", "Process", "Proce
 
 VARIABLE: Final = "PATCHES_JOURNAL"
 _REQUIRED: Final = ("serial", "id", "target", "state", "scope", "verdict", "owner", "host", "pid", "session")
-_REVERTED: Final = "reverted"  # without effect, so it makes no difference
+# These states make no difference: one has no effect, the other will have it as soon as it can.
+_REVERTED: Final = "reverted"
+_WAITS: Final = "pending"
 _Lines = Callable[[], Iterable[Mapping[str, Any]]]
 
 
@@ -77,6 +80,9 @@ class Journal:
     def _begin_child(self) -> None:
         self._begin()
         self._write(self._history)
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None:  # its children end without atexit, and drop what was registered before their start
+            util.register_after_fork(self, lambda _: util.Finalize(None, self.write_counts, exitpriority=0))
 
     def _append(self, folder: str, line: Mapping[str, Any]) -> None:
         import json
@@ -173,9 +179,10 @@ class Processes(Sequence[Process]):
 
     @property
     def differences(self) -> tuple[Difference, ...]:
-        """Every id that differs between processes, or is missing in some."""
+        """Every id that differs between processes, or is missing in some; not where it waits for its module."""
         ids = sorted({one.id for process in self._processes for one in process.applications})
-        columns = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
+        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
+        columns = {key: {name: text for name, text in found.items() if text != _WAITS} for key, found in cells.items()}
         differing = [
             Difference(id=key, by_process=cells) for key, cells in columns.items() if len({*cells.values()}) > 1
         ]
@@ -262,6 +269,8 @@ def _application(line: Mapping[str, Any]) -> Application:
 
 
 def _cell(process: Process, patch_id: str) -> str:
+    if any((one.id, one.state) == (patch_id, _WAITS) for one in process.applications):
+        return _WAITS
     return " + ".join(
         dict.fromkeys(str(one) for one in process.applications if one.id == patch_id and one.state != _REVERTED)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from .activation import ACTIVATIONS
 from .drift import NoSourceError, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
-from .forms import is_traced
+from .forms import is_traced, prepare
 from .patch import Patch, Scope, Scoped, caller
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
@@ -31,6 +31,7 @@ __all__ = [
     "is_seen_when_compiled",
     "make_plan",
     "plan",
+    "refuse_to_split",
     "resolve",
     "verdict",
 ]
@@ -98,31 +99,31 @@ def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False)
     refuse_conflicts(patches)
     rank = {patch_id: position for position, patch_id in enumerate(in_order(patches))}
     verdicts = {patch.id: acceptable(patch, force=force) for patch in dict.fromkeys(patches)}
-    left_out = {
-        patch.id: verdicts[patch.id] for patch in patches if not force and is_left_out(patch, verdicts[patch.id])
-    }
-    _refuse_to_split(items, left_out)
+    left_out = [patch for patch in patches if not force and is_left_out(patch, verdicts[patch.id])]
+    refuse_to_split(items, left_out)
     steps = [
         Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
     ]
-    applied = tuple(step for step in steps if step.patch.id not in left_out)
+    applied = tuple(step for step in steps if step.patch not in left_out)
     for step in applied:
         _refuse_to_limit(step)
     return Plan(steps=applied, skipped=tuple(step for step in steps if step not in applied))
 
 
-def _refuse_to_split(items: Iterable[Item], left_out: Mapping[str, Verdict]) -> None:
+def refuse_to_split(items: Iterable[Item], left_out: Iterable[Patch]) -> None:
     """Raise IncompatibleError if some but not all members of an atomic bundle would be left out."""
+    missing = {patch.id: patch for patch in left_out}
     selected = (item.patch if isinstance(item, Scoped) else item for item in items)
     for name in (name for item in selected if isinstance(item, str) for name in atomic_bundles(item)):
-        missing = [patch_id for patch_id in select(name) if patch_id in left_out]
-        if missing and len(missing) < len(select(name)):
-            why = "; ".join(f"{patch_id} is {left_out[patch_id]}: {left_out[patch_id].why}" for patch_id in missing)
+        members = select(name)
+        absent = [patch_id for patch_id in members if patch_id in missing]
+        if absent and len(absent) < len(members):
+            why = "; ".join(f"{one} is {(found := verdict(missing[one]))}: {found.why}" for one in absent)
             raise IncompatibleError(
                 f"the bundle {name!r} is atomic and was not applied, since it would not be whole: {why}; "
                 "apply its members by their ids, or pass force=True",
-                patch_id=missing[0],
+                patch_id=absent[0],
                 why=why,
             )
 
@@ -272,7 +273,9 @@ def resolve(patch: Patch) -> Place:
             if isinstance(owner, ModuleType):
                 getattr(owner, target.name, None)  # may import too, if the module imports on attribute access
             with ACTIVATIONS.lock:
-                return ACTIVATIONS.place(target, patch.kind)
+                place = ACTIVATIONS.place(target, patch.kind)
+            prepare(place)
+            return place
         except TargetError as error:
             problems.append(error)
             if not error.is_absent:

@@ -63,6 +63,7 @@ class Registry:
     ) -> None:
         self._builtin = dict(builtin or {})
         self._find_entry_points = find_entry_points
+        self._offered: dict[str, EntryPoint] = {}
         self._patches: dict[str, Patch] = {}
         # Guards the dictionary only; never held during an import, which may wait for another thread.
         self.lock = threading.Lock()
@@ -107,7 +108,7 @@ class Registry:
         if patch_id in self._builtin:
             importlib.import_module(self._builtin[patch_id])
             return self._expect(patch_id, self._builtin[patch_id])
-        offers = [point for point in self._find_entry_points() if point.name == patch_id]
+        offers = [point for point in self._points() if point.name == patch_id]
         if len(offers) > 1:
             raise _duplicate(patch_id, *(_describe(offer) for offer in offers[:2]))
         if offers:
@@ -116,7 +117,16 @@ class Registry:
 
     def ids(self) -> list[str]:
         """All known ids, sorted. Imports nothing."""
-        return sorted({*self._patches, *self._builtin, *(point.name for point in self._find_entry_points())})
+        return sorted({*self._patches, *self._builtin, *(point.name for point in self._points())})
+
+    def offer(self, points: Iterable[EntryPoint]) -> None:
+        """Add entry points of what is not installed. An installed one of the same name is used instead."""
+        self._offered.update({point.name: point for point in points})
+
+    def _points(self) -> list[EntryPoint]:
+        installed = {point.name for point in self._find_entry_points()}
+        offered = (point for point in self._offered.values() if point.name not in installed)
+        return [*self._find_entry_points(), *offered]
 
     def source(self, patch_id: str) -> str:
         """The source of the patch of this id: a module, or an entry point. Imports nothing."""
@@ -124,7 +134,7 @@ class Registry:
             return self._patches[patch_id].module
         if patch_id in self._builtin:
             return self._builtin[patch_id]
-        for point in self._find_entry_points():
+        for point in self._points():
             if point.name == patch_id:
                 return _describe(point)
         raise self._unknown(patch_id)

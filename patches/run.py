@@ -21,9 +21,10 @@ from typing import Final
 from .deferred import Deferred, defer
 from .errors import PatchError
 from .plan import expand
+from .registry import ENTRY_POINT_GROUP, REGISTRY
 from .slot import in_order, refuse_conflicts
 
-__all__ = ["apply_from_environment", "command", "environment"]
+__all__ = ["apply_from_environment", "command", "environment", "offer"]
 
 _APPLY: Final = "PATCHES_APPLY"
 _IMPORT: Final = "PATCHES_IMPORT"
@@ -81,11 +82,31 @@ def apply_from_environment() -> Deferred | None:
         folder = os.environ.get(_FOLDER) or os.getcwd()  # noqa: PTH109 - as above
         with _imported(_words(os.environ, _IMPORT), folder):
             return defer(*chosen, reason=f"{_APPLY}={','.join(chosen)}")
-    except Exception as error:  # noqa: BLE001 - importing may raise anything, and Python would go on without
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - importing may raise anything, and Python would go on without
         text = str(error) if isinstance(error, PatchError) else repr(error)
         what = f"patches: {_APPLY}={','.join(chosen)}: {text}; unset {_APPLY} to start without"
-        os.write(2, f"{what}: {sys.orig_argv}\n".encode(errors="backslashreplace"))
+        with contextlib.suppress(OSError):
+            os.write(2, f"{what}: {sys.orig_argv}\n".encode(errors="backslashreplace"))
         os._exit(2)
+
+
+def offer(folder: str) -> None:
+    """Let patches be found by the entry points in the `pyproject.toml` of a folder that is not installed."""
+    try:
+        with open(os.path.join(folder, "pyproject.toml"), "rb") as file:  # noqa: PTH118, PTH123 - as above
+            text = file.read().decode()
+    except (OSError, ValueError):
+        return
+    if ENTRY_POINT_GROUP not in text:
+        return
+    import tomllib
+    from importlib.metadata import EntryPoint
+
+    try:
+        points = tomllib.loads(text)["project"]["entry-points"][ENTRY_POINT_GROUP]
+    except (ValueError, KeyError, TypeError):
+        return
+    REGISTRY.offer(EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in points.items())
 
 
 @contextlib.contextmanager
@@ -94,6 +115,7 @@ def _imported(modules: Iterable[str], folder: str) -> Iterator[None]:
     added = folder not in sys.path
     if added:
         sys.path.append(folder)
+    offer(folder)
     try:
         for module in modules:
             _import(module)

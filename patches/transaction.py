@@ -6,7 +6,7 @@ import enum
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar, cast
 
@@ -124,7 +124,7 @@ class Transaction:
         made: list[Receipt] = []
         try:
             instances = chosen(on)
-            now, later = split(items, instances) if self._deferred else (items, ())
+            now, later = split(items, instances) if self._deferred else (items, {})
             plan = make_plan(now, on=instances, force=self._force)
             self._install(plan.steps, made)
             ACTIVATIONS.drop_stale_graphs()
@@ -175,13 +175,14 @@ class Transaction:
                 except Exception as error:  # noqa: BLE001 - foreign `__setattr__`
                     _raise_from(ApplyError, "could not be applied", made, receipt, error)
 
-    def _postpone(self, later: Iterable[Patch], made: list[Receipt]) -> None:
-        for patch in later:
+    def _postpone(self, later: Mapping[Patch, str], made: list[Receipt]) -> None:
+        for patch, bundle in later.items():
             receipt = self._open(Step(patch=patch, scope=None, verdict=_NOT_IMPORTED))
             made.append(receipt)
             self._pending.append(receipt)
             self.deferred.append(receipt)
-            ACTIVATIONS.pending.postpone(receipt, force=self._force)
+            ACTIVATIONS.pending.postpone(receipt, force=self._force, bundle=bundle)
+        ACTIVATIONS.pending.notice()  # imported after the check and before the finder was installed
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import wrapt
 
 import patches
 
-CALLS = 50_000
+CALLS = 20_000
 ROUNDS = 15
 IMPORTS = 11
 
@@ -39,20 +40,28 @@ class Row:
         return self.value <= self.limit
 
 
-class Traced:
-    """Class to patch as code that torch.compile traces."""
+class Thing:
+    """Class to patch."""
 
     def run(self, x: int) -> int:
         """Do almost nothing, so that the overhead dominates."""
         return x
 
-
-class Wrapped:
-    """Class to patch as any other code."""
-
-    def run(self, x: int) -> int:
-        """Do almost nothing, so that the overhead dominates."""
+    def two(self, x: int) -> int:
+        """Be patched for two objects."""
         return x
+
+    def many(self, x: int) -> int:
+        """Be patched for two thousand objects."""
+        return x
+
+
+def add(x: int) -> int:
+    """Do almost nothing, so that the overhead dominates."""
+    return x
+
+
+floor = math.floor
 
 
 def passing(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,8 +69,18 @@ def passing(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], 
     return wrapped(*args, **kwargs)
 
 
-def closure_around(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A hand-written alternative to a patch: a closure that calls the same wrapper body."""
+def function_by_hand(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hand-written alternative to a patch of a function: a closure that calls the same wrapper body."""
+
+    @functools.wraps(function)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return passing(function, None, args, kwargs)
+
+    return patched
+
+
+def method_by_hand(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A hand-written alternative to a patch of a method."""
 
     @functools.wraps(function)
     def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -70,20 +89,29 @@ def closure_around(function: Callable[..., Any]) -> Callable[..., Any]:
     return patched
 
 
-def declare(patch_id: str, cls: type, *, traced: bool) -> patches.Patch:
-    """Declare a patch with every check: fingerprint, signature, no foreign patch."""
-    declared: dict[str, Any] = {"id": patch_id, "target": f"{__name__}:{cls.__name__}.run", "reason": "a benchmark"}
-    bare = patches.Patch(**declared, wrapper=passing)
-    return patches.Patch(
-        **declared,
-        wrapper=passing,
-        traced=traced,
-        requires={"wrapt": ">=1"},
-        fingerprint=patches.fingerprint_of(bare),
-        signature="(self, x)",
-        on_foreign="error",
-        verify=lambda: None,
-    )
+def scoped_by_hand(function: Callable[..., Any], covered: set[int]) -> Callable[..., Any]:
+    """A hand-written alternative to a patch of a method for some objects."""
+
+    @functools.wraps(function)
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self) in covered:
+            return passing(function.__get__(self), self, args, kwargs)
+        return function(self, *args, **kwargs)
+
+    return patched
+
+
+def declare(path: str, **checks: Any) -> patches.Patch:
+    """Declare a patch of something in this file."""
+    name = path.lower().replace(".", "-")
+    return patches.Patch(id=f"bench.{name}", target=f"{__name__}:{path}", wrapper=passing, reason="a benchmark", **checks)
+
+
+def checked() -> patches.Patch:
+    """Declare a patch with every check: versions, fingerprint, signature, no foreign patch, effect."""
+    fingerprint = patches.fingerprint_of(declare("Thing.run"))
+    checks = {"signature": "(self, x)", "on_foreign": "error", "verify": lambda: None, "requires": {"wrapt": ">=1"}}
+    return declare("Thing.run", fingerprint=fingerprint, **checks)
 
 
 def medians(functions: Sequence[Callable[[], Any]], repeat: int) -> list[float]:
@@ -107,50 +135,58 @@ def _seconds(function: Callable[[], Any], repeat: int) -> float:
 
 
 def measure_calls() -> list[Row]:
-    """Measure calls of a patched method, of its alternatives, and of the original."""
-    by_hand = type("ByHand", (), {"run": closure_around(vars(Traced)["run"])})()
-    bare = type("Bare", (), {"run": wrapt.FunctionWrapper(vars(Wrapped)["run"], passing)})()
-    plain = type("Plain", (), {"run": vars(Wrapped)["run"]})()
-    original = vars(Traced)["run"], vars(Wrapped)["run"]
-    both = declare("bench.traced", Traced, traced=True), declare("bench.wrapped", Wrapped, traced=False)
-    with patches.transaction(*both, reason="a benchmark"):
-        traced, wrapped = Traced(), Wrapped()
-        stock, closure, ours_traced, bare_wrapt, ours_wrapt = medians(
-            [
-                lambda: plain.run(1),
-                lambda: by_hand.run(1),
-                lambda: traced.run(1),
-                lambda: bare.run(1),
-                lambda: wrapped.run(1),
-            ],
-            CALLS,
-        )
-    unchanged = all(
-        one is other for one, other in zip(original, (vars(Traced)["run"], vars(Wrapped)["run"]), strict=True)
-    )
+    """Measure calls of patched functions and methods against hand-written closures, in the same rounds."""
+    stock, method = add, vars(Thing)["run"]
+    by_hand = function_by_hand(stock)
+    bare: Any = wrapt.FunctionWrapper(math.floor, passing)
+    things = [Thing() for _ in range(2000)]
+    hand = type("Hand", (), {"run": method_by_hand(method), "scoped": scoped_by_hand(method, {id(things[0])})})()
+    covered = scoped_by_hand(method, {id(things[0]), id(things[1])})
+    scopes = [patches.on(declare("Thing.two"), things[:2]), patches.on(declare("Thing.many"), things)]
+    with patches.transaction(declare("add"), declare("Thing.run"), declare("floor"), *scopes, reason="a benchmark"):
+        thing, other = things[0], Thing()
+        pairs: list[tuple[str, Callable[[], Any], Callable[[], Any], float]] = [
+            ("function", lambda: add(1), lambda: by_hand(1), 1.3),
+            ("method", lambda: thing.run(1), lambda: hand.run(1), 1.3),
+            ("method of 2 objects", lambda: thing.two(1), lambda: covered(thing, 1), 1.6),
+            ("method of 2,000 objects", lambda: thing.many(1), lambda: thing.two(1), 1.2),
+            ("method of other objects", lambda: other.two(1), lambda: hand.scoped(1), 1.6),
+            ("function of C", lambda: floor(1), lambda: bare(1), 1.6),
+        ]
+        taken = medians([lambda: stock(1), *(call for _, *calls, _ in pairs for call in calls)], CALLS)
+    original = taken.pop(0)
     return [
-        _ratio("traced patch / closure by hand", ours_traced, closure, stock, 1.3),
-        _ratio("wrapt patch / bare FunctionWrapper", ours_wrapt, bare_wrapt, stock, 1.2),
-        Row(what="after undo, other objects than before", value=float(not unchanged), unit="", against="", limit=0),
+        _ratio(what, ours, theirs, original, limit)
+        for (what, *_, limit), ours, theirs in zip(pairs, taken[::2], taken[1::2], strict=True)
     ]
 
 
-def _ratio(what: str, ours: float, theirs: float, stock: float, limit: float) -> Row:
-    against = f"{ours / stock:.1f} and {theirs / stock:.1f} times the original, which takes {stock * 1e9:.0f} ns"
-    return Row(what=what, value=ours / theirs, unit="x", against=against, limit=limit)
+def _ratio(what: str, ours: float, theirs: float, original: float, limit: float) -> Row:
+    against = f"{ours * 1e9:.0f} and {theirs * 1e9:.0f} ns; a plain function takes {original * 1e9:.0f} ns"
+    hand = "bare wrapt" if what.endswith("of C") else "method of 2" if "2,000" in what else "by hand"
+    return Row(what=f"{what} / {hand}", value=ours / theirs, unit="x", against=against, limit=limit)
+
+
+def measure_undo() -> Row:
+    """Look whether undo has put back the very objects."""
+    before = add, vars(Thing)["run"], floor
+    with patches.transaction(declare("add"), declare("Thing.run"), declare("floor"), reason="a benchmark"):
+        pass
+    others = sum(one is not other for one, other in zip(before, (add, vars(Thing)["run"], floor), strict=True))
+    return Row(what="after undo, other objects than before", value=others, unit="", against="", limit=0)
 
 
 def measure_applying() -> Row:
     """Measure applying and undoing a patch with all checks, its fingerprint cached, against wrapt's wrap and unwrap."""
-    patch = declare("bench.apply", Wrapped, traced=False)
+    patch = checked()
 
     def ours() -> None:
         with patches.transaction(patch, reason="a benchmark"):
             pass
 
     def theirs() -> None:
-        handle = wrapt.wrap_object(Wrapped, "run", wrapt.FunctionWrapper, (passing,))
-        wrapt.unwrap_object(Wrapped, "run", handle)
+        handle = wrapt.wrap_object(Thing, "run", wrapt.FunctionWrapper, (passing,))
+        wrapt.unwrap_object(Thing, "run", handle)
 
     apply, wrap = medians([ours, theirs], 200)
     against = f"{apply * 1e6:.0f} and {wrap * 1e6:.1f} microseconds"
@@ -174,14 +210,14 @@ def measure_import() -> Row:
 
 def main(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False) -> None:
     """Take all measurements, and exit with 1 if one exceeds its limit."""
-    rows = [*measure_calls(), measure_applying(), measure_import()]
+    rows = [*measure_calls(), measure_undo(), measure_applying(), measure_import()]
     if as_json:
         print(json.dumps([{**asdict(row), "within": row.within} for row in rows], indent=2))
     else:
         for row in rows:
             mark = "ok  " if row.within else "OVER"
             print(
-                f"{mark}  {row.what:40}  {row.value:6.2f}{row.unit:3}  limit {row.limit:g}{row.unit:3}  {row.against}"
+                f"{mark}  {row.what:39}  {row.value:6.2f}{row.unit:3}  limit {row.limit:g}{row.unit:3}  {row.against}"
             )
     if not all(row.within for row in rows):
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ..activation import ACTIVATIONS
 from ..errors import UndoError
 from ..ledger import Receipt
 from ..undo import active, revert
@@ -45,7 +46,7 @@ class LeakDetector:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Generator[None, Any, Any]:
         """Record the patches active before the test, except those of fixtures, which may end with this test."""
-        self._before = frozenset(active()).difference(*self._held.values())
+        self._before = frozenset([*active(), *ACTIVATIONS.pending.receipts()]).difference(*self._held.values())
         self._failed = False
         return (yield)
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.docs.test_docs import ROOT, blocks
 from tests.helpers.wheelhouse import stock
 
@@ -29,6 +31,7 @@ def script(page: str, scratch: Path) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow
 def test_the_page_holds_from_an_empty_folder(tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("empty", "wheels", "scratch", "checkout")}
     for folder in folders.values():
@@ -51,6 +54,16 @@ def test_the_page_holds_from_an_empty_folder(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout
-    (site,) = folders["empty"].glob("my-project/.venv/lib/*/site-packages")
+    project = folders["empty"] / "my-project"
+    (site,) = project.glob(".venv/lib/*/site-packages")
     assert (site / "patches" / "__init__.py").exists()
     assert not (site / "torch").exists()
+    checked = ("my_project", "tests/test_no_nan.py", "demo.py")
+    for tool in (
+        ["mypy", "--strict", "--python-executable", str(project / ".venv" / "bin" / "python")],
+        ["ruff", "check", "--isolated", "--line-length", "120"],
+        ["ruff", "format", "--check", "--isolated", "--line-length", "120"],
+    ):
+        command = [sys.executable, "-m", *tool, *checked]
+        ran = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120, check=False)
+        assert ran.returncode == 0, ran.stdout

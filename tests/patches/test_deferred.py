@@ -445,3 +445,47 @@ def test_a_child_forked_while_somebody_imports_can_import(late: Path) -> None:
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
     patches.revert("fake.a")
+
+
+def atomic(name: str, second: str) -> None:
+    patches.register(declare(f"{name}-one", ONE))
+    patches.register(declare(f"{name}-two", second))
+    patches.bundle(name, [f"fake.{name}-one", f"fake.{name}-two"], atomic=True)
+
+
+def test_an_atomic_bundle_waits_until_all_of_it_can_be_applied() -> None:
+    atomic("late-whole", "late_lib.sub.deep:Thing.run")
+    with patches.transaction("late-whole", reason="a test", deferred=True):
+        assert import_late().one() == 1
+        assert set(states().values()) == {"pending"}
+        assert import_late("late_lib.sub.deep").Thing().run() == ("late-whole-two", 3)
+        assert import_late().one() == ("late-whole-one", 1)
+
+
+def test_an_atomic_bundle_fails_as_a_whole() -> None:
+    atomic("late-half", "late_lib.sub.deep:Thing.gone")
+    with patches.transaction("late-half", reason="a test", deferred=True):
+        import_late()
+        with pytest.warns(patches.DeferredPatchWarning, match="gone") as told:
+            import_late("late_lib.sub.deep")
+        assert len(told) == 2
+        assert import_late().one() == 1
+        assert set(states().values()) == {"failed"}
+
+
+def test_several_targets_wait_for_the_first_module_that_comes() -> None:
+    patch = patches.Patch(
+        id="fake.a", target=("late_lib.never:one", ONE), wrapper=lambda wrapped, *_: "patched", reason="a test"
+    )
+    patches.defer(patch, reason="a test")
+    assert patches.audit()[0].note == "waits for late_lib.early or late_lib.never"
+    assert import_late().one() == "patched"
+    patches.revert("fake.a")
+
+
+def test_an_object_in_hand_waits_for_nothing() -> None:
+    held = type("Held", (), {"one": lambda self: 1, "__module__": "late_lib.gone"})()
+    patch = patches.Patch(id="fake.a", target=patches.at(held, "one"), replace=lambda self: 2, reason="a test")
+    deferred = patches.defer(patch, reason="a test")
+    assert (deferred.pending, held.one()) == ([], 2)
+    patches.revert("fake.a")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import patches
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import functions, layers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,17 +21,18 @@ from tests.helpers.snapshot import Snapshot
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 
-# Where things change. In the first lines of `__exit__` an interrupt finds nothing undone yet, and Python does
-# not call it again.
-CHANGING = {"activation.py", "compose.py", "ledger.py", "link.py", "slot.py"}
+# Where things change, and where they are protected.
+CHANGING = {"activation.py", "forms.py", "ledger.py", "slot.py"}
+PROTECTING = {"transaction.py", "undo.py"}
 PACKAGE = Path(patches.__file__).parent
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line that is run in those files."""
+    """Raises KeyboardInterrupt at the n-th line that is run in some files of the package."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, files: set[str] = CHANGING) -> None:
         self.left = at
+        self._files = files
 
     @contextmanager
     def armed(self) -> Iterator[None]:
@@ -40,7 +44,7 @@ class Interrupter:
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         path = Path(frame.f_code.co_filename)
-        return self._line if path.parent == PACKAGE and path.name in CHANGING else None
+        return self._line if path.parent == PACKAGE and path.name in self._files else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
         if event == "line":
@@ -86,3 +90,42 @@ def test_an_interrupt_at_any_line_leaves_nothing(
         break
     assert lines > 100, "the interrupter must have hit the code"
     assert interrupter.left > 0
+
+
+def block_interrupted(interrupter: Interrupter) -> None:
+    with interrupter.armed():
+        with patches.transaction(*declared(), reason="a test") as tx:
+            tx.savepoint()
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_what_an_interrupt_leaves_is_undone_by_dropping_the_transaction_or_by_reverting_all(
+    dropped: bool, unchanged: Snapshot
+) -> None:
+    """At every line of the transaction itself, its first and its last ones included."""
+    lines = 0
+    while True:
+        lines += 1
+        interrupter = Interrupter(lines, PROTECTING)
+        try:
+            block_interrupted(interrupter)
+        except KeyboardInterrupt:
+            if not dropped:
+                patches.revert_all()
+                assert (unchanged.differences(), patches.active()) == ([], []), f"after line {lines}"
+        gc.collect()
+        assert (unchanged.differences(), patches.active()) == ([], []), f"after line {lines}"
+        if interrupter.left > 0:
+            break
+    assert lines > 50, "the interrupter must have hit the code"
+
+
+def test_signals_at_random_moments_leave_nothing_that_cannot_be_undone() -> None:
+    command = [sys.executable, "tools/trial_interrupts.py", "--signals", "300", "--json"]
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["signals"] + found["swallowed"] == 300
+    assert found["signals"] > 200
+    assert found["left"] == found["cleared_by_dropping"] + found["cleared_by_revert_all"]
+    assert found["probability"] < 0.05

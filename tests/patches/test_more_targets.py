@@ -147,7 +147,7 @@ def test_what_is_there_is_deleted_and_put_back(target: str) -> None:
     holder, before = PRESENT[target], dict(PRESENT[target])
     with patches.transaction(made(target, kind="delete")):
         assert set(before) - set(holder) == {
-            key for key in before if str(key) in target.rsplit(":", 1)[1].split(".")[-1]
+            key for key in before if str(key) in target.rsplit(":", 1)[1].rsplit(".", maxsplit=1)[-1]
         }
         assert [(row.target.replace("'", ""), row.state) for row in patches.audit()] == [(target, "active")]
     assert all(holder[key] is value for key, value in before.items())

@@ -142,11 +142,15 @@ def test_what_is_wrong_is_said_before_anything_starts(given: tuple[str, ...], sa
 
 
 def test_without_a_command_it_prints_the_environment(project: Path) -> None:
-    printed = output(project)
-    variables = dict(shlex.split(line)[0].split("=", 1) for line in printed.splitlines())
-    assert variables["PATCHES_APPLY"] == "late.one"
-    given = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
-    assert python(project, "script.py", path=variables["PYTHONPATH"], **given).stdout.startswith("patched 1")
+    python_here = shlex.quote(sys.executable)
+    given = "--apply 'late.o*,late.one' --import my_project.patches"
+    (project / "my_project" / "patches.py").write_text(
+        PROJECT["my_project/patches.py"].partition("@patches.register('late.other'")[0]
+    )
+    script = f'eval "$({python_here} -m patches run {given})" && exec {python_here} script.py'
+    program = f"import os; os.execl('/bin/sh', 'sh', '-c', {script!r})"
+    ran = python(project, "-c", program)
+    assert ran.stdout.startswith("patched 1"), ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_a_process_that_cannot_be_patched_does_not_run(apply: str, imports: str,
 
 
 def test_an_interpreter_without_the_package_says_so(project: Path) -> None:
-    (project / "lib" / "wrapt.py").write_text("raise ImportError('no wrapt')")
+    (project / "lib" / "model_surgery_patches.py").write_text("raise ImportError('not here')")
     path = os.pathsep.join((str(ROOT / "patches" / "startup"), str(project / "lib")))
     ran = python(project, "-S", "-c", "import sitecustomize; print('ran')", path=path, PATCHES_APPLY="late.one")
     assert (ran.returncode, ran.stdout) == (2, "")
@@ -196,6 +200,31 @@ def test_installed_the_variables_are_enough(project: Path) -> None:
     both = os.pathsep.join((STARTUP, str(project / "site")))  # as `patches run` does where it is installed
     ran = python(project, "-c", f"{program}; import patches; print(len(patches.active()))", path=both, **given)
     assert ran.stdout.split() == ["patched", "1", "1"]
+
+
+@pytest.mark.parametrize("program", ["python -m patches", "patches"])
+def test_a_project_in_the_current_folder_is_found_by_its_entry_points(program: str, project: Path) -> None:
+    (project / "pyproject.toml").write_text(
+        "[project.entry-points.'patches.registry']\n"
+        "'late.one' = 'my_project.patches'\n'late.other' = 'my_project.patches'\n"
+    )
+    start = ["-m", "patches"]
+    if program == "patches":  # as the console script, which has not the current folder on its path
+        start = ["-P", "-c", "import sys; from patches.cli import main; sys.argv[0] = 'patches'; sys.exit(main())"]
+    assert "late.other  " in python(project, *start, "list").stdout
+    ran = python(project, *start, "run", "--apply", "late.one", "script.py")
+    assert ran.stdout.startswith("patched 1"), ran.stderr
+    assert "needed" in python(project, *start, "check", "late.one").stdout
+    (project / "pyproject.toml").write_text("[project.entry-points.'patches.registry'\n")
+    assert "late" not in python(project, *start, "list").stdout
+
+
+def test_a_test_suite_runs_under_it(project: Path) -> None:
+    (project / "test_late.py").write_text(
+        "def test_first():\n    import late_lib\n    assert late_lib.one() == 'patched 1'\n"
+        "def test_second():\n    import late_lib\n    assert late_lib.one() == 'patched 1'\n"
+    )
+    assert "2 passed" in output(project, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_late.py")
 
 
 def test_runs_nest(project: Path) -> None:
@@ -244,6 +273,7 @@ def test_a_spawned_worker_of_a_data_loader_is_patched_and_in_the_journal(project
     states = sorted(one.state for process in kept for one in process.applications)
     assert states[:1] == ["active"]  # the worker
     assert set(states[1:]) == {"pending"}  # its parent, and the resource tracker, which import no such thing
+    assert kept.differences == ()
 
 
 def test_ranks_of_torchrun_are_patched(project: Path) -> None:
