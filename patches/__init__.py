@@ -32,43 +32,11 @@ from .transaction import Transaction, transaction
 from .undo import active, disable, enable, keep, reapply, revert, revert_all
 
 __all__ = [
-    "MISSING",
-    "Patch",
-    "PatchError",
-    "Receipt",
-    "State",
-    "Transaction",
-    "UndoError",
-    "active",
-    "active_set",
-    "aliases",
-    "at",
-    "audit",
-    "bundle",
-    "changed_files",
-    "defer",
-    "digest",
-    "disable",
-    "enable",
-    "fingerprint_of",
-    "foreign",
-    "get",
-    "ids",
-    "keep",
-    "manifest",
-    "on",
-    "passed",
-    "plan",
-    "reapply",
-    "register",
-    "replay",
-    "replay_from_environment",
-    "revert",
-    "revert_all",
-    "select",
-    "transaction",
-    "verdict",
-]
+    "MISSING", "Patch", "PatchError", "Receipt", "State", "Transaction", "UndoError", "active", "active_set",
+    "aliases", "at", "audit", "bundle", "changed_files", "defer", "digest", "disable", "enable", "fingerprint_of",
+    "foreign", "get", "ids", "keep", "manifest", "on", "passed", "plan", "reapply", "register", "replay",
+    "replay_from_environment", "revert", "revert_all", "select", "transaction", "verdict",
+]  # fmt: skip
 
 register = REGISTRY.register
 get = REGISTRY.get

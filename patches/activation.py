@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -298,5 +299,13 @@ class Activations:
             self._stale = stale  # no graph took other instances through the patch
 
 
+def _finish_imports() -> None:
+    """Wait for another thread to import what this package imports on use: in the child it never would be."""
+    # wrapt only if it is on the way: it imports logging, which may not meet its own hooks for the first time here.
+    wanted = ["importlib.metadata", "packaging.specifiers", "json", "socket", *({"wrapt"} & sys.modules.keys())]
+    for name in wanted:
+        importlib.import_module(name)
+
+
 ACTIVATIONS: Final = Activations(LEDGER)
-os.register_at_fork(after_in_child=ACTIVATIONS.renew_locks)
+os.register_at_fork(before=_finish_imports, after_in_child=ACTIVATIONS.renew_locks)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, Protocol, TypeAlias
-from weakref import WeakValueDictionary
 
 from .errors import WrapperError
 from .patch import Patch, Wrapper
@@ -176,6 +177,9 @@ def _around_function() -> tuple[Any, _Put]:
 
 def _around_method() -> tuple[Any, _Put]:
     top: _Top = (_Nobody, None, None)
+    # Dynamo rebuilds a bound method, after a break of the graph, by the name of its function: that would be this one.
+    torch: Any = sys.modules.get("torch")
+    is_compiling = bool if torch is None else torch.compiler.is_dynamo_compiling
 
     def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         layer, wrapper, inner = top
@@ -183,7 +187,7 @@ def _around_method() -> tuple[Any, _Put]:
             return inner(self, *args, **kwargs)
         if layer.direct is not None:
             return layer.direct(self, *args, **kwargs)
-        return wrapper(inner.__get__(self), self, args, kwargs)
+        return wrapper(functools.partial(inner, self) if is_compiling() else inner.__get__(self), self, args, kwargs)
 
     def put(new: _Top) -> None:
         nonlocal top
@@ -292,14 +296,16 @@ def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., An
 # pickle writes a function as its module and its name, and refuses one that is not found there. A closure that somebody
 # has kept is not, once its slot is empty; so it gets a name in this module, under which it is found here, and the
 # target elsewhere.
-_retired: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
+_retired: Final[dict[str, weakref.ref[Any]]] = {}
 
 
 def _retire(closure: Any, target: str) -> None:
     if getattr(closure, "__module__", None) == __name__:
         return
+    for stale in [name for name, kept in _retired.items() if kept() is None]:
+        _retired.pop(stale, None)
     name = f"{target.replace('.', '/')}#{id(closure)}"
-    _retired[name] = closure
+    _retired[name] = weakref.ref(closure)
     closure.__module__, closure.__qualname__ = __name__, name
 
 
@@ -307,7 +313,8 @@ def __getattr__(name: str) -> Any:
     target, mark, _ = name.partition("#")
     if not mark:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _retired[name] if name in _retired else resolve_name(target.replace("/", "."))
+    kept = _retired[name]() if name in _retired else None
+    return resolve_name(target.replace("/", ".")) if kept is None else kept
 
 
 # Properties and stored attributes -------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import itertools
 import os
-import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -172,33 +171,26 @@ class Entry:
 class Ledger:
     """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
 
-    Receipts are referenced weakly: whoever applied a patch, and the slot while it is applied, keep them alive.
+    Receipts are kept only while they are in force: then nothing of what was patched is kept alive either.
     """
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque(maxlen=_LENGTH)
-        self._in_force: dict[int, Entry] = {}
-        self._receipts: weakref.WeakValueDictionary[int, Receipt] = weakref.WeakValueDictionary()
+        self._in_force: dict[int, tuple[Receipt, Entry]] = {}
         self._serials = itertools.count(1)
-        self._journal = Journal(lambda: map(_line, self.entries), self._counted)
+        self._journal = Journal(self._inherited, self._counted)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The entries that are kept, oldest first."""
         recent = list(self._entries)
-        older = (entry for entry in self._in_force.copy().values() if recent and entry.time < recent[0].time)
+        in_force = self._in_force.copy().values()
+        older = (entry for _, entry in in_force if recent and entry.time < recent[0].time)
         return (*older, *recent)
-
-    @property
-    def receipts(self) -> tuple[Receipt, ...]:
-        """Every receipt that is alive, oldest first."""
-        return tuple(self._receipts.values())
 
     def open(self, patch: Patch, **given: Any) -> Receipt:
         """Create a receipt from the other arguments of `Receipt`, without recording anything yet."""
-        receipt = Receipt(serial=next(self._serials), patch=patch, **given)
-        self._receipts[receipt.serial] = receipt
-        return receipt
+        return Receipt(serial=next(self._serials), patch=patch, **given)
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
         """Set the state of the receipt, and append an entry."""
@@ -209,12 +201,19 @@ class Ledger:
         if state in _OVER:
             self._in_force.pop(receipt.serial, None)
         else:
-            self._in_force[receipt.serial] = entry
+            self._in_force[receipt.serial] = receipt, entry
         self._journal.write(_line(entry))
+
+    def _inherited(self) -> list[dict[str, object]]:
+        """The lines of a child made by fork, which counts its own calls."""
+        for receipt, _ in self._in_force.copy().values():
+            if receipt._calls is not None:
+                receipt.count(receipt._calls)
+        return [_line(entry) for entry in self.entries]
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        counted = (receipt for receipt in self.receipts if receipt.calls and receipt.state not in _OVER)
+        counted = [receipt for receipt, _ in self._in_force.copy().values() if receipt.calls]
         return [_line(Entry.of(receipt, receipt.state)) for receipt in counted]
 
 

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from .activation import ACTIVATIONS
-from .deferred import defer
 from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
-from .plan import Item, VerdictKind, expand, fingerprint_of, verdict
+from .plan import Item, Verdict, VerdictKind, expand, fingerprint_of, verdict
 from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
@@ -84,16 +83,11 @@ def replay(manifest: Mapping[str, Any]) -> Transaction:
             differences=differences,
         )
     reason = f"replayed: {'; '.join(dict.fromkeys(entry['reason'] for entry in missing.values())) or 'nothing new'}"
-    now = {key: entry["options"] for key, entry in missing.items() if not entry["options"]["deferred"]}
-    later = {key: entry["options"] for key, entry in missing.items() if entry["options"]["deferred"]}
-    force = any(options["force"] for options in now.values())
-    count_calls = any(options["count_calls"] for options in now.values())
-    with transaction(*now, reason=reason, force=force, count_calls=count_calls) as done:
-        disabled = [receipt for receipt in done.receipts if now.get(receipt.id, {}).get("disabled")]
-        disable(*disabled)
-        if later:
-            force = any(options["force"] for options in later.values())
-            done.deferred.extend(defer(*later, reason=reason, force=force).receipts)
+    options = {patch_id: entry["options"] for patch_id, entry in missing.items()}
+    force, count_calls = (any(each[name] for each in options.values()) for name in ("force", "count_calls"))
+    # The modules of those that were not deferred have been imported, to compare the verdicts.
+    with transaction(*missing, reason=reason, deferred=True, force=force, count_calls=count_calls) as done:
+        disable(*(receipt for receipt in done.receipts if options.get(receipt.id, {}).get("disabled")))
         done.commit()
     return done
 
@@ -117,11 +111,13 @@ def lock(*items: Item) -> dict[str, Any]:
     """
     found = manifest()
     if items:
-        found = {**found, "patches": [_entry(patch) for patch, _ in expand(items)], "not_replayable": []}
+        found = {
+            **found,
+            "patches": [_entry(patch, verdict(patch)) for patch, _ in expand(items)],
+            "not_replayable": [],
+        }
     if not found["patches"]:
-        raise ManifestError(
-            "expected patches to lock, and none is in force here; name them, or import what applies them"
-        )
+        raise ManifestError("expected patches to lock, found none in force; name some, or import what applies them")
     entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
     return {**found, "patches": [entries[patch_id] for patch_id in sorted(entries)]}
 
@@ -191,21 +187,24 @@ def _in_force() -> list[Receipt]:
 
 
 def _entry_of(receipt: Receipt) -> dict[str, Any]:
-    found, waits = receipt.verdict, receipt in ACTIVATIONS.pending.receipts()
-    forced = (
-        found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or ACTIVATIONS.pending.is_forced(receipt)
-    )
-    options = {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled, "deferred": waits}
-    return {**_entry(receipt.patch, verdict=str(found)), "reason": receipt.reason, "options": options}
+    found, pending = receipt.verdict, ACTIVATIONS.pending
+    forced = found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or pending.is_forced(receipt)
+    options = {
+        "force": forced,
+        "count_calls": receipt.count_calls,
+        "disabled": receipt.disabled,
+        "deferred": receipt in pending.receipts(),
+    }
+    return {**_entry(receipt.patch, found), "reason": receipt.reason, "options": options}
 
 
-def _entry(patch: Patch, **known: str) -> dict[str, Any]:
+def _entry(patch: Patch, found: Verdict) -> dict[str, Any]:
     return {
         "id": patch.id,
         "target": patch.target,
         "module": patch.module,
         "reason": patch.reason,
-        "verdict": known.get("verdict") or str(verdict(patch)),
+        "verdict": str(found),
         "versions": _versions(patch),
         "options": dict.fromkeys(("force", "count_calls", "disabled", "deferred"), False),
     }
@@ -213,6 +212,7 @@ def _entry(patch: Patch, **known: str) -> dict[str, Any]:
 
 def _locked(entry: Mapping[str, Any]) -> dict[str, Any]:
     patch = REGISTRY.get(entry["id"])
+    # Not that of an active patch, whose probe would see its effect.
     found = str(verdict(patch)) if entry["options"]["deferred"] else entry["verdict"]
     return {**entry, "verdict": found, "fingerprint": _fingerprint(patch)}
 

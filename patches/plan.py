@@ -382,7 +382,7 @@ def resolve(patch: Patch) -> Place:
             with ACTIVATIONS.lock:
                 place = ACTIVATIONS.place(target, patch.kind)
             prepare(place)
-            return place  # noqa: TRY300 - a form may refuse too
+            return place  # noqa: TRY300 - with an `else`, the lock would be beside it
         except TargetError as error:
             problems.append(error)
             if not error.is_absent:

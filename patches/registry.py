@@ -20,16 +20,9 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 __all__ = [
-    "BUNDLES",
-    "ENTRY_POINT_GROUP",
-    "REGISTRY",
-    "Bundle",
-    "Bundles",
-    "Registry",
-    "atomic_bundles",
-    "is_pattern",
+    "BUNDLES", "ENTRY_POINT_GROUP", "REGISTRY", "Bundle", "Bundles", "Registry", "atomic_bundles", "is_pattern",
     "select",
-]
+]  # fmt: skip
 
 ENTRY_POINT_GROUP: Final = "patches.registry"
 _W = TypeVar("_W", bound=Callable[..., Any])

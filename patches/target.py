@@ -17,24 +17,9 @@ from weakref import WeakKeyDictionary
 from .errors import TargetError
 
 __all__ = [
-    "MISSING",
-    "STORED",
-    "Cell",
-    "DefaultCell",
-    "ItemCell",
-    "Kind",
-    "Missing",
-    "Place",
-    "Target",
-    "accept",
-    "at",
-    "describe",
-    "locate",
-    "owner_now",
-    "parse",
-    "refuse",
-    "rehearse",
-]
+    "MISSING", "STORED", "Cell", "DefaultCell", "ItemCell", "Kind", "Missing", "Place", "Target", "accept", "at",
+    "describe", "locate", "owner_now", "parse", "refuse", "rehearse",
+]  # fmt: skip
 
 _DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})(?:\[(?P<key>.+)\]|\((?P<parameter>[^\W\d]\w*)\))?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 import inspect
-import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar, cast
@@ -44,17 +44,7 @@ class Transaction:
     raised as an UndoError, or, if the block itself raised, added to its exception as notes.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        *,
-        reason: str,
-        by: str,
-        on: Any,
-        force: bool,
-        count_calls: bool = False,
-        deferred: bool = False,
-    ) -> None:
+    def __init__(self, items: Sequence[Item], *, reason: str, by: str, on: Any, **options: bool) -> None:
         self.reason = reason
         self.by = by
         self.receipts: list[Receipt] = []
@@ -67,9 +57,7 @@ class Transaction:
         """id -> verdict, for every planned patch."""
         self._items: tuple[Item, ...] = tuple(items)
         self._on = on
-        self._force = force
-        self._count_calls = count_calls
-        self._deferred = deferred
+        self._options = options
         self._phase = _Phase.NEW
         self._cause: BaseException | None = None
         self._pending: list[Receipt] = []
@@ -78,18 +66,17 @@ class Transaction:
     def __call__(self, function: _F) -> _F:
         """Decorate a function, a coroutine function or a generator function: the patches are active while it runs."""
         self._expect(_Phase.NEW)
-        again: dict[str, Any] = {name: getattr(self, f"_{name}") for name in ("on", "force", "count_calls", "deferred")}
-        items, reason, by = self._items, self.reason, self.by
-
-        def begin() -> Transaction:
-            return Transaction(items, reason=reason, by=by, **again)
-
-        return cast("_F", _decorated(function, begin))
+        items, reason, by, on, options = self._items, self.reason, self.by, self._on, self._options
+        return cast("_F", _decorated(function, lambda: Transaction(items, reason=reason, by=by, on=on, **options)))
 
     def __enter__(self) -> Self:
         try:
             self._expect(_Phase.NEW)
             self._phase = _Phase.OPEN
+            # An interrupt between two bytecodes of the `with` statement, or of the methods here, ends in this. Not in
+            # `__del__`, which would also run, and swallow an interrupt, for every transaction that is closed.
+            self._dropped = weakref.finalize(self, _undo_dropped, self._pending)
+            self._dropped.atexit = False
             items, on = self._items, self._on
             # The transaction may outlive the block, in a variable, but must not keep the instances alive.
             self._items, self._on = (), None
@@ -106,12 +93,8 @@ class Transaction:
         problems = self._undo(self._pending, "" if error is None else f"the block raised {error!r}")
         self._phase = _Phase.CLOSED if error is None else _Phase.FAILED
         self._cause = error
+        self._dropped.detach()
         report(problems, error)
-
-    def __del__(self) -> None:
-        # An interrupt between two bytecodes of the `with` statement, or of the methods above, ends here.
-        if getattr(self, "_pending", None) and not sys.is_finalizing():
-            self._undo(self._pending, "the transaction was dropped while open")
 
     def apply(self, *items: Item, on: Iterable[object] | Callable[[Any], bool] | None = None) -> list[Receipt]:
         """Apply more patches in this transaction, all or none; returns their receipts.
@@ -123,8 +106,8 @@ class Transaction:
         made: list[Receipt] = []
         try:
             instances = chosen(on)
-            now, later = split(items, instances) if self._deferred else (items, {})
-            plan = make_plan(now, on=instances, force=self._force)
+            now, later = split(items, instances) if self._options["deferred"] else (items, {})
+            plan = make_plan(now, on=instances, force=self._options["force"])
             self._install(plan.steps, made)
             ACTIVATIONS.drop_stale_graphs()
             _verify(made)
@@ -150,8 +133,7 @@ class Transaction:
 
     def rollback(self) -> None:
         """Undo everything that is not committed now, and close the transaction."""
-        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
-            self._expect(_Phase.OPEN)
+        self._expect(_Phase.OPEN, _Phase.FAILED)
         self._phase = _Phase.CLOSED
         report(self._undo(self._pending, "rolled back"), None)
 
@@ -180,7 +162,7 @@ class Transaction:
             made.append(receipt)
             self._pending.append(receipt)
             self.deferred.append(receipt)
-            ACTIVATIONS.pending.postpone(receipt, force=self._force, bundle=bundle)
+            ACTIVATIONS.pending.postpone(receipt, force=self._options["force"], bundle=bundle)
         ACTIVATIONS.pending.notice()  # imported after the check and before the finder was installed
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
@@ -192,19 +174,13 @@ class Transaction:
 
     def _open(self, step: Step) -> Receipt:
         self.verdicts[step.patch.id] = step.verdict
-        return LEDGER.open(
-            step.patch,
-            scope=step.scope,
-            reason=self.reason,
-            by=self.by,
-            verdict=step.verdict,
-            count_calls=self._count_calls,
-        )
+        given = {"reason": self.reason, "by": self.by, "count_calls": self._options["count_calls"]}
+        return LEDGER.open(step.patch, scope=step.scope, verdict=step.verdict, **given)
 
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
         problems = undo_past_interrupts(undone, note)
-        self._pending = [receipt for receipt in self._pending if receipt not in undone]
+        self._pending[:] = [receipt for receipt in self._pending if receipt not in undone]
         return problems
 
     def _rollback_to(self, savepoint: Savepoint) -> None:
@@ -213,18 +189,16 @@ class Transaction:
                 "this savepoint is gone: an earlier one was rolled back to, or the transaction has ended",
                 state=self._phase.value,
             )
-        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
-            self._expect(_Phase.OPEN)
+        self._expect(_Phase.OPEN, _Phase.FAILED)
         del self._savepoints[self._savepoints.index(savepoint) + 1 :]
         self._phase, self._cause = _Phase.OPEN, None
         after = [receipt for receipt in self._pending if receipt.serial > savepoint.serial]
         report(self._undo(after, "rolled back to a savepoint"), None)
 
-    def _expect(self, phase: _Phase) -> None:
-        if self._phase != phase:
-            message = f"expected a transaction that is {phase}, and this one is {self._phase}"
-            if self._cause is not None:
-                message += f": {self._cause!r}"
+    def _expect(self, *phases: _Phase) -> None:
+        if self._phase not in phases:
+            why = "" if self._cause is None else f": {self._cause!r}"
+            message = f"expected a transaction that is {phases[0]}, and this one is {self._phase}{why}"
             raise TransactionError(message, state=self._phase.value) from self._cause
 
 
@@ -276,6 +250,10 @@ def transaction(
     return Transaction(
         items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
+
+
+def _undo_dropped(pending: list[Receipt]) -> None:
+    undo_past_interrupts(pending.copy(), "the transaction was dropped while open")
 
 
 def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:

@@ -13,17 +13,7 @@ from .patch import caller
 from .plan import acceptable
 from .registry import is_pattern, select
 
-__all__ = [
-    "active",
-    "disable",
-    "enable",
-    "keep",
-    "reapply",
-    "report",
-    "revert",
-    "revert_all",
-    "undo_past_interrupts",
-]
+__all__ = ["active", "disable", "enable", "keep", "reapply", "report", "revert", "revert_all", "undo_past_interrupts"]
 
 _PATIENCE: Final = 5
 """Number of interrupts while undoing, after which leaving takes priority over completing the undo."""
@@ -159,27 +149,21 @@ def reapply(patch: str | Receipt) -> list[Receipt]:
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        chosen = _reloaded(patch)
-    for receipt in chosen:
+        chosen = [receipt for receipt in ACTIVATIONS.active() if receipt is patch or receipt.id == patch]
+        reloaded = [receipt for receipt in chosen if ACTIVATIONS.condition(receipt) == State.RELOADED]
+        for receipt in chosen:
+            _refuse(receipt)
+    if not chosen:
+        patch_id = patch if isinstance(patch, str) else patch.id
+        raise NotActiveError(f"{patch_id!r} is not active, so that there is nothing to apply again", patch_id=patch_id)
+    for receipt in reloaded:
         acceptable(receipt.patch, force=True)
     with ACTIVATIONS.lock:
-        moved = _move(chosen)
+        moved = _move(reloaded)
     ACTIVATIONS.drop_stale_graphs()
     for receipt in moved:
         _verify_again(receipt)
     return moved
-
-
-def _reloaded(patch: str | Receipt) -> list[Receipt]:
-    active = ACTIVATIONS.active()
-    chosen = [receipt for receipt in active if receipt is patch or receipt.id == patch]
-    if not chosen:
-        patch_id = patch if isinstance(patch, str) else patch.id
-        raise NotActiveError(f"{patch_id!r} is not active, so that there is nothing to apply again", patch_id=patch_id)
-    found = [receipt for receipt in chosen if ACTIVATIONS.condition(receipt) == State.RELOADED]
-    for receipt in chosen:
-        _refuse(receipt)
-    return found
 
 
 def _refuse(receipt: Receipt) -> None:
@@ -221,7 +205,6 @@ def _verify_again(receipt: Receipt) -> None:
         receipt.patch.verify()
     except Exception as error:
         report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
-        message = (
-            f"{receipt.id!r} does not have its effect after the reload: {error} ({type(error).__name__}); it was undone"
-        )
+        why = f"{error} ({type(error).__name__}); it was undone"
+        message = f"{receipt.id!r} does not have its effect after the reload: {why}"
         raise VerifyError(message, patch_id=receipt.id, undone=(receipt.id,)) from error

@@ -104,7 +104,9 @@ def scoped_by_hand(function: Callable[..., Any], covered: set[int]) -> Callable[
 def declare(path: str, **checks: Any) -> patches.Patch:
     """Declare a patch of something in this file."""
     name = path.lower().replace(".", "-")
-    return patches.Patch(id=f"bench.{name}", target=f"{__name__}:{path}", wrapper=passing, reason="a benchmark", **checks)
+    return patches.Patch(
+        id=f"bench.{name}", target=f"{__name__}:{path}", wrapper=passing, reason="a benchmark", **checks
+    )
 
 
 def checked() -> patches.Patch:

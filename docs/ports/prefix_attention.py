@@ -50,4 +50,6 @@ for name, target in TARGETS.items():
         requires=SEEN,
     )(share_prefix)
 
-patches.bundle("verl-prefix", tuple(f"verl.prefix-{name}" for name in TARGETS), atomic=True)
+*entries, eager = (f"verl.prefix-{name}" for name in TARGETS)
+patches.bundle("verl-prefix-table", entries, atomic=True)
+patches.bundle("verl-prefix", ("verl-prefix-table", eager))

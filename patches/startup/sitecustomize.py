@@ -2,7 +2,7 @@
 
 Then it makes way for the `sitecustomize` that would have been imported without this one.
 """
-# ruff: noqa: INP001, PTH100, PTH110, PTH118, PTH120 - a folder to put on a path, not a package; and pathlib costs time
+# ruff: noqa: INP001, PTH100, PTH120 - a folder to put on a path, not a package; and pathlib costs time
 
 import importlib.util
 import os
@@ -15,14 +15,10 @@ _FOLDER = os.path.dirname(os.path.abspath(__file__))
 def _apply() -> None:
     if not os.environ.get("PATCHES_APPLY"):
         return
-    package = os.path.dirname(_FOLDER)
-    # The name that nobody else has.
-    name = "model_surgery_patches"
-    name = name if os.path.exists(os.path.join(package, f"{name}.py")) else "patches"
-    if importlib.util.find_spec(name) is None:  # run from a checkout
-        sys.path.append(os.path.dirname(package))
+    if importlib.util.find_spec("model_surgery_patches") is None:  # run from a checkout
+        sys.path.append(os.path.dirname(os.path.dirname(_FOLDER)))
     try:
-        run = importlib.import_module(f"{name}.run")
+        run = importlib.import_module("model_surgery_patches.run")
     except ImportError as error:
         what = f"PATCHES_APPLY={os.environ['PATCHES_APPLY']}: {sys.executable} cannot import patches: {error!r}"
         os.write(2, f"patches: {what}; unset PATCHES_APPLY for this process, or install it there\n".encode())

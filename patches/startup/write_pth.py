@@ -1,6 +1,6 @@
 """Build of the distribution: a .pth file beside the package, whose line Python runs at its start.
 
-So an installed package needs no `PYTHONPATH` to apply `PATCHES_APPLY`. Not installed itself.
+So an installed package needs no `PYTHONPATH` to apply `PATCHES_APPLY`.
 """  # noqa: INP001 - as sitecustomize
 
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["LINE", "NAME", "BuildWithPth"]
 NAME: Final = "model_surgery_patches.pth"
 LINE: Final = (
     "import os; os.environ.get('PATCHES_APPLY') "
-    "and __import__('patches.run', fromlist=['run']).apply_from_environment()\n"
+    "and __import__('model_surgery_patches.run', fromlist=['run']).apply_from_environment()\n"
 )
 
 

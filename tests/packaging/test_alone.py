@@ -25,7 +25,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
     wanted = {name for name in tracked if (ROOT / name).exists() and name.endswith((".py", "py.typed", ".txt"))}
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
-    assert found == wanted | {"model_surgery_patches.py"}
+    assert found == wanted | {"model_surgery_patches.py", "model_surgery_patches.pth"}
 
 
 def test_it_requires_wrapt_and_packaging_alone(wheel: Path) -> None:
@@ -49,6 +49,34 @@ with patches.transaction("stdlib.loud", reason="a test"):
 assert patches.active() == []
 """
     assert alone.run("python", "-W", "error", "-c", program, cwd=tmp_path) == "ALL IS WELL\n"
+
+
+PATCHED_FROM_OUTSIDE = """
+import patches
+@patches.register("stdlib.loud", target="colorsys:rgb_to_hsv", reason="a test")
+def loud(wrapped, instance, args, kwargs):
+    return "loud"
+"""
+
+
+@pytest.mark.parametrize("from_outside", ["run", "variable", "isolated"])
+def test_it_patches_from_outside(from_outside: str, alone: Environment, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PATCHED_FROM_OUTSIDE)
+    child = "[sys.executable, '-c', 'from colorsys import rgb_to_hsv; print(rgb_to_hsv(1, 1, 1))']"
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\nfrom colorsys import rgb_to_hsv\n"
+        f"print(rgb_to_hsv(1, 1, 1), flush=True)\nsubprocess.run({child}, check=True)\n"
+    )
+    variables = {"PATCHES_APPLY": "stdlib.loud", "PATCHES_IMPORT": "mine"}
+    command = {
+        "run": ("patches", "run", "--apply", "stdlib.loud", "--import", "mine", "--", "script.py"),
+        "variable": ("python", "script.py"),
+        "isolated": ("python", "-I", "script.py"),  # no PYTHONPATH, and so no sitecustomize of ours
+    }[from_outside]
+    given = {} if from_outside == "run" else variables
+    assert alone.run(*command, cwd=tmp_path, **given) == "loud\nloud\n"
+    said = alone.run("python", "-c", "1", cwd=tmp_path, code=2, **{**variables, "PATCHES_APPLY": "stdlib.loudd"})
+    assert "did you mean stdlib.loud?" in said
 
 
 def test_builtin_patches_of_what_is_not_installed_are_absent_and_nothing_to_fail_for(

@@ -184,16 +184,12 @@ def subclass(wrapped: Callable[[], Any], *_: Any) -> type:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_class_and_its_method_in_one_transaction(lib: types.ModuleType, order: tuple[int, int]) -> None:
-    """Both act, or it is refused with nothing changed."""
     lib.Thing = stock = type("Thing", (), {"run": lambda self: "stock", "__module__": "fault_lib", "tag": ""})
     both = (declare("whole", "fault_lib:Thing", kind="class", wrapper=subclass), declare("part", "fault_lib:Thing.run"))
     before = Snapshot(lib, stock)
-    try:
-        with patches.transaction(*(both[index] for index in order), reason="a test"):
-            assert (lib.Thing.tag, lib.Thing().run()) == ("replaced", ("part", "stock"))
-            assert {row.state for row in patches.audit()} == {"active"}
-    except patches.PatchError as error:
-        assert "Thing" in str(error)
+    with patches.transaction(*(both[index] for index in order), reason="a test"):
+        assert (lib.Thing.tag, lib.Thing().run()) == ("replaced", ("part", "stock"))
+        assert {row.state for row in patches.audit()} == {"active"}
     assert before.differences() == []
     assert lib.Thing().run() == "stock"
 
@@ -312,7 +308,7 @@ def test_the_warning_points_to_the_transaction() -> None:
 
 def test_a_window_can_be_an_error() -> None:
     patch = declare("a", SCALE, requires=OUTSIDE, on_unknown="error")
-    with pytest.raises(patches.PatchError, match="wrapt .*>=99"):
+    with pytest.raises(patches.PatchError, match=r"wrapt .*>=99"):
         patches.transaction(patch, reason="a test").__enter__()
     with patches.transaction(patch, reason="a test", force=True):
         assert functions.scale(2) == ("a", 4)
@@ -365,17 +361,9 @@ def test_a_bundle_leaves_out_what_does_not_apply(why: str) -> None:
 
 @pytest.mark.parametrize("why", LEFT_OUT)
 def test_an_atomic_bundle_applies_whole_or_not_at_all(why: str, unchanged: Snapshot) -> None:
-    """With a member that would be left out it is refused, or left out whole; either says which member it was."""
     bundle_of(f"atom-{why}", LEFT_OUT[why], atomic=True)
-    other = declare("other", f"{LAYERS}:Base.forward")
-    try:
-        with patches.transaction(f"atom-{why}", other, reason="a test") as tx:
-            assert functions.scale(2) == 4
-            assert layers.Base().forward(1) == ("other", ("Base", 1))
-            told = {receipt.id: receipt.verdict.why for receipt in tx.skipped}
-            assert set(told) == {f"fake.atom-{why}-one", f"fake.atom-{why}-two"}
-    except patches.PatchError as error:
-        assert f"fake.atom-{why}-two" in str(error)
+    with pytest.raises(patches.PatchError, match=rf"atom-{why}.* atomic .*fake\.atom-{why}-two"):
+        patches.transaction(f"atom-{why}", declare("other", f"{LAYERS}:Base.forward"), reason="a test").__enter__()
     assert (unchanged.differences(), patches.active()) == ([], [])
 
 
@@ -389,8 +377,8 @@ def test_an_atomic_bundle_that_fits_is_applied() -> None:
 def test_an_atomic_bundle_inside_another_bundle_is_atomic() -> None:
     inner = bundle_of("atom-inner", {"probe": lambda: False}, atomic=True)
     patches.bundle("atom-outer", [inner])
-    with suppress(patches.PatchError), patches.transaction("atom-outer", reason="a test"):
-        assert functions.scale(2) == 4
+    with pytest.raises(patches.PatchError, match="atom-inner"):
+        patches.transaction("atom-outer", reason="a test").__enter__()
     assert patches.active() == []
 
 
@@ -434,7 +422,7 @@ IMPLICIT: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("cls", [Plugin, Heir])
 @pytest.mark.parametrize("name", IMPLICIT)
-def test_an_implicit_class_method_works_or_is_refused(cls: Any, name: str) -> None:
+def test_an_implicit_class_method_is_patched(cls: Any, name: str) -> None:
     seen: list[Any] = []
 
     def wrapper(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -443,19 +431,15 @@ def test_an_implicit_class_method_works_or_is_refused(cls: Any, name: str) -> No
 
     before, stock = Snapshot(Plugin, Heir), IMPLICIT[name](cls)
     patch = declare("a", f"{__name__}:{cls.__name__}.{name}", wrapper=wrapper)
-    try:
-        with patches.transaction(patch, reason="a test"):
-            assert IMPLICIT[name](cls) == stock
-            assert len(seen) == 1, "it acts"
-            assert name == "__new__" or isinstance(seen[0], type)
-    except patches.IncompatibleError as error:
-        assert name in str(error)
-        assert seen == []
+    with patches.transaction(patch, reason="a test"):
+        assert IMPLICIT[name](cls) == stock
+        assert len(seen) == 1
+        assert name == "__new__" or isinstance(seen[0], type)
     assert before.differences() == []
     assert IMPLICIT[name](cls) == stock
 
 
-def test_an_init_subclass_that_only_object_has_works_or_is_refused() -> None:
+def test_an_init_subclass_that_only_object_has_is_patched() -> None:
     seen: list[Any] = []
 
     def wrapper(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> Any:
@@ -463,10 +447,9 @@ def test_an_init_subclass_that_only_object_has_works_or_is_refused() -> None:
         return wrapped(*args, **kwargs)
 
     before = Snapshot(Bare)
-    with suppress(patches.IncompatibleError):
-        with patches.transaction(declare("a", f"{__name__}:Bare.__init_subclass__", wrapper=wrapper), reason="a test"):
-            assert type("Made", (Bare,), {}).__name__ == "Made"
-            assert len(seen) == 1
+    with patches.transaction(declare("a", f"{__name__}:Bare.__init_subclass__", wrapper=wrapper), reason="a test"):
+        assert type("Made", (Bare,), {}).__name__ == "Made"
+        assert len(seen) == 1
     assert before.differences() == []
 
 

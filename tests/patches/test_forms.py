@@ -225,7 +225,7 @@ def test_functools_can_wrap_it(name: str, seen: list[str]) -> None:
     stock = form.read()
     with patched(form, seen):
         taken = form.read()
-        around = functools.wraps(taken)(lambda *args: taken(*args))
+        around = functools.wraps(taken)(lambda *args: taken(*args))  # noqa: PLW0108 - a function around it
         assert around.__wrapped__ is taken
         for attribute in ("__name__", "__doc__"):
             assert getattr(around, attribute) == getattr(stock, attribute, getattr(around, attribute))
@@ -238,18 +238,18 @@ def test_functools_can_wrap_it(name: str, seen: list[str]) -> None:
 def test_a_subclass_overrides_it_and_calls_super(base: type, name: str, seen: list[str]) -> None:
     form = FORMS[f"{base.__name__}.{name}"]
     own = {
-        "method": lambda self, x: super(Override, self).method(x),
-        "of_class": classmethod(lambda cls, x: super(Override, cls).of_class(x)),
-        "static": staticmethod(lambda x: super(Override, Override).static(x)),
-        **{name: lambda self, x, name=name: getattr(super(Override, self), name)(x) for name in ("later", "each")},
-        "each_later": lambda self, x: super(Override, self).each_later(x),
+        "method": lambda self, x: super(override, self).method(x),
+        "of_class": classmethod(lambda cls, x: super(override, cls).of_class(x)),
+        "static": staticmethod(lambda x: super(override, override).static(x)),
+        **{name: lambda self, x, name=name: getattr(super(override, self), name)(x) for name in ("later", "each")},
+        "each_later": lambda self, x: super(override, self).each_later(x),
     }[name]
-    Override: Any = type("Override", (base,), {name: own})
-    stock = called(getattr(Override(), name), form)
+    override: Any = type("override", (base,), {name: own})
+    stock = called(getattr(override(), name), form)
     with patched(form, seen):
-        assert called(getattr(Override(), name), form) == stock
+        assert called(getattr(override(), name), form) == stock
         assert len(seen) == 1
-    assert called(getattr(Override(), name), form) == stock
+    assert called(getattr(override(), name), form) == stock
 
 
 def test_a_generator_takes_what_is_sent_and_thrown_into_it(monkeypatch: pytest.MonkeyPatch, seen: list[str]) -> None:

@@ -26,7 +26,10 @@ def around(owner: Any, name: str, saved: Callable[..., Any]) -> Any:
     kind = inspect.getattr_static(owner, name).__class__
     if kind is classmethod:
         return classmethod(lambda cls, *args, **kwargs: saved(*args, **kwargs))
-    function = lambda *args, **kwargs: saved(*args, **kwargs)  # noqa: E731
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return saved(*args, **kwargs)
+
     return staticmethod(function) if kind is staticmethod else function
 
 
@@ -223,7 +226,7 @@ def test_what_is_saved_through_an_instance_and_put_back_there_is_theirs(name: st
     play = Play(form, save_and_put_back)
     play.run("a")
     saved = getattr(one, name)
-    setattr(one, name, lambda *args: saved(*args))
+    setattr(one, name, lambda x: saved(x + 0))
     assert through(getattr(one, name)(3)) == stock
     assert play.acted == ["a"]
     setattr(one, name, saved)

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -26,6 +27,7 @@ from tests.patches.test_idioms import IDIOMS, leaves_its_own, owner_of
 from tests.patches.test_laws import EXAMPLES, STEPS
 
 ABSENT = object()
+PACKAGE = str(Path(patches.__file__).parent)
 LIB: Any = types.ModuleType("law_lib")
 LIB.LIMIT, LIB.GONE, LIB.LAST = 3, [4], 5
 LIB.TABLE = {"first": 1, "second": 2, "third": 3}
@@ -49,25 +51,21 @@ class Stored:
     target: str
     kind: str
     read: Callable[[], Any]
-    named: str
-    """How a Snapshot names it."""
 
 
 STORED = {
     stored.target: stored
     for stored in (
-        Stored(target="law_lib:LIMIT", kind="value", read=lambda: vars(LIB).get("LIMIT", ABSENT), named="law_lib.LIMIT"),
-        Stored(target="law_lib:GONE", kind="delete", read=lambda: vars(LIB).get("GONE", ABSENT), named="law_lib.GONE"),
-        Stored(target="law_lib:NEW", kind="add", read=lambda: vars(LIB).get("NEW", ABSENT), named="law_lib.NEW"),
-        Stored(target="law_lib:TABLE[first]", kind="value", read=lambda: LIB.TABLE["first"], named="dict.first"),
-        Stored(target="law_lib:TABLE[second]", kind="delete", read=lambda: LIB.TABLE.get("second", ABSENT),
-               named="dict.second"),
-        Stored(target="law_lib:TABLE[new]", kind="add", read=lambda: LIB.TABLE.get("new", ABSENT), named="dict.new"),
-        Stored(target="law_lib:LAYERS[key]", kind="value", read=lambda: LIB.LAYERS["key"], named="dict.key"),
-        Stored(target=f"os:environ[{VARIABLE}]", kind="add", read=lambda: os.environ.get(VARIABLE, ABSENT),
-               named=f"_Environ.{VARIABLE}"),
+        Stored(target="law_lib:LIMIT", kind="value", read=lambda: vars(LIB).get("LIMIT", ABSENT)),
+        Stored(target="law_lib:GONE", kind="delete", read=lambda: vars(LIB).get("GONE", ABSENT)),
+        Stored(target="law_lib:NEW", kind="add", read=lambda: vars(LIB).get("NEW", ABSENT)),
+        Stored(target="law_lib:TABLE[first]", kind="value", read=lambda: LIB.TABLE["first"]),
+        Stored(target="law_lib:TABLE[second]", kind="delete", read=lambda: LIB.TABLE.get("second", ABSENT)),
+        Stored(target="law_lib:TABLE[new]", kind="add", read=lambda: LIB.TABLE.get("new", ABSENT)),
+        Stored(target="law_lib:LAYERS[key]", kind="value", read=lambda: LIB.LAYERS["key"]),
+        Stored(target=f"os:environ[{VARIABLE}]", kind="add", read=lambda: os.environ.get(VARIABLE, ABSENT)),
     )
-}  # fmt: skip
+}
 STOCK = {target: stored.read() for target, stored in STORED.items()}
 PLACES = [*CALLED, *STORED]
 OWNERS = (*FORM_OWNERS, LIB, LIB.TABLE, LIB.BELOW, LIB.LAYERS.maps[0])
@@ -292,8 +290,9 @@ class Forms(RuleBasedStateMachine):
         for one in [one for stack in self.stack.values() for one in reversed(stack)]:
             if isinstance(one, Theirs):
                 self._restore(one)
-        with suppress(patches.UndoError):
-            patches.revert_all()
+        for _ in range(2):  # the first says what was overwritten, the second clears it
+            with suppress(patches.UndoError):
+                patches.revert_all()
         try:
             self._nothing_of_ours_is_left()
         finally:
@@ -312,8 +311,16 @@ class Forms(RuleBasedStateMachine):
             [],
         )
         assert {target: stored.read() for target, stored in STORED.items()} == STOCK
-        for place in CALLED:
+        for place, form in CALLED.items():
             assert (place, self._called(place)) == (place, [])
+            assert (place, is_ours(vars(owner_of(form)).get(form.name))) == (place, False), "left without a row"
+
+
+def is_ours(held: Any) -> bool:
+    """Whether something is made by this registry, and not merely around what is."""
+    bare = held.__func__ if type(held) in (classmethod, staticmethod, types.MethodType) else held
+    code = getattr(bare, "__code__", None) if type(bare) is types.FunctionType else None
+    return type(bare).__module__.startswith("patches.") or (code is not None and PACKAGE in code.co_filename)
 
 
 Forms.TestCase.settings = settings(

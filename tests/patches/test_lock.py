@@ -123,8 +123,9 @@ def test_what_is_no_lock_is_an_error_of_its_own(text: str, project: Path) -> Non
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_without_ids_what_is_in_force_is_locked() -> None:
-    with pytest.raises(patches.ManifestError, match="none is in force"):
+def test_without_ids_what_is_in_force_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tests.helpers.unimported", raising=False)
+    with pytest.raises(patches.ManifestError, match="found none in force"):
         lock()
     patches.register(declare("lock-scale", f"{FUNCTIONS}:scale"))
     patches.register(declare("lock-late", "tests.helpers.unimported:answer"))

@@ -58,9 +58,9 @@ def test_replaying_twice_changes_nothing() -> None:
     assert len(patches.active()) == 1
 
 
-def test_what_waits_is_in_the_manifest_and_waits_again() -> None:
-    target = "tests.helpers.unimported:answer"
-    patches.register(declare("replayed-late", target))
+def test_what_waits_is_in_the_manifest_and_waits_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tests.helpers.unimported", raising=False)
+    patches.register(declare("replayed-late", "tests.helpers.unimported:answer"))
     patches.defer("fake.replayed-late", reason="a test")
     manifest = patches.manifest()
     assert [(entry["id"], entry["options"]["deferred"]) for entry in manifest["patches"]] == [

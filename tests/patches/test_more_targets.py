@@ -111,9 +111,9 @@ def test_what_somebody_else_has_put_over_an_addition_is_left() -> None:
 
 
 def test_an_addition_that_somebody_else_has_taken_away_is_undone() -> None:
-    with contextlib.suppress(patches.UndoError):
-        with patches.transaction(made(f"{FUNCTIONS}:added", kind="add", replace=1)):
-            del functions.added  # type: ignore[attr-defined]
+    added = made(f"{FUNCTIONS}:added", kind="add", replace=1)
+    with contextlib.suppress(patches.UndoError), patches.transaction(added):
+        del functions.added  # type: ignore[attr-defined]
     assert len(patches.audit()) == 0
 
 
@@ -353,7 +353,7 @@ def test_wrappers_go_around_a_replacement_whichever_comes_first() -> None:
     ids=["nothing", "no by", "by position", "renamed", "one more"],
 )
 def test_a_function_with_another_signature_is_refused(function: Callable[..., Any]) -> None:
-    with pytest.raises(patches.PatchError, match="signature|parameter|by|x"):
+    with pytest.raises(patches.PatchError, match="signature"):
         patches.transaction(made(SCALE, replace=function)).__enter__()
     assert functions.scale(2) == 4
 
@@ -433,7 +433,7 @@ def test_a_factory_that_fails_leaves_nothing() -> None:
     ids=str,
 )
 def test_exactly_one_way_is_given(fields: dict[str, Any]) -> None:
-    with pytest.raises((patches.DefinitionError, TypeError), match="wrapper|replace|factory"):
+    with pytest.raises((patches.DefinitionError, TypeError), match=r"wrapper|replace|factory"):
         made(SCALE, **fields)
 
 
