@@ -149,7 +149,7 @@ class Slot:
     @property
     def live(self) -> Any:
         """The object at the place now."""
-        return self.place.cell.read()
+        return self.place.read()
 
     def condition(self, is_ours: Callable[[object], bool]) -> State:
         """ACTIVE, BURIED, RELOADED or OVERWRITTEN, judged by the object at the place now.
@@ -287,7 +287,7 @@ class Slot:
         if self.live is value:
             return
         target = str(self.place.target)
-        self.place.cell.write(value)
+        self.place.write(value)
         if self.live is not value:
             why = f"setting it had no effect; expected {value!r} there, found {self.live!r}"
             raise TargetError(f"cannot patch {target!r}: {why}", target=target, why=why)
