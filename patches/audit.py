@@ -102,7 +102,7 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """Another binding of a target, as it is now."""
+    """A copy of a target, as it is now."""
 
     where: str
     """`module:name`, `module:Class.name`, `module:TABLE['key']` or `module:LIST[0]`."""
@@ -119,35 +119,28 @@ def aliases(patch: str | Patch) -> list[Alias]:
     and nothing else. Copies in closures, partials, default arguments and instances are not found, nor are those of
     classmethods, properties and values. Raises UnknownPatchError, TargetError.
     """
-    place_of = resolve(_looked_up(patch) if isinstance(patch, str) and ":" in patch else _declared(patch))
+    if isinstance(patch, str):
+        patch = _looked_up(patch) if ":" in patch else REGISTRY.get(patch)
+    place = resolve(patch)
     with ACTIVATIONS.lock:
-        copies = ACTIVATIONS.copies(place_of.target, place_of.kind)
-        found = [
-            *(Alias(where=str(binding), holds="original") for binding in copies.of_original()),
-            *(Alias(where=str(binding), holds="patched") for binding in copies.of_installed()),
-        ]
+        copies = ACTIVATIONS.copies(place.target, place.kind)
+        found = [Alias(where=str(copy), holds="original") for copy in copies.of_original()]
+        found += [Alias(where=str(copy), holds="patched") for copy in copies.of_installed()]
     return sorted(found, key=lambda alias: alias.where)
 
 
 def _unpatched_copies(patch: Patch) -> tuple[str, ...]:
-    """The copies through which calls bypass an active patch; empty if the patch ignores aliases."""
     if patch.aliases == "ignore":
         return ()
     copies = ACTIVATIONS.copies(resolve(patch).target, patch.kind)
     return tuple(sorted(map(str, copies.of_original(spared=patch.spared()))))
 
 
-def _declared(patch: str | Patch) -> Patch:
-    return REGISTRY.get(patch) if isinstance(patch, str) else patch
-
-
 def _looked_up(target: str) -> Patch:
     """A patch by which to look a target up: of any kind, or of kind "class", which "auto" refuses to patch."""
-    for kind in ("auto", "class"):
-        made = Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up", kind=kind)
-        try:
-            resolve(made)
-        except TargetError:
-            continue
-        return made
-    return Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up")
+    about: Any = {"id": "patches.aliases", "target": target, "wrapper": lambda *_: None, "reason": "to look it up"}
+    try:
+        resolve(made := Patch(**about, kind="class"))
+    except TargetError:
+        return Patch(**about)
+    return made
