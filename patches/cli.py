@@ -151,7 +151,7 @@ def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_finger
     declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
     declared["target"] = " or ".join(map(str, patch.targets))
     given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
-    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
+    facts = {**given, "verdict": str(found), "why": found.why, **_under_compile(patch, found)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
     else:
@@ -177,9 +177,12 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
         _check_lock(lock_file, selectors or (), as_json=as_json)
         return
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
-    rows: list[dict[str, Any]] = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
-    if as_json:
-        rows = [{**row, **_details(row["id"], found)} for row, found in zip(rows, verdicts.values(), strict=True)]
+    rows: list[dict[str, Any]] = []
+    for patch_id, found in verdicts.items():
+        rows.append({"id": patch_id, "verdict": str(found), "why": found.why})
+        if as_json:
+            compiled = _under_compile(REGISTRY.get(patch_id), found)
+            rows[-1] |= {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
     _print(rows, as_json=as_json)
     if any(found.kind in _UNTRUSTED for found in verdicts.values()):
         raise typer.Exit(1)
@@ -204,8 +207,10 @@ def audit(
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
     if journal is not None:
-        _show_journal(journal, as_json=as_json)
-    elif foreign_packages:
+        processes = read_journals(journal)
+        typer.echo(processes.to_json() if as_json else str(processes))
+        raise typer.Exit(1 if processes.differences else 0)
+    if foreign_packages:
         _show_foreign(foreign_packages, as_json=as_json, disk=disk)
     else:
         found = take_audit(include_reverted=everything)
@@ -323,10 +328,8 @@ def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = No
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (
-            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
-        )
-        typer.echo("\n".join(added))
+        added = {name: value for name, value in wanted.items() if value != os.environ.get(name)}
+        typer.echo("\n".join(f"export {name}={shlex.quote(value)}" for name, value in added.items()))
         return
     arguments = command_of(command)
     sys.stdout.flush()
@@ -368,13 +371,6 @@ def main() -> None:
         sys.exit(2)
 
 
-def _show_journal(folder: Path, *, as_json: bool) -> None:
-    processes = read_journals(folder)
-    typer.echo(processes.to_json() if as_json else str(processes))
-    if processes.differences:
-        raise typer.Exit(1)
-
-
 def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
     _import(packages, option="--foreign")
     found = foreign(*packages)
@@ -388,15 +384,6 @@ def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
     if changed is not None:
         rows = [(file.distribution, file.path, file.state) for file in changed]
         typer.echo(aligned(("distribution", "file", "state"), rows) if rows else "every file is as installed")
-
-
-def _judgement(found: Verdict) -> dict[str, Any]:
-    return {"verdict": str(found), "why": found.why}
-
-
-def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
-    compiled = _under_compile(REGISTRY.get(patch_id), found)
-    return {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:

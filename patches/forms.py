@@ -26,8 +26,9 @@ from .target import MISSING, STORED, Kind, Place
 __all__ = ["Form", "Layer", "core", "is_plain", "is_traced", "prepare"]
 
 _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
-_CHANGED_BY_CLOSURES: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-_ITERABLE_COROUTINE: Final = inspect.CO_ITERABLE_COROUTINE
+_CHANGED_BY_CLOSURES: Final = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+)
 
 
 class Layer(Protocol):
@@ -146,9 +147,7 @@ def is_plain(place: Place) -> bool:
     function = _unbound(place.found)
     if isinstance(function, MethodType):  # bound already, such as a method of an object in hand
         function = function.__func__
-    if type(function) is not FunctionType:
-        return False
-    return not function.__code__.co_flags & (_CHANGED_BY_CLOSURES | _ITERABLE_COROUTINE)
+    return type(function) is FunctionType and not function.__code__.co_flags & _CHANGED_BY_CLOSURES
 
 
 def _closure(shape: Any, *, takes_self: bool) -> tuple[Any, _Put]:
@@ -269,18 +268,12 @@ def _innermost(place: Place) -> Any:
         return found
     if not isinstance(owner, type):
         return _method_of_object(owner, name, bound=isinstance(found, MethodType) and is_plain(place))
-    if place.kind == Kind.STATICMETHOD:
-
-        def inherited_static(*args: Any, **kwargs: Any) -> Any:
-            return getattr(super(owner, owner), name)(*args, **kwargs)
-
-        return inherited_static
 
     # An inherited attribute is looked up on each call, as Python does: the base may be patched later.
     def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(owner, self), name)(*args, **kwargs)
 
-    return inherited
+    return functools.partial(inherited, owner) if place.kind == Kind.STATICMETHOD else inherited
 
 
 def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
@@ -375,7 +368,7 @@ class _StoredAttribute:
         self._own = own
 
     def read(self, instance: Any) -> Any:
-        """Read `instance.name` as it would be without the property: the stored value, or AttributeError."""
+        # As it would be without the property: the stored value, or AttributeError.
         name = self._name
         stored = instance.__dict__
         if name in stored:
@@ -390,11 +383,9 @@ class _StoredAttribute:
         raise self._absent(instance)
 
     def write(self, instance: Any, value: Any) -> None:
-        """Store the value in the instance's `__dict__`."""
         instance.__dict__[self._name] = value
 
     def delete(self, instance: Any) -> None:
-        """Delete the value from the instance's `__dict__`. Raises AttributeError if it is not there."""
         if self._name not in instance.__dict__:
             raise self._absent(instance)
         del instance.__dict__[self._name]

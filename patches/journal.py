@@ -168,12 +168,11 @@ class Processes(tuple[Process, ...]):
     @property
     def differences(self) -> tuple[Difference, ...]:
         """Every id that differs between processes, or is missing in some; not where it waits for its module."""
-        ids = sorted({one.id for process in self for one in process.applications})
-        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self} for patch_id in ids}
-        columns = {key: {name: text for name, text in found.items() if text != _WAITS} for key, found in cells.items()}
-        differing = [
-            Difference(id=key, by_process=cells) for key, cells in columns.items() if len({*cells.values()}) > 1
-        ]
+        differing = []
+        for patch_id in sorted({one.id for process in self for one in process.applications}):
+            found = {one.name: text for one in self if (text := _summary(one, patch_id)) != _WAITS}
+            if len({*found.values()}) > 1:
+                differing.append(Difference(id=patch_id, by_process=found))
         # Ranks within the world size have no journal if they have patched nothing.
         world = max((one.world_size or 0 for one in self), default=0)
         silent = sorted({*range(world)} - {one.rank for one in self})
@@ -222,14 +221,15 @@ def _read(file: Path) -> Process | None:
         return None
     last = lines[-1]
     # Later lines replace earlier ones of the same receipt.
-    states = {line["serial"]: line for line in lines if line["session"] == last["session"]}
+    latest = {line["serial"]: line for line in lines if line["session"] == last["session"]}.values()
+    # A reverted patch has no effect left, unless its calls tell what it did.
+    shown = (line for line in latest if line["state"] != _REVERTED or line.get("calls") is not None)
     return Process(
         host=last["host"],
         pid=last["pid"],
         rank=last.get("rank"),
         world_size=last.get("world_size"),
-        # A reverted patch has no effect left, unless its calls tell what it did.
-        applications=tuple(sorted(_application(line) for line in states.values() if _is_shown(line))),
+        applications=tuple(sorted(map(_application, shown))),
     )
 
 
@@ -244,13 +244,9 @@ def _parse(file: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines.append({**line, **{name: line[name] for name in _REQUIRED}})
         except (ValueError, TypeError, KeyError) as error:
-            where = f"{file}:{number}"
-            raise JournalError(f"{where} is not a line of a journal ({error!r}); remove it", path=str(file)) from error
+            why = f"{file}:{number} is not a line of a journal ({error!r}); remove it"
+            raise JournalError(why, path=str(file)) from error
     return lines
-
-
-def _is_shown(line: Mapping[str, Any]) -> bool:
-    return line["state"] != _REVERTED or line.get("calls") is not None
 
 
 def _application(line: Mapping[str, Any]) -> Application:
@@ -259,12 +255,11 @@ def _application(line: Mapping[str, Any]) -> Application:
     return Application(**plain, scope=scope, calls=line.get("calls"), passed=line.get("passed"))
 
 
-def _cell(process: Process, patch_id: str) -> str:
-    if any((one.id, one.state) == (patch_id, _WAITS) for one in process.applications):
+def _summary(process: Process, patch_id: str) -> str:
+    found = [one for one in process.applications if one.id == patch_id]
+    if any(one.state == _WAITS for one in found):
         return _WAITS
-    return " + ".join(
-        dict.fromkeys(str(one) for one in process.applications if one.id == patch_id and one.state != _REVERTED)
-    )
+    return " + ".join(dict.fromkeys(str(one) for one in found if one.state != _REVERTED))
 
 
 def _state(process: Process, patch_id: str, target: str) -> str:

@@ -111,11 +111,8 @@ def lock(*items: Item) -> dict[str, Any]:
     """
     found = manifest()
     if items:
-        found = {
-            **found,
-            "patches": [_entry(patch, verdict(patch)) for patch, _ in expand(items)],
-            "not_replayable": [],
-        }
+        named = [_entry(patch, verdict(patch)) for patch, _ in expand(items)]
+        found = {**found, "patches": named, "not_replayable": []}
     if not found["patches"]:
         raise ManifestError("expected patches to lock, found none in force; name some, or import what applies them")
     entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
@@ -189,12 +186,8 @@ def _in_force() -> list[Receipt]:
 def _entry_of(receipt: Receipt) -> dict[str, Any]:
     found, pending = receipt.verdict, ACTIVATIONS.pending
     forced = found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or pending.is_forced(receipt)
-    options = {
-        "force": forced,
-        "count_calls": receipt.count_calls,
-        "disabled": receipt.disabled,
-        "deferred": receipt in pending.receipts(),
-    }
+    waits = receipt in pending.receipts()
+    options = {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled, "deferred": waits}
     return {**_entry(receipt.patch, found), "reason": receipt.reason, "options": options}
 
 
@@ -281,8 +274,8 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     for name in sorted({*versions, *entry["versions"]}):
         there, here = entry["versions"].get(name, "absent"), versions.get(name, "absent")
         if there != here:
-            advice = "test the patch with it, then lock again"
-            yield f"{patch.id!r} was applied with {name} {there}, and here it is {here}; {advice}"
+            what = f"{patch.id!r} was applied with {name} {there}, and here it is {here}"
+            yield f"{what}; test the patch with it, then lock again"
     if entry["target"] != patch.target:
         had = f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
         yield f"{had}; lock again if that is meant"
@@ -293,10 +286,8 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
 def _differing_verdict(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     found = verdict(patch)
     if entry["verdict"] != str(found):
-        advice = (
-            "remove the patch, or lock again" if found.kind == VerdictKind.OBSOLETE else "adapt it, then lock again"
-        )
-        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {advice}"
+        first = "remove the patch, or" if found.kind == VerdictKind.OBSOLETE else "adapt it, then"
+        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {first} lock again"
     here = _fingerprint(patch) if "fingerprint" in entry else ""
     if entry.get("fingerprint", "") != here and (here or entry["verdict"] == str(found)):
         moved = f"the source of {patch.target!r} had the fingerprint {entry['fingerprint'] or 'none'}"

@@ -313,10 +313,9 @@ def _spec(place: Place) -> object:
 def in_order(patches: Iterable[Patch]) -> list[str]:
     """Sort the ids by the patches' `after` constraints, otherwise as given. Raises CycleError."""
     waiting = {patch.id: patch for patch in patches}
-    present = frozenset(waiting)
     ordered: list[str] = []
     while waiting:
-        ready = next((key for key in waiting if not _before(waiting[key], present) & waiting.keys()), None)
+        ready = next((key for key in waiting if waiting.keys().isdisjoint(_before(waiting[key]))), None)
         if ready is None:
             raise _cycle(waiting)
         ordered.append(ready)
@@ -345,15 +344,15 @@ def refuse_conflicts(patches: Iterable[Patch]) -> None:
                 )
 
 
-def _before(patch: Patch, present: frozenset[str]) -> frozenset[str]:
-    return present.intersection((*patch.after, *patch.needs))
+def _before(patch: Patch) -> set[str]:
+    return {*patch.after, *patch.needs}
 
 
 def _cycle(waiting: dict[str, Patch]) -> CycleError:
     # Every blocked patch has a blocked predecessor, so walking backwards must reach one of them twice.
     path = [next(iter(waiting))]
     while path[-1] not in path[:-1]:
-        path.append(min(_before(waiting[path[-1]], frozenset(waiting))))
+        path.append(min(waiting.keys() & _before(waiting[path[-1]])))
     cycle = tuple(path[path.index(path[-1]) :][::-1])
     claims = " before ".join(f"{patch_id} ({waiting[patch_id].claimant})" for patch_id in cycle)
     return CycleError(f"no order satisfies these patches: {claims}; remove one `after` or `needs`", cycle=cycle)
@@ -379,10 +378,7 @@ def leads_to(found: object, wanted: Sequence[object]) -> bool:
 
 
 def _referred(value: object) -> Iterator[object]:
-    for name in _LINKS:
-        linked = getattr(value, name, None)
-        if linked is not None:
-            yield linked
+    yield from (linked for name in _LINKS if (linked := getattr(value, name, None)) is not None)
     if isinstance(value, functools.partial):
         yield value.func
     if isinstance(value, type):
@@ -400,22 +396,19 @@ def _referred_by_function(function: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
         except ValueError:  # a cell that is not filled yet
             continue
-    names = (name for name in function.__code__.co_names if name in function.__globals__)
-    yield from (function.__globals__[name] for name in names)
+    known = function.__globals__
+    yield from (known[name] for name in function.__code__.co_names if name in known)
 
 
 def is_redefinition(found: Any, original: Any) -> bool:
-    """Whether `found` is the original function or class, redefined from the same file by a reload."""
-    if isinstance(found, type) and isinstance(original, type) and found is not original:
-        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
-    if isinstance(found, ModuleType) and isinstance(original, ModuleType):
-        return found is not original
-    if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
+    """Whether `found` is the original module, function or class, redefined from the same file by a reload."""
+    if found is original:
         return False
+    if isinstance(found, type) and isinstance(original, type):
+        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
+    if type(found) is not FunctionType or type(original) is not FunctionType:
+        return isinstance(found, ModuleType) and isinstance(original, ModuleType)
     if "<locals>" in found.__code__.co_qualname:  # made by a function, which may make several with equal names
         return False
-    return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
-        original.__module__,
-        original.__qualname__,
-        original.__code__.co_filename,
-    )
+    now, before = ((each.__module__, each.__qualname__, each.__code__.co_filename) for each in (found, original))
+    return now == before

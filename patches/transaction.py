@@ -21,7 +21,6 @@ from .undo import report, undo_past_interrupts
 
 __all__ = ["Savepoint", "Transaction", "transaction"]
 
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NOT_IMPORTED: Final = Verdict(kind=VerdictKind.UNKNOWN, why="its module is not imported yet")
 
@@ -286,10 +285,9 @@ def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -
 
 def _verify(receipts: Sequence[Receipt]) -> None:
     for receipt in receipts:
-        if receipt.patch.verify is None:
-            continue
         try:
-            receipt.patch.verify()
+            if receipt.patch.verify is not None:
+                receipt.patch.verify()
         except Exception as error:  # noqa: BLE001 - the patch's own code
             _raise_from(VerifyError, "was applied and does not have its effect", receipts, receipt, error)
 

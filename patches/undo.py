@@ -199,10 +199,9 @@ def _move(chosen: list[Receipt]) -> list[Receipt]:
 
 
 def _verify_again(receipt: Receipt) -> None:
-    if receipt.patch.verify is None:
-        return
     try:
-        receipt.patch.verify()
+        if receipt.patch.verify is not None:
+            receipt.patch.verify()
     except Exception as error:
         report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
         why = f"{error} ({type(error).__name__}); it was undone"
