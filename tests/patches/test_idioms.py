@@ -242,3 +242,31 @@ def test_an_object_in_hand_is_patched_and_put_back() -> None:
     play = Play(form, save_and_put_back)
     play.run("atTA")
     assert (play.problems, before.differences(), vars(OBJECT)) == ([], [], {})
+
+
+@pytest.mark.parametrize("name", ["plain", "Base.method", "Base.of_class", "Base.static", "Derived.method"])
+def test_what_is_around_a_patched_thing_is_not_called_a_replacement(name: str) -> None:
+    """Whoever reads the audit learns that calls still go through the patch."""
+    form, before = TARGETS[name], Snapshot(*FORM_OWNERS)
+    play = Play(form, save_and_put_back)
+    play.run("at")
+    assert play.call()[1] == ["a"]
+    assert [row.state for row in patches.audit()] == ["buried"]
+    play.run("TA")
+    assert (play.problems, before.differences()) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["plain", "Base.method", "Base.of_class", "Base.static", "Derived.method"])
+def test_what_was_reverted_under_a_replacement_is_not_forgotten_while_somebody_keeps_it(name: str) -> None:
+    """A mock that replaces our object keeps it, and puts it back in the end, however often we have undone it."""
+    form, before = TARGETS[name], Snapshot(*FORM_OWNERS)
+    play = Play(form, save_raw_and_put_back)
+    play.run("a")
+    patcher: Any = mock.patch.object(owner_of(form), form.name, new=lambda *args: "theirs")
+    patcher.start()
+    with pytest.raises(patches.UndoError):
+        patches.revert("fake.a")
+    play.run("A")
+    patcher.stop()
+    assert len(patches.audit()) == 0
+    assert before.differences() == []
