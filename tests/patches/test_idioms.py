@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -270,3 +271,72 @@ def test_what_was_reverted_under_a_replacement_is_not_forgotten_while_somebody_k
     patcher.stop()
     assert len(patches.audit()) == 0
     assert before.differences() == []
+
+
+# Items and variables -------------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Any] = {"first": object(), "key": object(), "last": object()}
+VARIABLE = "IDIOMS_MODE"
+
+
+def item_by_hand(mapping: Any, key: str, value: Any) -> Undo:
+    saved = mapping[key]
+    mapping[key] = value
+    return lambda: mapping.__setitem__(key, saved)
+
+
+def item_by_monkey(mapping: Any, key: str, value: Any) -> Undo:
+    patcher = pytest.MonkeyPatch()
+    patcher.setitem(mapping, key, value)
+    return patcher.undo
+
+
+def item_by_mock(mapping: Any, key: str, value: Any) -> Undo:
+    patcher = mock.patch.dict(mapping, {key: value})
+    patcher.start()
+    return patcher.stop
+
+
+ITEM_IDIOMS = {each.__name__: each for each in (item_by_hand, item_by_monkey, item_by_mock)}
+MAPPINGS = {
+    f"{__name__}:TABLE[key]": (TABLE, "key"),
+    f"os:environ[{VARIABLE}]": (os.environ, VARIABLE),
+}
+
+
+@pytest.mark.parametrize("idiom", ITEM_IDIOMS)
+@pytest.mark.parametrize("target", MAPPINGS)
+@pytest.mark.parametrize("how", ["replace", "wrapper"])
+def test_items_in_every_order(target: str, idiom: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last in, first out, it is exact; in any other order nothing of ours is left, and all can be cleared."""
+    monkeypatch.setenv(VARIABLE, "stock")
+    mapping, key = MAPPINGS[target]
+    stock, before = dict(mapping), list(mapping)
+    for order in EVENTS:
+        opened: dict[str, patches.Transaction] = {}
+        problems, undo = [], lambda: None
+        for event in order:
+            tag = event.lower()
+            try:
+                if event == "t":
+                    undo = ITEM_IDIOMS[idiom](mapping, key, "theirs")
+                elif event == "T":
+                    undo()
+                elif event == tag:
+                    deed: Any = f"ours {tag}" if how == "replace" else lambda read, *_, tag=tag: f"ours {tag}"
+                    fields: Any = {"id": f"fake.{tag}", "kind": "value", "reason": "a test", how: deed}
+                    opened[tag] = patches.transaction(patches.Patch(target=target, **fields)).__enter__()
+                elif tag in opened:
+                    opened.pop(tag).__exit__(None, None, None)
+            except* (patches.OverwrittenError, patches.IncompatibleError) as group:
+                problems.append(group)
+        if is_nested(order):
+            assert (order, dict(mapping) == stock, len(patches.audit())) == (order, True, 0)
+        for _ in range(2):
+            with suppress(patches.UndoError):
+                patches.revert_all()
+        assert (order, len(patches.audit())) == (order, 0)
+        left = mapping.get(key)
+        mapping[key] = stock[key]
+        assert (order, left) in ((order, stock[key]), (order, "theirs")), problems
+        assert list(mapping) == before
