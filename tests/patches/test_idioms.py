@@ -263,7 +263,7 @@ def test_what_was_reverted_under_a_replacement_is_not_forgotten_while_somebody_k
     form, before = TARGETS[name], Snapshot(*FORM_OWNERS)
     play = Play(form, save_raw_and_put_back)
     play.run("a")
-    patcher: Any = mock.patch.object(owner_of(form), form.name, new=lambda *args: "theirs")
+    patcher: Any = mock.patch.object(owner_of(form), form.name, new=staticmethod(str))
     patcher.start()
     with pytest.raises(patches.UndoError):
         patches.revert("fake.a")
@@ -279,22 +279,25 @@ TABLE: dict[str, Any] = {"first": object(), "key": object(), "last": object()}
 VARIABLE = "IDIOMS_MODE"
 
 
-def item_by_hand(mapping: Any, key: str, value: Any) -> Undo:
+THEIRS = "theirs"
+
+
+def item_by_hand(mapping: Any, key: str) -> Undo:
     saved = mapping[key]
-    mapping[key] = value
+    mapping[key] = THEIRS
     return lambda: mapping.__setitem__(key, saved)
 
 
-def item_by_monkey(mapping: Any, key: str, value: Any) -> Undo:
+def item_by_monkey(mapping: Any, key: str) -> Undo:
     patcher = pytest.MonkeyPatch()
-    patcher.setitem(mapping, key, value)
+    patcher.setitem(mapping, key, THEIRS)
     return patcher.undo
 
 
-def item_by_mock(mapping: Any, key: str, value: Any) -> Undo:
-    patcher = mock.patch.dict(mapping, {key: value})
+def item_by_mock(mapping: Any, key: str) -> Undo:
+    patcher: Any = mock.patch.dict(mapping, {key: THEIRS})
     patcher.start()
-    return patcher.stop
+    return patcher.stop  # type: ignore[no-any-return]
 
 
 ITEM_IDIOMS = {each.__name__: each for each in (item_by_hand, item_by_monkey, item_by_mock)}
@@ -302,6 +305,31 @@ MAPPINGS = {
     f"{__name__}:TABLE[key]": (TABLE, "key"),
     f"os:environ[{VARIABLE}]": (os.environ, VARIABLE),
 }
+
+
+class ItemPlay(Play):
+    """One order of events at an item, whose content is replaced."""
+
+    def __init__(self, target: str, idiom: Idiom, how: str) -> None:
+        super().__init__(Form(path=target), idiom)
+        self.how = how
+
+    def run(self, order: str) -> None:
+        mapping, key = MAPPINGS[self.form.path]
+        for event in order:
+            if event == "t":
+                self.undo = self.idiom(mapping, key)
+            elif event == "T":
+                self.undo()
+            else:
+                self._ours(event)
+
+    def _enter(self, tag: str) -> None:
+        deed: Any = f"ours {tag}" if self.how == "replace" else lambda read, *_: f"ours {tag}"
+        fields: Any = {"id": f"fake.{tag}", "kind": "value", "reason": "a test", self.how: deed}
+        tx = patches.transaction(patches.Patch(target=self.form.path, **fields))
+        with suppress(patches.OverwrittenError):  # a third party is in the way
+            self.open[tag] = tx.__enter__()
 
 
 @pytest.mark.parametrize("idiom", ITEM_IDIOMS)
@@ -313,30 +341,25 @@ def test_items_in_every_order(target: str, idiom: str, how: str, monkeypatch: py
     mapping, key = MAPPINGS[target]
     stock, before = dict(mapping), list(mapping)
     for order in EVENTS:
-        opened: dict[str, patches.Transaction] = {}
-        problems, undo = [], lambda: None
-        for event in order:
-            tag = event.lower()
-            try:
-                if event == "t":
-                    undo = ITEM_IDIOMS[idiom](mapping, key, "theirs")
-                elif event == "T":
-                    undo()
-                elif event == tag:
-                    deed: Any = f"ours {tag}" if how == "replace" else lambda read, *_, tag=tag: f"ours {tag}"
-                    fields: Any = {"id": f"fake.{tag}", "kind": "value", "reason": "a test", how: deed}
-                    opened[tag] = patches.transaction(patches.Patch(target=target, **fields)).__enter__()
-                elif tag in opened:
-                    opened.pop(tag).__exit__(None, None, None)
-            except* (patches.OverwrittenError, patches.IncompatibleError) as group:
-                problems.append(group)
+        play = ItemPlay(target, ITEM_IDIOMS[idiom], how)
+        play.run(order)
         if is_nested(order):
-            assert (order, dict(mapping) == stock, len(patches.audit())) == (order, True, 0)
+            assert (order, dict(mapping) == stock, len(patches.audit()), play.problems) == (order, True, 0, [])
         for _ in range(2):
             with suppress(patches.UndoError):
                 patches.revert_all()
         assert (order, len(patches.audit())) == (order, 0)
         left = mapping.get(key)
         mapping[key] = stock[key]
-        assert (order, left) in ((order, stock[key]), (order, "theirs")), problems
+        assert (order, left) in ((order, stock[key]), (order, THEIRS))
         assert list(mapping) == before
+
+
+def test_a_variable_is_told_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment makes a new string of each read."""
+    monkeypatch.setenv(VARIABLE, "stock")
+    play = ItemPlay(f"os:environ[{VARIABLE}]", item_by_hand, "wrapper")
+    play.run("abA")
+    assert (play.problems, os.environ[VARIABLE]) == ([], "ours b")
+    play.run("B")
+    assert (play.problems, os.environ[VARIABLE], patches.active()) == ([], "stock", [])
