@@ -152,7 +152,7 @@ def measure_calls() -> list[Row]:
             ("method", lambda: thing.run(1), lambda: hand.run(1), 1.3),
             ("method of 2 objects", lambda: thing.two(1), lambda: covered(thing, 1), 1.6),
             ("method of 2,000 objects", lambda: thing.many(1), lambda: thing.two(1), 1.2),
-            ("method of other objects", lambda: other.two(1), lambda: hand.scoped(1), 1.6),
+            ("method of other objects", lambda: other.two(1), lambda: hand.scoped(1), 1.8),
             ("function of C", lambda: floor(1), lambda: bare(1), 1.6),
         ]
         taken = medians([lambda: stock(1), *(call for _, *calls, _ in pairs for call in calls)], CALLS)
