@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from .copies import Copies
 from .deferred import Pending
@@ -266,6 +266,22 @@ class Activations:
         if drop is not None:
             drop()
 
+    def try_locked(self, work: Callable[[], object], *, timeout: float) -> bool:
+        """Do the work with the lock, if it can be had within `timeout` seconds; returns whether it was."""
+        lock: Any = self.lock
+        if lock._is_owned():
+            work()
+            return True
+        # An interrupt may come after the call that takes the lock, and before anything can be made of its result.
+        try:
+            if not lock.acquire(timeout=timeout):
+                return False
+            work()
+            return True
+        finally:
+            if lock._is_owned():
+                lock.release()
+
     def renew_locks(self) -> None:
         """Replace the locks that other threads held at a `fork`: in the child, they are never released."""
         # A lock of the forking thread itself is kept, since that thread goes on here and will release it.
@@ -279,14 +295,7 @@ class Activations:
         # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
         # the lock does not stop, or by another thread, where waiting could deadlock.
         self._expired.append(receipt)
-        lock = self.lock
-        if not lock.acquire(blocking=False):
-            return
-        try:
-            if not self._changing:
-                self.catch_up()
-        finally:
-            lock.release()
+        self.try_locked(lambda: None if self._changing else self.catch_up(), timeout=0)
 
     def _expire(self, receipt: Receipt) -> None:
         stale = self._stale
@@ -301,9 +310,7 @@ class Activations:
 
 def _finish_imports() -> None:
     """Wait for another thread to import what this package imports on use: in the child it never would be."""
-    # wrapt only if it is on the way: it imports logging, which may not meet its own hooks for the first time here.
-    wanted = ["importlib.metadata", "packaging.specifiers", "json", "socket", *({"wrapt"} & sys.modules.keys())]
-    for name in wanted:
+    for name in {"importlib.metadata", "packaging.specifiers", "json", "socket", "wrapt"} & sys.modules.keys():
         importlib.import_module(name)
 
 

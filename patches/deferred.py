@@ -189,10 +189,8 @@ class Pending(MetaPathFinder):
         failed = {other.id for other in owner.failed()} & set(receipt.patch.needs)
         if failed - {other.id for other in owner.active()}:
             raise PatchError(f"{receipt.id!r} was not applied: it needs {', '.join(sorted(failed))}, which failed")
-        if not owner.lock.acquire(timeout=_PATIENCE):
-            why = f"another thread has been changing patches for {_PATIENCE:.0f} s"
-            raise ApplyError(f"{receipt.id!r} was not applied: {why}", patch_id=receipt.id)
-        try:
+
+        def apply() -> None:
             if not self.take(receipt):
                 return  # cancelled meanwhile
             receipt.verdict = found
@@ -201,19 +199,17 @@ class Pending(MetaPathFinder):
                 return
             (place,) = owner.check([receipt.patch], resolve)
             owner.apply(receipt, place)
-        finally:
-            owner.lock.release()
+
+        if not owner.try_locked(apply, timeout=_PATIENCE):
+            why = f"another thread has been changing patches for {_PATIENCE:.0f} s"
+            raise ApplyError(f"{receipt.id!r} was not applied: {why}", patch_id=receipt.id)
         owner.drop_stale_graphs()
-        if receipt.patch.verify is not None:
+        if receipt.patch.verify is not None and receipt.state == State.ACTIVE:
             receipt.patch.verify()
 
     def _fail(self, receipt: Receipt, error: BaseException) -> None:
         why = f"{type(error).__name__}: {error}"
-        if self._activations.lock.acquire(timeout=_PATIENCE):
-            try:
-                self._activations.fail(receipt, why)
-            finally:
-                self._activations.lock.release()
+        self._activations.try_locked(lambda: self._activations.fail(receipt, why), timeout=_PATIENCE)
         try:
             what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
             warnings.warn(f"{what}: {why}", DeferredPatchWarning, stacklevel=2)

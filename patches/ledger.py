@@ -206,7 +206,7 @@ class Ledger:
 
     def _inherited(self) -> list[dict[str, object]]:
         """The lines of a child made by fork, which counts its own calls."""
-        for receipt, _ in self._in_force.copy().values():
+        for receipt, _ in self._in_force.values():
             if receipt._calls is not None:
                 receipt.count(receipt._calls)
         return [_line(entry) for entry in self.entries]

@@ -314,24 +314,25 @@ def acceptable(patch: Patch, *, force: bool) -> Verdict:
             patch_id=patch.id,
         ) from found.probe_error
     policies = _policies(patch, found)
-    if "error" in policies and not force:
+    if "error" in policies.values() and not force:
+        fields = " and ".join(name for name, policy in policies.items() if policy == "error")
         raise DriftError(
-            f"{patch.id!r} was not applied: {found.why}; adapt the patch to it, say on_unknown, on_drift or on_foreign "
-            "in its declaration, or pass force=True",
+            f"{patch.id!r} was not applied: {found.why}; adapt the patch to it, set {fields} in its declaration, "
+            "or pass force=True",
             patch_id=patch.id,
             why=found.why,
         )
-    if "warn" in policies and "skip" not in policies:
+    if "warn" in policies.values() and "skip" not in policies.values():
         file, _, line = caller().rpartition(":")
         kind = VersionWarning if found.outside else DriftWarning
         warnings.warn_explicit(f"{patch.id!r} is applied, although {found.why}", kind, file, int(line))
     return found
 
 
-def _policies(patch: Patch, found: Verdict) -> set[str]:
-    """The patch's policies that the findings of its verdict invoke."""
-    said = ((patch.on_drift, found.drift), (patch.on_foreign, found.foreign), (patch.on_unknown, found.outside))
-    return {policy for policy, lines in said if lines}
+def _policies(patch: Patch, found: Verdict) -> dict[str, str]:
+    """The fields of the patch that say what to do about the findings of its verdict: name -> policy."""
+    findings = {"on_drift": found.drift, "on_foreign": found.foreign, "on_unknown": found.outside}
+    return {name: getattr(patch, name) for name, lines in findings.items() if lines}
 
 
 def is_seen_when_compiled(patch: Patch) -> bool:
@@ -341,7 +342,7 @@ def is_seen_when_compiled(patch: Patch) -> bool:
 
 def is_left_out(patch: Patch, found: Verdict) -> bool:
     """Whether a patch with this verdict is skipped without an error."""
-    return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found)
+    return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
 
 
 def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> _Chosen:

@@ -116,7 +116,9 @@ def main(
     sys.unraisablehook = lambda _: None  # counted
     found, moments, covered = Found(), random.Random(seed), Base()  # noqa: S311 - no secret
     loop(covered)
+    gc.freeze()  # so that collecting is quick, and no signal waits for it
     for _ in range(signals):
+        gc.collect()
         interrupt(found, moments, covered)
         if found.stuck:
             patches.revert_all()

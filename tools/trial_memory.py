@@ -56,7 +56,7 @@ def traced() -> int:
 
 def main(
     cycles: Annotated[int, typer.Option(help="Number of times to apply and undo.")] = 100_000,
-    warm_up: Annotated[int, typer.Option(help="Times before the first measurement.")] = 500,
+    warm_up: Annotated[int, typer.Option(help="Times before the first measurement.")] = 1000,
     trace: Annotated[bool, typer.Option("--trace", help="Measure what Python allocates, not the process.")] = False,
     limit: Annotated[float, typer.Option(help="Growth that is allowed, in MiB.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +108,13 @@ def test_what_is_active_stays_so_in_the_child() -> None:
     with patches.transaction(declare("a", f"{FUNCTIONS}:scale"), reason="a test"):
         assert forked(child) == 0
         assert functions.scale(2) == ("a", 4), "the child's undo is its own"
+
+
+def test_a_child_that_inherits_a_counted_patch_is_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATCHES_JOURNAL", str(tmp_path))
+    with patches.transaction(declare("a", f"{FUNCTIONS}:scale"), reason="a test", count_calls=True):
+        assert forked(lambda: functions.scale(2)) == 0
+        assert caplog.text == ""
+        assert [process.pid == os.getpid() for process in patches.read_journals(tmp_path)].count(False) == 1

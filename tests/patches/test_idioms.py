@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -242,3 +243,123 @@ def test_an_object_in_hand_is_patched_and_put_back() -> None:
     play = Play(form, save_and_put_back)
     play.run("atTA")
     assert (play.problems, before.differences(), vars(OBJECT)) == ([], [], {})
+
+
+@pytest.mark.parametrize("name", ["plain", "Base.method", "Base.of_class", "Base.static", "Derived.method"])
+def test_what_is_around_a_patched_thing_is_not_called_a_replacement(name: str) -> None:
+    """Whoever reads the audit learns that calls still go through the patch."""
+    form, before = TARGETS[name], Snapshot(*FORM_OWNERS)
+    play = Play(form, save_and_put_back)
+    play.run("at")
+    assert play.call()[1] == ["a"]
+    assert [row.state for row in patches.audit()] == ["buried"]
+    play.run("TA")
+    assert (play.problems, before.differences()) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["plain", "Base.method", "Base.of_class", "Base.static", "Derived.method"])
+def test_what_was_reverted_under_a_replacement_is_not_forgotten_while_somebody_keeps_it(name: str) -> None:
+    """A mock that replaces our object keeps it, and puts it back in the end, however often we have undone it."""
+    form, before = TARGETS[name], Snapshot(*FORM_OWNERS)
+    play = Play(form, save_raw_and_put_back)
+    play.run("a")
+    patcher: Any = mock.patch.object(owner_of(form), form.name, new=staticmethod(str))
+    patcher.start()
+    with pytest.raises(patches.UndoError):
+        patches.revert("fake.a")
+    play.run("A")
+    patcher.stop()
+    assert len(patches.audit()) == 0
+    assert before.differences() == []
+
+
+# Items and variables -------------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Any] = {"first": object(), "key": object(), "last": object()}
+VARIABLE = "IDIOMS_MODE"
+
+
+THEIRS = "theirs"
+
+
+def item_by_hand(mapping: Any, key: str) -> Undo:
+    saved = mapping[key]
+    mapping[key] = THEIRS
+    return lambda: mapping.__setitem__(key, saved)
+
+
+def item_by_monkey(mapping: Any, key: str) -> Undo:
+    patcher = pytest.MonkeyPatch()
+    patcher.setitem(mapping, key, THEIRS)
+    return patcher.undo
+
+
+def item_by_mock(mapping: Any, key: str) -> Undo:
+    patcher: Any = mock.patch.dict(mapping, {key: THEIRS})
+    patcher.start()
+    return patcher.stop  # type: ignore[no-any-return]
+
+
+ITEM_IDIOMS = {each.__name__: each for each in (item_by_hand, item_by_monkey, item_by_mock)}
+MAPPINGS = {
+    f"{__name__}:TABLE[key]": (TABLE, "key"),
+    f"os:environ[{VARIABLE}]": (os.environ, VARIABLE),
+}
+
+
+class ItemPlay(Play):
+    """One order of events at an item, whose content is replaced."""
+
+    def __init__(self, target: str, idiom: Idiom, how: str) -> None:
+        super().__init__(Form(path=target), idiom)
+        self.how = how
+
+    def run(self, order: str) -> None:
+        mapping, key = MAPPINGS[self.form.path]
+        for event in order:
+            if event == "t":
+                self.undo = self.idiom(mapping, key)
+            elif event == "T":
+                self.undo()
+            else:
+                self._ours(event)
+
+    def _enter(self, tag: str) -> None:
+        deed: Any = f"ours {tag}" if self.how == "replace" else lambda read, *_: f"ours {tag}"
+        fields: Any = {"id": f"fake.{tag}", "kind": "value", "reason": "a test", self.how: deed}
+        tx = patches.transaction(patches.Patch(target=self.form.path, **fields))
+        with suppress(patches.OverwrittenError):  # a third party is in the way
+            self.open[tag] = tx.__enter__()
+
+
+@pytest.mark.parametrize("idiom", ITEM_IDIOMS)
+@pytest.mark.parametrize("target", MAPPINGS)
+@pytest.mark.parametrize("how", ["replace", "wrapper"])
+def test_items_in_every_order(target: str, idiom: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last in, first out, it is exact; in any other order nothing of ours is left, and all can be cleared."""
+    monkeypatch.setenv(VARIABLE, "stock")
+    mapping, key = MAPPINGS[target]
+    stock, before = dict(mapping), list(mapping)
+    for order in EVENTS:
+        play = ItemPlay(target, ITEM_IDIOMS[idiom], how)
+        play.run(order)
+        if is_nested(order):
+            assert (order, dict(mapping) == stock, len(patches.audit()), play.problems) == (order, True, 0, [])
+        for _ in range(2):
+            with suppress(patches.UndoError):
+                patches.revert_all()
+        assert (order, len(patches.audit())) == (order, 0)
+        left = mapping.get(key)
+        mapping[key] = stock[key]
+        assert (order, left) in ((order, stock[key]), (order, THEIRS))
+        assert list(mapping) == before
+
+
+def test_a_variable_is_told_by_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment makes a new string of each read."""
+    monkeypatch.setenv(VARIABLE, "stock")
+    play = ItemPlay(f"os:environ[{VARIABLE}]", item_by_hand, "wrapper")
+    play.run("abA")
+    assert (play.problems, os.environ[VARIABLE]) == ([], "ours b")
+    play.run("B")
+    assert (play.problems, os.environ[VARIABLE], patches.active()) == ([], "stock", [])
