@@ -21,12 +21,12 @@ from .audit import aliases, audit
 from .deferred import defer
 from .errors import PatchError, UndoError
 from .foreign import changed_files, foreign
+from .forms import passed
 from .ledger import Receipt, State
 from .manifest import active_set, digest, manifest, replay, replay_from_environment
 from .patch import Patch, on
 from .plan import fingerprint_of, plan, verdict
 from .registry import BUNDLES, REGISTRY, select
-from .slot import passed
 from .target import MISSING, at
 from .transaction import Transaction, transaction
 from .undo import active, disable, enable, keep, reapply, revert, revert_all
@@ -44,17 +44,7 @@ ids = REGISTRY.ids
 bundle = BUNDLES.register
 
 #: Modules whose other public names are attributes of this package too, imported when they are used.
-_MORE: Final = (
-    "errors",
-    "ledger",
-    "audit",
-    "plan",
-    "patch",
-    "registry",
-    "target",
-    "transaction",
-    "deferred",
-)
+_MORE: Final = ("errors", "ledger", "audit", "plan", "patch", "registry", "target", "transaction", "deferred")
 _RARE: Final = ("journal", "manifest", "foreign.compare", "foreign.disk")
 
 

@@ -17,7 +17,7 @@ from .errors import DefinitionError, ScopeError, TargetError
 from .target import MISSING, STORED, Kind, Target, parse
 from .versions import parse_specifier
 
-__all__ = ["Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "on"]
+__all__ = ["Chosen", "Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "chosen", "on"]
 
 Wrapper: TypeAlias = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, and `args` omit the instance."""
@@ -276,7 +276,8 @@ def _outside(frame: FrameType) -> FrameType:
 
 # Some objects only ----------------------------------------------------------------------------------------------------
 
-_Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool]
+Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool]
+"""Objects, or a predicate that chooses them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -284,7 +285,7 @@ class Scoped:
     """A patch and the objects to limit it to, as made by `on`. Keeps the objects alive."""
 
     patch: str | Patch
-    instances: _Chosen
+    instances: Chosen
 
 
 def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) -> Scoped:
@@ -295,13 +296,16 @@ def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) 
     keep them alive. Instead of objects, a predicate chooses: it is asked on every call, and may not call the target.
     Raises ScopeError if there are none.
     """
-    if callable(instances) and not isinstance(instances, Iterable):
-        return Scoped(patch=patch, instances=instances)
-    chosen = tuple(instances)
-    if not chosen:
+    picked = chosen(instances)
+    if picked is None or (isinstance(picked, tuple) and not picked):
         patch_id = patch if isinstance(patch, str) else patch.id
         raise ScopeError(f"{patch_id!r} was given no instance; expected at least one", patch_id=patch_id)
-    return Scoped(patch=patch, instances=chosen)
+    return Scoped(patch=patch, instances=picked)
+
+
+def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> Chosen | None:
+    """The objects, or the predicate that chooses them, as `on=` takes either."""
+    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else tuple(on)
 
 
 class Scope:
@@ -309,7 +313,7 @@ class Scope:
 
     __slots__ = ("__weakref__", "_covered", "_on_empty", "_patch_id", "ids", "predicate")
 
-    def __init__(self, chosen: _Chosen, *, patch_id: str) -> None:
+    def __init__(self, chosen: Chosen, *, patch_id: str) -> None:
         """Reference the objects weakly. Raises ScopeError for an object that cannot be."""
         self.ids: dict[int, weakref.ref[object]] = {}
         """`id` -> weak reference, of every covered object that is alive."""

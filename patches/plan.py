@@ -17,7 +17,7 @@ from .drift import NoSourceError, find_drift, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
 from .ledger import aligned
-from .patch import Patch, Scope, Scoped, caller
+from .patch import Chosen, Patch, Scope, Scoped, caller, chosen
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
 from .slot import in_order, refuse_conflicts
@@ -25,7 +25,7 @@ from .target import STORED, Kind, Place, locate, refuse
 from .versions import Window, compare
 
 __all__ = [
-    "Item", "Plan", "Step", "Verdict", "VerdictKind", "acceptable", "chosen", "expand", "fingerprint_of", "is_left_out",
+    "Item", "Plan", "Step", "Verdict", "VerdictKind", "acceptable", "expand", "fingerprint_of", "is_left_out",
     "is_seen_when_compiled", "make_plan", "plan", "refuse_to_split", "resolve", "verdict",
 ]  # fmt: skip
 
@@ -162,8 +162,7 @@ os.register_at_fork(after_in_child=_forget_probes_in_progress)
 Item: TypeAlias = str | Patch | Scoped
 """Item of a transaction: an id, a bundle, a selector (`patches.select`), a patch, or any of these limited by `on`."""
 
-_Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool] | None
-_Request: TypeAlias = tuple[Patch, _Chosen]
+_Request: TypeAlias = tuple[Patch, Chosen | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,7 +209,7 @@ def fingerprint_of(patch: str | Patch) -> str:
         raise refuse(place.target, f"it has no fingerprint: {error}") from error
 
 
-def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False) -> Plan:
+def make_plan(items: Iterable[Item], *, on: Chosen | None = None, force: bool = False) -> Plan:
     """Plan the application of these items: everything that can be decided before anything is changed.
 
     `on` limits every item that has no limit of its own. `force` keeps obsolete patches, and those whose probe
@@ -256,7 +255,7 @@ def refuse_to_split(items: Iterable[Item], left_out: Iterable[Patch]) -> None:
             )
 
 
-def expand(items: Iterable[Item], on: _Chosen = None) -> list[_Request]:
+def expand(items: Iterable[Item], on: Chosen | None = None) -> list[_Request]:
     """Resolve items to patches, each with the instances it is limited to, and so are the patches that it needs.
 
     Imports no target.
@@ -283,7 +282,7 @@ def plan(*items: Item, on: Iterable[object] | Callable[[Any], bool] | None = Non
     return made
 
 
-def _requests(items: Iterable[Item], on: _Chosen) -> list[_Request]:
+def _requests(items: Iterable[Item], on: Chosen | None) -> list[_Request]:
     """Patches and the instances they are limited to, without duplicates from overlapping selectors."""
     requests: list[_Request] = []
     for item in items:
@@ -343,11 +342,6 @@ def is_seen_when_compiled(patch: Patch) -> bool:
 def is_left_out(patch: Patch, found: Verdict) -> bool:
     """Whether a patch with this verdict is skipped without an error."""
     return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
-
-
-def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> _Chosen:
-    """The objects, or the predicate that chooses them, as `on=` takes either."""
-    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else tuple(on)
 
 
 def _refuse_to_limit(patch: Patch) -> None:

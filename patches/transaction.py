@@ -14,8 +14,8 @@ from .activation import ACTIVATIONS
 from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
-from .patch import Patch, caller
-from .plan import Item, Step, Verdict, VerdictKind, chosen, make_plan, resolve
+from .patch import Patch, caller, chosen
+from .plan import Item, Step, Verdict, VerdictKind, make_plan, resolve
 from .target import STORED, Place
 from .undo import report, undo_past_interrupts
 
