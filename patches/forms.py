@@ -98,6 +98,9 @@ class Form:
             return
         _, closure, put = self._made
         put((_Nobody, None, self._inner))
+        for name, value in vars(closure).items():
+            if self._attributes.get(name, MISSING) is not value:  # set on what was taken for the function itself
+                setattr(self._shape, name, value)
         if self._place.target.held is MISSING:
             _retire(closure, str(self._place.target))
 
@@ -108,6 +111,7 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
+        self._attributes = dict(vars(closure))
         installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
         if bound is not None:
             return MethodType(closure, bound.__self__), closure, put

@@ -263,7 +263,7 @@ class ItemCell:
 
     def write(self, value: Any) -> None:
         """Store the item, or delete it for MISSING."""
-        self._same(value)
+        self._texts = [value, *self._texts] if type(value) is str else self._texts
         plain: Any = self._container if isinstance(self._container, dict) else None
         if value is MISSING:
             self._after = _keys_after(plain or {}, self._key)
