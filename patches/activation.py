@@ -204,7 +204,7 @@ class Activations:
         if slot is None:
             self._undo_unapplied(receipt, note)
             return
-        if receipt in self._left_behind and slot.is_gone():
+        if receipt in self._left_behind and slot.is_over():
             self._close(receipt, note)
             return
         self._changing = True

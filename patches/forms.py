@@ -154,7 +154,6 @@ class _Nobody:
 _Top: TypeAlias = tuple[Any, Any, Any]
 """Outermost link, its wrapper, and the callable inside it: one tuple, so that other threads see all or nothing."""
 _Put: TypeAlias = Callable[[_Top], None]
-_Getter: TypeAlias = Callable[[Any], Any]
 
 
 class Form:
@@ -189,6 +188,9 @@ class Form:
             return
         _, closure, put = self._made
         put((_Nobody, None, self._inner))
+        for name, value in vars(closure).items():
+            if self._attributes.get(name, MISSING) is not value:  # set on what was taken for the function itself
+                setattr(self._shape, name, value)
         if self._place.target.held is MISSING:
             _retire(closure, str(self._place.target))
 
@@ -199,6 +201,7 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
+        self._attributes = dict(vars(closure))
         installed: Any = closure if is_plain(place) else _disguise()(self._shape, closure, place)
         if bound is not None:
             return MethodType(closure, bound.__self__), closure, put
@@ -407,8 +410,8 @@ def _property(place: Place, links: Sequence[Link]) -> property:
     owner, name = place.owner, place.name
     if place.kind == Kind.ATTRIBUTE:
         stored = _StoredAttribute(owner, name, place.own)
-        stored_getter: _Getter = stored.read
-        getter = functools.reduce(_around_getter, links, stored_getter)
+        read: Any = stored.read
+        getter = functools.reduce(_around, links, read)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
     own: property = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
@@ -417,29 +420,17 @@ def _property(place: Place, links: Sequence[Link]) -> property:
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
     readers = [link for link in links if link.patch.kind != "setter"]
     writers = [link for link in links if link.patch.kind == "setter"]
-    own = own.getter(functools.reduce(_around_getter, readers, read)) if read else own
-    return own.setter(functools.reduce(_around_setter, writers, write)) if write else own
+    own = own.getter(functools.reduce(_around, readers, read)) if read else own
+    return own.setter(functools.reduce(_around, writers, write)) if write else own
 
 
-def _around_getter(inner: _Getter, link: Link) -> _Getter:
+def _around(inner: Callable[..., Any], link: Link) -> Callable[..., Any]:
     wrapper = link.wrapper(Kind.PROPERTY)
 
-    def patched(instance: Any) -> Any:
-        if link.everyone or link.covers(instance, (), {}):
-            return wrapper(functools.partial(inner, instance), instance, (), {})
-        return inner(instance)
-
-    return patched
-
-
-def _around_setter(inner: Any, link: Link) -> Callable[[Any, Any], None]:
-    wrapper = link.wrapper(Kind.SETTER)
-
-    def patched(instance: Any, value: Any) -> None:
-        if link.everyone or link.covers(instance, (value,), {}):
-            wrapper(functools.partial(inner, instance), instance, (value,), {})
-        else:
-            inner(instance, value)
+    def patched(instance: Any, *value: Any) -> Any:  # a value if it is a setter
+        if link.everyone or link.covers(instance, value, {}):
+            return wrapper(functools.partial(inner, instance), instance, value, {})
+        return inner(instance, *value)
 
     return patched
 

@@ -55,7 +55,7 @@ class Slot:
             return State.RELOADED if redefined else State.OVERWRITTEN
         if self._is_intact():
             return State.ACTIVE
-        if leads_to(self.live, self._all_ours()):
+        if self._leads_to_ours():
             return State.BURIED
         return State.RELOADED if self._is_redefined() else State.OVERWRITTEN
 
@@ -123,18 +123,27 @@ class Slot:
         if self.live is self.place.own or self._is_redefined() or self._is_absent():
             return True
         # Somebody has undone what they did before us: what they put back is what our original was made from.
-        return not self.links and not self._is_value and self.is_gone() and leads_to(self.place.own, [self.live])
+        return (
+            not self.links
+            and not self._is_value
+            and not self._leads_to_ours()
+            and leads_to(self.place.own, [self.live, core(self.live)])
+        )
 
-    def is_gone(self) -> bool:
-        """Whether what is there now does not lead to an object of ours."""
-        return not leads_to(self.live, self._all_ours())
+    def is_over(self) -> bool:
+        """Whether nothing of an emptied slot can come back: nobody has what was installed, or it is a mere value."""
+        return not self._all_ours() or (self._is_value and not self._leads_to_ours())
+
+    def _leads_to_ours(self) -> bool:
+        ours = self._all_ours()
+        return leads_to(self.live, [*ours, *map(core, ours)])
 
     def let_go(self) -> None:
         """Keep what was installed by weak references only, once nothing is installed any more."""
         self._form = Form(self.place)
         for ours in self._ours:
             try:
-                self._past.append(weakref.ref(ours))
+                self._past.append(weakref.ref(core(ours)))  # not every descriptor can be referenced weakly
             except TypeError:  # a value: whoever has it may put it back at any time
                 continue
             self._ours = tuple(other for other in self._ours if other is not ours)

@@ -235,7 +235,7 @@ class _Item:
         return self._texts[self._texts.index(held)]
 
     def write(self, value: Any) -> None:
-        self._same(value)
+        self._texts = [value, *self._texts] if type(value) is str else self._texts
         plain: Any = self._container if isinstance(self._container, dict) else None
         if value is MISSING:
             self._after = _keys_after(plain or {}, self._key)

@@ -60,11 +60,17 @@ class Transaction:
         self._phase = _Phase.NEW
         self._cause: BaseException | None = None
         self._pending: list[Receipt] = []
+        # An interrupt between two bytecodes of the `with` statement, or of the methods here, ends in this. Not in
+        # `__del__`, which would also run, and swallow an interrupt, for every transaction that is closed.
+        self._dropped = weakref.finalize(self, _undo_dropped, self._pending)
+        self._dropped.atexit = False
         self._savepoints: list[Savepoint] = []
 
     def __call__(self, function: _F) -> _F:
         """Decorate a function, a coroutine function or a generator function: the patches are active while it runs."""
         self._expect(_Phase.NEW)
+        if isinstance(function, type) or not callable(function):
+            raise TransactionError(f"expected a function to decorate, got {function!r}", state=self._phase.value)
         items, reason, by, on, options = self._items, self.reason, self.by, self._on, self._options
         return cast("_F", _decorated(function, lambda: Transaction(items, reason=reason, by=by, on=on, **options)))
 
@@ -72,10 +78,6 @@ class Transaction:
         try:
             self._expect(_Phase.NEW)
             self._phase = _Phase.OPEN
-            # An interrupt between two bytecodes of the `with` statement, or of the methods here, ends in this. Not in
-            # `__del__`, which would also run, and swallow an interrupt, for every transaction that is closed.
-            self._dropped = weakref.finalize(self, _undo_dropped, self._pending)
-            self._dropped.atexit = False
             items, on = self._items, self._on
             # The transaction may outlive the block, in a variable, but must not keep the instances alive.
             self._items, self._on = (), None
@@ -83,7 +85,9 @@ class Transaction:
             return self  # noqa: TRY300 - an interrupt here must undo as well
         except BaseException as error:
             # `apply` has undone its own changes; this handles an interrupt after it, since __exit__ will not be called.
-            report(self._undo(self._pending, "interrupted"), error)
+            problems = self._undo(self._pending, "interrupted")
+            self._dropped.detach()
+            report(problems, error)
             raise
 
     def __exit__(
@@ -91,7 +95,7 @@ class Transaction:
     ) -> None:
         problems = self._undo(self._pending, "" if error is None else f"the block raised {error!r}")
         self._phase = _Phase.CLOSED if error is None else _Phase.FAILED
-        self._cause = error
+        self._remember(error)
         self._dropped.detach()
         report(problems, error)
 
@@ -114,7 +118,8 @@ class Transaction:
             self._postpone(later, made)
             return made  # noqa: TRY300 - as in __enter__
         except BaseException as error:
-            self._phase, self._cause = _Phase.FAILED, error
+            self._phase = _Phase.FAILED
+            self._remember(error)
             report(self._undo(made, f"applying raised {error!r}"), error)
             raise
 
@@ -193,6 +198,10 @@ class Transaction:
         self._phase, self._cause = _Phase.OPEN, None
         after = [receipt for receipt in self._pending if receipt.serial > savepoint.serial]
         report(self._undo(after, "rolled back to a savepoint"), None)
+
+    def _remember(self, error: BaseException | None) -> None:
+        # Not an interrupt: in a cycle with its traceback, the transaction would be dropped late.
+        self._cause = error if isinstance(error, Exception) else None
 
     def _expect(self, *phases: _Phase) -> None:
         if self._phase not in phases:

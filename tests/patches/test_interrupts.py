@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import patches
+from patches.activation import ACTIVATIONS
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import layers
 from tests.helpers.snapshot import Snapshot
@@ -41,6 +42,10 @@ class Interrupter:
             yield
         finally:
             sys.settrace(None)
+            # A line begins between the end of a `with` block and the release of its lock, where no signal is handled.
+            lock: Any = ACTIVATIONS.lock
+            while lock._is_owned():
+                lock.release()
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
         path = Path(frame.f_code.co_filename)
