@@ -393,10 +393,9 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
             suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
             is_absent=True,
         )
-    kind_there, own = _kind_of(target, owner, found, kind), stored.read()
-    place = Place(
-        target=target, owner=owner, kind=kind_there, read=stored.read, write=stored.write, own=own, found=found
-    )
+    there = _kind_of(target, owner, found, kind)
+    own = stored.read()
+    place = Place(target=target, owner=owner, kind=there, read=stored.read, write=stored.write, own=own, found=found)
     accept(target, place, kind)
     return place
 
@@ -412,11 +411,9 @@ def accept(target: Target, place: Place, kind: str) -> None:
         raise refuse(target, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
     if kind == Kind.DELETE and place.own is MISSING:
         raise refuse(target, f"{_name(place.owner)} inherits it; delete it where it is defined")
-    if place.kind != Kind.PROPERTY:
-        return
-    if kind == Kind.SETTER and place.found.fset is None:
+    if place.kind == Kind.PROPERTY and kind == Kind.SETTER and place.found.fset is None:
         raise refuse(target, "it is a property without a setter, so no write can be wrapped")
-    if kind != Kind.SETTER and place.found.fget is None:
+    if place.kind == Kind.PROPERTY and kind != Kind.SETTER and place.found.fget is None:
         raise refuse(target, "it is a property without a getter, so no read can be wrapped")
 
 
@@ -470,8 +467,8 @@ def _changeable(target: Target, owner: Any) -> Any:
     if isinstance(owner, type) and owner.__flags__ & _IMMUTABLE_TYPE:
         raise refuse(target, f"{_name(owner)} is an immutable type; patch what calls it instead")
     if not hasattr(owner, "__dict__"):
-        why = "is neither a module nor a class, and has no __dict__ to set an attribute in"
-        raise refuse(target, f"{_name(owner)} {why}")
+        what = f"{_name(owner)} is neither a module nor a class"
+        raise refuse(target, f"{what}, and has no __dict__ to set an attribute in")
     return owner
 
 
@@ -544,12 +541,11 @@ def _kind_in_class(target: Target, owner: type, found: Any) -> Kind:
         raise refuse(target, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
     # Subclasses of these may bind in their own way, which rebuilding would lose. `__class__`, not `type`: a wrapt
     # proxy around a classmethod, ours or somebody else's, has the `__class__` of the wrapped object.
-    for kind, builtin in _DESCRIPTORS.items():
-        if found.__class__ in builtin:
-            return kind
+    if found.__class__ in _DESCRIPTORS:
+        return _DESCRIPTORS[found.__class__]
     if name == "__new__" and isinstance(found, BuiltinFunctionType):  # of a base that is written in C
         return Kind.STATICMETHOD
-    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, _BUILTIN_DESCRIPTORS):
+    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, tuple(_DESCRIPTORS)):
         return Kind.METHOD
     why = f'it is a {type(found).__name__}, neither a method nor a plain property; to replace it, say kind="value"'
     raise refuse(target, why)
@@ -565,13 +561,12 @@ def _check_object(target: Target, owner: Any) -> None:
         raise refuse(target, f"it is neither in the __dict__ of {_name(owner)} nor on its class", is_absent=True)
 
 
-#: The second of the classmethods is that of types written in C, such as `object.__init_subclass__`.
 _DESCRIPTORS: Final = {
-    Kind.CLASSMETHOD: (classmethod, ClassMethodDescriptorType),
-    Kind.STATICMETHOD: (staticmethod,),
-    Kind.PROPERTY: (property,),
+    classmethod: Kind.CLASSMETHOD,
+    ClassMethodDescriptorType: Kind.CLASSMETHOD,  # of types written in C, such as `object.__init_subclass__`
+    staticmethod: Kind.STATICMETHOD,
+    property: Kind.PROPERTY,
 }
-_BUILTIN_DESCRIPTORS: Final = (classmethod, staticmethod, property)
 
 
 def _name(value: object) -> str:
