@@ -44,14 +44,16 @@ ids = REGISTRY.ids
 bundle = BUNDLES.register
 
 #: Modules whose other public names are attributes of this package too, imported when they are used.
-_MORE: Final = ("errors", "ledger", "audit", "plan", "patch", "registry", "target", "transaction", "deferred")
-_RARE: Final = ("journal", "manifest", "foreign.compare", "foreign.disk")
+_MORE: Final = (
+    "errors", "ledger", "audit", "plan", "patch", "registry", "target", "transaction", "deferred", "journal",
+    "manifest", "foreign.compare", "foreign.disk",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    for module in (*_MORE, *_RARE):
+    for module in _MORE:
         found = importlib.import_module(f"{__name__}.{module}")
         if name in found.__all__:
             return getattr(found, name)

@@ -43,7 +43,8 @@ class Activations:
         self._changing = False
         self.pending = Pending(self)
         """Receipts that wait for their modules."""
-        self._failed: list[Receipt] = []
+        self.failed: list[Receipt] = []
+        """Receipts that could not be applied when their modules were imported, oldest first."""
         self._stale = False
 
     def catch_up(self) -> None:
@@ -68,21 +69,13 @@ class Activations:
         """The receipts that are applied, oldest first."""
         return list(self._held)
 
-    def left_behind(self) -> list[Receipt]:
-        """The receipts that were undone but whose object is still in place, oldest first."""
-        return list(self._left_behind)
-
     def in_force(self) -> list[Receipt]:
         """The receipts that are applied, and those that wait for their modules, oldest first."""
         return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
 
     def known(self) -> list[Receipt]:
         """Every receipt that can be undone: those in force, left behind, or failed."""
-        return [*self.in_force(), *self.left_behind(), *self.failed()]
-
-    def failed(self) -> list[Receipt]:
-        """The receipts that could not be applied when their modules were imported, oldest first."""
-        return list(self._failed)
+        return [*self.in_force(), *self._left_behind, *self.failed]
 
     def installed(self) -> list[object]:
         """The objects that we installed and that are still in place, one for each intact slot."""
@@ -118,7 +111,7 @@ class Activations:
         return slot.place
 
     def copies(self, target: Target, kind: str) -> Copies:
-        """The other bindings of the target's object. Raises TargetError."""
+        """The copies of the target's object. Raises TargetError."""
         slot, _ = self._slot(target)
         return Copies(self.place(target, kind)) if slot is None else slot.copies
 
@@ -157,7 +150,7 @@ class Activations:
         self.pending.take(receipt)
         self.undo_all([receipt], note)
         self.ledger.record(receipt, State.FAILED, note)
-        self._failed.append(receipt)
+        self.failed.append(receipt)
 
     def held_with(self, receipt: Receipt) -> list[Receipt]:
         """The receipts at the same place, oldest first; empty if the receipt is not active."""
@@ -242,8 +235,8 @@ class Activations:
     def _undo_unapplied(self, receipt: Receipt, note: str) -> None:
         if self.pending.take(receipt):
             self.ledger.record(receipt, State.REVERTED, note or "cancelled before its module was imported")
-        if receipt in self._failed:
-            self._failed.remove(receipt)
+        if receipt in self.failed:
+            self.failed.remove(receipt)
             self.ledger.record(receipt, State.REVERTED, note)
 
     def _forget_unused(self, slot: Slot) -> None:

@@ -186,7 +186,7 @@ class Pending(MetaPathFinder):
 
         owner, force = self._activations, self.is_forced(receipt)
         found = acceptable(receipt.patch, force=force)
-        failed = {other.id for other in owner.failed()} & set(receipt.patch.needs)
+        failed = {other.id for other in owner.failed} & set(receipt.patch.needs)
         if failed - {other.id for other in owner.active()}:
             raise PatchError(f"{receipt.id!r} was not applied: it needs {', '.join(sorted(failed))}, which failed")
 

@@ -65,13 +65,7 @@ class Registry:
     def register(self, patch: Patch, /) -> Patch: ...
     @overload
     def register(
-        self,
-        id: str,
-        /,
-        *,
-        target: str | Target | tuple[str | Target, ...],
-        reason: str,
-        **fields: Unpack[Fields],
+        self, id: str, /, *, target: str | Target | tuple[str | Target, ...], reason: str, **fields: Unpack[Fields]
     ) -> Callable[[_W], _W]: ...
     def register(self, patch: Patch | str, /, **fields: Any) -> Any:
         """Register a Patch and return it, or return a decorator that registers a wrapper and returns it unchanged.

@@ -150,11 +150,8 @@ class Transaction:
                 # What was replaced by an earlier patch may be on the way to this one's target.
                 place = resolve(step.patch) if changed else checked
                 changed += [place] if place.kind in STORED else []
-                receipt = self._open(step)
                 # Recorded before anything is changed, so that an interrupt in between leaves no untracked change.
-                made.append(receipt)
-                self._pending.append(receipt)
-                self.receipts.append(receipt)
+                receipt = self._open(step, made, self._pending, self.receipts)
                 try:
                     ACTIVATIONS.apply(receipt, place)
                 except Exception as error:  # noqa: BLE001 - foreign `__setattr__`
@@ -162,24 +159,23 @@ class Transaction:
 
     def _postpone(self, later: Mapping[Patch, str], made: list[Receipt]) -> None:
         for patch, bundle in later.items():
-            receipt = self._open(Step(patch=patch, scope=None, verdict=_NOT_IMPORTED))
-            made.append(receipt)
-            self._pending.append(receipt)
-            self.deferred.append(receipt)
+            step = Step(patch=patch, scope=None, verdict=_NOT_IMPORTED)
+            receipt = self._open(step, made, self._pending, self.deferred)
             ACTIVATIONS.pending.postpone(receipt, force=self._options["force"], bundle=bundle)
         ACTIVATIONS.pending.notice()  # imported after the check and before the finder was installed
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:
             for step in steps:
-                receipt = self._open(step)
-                LEDGER.record(receipt, State.SKIPPED, step.verdict.why)
-                self.skipped.append(receipt)
+                LEDGER.record(self._open(step, self.skipped), State.SKIPPED, step.verdict.why)
 
-    def _open(self, step: Step) -> Receipt:
+    def _open(self, step: Step, *kept: list[Receipt]) -> Receipt:
         self.verdicts[step.patch.id] = step.verdict
         given = {"reason": self.reason, "by": self.by, "count_calls": self._options["count_calls"]}
-        return LEDGER.open(step.patch, scope=step.scope, verdict=step.verdict, **given)
+        receipt = LEDGER.open(step.patch, scope=step.scope, verdict=step.verdict, **given)
+        for receipts in kept:
+            receipts.append(receipt)
+        return receipt
 
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
