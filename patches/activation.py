@@ -74,8 +74,10 @@ class Activations:
         return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
 
     def known(self) -> list[Receipt]:
-        """Every receipt that can be undone: those in force, left behind, or failed."""
-        return [*self.in_force(), *self._left_behind, *self.failed]
+        """Every receipt that can be undone now: those in force, left behind, or failed."""
+        with self.lock:
+            self.catch_up()
+            return [*self.in_force(), *self._left_behind, *self.failed]
 
     def installed(self) -> list[object]:
         """The objects that we installed and that are still in place, one for each intact slot."""

@@ -77,7 +77,6 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     """
     ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
         rows = {}
         for receipt in ACTIVATIONS.known():
             state = ACTIVATIONS.condition(receipt)

@@ -34,7 +34,6 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
     already is no error. Raises UndoError for places that somebody else has changed since.
     """
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
         chosen = list({receipt: None for patch in patches for receipt in _chosen(patch)})
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
@@ -45,9 +44,7 @@ def revert_all() -> list[Receipt]:
 
     Also cancels patches that wait for their modules. Raises UndoError as `revert` does.
     """
-    with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
-        chosen = ACTIVATIONS.known()
+    chosen = ACTIVATIONS.known()
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
 
@@ -83,7 +80,6 @@ def enable(*patches: str | Receipt) -> list[Receipt]:
 def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt]:
     problems: list[BaseException] = []
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
         held = {receipt: None for patch in patches for receipt in _chosen(patch)}
         chosen = [receipt for receipt in held if receipt.disabled is not disabled and not receipt.left_behind]
         for receipt in chosen:
