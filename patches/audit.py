@@ -57,7 +57,8 @@ class Audit(tuple[Row, ...]):
         counts = [name for name in ("calls", "passed") if any(getattr(row, name) for row in self)]
         counted = any(row.calls is not None for row in self)
         columns = (*_COLUMNS, *dict.fromkeys(["calls", *counts] if counted else []))
-        table = aligned(columns, [[_text(getattr(row, name)) for name in columns] for row in self])
+        values = [[getattr(row, name) for name in columns] for row in self]
+        table = aligned(columns, [["" if value is None else str(value) for value in line] for line in values])
         passing = [f"calls pass by {row.id} through {', '.join(row.aliases)}" for row in self if row.aliases]
         return "\n".join((table, *passing))
 
@@ -90,10 +91,6 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
 def _row(entry: Entry, aliases: tuple[str, ...] = ()) -> Row:
     facts: Any = {field.name: getattr(entry, field.name) for field in fields(Row) if field.name != "aliases"}
     return Row(**{**facts, "since": entry.since.isoformat(timespec="seconds")}, aliases=aliases)
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------

@@ -174,8 +174,9 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
     Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
     if lock_file is not None:
-        _check_lock(lock_file, selectors or (), as_json=as_json)
-        return
+        lines = changes(read(lock_file), *(selectors or ()))
+        typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {lock_file}")
+        raise typer.Exit(1 if lines else 0)
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
     rows: list[dict[str, Any]] = []
     for patch_id, found in verdicts.items():
@@ -348,15 +349,6 @@ def lock(selectors: _Locked = None, output: _Output = None, _: _Import = None) -
         return
     write_lock(found, output)
     typer.echo(f"locked {', '.join(entry['id'] for entry in found['patches'])} in {output}")
-
-
-def _check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
-    """Print what differs from a lock, and exit with 1 if anything does."""
-    locked = read(file)
-    lines = changes(locked, *selectors)
-    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")
-    if lines:
-        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -62,7 +62,12 @@ class Journal:
             for line in lines():
                 self._append(folder, line)
         except Exception as error:  # noqa: BLE001 - odd paths, values that cannot be written, whatever else
-            self._complain(folder, error)
+            is_first, self._failed = not self._failed, True
+            if is_first:
+                import logging
+
+                what = "%s=%s: this process is not in the journal: %r"
+                logging.getLogger(__name__).warning(what, VARIABLE, folder, error)
 
     def _begin(self) -> None:
         # Not on import, which must have no effect outside this package.
@@ -98,14 +103,6 @@ class Journal:
             os.write(file, f"{text}\n".encode())
         finally:
             os.close(file)
-
-    def _complain(self, folder: str, error: Exception) -> None:
-        if self._failed:
-            return
-        self._failed = True
-        import logging
-
-        logging.getLogger(__name__).warning("%s=%s: this process is not in the journal: %r", VARIABLE, folder, error)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
