@@ -264,7 +264,7 @@ def new(
     name, folder = _identifier(patch_id), Path(*package.split("."))
     words = {**facts, "id": patch_id, "target": target, "reason": reason, "module": f"{package}.{name}"}
     texts = {
-        part: Template((_TEMPLATES / f"{part}.txt").read_text()).substitute(words, function=name)
+        part: Template((_TEMPLATES / f"{part}.txt").read_text(encoding="utf-8")).substitute(words, function=name)
         for part in ("patch", "tests")
     }
     files = {root / folder / f"{name}.py": texts["patch"], root / tests / f"test_{name}.py": texts["tests"]}
