@@ -366,7 +366,10 @@ def _innermost(place: Place) -> Any:
     def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(owner, self), name)(*args, **kwargs)
 
-    return functools.partial(inherited, owner) if place.kind == Kind.STATICMETHOD else inherited
+    def inherited_static(*args: Any, **kwargs: Any) -> Any:
+        return inherited(owner, *args, **kwargs)
+
+    return inherited_static if place.kind == Kind.STATICMETHOD else inherited
 
 
 def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
