@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 from .errors import WrapperError
 from .patch import Patch, Wrapper
@@ -306,15 +306,20 @@ def _property(place: Place, layers: Sequence[Layer]) -> property:
         stored_getter: _Getter = stored.read
         getter = functools.reduce(_around_getter, layers, stored_getter)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
-    own: property = place.found if place.own is MISSING else place.own
+    own: Any = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
     if place.own is MISSING:  # inherited, and so looked up on each access
         read = read and (lambda self: getattr(super(owner, self), name))
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
     readers = [layer for layer in layers if layer.patch.kind != "setter"]
     writers = [layer for layer in layers if layer.patch.kind == "setter"]
-    own = own.getter(functools.reduce(_around_getter, readers, read)) if read else own
-    return own.setter(functools.reduce(_around_setter, writers, write)) if write else own
+    getter, setter = functools.reduce(_around_getter, readers, read), functools.reduce(_around_setter, writers, write)
+    # With the name, the doc, and whether it is abstract.
+    if getter is not own.fget:
+        own = own.getter(functools.update_wrapper(getter, own.fget))
+    if setter is not own.fset:
+        own = own.setter(functools.update_wrapper(setter, own.fset))
+    return cast("property", own)
 
 
 def _around_getter(inner: _Getter, layer: Layer) -> _Getter:
