@@ -111,6 +111,8 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
+        if bound is None and not isinstance(place.owner, type):
+            _name(closure, place)
         self._attributes = dict(vars(closure))
         installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
         if bound is not None:
@@ -276,6 +278,17 @@ def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., An
 # has kept is not, once its slot is empty; so it gets a name in this module, under which it is found here, and the
 # target elsewhere.
 _retired: Final[dict[str, weakref.ref[Any]]] = {}
+
+
+def _name(closure: Any, place: Place) -> None:
+    """Name a closure so that pickle finds it, where its own name leads to another place that has the stock function."""
+    target, module, name = place.target, getattr(closure, "__module__", None), closure.__qualname__
+    if "<locals>" in name or (place.owner is sys.modules.get(str(module)) and place.name == name):
+        return
+    if isinstance(place.owner, ModuleType) and target.is_attribute:
+        closure.__module__, closure.__qualname__ = place.owner.__name__, place.name
+    else:
+        _retire(closure, f"{module}:{name}")
 
 
 def _retire(closure: Any, target: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import gc
 import importlib
+import pickle
 import sys
 import time
 import types
@@ -19,7 +21,7 @@ import pytest
 
 import patches
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
-from tests.helpers.fake_upstream import functions, layers
+from tests.helpers.fake_upstream import copies, functions, layers
 from tests.helpers.snapshot import Snapshot
 
 SCALE = f"{FUNCTIONS}:scale"
@@ -636,3 +638,43 @@ def test_what_replaces_a_recursive_function_keeps_half_of_its_depth() -> None:
 
     with patches.transaction(patches.Patch(id="fake.a", target=f"{__name__}:down", replace=stand_in, reason="a test")):
         assert 2 * depth(down) >= stock - 10
+
+
+# What a patched thing is ----------------------------------------------------------------------------------------------
+
+
+class Shape(abc.ABC):
+    @property
+    @abc.abstractmethod
+    def area(self) -> int:
+        """The area."""
+
+    @area.setter
+    @abc.abstractmethod
+    def area(self, value: int) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["property", "setter"])
+def test_a_patched_property_keeps_its_name_its_doc_and_that_it_is_abstract(kind: str) -> None:
+    def described() -> list[object]:
+        area = vars(Shape)["area"]
+        return [area.__doc__, area.fget.__name__, area.fset.__name__, type("Sub", (Shape,), {}).__abstractmethods__]
+
+    stock = described()
+    with patches.transaction(declare("a", f"{__name__}:Shape.area", kind=kind, wrapper=passing)):
+        assert described() == stock
+
+
+@pytest.mark.parametrize("where", ["module", "item", "object"])
+def test_what_a_name_other_than_its_own_holds_is_pickled_while_it_is_patched(where: str) -> None:
+    held = types.SimpleNamespace(scale=functions.scale)
+    target: Any = f"{copies.__name__}:resize" if where == "module" else f"{copies.__name__}:BY_NAME[scale]"
+    read: dict[str, Callable[[], Any]] = {
+        "module": lambda: copies.resize, "item": lambda: copies.BY_NAME["scale"], "object": lambda: held.scale
+    }  # fmt: skip
+    with patches.transaction(declare("a", patches.at(held, "scale") if where == "object" else target)):
+        patched = read[where]()
+        assert patched(2) == pickle.loads(pickle.dumps(patched))(2) == ("a", 4)
+        data = pickle.dumps(patched)
+    assert read[where]() is functions.scale
+    assert pickle.loads(data)(2) == pickle.loads(pickle.dumps(patched))(2) == 4
