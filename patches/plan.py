@@ -12,6 +12,7 @@ from .activation import ACTIVATIONS
 from .drift import NoSourceError, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
+from .ledger import State
 from .patch import Patch, Scope, Scoped, caller
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
@@ -74,6 +75,9 @@ def verdict(patch: str | Patch, *, fresh: bool = False) -> Verdict:
     The answer of a probe is kept; `fresh` asks it again.
     """
     declared = _patch(patch)
+    for receipt in ACTIVATIONS.active() if declared.probe is not None else ():
+        if receipt.patch is declared and ACTIVATIONS.condition(receipt) == State.ACTIVE:
+            return receipt.verdict  # the probe would see what the patch makes of the target
     packages = {target.module.partition(".")[0] for target in declared.targets}
     return judge(declared, resolve, is_quiet=lambda: ACTIVATIONS.is_quiet(packages), fresh=fresh)
 

@@ -83,7 +83,9 @@ def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable
         is_left_out = window.outside or (patch.optional and error.is_absent)
         kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE
         return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
-    seen = None if patch.probe is None else _run_probe(patch, is_quiet, fresh=fresh)
+    seen = None
+    if patch.probe is not None:
+        seen = _run_probe(patch, lambda: is_quiet() and not find_foreign(place), fresh=fresh)
     drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else find_foreign(place)
     if seen is not False and (drift or foreign):
         probe_error = seen if isinstance(seen, Exception) else None

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -56,6 +57,25 @@ def test_a_probe_that_was_asked_while_another_patch_mended_the_defect_is_asked_a
     with patches.transaction(probed, reason="a test") as tx:
         assert [receipt.id for receipt in tx.receipts] == ["fake.probed"]
         assert functions.scale(2) == ("probed", 4)
+
+
+def test_a_probe_does_not_see_the_effect_of_its_own_patch() -> None:
+    probed = declare("probed", SCALE, probe=is_stock)
+    with patches.transaction(declare("other", f"{LAYERS}:Base.forward")):
+        with patches.transaction(probed) as first:
+            second = patches.transaction(probed).__enter__()
+            assert patches.verdict(probed, fresh=True).kind == "needed"
+            first.rollback()
+        assert functions.scale(2) == ("probed", 4)
+        second.rollback()
+    assert functions.scale(2) == 4
+
+
+def test_a_probe_that_was_asked_while_somebody_else_mended_the_defect_is_asked_again() -> None:
+    probed = declare("probed", SCALE, probe=is_stock)
+    with mock.patch(f"{FUNCTIONS}.scale", lambda x: x):
+        assert patches.verdict(probed).kind == "obsolete"
+    assert patches.verdict(probed).kind == "needed"
 
 
 @pytest.mark.parametrize("error", [OSError("the network is down"), ImportError("a circle"), MemoryError()])
