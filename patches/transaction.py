@@ -15,7 +15,7 @@ from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
 from .patch import Patch, caller
-from .plan import Item, Step, chosen, make_plan, resolve
+from .plan import Item, Step, chosen, make_plan, refuse_to_split, resolve
 from .target import STORED, Place
 from .undo import report, undo_past_interrupts
 from .verdict import Verdict, VerdictKind
@@ -130,6 +130,7 @@ class Transaction:
             instances = chosen(on)
             now, later = split(items, instances) if self._deferred else (items, {})
             plan = make_plan(now, on=instances, force=self._force)
+            refuse_to_split(items, [] if self._force else [step.patch for step in plan.skipped])
             self._install(plan.steps, made)
             ACTIVATIONS.drop_stale_graphs()
             _verify(made)

@@ -389,6 +389,14 @@ def test_an_atomic_bundle_applies_whole_or_not_at_all(why: str, unchanged: Snaps
     assert (unchanged.differences(), patches.active()) == ([], [])
 
 
+@pytest.mark.parametrize("why", LEFT_OUT)
+def test_an_atomic_bundle_is_not_split_where_it_might_have_waited(why: str) -> None:
+    bundle_of(f"atom-late-{why}", LEFT_OUT[why], atomic=True)
+    with pytest.raises(patches.PatchError, match="atomic"):
+        patches.defer(f"atom-late-{why}")
+    assert patches.active() == []
+
+
 def test_an_atomic_bundle_that_fits_is_applied() -> None:
     name = bundle_of("atom-whole", {}, atomic=True)
     with patches.transaction(name, reason="a test") as tx:
