@@ -103,8 +103,8 @@ def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False)
     refuse_conflicts(patches)
     rank = {patch_id: position for position, patch_id in enumerate(in_order(patches))}
     verdicts = {patch.id: acceptable(patch, force=force) for patch in dict.fromkeys(patches)}
-    left_out = [patch for patch in patches if not force and is_left_out(patch, verdicts[patch.id])]
-    refuse_to_split(items, left_out)
+    left_out = [patch for patch in patches if is_left_out(patch, verdicts[patch.id], force=force)]
+    refuse_to_split(items, [] if force else left_out)
     steps = [
         Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
@@ -186,8 +186,11 @@ def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
     """The verdict on a patch, if it allows applying or skipping. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
-    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
-        raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE) and not found.gone:
+        target = f", for {patch.target!r}" if found.kind == VerdictKind.ABSENT else ""
+        hint = f"; did you mean {found.suggestion!r}?" if found.suggestion else ""
+        message = f"{patch.id!r} cannot be applied: {found.why}{target}{hint}"
+        raise IncompatibleError(message, patch_id=patch.id, why=found.why)
     if found.probe_error is not None and not force:
         raise ProbeError(
             f"{patch.id!r} was not applied: {found.why}, so it is not known whether the patch is needed; "
@@ -221,9 +224,10 @@ def is_seen_when_compiled(patch: Patch) -> bool:
     return is_traced(resolve(patch))
 
 
-def is_left_out(patch: Patch, found: Verdict) -> bool:
+def is_left_out(patch: Patch, found: Verdict, *, force: bool) -> bool:
     """Whether a patch with this verdict is skipped without an error."""
-    return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
+    is_skipped = found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
+    return found.gone or (is_skipped and not force)
 
 
 def _explained(number: str, step: Step) -> tuple[str, ...]:

@@ -50,6 +50,10 @@ class Verdict:
     """Differences between the target and the patch's declaration, one line each."""
     foreign: tuple[str, ...] = ()
     """Foreign patches of the target; searched for unless the patch allows them."""
+    gone: bool = False
+    """Whether the target of an optional patch is not there."""
+    suggestion: str = ""
+    """A target spelt almost like one whose module is not installed."""
     outside: tuple[str, ...] = ()
     """Versions outside the patch's window, one line each, if nothing else could decide."""
 
@@ -72,17 +76,19 @@ def judge(patch: Patch, resolve: Callable[[Patch], Place], *, is_quiet: Callable
     """
     window = compare(patch.requires)
     if window.missing:
-        return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: {', '.join(window.missing)}")
+        why = f"not installed: {', '.join(window.missing)}"
+        return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional)
     try:
         place = resolve(patch)
     except TargetError as error:
         top_level = error.target.partition(":")[0].partition(".")[0]
         if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == top_level:
-            return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: module {top_level}")
+            why = f"not installed: module {top_level}"
+            return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional, suggestion=error.suggestion)
         # In a version that was never known to have the defect, missing code cannot have it.
-        is_left_out = window.outside or (patch.optional and error.is_absent)
-        kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE
-        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
+        gone = patch.optional and error.is_absent
+        kind = VerdictKind.OBSOLETE if window.outside or gone else VerdictKind.INCOMPATIBLE
+        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since, gone=gone)
     seen = None
     if patch.probe is not None:
         seen = _run_probe(patch, lambda: is_quiet() and not find_foreign(place), fresh=fresh)

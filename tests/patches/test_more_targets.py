@@ -288,6 +288,26 @@ def test_an_optional_patch_is_skipped_where_its_target_is_absent() -> None:
         assert "gone" in tx.skipped[0].verdict.why
 
 
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("missing", [{"target": f"{FUNCTIONS}:gone"}, {"target": "no_such_module:f"},
+                                     {"target": SCALE, "requires": {"no-such-distribution": ""}}])  # fmt: skip
+def test_an_optional_patch_of_what_is_not_installed_is_skipped_too(missing: dict[str, Any], force: bool) -> None:
+    with patches.transaction(declare("a", optional=True, **missing), declare("b", SCALE), force=force) as tx:
+        assert functions.scale(2) == ("b", 4)
+        assert [receipt.id for receipt in tx.skipped] == ["fake.a"]
+
+
+def test_a_misspelt_module_gets_the_target_back_and_a_suggestion() -> None:
+    refused(declare("a", "jsn:dumps"), "'jsn:dumps'.*did you mean 'json:dumps'")
+
+
+@pytest.mark.parametrize("text", ["json:dumps()", "json:TABLE["])
+def test_no_suggestion_is_of_the_wrong_form(text: str) -> None:
+    with pytest.raises(patches.DefinitionError, match="not of the form") as caught:
+        declare("a", text)
+    assert "did you mean" not in str(caught.value)
+
+
 def test_a_fault_of_an_optional_patch_is_an_error_all_the_same() -> None:
     patch = declare("a", SCALE, optional=True, signature="(other)")
     with pytest.raises(patches.DriftError):
