@@ -17,7 +17,7 @@ from .errors import DefinitionError, ScopeError, TargetError
 from .target import MISSING, STORED, Kind, Target, parse
 from .versions import parse_specifier
 
-__all__ = ["Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "on"]
+__all__ = ["Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "objects", "on"]
 
 Wrapper: TypeAlias = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, and `args` omit the
@@ -159,9 +159,13 @@ class Patch:
         self._check_drift()
 
     def _check_target(self) -> None:
-        given = self.target if isinstance(self.target, tuple) else (self.target,)
+        given: tuple[Any, ...] = self.target if isinstance(self.target, tuple) else (self.target,)
         if not given:
             raise self._refuse("target", "expected at least one target, got none")
+        for one in given:
+            if not isinstance(one, str | Target):
+                expected = "a string, a tuple of strings, or patches.at(obj, name)"
+                raise self._refuse("target", f"expected {expected}, got {one!r}")
         try:
             targets = tuple(one if isinstance(one, Target) else parse(one) for one in given)
         except TargetError as error:
@@ -178,7 +182,7 @@ class Patch:
         if self.kind != "delete" and len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise self._refuse("wrapper", f"expected one of wrapper, replace and factory, got {found}")
-        for name in ("wrapper", "factory"):
+        for name in ("wrapper", "factory", "probe", "verify", "subject"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise self._refuse(name, f"{getattr(self, name)!r} is not callable")
         if self.wrapper is not None:
@@ -249,7 +253,8 @@ class Patch:
         if kind in STORED:
             return lambda _wrapped, _instance, _args, _kwargs: made, None
         if not callable(made):
-            raise TypeError(f"the factory of {self.id!r} must return a function, and returned {made!r}")
+            how = "`replace` must be" if self.factory is None else "the factory must return"
+            raise TypeError(f"{how} a function for a target of kind {kind.value!r}, and {made!r} is none")
         call = cast("Callable[..., Any]", made)
         if kind in (Kind.FUNCTION, Kind.STATICMETHOD):
             return lambda _wrapped, _instance, args, kwargs: call(*args, **kwargs), call
@@ -307,11 +312,20 @@ def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) 
     """
     if callable(instances) and not isinstance(instances, Iterable):
         return Scoped(patch=patch, instances=instances)
-    chosen = tuple(instances)
+    chosen = objects(instances)
     if not chosen:
         patch_id = patch if isinstance(patch, str) else patch.id
         raise ScopeError(f"{patch_id!r} was given no instance; expected at least one", patch_id=patch_id)
     return Scoped(patch=patch, instances=chosen)
+
+
+def objects(instances: Iterable[object]) -> tuple[object, ...]:
+    """The objects to limit a patch to. Raises ScopeError for a single one that is not in a list."""
+    try:
+        return tuple(instances)
+    except TypeError as error:
+        what = f"an object of type {type(instances).__name__!r}; to limit patches to that one, pass [it]"
+        raise ScopeError(f"expected objects or a predicate, got {what}", patch_id="") from error
 
 
 class Scope:

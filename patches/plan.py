@@ -13,7 +13,7 @@ from .drift import NoSourceError, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
 from .ledger import State
-from .patch import Patch, Scope, Scoped, caller
+from .patch import Patch, Scope, Scoped, caller, objects
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
 from .slot import in_order, refuse_conflicts
@@ -237,7 +237,7 @@ def _explained(number: str, step: Step) -> tuple[str, ...]:
 
 def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> _Chosen:
     """The objects, or the predicate that chooses them, as `on=` takes either."""
-    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else tuple(on)
+    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else objects(on)
 
 
 def _scope(patch: Patch, instances: _Chosen) -> Scope | None:
@@ -256,6 +256,9 @@ def _refuse_to_limit(step: Step) -> None:
             f"{why}, which all read alike; patch what reads it, or say kind='attribute' for what instances store",
             patch_id=patch.id,
         )
+    if isinstance(place.owner, type) and isinstance(step.scope.predicate, place.owner):
+        what = f"an object of {place.owner.__qualname__!r}, which can be called; to limit it to that one, pass [it]"
+        raise ScopeError(f"{patch.id!r} is limited by a predicate that is {what}", patch_id=patch.id)
     if patch.subject is None and place.kind in (Kind.FUNCTION, Kind.STATICMETHOD):
         raise ScopeError(
             f"{why}, which is called without one; give the patch a `subject` that picks the deciding object from the "

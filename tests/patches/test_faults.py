@@ -25,7 +25,7 @@ from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import copies, functions, layers
 from tests.helpers.snapshot import Snapshot
 
-SCALE = f"{FUNCTIONS}:scale"
+SCALE, FORWARD = f"{FUNCTIONS}:scale", f"{LAYERS}:Base.forward"
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 
@@ -706,3 +706,42 @@ def test_what_a_name_other_than_its_own_holds_is_pickled_while_it_is_patched(whe
         data = pickle.dumps(patched)
     assert read[where]() is functions.scale
     assert pickle.loads(data)(2) == pickle.loads(pickle.dumps(patched))(2) == 4
+
+
+# What is given in place of what is expected ---------------------------------------------------------------------------
+
+
+class Called:
+    def __call__(self, other: object) -> bool:
+        return other is self
+
+    def run(self) -> str:
+        return "stock"
+
+
+def test_one_object_in_place_of_a_list_is_refused() -> None:
+    one: Any = Called()
+    for patch, given in ((declare("a", f"{__name__}:Called.run"), one), (declare("b", FORWARD), layers.Base())):
+        for begin in (
+            lambda: patches.transaction(patch, on=given).__enter__(),  # noqa: B023
+            lambda: patches.transaction(patches.on(patch, given)).__enter__(),  # noqa: B023
+        ):
+            with pytest.raises(patches.ScopeError, match=r"pass \[it\]"):
+                begin()
+
+
+@pytest.mark.parametrize("field", ["target", "probe", "verify", "subject"])
+def test_a_field_of_the_wrong_type_is_named(field: str) -> None:
+    with pytest.raises(patches.DefinitionError, match=rf"field '{field}'.*3"):
+        declare("a", **{"target": SCALE, field: 3})
+
+
+def test_a_replacement_that_is_no_function_is_named_as_such() -> None:
+    patch = patches.Patch(id="fake.a", target=SCALE, kind="function", replace=3, reason="a test")
+    with pytest.raises(patches.ApplyError, match="`replace` must be a function"):
+        patches.transaction(patch).__enter__()
+
+
+def test_a_receipt_that_is_not_in_a_list_cannot_be_kept() -> None:
+    with patches.transaction(declare("a", SCALE)) as tx, pytest.raises(TypeError, match="iterable"):
+        patches.keep(tx.receipts[0], layers.Base())  # type: ignore[arg-type]
