@@ -745,3 +745,15 @@ def test_a_replacement_that_is_no_function_is_named_as_such() -> None:
 def test_a_receipt_that_is_not_in_a_list_cannot_be_kept() -> None:
     with patches.transaction(declare("a", SCALE)) as tx, pytest.raises(TypeError, match="iterable"):
         patches.keep(tx.receipts[0], layers.Base())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "delete", "wrapper": None}, {"kind": "value", "wrapper": lambda *_: subclass}]
+)
+def test_the_audit_names_a_value_that_somebody_else_has_left(lib: types.ModuleType, fields: dict[str, Any]) -> None:
+    lib.run = stock = functions.scale
+    with pytest.raises(patches.UndoError), patches.transaction(declare("a", "fault_lib:run", **fields)):
+        lib.run = hand
+    assert [row.state for row in patches.audit()] == ["overwritten"]
+    lib.run = stock
+    assert len(patches.audit()) == 0
