@@ -266,8 +266,9 @@ def _innermost(place: Place) -> Any:
 
 def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
     def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        method = next(vars(base)[name] for base in type(self).__mro__ if name in vars(base))
-        return method.__get__(self, type(self))(*args, **kwargs)
+        cls = self if isinstance(self, type) else type(self)  # a classmethod is bound to the class
+        method = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+        return method.__get__(None if cls is self else self, cls)(*args, **kwargs)
 
     return inherited if bound else functools.partial(inherited, owner)
 

@@ -222,6 +222,18 @@ def test_modules_and_classes_in_hand(holder: Any, name: str) -> None:
     assert before.differences() == []
 
 
+@pytest.mark.parametrize("name", ["build", "add"])
+def test_a_method_of_the_class_is_patched_on_an_object_in_hand(name: str) -> None:
+    one = layers.Derived()
+    call: Callable[[Any], Any] = (lambda it: it.build(1)) if name == "build" else (lambda it: it.add(1, 2))
+    stock = call(one)
+    with patches.transaction(declare("a", patches.at(one, name))):
+        assert call(one) == ("a", stock)
+        assert call(layers.Derived()) == stock == call(layers.Derived)
+        assert call(copy.deepcopy(one)) == ("a", stock)
+    assert vars(one) == {}
+
+
 def test_an_object_in_hand_and_a_path_to_it_are_one_place() -> None:
     with patches.transaction(declare("a", SCALE), declare("b", patches.at(functions, "scale")), reason="a test") as tx:
         tx.commit()
