@@ -310,8 +310,17 @@ def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -
 
     async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
         with begin():
-            async for item in function(*args, **kwargs):
-                yield item
+            inner = function(*args, **kwargs)
+            step = inner.asend(None)
+            while True:  # `async for` would pass on nothing that is sent or thrown
+                try:
+                    item = await step
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = inner.asend((yield item))
+                except BaseException as thrown:  # noqa: BLE001 - any error
+                    step = inner.athrow(thrown)
 
     forms = {
         inspect.isgeneratorfunction: run_generator,

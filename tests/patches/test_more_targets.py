@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -522,6 +522,29 @@ def test_a_transaction_decorates_a_coroutine_function_for_as_long_as_it_runs() -
     waiting = work()
     assert functions.scale(2) == 4
     assert asyncio.run(waiting) == ("a", 4)
+    assert functions.scale(2) == 4
+
+
+def test_a_decorated_asynchronous_generator_takes_what_is_sent_and_thrown_into_it() -> None:
+    ended: list[str] = []
+
+    @patches.transaction(declare("a", SCALE))
+    async def work() -> AsyncGenerator[Any, Any]:
+        try:
+            sent = yield functions.scale(2)
+            yield sent
+        except KeyError:
+            yield "caught"
+        finally:
+            ended.append("ended")
+
+    async def use() -> list[Any]:
+        one, two = work(), work()
+        taken = [await one.asend(None), await one.asend(7), await two.asend(None), await two.athrow(KeyError())]
+        await one.aclose()
+        return [*taken, *ended, [item async for item in two]]
+
+    assert asyncio.run(use()) == [("a", 4), 7, ("a", 4), "caught", "ended", []]
     assert functions.scale(2) == 4
 
 
