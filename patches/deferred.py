@@ -171,7 +171,8 @@ class Pending(MetaPathFinder):
         force = wait is not None and wait.force
         try:
             if wait is not None and wait.bundle:
-                left_out = [one.patch for one in together if is_left_out(one.patch, acceptable(one.patch, force=force))]
+                verdicts = {one.patch: acceptable(one.patch, force=force) for one in together}
+                left_out = [patch for patch, found in verdicts.items() if is_left_out(patch, found, force=False)]
                 refuse_to_split([wait.bundle], [] if force else left_out)
             for receipt in together:
                 self._apply(receipt)
@@ -194,7 +195,7 @@ class Pending(MetaPathFinder):
             if not self.take(receipt):
                 return  # cancelled meanwhile
             receipt.verdict = found
-            if is_left_out(receipt.patch, found) and not force:
+            if is_left_out(receipt.patch, found, force=force):
                 owner.ledger.record(receipt, State.SKIPPED, found.why)
                 return
             (place,) = owner.check([receipt.patch], resolve)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from .errors import WrapperError
 from .ledger import Calls, Receipt
@@ -201,6 +201,8 @@ class Form:
         self._shape: Any = bound.__func__ if bound is not None else _unbound(place.found)
         self._takes_self = bound is not None or place.kind in (Kind.METHOD, Kind.CLASSMETHOD)
         closure, put = _closure(self._shape, takes_self=self._takes_self)
+        if bound is None and not isinstance(place.owner, type):
+            _name(closure, place)
         self._attributes = dict(vars(closure))
         installed: Any = closure if is_plain(place) else _disguise()(self._shape, closure, place)
         if bound is not None:
@@ -374,8 +376,9 @@ def _innermost(place: Place) -> Any:
 
 def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
     def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        method = next(vars(base)[name] for base in type(self).__mro__ if name in vars(base))
-        return method.__get__(self, type(self))(*args, **kwargs)
+        cls = self if isinstance(self, type) else type(self)  # a classmethod is bound to the class
+        method = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
+        return method.__get__(None if cls is self else self, cls)(*args, **kwargs)
 
     return inherited if bound else functools.partial(inherited, owner)
 
@@ -386,6 +389,17 @@ def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., An
 # has kept is not, once its slot is empty; so it gets a name in this module, under which it is found here, and the
 # target elsewhere.
 _retired: Final[dict[str, weakref.ref[Any]]] = {}
+
+
+def _name(closure: Any, place: Place) -> None:
+    """Name a closure so that pickle finds it, where its own name leads to another place that has the stock function."""
+    target, module, name = place.target, getattr(closure, "__module__", None), closure.__qualname__
+    if "<locals>" in name or (place.owner is sys.modules.get(str(module)) and place.name == name):
+        return
+    if isinstance(place.owner, ModuleType) and target.is_attribute:
+        closure.__module__, closure.__qualname__ = place.owner.__name__, place.name
+    else:
+        _retire(closure, f"{module}:{name}")
 
 
 def _retire(closure: Any, target: str) -> None:
@@ -416,15 +430,20 @@ def _property(place: Place, links: Sequence[Link]) -> property:
         read: Any = stored.read
         getter = functools.reduce(_around, links, read)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
-    own: property = place.found if place.own is MISSING else place.own
+    own: Any = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
     if place.own is MISSING:  # inherited, and so looked up on each access
         read = read and (lambda self: getattr(super(owner, self), name))
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
     readers = [link for link in links if link.patch.kind != "setter"]
     writers = [link for link in links if link.patch.kind == "setter"]
-    own = own.getter(functools.reduce(_around, readers, read)) if read else own
-    return own.setter(functools.reduce(_around, writers, write)) if write else own
+    getter, setter = functools.reduce(_around, readers, read), functools.reduce(_around, writers, write)
+    # With the name, the doc, and whether it is abstract.
+    if getter is not own.fget:
+        own = own.getter(functools.update_wrapper(getter, own.fget))
+    if setter is not own.fset:
+        own = own.setter(functools.update_wrapper(setter, own.fset))
+    return cast("property", own)
 
 
 def _around(inner: Callable[..., Any], link: Link) -> Callable[..., Any]:

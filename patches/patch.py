@@ -151,9 +151,13 @@ class Patch:
         self._check_formats()
 
     def _check_target(self) -> None:
-        given = self.target if isinstance(self.target, tuple) else (self.target,)
+        given: tuple[Any, ...] = self.target if isinstance(self.target, tuple) else (self.target,)
         if not given:
             raise self._refuse("target", "expected at least one target, got none")
+        for one in given:
+            if not isinstance(one, str | Target):
+                expected = "a string, a tuple of strings, or patches.at(obj, name)"
+                raise self._refuse("target", f"expected {expected}, got {one!r}")
         try:
             targets = tuple(one if isinstance(one, Target) else parse(one) for one in given)
         except TargetError as error:
@@ -169,7 +173,7 @@ class Patch:
         if self.kind != "delete" and len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise self._refuse("wrapper", f"expected one of wrapper, replace and factory, got {found}")
-        for name in ("wrapper", "factory"):
+        for name in ("wrapper", "factory", "probe", "verify", "subject"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise self._refuse(name, f"{getattr(self, name)!r} is not callable")
         if self.wrapper is not None:
@@ -240,7 +244,8 @@ class Patch:
         if kind in STORED:
             return lambda _wrapped, _instance, _args, _kwargs: made, None
         if not callable(made):
-            raise TypeError(f"the factory of {self.id!r} must return a function, and returned {made!r}")
+            how = "`replace` must be" if self.factory is None else "the factory must return"
+            raise TypeError(f"{how} a function for a target of kind {kind.value!r}, and {made!r} is none")
         call = cast("Callable[..., Any]", made)
         if kind in (Kind.FUNCTION, Kind.STATICMETHOD):
             return lambda _wrapped, _instance, args, kwargs: call(*args, **kwargs), call
@@ -304,8 +309,14 @@ def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) 
 
 
 def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> Chosen | None:
-    """The objects, or the predicate that chooses them, as `on=` takes either."""
-    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else tuple(on)
+    """The objects, or the predicate that chooses them, as `on=` takes either. Raises ScopeError for a single object."""
+    if on is None or (callable(on) and not isinstance(on, Iterable)):
+        return on
+    try:
+        return tuple(on)
+    except TypeError as error:
+        what = f"an object of type {type(on).__name__!r}; to limit patches to that one, pass [it]"
+        raise ScopeError(f"expected objects or a predicate, got {what}", patch_id="") from error
 
 
 class Scope:

@@ -16,7 +16,7 @@ from .activation import ACTIVATIONS
 from .drift import NoSourceError, find_drift, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
-from .ledger import aligned
+from .ledger import State, aligned
 from .patch import Chosen, Patch, Scope, Scoped, caller, chosen
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
@@ -64,6 +64,10 @@ class Verdict:
     """Differences between the target and the patch's declaration, one line each."""
     foreign: tuple[str, ...] = ()
     """Foreign patches of the target; searched for unless the patch allows them."""
+    gone: bool = False
+    """Whether the target of an optional patch is not there."""
+    suggestion: str = ""
+    """A target spelt almost like one whose module is not installed."""
     outside: tuple[str, ...] = ()
     """Versions outside the patch's window, one line each, if nothing else could decide."""
 
@@ -78,25 +82,26 @@ def verdict(patch: str | Patch, *, fresh: bool = False) -> Verdict:
     `fresh` asks it again.
     """
     patch = _patch(patch)
+    for receipt in ACTIVATIONS.active() if patch.probe is not None else ():
+        if receipt.patch is patch and ACTIVATIONS.condition(receipt) == State.ACTIVE:
+            return receipt.verdict  # the probe would see what the patch makes of the target
     window = compare(patch.requires)
     if window.missing:
-        return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: {', '.join(window.missing)}")
+        why = f"not installed: {', '.join(window.missing)}"
+        return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional)
     try:
         place = resolve(patch)
     except TargetError as error:
         top_level = error.target.partition(":")[0].partition(".")[0]
         if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == top_level:
-            return Verdict(kind=VerdictKind.ABSENT, why=f"not installed: module {top_level}")
+            why = f"not installed: module {top_level}"
+            return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional, suggestion=error.suggestion)
         # In a version that was never known to have the defect, missing code cannot have it.
-        is_left_out = window.outside or (patch.optional and error.is_absent)
-        kind = VerdictKind.OBSOLETE if is_left_out else VerdictKind.INCOMPATIBLE
-        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since)
-    seen = None if patch.probe is None else _run_probe(patch, fresh=fresh)
-    drift, foreign = find_drift(patch, place), tuple[str, ...]()
-    if patch.on_foreign != "allow":
-        from .foreign.source import find_foreign
-
-        foreign = find_foreign(place)
+        gone = patch.optional and error.is_absent
+        kind = VerdictKind.OBSOLETE if window.outside or gone else VerdictKind.INCOMPATIBLE
+        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since, gone=gone)
+    seen = None if patch.probe is None else _run_probe(patch, place, fresh=fresh)
+    drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else _foreign(place)
     if seen is not False and (drift or foreign):
         probe_error = seen if isinstance(seen, Exception) else None
         why = "; ".join((*drift, *foreign))
@@ -122,7 +127,13 @@ def _decide(window: Window, *, seen: bool | Exception | None, same_source: bool)
     return Verdict(kind=VerdictKind.NEEDED, why=why)
 
 
-def _run_probe(patch: Patch, *, fresh: bool) -> bool | Exception:
+def _foreign(place: Place) -> tuple[str, ...]:
+    from .foreign.source import find_foreign
+
+    return find_foreign(place)
+
+
+def _run_probe(patch: Patch, place: Place, *, fresh: bool) -> bool | Exception:
     assert patch.probe is not None
     with _probing_guard:
         mine = _probing.setdefault(patch, threading.RLock())
@@ -130,7 +141,7 @@ def _run_probe(patch: Patch, *, fresh: bool) -> bool | Exception:
         if patch in _probed and not fresh:
             return _probed[patch]
         packages = {target.module.partition(".")[0] for target in patch.targets}
-        was_quiet = ACTIVATIONS.is_quiet(packages)
+        was_quiet = ACTIVATIONS.is_quiet(packages) and not _foreign(place)
         try:
             seen = bool(patch.probe())
         except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
@@ -221,8 +232,8 @@ def make_plan(items: Iterable[Item], *, on: Chosen | None = None, force: bool = 
     refuse_conflicts(patches)
     rank = {patch_id: position for position, patch_id in enumerate(in_order(patches))}
     verdicts = {patch.id: acceptable(patch, force=force) for patch in dict.fromkeys(patches)}
-    left_out = [patch for patch in patches if not force and is_left_out(patch, verdicts[patch.id])]
-    refuse_to_split(items, left_out)
+    left_out = [patch for patch in patches if is_left_out(patch, verdicts[patch.id], force=force)]
+    refuse_to_split(items, [] if force else left_out)
     steps = [
         Step(
             patch=patch,
@@ -304,8 +315,11 @@ def _patch(patch: str | Patch) -> Patch:
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
     """The verdict on a patch, if it allows applying or skipping. Raises IncompatibleError, ProbeError, DriftError."""
     found = verdict(patch)
-    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
-        raise IncompatibleError(f"{patch.id!r} cannot be applied: {found.why}", patch_id=patch.id, why=found.why)
+    if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE) and not found.gone:
+        target = f", for {patch.target!r}" if found.kind == VerdictKind.ABSENT else ""
+        hint = f"; did you mean {found.suggestion!r}?" if found.suggestion else ""
+        message = f"{patch.id!r} cannot be applied: {found.why}{target}{hint}"
+        raise IncompatibleError(message, patch_id=patch.id, why=found.why)
     if found.probe_error is not None and not force:
         raise ProbeError(
             f"{patch.id!r} was not applied: {found.why}, so it is not known whether the patch is needed; "
@@ -339,9 +353,10 @@ def is_seen_when_compiled(patch: Patch) -> bool:
     return is_traced(resolve(patch))
 
 
-def is_left_out(patch: Patch, found: Verdict) -> bool:
+def is_left_out(patch: Patch, found: Verdict, *, force: bool) -> bool:
     """Whether a patch with this verdict is skipped without an error."""
-    return found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
+    is_skipped = found.kind == VerdictKind.OBSOLETE or "skip" in _policies(patch, found).values()
+    return found.gone or (is_skipped and not force)
 
 
 def _refuse_to_limit(patch: Patch) -> None:
@@ -353,6 +368,9 @@ def _refuse_to_limit(patch: Patch) -> None:
             f"{why}, which all read alike; patch what reads it, or say kind='attribute' for what instances store",
             patch_id=patch.id,
         )
+    if isinstance(place.owner, type) and isinstance(step.scope.predicate, place.owner):
+        what = f"an object of {place.owner.__qualname__!r}, which can be called; to limit it to that one, pass [it]"
+        raise ScopeError(f"{patch.id!r} is limited by a predicate that is {what}", patch_id=patch.id)
     if patch.subject is None and place.kind in (Kind.FUNCTION, Kind.STATICMETHOD):
         raise ScopeError(
             f"{why}, which is called without one; give the patch a `subject` that picks the deciding object from the "

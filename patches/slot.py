@@ -154,7 +154,7 @@ class Slot:
     def _is_absent(self) -> bool:
         """Whether nothing is left to undo: a value's patches were disabled when somebody replaced it, and still are."""
         wanted = any(link.everyone for link in self.links)
-        return self._is_value and not wanted and all(ours is self.place.own for ours in self._ours)
+        return self._is_value and not wanted and not self._past and all(ours is self.place.own for ours in self._ours)
 
     def _is_redefined(self) -> bool:
         """Whether a reload has put a new definition here, judged by the function or class, or else by the module's

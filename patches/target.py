@@ -122,7 +122,10 @@ def parse(text: str) -> Target:
     match = _TARGET.fullmatch(text)
     if match is None:
         forms = "'package.module:Class.attribute', nor with [key] or (parameter) after it"
-        raise refuse(text, f"it is not of the form {forms}", suggestion=_with_colon(text))
+        suggestion = _with_colon(text)
+        raise refuse(
+            text, f"it is not of the form {forms}", suggestion=suggestion if _TARGET.fullmatch(suggestion) else ""
+        )
     key = MISSING if match["key"] is None else _literal(match["key"])
     path = tuple(match[2].split("."))
     return Target(module=match[1], path=path, text=text, key=key, parameter=match["parameter"])

@@ -15,7 +15,7 @@ from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
 from .patch import Patch, caller, chosen
-from .plan import Item, Step, Verdict, VerdictKind, make_plan, resolve
+from .plan import Item, Step, Verdict, VerdictKind, make_plan, refuse_to_split, resolve
 from .target import STORED, Place
 from .undo import report, undo_past_interrupts
 
@@ -109,8 +109,10 @@ class Transaction:
         made: list[Receipt] = []
         try:
             instances = chosen(on)
+            force = self._options["force"]
             now, later = split(items, instances) if self._options["deferred"] else (items, {})
-            plan = make_plan(now, on=instances, force=self._options["force"])
+            plan = make_plan(now, on=instances, force=force)
+            refuse_to_split(items, [] if force else [step.patch for step in plan.skipped])
             self._install(plan.steps, made)
             ACTIVATIONS.drop_stale_graphs()
             _verify(made)
@@ -277,8 +279,17 @@ def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -
 
     async def run_async_generator(*args: Any, **kwargs: Any) -> Any:
         with begin():
-            async for item in function(*args, **kwargs):
-                yield item
+            inner = function(*args, **kwargs)
+            step = inner.asend(None)
+            while True:  # `async for` would pass on nothing that is sent or thrown
+                try:
+                    item = await step
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = inner.asend((yield item))
+                except BaseException as thrown:  # noqa: BLE001 - any error
+                    step = inner.athrow(thrown)
 
     forms = {
         inspect.isgeneratorfunction: run_generator,

@@ -54,8 +54,9 @@ def keep(receipts: Iterable[Receipt], owner: object) -> Callable[[], object]:
 
     For patches that are committed, and serve one object: a model, a connection. Not at the end of the process.
     """
+    kept = tuple(receipts)
     try:
-        finalizer = weakref.finalize(owner, revert, *receipts)
+        finalizer = weakref.finalize(owner, revert, *kept)
     except TypeError as error:
         why = f"an object of type {type(owner).__name__!r} cannot be referenced weakly"
         raise ScopeError(f"no patch can be kept for it: {why}", patch_id="") from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import functools
 import gc
 import importlib
+import pickle
 import sys
 import time
 import types
@@ -14,15 +16,16 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import patches
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
-from tests.helpers.fake_upstream import functions, layers
+from tests.helpers.fake_upstream import copies, functions, layers
 from tests.helpers.snapshot import Snapshot
 
-SCALE = f"{FUNCTIONS}:scale"
+SCALE, FORWARD = f"{FUNCTIONS}:scale", f"{LAYERS}:Base.forward"
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 
@@ -54,6 +57,25 @@ def test_a_probe_that_was_asked_while_another_patch_mended_the_defect_is_asked_a
     with patches.transaction(probed, reason="a test") as tx:
         assert [receipt.id for receipt in tx.receipts] == ["fake.probed"]
         assert functions.scale(2) == ("probed", 4)
+
+
+def test_a_probe_does_not_see_the_effect_of_its_own_patch() -> None:
+    probed = declare("probed", SCALE, probe=is_stock)
+    with patches.transaction(declare("other", f"{LAYERS}:Base.forward")):
+        with patches.transaction(probed) as first:
+            second = patches.transaction(probed).__enter__()
+            assert patches.verdict(probed, fresh=True).kind == "needed"
+            first.rollback()
+        assert functions.scale(2) == ("probed", 4)
+        second.rollback()
+    assert functions.scale(2) == 4
+
+
+def test_a_probe_that_was_asked_while_somebody_else_mended_the_defect_is_asked_again() -> None:
+    probed = declare("probed", SCALE, probe=is_stock)
+    with mock.patch(f"{FUNCTIONS}.scale", lambda x: x):
+        assert patches.verdict(probed).kind == "obsolete"
+    assert patches.verdict(probed).kind == "needed"
 
 
 @pytest.mark.parametrize("error", [OSError("the network is down"), ImportError("a circle"), MemoryError()])
@@ -367,6 +389,14 @@ def test_an_atomic_bundle_applies_whole_or_not_at_all(why: str, unchanged: Snaps
     assert (unchanged.differences(), patches.active()) == ([], [])
 
 
+@pytest.mark.parametrize("why", LEFT_OUT)
+def test_an_atomic_bundle_is_not_split_where_it_might_have_waited(why: str) -> None:
+    bundle_of(f"atom-late-{why}", LEFT_OUT[why], atomic=True)
+    with pytest.raises(patches.PatchError, match="atomic"):
+        patches.defer(f"atom-late-{why}")
+    assert patches.active() == []
+
+
 def test_an_atomic_bundle_that_fits_is_applied() -> None:
     name = bundle_of("atom-whole", {}, atomic=True)
     with patches.transaction(name, reason="a test") as tx:
@@ -636,3 +666,94 @@ def test_what_replaces_a_recursive_function_keeps_half_of_its_depth() -> None:
 
     with patches.transaction(patches.Patch(id="fake.a", target=f"{__name__}:down", replace=stand_in, reason="a test")):
         assert 2 * depth(down) >= stock - 10
+
+
+# What a patched thing is ----------------------------------------------------------------------------------------------
+
+
+class Shape(abc.ABC):
+    @property
+    @abc.abstractmethod
+    def area(self) -> int:
+        """The area."""
+
+    @area.setter
+    @abc.abstractmethod
+    def area(self, value: int) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["property", "setter"])
+def test_a_patched_property_keeps_its_name_its_doc_and_that_it_is_abstract(kind: str) -> None:
+    def described() -> list[object]:
+        area = vars(Shape)["area"]
+        return [area.__doc__, area.fget.__name__, area.fset.__name__, type("Sub", (Shape,), {}).__abstractmethods__]
+
+    stock = described()
+    with patches.transaction(declare("a", f"{__name__}:Shape.area", kind=kind, wrapper=passing)):
+        assert described() == stock
+
+
+@pytest.mark.parametrize("where", ["module", "item", "object"])
+def test_what_a_name_other_than_its_own_holds_is_pickled_while_it_is_patched(where: str) -> None:
+    held = types.SimpleNamespace(scale=functions.scale)
+    target: Any = f"{copies.__name__}:resize" if where == "module" else f"{copies.__name__}:BY_NAME[scale]"
+    read: dict[str, Callable[[], Any]] = {
+        "module": lambda: copies.resize, "item": lambda: copies.BY_NAME["scale"], "object": lambda: held.scale
+    }  # fmt: skip
+    with patches.transaction(declare("a", patches.at(held, "scale") if where == "object" else target)):
+        patched = read[where]()
+        assert patched(2) == pickle.loads(pickle.dumps(patched))(2) == ("a", 4)
+        data = pickle.dumps(patched)
+    assert read[where]() is functions.scale
+    assert pickle.loads(data)(2) == pickle.loads(pickle.dumps(patched))(2) == 4
+
+
+# What is given in place of what is expected ---------------------------------------------------------------------------
+
+
+class Called:
+    def __call__(self, other: object) -> bool:
+        return other is self
+
+    def run(self) -> str:
+        return "stock"
+
+
+def test_one_object_in_place_of_a_list_is_refused() -> None:
+    one: Any = Called()
+    for patch, given in ((declare("a", f"{__name__}:Called.run"), one), (declare("b", FORWARD), layers.Base())):
+        for begin in (
+            lambda: patches.transaction(patch, on=given).__enter__(),  # noqa: B023
+            lambda: patches.transaction(patches.on(patch, given)).__enter__(),  # noqa: B023
+        ):
+            with pytest.raises(patches.ScopeError, match=r"pass \[it\]"):
+                begin()
+
+
+@pytest.mark.parametrize("field", ["target", "probe", "verify", "subject"])
+def test_a_field_of_the_wrong_type_is_named(field: str) -> None:
+    with pytest.raises(patches.DefinitionError, match=rf"field '{field}'.*3"):
+        declare("a", **{"target": SCALE, field: 3})
+
+
+def test_a_replacement_that_is_no_function_is_named_as_such() -> None:
+    patch = patches.Patch(id="fake.a", target=SCALE, kind="function", replace=3, reason="a test")
+    with pytest.raises(patches.ApplyError, match="`replace` must be a function"):
+        patches.transaction(patch).__enter__()
+
+
+def test_a_receipt_that_is_not_in_a_list_cannot_be_kept() -> None:
+    with patches.transaction(declare("a", SCALE)) as tx, pytest.raises(TypeError, match="iterable"):
+        patches.keep(tx.receipts[0], layers.Base())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"kind": "delete", "wrapper": None}, {"kind": "value", "wrapper": lambda *_: subclass}]
+)
+def test_the_audit_names_a_value_that_somebody_else_has_left(lib: types.ModuleType, fields: dict[str, Any]) -> None:
+    lib.run = stock = functions.scale
+    with pytest.raises(patches.UndoError), patches.transaction(declare("a", "fault_lib:run", **fields)):
+        lib.run = hand
+    assert [row.state for row in patches.audit()] == ["overwritten"]
+    lib.run = stock
+    assert len(patches.audit()) == 0

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -222,6 +222,18 @@ def test_modules_and_classes_in_hand(holder: Any, name: str) -> None:
     assert before.differences() == []
 
 
+@pytest.mark.parametrize("name", ["build", "add"])
+def test_a_method_of_the_class_is_patched_on_an_object_in_hand(name: str) -> None:
+    one = layers.Derived()
+    call: Callable[[Any], Any] = (lambda it: it.build(1)) if name == "build" else (lambda it: it.add(1, 2))
+    stock = call(one)
+    with patches.transaction(declare("a", patches.at(one, name))):
+        assert call(one) == ("a", stock)
+        assert call(layers.Derived()) == stock == call(layers.Derived)
+        assert call(copy.deepcopy(one)) == ("a", stock)
+    assert vars(one) == {}
+
+
 def test_an_object_in_hand_and_a_path_to_it_are_one_place() -> None:
     with patches.transaction(declare("a", SCALE), declare("b", patches.at(functions, "scale")), reason="a test") as tx:
         tx.commit()
@@ -286,6 +298,26 @@ def test_an_optional_patch_is_skipped_where_its_target_is_absent() -> None:
         assert functions.scale(2) == ("b", 4)
         assert [receipt.id for receipt in tx.skipped] == ["fake.a"]
         assert "gone" in tx.skipped[0].verdict.why
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("missing", [{"target": f"{FUNCTIONS}:gone"}, {"target": "no_such_module:f"},
+                                     {"target": SCALE, "requires": {"no-such-distribution": ""}}])  # fmt: skip
+def test_an_optional_patch_of_what_is_not_installed_is_skipped_too(missing: dict[str, Any], force: bool) -> None:
+    with patches.transaction(declare("a", optional=True, **missing), declare("b", SCALE), force=force) as tx:
+        assert functions.scale(2) == ("b", 4)
+        assert [receipt.id for receipt in tx.skipped] == ["fake.a"]
+
+
+def test_a_misspelt_module_gets_the_target_back_and_a_suggestion() -> None:
+    refused(declare("a", "jsn:dumps"), "'jsn:dumps'.*did you mean 'json:dumps'")
+
+
+@pytest.mark.parametrize("text", ["json:dumps()", "json:TABLE["])
+def test_no_suggestion_is_of_the_wrong_form(text: str) -> None:
+    with pytest.raises(patches.DefinitionError, match="not of the form") as caught:
+        declare("a", text)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_fault_of_an_optional_patch_is_an_error_all_the_same() -> None:
@@ -490,6 +522,29 @@ def test_a_transaction_decorates_a_coroutine_function_for_as_long_as_it_runs() -
     waiting = work()
     assert functions.scale(2) == 4
     assert asyncio.run(waiting) == ("a", 4)
+    assert functions.scale(2) == 4
+
+
+def test_a_decorated_asynchronous_generator_takes_what_is_sent_and_thrown_into_it() -> None:
+    ended: list[str] = []
+
+    @patches.transaction(declare("a", SCALE))
+    async def work() -> AsyncGenerator[Any, Any]:
+        try:
+            sent = yield functions.scale(2)
+            yield sent
+        except KeyError:
+            yield "caught"
+        finally:
+            ended.append("ended")
+
+    async def use() -> list[Any]:
+        one, two = work(), work()
+        taken = [await one.asend(None), await one.asend(7), await two.asend(None), await two.athrow(KeyError())]
+        await one.aclose()
+        return [*taken, *ended, [item async for item in two]]
+
+    assert asyncio.run(use()) == [("a", 4), 7, ("a", 4), "caught", "ended", []]
     assert functions.scale(2) == 4
 
 
