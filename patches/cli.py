@@ -194,8 +194,8 @@ def audit(
 
     A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
 
-    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ.
-    With --foreign, show what code other than this package has patched, compared with a clean process.
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ or a patch
+    has failed. With --foreign, show what code other than this package has patched, compared with a clean process.
     """
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
@@ -313,7 +313,7 @@ def main() -> None:
 def _show_journal(folder: Path, *, as_json: bool) -> None:
     processes = read_journals(folder)
     typer.echo(processes.to_json() if as_json else str(processes))
-    if processes.differences:
+    if processes.differences or processes.failures:
         raise typer.Exit(1)
 
 

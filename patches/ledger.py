@@ -232,7 +232,7 @@ class Ledger:
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        return [_line(self._entry(receipt)) for receipt, _ in self._in_force.copy().values() if receipt.calls]
+        return [_line(self._entry(receipt)) for receipt, _ in self._in_force.copy().values() if receipt.count_calls]
 
     def _entry(self, receipt: Receipt) -> Entry:
         return Entry(
