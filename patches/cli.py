@@ -27,7 +27,7 @@ from .manifest import write as write_lock
 from .patch import Patch
 from .plan import fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import REGISTRY, select
+from .registry import REGISTRY, is_pattern, select
 from .run import command as command_of
 from .run import environment, offer
 from .scaffold import scaffold, write
@@ -47,7 +47,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
-    "the installed versions need. Applying is done in Python: `with patches.transaction(ID):`.",
+    "the installed versions need. Apply them in Python, `with patches.transaction(ID):`, or to a whole program, with "
+    "`patches run`.",
 )
 
 
@@ -73,11 +74,13 @@ _Selectors = Annotated[
     typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
 _Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
-_Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
-_Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
+_Fingerprint = Annotated[
+    bool, typer.Option("--fingerprint", metavar="", help="Print the fingerprint of the target's source only.")
+]
+_Force = Annotated[bool, typer.Option("--force", metavar="", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
 _Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `package.module:name`.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
     typer.Option(
@@ -104,9 +107,12 @@ _RunImport = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
 ]
-_Locked = Annotated[list[str] | None, typer.Argument(metavar="SELECTOR", help="Everything in force if none.")]
+_Locked = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} If none, what `--import` has applied."),
+]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
-_All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
+_All = Annotated[bool, typer.Option("--all", metavar="", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Show every process that ran with PATCHES_JOURNAL=DIR, and which of them differ."),
@@ -116,7 +122,7 @@ _Foreign = Annotated[
     typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
 ]
 _Disk = Annotated[
-    bool, typer.Option("--disk", help="With --foreign: also compare the installed files with their RECORD.")
+    bool, typer.Option("--disk", metavar="", help="With --foreign: also compare the installed files with their RECORD.")
 ]
 _Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
 _NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
@@ -194,8 +200,9 @@ def audit(
 
     A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
 
-    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ or a patch
-    has failed. With --foreign, show what code other than this package has patched, compared with a clean process.
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ, or
+    a patch has failed. With --foreign, show what code other than this package has patched, compared with a clean
+    process.
     """
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
@@ -214,7 +221,11 @@ def aliases(patch: _Patch, _: _Import = None, as_json: _AsJson = False) -> None:
 
     A patch does not reach a copy that holds the original, unless declared with aliases="rewrite".
     """
-    found = [asdict(alias) for alias in find_aliases(patch)]
+    try:
+        found = [asdict(alias) for alias in find_aliases(patch)]
+    except UnknownPatchError as error:
+        colon = f"a target has a colon, such as {':'.join(patch.rsplit('.', 1))}"
+        raise UnknownPatchError(f"{error}; {colon}", patch_id=error.patch_id) from error
     if as_json or found:
         _print(found, as_json=as_json)
     else:
@@ -304,9 +315,9 @@ def main() -> None:
         app()
     except PatchError as error:
         typer.echo(f"patches: {error}", err=True)
-        if isinstance(error, UnknownPatchError):
-            hint = "declare it in an entry point, or name the module that registers it with --import MODULE"
-            typer.echo(f"If it is yours, {hint}.", err=True)
+        if isinstance(error, UnknownPatchError) and error.patch_id not in REGISTRY.ids():
+            declare = "" if is_pattern(error.patch_id) else "declare it in an entry point, or "
+            typer.echo(f"If it is yours, {declare}name the module that registers it with --import MODULE.", err=True)
         sys.exit(2)
 
 

@@ -121,6 +121,8 @@ def test_audit_all_shows_history() -> None:
         (("show", "fake.cli-neded"), "did you mean fake.cli-needed"),
         (("check", "nobody.knows"), "no patch has the id 'nobody.knows'"),
         (("check", "nobody.knows"), "name the module that registers it with --import MODULE"),
+        (("check", "nobodys-bundle"), "If it is yours, name the module that registers it with --import MODULE"),
+        (("aliases", "json.dumps"), "a target has a colon, such as json:dumps"),
         (("audit", "--import", "no_such_module"), "cannot be imported"),
         (("show",), "Missing argument"),
     ],
