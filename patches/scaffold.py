@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import keyword
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -92,7 +93,14 @@ def scaffold(
 
 
 def write(planned: Scaffold, root: Path) -> list[Path]:
-    """Write the files below `root`; returns their paths. Raises ExistsError before anything is written."""
+    """Write the files below `root`; returns their paths. Raises PatchError before anything is written, if one of them
+    exists, or their package would hide one that is not there.
+    """
+    package = (root / planned.packages[-1]).parent
+    found = None if package.exists() else importlib.util.find_spec(package.name)
+    if found is not None:
+        hidden = f"which would hide that in {found.origin}; choose another, or name its project with --root"
+        raise PatchError(f"expected a package of your own, got {package.name!r}, {hidden}")
     for path in planned.files:
         if (root / path).exists():
             raise ExistsError(root / path)
