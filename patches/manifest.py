@@ -287,7 +287,7 @@ def _find(entry: Mapping[str, Any]) -> Patch:
 def _moved(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     versions = _versions(patch)
     for name in sorted({*versions, *entry["versions"]}):
-        there, here = entry["versions"].get(name, "absent"), versions.get(name, "absent")
+        there, here = (found.get(name, "not installed") for found in (entry["versions"], versions))
         if there != here:
             yield f"{name} was {there}, and here it is {here}"
 
