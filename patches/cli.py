@@ -47,7 +47,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
-    "the installed versions need. Apply them in Python, `with patches.transaction(ID):`, or to a whole program, with "
+    "the installed versions need. Apply them in Python with `patches.transaction(ID)`, or to a whole program with "
     "`patches run`.",
 )
 
@@ -168,7 +168,7 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
 
     - needed: the defect is present.
     - obsolete: it is absent; a transaction skips the patch.
-    - absent: the library is not installed.
+    - absent: a library that the patch `requires` is not installed.
     - unknown: the versions are outside the window, the source or the signature of the target has changed, somebody
       else has patched it, or the probe raised.
     - incompatible: the target does not exist.
