@@ -309,6 +309,6 @@ def _differing_verdict(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
         yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {advice}"
     here = _fingerprint(patch) if "fingerprint" in entry else ""
     if entry.get("fingerprint", "") != here and (here or entry["verdict"] == str(found)):
-        moved = f"the source of {patch.target!r} had the fingerprint {entry['fingerprint'] or 'none'}"
+        moved = f"the source of {' or '.join(map(str, patch.targets))!r} had the fingerprint {entry['fingerprint'] or 'none'}"
         advice = "read what has changed, adapt the patch to it, then lock again"
         yield f"{patch.id!r}: {moved}, and here {here or 'none'}; {advice}"
