@@ -51,9 +51,14 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a process: tests start several ranks, and threads of theirs would fight for the same cores.
+# One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. The tests that
+# use one core run two at a time; code 5 means that PYTEST_ARGS selects none of them.
+ONE_CORE := tests/docs tests/packaging tests/patches
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -n 2 --dist loadfile $(ONE_CORE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) $(ONE_CORE:%=--ignore %) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 format: venv
 	$(BIN)/ruff check --fix .

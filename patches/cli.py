@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import json
+import keyword
 import os
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Final
 
 import typer
 
 from .audit import aliases as find_aliases
 from .audit import audit as take_audit
+from .drift import NoSourceError, fingerprint
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
 from .journal import read_journals
+from .ledger import aligned
 from .manifest import changes, read
 from .manifest import lock as make_lock
 from .manifest import write as write_lock
 from .patch import Patch
-from .plan import fingerprint_of, is_seen_when_compiled, verdict
+from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import REGISTRY, is_pattern, select
+from .registry import ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
 from .run import command as command_of
 from .run import environment, offer
-from .scaffold import scaffold, write
-from .table import aligned
-from .target import MISSING
-from .verdict import Verdict, VerdictKind
+from .target import MISSING, Kind, Place, describe, locate, parse
 
 __all__ = ["app", "main"]
 
 _UNTRUSTED: Final = (VerdictKind.UNKNOWN, VerdictKind.INCOMPATIBLE)
+_TEMPLATES: Final = Path(__file__).with_name("templates")
+_WRAPPED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD, Kind.PROPERTY)
 
 app = typer.Typer(
     name="patches",
@@ -153,7 +158,7 @@ def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_finger
     declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
     declared["target"] = " or ".join(map(str, patch.targets))
     given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
-    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
+    facts = {**given, "verdict": str(found), "why": found.why, **_under_compile(patch, found)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
     else:
@@ -176,12 +181,16 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
     Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
     if lock_file is not None:
-        _check_lock(lock_file, selectors or (), as_json=as_json)
-        return
+        lines = changes(read(lock_file), *(selectors or ()))
+        typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {lock_file}")
+        raise typer.Exit(1 if lines else 0)
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
-    rows: list[dict[str, Any]] = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
-    if as_json:
-        rows = [{**row, **_details(row["id"], found)} for row, found in zip(rows, verdicts.values(), strict=True)]
+    rows: list[dict[str, Any]] = []
+    for patch_id, found in verdicts.items():
+        rows.append({"id": patch_id, "verdict": str(found), "why": found.why})
+        if as_json:
+            compiled = _under_compile(REGISTRY.get(patch_id), found)
+            rows[-1] |= {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
     _print(rows, as_json=as_json)
     if any(found.kind in _UNTRUSTED for found in verdicts.values()):
         raise typer.Exit(1)
@@ -207,8 +216,10 @@ def audit(
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
     if journal is not None:
-        _show_journal(journal, as_json=as_json)
-    elif foreign_packages:
+        processes = read_journals(journal)
+        typer.echo(processes.to_json() if as_json else str(processes))
+        raise typer.Exit(1 if processes.differences or processes.failures else 0)
+    if foreign_packages:
         _show_foreign(foreign_packages, as_json=as_json, disk=disk)
     else:
         found = take_audit(include_reverted=everything)
@@ -258,11 +269,70 @@ def new(
     of the effect; the wrapper, which has it; and a test.
     """
     sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
-    planned = scaffold(package, id=patch_id, target=target, reason=reason, upstream=upstream, tests=tests)
-    for path in write(planned, root):
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
+        raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
+    top = package.partition(".")[0]
+    hidden = None if (root / top).exists() else importlib.util.find_spec(top)
+    if hidden is not None:
+        which = f"which would hide that in {hidden.origin}; choose another, or name its project with --root"
+        raise PatchError(f"expected a package of your own, got {top!r}, {which}")
+    facts, reason = _facts(target, _quotable(upstream)), _quotable(reason or "say what goes wrong without it")
+    Patch(id=patch_id, target=target, wrapper=lambda *_: None, reason=reason)  # refuses a bad id
+    name, folder = _identifier(patch_id), Path(*package.split("."))
+    words = {**facts, "id": patch_id, "target": target, "reason": reason, "module": f"{package}.{name}"}
+    texts = {
+        part: Template((_TEMPLATES / f"{part}.txt").read_text(encoding="utf-8")).substitute(words, function=name)
+        for part in ("patch", "tests")
+    }
+    files = {root / folder / f"{name}.py": texts["patch"], root / tests / f"test_{name}.py": texts["tests"]}
+    taken = next(filter(Path.exists, files), None)
+    if taken is not None:
+        raise PatchError(f"{taken} exists; expected a new file: choose another id, package or folder")
+    packages = [root / parent / "__init__.py" for parent in [folder, *folder.parents][:-1]]
+    for path, text in ({path: "" for path in packages if not path.exists()} | files).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {path}")
-    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{planned.entry_point}\n")
-    typer.echo(f"and run: python -m pytest {root / planned.tests}")
+    entry_point = f'[project.entry-points."{ENTRY_POINT_GROUP}"]\n"{patch_id}" = "{words["module"]}"'
+    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{entry_point}\n")
+    typer.echo(f"and run: python -m pytest {root / tests / f'test_{name}.py'}")
+
+
+def _facts(target: str, upstream: str) -> dict[str, str]:
+    """The facts of a target for the templates, as installed. Raises TargetError if no wrapper can be there."""
+    parsed = parse(target)
+    place = describe(parsed, locate(parsed))
+    if place.kind not in _WRAPPED:
+        why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
+        raise TargetError(f"no patch was made for {target!r}: {why}", target=target, why=why)
+    return {
+        "owner": ":".join(filter(None, (parsed.module, ".".join(parsed.owner_path)))),
+        "attribute": parsed.name,
+        "known": "".join(f"    {line}\n" for line in _known(place, upstream)),
+    }
+
+
+def _known(place: Place, upstream: str) -> Iterator[str]:
+    """The fields that say where the defect is reported, in which version it was seen, and in which source."""
+    from importlib import metadata
+
+    package = place.target.module.partition(".")[0]
+    if upstream:
+        yield f'upstream="{upstream}",'
+    for name in metadata.packages_distributions().get(package, ())[:1]:
+        yield f'requires={{"{name}": "=={metadata.version(name)}"}},  # widen it to what has the defect'
+    with contextlib.suppress(NoSourceError):
+        yield f'fingerprint="{fingerprint(place)}",  # of the source that this was written for'
+
+
+def _identifier(patch_id: str) -> str:
+    name = patch_id.rpartition(".")[2].replace("-", "_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"patch_{name}"
+
+
+def _quotable(text: str) -> str:
+    """The text as one line that fits in a string literal and in a docstring."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"', "'")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -276,10 +346,8 @@ def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = No
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (
-            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
-        )
-        typer.echo("\n".join(added))
+        added = {name: value for name, value in wanted.items() if value != os.environ.get(name)}
+        typer.echo("\n".join(f"export {name}={shlex.quote(value)}" for name, value in added.items()))
         return
     arguments = command_of(command)
     sys.stdout.flush()
@@ -300,15 +368,6 @@ def lock(selectors: _Locked = None, output: _Output = None, _: _Import = None) -
     typer.echo(f"locked {', '.join(entry['id'] for entry in found['patches'])} in {output}")
 
 
-def _check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
-    """Print what differs from a lock, and exit with 1 if anything does."""
-    locked = read(file)
-    lines = changes(locked, *selectors)
-    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")
-    if lines:
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
     try:
@@ -319,13 +378,6 @@ def main() -> None:
             declare = "" if is_pattern(error.patch_id) else "declare it in an entry point, or "
             typer.echo(f"If it is yours, {declare}name the module that registers it with --import MODULE.", err=True)
         sys.exit(2)
-
-
-def _show_journal(folder: Path, *, as_json: bool) -> None:
-    processes = read_journals(folder)
-    typer.echo(processes.to_json() if as_json else str(processes))
-    if processes.differences or processes.failures:
-        raise typer.Exit(1)
 
 
 def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
@@ -341,15 +393,6 @@ def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
     if changed is not None:
         rows = [(file.distribution, file.path, file.state) for file in changed]
         typer.echo(aligned(("distribution", "file", "state"), rows) if rows else "every file is as installed")
-
-
-def _judgement(found: Verdict) -> dict[str, Any]:
-    return {"verdict": str(found), "why": found.why}
-
-
-def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
-    compiled = _under_compile(REGISTRY.get(patch_id), found)
-    return {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:

@@ -17,11 +17,10 @@ from .activation import ACTIVATIONS
 from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
-from .plan import Item, expand, fingerprint_of, verdict
+from .plan import Item, Verdict, VerdictKind, expand, fingerprint_of, verdict
 from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
-from .verdict import Verdict, VerdictKind
 from .versions import installed_version, owner_of
 
 __all__ = [
@@ -114,11 +113,8 @@ def lock(*items: Item) -> dict[str, Any]:
     """
     found = manifest()
     if items:
-        found = {
-            **found,
-            "patches": [_entry(patch, verdict(patch)) for patch, _ in expand(items)],
-            "not_replayable": [],
-        }
+        named = [_entry(patch, verdict(patch)) for patch, _ in expand(items)]
+        found = {**found, "patches": named, "not_replayable": []}
     if not found["patches"]:
         raise ManifestError("expected patches to lock, found none in force; name some, or import what applies them")
     entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
@@ -197,12 +193,8 @@ def _in_force() -> list[Receipt]:
 def _entry_of(receipt: Receipt) -> dict[str, Any]:
     found, pending = receipt.verdict, ACTIVATIONS.pending
     forced = found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or pending.is_forced(receipt)
-    options = {
-        "force": forced,
-        "count_calls": receipt.count_calls,
-        "disabled": receipt.disabled,
-        "deferred": receipt in pending.receipts(),
-    }
+    waits = receipt in pending.receipts()
+    options = {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled, "deferred": waits}
     return {**_entry(receipt.patch, found), "reason": receipt.reason, "options": options}
 
 
@@ -303,12 +295,11 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
 def _differing_verdict(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     found = verdict(patch)
     if entry["verdict"] != str(found):
-        advice = (
-            "remove the patch, or lock again" if found.kind == VerdictKind.OBSOLETE else "adapt it, then lock again"
-        )
-        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {advice}"
+        first = "remove the patch, or" if found.kind == VerdictKind.OBSOLETE else "adapt it, then"
+        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {first} lock again"
     here = _fingerprint(patch) if "fingerprint" in entry else ""
     if entry.get("fingerprint", "") != here and (here or entry["verdict"] == str(found)):
-        moved = f"the source of {' or '.join(map(str, patch.targets))!r} had the fingerprint {entry['fingerprint'] or 'none'}"
+        targets = " or ".join(map(str, patch.targets))
+        moved = f"the source of {targets!r} had the fingerprint {entry['fingerprint'] or 'none'}"
         advice = "read what has changed, adapt the patch to it, then lock again"
         yield f"{patch.id!r}: {moved}, and here {here or 'none'}; {advice}"

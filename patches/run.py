@@ -122,18 +122,15 @@ def _imported(modules: Iterable[str], folder: str) -> Iterator[None]:
     offer(folder)
     try:
         for module in modules:
-            _import(module)
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                why = f"{module!r}, which is to register patches, cannot be imported: {error}"
+                raise PatchError(why) from error
         yield
     finally:
         if added and folder in sys.path:
             sys.path.remove(folder)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise PatchError(f"{module!r}, which is to register patches, cannot be imported: {error}") from error
 
 
 def _words(environment: Mapping[str, str], variable: str) -> list[str]:
