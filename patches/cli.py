@@ -33,7 +33,7 @@ from .manifest import write as write_lock
 from .patch import Patch
 from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
+from .registry import BUNDLES, ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
 from .run import command as command_of
 from .run import environment, offer
 from .target import MISSING, Kind, Place, describe, locate, parse
@@ -140,8 +140,10 @@ _Tests = Annotated[Path, typer.Option(metavar="DIR", help="Where the tests go, b
 
 @app.command("list")
 def list_patches(_: _Import = None, as_json: _AsJson = False) -> None:
-    """List every known patch and its source. Imports none of them."""
+    """List every known patch and its source, and the names of the bundles. Imports none of them."""
     _print([{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()], as_json=as_json)
+    if not as_json:
+        typer.echo(f"\nbundles: {', '.join(BUNDLES.names())}")
 
 
 @app.command()

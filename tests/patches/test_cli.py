@@ -43,6 +43,7 @@ def test_list_is_a_table() -> None:
     lines = run("list").stdout.splitlines()
     assert lines[0].split() == ["id", "source"]
     assert any(line.split() == ["fake.cli-needed", "tests.helpers.declare"] for line in lines)
+    assert "qlora-build" in lines[-1].removeprefix("bundles: ").split(", ")
 
 
 def test_show_has_every_fact() -> None:
