@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import keyword
 import os
@@ -32,7 +33,7 @@ from .manifest import write as write_lock
 from .patch import Patch
 from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import ENTRY_POINT_GROUP, REGISTRY, select
+from .registry import BUNDLES, ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
 from .run import command as command_of
 from .run import environment, offer
 from .target import MISSING, Kind, Place, describe, locate, parse
@@ -51,7 +52,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
-    "the installed versions need. Applying is done in Python: `with patches.transaction(ID):`.",
+    "the installed versions need. Apply them in Python with `patches.transaction(ID)`, or to a whole program with "
+    "`patches run`.",
 )
 
 
@@ -77,11 +79,13 @@ _Selectors = Annotated[
     typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
 _Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
-_Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
-_Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
+_Fingerprint = Annotated[
+    bool, typer.Option("--fingerprint", metavar="", help="Print the fingerprint of the target's source only.")
+]
+_Force = Annotated[bool, typer.Option("--force", metavar="", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
 _Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `package.module:name`.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
     typer.Option(
@@ -108,9 +112,12 @@ _RunImport = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
 ]
-_Locked = Annotated[list[str] | None, typer.Argument(metavar="SELECTOR", help="Everything in force if none.")]
+_Locked = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} If none, what `--import` has applied."),
+]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
-_All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
+_All = Annotated[bool, typer.Option("--all", metavar="", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Show every process that ran with PATCHES_JOURNAL=DIR, and which of them differ."),
@@ -120,7 +127,7 @@ _Foreign = Annotated[
     typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
 ]
 _Disk = Annotated[
-    bool, typer.Option("--disk", help="With --foreign: also compare the installed files with their RECORD.")
+    bool, typer.Option("--disk", metavar="", help="With --foreign: also compare the installed files with their RECORD.")
 ]
 _Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
 _NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
@@ -133,8 +140,10 @@ _Tests = Annotated[Path, typer.Option(metavar="DIR", help="Where the tests go, b
 
 @app.command("list")
 def list_patches(_: _Import = None, as_json: _AsJson = False) -> None:
-    """List every known patch and its source. Imports none of them."""
+    """List every known patch and its source, and the names of the bundles. Imports none of them."""
     _print([{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()], as_json=as_json)
+    if not as_json:
+        typer.echo(f"\nbundles: {', '.join(BUNDLES.names())}")
 
 
 @app.command()
@@ -166,7 +175,7 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
 
     - needed: the defect is present.
     - obsolete: it is absent; a transaction skips the patch.
-    - absent: the library is not installed.
+    - absent: a library that the patch `requires` is not installed.
     - unknown: the versions are outside the window, the source or the signature of the target has changed, somebody
       else has patched it, or the probe raised.
     - incompatible: the target does not exist.
@@ -202,15 +211,16 @@ def audit(
 
     A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
 
-    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ.
-    With --foreign, show what code other than this package has patched, compared with a clean process.
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ, or
+    a patch has failed. With --foreign, show what code other than this package has patched, compared with a clean
+    process.
     """
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
     if journal is not None:
         processes = read_journals(journal)
         typer.echo(processes.to_json() if as_json else str(processes))
-        raise typer.Exit(1 if processes.differences else 0)
+        raise typer.Exit(1 if processes.differences or processes.failures else 0)
     if foreign_packages:
         _show_foreign(foreign_packages, as_json=as_json, disk=disk)
     else:
@@ -224,7 +234,11 @@ def aliases(patch: _Patch, _: _Import = None, as_json: _AsJson = False) -> None:
 
     A patch does not reach a copy that holds the original, unless declared with aliases="rewrite".
     """
-    found = [asdict(alias) for alias in find_aliases(patch)]
+    try:
+        found = [asdict(alias) for alias in find_aliases(patch)]
+    except UnknownPatchError as error:
+        colon = f"a target has a colon, such as {':'.join(patch.rsplit('.', 1))}"
+        raise UnknownPatchError(f"{error}; {colon}", patch_id=error.patch_id) from error
     if as_json or found:
         _print(found, as_json=as_json)
     else:
@@ -259,6 +273,11 @@ def new(
     sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
         raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
+    top = package.partition(".")[0]
+    hidden = None if (root / top).exists() else importlib.util.find_spec(top)
+    if hidden is not None:
+        which = f"which would hide that in {hidden.origin}; choose another, or name its project with --root"
+        raise PatchError(f"expected a package of your own, got {top!r}, {which}")
     facts, reason = _facts(target, _quotable(upstream)), _quotable(reason or "say what goes wrong without it")
     Patch(id=patch_id, target=target, wrapper=lambda *_: None, reason=reason)  # refuses a bad id
     name, folder = _identifier(patch_id), Path(*package.split("."))
@@ -357,9 +376,9 @@ def main() -> None:
         app()
     except PatchError as error:
         typer.echo(f"patches: {error}", err=True)
-        if isinstance(error, UnknownPatchError):
-            hint = "declare it in an entry point, or name the module that registers it with --import MODULE"
-            typer.echo(f"If it is yours, {hint}.", err=True)
+        if isinstance(error, UnknownPatchError) and error.patch_id not in REGISTRY.ids():
+            declare = "" if is_pattern(error.patch_id) else "declare it in an entry point, or "
+            typer.echo(f"If it is yours, {declare}name the module that registers it with --import MODULE.", err=True)
         sys.exit(2)
 
 

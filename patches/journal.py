@@ -25,6 +25,7 @@ _REQUIRED: Final = ("serial", "id", "target", "state", "scope", "verdict", "owne
 # These states make no difference: one has no effect, the other will have it as soon as it can.
 _REVERTED: Final = "reverted"
 _WAITS: Final = "pending"
+_FAILED: Final = "failed"
 _Lines = Callable[[], Iterable[Mapping[str, Any]]]
 
 
@@ -46,7 +47,7 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, if the variable is currently set."""
-        self._write(lambda: (line,))
+        self._write(lambda: (_without_counts(line),))
 
     def write_counts(self) -> None:
         """Append the counts of calls, if the variable is currently set."""
@@ -83,7 +84,7 @@ class Journal:
 
     def _begin_child(self) -> None:
         self._begin()
-        self._write(self._history)
+        self._write(lambda: map(_without_counts, self._history()))
         util = sys.modules.get("multiprocessing.util")
         if util is not None:  # its children end without atexit, and drop what was registered before their start
             util.register_after_fork(self, lambda _: util.Finalize(None, self.write_counts, exitpriority=0))
@@ -120,6 +121,8 @@ class Application:
     """Number of calls until the process ended; None if they were not counted, or it was killed."""
     passed: int | None = field(default=None, compare=False)
     """Number of those that the patch passed through."""
+    note: str = field(default="", compare=False)
+    """Reason for the state."""
 
     def __str__(self) -> str:
         return f"{self.state}, {self.scope}, {self.verdict}, {self.owner}"
@@ -179,15 +182,26 @@ class Processes(tuple[Process, ...]):
             differing.append(Difference(id="(journal)", by_process={**present, **absent}))
         return tuple(differing)
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A line for each reason why a patch that waited for its module could not be applied."""
+        failed = [one for process in self for one in process.applications if one.state == _FAILED]
+        ids: dict[str, set[str]] = {}
+        for one in failed:
+            ids.setdefault(one.note, set()).add(one.id)
+        return tuple(f"{', '.join(sorted(ids[note]))} failed: {note}" for note in ids)
+
     def __str__(self) -> str:
         from .ledger import aligned  # which writes journals
 
         if not self:
             return "no process has kept a journal here"
-        rows = sorted({(one.id, one.target) for process in self for one in process.applications})
+        found = [one for process in self for one in process.applications]
+        resolved = {one.id for one in found if one.state != _WAITS}  # of several targets, by the processes that have it
+        rows = sorted({(one.id, one.target) for one in found if one.state != _WAITS or one.id not in resolved})
         table = [(*row, *(_state(process, *row) for process in self)) for row in rows]
         header = ("id", "target", *(process.name for process in self))
-        return "\n".join([aligned(header, table), *map(str, self.differences)])
+        return "\n".join([aligned(header, table), *map(str, self.differences), *self.failures])
 
     def to_json(self) -> str:
         """A JSON object: `processes`, a list with one object per process, and `differences`."""
@@ -246,10 +260,16 @@ def _parse(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _without_counts(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line, without the counts of this moment, unless they are final: a killed process writes no others."""
+    return line if line["state"] == _REVERTED else {**line, "calls": None, "passed": None}
+
+
 def _application(line: Mapping[str, Any]) -> Application:
     scope = "process" if line["scope"] == "process" else "instances"
     plain = {name: line[name] for name in ("id", "target", "state", "verdict", "owner")}
-    return Application(**plain, scope=scope, calls=line.get("calls"), passed=line.get("passed"))
+    note = line.get("note") or ""
+    return Application(**plain, scope=scope, calls=line.get("calls"), passed=line.get("passed"), note=note)
 
 
 def _summary(process: Process, patch_id: str) -> str:
@@ -260,7 +280,9 @@ def _summary(process: Process, patch_id: str) -> str:
 
 
 def _state(process: Process, patch_id: str, target: str) -> str:
-    found = [one for one in process.applications if (one.id, one.target) == (patch_id, target)]
+    found = [
+        one for one in process.applications if one.id == patch_id and (one.target == target or one.state == _WAITS)
+    ]
     return " + ".join(dict.fromkeys(f"{one.state} ({one.scope}){_calls(one)}" for one in found)) or "-"
 
 

@@ -213,7 +213,7 @@ class Ledger:
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        counted = [receipt for receipt, _ in self._in_force.copy().values() if receipt.calls]
+        counted = [receipt for receipt, _ in self._in_force.copy().values() if receipt.count_calls]
         return [_line(Entry.of(receipt, receipt.state)) for receipt in counted]
 
 
