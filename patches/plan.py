@@ -245,7 +245,7 @@ def make_plan(items: Iterable[Item], *, on: Chosen | None = None, force: bool = 
     applied = tuple(step for step in steps if step.patch not in left_out)
     for step in applied:
         if step.scope is not None:
-            _refuse_to_limit(step.patch)
+            _refuse_to_limit(step.patch, step.scope)
     return Plan(steps=applied, skipped=tuple(step for step in steps if step not in applied))
 
 
@@ -359,8 +359,8 @@ def is_left_out(patch: Patch, found: Verdict, *, force: bool) -> bool:
     return found.gone or (is_skipped and not force)
 
 
-def _refuse_to_limit(patch: Patch) -> None:
-    """Raise ScopeError if the patch's target has no instances to be limited to."""
+def _refuse_to_limit(patch: Patch, scope: Scope) -> None:
+    """Raise ScopeError if the patch's target has no instances to be limited to, or one is taken for a predicate."""
     place = resolve(patch)
     why = f"{patch.id!r} cannot be limited to instances: {str(place.target)!r} is a {place.kind}"
     if place.kind in STORED:
@@ -368,7 +368,7 @@ def _refuse_to_limit(patch: Patch) -> None:
             f"{why}, which all read alike; patch what reads it, or say kind='attribute' for what instances store",
             patch_id=patch.id,
         )
-    if isinstance(place.owner, type) and isinstance(step.scope.predicate, place.owner):
+    if isinstance(place.owner, type) and isinstance(scope.predicate, place.owner):
         what = f"an object of {place.owner.__qualname__!r}, which can be called; to limit it to that one, pass [it]"
         raise ScopeError(f"{patch.id!r} is limited by a predicate that is {what}", patch_id=patch.id)
     if patch.subject is None and place.kind in (Kind.FUNCTION, Kind.STATICMETHOD):
