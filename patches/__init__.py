@@ -57,4 +57,4 @@ def __getattr__(name: str) -> Any:
         found = importlib.import_module(f"{__name__}.{module}")
         if name in found.__all__:
             return getattr(found, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it is the registry, {__file__}")

@@ -215,6 +215,8 @@ class Patch:
         for value in self.fingerprint:
             if not _FINGERPRINT.fullmatch(value):
                 raise self._refuse("fingerprint", f"{value!r} is not 16 hexadecimal digits")
+        if not isinstance(self.requires, Mapping):
+            raise self._refuse("requires", f"expected {{distribution: window}}, got {self.requires!r}")
         for distribution, window in self.requires.items():
             try:
                 parse_specifier(window)

@@ -192,6 +192,9 @@ class Plan:
     steps: tuple[Step, ...]
     skipped: tuple[Step, ...]
 
+    def __str__(self) -> str:
+        return self.explain()
+
     def explain(self) -> str:
         """A table of the patches to apply, in order, with targets and reasons; then the skipped ones."""
         if not self.steps and not self.skipped:

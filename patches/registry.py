@@ -45,8 +45,8 @@ class Registry:
 
     An id is looked up among the patches registered so far, then in `builtin` (id -> module that registers it),
     then among the entry points of the group `patches.registry` (name: the id; value: a module that registers
-    it, or `module:attribute` with the Patch). An id has one claimant: two raise DuplicatePatchError, which
-    names both.
+    it, or `module:attribute` with the Patch). An entry point without a dot in its name is that of a bundle. An id has
+    one claimant: two raise DuplicatePatchError, which names both.
     """
 
     def __init__(
@@ -103,11 +103,16 @@ class Registry:
 
     def ids(self) -> list[str]:
         """All known ids, sorted. Imports nothing."""
-        return sorted({*self._patches, *self._builtin, *(point.name for point in self._points())})
+        offered = (point.name for point in self._points() if "." in point.name)
+        return sorted({*self._patches, *self._builtin, *offered})
 
     def offer(self, points: Iterable[EntryPoint]) -> None:
         """Add entry points of what is not installed. An installed one of the same name is used instead."""
         self._offered.update({point.name: point for point in points})
+
+    def bundles(self) -> dict[str, EntryPoint]:
+        """Entry points of bundles, whose names have no dot: name -> a module that registers it."""
+        return {point.name: point for point in self._points() if "." not in point.name}
 
     def _points(self) -> list[EntryPoint]:
         installed = list(self._find_entry_points())
@@ -216,7 +221,10 @@ class Bundles:
         return bundle
 
     def get(self, name: str) -> Bundle:
-        """The bundle of this name. Raises UnknownPatchError."""
+        """The bundle of this name; imports the module that declares it. Raises UnknownPatchError."""
+        offered = REGISTRY.bundles() if name not in self._bundles else {}
+        if name in offered:
+            offered[name].load()
         if name not in self._bundles:
             known = ", ".join(self.names()) or "none"
             raise UnknownPatchError(f"no bundle has the name {name!r}; known: {known}", patch_id=name)
@@ -224,7 +232,7 @@ class Bundles:
 
     def names(self) -> list[str]:
         """The names of all bundles, sorted."""
-        return sorted(self._bundles)
+        return sorted({*self._bundles, *REGISTRY.bundles()})
 
 
 REGISTRY: Final = Registry(builtin=BUILTIN)

@@ -90,7 +90,9 @@ def test_builtin_patches_of_what_is_not_installed_are_absent_and_nothing_to_fail
     assert "absent" in shown
     assert "not installed: torch" in shown
     refused = alone.run("patches", "plan", "torch.fsdp1-raw-reads", cwd=tmp_path, code=2)
-    assert refused == "patches: 'torch.fsdp1-raw-reads' cannot be applied: not installed: torch\n"
+    target = "torch.distributed.fsdp._flat_param:FlatParamHandle._writeback_orig_params"
+    why = f"not installed: torch, for '{target}'"
+    assert refused == f"patches: 'torch.fsdp1-raw-reads' cannot be applied: {why}\n"
 
 
 def test_without_the_extra_the_command_line_says_what_to_install(

@@ -462,7 +462,7 @@ def test_a_factory_that_fails_leaves_nothing() -> None:
         {"kind": "add"},
         {"factory": 3},
     ],
-    ids=str,
+    ids=lambda fields: "-".join(fields) or "nothing",
 )
 def test_exactly_one_way_is_given(fields: dict[str, Any]) -> None:
     with pytest.raises((patches.DefinitionError, TypeError), match=r"wrapper|replace|factory"):
