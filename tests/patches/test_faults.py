@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import copy
 import functools
 import gc
 import importlib
@@ -691,6 +692,16 @@ def test_a_patched_property_keeps_its_name_its_doc_and_that_it_is_abstract(kind:
     stock = described()
     with patches.transaction(declare("a", f"{__name__}:Shape.area", kind=kind, wrapper=passing)):
         assert described() == stock
+
+
+def test_what_holds_a_receipt_or_a_patch_is_copied() -> None:
+    with patches.transaction(declare("a", SCALE)) as tx:
+        holder = types.SimpleNamespace(receipts=tx.receipts, patch=tx.receipts[0].patch)
+        copied = copy.deepcopy(holder)
+        assert (copied.receipts, copied.patch) == (tx.receipts, holder.patch)
+        assert patches.revert(copy.copy(copied.receipts[0])) == tx.receipts
+        assert functions.scale(2) == 4
+        assert copy.copy(holder.patch) is holder.patch
 
 
 @pytest.mark.parametrize("where", ["module", "item", "object"])
