@@ -477,7 +477,17 @@ def rehearse(place: Place) -> None:
         why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
         raise refuse(place.target, why) from error
     if stored is not place.found:
+        _put_back(place)
         raise refuse(place.target, f"{type(place.owner).__qualname__}.__setattr__ stores it elsewhere")
+
+
+def _put_back(place: Place) -> None:
+    """Undo what a foreign `__setattr__` has stored, without asking it."""
+    plain = type if isinstance(place.owner, type) else object
+    if place.own is not MISSING:
+        plain.__setattr__(place.owner, place.name, place.own)
+    elif place.cell.read() is not MISSING:
+        plain.__delattr__(place.owner, place.name)
 
 
 def _siblings(module: str) -> list[str]:
@@ -558,7 +568,7 @@ def _check_addition(target: Target, owner: Any, found: Any) -> None:
 
 
 def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
-    if target.is_attribute and not isinstance(owner, type | ModuleType) and kind != Kind.ADD:
+    if target.is_attribute and not isinstance(owner, type) and kind != Kind.ADD:
         _check_object(target, owner)
     if kind == Kind.DELETE and (target.parameter is not None or isinstance(owner, MutableSequence)):
         raise refuse(target, "kind 'delete' is for attributes and for the items of a dictionary")
@@ -608,7 +618,7 @@ def _check_object(target: Target, owner: Any) -> None:
     on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
     if hasattr(type(on_class), "__set__"):
         raise refuse(target, f"it is a {type(on_class).__name__} of {_name(type(owner))}; patch it there")
-    if on_class is MISSING and name not in vars(owner):
+    if on_class is MISSING and name not in vars(owner) and not isinstance(owner, ModuleType):
         raise refuse(target, f"it is neither in the __dict__ of {_name(owner)} nor on its class", is_absent=True)
 
 

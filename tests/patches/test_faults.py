@@ -768,3 +768,46 @@ def test_the_audit_names_a_value_that_somebody_else_has_left(lib: types.ModuleTy
     assert [row.state for row in patches.audit()] == ["overwritten"]
     lib.run = stock
     assert len(patches.audit()) == 0
+
+
+# What a foreign `__setattr__` does ------------------------------------------------------------------------------------
+
+
+class Rewriting(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        super().__setattr__(name, staticmethod(value) if callable(value) else value)
+
+
+class Rewritten(metaclass=Rewriting):
+    def run(self) -> str:
+        return "stock"
+
+
+class RewrittenToo(Rewritten):
+    pass
+
+
+@pytest.mark.parametrize("owner", [Rewritten, RewrittenToo])
+def test_a_refusal_leaves_nothing_of_what_a_metaclass_has_stored(owner: type) -> None:
+    before = Snapshot(Rewritten, RewrittenToo)
+    with pytest.raises(patches.TargetError, match="stores it elsewhere"):
+        patches.transaction(declare("a", f"{__name__}:{owner.__name__}.run")).__enter__()
+    assert before.differences() == []
+    assert Rewritten().run() == "stock"
+
+
+def test_a_property_of_a_module_s_class_is_refused(lib: types.ModuleType) -> None:
+    class Redirecting(types.ModuleType):
+        @property
+        def run(self) -> object:
+            return self.__dict__["_run"]
+
+        @run.setter
+        def run(self, value: object) -> None:
+            self.__dict__["_run"] = value
+
+    lib.__class__ = Redirecting
+    lib.run = functions.scale
+    with pytest.raises(patches.IncompatibleError, match=r"property of class .*Redirecting"):
+        patches.transaction(declare("a", "fault_lib:run")).__enter__()
+    assert lib.run is functions.scale
