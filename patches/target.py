@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import enum
 import importlib
 import re
@@ -32,6 +33,7 @@ __all__ = [
     "locate",
     "owner_now",
     "parse",
+    "put_back",
     "refuse",
     "rehearse",
 ]
@@ -477,17 +479,17 @@ def rehearse(place: Place) -> None:
         why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
         raise refuse(place.target, why) from error
     if stored is not place.found:
-        _put_back(place)
+        put_back(place, place.own)
         raise refuse(place.target, f"{type(place.owner).__qualname__}.__setattr__ stores it elsewhere")
 
 
-def _put_back(place: Place) -> None:
-    """Undo what a foreign `__setattr__` has stored, without asking it."""
-    plain = type if isinstance(place.owner, type) else object
-    if place.own is not MISSING:
-        plain.__setattr__(place.owner, place.name, place.own)
-    elif place.cell.read() is not MISSING:
-        plain.__delattr__(place.owner, place.name)
+def put_back(place: Place, before: Any) -> None:
+    """Undo what a foreign `__setattr__`, such as that of a torch module, has stored elsewhere or otherwise."""
+    if before is MISSING or place.cell.read() is MISSING:
+        with contextlib.suppress(Exception):  # nothing is there
+            delattr(place.owner, place.name)
+    if before is not MISSING:
+        (type if isinstance(place.owner, type) else object).__setattr__(place.owner, place.name, before)
 
 
 def _siblings(module: str) -> list[str]:

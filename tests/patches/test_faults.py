@@ -811,3 +811,31 @@ def test_a_property_of_a_module_s_class_is_refused(lib: types.ModuleType) -> Non
     with pytest.raises(patches.IncompatibleError, match=r"property of class .*Redirecting"):
         patches.transaction(declare("a", "fault_lib:run")).__enter__()
     assert lib.run is functions.scale
+
+
+class Registering:
+    """Stores functions elsewhere, as a torch module does its children."""
+
+    def __init__(self) -> None:
+        super().__setattr__("children", {})
+        self.size = 3
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if callable(value):
+            self.__dict__.pop(name, None)
+            self.children[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self.children.pop(name, None) is None:
+            super().__delattr__(name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("extra", "add"), ("size", "value")])
+def test_a_patch_that_an_object_stores_elsewhere_is_refused_and_leaves_nothing(name: str, kind: str) -> None:
+    one = Registering()
+    with pytest.raises(patches.ApplyError, match="had no effect"):
+        patches.transaction(declare("a", patches.at(one, name), kind=kind, wrapper=None, replace=passing)).__enter__()
+    assert vars(one) == {"children": {}, "size": 3}
+    assert len(patches.audit()) == 0
