@@ -19,7 +19,6 @@ from .patch import Patch
 from .registry import BUNDLES, REGISTRY
 from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
-from .verdict import renew_locks
 
 __all__ = ["ACTIVATIONS", "Activations"]
 
@@ -44,7 +43,8 @@ class Activations:
         self._changing = False
         self.pending = Pending(self)
         """Receipts that wait for their modules."""
-        self._failed: list[Receipt] = []
+        self.failed: list[Receipt] = []
+        """Receipts that could not be applied when their modules were imported, oldest first."""
         self._stale = False
 
     def catch_up(self) -> None:
@@ -69,17 +69,15 @@ class Activations:
         """The receipts that are applied, oldest first."""
         return list(self._held)
 
-    def left_behind(self) -> list[Receipt]:
-        """The receipts that were undone but whose object is still in place, oldest first."""
-        return list(self._left_behind)
-
     def in_force(self) -> list[Receipt]:
         """The receipts that are applied, and those that wait for their modules, oldest first."""
         return sorted([*self._held, *self.pending.receipts()], key=lambda receipt: receipt.serial)
 
-    def failed(self) -> list[Receipt]:
-        """The receipts that could not be applied when their modules were imported, oldest first."""
-        return list(self._failed)
+    def known(self) -> list[Receipt]:
+        """Every receipt that can be undone now: those in force, left behind, or failed."""
+        with self.lock:
+            self.catch_up()
+            return [*self.in_force(), *self._left_behind, *self.failed]
 
     def installed(self) -> list[object]:
         """The objects that we installed and that are still in place, one for each intact slot."""
@@ -115,7 +113,7 @@ class Activations:
         return slot.place
 
     def copies(self, target: Target, kind: str) -> Copies:
-        """The other bindings of the target's object. Raises TargetError."""
+        """The copies of the target's object. Raises TargetError."""
         slot, _ = self._slot(target)
         return Copies(self.place(target, kind)) if slot is None else slot.copies
 
@@ -154,7 +152,7 @@ class Activations:
         self.pending.take(receipt)
         self.undo_all([receipt], note)
         self.ledger.record(receipt, State.FAILED, note)
-        self._failed.append(receipt)
+        self.failed.append(receipt)
 
     def held_with(self, receipt: Receipt) -> list[Receipt]:
         """The receipts at the same place, oldest first; empty if the receipt is not active."""
@@ -239,8 +237,8 @@ class Activations:
     def _undo_unapplied(self, receipt: Receipt, note: str) -> None:
         if self.pending.take(receipt):
             self.ledger.record(receipt, State.REVERTED, note or "cancelled before its module was imported")
-        if receipt in self._failed:
-            self._failed.remove(receipt)
+        if receipt in self.failed:
+            self.failed.remove(receipt)
             self.ledger.record(receipt, State.REVERTED, note)
 
     def _forget_unused(self, slot: Slot) -> None:
@@ -287,7 +285,6 @@ class Activations:
         else:
             self.lock, self._changing = threading.RLock(), False
         REGISTRY.lock, BUNDLES.lock = threading.Lock(), threading.Lock()
-        renew_locks()
 
     def _expire_soon(self, receipt: Receipt) -> None:
         # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
@@ -313,5 +310,4 @@ def _finish_imports() -> None:
 
 
 ACTIVATIONS: Final = Activations(LEDGER)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_finish_imports, after_in_child=ACTIVATIONS.renew_locks)
+os.register_at_fork(before=_finish_imports, after_in_child=ACTIVATIONS.renew_locks)

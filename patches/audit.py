@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from .activation import ACTIVATIONS
 from .errors import TargetError
-from .ledger import LEDGER, Entry, Receipt, State
+from .ledger import LEDGER, Entry, State, aligned
 from .patch import Patch
 from .plan import resolve
 from .registry import REGISTRY
-from .table import aligned
 
 __all__ = ["Alias", "Audit", "Row", "aliases", "audit"]
 
@@ -58,7 +57,8 @@ class Audit(tuple[Row, ...]):
         counts = [name for name in ("calls", "passed") if any(getattr(row, name) for row in self)]
         counted = any(row.calls is not None for row in self)
         columns = (*_COLUMNS, *dict.fromkeys(["calls", *counts] if counted else []))
-        table = aligned(columns, [[_text(getattr(row, name)) for name in columns] for row in self])
+        values = [[getattr(row, name) for name in columns] for row in self]
+        table = aligned(columns, [["" if value is None else str(value) for value in line] for line in values])
         passing = [f"calls pass by {row.id} through {', '.join(row.aliases)}" for row in self if row.aliases]
         return "\n".join((table, *passing))
 
@@ -78,52 +78,19 @@ def audit(*, include_reverted: bool = False, aliases: bool = False) -> Audit:
     """
     ACTIVATIONS.pending.notice()
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
-        in_force = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
-        rows = {receipt.serial: _row(receipt, aliases=aliases) for receipt in in_force}
+        rows = {}
+        for receipt in ACTIVATIONS.known():
+            state = ACTIVATIONS.condition(receipt)
+            copies = _unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else ()
+            rows[receipt.serial] = _row(Entry.of(receipt, state), copies)
         past = {entry.serial: entry for entry in LEDGER.entries if entry.serial not in rows} if include_reverted else {}
-        rows |= {serial: _past_row(entry) for serial, entry in past.items()}
+        rows |= {serial: _row(entry) for serial, entry in past.items()}
         return Audit(rows[serial] for serial in sorted(rows))
 
 
-def _row(receipt: Receipt, *, aliases: bool) -> Row:
-    state = ACTIVATIONS.condition(receipt)
-    return Row(
-        id=receipt.id,
-        target=receipt.target,
-        state=state,
-        scope=receipt.scope_text,
-        since=receipt.since.isoformat(timespec="seconds"),
-        by=receipt.by,
-        reason=receipt.reason,
-        verdict=str(receipt.verdict),
-        owner=receipt.owner,
-        note=receipt.note,
-        calls=receipt.calls,
-        passed=receipt.passed,
-        aliases=_unpatched_copies(receipt.patch) if aliases and state == State.ACTIVE else (),
-    )
-
-
-def _past_row(entry: Entry) -> Row:
-    return Row(
-        id=entry.id,
-        target=entry.target,
-        state=entry.state,
-        scope=entry.scope,
-        since=entry.since.isoformat(timespec="seconds"),
-        by=entry.by,
-        reason=entry.reason,
-        verdict=entry.verdict,
-        owner=entry.owner,
-        note=entry.note,
-        calls=entry.calls,
-        passed=entry.passed,
-    )
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
+def _row(entry: Entry, aliases: tuple[str, ...] = ()) -> Row:
+    facts: Any = {field.name: getattr(entry, field.name) for field in fields(Row) if field.name != "aliases"}
+    return Row(**{**facts, "since": entry.since.isoformat(timespec="seconds")}, aliases=aliases)
 
 
 # Copies ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +98,7 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Alias:
-    """Another binding of a target, as it is now."""
+    """A copy of a target, as it is now."""
 
     where: str
     """`module:name`, `module:Class.name`, `module:TABLE['key']` or `module:LIST[0]`."""
@@ -148,35 +115,28 @@ def aliases(patch: str | Patch) -> list[Alias]:
     and nothing else. Copies in closures, partials, default arguments and instances are not found, nor are those of
     classmethods, properties and values. Raises UnknownPatchError, TargetError.
     """
-    place_of = resolve(_looked_up(patch) if isinstance(patch, str) and ":" in patch else _declared(patch))
+    if isinstance(patch, str):
+        patch = _looked_up(patch) if ":" in patch else REGISTRY.get(patch)
+    place = resolve(patch)
     with ACTIVATIONS.lock:
-        copies = ACTIVATIONS.copies(place_of.target, place_of.kind)
-        found = [
-            *(Alias(where=str(binding), holds="original") for binding in copies.of_original()),
-            *(Alias(where=str(binding), holds="patched") for binding in copies.of_installed()),
-        ]
+        copies = ACTIVATIONS.copies(place.target, place.kind)
+        found = [Alias(where=str(copy), holds="original") for copy in copies.of_original()]
+        found += [Alias(where=str(copy), holds="patched") for copy in copies.of_installed()]
     return sorted(found, key=lambda alias: alias.where)
 
 
 def _unpatched_copies(patch: Patch) -> tuple[str, ...]:
-    """The copies through which calls bypass an active patch; empty if the patch ignores aliases."""
     if patch.aliases == "ignore":
         return ()
     copies = ACTIVATIONS.copies(resolve(patch).target, patch.kind)
     return tuple(sorted(map(str, copies.of_original(spared=patch.spared()))))
 
 
-def _declared(patch: str | Patch) -> Patch:
-    return REGISTRY.get(patch) if isinstance(patch, str) else patch
-
-
 def _looked_up(target: str) -> Patch:
     """A patch by which to look a target up: of any kind, or of kind "class", which "auto" refuses to patch."""
-    for kind in ("auto", "class"):
-        made = Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up", kind=kind)
-        try:
-            resolve(made)
-        except TargetError:
-            continue
-        return made
-    return Patch(id="patches.aliases", target=target, wrapper=lambda *_: None, reason="to look it up")
+    about: Any = {"id": "patches.aliases", "target": target, "wrapper": lambda *_: None, "reason": "to look it up"}
+    try:
+        resolve(made := Patch(**about, kind="class"))
+    except TargetError:
+        return Patch(**about)
+    return made

@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import json
+import keyword
 import os
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from string import Template
 from typing import Annotated, Any, Final
 
 import typer
 
 from .audit import aliases as find_aliases
 from .audit import audit as take_audit
+from .drift import NoSourceError, fingerprint
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
 from .journal import read_journals
+from .ledger import aligned
 from .manifest import changes, read
 from .manifest import lock as make_lock
 from .manifest import write as write_lock
 from .patch import Patch
-from .plan import fingerprint_of, is_seen_when_compiled, verdict
+from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
 from .plan import plan as make_plan
-from .registry import REGISTRY, select
+from .registry import BUNDLES, ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
 from .run import command as command_of
 from .run import environment, offer
-from .scaffold import scaffold, write
-from .table import aligned
-from .target import MISSING
-from .verdict import Verdict, VerdictKind
+from .target import MISSING, Kind, Place, describe, locate, parse
 
 __all__ = ["app", "main"]
 
 _UNTRUSTED: Final = (VerdictKind.UNKNOWN, VerdictKind.INCOMPATIBLE)
+_TEMPLATES: Final = Path(__file__).with_name("templates")
+_WRAPPED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD, Kind.PROPERTY)
 
 app = typer.Typer(
     name="patches",
@@ -47,7 +52,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
-    "the installed versions need. Applying is done in Python: `with patches.transaction(ID):`.",
+    "the installed versions need. Apply them in Python with `patches.transaction(ID)`, or to a whole program with "
+    "`patches run`.",
 )
 
 
@@ -73,11 +79,13 @@ _Selectors = Annotated[
     typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
 ]
 _Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
-_Fingerprint = Annotated[bool, typer.Option("--fingerprint", help="Print the fingerprint of the target's source only.")]
-_Force = Annotated[bool, typer.Option("--force", help="As `transaction(force=True)`: obsolete ones too.")]
+_Fingerprint = Annotated[
+    bool, typer.Option("--fingerprint", metavar="", help="Print the fingerprint of the target's source only.")
+]
+_Force = Annotated[bool, typer.Option("--force", metavar="", help="As `transaction(force=True)`: obsolete ones too.")]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="As `patches list` shows it.")]
 _Patch = Annotated[str, typer.Argument(metavar="ID|TARGET", help="A patch, or `package.module:name`.")]
-_AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+_AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON instead of a table.")]
 _Import = Annotated[
     list[str] | None,
     typer.Option(
@@ -104,9 +112,12 @@ _RunImport = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="MODULE", help="Import this first, in every process. Repeatable."),
 ]
-_Locked = Annotated[list[str] | None, typer.Argument(metavar="SELECTOR", help="Everything in force if none.")]
+_Locked = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} If none, what `--import` has applied."),
+]
 _Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Written whole or not at all.")]
-_All = Annotated[bool, typer.Option("--all", help="Also what was reverted or skipped.")]
+_All = Annotated[bool, typer.Option("--all", metavar="", help="Also what was reverted or skipped.")]
 _Journal = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Show every process that ran with PATCHES_JOURNAL=DIR, and which of them differ."),
@@ -116,7 +127,7 @@ _Foreign = Annotated[
     typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
 ]
 _Disk = Annotated[
-    bool, typer.Option("--disk", help="With --foreign: also compare the installed files with their RECORD.")
+    bool, typer.Option("--disk", metavar="", help="With --foreign: also compare the installed files with their RECORD.")
 ]
 _Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
 _NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
@@ -129,8 +140,10 @@ _Tests = Annotated[Path, typer.Option(metavar="DIR", help="Where the tests go, b
 
 @app.command("list")
 def list_patches(_: _Import = None, as_json: _AsJson = False) -> None:
-    """List every known patch and its source. Imports none of them."""
+    """List every known patch and its source, and the names of the bundles. Imports none of them."""
     _print([{"id": patch_id, "source": REGISTRY.source(patch_id)} for patch_id in REGISTRY.ids()], as_json=as_json)
+    if not as_json:
+        typer.echo(f"\nbundles: {', '.join(BUNDLES.names())}")
 
 
 @app.command()
@@ -147,7 +160,7 @@ def show(patch_id: _Id, _: _Import = None, as_json: _AsJson = False, only_finger
     declared = {field.name: getattr(patch, field.name) for field in fields(patch) if field.init}
     declared["target"] = " or ".join(map(str, patch.targets))
     given = {name: _plain(value) for name, value in declared.items() if value is not MISSING}
-    facts = {**given, **_judgement(found), **_under_compile(patch, found)}
+    facts = {**given, "verdict": str(found), "why": found.why, **_under_compile(patch, found)}
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
     else:
@@ -162,7 +175,7 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
 
     - needed: the defect is present.
     - obsolete: it is absent; a transaction skips the patch.
-    - absent: the library is not installed.
+    - absent: a library that the patch `requires` is not installed.
     - unknown: the versions are outside the window, the source or the signature of the target has changed, somebody
       else has patched it, or the probe raised.
     - incompatible: the target does not exist.
@@ -170,12 +183,16 @@ def check(selectors: _Selectors = None, _: _Import = None, as_json: _AsJson = Fa
     Exits with 1 if a patch is unknown or incompatible; with --lock, if anything differs from the file.
     """
     if lock_file is not None:
-        _check_lock(lock_file, selectors or (), as_json=as_json)
-        return
+        lines = changes(read(lock_file), *(selectors or ()))
+        typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {lock_file}")
+        raise typer.Exit(1 if lines else 0)
     verdicts = {patch_id: verdict(patch_id) for patch_id in (select(*selectors) if selectors else REGISTRY.ids())}
-    rows: list[dict[str, Any]] = [{"id": patch_id, **_judgement(found)} for patch_id, found in verdicts.items()]
-    if as_json:
-        rows = [{**row, **_details(row["id"], found)} for row, found in zip(rows, verdicts.values(), strict=True)]
+    rows: list[dict[str, Any]] = []
+    for patch_id, found in verdicts.items():
+        rows.append({"id": patch_id, "verdict": str(found), "why": found.why})
+        if as_json:
+            compiled = _under_compile(REGISTRY.get(patch_id), found)
+            rows[-1] |= {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
     _print(rows, as_json=as_json)
     if any(found.kind in _UNTRUSTED for found in verdicts.values()):
         raise typer.Exit(1)
@@ -194,14 +211,17 @@ def audit(
 
     A new process has no patches, so name a module that applies some: `patches audit --import mypackage`.
 
-    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ.
-    With --foreign, show what code other than this package has patched, compared with a clean process.
+    With --journal, show the processes that kept a journal side by side instead, and exit with 1 if they differ, or
+    a patch has failed. With --foreign, show what code other than this package has patched, compared with a clean
+    process.
     """
     if disk and not foreign_packages:
         raise typer.BadParameter("it needs --foreign PACKAGE, which says whose files to compare", param_hint="--disk")
     if journal is not None:
-        _show_journal(journal, as_json=as_json)
-    elif foreign_packages:
+        processes = read_journals(journal)
+        typer.echo(processes.to_json() if as_json else str(processes))
+        raise typer.Exit(1 if processes.differences or processes.failures else 0)
+    if foreign_packages:
         _show_foreign(foreign_packages, as_json=as_json, disk=disk)
     else:
         found = take_audit(include_reverted=everything)
@@ -214,7 +234,11 @@ def aliases(patch: _Patch, _: _Import = None, as_json: _AsJson = False) -> None:
 
     A patch does not reach a copy that holds the original, unless declared with aliases="rewrite".
     """
-    found = [asdict(alias) for alias in find_aliases(patch)]
+    try:
+        found = [asdict(alias) for alias in find_aliases(patch)]
+    except UnknownPatchError as error:
+        colon = f"a target has a colon, such as {':'.join(patch.rsplit('.', 1))}"
+        raise UnknownPatchError(f"{error}; {colon}", patch_id=error.patch_id) from error
     if as_json or found:
         _print(found, as_json=as_json)
     else:
@@ -247,11 +271,70 @@ def new(
     of the effect; the wrapper, which has it; and a test.
     """
     sys.path.insert(0, str(root.resolve()))  # the target may be in the project itself
-    planned = scaffold(package, id=patch_id, target=target, reason=reason, upstream=upstream, tests=tests)
-    for path in write(planned, root):
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in package.split(".")):
+        raise PatchError(f"expected a package such as 'my_project.patches', got {package!r}")
+    top = package.partition(".")[0]
+    hidden = None if (root / top).exists() else importlib.util.find_spec(top)
+    if hidden is not None:
+        which = f"which would hide that in {hidden.origin}; choose another, or name its project with --root"
+        raise PatchError(f"expected a package of your own, got {top!r}, {which}")
+    facts, reason = _facts(target, _quotable(upstream)), _quotable(reason or "say what goes wrong without it")
+    Patch(id=patch_id, target=target, wrapper=lambda *_: None, reason=reason)  # refuses a bad id
+    name, folder = _identifier(patch_id), Path(*package.split("."))
+    words = {**facts, "id": patch_id, "target": target, "reason": reason, "module": f"{package}.{name}"}
+    texts = {
+        part: Template((_TEMPLATES / f"{part}.txt").read_text(encoding="utf-8")).substitute(words, function=name)
+        for part in ("patch", "tests")
+    }
+    files = {root / folder / f"{name}.py": texts["patch"], root / tests / f"test_{name}.py": texts["tests"]}
+    taken = next(filter(Path.exists, files), None)
+    if taken is not None:
+        raise PatchError(f"{taken} exists; expected a new file: choose another id, package or folder")
+    packages = [root / parent / "__init__.py" for parent in [folder, *folder.parents][:-1]]
+    for path, text in ({path: "" for path in packages if not path.exists()} | files).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {path}")
-    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{planned.entry_point}\n")
-    typer.echo(f"and run: python -m pytest {root / planned.tests}")
+    entry_point = f'[project.entry-points."{ENTRY_POINT_GROUP}"]\n"{patch_id}" = "{words["module"]}"'
+    typer.echo(f"\nNow add to pyproject.toml, so that others find it by its id:\n\n{entry_point}\n")
+    typer.echo(f"and run: python -m pytest {root / tests / f'test_{name}.py'}")
+
+
+def _facts(target: str, upstream: str) -> dict[str, str]:
+    """The facts of a target for the templates, as installed. Raises TargetError if no wrapper can be there."""
+    parsed = parse(target)
+    place = describe(parsed, locate(parsed))
+    if place.kind not in _WRAPPED:
+        why = f"its kind is {place.kind.value!r}, and the template is for what is called or read"
+        raise TargetError(f"no patch was made for {target!r}: {why}", target=target, why=why)
+    return {
+        "owner": ":".join(filter(None, (parsed.module, ".".join(parsed.owner_path)))),
+        "attribute": parsed.name,
+        "known": "".join(f"    {line}\n" for line in _known(place, upstream)),
+    }
+
+
+def _known(place: Place, upstream: str) -> Iterator[str]:
+    """The fields that say where the defect is reported, in which version it was seen, and in which source."""
+    from importlib import metadata
+
+    package = place.target.module.partition(".")[0]
+    if upstream:
+        yield f'upstream="{upstream}",'
+    for name in metadata.packages_distributions().get(package, ())[:1]:
+        yield f'requires={{"{name}": "=={metadata.version(name)}"}},  # widen it to what has the defect'
+    with contextlib.suppress(NoSourceError):
+        yield f'fingerprint="{fingerprint(place)}",  # of the source that this was written for'
+
+
+def _identifier(patch_id: str) -> str:
+    name = patch_id.rpartition(".")[2].replace("-", "_")
+    return name if name.isidentifier() and not keyword.iskeyword(name) else f"patch_{name}"
+
+
+def _quotable(text: str) -> str:
+    """The text as one line that fits in a string literal and in a docstring."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace('"', "'")
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -265,10 +348,8 @@ def run(command: _Command = None, apply: _Apply = None, modules: _RunImport = No
     selectors = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     wanted = environment(*selectors, imports=modules or ())
     if not command:
-        added = (
-            f"export {name}={shlex.quote(wanted[name])}" for name in wanted if wanted[name] != os.environ.get(name)
-        )
-        typer.echo("\n".join(added))
+        added = {name: value for name, value in wanted.items() if value != os.environ.get(name)}
+        typer.echo("\n".join(f"export {name}={shlex.quote(value)}" for name, value in added.items()))
         return
     arguments = command_of(command)
     sys.stdout.flush()
@@ -289,32 +370,16 @@ def lock(selectors: _Locked = None, output: _Output = None, _: _Import = None) -
     typer.echo(f"locked {', '.join(entry['id'] for entry in found['patches'])} in {output}")
 
 
-def _check_lock(file: Path, selectors: Sequence[str], *, as_json: bool) -> None:
-    """Print what differs from a lock, and exit with 1 if anything does."""
-    locked = read(file)
-    lines = changes(locked, *selectors)
-    typer.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines) or f"everything is as in {file}")
-    if lines:
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """Run the console script. Errors of this package are printed without a traceback, with exit code 2."""
     try:
         app()
     except PatchError as error:
         typer.echo(f"patches: {error}", err=True)
-        if isinstance(error, UnknownPatchError):
-            hint = "declare it in an entry point, or name the module that registers it with --import MODULE"
-            typer.echo(f"If it is yours, {hint}.", err=True)
+        if isinstance(error, UnknownPatchError) and error.patch_id not in REGISTRY.ids():
+            declare = "" if is_pattern(error.patch_id) else "declare it in an entry point, or "
+            typer.echo(f"If it is yours, {declare}name the module that registers it with --import MODULE.", err=True)
         sys.exit(2)
-
-
-def _show_journal(folder: Path, *, as_json: bool) -> None:
-    processes = read_journals(folder)
-    typer.echo(processes.to_json() if as_json else str(processes))
-    if processes.differences:
-        raise typer.Exit(1)
 
 
 def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
@@ -330,15 +395,6 @@ def _show_foreign(packages: list[str], *, as_json: bool, disk: bool) -> None:
     if changed is not None:
         rows = [(file.distribution, file.path, file.state) for file in changed]
         typer.echo(aligned(("distribution", "file", "state"), rows) if rows else "every file is as installed")
-
-
-def _judgement(found: Verdict) -> dict[str, Any]:
-    return {"verdict": str(found), "why": found.why}
-
-
-def _details(patch_id: str, found: Verdict) -> dict[str, Any]:
-    compiled = _under_compile(REGISTRY.get(patch_id), found)
-    return {"since": found.since, "drift": found.drift, "foreign": found.foreign, **compiled}
 
 
 def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:

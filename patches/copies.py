@@ -11,14 +11,14 @@ from typing import Any, Final
 
 from .target import MISSING, Kind, Place
 
-__all__ = ["Binding", "Copies", "bindings"]
+__all__ = ["Copies", "Copy"]
 
 _dict_of_class: Final[Callable[[type], Any]] = type.__dict__["__dict__"].__get__
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Binding:
-    """One place that holds an object: an entry of a module, of a class, or of a dictionary or list there."""
+class Copy:
+    """One entry of a module, or of a class, dictionary or list there, that holds the object of another place."""
 
     module: str
     path: str
@@ -44,7 +44,7 @@ class Binding:
             self.container[self.key] = value
 
 
-def bindings(is_wanted: Callable[[object], bool]) -> Iterator[Binding]:
+def _copies(is_wanted: Callable[[object], bool]) -> Iterator[Copy]:
     """Find every entry of a loaded module, or of a class, dictionary or list stored in one, that holds a wanted object.
 
     One level deep, each container once. `__dict__`s are read directly, so that lazy modules (those of transformers,
@@ -52,51 +52,37 @@ def bindings(is_wanted: Callable[[object], bool]) -> Iterator[Binding]:
     """
     seen: set[int] = set()
     for name, module in list(sys.modules.items()):
-        entries = _entries_of_module(module)
-        if entries is None or id(entries) in seen:
+        try:
+            entries = object.__getattribute__(module, "__dict__")
+        except AttributeError:  # anything can be put into sys.modules
+            continue
+        if type(entries) is not dict or id(entries) in seen:
             continue
         seen.add(id(entries))
         for key, value in list(entries.items()):
             if is_wanted(value):
-                yield Binding(module=name, path=key, container=entries, key=key)
-            else:
-                yield from _inside(name, key, value, is_wanted, seen)
+                yield Copy(module=name, path=key, container=entries, key=key)
+            elif id(value) not in seen and (items := _items(value)):
+                seen.add(id(value))
+                form = "{}.{}" if issubclass(type(value), type) else "{}[{!r}]"
+                found = (inner for inner, held in items if is_wanted(held))
+                yield from (Copy(module=name, path=form.format(key, one), container=value, key=one) for one in found)
 
 
-def _entries_of_module(module: object) -> dict[str, Any] | None:
-    try:
-        entries = object.__getattribute__(module, "__dict__")
-    except AttributeError:  # anything can be put into sys.modules
-        return None
-    return entries if type(entries) is dict else None
-
-
-def _inside(
-    module: str, name: str, value: object, is_wanted: Callable[[object], bool], seen: set[int]
-) -> Iterator[Binding]:
+def _items(value: Any) -> list[tuple[Any, Any]]:
     # `issubclass` of the `type`: isinstance reads the object's `__class__`, and some objects warn about that.
-    kind = type(value)
-    is_class = issubclass(kind, type)
-    if not (is_class or kind is dict or kind is list) or id(value) in seen:
-        return
-    seen.add(id(value))
-    for key, held in _items(value, is_class=is_class):
-        if is_wanted(held):
-            path = f"{name}.{key}" if is_class else f"{name}[{key!r}]"
-            yield Binding(module=module, path=path, container=value, key=key)
-
-
-def _items(value: Any, *, is_class: bool) -> list[tuple[Any, Any]]:
-    if type(value) is list:
-        return list(enumerate(value))
-    return list((_dict_of_class(value) if is_class else value).items())
+    if issubclass(type(value), type):
+        return list(_dict_of_class(value).items())
+    if type(value) is dict:
+        return list(value.items())
+    return list(enumerate(value)) if type(value) is list else []
 
 
 _COPIED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.STATICMETHOD, Kind.CLASS)
 
 
 class Copies:
-    """The other bindings of the object at one place, by identity: of the original, and of installed objects.
+    """The copies of the object at one place, by identity: of the original, and of installed objects.
 
     Not found: copies inside closures, partials, default arguments and instances, and copies of a classmethod or
     property, since each access makes a new object.
@@ -107,7 +93,7 @@ class Copies:
         self._original = _original(place)
         # Weak references: a slot may live as long as the process, and is recomposed whenever its patches change.
         self._installed: list[weakref.ref[Any]] = []
-        self._rewritten: list[tuple[Binding, object]] = []
+        self._rewritten: list[tuple[Copy, object]] = []
         self._engaged = False
 
     def note(self, installed: object) -> None:
@@ -115,24 +101,24 @@ class Copies:
         if self._place.kind != Kind.CLASS:
             self._remember(_stored(installed))
 
-    def of_original(self, spared: frozenset[str] = frozenset()) -> list[Binding]:
-        """The bindings that hold the original, except in the modules `spared`."""
+    def of_original(self, spared: frozenset[str] = frozenset()) -> list[Copy]:
+        """The copies that hold the original, except in the modules `spared`."""
         return self._find([self._original], spared)
 
-    def of_installed(self) -> list[Binding]:
-        """The bindings that hold an object that is or was installed: rewritten ones, and copies made since."""
+    def of_installed(self) -> list[Copy]:
+        """The copies that hold an object that is or was installed: rewritten ones, and copies made since."""
         return self._find(self._alive())
 
     def rewrite(self, installed: object, spared: frozenset[str]) -> None:
         """Make every copy of the original, or of an object installed earlier, hold the object installed now."""
         self._engaged = True
-        # The wrapper may return a class that was already bound elsewhere. Those bindings are not copies.
+        # The wrapper may return a class that was already bound elsewhere. Those are not copies of it.
         if not self._find([installed]):
             self._remember(_stored(installed))
         self._move_rewritten(_stored(installed))
-        for binding in self.of_original(spared):
-            self._rewritten.append((binding, _stored(installed)))
-            binding.write(_stored(installed))
+        for copy in self.of_original(spared):
+            self._rewritten.append((copy, _stored(installed)))
+            copy.write(_stored(installed))
         self._refresh(installed)
 
     def restore(self, installed: object) -> None:
@@ -148,15 +134,15 @@ class Copies:
         self._engaged = False
 
     def _move_rewritten(self, held: object) -> None:
-        for position, (binding, written) in enumerate(self._rewritten):
-            if binding.read() is written:
-                self._rewritten[position] = binding, held
-                binding.write(held)
+        for position, (copy, written) in enumerate(self._rewritten):
+            if copy.read() is written:
+                self._rewritten[position] = copy, held
+                copy.write(held)
 
     def _refresh(self, installed: object) -> None:
         current = _stored(installed)
-        for binding in self._find([past for past in self._alive() if past is not current]):
-            binding.write(current)
+        for copy in self._find([past for past in self._alive() if past is not current]):
+            copy.write(current)
 
     def _remember(self, stored: Any) -> None:
         alive = self._alive()
@@ -165,20 +151,19 @@ class Copies:
         self._installed = [weakref.ref(known) for known in (*alive, stored)]
 
     def _alive(self) -> list[object]:
-        known = [ref() for ref in self._installed]
-        return [value for value in known if value is not None]
+        return [value for ref in self._installed if (value := ref()) is not None]
 
-    def _find(self, wanted: Sequence[object], spared: frozenset[str] = frozenset()) -> list[Binding]:
+    def _find(self, wanted: Sequence[object], spared: frozenset[str] = frozenset()) -> list[Copy]:
         if self._original is MISSING or not wanted:
             return []
         ids = frozenset(map(id, wanted))
-        found = (binding for binding in bindings(lambda value: id(value) in ids) if binding.module not in spared)
-        return [binding for binding in found if not self._is_the_place(binding)]
+        found = (copy for copy in _copies(lambda value: id(value) in ids) if copy.module not in spared)
+        return [copy for copy in found if not self._is_the_place(copy)]
 
-    def _is_the_place(self, binding: Binding) -> bool:
+    def _is_the_place(self, copy: Copy) -> bool:
         owner, name = self._place.owner, self._place.name
         container = vars(owner) if isinstance(owner, ModuleType) else owner
-        return binding.container is container and name in (binding.key, f"[{binding.key!r}]")
+        return copy.container is container and name in (copy.key, f"[{copy.key!r}]")
 
 
 def _original(place: Place) -> Any:

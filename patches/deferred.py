@@ -187,7 +187,7 @@ class Pending(MetaPathFinder):
 
         owner, force = self._activations, self.is_forced(receipt)
         found = acceptable(receipt.patch, force=force)
-        failed = {other.id for other in owner.failed()} & set(receipt.patch.needs)
+        failed = {other.id for other in owner.failed} & set(receipt.patch.needs)
         if failed - {other.id for other in owner.active()}:
             raise PatchError(f"{receipt.id!r} was not applied: it needs {', '.join(sorted(failed))}, which failed")
 
@@ -297,12 +297,12 @@ def _missing(*patches: str | Patch) -> frozenset[frozenset[str]]:
 
 
 def _is_there(name: str) -> bool:
-    """Whether a module is in `sys.modules`, and not one of importlib's that load themselves when they are used."""
     module = sys.modules.get(name)
     return module is not None and not _is_lazy(module)
 
 
 def _is_lazy(module: object) -> bool:
+    """Whether a module is one of importlib's that load themselves when they are used."""
     return type(module) is getattr(sys.modules.get("importlib.util"), "_LazyModule", None)
 
 
@@ -347,7 +347,6 @@ class _Telling(Loader):
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Create the module with the original loader."""
         return self._loader.create_module(spec)  # type: ignore[no-any-return]
 
     def exec_module(self, module: ModuleType) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import sys
 from collections.abc import Iterator, Sequence
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
@@ -16,15 +15,7 @@ from .target import MISSING, STORED, Kind, Place
 if TYPE_CHECKING:
     from .patch import Patch
 
-__all__ = [
-    "NoSourceError",
-    "chain",
-    "find_drift",
-    "find_foreign",
-    "fingerprint",
-    "parse_signature",
-    "same_parameters",
-]
+__all__ = ["NoSourceError", "chain", "find_drift", "fingerprint", "parse_signature", "same_parameters"]
 
 _MAX_DEPTH: Final = 32
 _LITERALS: Final = (bool, int, float, complex, str, bytes, type(None))
@@ -58,29 +49,17 @@ def fingerprint(place: Place) -> str:
     Comments, docstrings, formatting and the version of Python do not matter, and wrappers are ignored. Cached per
     function. Raises NoSourceError.
     """
+    if place.kind == Kind.VALUE and not _is_literal(place.found):
+        raise NoSourceError(f"a {type(place.found).__name__} is no literal")
     if place.kind == Kind.VALUE:
-        return _fingerprint_of_value(place.found)
+        return _hash(repr(place.found))
     subject = place.owner if place.found is MISSING else chain(place.found)[-1]
     try:
         if subject not in _fingerprints:
-            _fingerprints[subject] = _digest(_parse(subject))
+            _fingerprints[subject] = _hash(_dump(_parse(subject)))
         return _fingerprints[subject]
     except TypeError as error:  # not a Python function or class, or one that cannot be referenced weakly
         raise NoSourceError(f"{subject!r} has no Python source") from error
-
-
-@functools.cache
-def definitions(file: str, path: tuple[str, ...]) -> tuple[ast.AST, ...]:
-    """Find every definition of `path` (`("Class", "method")`) in a source file, such as in both branches of an `if`.
-
-    Functions and classes, and statements that import the name or assign to it. Cached per file and path. Raises
-    NoSourceError.
-    """
-    scopes: list[ast.AST] = [_parse_file(file)]
-    for name in path[:-1]:
-        inner = [node for scope in scopes for node in _statements(scope) if name in _names(node)]
-        scopes = [node for node in inner if isinstance(node, ast.ClassDef)]
-    return tuple(node for scope in scopes for node in _statements(scope) if path[-1] in _names(node))
 
 
 def _next(found: Any) -> Any:
@@ -93,12 +72,6 @@ def _next(found: Any) -> Any:
         return vars(found).get("__wrapped__")
     wrapped = inspect.getattr_static(found, "__wrapped__", None)
     return found.__wrapped__ if wrapped is not None else inspect.getattr_static(found, "__func__", None)
-
-
-def _fingerprint_of_value(value: Any) -> str:
-    if not _is_literal(value):
-        raise NoSourceError(f"a {type(value).__name__} is no literal")
-    return _hash(repr(value))
 
 
 def _is_literal(value: Any) -> bool:
@@ -122,40 +95,6 @@ def _parse(subject: Any) -> ast.AST:
     return node.body[0] if isinstance(node, ast.If) else node
 
 
-@functools.cache
-def _parse_file(file: str) -> ast.Module:
-    try:
-        with open(file, "rb") as stream:  # noqa: PTH123 - pathlib is not imported by this package
-            return ast.parse(stream.read())
-    except (OSError, SyntaxError, ValueError) as error:
-        raise NoSourceError(f"{file} cannot be read: {error}") from error
-
-
-def _statements(scope: ast.AST) -> Iterator[ast.AST]:
-    """The statements of a scope, including branches and loops, but not nested functions and classes."""
-    for node in ast.iter_child_nodes(scope):
-        if not isinstance(node, ast.stmt | ast.ExceptHandler):
-            continue
-        yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _statements(node)
-
-
-def _names(node: ast.AST) -> set[str]:
-    """The names that a statement binds."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-        return {node.name}
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name.partition(".")[0] for alias in node.names}
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
-    return set()
-
-
-def _digest(node: ast.AST) -> str:
-    return _hash(_dump(node))
-
-
 def _hash(text: str) -> str:
     import hashlib
 
@@ -176,11 +115,8 @@ def _dump(node: Any) -> str:
 
 
 def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
-    first = body[0]
-    is_docstring = (
-        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
-    )
-    return body[1:] if is_docstring else body
+    text = body[0].value if isinstance(body[0], ast.Expr) else None
+    return body[1:] if isinstance(text, ast.Constant) and isinstance(text.value, str) else body
 
 
 # Signatures -----------------------------------------------------------------------------------------------------------
@@ -203,35 +139,31 @@ def parse_signature(text: str) -> inspect.Signature:
 
 def same_parameters(one: inspect.Signature, other: inspect.Signature) -> bool:
     """Whether the parameters agree in name, kind, order, and presence of a default. Annotations do not matter."""
-    return _shape(one) == _shape(other)
-
-
-def _shape(signature: inspect.Signature) -> list[tuple[str, Any, bool]]:
-    parameters = signature.parameters.values()
-    return [(item.name, item.kind, item.default is not item.empty) for item in parameters]
+    shapes = [
+        [(item.name, item.kind, item.default is item.empty) for item in signature.parameters.values()]
+        for signature in (one, other)
+    ]
+    return shapes[0] == shapes[1]
 
 
 def _parameters(given: ast.arguments) -> Iterator[inspect.Parameter]:
-    positional = (*given.posonlyargs, *given.args)
-    for position, item in enumerate(positional):
-        only = position < len(given.posonlyargs)
-        kind = inspect.Parameter.POSITIONAL_ONLY if only else inspect.Parameter.POSITIONAL_OR_KEYWORD
-        yield _parameter(item, kind, has_default=position >= len(positional) - len(given.defaults))
-    if given.vararg is not None:
-        yield _parameter(given.vararg, inspect.Parameter.VAR_POSITIONAL, has_default=False)
-    for item, default in zip(given.kwonlyargs, given.kw_defaults, strict=True):
-        yield _parameter(item, inspect.Parameter.KEYWORD_ONLY, has_default=default is not None)
-    if given.kwarg is not None:
-        yield _parameter(given.kwarg, inspect.Parameter.VAR_KEYWORD, has_default=False)
-
-
-def _parameter(item: ast.arg, kind: Any, *, has_default: bool) -> inspect.Parameter:
-    return inspect.Parameter(item.arg, kind, default=... if has_default else inspect.Parameter.empty)
+    kinds, first = inspect._ParameterKind, len(given.posonlyargs)
+    required = first + len(given.args) - len(given.defaults)
+    defaults = [*[None] * required, *given.defaults]
+    groups: tuple[tuple[Any, Sequence[ast.arg | None], Sequence[ast.expr | None]], ...] = (
+        (kinds.POSITIONAL_ONLY, given.posonlyargs, defaults[:first]),
+        (kinds.POSITIONAL_OR_KEYWORD, given.args, defaults[first:]),
+        (kinds.VAR_POSITIONAL, [given.vararg], [None]),
+        (kinds.KEYWORD_ONLY, given.kwonlyargs, given.kw_defaults),
+        (kinds.VAR_KEYWORD, [given.kwarg], [None]),
+    )
+    for kind, items, values in groups:
+        for item, value in zip(items, values, strict=True):
+            if item is not None:
+                yield inspect.Parameter(item.arg, kind, default=inspect.Parameter.empty if value is None else ...)
 
 
 # Comparison -----------------------------------------------------------------------------------------------------------
-
-_DESCRIPTOR_DECORATORS: Final = ("classmethod", "staticmethod", "property", "setter", "getter", "deleter", "overload")
 
 
 def find_drift(patch: Patch, place: Place) -> tuple[str, ...]:
@@ -239,30 +171,7 @@ def find_drift(patch: Patch, place: Place) -> tuple[str, ...]:
     return (*_compare_source(patch, place), *_compare_signature(patch, place), *_compare_replacement(patch, place))
 
 
-def find_foreign(place: Place) -> tuple[str, ...]:
-    """Report in one line that somebody else has replaced or wrapped the upstream object at a place; empty if not,
-    or if it cannot be determined because upstream makes the object at run time.
-
-    Found by the source file: a function is foreign if it comes from another line than its definition, or has more
-    wrappers than its definition has decorators. For imported or assigned objects, only a mock is noticed:
-    `patches.foreign` is more thorough, and slower.
-    """
-    if place.own is MISSING or place.kind in (*STORED, Kind.ATTRIBUTE):
-        return ()
-    file, path = _origin(place)
-    try:
-        defined = definitions(file, path) if file else ()
-    except NoSourceError:
-        return ()
-    links = chain(place.own)
-    if not file or any(_made_by(node, links, file) for node in defined):
-        return ()
-    if not defined and _code_file(links[-1]) in (file, ""):
-        return ()
-    return (f"somebody else has patched it already: {_whereabouts(links[0])}",)
-
-
-def _compare_source(patch: Patch, place: Place) -> Sequence[str]:
+def _compare_source(patch: Patch, place: Place) -> tuple[str, ...]:
     if not patch.fingerprint:
         return ()
     try:
@@ -274,7 +183,7 @@ def _compare_source(patch: Patch, place: Place) -> Sequence[str]:
     return (f"its source has changed: the fingerprint is {found}, expected {' or '.join(patch.fingerprint)}",)
 
 
-def _compare_signature(patch: Patch, place: Place) -> Sequence[str]:
+def _compare_signature(patch: Patch, place: Place) -> tuple[str, ...]:
     if not patch.signature:
         return ()
     subject = chain(place.found)[-1] if place.found is not MISSING else None
@@ -287,7 +196,7 @@ def _compare_signature(patch: Patch, place: Place) -> Sequence[str]:
     return (f"its signature has changed: it is {found}, expected {patch.signature}",)
 
 
-def _compare_replacement(patch: Patch, place: Place) -> Sequence[str]:
+def _compare_replacement(patch: Patch, place: Place) -> tuple[str, ...]:
     if place.kind == Kind.CLASS and isinstance(patch.replace, type) and not issubclass(patch.replace, place.found):
         return (f"the replacement {patch.replace!r} is no subclass of {place.found!r}",)
     if patch.replace is MISSING or place.kind in (*STORED, Kind.ATTRIBUTE, Kind.PROPERTY) or place.found is MISSING:
@@ -321,58 +230,3 @@ def _by_kind(signature: inspect.Signature) -> dict[int, list[str]]:
     for name, item in signature.parameters.items():
         kinds[max(1, int(item.kind))].append(name)
     return kinds
-
-
-def _origin(place: Place) -> tuple[str, tuple[str, ...]]:
-    """The source file that defines the owner, or "", and the path to the target inside it."""
-    if isinstance(place.owner, ModuleType):
-        return _file_of(place.owner), (place.name,)
-    if not isinstance(place.owner, type) or "<locals>" in place.owner.__qualname__:
-        return "", ()
-    module = sys.modules.get(place.owner.__module__)
-    return _file_of(module), (*place.owner.__qualname__.split("."), place.name)
-
-
-def _file_of(module: ModuleType | None) -> str:
-    file = getattr(module, "__file__", None) or ""
-    return file if file.endswith(".py") else ""
-
-
-def _made_by(node: ast.AST, links: Sequence[Any], file: str) -> bool:
-    """Whether the object can be the result of this statement of the source file."""
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return not _is_mock(links[0])  # an import or an assignment, of an unknown object
-    decorators = [name for name in map(_decorator, node.decorator_list) if name not in _DESCRIPTOR_DECORATORS]
-    if len(links) - 1 > len(decorators):
-        return False
-    if decorators and len(links) == 1:
-        return not _is_mock(links[0])  # a decorator that hides the wrapped function
-    first_line = min((node.lineno, *(item.lineno for item in node.decorator_list)))
-    inner = links[-1]
-    return type(inner) is FunctionType and (inner.__code__.co_filename, inner.__code__.co_firstlineno) == (
-        file,
-        first_line,
-    )
-
-
-def _decorator(node: ast.expr) -> str:
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _is_mock(found: Any) -> bool:
-    return type(found).__module__ == "unittest.mock"
-
-
-def _code_file(found: Any) -> str:
-    return found.__code__.co_filename if type(found) is FunctionType else ""
-
-
-def _whereabouts(found: Any) -> str:
-    code = found.__code__ if type(found) is FunctionType else None
-    if code is None:
-        wrapper = getattr(found, "_self_wrapper", None)  # set on a wrapt FunctionWrapper
-        code = getattr(wrapper, "__code__", None)
-    what = f"a {type(found).__name__}" if code is None or type(found) is not FunctionType else found.__qualname__
-    return what if code is None else f"{what} from {code.co_filename}:{code.co_firstlineno}"

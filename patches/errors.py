@@ -5,31 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 __all__ = [
-    "ApplyError",
-    "ConflictError",
-    "CycleError",
-    "DeferredPatchWarning",
-    "DefinitionError",
-    "DriftError",
-    "DriftWarning",
-    "DuplicatePatchError",
-    "ForeignError",
-    "IncompatibleError",
-    "JournalError",
-    "ManifestError",
-    "NotActiveError",
-    "OverwrittenError",
-    "PatchError",
-    "ProbeError",
-    "ScopeError",
-    "TargetError",
-    "TransactionError",
-    "UndoError",
-    "UnknownPatchError",
-    "VerifyError",
-    "VersionWarning",
-    "WrapperError",
-]
+    "ApplyError", "ConflictError", "CycleError", "DeferredPatchWarning", "DefinitionError", "DriftError",
+    "DriftWarning", "DuplicatePatchError", "ForeignError", "IncompatibleError", "JournalError", "ManifestError",
+    "NotActiveError", "OverwrittenError", "PatchError", "ProbeError", "ScopeError", "TargetError", "TransactionError",
+    "UndoError", "UnknownPatchError", "VerifyError", "VersionWarning", "WrapperError",
+]  # fmt: skip
 
 
 class PatchError(Exception):

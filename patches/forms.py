@@ -17,41 +17,132 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pkgutil import resolve_name
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, Final, Protocol, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 
 from .errors import WrapperError
+from .ledger import Calls, Receipt
 from .patch import Patch, Wrapper
 from .target import MISSING, STORED, Kind, Place
 
-__all__ = ["Form", "Layer", "core", "is_plain", "is_traced", "prepare"]
+__all__ = ["Form", "Link", "core", "is_plain", "is_traced", "passed", "prepare"]
 
 _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHOD)
-_CHANGED_BY_CLOSURES: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-_ITERABLE_COROUTINE: Final = inspect.CO_ITERABLE_COROUTINE
+_CHANGED_BY_CLOSURES: Final = (
+    inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
+)
 
 
-class Layer(Protocol):
-    """One patch in a chain, consulted on every call."""
+_counting: Final[dict[str, Calls]] = {}
 
-    patch: Patch
-    everyone: bool
-    """Whether it covers every subject."""
 
-    def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call goes through the wrapper."""
+def passed(patch_id: str) -> None:
+    """Mark the call in progress as passed through: called by a wrapper that had nothing to do. See `Receipt.passed`.
 
-    direct: Any
-    """A function to call instead of the wrapper, with the arguments of the call, or None."""
+    Does nothing unless calls of the patch are counted.
+    """
+    calls = _counting.get(patch_id)
+    if calls is not None:
+        calls.passed += 1
+
+
+class Link:
+    """One patch in the chain of a slot, active while at least one receipt holds it.
+
+    However many receipts there are, the wrapper runs once per call, and only if one of them covers the subject;
+    a receipt without a scope covers everything. Composed objects consult the link on each call.
+    """
+
+    __slots__ = ("_covered", "_made", "_predicates", "_receipts", "_wrapper", "calls", "direct", "everyone", "patch")
+
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.calls: Calls | None = None
+        """The counts of calls, if a receipt has asked for them."""
+        self.everyone = False
+        """Whether some receipt covers every subject."""
+        self.direct: Any = None
+        """A function to call instead of the wrapper, with the arguments of the call, or None."""
+        self._receipts: tuple[Receipt, ...] = ()
+        self._covered: dict[int, int] = {}  # `id` of a covered object -> number of scopes that cover it
+        self._predicates: tuple[Callable[[Any], bool], ...] = ()
+        self._made: tuple[object, object] | None = None
+        self._wrapper: Wrapper | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._receipts)
 
     def wrapper(self, kind: Kind) -> Wrapper:
-        """The patch in the form of a wrapper, counted if somebody asks for it."""
+        """The patch in the form of a wrapper; its factory has run once."""
+        if self._wrapper is None:
+            self._wrapper, self.direct = self.patch.wrapper_for(kind)
+        wrapper, calls = self._wrapper, self.calls
+        if calls is None:
+            return wrapper
+        self.direct = None  # which would not be counted
+
+        # Without a lock, which torch.compile cannot trace; no other thread of CPython runs between the two bytecodes.
+        def counted(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls.made += 1
+            return wrapper(wrapped, instance, args, kwargs)
+
+        return counted
 
     def value_over(self, inner: object, kind: Kind) -> object:
-        """The value that the patch makes of an inner one; always the same for the same."""
+        """The wrapper's result for a value, computed once, so that a class it makes stays the same class."""
+        if self._made is None or self._made[0] is not inner:
+            self._made = inner, self.wrapper(kind)(lambda: inner, None, (), {})
+        return self._made[1]
+
+    def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call goes through the wrapper; to be asked if `everyone` is False."""
+        if not self._receipts:
+            return False
+        subject_of = self.patch.subject
+        subject = instance if subject_of is None else subject_of(instance, args, kwargs)
+        if id(subject) in self._covered:
+            return True
+        for chooses in self._predicates:  # noqa: SIM110 - `any` with a generator takes four times as long, on every call
+            if chooses(subject):
+                return True
+        return False
+
+    def hold(self, receipt: Receipt) -> None:
+        """Add a receipt that keeps the link active."""
+        if receipt.count_calls:
+            self.calls = self.calls or Calls()
+            _counting[self.patch.id] = self.calls
+            receipt.count(self.calls)
+        self._set((*self._receipts, receipt))
+
+    def drop(self, receipt: Receipt) -> bool:
+        """Remove a receipt; returns False if it does not hold the link."""
+        held = receipt in self._receipts
+        if receipt.scope is not None:
+            receipt.scope.cover(None)
+        self._set(tuple(other for other in self._receipts if other is not receipt))
+        if not self._receipts and _counting.get(self.patch.id) is self.calls:
+            _counting.pop(self.patch.id, None)
+        return held
+
+    def refresh(self) -> None:
+        """Update the scopes after receipts were disabled or enabled."""
+        self._set(self._receipts)
+
+    def _set(self, receipts: tuple[Receipt, ...]) -> None:
+        # The receipts are set last, so that dropping a receipt again completes a drop that was interrupted.
+        predicates = []
+        for receipt in receipts:
+            if receipt.scope is not None:
+                receipt.scope.cover(None if receipt.disabled else self._covered)
+            if receipt.scope is not None and receipt.scope.predicate is not None and not receipt.disabled:
+                predicates.append(receipt.scope.predicate)
+        self._predicates = tuple(predicates)
+        self.everyone = any(receipt.scope is None and not receipt.disabled for receipt in receipts)
+        self._receipts = receipts
 
 
 class _Nobody:
-    """The layer of an empty chain."""
+    """The link of an empty chain."""
 
     everyone, direct = False, None
 
@@ -61,9 +152,8 @@ class _Nobody:
 
 
 _Top: TypeAlias = tuple[Any, Any, Any]
-"""Outermost layer, its wrapper, and the callable inside it: one tuple, so that other threads see all or nothing."""
+"""Outermost link, its wrapper, and the callable inside it: one tuple, so that other threads see all or nothing."""
 _Put: TypeAlias = Callable[[_Top], None]
-_Getter: TypeAlias = Callable[[Any], Any]
 
 
 class Form:
@@ -73,23 +163,23 @@ class Form:
         self._place = place
         self._made: tuple[object, Any, _Put] | None = None
 
-    def over(self, layers: Sequence[Layer]) -> object:
-        """The object to install for these layers, around the one that was there before any patch."""
-        assert layers, "a slot without layers holds its original"
+    def over(self, links: Sequence[Link]) -> object:
+        """The object to install for these links, around the one that was there before any patch."""
+        assert links, "a slot without links holds its original"
         kind = self._place.kind
         if kind in STORED:
-            return self._value(layers)
+            return self._value(links)
         if kind in (Kind.PROPERTY, Kind.ATTRIBUTE):
-            return _property(self._place, layers)
+            return _property(self._place, links)
         if self._made is None:
             self._made = self._make()
         installed, _, put = self._made
         inner = self._inner
-        for layer in layers[:-1]:
+        for link in links[:-1]:
             outer, put_outer = _closure(self._shape, takes_self=self._takes_self)
-            put_outer((layer, layer.wrapper(kind), inner))
+            put_outer((link, link.wrapper(kind), inner))
             inner = outer
-        put((layers[-1], layers[-1].wrapper(kind), inner))
+        put((links[-1], links[-1].wrapper(kind), inner))
         return installed
 
     def empty(self) -> None:
@@ -114,29 +204,29 @@ class Form:
         if bound is None and not isinstance(place.owner, type):
             _name(closure, place)
         self._attributes = dict(vars(closure))
-        installed: Any = closure if is_plain(place) else _disguised(self._shape, closure, place)
+        installed: Any = closure if is_plain(place) else _disguise()(self._shape, closure, place)
         if bound is not None:
             return MethodType(closure, bound.__self__), closure, put
         if place.kind == Kind.STATICMETHOD:
             return staticmethod(installed), closure, put
         return classmethod(installed) if place.kind == Kind.CLASSMETHOD else installed, closure, put
 
-    def _value(self, layers: Sequence[Layer]) -> object:
+    def _value(self, links: Sequence[Link]) -> object:
         place = self._place
         value = place.found if place.own is MISSING else place.own
-        for layer in layers:
-            if layer.everyone and layer.patch.kind == "auto" and place.kind == Kind.ADD:
-                value = self._over_added(value, layer)
-            elif layer.everyone:
-                value = layer.value_over(value, place.kind)
+        for link in links:
+            if link.everyone and link.patch.kind == "auto" and place.kind == Kind.ADD:
+                value = self._over_added(value, link)
+            elif link.everyone:
+                value = link.value_over(value, place.kind)
             if place.kind == Kind.CLASS and not isinstance(value, type):
-                raise TypeError(f"the wrapper of {layer.patch.id!r} must return a class, and returned {value!r}")
-        return value if place.kind != Kind.DELETE or not any(layer.everyone for layer in layers) else MISSING
+                raise TypeError(f"the wrapper of {link.patch.id!r} must return a class, and returned {value!r}")
+        return value if place.kind != Kind.DELETE or not any(link.everyone for link in links) else MISSING
 
-    def _over_added(self, added: Any, layer: Layer) -> object:
+    def _over_added(self, added: Any, link: Link) -> object:
         """A form of its own around a function that another patch has added."""
         kind = Kind.METHOD if isinstance(self._place.owner, type) and hasattr(type(added), "__get__") else Kind.FUNCTION
-        return Form(replace(self._place, kind=kind, own=added, found=added)).over([layer])
+        return Form(replace(self._place, kind=kind, own=added, found=added)).over([link])
 
 
 # Functions ------------------------------------------------------------------------------------------------------------
@@ -152,13 +242,11 @@ def is_plain(place: Place) -> bool:
     function = _unbound(place.found)
     if isinstance(function, MethodType):  # bound already, such as a method of an object in hand
         function = function.__func__
-    if type(function) is not FunctionType:
-        return False
-    return not function.__code__.co_flags & (_CHANGED_BY_CLOSURES | _ITERABLE_COROUTINE)
+    return type(function) is FunctionType and not function.__code__.co_flags & _CHANGED_BY_CLOSURES
 
 
 def _closure(shape: Any, *, takes_self: bool) -> tuple[Any, _Put]:
-    """A function that calls the layer that is put into it, with the name and signature of `shape`."""
+    """A function that calls the link that is put into it, with the name and signature of `shape`."""
     patched, put = _around_method() if takes_self else _around_function()
     return functools.wraps(shape)(patched), put
 
@@ -167,11 +255,11 @@ def _around_function() -> tuple[Any, _Put]:
     top: _Top = (_Nobody, None, None)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
-        layer, wrapper, inner = top
-        if not layer.everyone and not layer.covers(None, args, kwargs):
+        link, wrapper, inner = top
+        if not link.everyone and not link.covers(None, args, kwargs):
             return inner(*args, **kwargs)
-        if layer.direct is not None:
-            return layer.direct(*args, **kwargs)
+        if link.direct is not None:
+            return link.direct(*args, **kwargs)
         return wrapper(inner, None, args, kwargs)
 
     def put(new: _Top) -> None:
@@ -188,11 +276,11 @@ def _around_method() -> tuple[Any, _Put]:
     is_compiling = bool if torch is None else torch.compiler.is_dynamo_compiling
 
     def patched(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        layer, wrapper, inner = top
-        if not layer.everyone and not layer.covers(self, args, kwargs):
+        link, wrapper, inner = top
+        if not link.everyone and not link.covers(self, args, kwargs):
             return inner(self, *args, **kwargs)
-        if layer.direct is not None:
-            return layer.direct(self, *args, **kwargs)
+        if link.direct is not None:
+            return link.direct(self, *args, **kwargs)
         return wrapper(functools.partial(inner, self) if is_compiling() else inner.__get__(self), self, args, kwargs)
 
     def put(new: _Top) -> None:
@@ -207,14 +295,39 @@ def prepare(place: Place) -> None:
     an import may wait for a thread that waits for the lock of the slots, so it is to be done before.
     """
     if place.kind in _CALLED and not is_plain(place):
-        from . import disguise  # noqa: F401 - to have it imported
+        _disguise()
 
 
-def _disguised(shape: Any, closure: Callable[..., Any], place: Place) -> Any:
-    from .disguise import Disguise
+@functools.cache
+def _disguise() -> Any:
+    """A closure that looks like the object it was made around, in every respect but that it is called.
 
-    binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
-    return Disguise(shape, closure, target=place.target, binds=binds)
+    Binds as a function does; copies are the object itself, as those of functions are; a pickle is of the name of the
+    target, and so leads to whatever is there where it is loaded.
+    """
+    import wrapt
+
+    class Disguise(wrapt.FunctionWrapper[Any, Any]):
+        def __init__(self, shape: Any, closure: Callable[..., Any], place: Place) -> None:
+            super().__init__(shape, lambda _wrapped, _instance, args, kwargs: closure(*args, **kwargs))
+            self._self_target = place.target
+            self._self_binds = place.kind in (Kind.METHOD, Kind.CLASSMETHOD) or hasattr(type(shape), "__get__")
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            return self if instance is None or not self._self_binds else MethodType(self, instance)
+
+        def __copy__(self) -> Any:
+            return self
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            target = self._self_target
+            held, name = target.held, target.name
+            return (getattr, (held, name)) if held is not MISSING else (resolve_name, (str(target),))
+
+    return Disguise
 
 
 def core(value: Any) -> Any:
@@ -250,18 +363,15 @@ def _innermost(place: Place) -> Any:
         return found
     if not isinstance(owner, type):
         return _method_of_object(owner, name, bound=isinstance(found, MethodType) and is_plain(place))
-    if place.kind == Kind.STATICMETHOD:
-
-        def inherited_static(*args: Any, **kwargs: Any) -> Any:
-            return getattr(super(owner, owner), name)(*args, **kwargs)
-
-        return inherited_static
 
     # An inherited attribute is looked up on each call, as Python does: the base may be patched later.
     def inherited(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(super(owner, self), name)(*args, **kwargs)
 
-    return inherited
+    def inherited_static(*args: Any, **kwargs: Any) -> Any:
+        return inherited(owner, *args, **kwargs)
+
+    return inherited_static if place.kind == Kind.STATICMETHOD else inherited
 
 
 def _method_of_object(owner: Any, name: str, *, bound: bool) -> Callable[..., Any]:
@@ -313,21 +423,21 @@ def __getattr__(name: str) -> Any:
 # Properties and stored attributes -------------------------------------------------------------------------------------
 
 
-def _property(place: Place, layers: Sequence[Layer]) -> property:
+def _property(place: Place, links: Sequence[Link]) -> property:
     owner, name = place.owner, place.name
     if place.kind == Kind.ATTRIBUTE:
         stored = _StoredAttribute(owner, name, place.own)
-        stored_getter: _Getter = stored.read
-        getter = functools.reduce(_around_getter, layers, stored_getter)
+        read: Any = stored.read
+        getter = functools.reduce(_around, links, read)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
     own: Any = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset
     if place.own is MISSING:  # inherited, and so looked up on each access
         read = read and (lambda self: getattr(super(owner, self), name))
         write = write and (lambda self, value: getattr(super(owner, type(self)), name).fset(self, value))
-    readers = [layer for layer in layers if layer.patch.kind != "setter"]
-    writers = [layer for layer in layers if layer.patch.kind == "setter"]
-    getter, setter = functools.reduce(_around_getter, readers, read), functools.reduce(_around_setter, writers, write)
+    readers = [link for link in links if link.patch.kind != "setter"]
+    writers = [link for link in links if link.patch.kind == "setter"]
+    getter, setter = functools.reduce(_around, readers, read), functools.reduce(_around, writers, write)
     # With the name, the doc, and whether it is abstract.
     if getter is not own.fget:
         own = own.getter(functools.update_wrapper(getter, own.fget))
@@ -336,25 +446,13 @@ def _property(place: Place, layers: Sequence[Layer]) -> property:
     return cast("property", own)
 
 
-def _around_getter(inner: _Getter, layer: Layer) -> _Getter:
-    wrapper = layer.wrapper(Kind.PROPERTY)
+def _around(inner: Callable[..., Any], link: Link) -> Callable[..., Any]:
+    wrapper = link.wrapper(Kind.PROPERTY)
 
-    def patched(instance: Any) -> Any:
-        if layer.everyone or layer.covers(instance, (), {}):
-            return wrapper(functools.partial(inner, instance), instance, (), {})
-        return inner(instance)
-
-    return patched
-
-
-def _around_setter(inner: Any, layer: Layer) -> Callable[[Any, Any], None]:
-    wrapper = layer.wrapper(Kind.SETTER)
-
-    def patched(instance: Any, value: Any) -> None:
-        if layer.everyone or layer.covers(instance, (value,), {}):
-            wrapper(functools.partial(inner, instance), instance, (value,), {})
-        else:
-            inner(instance, value)
+    def patched(instance: Any, *value: Any) -> Any:  # a value if it is a setter
+        if link.everyone or link.covers(instance, value, {}):
+            return wrapper(functools.partial(inner, instance), instance, value, {})
+        return inner(instance, *value)
 
     return patched
 
@@ -373,7 +471,7 @@ class _StoredAttribute:
         self._own = own
 
     def read(self, instance: Any) -> Any:
-        """Read `instance.name` as it would be without the property: the stored value, or AttributeError."""
+        # As it would be without the property: the stored value, or AttributeError.
         name = self._name
         stored = instance.__dict__
         if name in stored:
@@ -388,11 +486,9 @@ class _StoredAttribute:
         raise self._absent(instance)
 
     def write(self, instance: Any, value: Any) -> None:
-        """Store the value in the instance's `__dict__`."""
         instance.__dict__[self._name] = value
 
     def delete(self, instance: Any) -> None:
-        """Delete the value from the instance's `__dict__`. Raises AttributeError if it is not there."""
         if self._name not in instance.__dict__:
             raise self._absent(instance)
         del instance.__dict__[self._name]

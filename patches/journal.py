@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final
 
 from .errors import JournalError
-from .table import aligned
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +25,7 @@ _REQUIRED: Final = ("serial", "id", "target", "state", "scope", "verdict", "owne
 # These states make no difference: one has no effect, the other will have it as soon as it can.
 _REVERTED: Final = "reverted"
 _WAITS: Final = "pending"
+_FAILED: Final = "failed"
 _Lines = Callable[[], Iterable[Mapping[str, Any]]]
 
 
@@ -47,7 +47,7 @@ class Journal:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, if the variable is currently set."""
-        self._write(lambda: (line,))
+        self._write(lambda: (_without_counts(line),))
 
     def write_counts(self) -> None:
         """Append the counts of calls, if the variable is currently set."""
@@ -63,7 +63,12 @@ class Journal:
             for line in lines():
                 self._append(folder, line)
         except Exception as error:  # noqa: BLE001 - odd paths, values that cannot be written, whatever else
-            self._complain(folder, error)
+            is_first, self._failed = not self._failed, True
+            if is_first:
+                import logging
+
+                what = "%s=%s: this process is not in the journal: %r"
+                logging.getLogger(__name__).warning(what, VARIABLE, folder, error)
 
     def _begin(self) -> None:
         # Not on import, which must have no effect outside this package.
@@ -79,7 +84,7 @@ class Journal:
 
     def _begin_child(self) -> None:
         self._begin()
-        self._write(self._history)
+        self._write(lambda: map(_without_counts, self._history()))
         util = sys.modules.get("multiprocessing.util")
         if util is not None:  # its children end without atexit, and drop what was registered before their start
             util.register_after_fork(self, lambda _: util.Finalize(None, self.write_counts, exitpriority=0))
@@ -100,14 +105,6 @@ class Journal:
         finally:
             os.close(file)
 
-    def _complain(self, folder: str, error: Exception) -> None:
-        if self._failed:
-            return
-        self._failed = True
-        import logging
-
-        logging.getLogger(__name__).warning("%s=%s: this process is not in the journal: %r", VARIABLE, folder, error)
-
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Application:
@@ -124,6 +121,8 @@ class Application:
     """Number of calls until the process ended; None if they were not counted, or it was killed."""
     passed: int | None = field(default=None, compare=False)
     """Number of those that the patch passed through."""
+    note: str = field(default="", compare=False)
+    """Reason for the state."""
 
     def __str__(self) -> str:
         return f"{self.state}, {self.scope}, {self.verdict}, {self.owner}"
@@ -161,53 +160,54 @@ class Difference:
         return f"{self.id} differs: " + "; ".join(f"{found} in {', '.join(names)}" for found, names in groups.items())
 
 
-class Processes(Sequence[Process]):
+class Processes(tuple[Process, ...]):
     """The processes that kept a journal, by rank, then host. `str()` puts them side by side."""
 
-    def __init__(self, processes: Iterable[Process]) -> None:
-        self._processes = tuple(sorted(processes, key=lambda one: (one.rank is None, one.rank or 0, one.host, one.pid)))
-
-    def __len__(self) -> int:
-        return len(self._processes)
-
-    @overload
-    def __getitem__(self, index: int) -> Process: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Process]: ...
-    def __getitem__(self, index: int | slice) -> Process | Sequence[Process]:
-        return self._processes[index]
+    __slots__ = ()
 
     @property
     def differences(self) -> tuple[Difference, ...]:
         """Every id that differs between processes, or is missing in some; not where it waits for its module."""
-        ids = sorted({one.id for process in self._processes for one in process.applications})
-        cells = {patch_id: {one.name: _cell(one, patch_id) for one in self._processes} for patch_id in ids}
-        columns = {key: {name: text for name, text in found.items() if text != _WAITS} for key, found in cells.items()}
-        differing = [
-            Difference(id=key, by_process=cells) for key, cells in columns.items() if len({*cells.values()}) > 1
-        ]
+        differing = []
+        for patch_id in sorted({one.id for process in self for one in process.applications}):
+            found = {one.name: text for one in self if (text := _summary(one, patch_id)) != _WAITS}
+            if len({*found.values()}) > 1:
+                differing.append(Difference(id=patch_id, by_process=found))
         # Ranks within the world size have no journal if they have patched nothing.
-        world = max((one.world_size or 0 for one in self._processes), default=0)
-        silent = sorted({*range(world)} - {one.rank for one in self._processes})
+        world = max((one.world_size or 0 for one in self), default=0)
+        silent = sorted({*range(world)} - {one.rank for one in self})
         if silent:
             absent = dict.fromkeys((f"rank {rank}" for rank in silent), "no journal")
-            present = dict.fromkeys((one.name for one in self._processes), "a journal")
+            present = dict.fromkeys((one.name for one in self), "a journal")
             differing.append(Difference(id="(journal)", by_process={**present, **absent}))
         return tuple(differing)
 
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """A line for each reason why a patch that waited for its module could not be applied."""
+        failed = [one for process in self for one in process.applications if one.state == _FAILED]
+        ids: dict[str, set[str]] = {}
+        for one in failed:
+            ids.setdefault(one.note, set()).add(one.id)
+        return tuple(f"{', '.join(sorted(ids[note]))} failed: {note}" for note in ids)
+
     def __str__(self) -> str:
-        if not self._processes:
+        from .ledger import aligned  # which writes journals
+
+        if not self:
             return "no process has kept a journal here"
-        rows = sorted({(one.id, one.target) for process in self._processes for one in process.applications})
-        table = [(*row, *(_state(process, *row) for process in self._processes)) for row in rows]
-        header = ("id", "target", *(process.name for process in self._processes))
-        return "\n".join([aligned(header, table), *map(str, self.differences)])
+        found = [one for process in self for one in process.applications]
+        resolved = {one.id for one in found if one.state != _WAITS}  # of several targets, by the processes that have it
+        rows = sorted({(one.id, one.target) for one in found if one.state != _WAITS or one.id not in resolved})
+        table = [(*row, *(_state(process, *row) for process in self)) for row in rows]
+        header = ("id", "target", *(process.name for process in self))
+        return "\n".join([aligned(header, table), *map(str, self.differences), *self.failures])
 
     def to_json(self) -> str:
         """A JSON object: `processes`, a list with one object per process, and `differences`."""
         import json
 
-        processes = [asdict(one) for one in self._processes]
+        processes = [asdict(one) for one in self]
         differences = [asdict(one) for one in self.differences]
         return json.dumps({"processes": processes, "differences": differences}, indent=2)
 
@@ -222,7 +222,8 @@ def read_journals(folder: Path) -> Processes:
     if not files:
         why = f"expected files named <host>-<pid>.jsonl in {str(folder)!r}, found none"
         raise JournalError(f"{why}; run the processes with PATCHES_JOURNAL={folder}", path=str(folder))
-    return Processes(process for process in map(_read, files) if process is not None)
+    processes = [process for process in map(_read, files) if process is not None]
+    return Processes(sorted(processes, key=lambda one: (one.rank is None, one.rank or 0, one.host, one.pid)))
 
 
 def _read(file: Path) -> Process | None:
@@ -231,14 +232,15 @@ def _read(file: Path) -> Process | None:
         return None
     last = lines[-1]
     # Later lines replace earlier ones of the same receipt.
-    states = {line["serial"]: line for line in lines if line["session"] == last["session"]}
+    latest = {line["serial"]: line for line in lines if line["session"] == last["session"]}.values()
+    # A reverted patch has no effect left, unless its calls tell what it did.
+    shown = (line for line in latest if line["state"] != _REVERTED or line.get("calls") is not None)
     return Process(
         host=last["host"],
         pid=last["pid"],
         rank=last.get("rank"),
         world_size=last.get("world_size"),
-        # A reverted patch has no effect left, unless its calls tell what it did.
-        applications=tuple(sorted(_application(line) for line in states.values() if _is_shown(line))),
+        applications=tuple(sorted(map(_application, shown))),
     )
 
 
@@ -253,31 +255,34 @@ def _parse(file: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             lines.append({**line, **{name: line[name] for name in _REQUIRED}})
         except (ValueError, TypeError, KeyError) as error:
-            where = f"{file}:{number}"
-            raise JournalError(f"{where} is not a line of a journal ({error!r}); remove it", path=str(file)) from error
+            why = f"{file}:{number} is not a line of a journal ({error!r}); remove it"
+            raise JournalError(why, path=str(file)) from error
     return lines
 
 
-def _is_shown(line: Mapping[str, Any]) -> bool:
-    return line["state"] != _REVERTED or line.get("calls") is not None
+def _without_counts(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line, without the counts of this moment, unless they are final: a killed process writes no others."""
+    return line if line["state"] == _REVERTED else {**line, "calls": None, "passed": None}
 
 
 def _application(line: Mapping[str, Any]) -> Application:
     scope = "process" if line["scope"] == "process" else "instances"
     plain = {name: line[name] for name in ("id", "target", "state", "verdict", "owner")}
-    return Application(**plain, scope=scope, calls=line.get("calls"), passed=line.get("passed"))
+    note = line.get("note") or ""
+    return Application(**plain, scope=scope, calls=line.get("calls"), passed=line.get("passed"), note=note)
 
 
-def _cell(process: Process, patch_id: str) -> str:
-    if any((one.id, one.state) == (patch_id, _WAITS) for one in process.applications):
+def _summary(process: Process, patch_id: str) -> str:
+    found = [one for one in process.applications if one.id == patch_id]
+    if any(one.state == _WAITS for one in found):
         return _WAITS
-    return " + ".join(
-        dict.fromkeys(str(one) for one in process.applications if one.id == patch_id and one.state != _REVERTED)
-    )
+    return " + ".join(dict.fromkeys(str(one) for one in found if one.state != _REVERTED))
 
 
 def _state(process: Process, patch_id: str, target: str) -> str:
-    found = [one for one in process.applications if (one.id, one.target) == (patch_id, target)]
+    found = [
+        one for one in process.applications if one.id == patch_id and (one.target == target or one.state == _WAITS)
+    ]
     return " + ".join(dict.fromkeys(f"{one.state} ({one.scope}){_calls(one)}" for one in found)) or "-"
 
 

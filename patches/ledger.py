@@ -6,20 +6,20 @@ import enum
 import itertools
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .journal import Journal
 from .patch import Patch, Scope
 from .versions import owner_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from .verdict import Verdict
+    from .plan import Verdict
 
-__all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State"]
+__all__ = ["LEDGER", "Calls", "Entry", "Ledger", "Receipt", "State", "aligned"]
 
 _LENGTH: Final = 4_000
 """Number of entries that are kept; those of patches in force are kept in any case."""
@@ -47,6 +47,7 @@ class State(enum.StrEnum):
 
 
 _OVER: Final = (State.REVERTED, State.SKIPPED)
+_SHARED: Final = ("serial", "id", "target", "owner", "reason", "by", "since", "note", "calls", "passed")
 
 
 class Calls:
@@ -59,43 +60,33 @@ class Calls:
         self.passed = 0
 
 
+@dataclass(kw_only=True, eq=False, repr=False, slots=True, weakref_slot=True)
 class Receipt:
     """One application of one patch. Compares by identity, and keeps no patched object alive."""
 
-    __slots__ = (
-        "__weakref__", "_before", "_calls", "by", "count_calls", "disabled", "note", "patch", "pid", "reason", "scope",
-        "serial", "since", "state", "target", "verdict",
-    )  # fmt: skip
+    serial: int
+    patch: Patch
+    scope: Scope | None
+    reason: str
+    by: str
+    verdict: Verdict
+    count_calls: bool = False
+    target: str = field(init=False)
+    """The target of the patch, or the one of several that was there."""
+    since: datetime = field(init=False, default_factory=lambda: datetime.now(UTC))
+    pid: int = field(init=False, default_factory=os.getpid)
+    state: State = field(init=False, default=State.SKIPPED)
+    """State by the ledger's latest entry, set by the ledger alone; `audit()` compares it with the live objects."""
+    note: str = field(init=False, default="")
+    disabled: bool = field(init=False, default=False)
+    """Whether it is applied but without effect until it is enabled again."""
+    _calls: Calls | None = field(init=False, default=None)
+    _before: tuple[int, int] = field(init=False, default=(0, 0))
 
-    def __init__(
-        self,
-        *,
-        serial: int,
-        patch: Patch,
-        scope: Scope | None,
-        reason: str,
-        by: str,
-        verdict: Verdict,
-        count_calls: bool = False,
-    ) -> None:
-        self.serial = serial
-        self.patch = patch
-        self.target = str(patch.target)
-        """The target of the patch, or the one of several that was there."""
-        self.scope = scope
-        self.reason = reason
-        self.by = by
-        self.verdict = verdict
-        self.since = datetime.now(UTC)
-        self.pid = os.getpid()
-        self.state = State.SKIPPED
-        """State by the ledger's latest entry, set by the ledger alone; `audit()` compares it with the live objects."""
-        self.note = ""
-        self.disabled = False
-        """Whether it is applied but without effect until it is enabled again."""
-        self.count_calls = count_calls
-        self._calls: Calls | None = None
-        self._before = (0, 0)
+    def __post_init__(self) -> None:
+        self.target = str(self.patch.target)
+        self.reason = self.reason or self.patch.reason
+        self.count_calls = self.count_calls or bool(os.environ.get("PATCHES_COUNT"))
 
     def __deepcopy__(self, memo: object) -> Receipt:
         return self  # a copy of what holds it is of the same application
@@ -175,6 +166,13 @@ class Entry:
     """Number of calls through the wrapper until then; None if calls are not counted."""
     passed: int | None
 
+    @classmethod
+    def of(cls, receipt: Receipt, state: State) -> Entry:
+        """An entry for now."""
+        shared: Any = {name: getattr(receipt, name) for name in _SHARED}
+        verdict, scope = str(receipt.verdict), receipt.scope_text
+        return cls(**shared, state=state, verdict=verdict, scope=scope, time=datetime.now(UTC), pid=os.getpid())
+
 
 class Ledger:
     """Entries, oldest first: the last 4,000, and those of patches in force. Writers hold the lock of the slots.
@@ -196,32 +194,15 @@ class Ledger:
         older = (entry for _, entry in in_force if recent and entry.time < recent[0].time)
         return (*older, *recent)
 
-    def open(
-        self,
-        patch: Patch,
-        *,
-        scope: Scope | None,
-        reason: str,
-        by: str,
-        verdict: Verdict,
-        count_calls: bool = False,
-    ) -> Receipt:
-        """Create a receipt, without recording anything yet."""
-        return Receipt(
-            serial=next(self._serials),
-            patch=patch,
-            scope=scope,
-            reason=reason or patch.reason,
-            by=by,
-            verdict=verdict,
-            count_calls=count_calls or bool(os.environ.get("PATCHES_COUNT")),
-        )
+    def open(self, patch: Patch, **given: Any) -> Receipt:
+        """Create a receipt from the other arguments of `Receipt`, without recording anything yet."""
+        return Receipt(serial=next(self._serials), patch=patch, **given)
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
         """Set the state of the receipt, and append an entry."""
         receipt.state = state
         receipt.note = note
-        entry = self._entry(receipt)
+        entry = Entry.of(receipt, state)
         self._entries.append(entry)
         if state in _OVER:
             self._in_force.pop(receipt.serial, None)
@@ -238,26 +219,8 @@ class Ledger:
 
     def _counted(self) -> list[dict[str, object]]:
         """The lines of patches in force whose calls are counted."""
-        return [_line(self._entry(receipt)) for receipt, _ in self._in_force.copy().values() if receipt.calls]
-
-    def _entry(self, receipt: Receipt) -> Entry:
-        return Entry(
-            serial=receipt.serial,
-            id=receipt.id,
-            target=receipt.target,
-            owner=receipt.owner,
-            scope=receipt.scope_text,
-            state=receipt.state,
-            reason=receipt.reason,
-            by=receipt.by,
-            since=receipt.since,
-            time=datetime.now(UTC),
-            pid=os.getpid(),
-            verdict=str(receipt.verdict),
-            note=receipt.note,
-            calls=receipt.calls,
-            passed=receipt.passed,
-        )
+        counted = [receipt for receipt, _ in self._in_force.copy().values() if receipt.count_calls]
+        return [_line(Entry.of(receipt, receipt.state)) for receipt in counted]
 
 
 def _line(entry: Entry) -> dict[str, object]:
@@ -266,3 +229,10 @@ def _line(entry: Entry) -> dict[str, object]:
 
 
 LEDGER: Final = Ledger()
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table with each column as wide as its widest text, in which line breaks become spaces."""
+    lines = [[" ".join(text.split("\n")) for text in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

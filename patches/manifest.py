@@ -17,11 +17,10 @@ from .activation import ACTIVATIONS
 from .errors import ManifestError, TargetError, UnknownPatchError
 from .ledger import Receipt
 from .patch import Patch
-from .plan import Item, expand, fingerprint_of, verdict
+from .plan import Item, Verdict, VerdictKind, expand, fingerprint_of, verdict
 from .registry import REGISTRY, select
 from .transaction import Transaction, transaction
 from .undo import active, disable
-from .verdict import Verdict, VerdictKind
 from .versions import installed_version, owner_of
 
 __all__ = [
@@ -76,7 +75,9 @@ def replay(manifest: Mapping[str, Any]) -> Transaction:
     """
     known = {receipt.id for receipt in _in_force() if receipt.scope is None}
     missing = {entry["id"]: entry for entry in _entries(manifest) if entry["id"] not in known}
-    differences = [line for entry in missing.values() for line in _differences(entry, _find(entry))]
+    found = [(entry, _find(entry)) for entry in missing.values()]
+    moved = [f"{patch.id!r}: {version}" for entry, patch in found for version in _moved(entry, patch)]
+    differences = moved + [line for entry, patch in found for line in _differences(entry, patch)]
     if differences:
         raise ManifestError(
             f"this process differs from that of the manifest: {'; '.join(differences)}; nothing was applied. "
@@ -112,11 +113,8 @@ def lock(*items: Item) -> dict[str, Any]:
     """
     found = manifest()
     if items:
-        found = {
-            **found,
-            "patches": [_entry(patch, verdict(patch)) for patch, _ in expand(items)],
-            "not_replayable": [],
-        }
+        named = [_entry(patch, verdict(patch)) for patch, _ in expand(items)]
+        found = {**found, "patches": named, "not_replayable": []}
     if not found["patches"]:
         raise ManifestError("expected patches to lock, found none in force; name some, or import what applies them")
     entries = {entry["id"]: _locked(entry) for entry in found["patches"]}
@@ -128,12 +126,17 @@ def changes(locked: Mapping[str, Any], *selectors: str) -> list[str]:
 
     Every locked patch is looked at; with selectors, it is a difference too if one of their patches is not locked.
     """
-    entries, lines = _entries(locked), list[str]()
+    entries, lines, moved = _entries(locked), list[str](), dict[str, list[str]]()
     for entry in entries:
         try:
-            lines += _differences(entry, _find(entry))
+            patch = _find(entry)
         except ManifestError as error:
             lines.append(f"{error}; lock again without it, if it is not used any more")
+            continue
+        for version in _moved(entry, patch):
+            moved.setdefault(version, []).append(repr(patch.id))
+        lines += _differences(entry, patch)
+    lines[:0] = [f"{version}; test {', '.join(ids)} with it, then lock again" for version, ids in moved.items()]
     unlocked = set(select(*selectors)) - {entry["id"] for entry in entries}
     return lines + [f"{patch_id!r} is not in the lock; lock again with it" for patch_id in sorted(unlocked)]
 
@@ -150,7 +153,7 @@ def write(manifest: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     try:
         descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=place.name)
     except OSError as error:
-        raise ManifestError(f"expected a place to write to, and {str(path)!r} is none: {error}") from error
+        raise ManifestError(f"expected a place to write to, and {str(path)!r} is none: {error.strerror}") from error
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
@@ -190,12 +193,8 @@ def _in_force() -> list[Receipt]:
 def _entry_of(receipt: Receipt) -> dict[str, Any]:
     found, pending = receipt.verdict, ACTIVATIONS.pending
     forced = found.kind == VerdictKind.OBSOLETE or found.probe_error is not None or pending.is_forced(receipt)
-    options = {
-        "force": forced,
-        "count_calls": receipt.count_calls,
-        "disabled": receipt.disabled,
-        "deferred": receipt in pending.receipts(),
-    }
+    waits = receipt in pending.receipts()
+    options = {"force": forced, "count_calls": receipt.count_calls, "disabled": receipt.disabled, "deferred": waits}
     return {**_entry(receipt.patch, found), "reason": receipt.reason, "options": options}
 
 
@@ -249,9 +248,9 @@ def _why_not(receipt: Receipt) -> str:
 
 
 def _entries(manifest: Any) -> list[dict[str, Any]]:
-    found = manifest.get("format") if isinstance(manifest, Mapping) else manifest
-    if found != _FORMAT or not isinstance(manifest.get("patches"), list):
-        raise ManifestError(f"expected a manifest of format {_FORMAT}, as patches.manifest() makes it, found {found!r}")
+    found = f"format {manifest.get('format')!r}" if isinstance(manifest, Mapping) else repr(manifest)
+    if found != f"format {_FORMAT}" or not isinstance(manifest.get("patches"), list):
+        raise ManifestError(f"expected a manifest of format {_FORMAT}, as patches lock makes it, found {found}")
     entries: list[Any] = manifest["patches"]
     for entry in entries:
         absent = ", ".join(sorted(_KEYS - entry.keys() if isinstance(entry, Mapping) else _KEYS))
@@ -277,13 +276,15 @@ def _find(entry: Mapping[str, Any]) -> Patch:
         raise ManifestError(f"{patch_id!r} was declared by {module!r}, and is not here: {error}") from error
 
 
-def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
+def _moved(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     versions = _versions(patch)
     for name in sorted({*versions, *entry["versions"]}):
-        there, here = entry["versions"].get(name, "absent"), versions.get(name, "absent")
+        there, here = (found.get(name, "not installed") for found in (entry["versions"], versions))
         if there != here:
-            advice = "test the patch with it, then lock again"
-            yield f"{patch.id!r} was applied with {name} {there}, and here it is {here}; {advice}"
+            yield f"{name} was {there}, and here it is {here}"
+
+
+def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     if entry["target"] != patch.target:
         had = f"{patch.id!r} had the target {entry['target']!r}, and here it has {patch.target!r}"
         yield f"{had}; lock again if that is meant"
@@ -294,12 +295,11 @@ def _differences(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
 def _differing_verdict(entry: Mapping[str, Any], patch: Patch) -> Iterator[str]:
     found = verdict(patch)
     if entry["verdict"] != str(found):
-        advice = (
-            "remove the patch, or lock again" if found.kind == VerdictKind.OBSOLETE else "adapt it, then lock again"
-        )
-        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {advice}"
+        first = "remove the patch, or" if found.kind == VerdictKind.OBSOLETE else "adapt it, then"
+        yield f"{patch.id!r} was {entry['verdict']}, and here it is {found}: {found.why}; {first} lock again"
     here = _fingerprint(patch) if "fingerprint" in entry else ""
     if entry.get("fingerprint", "") != here and (here or entry["verdict"] == str(found)):
-        moved = f"the source of {patch.target!r} had the fingerprint {entry['fingerprint'] or 'none'}"
+        targets = " or ".join(map(str, patch.targets))
+        moved = f"the source of {targets!r} had the fingerprint {entry['fingerprint'] or 'none'}"
         advice = "read what has changed, adapt the patch to it, then lock again"
         yield f"{patch.id!r}: {moved}, and here {here or 'none'}; {advice}"

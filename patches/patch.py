@@ -17,12 +17,10 @@ from .errors import DefinitionError, ScopeError, TargetError
 from .target import MISSING, STORED, Kind, Target, parse
 from .versions import parse_specifier
 
-__all__ = ["Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "objects", "on"]
+__all__ = ["Chosen", "Fields", "Patch", "Scope", "Scoped", "Wrapper", "caller", "chosen", "on"]
 
 Wrapper: TypeAlias = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
-"""`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, and `args` omit the
-instance.
-"""
+"""`(wrapped, instance, args, kwargs) -> result`, as in wrapt: `wrapped` is bound, and `args` omit the instance."""
 
 _Target: TypeAlias = str | Target | tuple[str | Target, ...]
 _Kind: TypeAlias = Literal[
@@ -96,9 +94,7 @@ class Patch:
     requires: Mapping[str, str] = field(default_factory=dict)
     """Distribution -> PEP 440 window in which the defect is known; all must hold, or else see `on_unknown`."""
     kind: _Kind = "auto"
-    """"auto", or the `Kind` that the target must have. "attribute" wraps reads of values that instances
-    store.
-    """
+    """"auto", or the `Kind` that the target must have. "attribute" wraps reads of values that instances store."""
     optional: bool = False
     """Whether a target that is not there is skipped; otherwise it is an error."""
     subject: _Subject | None = None
@@ -116,13 +112,9 @@ class Patch:
     tags: tuple[str, ...] = ()
     """Words by which to select it: `tag:word`."""
     fingerprint: str | tuple[str, ...] = ()
-    """Fingerprint of the upstream source that the patch was written for, as printed by
-    `patches show --fingerprint ID`; several for several versions.
-    """
+    """Fingerprint of the source that it was written for, by `patches show --fingerprint ID`; several for several."""
     signature: str = ""
-    """Signature of the target as written: `(self, x, *, by=2)`. Names, kinds, and which parameters have defaults
-    must match.
-    """
+    """Signature of the target: `(self, x, *, by=2)`. Names, kinds, and which parameters have defaults must match."""
     on_unknown: _Policy = "warn"
     """Policy if the installed version is outside `requires`, and neither the source nor a probe says that the patch is
     right for it: "error", "warn" and apply, or "skip".
@@ -154,9 +146,9 @@ class Patch:
                 raise self._refuse(name, f"{getattr(self, name)!r} is not one of {', '.join(allowed)}")
         self._check_target()
         self._check_deed()
+        self._name_declarer()
         self._check_ids()
-        self._check_requires()
-        self._check_drift()
+        self._check_formats()
 
     def _check_target(self) -> None:
         given: tuple[Any, ...] = self.target if isinstance(self.target, tuple) else (self.target,)
@@ -174,9 +166,8 @@ class Patch:
         self._set(targets=targets, target=str(targets[0]))
 
     def _check_deed(self) -> None:
-        deeds = {"wrapper": self.wrapper is not None, "replace": self.replace is not MISSING}
-        deeds["factory"] = self.factory is not None
-        given = [name for name, is_given in deeds.items() if is_given]
+        nothing = {"wrapper": None, "replace": MISSING, "factory": None}
+        given = [name for name, default in nothing.items() if getattr(self, name) is not default]
         if self.kind == "delete" and given:
             raise self._refuse(given[0], "nothing is needed to delete the target")
         if self.kind != "delete" and len(given) != 1:
@@ -190,6 +181,8 @@ class Patch:
         if self.kind == "auto" and self.replace is not MISSING:
             is_class, is_value = isinstance(self.replace, type), not callable(self.replace)
             self._set(kind="class" if is_class else "value" if is_value else "auto")
+
+    def _name_declarer(self) -> None:
         deed: Any = self.wrapper or self.factory or (None if self.replace is MISSING else self.replace)
         deed = deed.func if isinstance(deed, functools.partial) else deed
         qualname = getattr(deed, "__qualname__", None)
@@ -216,20 +209,18 @@ class Patch:
             if self.id in getattr(self, name):
                 raise self._refuse(name, "it names the patch itself")
 
-    def _check_requires(self) -> None:
+    def _check_formats(self) -> None:
+        given = self.fingerprint
+        self._set(fingerprint=(given,) if isinstance(given, str) else tuple(given))
+        for value in self.fingerprint:
+            if not _FINGERPRINT.fullmatch(value):
+                raise self._refuse("fingerprint", f"{value!r} is not 16 hexadecimal digits")
         for distribution, window in self.requires.items():
             try:
                 parse_specifier(window)
             except ValueError as error:
                 raise self._refuse("requires", f"{distribution}: {error}") from error
         self._set(requires=MappingProxyType(dict(self.requires)))
-
-    def _check_drift(self) -> None:
-        given = self.fingerprint
-        self._set(fingerprint=(given,) if isinstance(given, str) else tuple(given))
-        for value in self.fingerprint:
-            if not _FINGERPRINT.fullmatch(value):
-                raise self._refuse("fingerprint", f"{value!r} is not 16 hexadecimal digits")
         try:
             parse_signature(self.signature or "()")
         except ValueError as error:
@@ -286,18 +277,18 @@ def caller() -> str:
 
 
 def _outside(frame: FrameType) -> FrameType:
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
+        _PACKAGE,
+        "contextlib",
+    ):
         frame = frame.f_back
     return frame
 
 
-def _is_ours(module: str) -> bool:
-    return module == _PACKAGE or module.startswith(f"{_PACKAGE}.") or module == "contextlib"
-
-
 # Some objects only ----------------------------------------------------------------------------------------------------
 
-_Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool]
+Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool]
+"""Objects, or a predicate that chooses them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -305,7 +296,7 @@ class Scoped:
     """A patch and the objects to limit it to, as made by `on`. Keeps the objects alive."""
 
     patch: str | Patch
-    instances: _Chosen
+    instances: Chosen
 
 
 def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) -> Scoped:
@@ -316,21 +307,21 @@ def on(patch: str | Patch, instances: Iterable[object] | Callable[[Any], bool]) 
     keep them alive. Instead of objects, a predicate chooses: it is asked on every call, and may not call the target.
     Raises ScopeError if there are none.
     """
-    if callable(instances) and not isinstance(instances, Iterable):
-        return Scoped(patch=patch, instances=instances)
-    chosen = objects(instances)
-    if not chosen:
+    picked = chosen(instances)
+    if picked is None or (isinstance(picked, tuple) and not picked):
         patch_id = patch if isinstance(patch, str) else patch.id
         raise ScopeError(f"{patch_id!r} was given no instance; expected at least one", patch_id=patch_id)
-    return Scoped(patch=patch, instances=chosen)
+    return Scoped(patch=patch, instances=picked)
 
 
-def objects(instances: Iterable[object]) -> tuple[object, ...]:
-    """The objects to limit a patch to. Raises ScopeError for a single one that is not in a list."""
+def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> Chosen | None:
+    """The objects, or the predicate that chooses them, as `on=` takes either. Raises ScopeError for a single object."""
+    if on is None or (callable(on) and not isinstance(on, Iterable)):
+        return on
     try:
-        return tuple(instances)
+        return tuple(on)
     except TypeError as error:
-        what = f"an object of type {type(instances).__name__!r}; to limit patches to that one, pass [it]"
+        what = f"an object of type {type(on).__name__!r}; to limit patches to that one, pass [it]"
         raise ScopeError(f"expected objects or a predicate, got {what}", patch_id="") from error
 
 
@@ -339,7 +330,7 @@ class Scope:
 
     __slots__ = ("__weakref__", "_covered", "_on_empty", "_patch_id", "ids", "predicate")
 
-    def __init__(self, chosen: _Chosen, *, patch_id: str) -> None:
+    def __init__(self, chosen: Chosen, *, patch_id: str) -> None:
         """Reference the objects weakly. Raises ScopeError for an object that cannot be."""
         self.ids: dict[int, weakref.ref[object]] = {}
         """`id` -> weak reference, of every covered object that is alive."""

@@ -1,47 +1,179 @@
-"""Plans: the patches that a transaction applies, in order, with their targets, and those that it skips."""
+"""Verdicts: whether the installed libraries need a patch; and plans: what a transaction applies, in which order."""
 
 from __future__ import annotations
 
+import enum
+import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+from weakref import WeakKeyDictionary
 
 from .activation import ACTIVATIONS
-from .drift import NoSourceError, fingerprint
+from .drift import NoSourceError, find_drift, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
 from .forms import is_traced, prepare
-from .ledger import State
-from .patch import Patch, Scope, Scoped, caller, objects
+from .ledger import State, aligned
+from .patch import Chosen, Patch, Scope, Scoped, caller, chosen
 from .patch import on as limit
 from .registry import REGISTRY, atomic_bundles, is_pattern, select
 from .slot import in_order, refuse_conflicts
-from .table import aligned
 from .target import STORED, Kind, Place, locate, refuse
-from .verdict import Verdict, VerdictKind, judge
+from .versions import Window, compare
 
 __all__ = [
-    "Item",
-    "Plan",
-    "Step",
-    "acceptable",
-    "chosen",
-    "expand",
-    "is_left_out",
-    "is_seen_when_compiled",
-    "make_plan",
-    "plan",
-    "refuse_to_split",
-    "resolve",
-    "verdict",
-]
+    "Item", "Plan", "Step", "Verdict", "VerdictKind", "acceptable", "expand", "fingerprint_of", "is_left_out",
+    "is_seen_when_compiled", "make_plan", "plan", "refuse_to_split", "resolve", "verdict",
+]  # fmt: skip
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+class VerdictKind(enum.StrEnum):
+    """The possible verdicts on a patch."""
+
+    NEEDED = "needed"
+    """The defect is present: inside the window, the probe finds it or there is no probe."""
+    OBSOLETE = "obsolete"
+    """The probe does not find the defect; or the target does not exist, in a version outside the window."""
+    UNKNOWN = "unknown"
+    """Undecided: the versions are outside the window, and neither a probe nor the source's fingerprint can decide;
+    or the probe raised; or the source or the signature differs; or somebody else has patched the target, and the
+    patch does not allow that.
+    """
+    ABSENT = "absent"
+    """A distribution that it requires, or the top-level module of its target, is not installed."""
+    INCOMPATIBLE = "incompatible"
+    """The target does not resolve, in a version inside the window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A verdict and its reasons. `str()` gives the kind."""
+
+    kind: VerdictKind
+    why: str
+    probe_error: Exception | None = None
+    """The exception that the probe raised."""
+    since: str = ""
+    """Distribution and version that fixed the defect, for an obsolete patch whose window has an upper end."""
+    drift: tuple[str, ...] = ()
+    """Differences between the target and the patch's declaration, one line each."""
+    foreign: tuple[str, ...] = ()
+    """Foreign patches of the target; searched for unless the patch allows them."""
+    gone: bool = False
+    """Whether the target of an optional patch is not there."""
+    suggestion: str = ""
+    """A target spelt almost like one whose module is not installed."""
+    outside: tuple[str, ...] = ()
+    """Versions outside the patch's window, one line each, if nothing else could decide."""
+
+    def __str__(self) -> str:
+        return self.kind.value
+
+
+def verdict(patch: str | Patch, *, fresh: bool = False) -> Verdict:
+    """The verdict on a patch from the installed versions, the target and the probe. Applies nothing.
+
+    The answer of a probe is kept for the rest of the process, unless a patch was active that could have changed it;
+    `fresh` asks it again.
+    """
+    patch = _patch(patch)
+    for receipt in ACTIVATIONS.active() if patch.probe is not None else ():
+        if receipt.patch is patch and ACTIVATIONS.condition(receipt) == State.ACTIVE:
+            return receipt.verdict  # the probe would see what the patch makes of the target
+    window = compare(patch.requires)
+    if window.missing:
+        why = f"not installed: {', '.join(window.missing)}"
+        return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional)
+    try:
+        place = resolve(patch)
+    except TargetError as error:
+        top_level = error.target.partition(":")[0].partition(".")[0]
+        if isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name == top_level:
+            why = f"not installed: module {top_level}"
+            return Verdict(kind=VerdictKind.ABSENT, why=why, gone=patch.optional, suggestion=error.suggestion)
+        # In a version that was never known to have the defect, missing code cannot have it.
+        gone = patch.optional and error.is_absent
+        kind = VerdictKind.OBSOLETE if window.outside or gone else VerdictKind.INCOMPATIBLE
+        return Verdict(kind=kind, why="; ".join((str(error), *window.outside)), since=window.since, gone=gone)
+    seen = None if patch.probe is None else _run_probe(patch, place, fresh=fresh)
+    drift, foreign = find_drift(patch, place), () if patch.on_foreign == "allow" else _foreign(place)
+    if seen is not False and (drift or foreign):
+        probe_error = seen if isinstance(seen, Exception) else None
+        why = "; ".join((*drift, *foreign))
+        return Verdict(kind=VerdictKind.UNKNOWN, why=why, probe_error=probe_error, drift=drift, foreign=foreign)
+    return _decide(window, seen=seen, same_source=bool(patch.fingerprint))
+
+
+def _decide(window: Window, *, seen: bool | Exception | None, same_source: bool) -> Verdict:
+    if isinstance(seen, Exception):
+        return Verdict(kind=VerdictKind.UNKNOWN, why=f"the probe raised {seen!r}", probe_error=seen)
+    if seen is False:
+        ended = (f"absent since {window.since}",) if window.since else ()
+        why = "; ".join(("the probe does not see the defect", *window.outside, *ended))
+        return Verdict(kind=VerdictKind.OBSOLETE, why=why, since=window.since)
+    if window.outside and same_source:
+        why = "; ".join((*window.outside, "the source is the one that the patch was written for"))
+        return Verdict(kind=VerdictKind.NEEDED, why=why)
+    probed = ("the probe sees the defect",) if seen else ()
+    if window.outside:
+        why = "; ".join((*probed, *window.outside))
+        return Verdict(kind=VerdictKind.UNKNOWN, why=why, outside=window.outside)
+    why = "; ".join((*probed, *window.inside)) or "it requires no particular version"
+    return Verdict(kind=VerdictKind.NEEDED, why=why)
+
+
+def _foreign(place: Place) -> tuple[str, ...]:
+    from .foreign.source import find_foreign
+
+    return find_foreign(place)
+
+
+def _run_probe(patch: Patch, place: Place, *, fresh: bool) -> bool | Exception:
+    assert patch.probe is not None
+    with _probing_guard:
+        mine = _probing.setdefault(patch, threading.RLock())
+    with mine:
+        if patch in _probed and not fresh:
+            return _probed[patch]
+        packages = {target.module.partition(".")[0] for target in patch.targets}
+        was_quiet = ACTIVATIONS.is_quiet(packages) and not _foreign(place)
+        try:
+            seen = bool(patch.probe())
+        except Exception as error:  # noqa: BLE001 - any exception is the result of the probe
+            return error
+        if was_quiet and ACTIVATIONS.is_quiet(packages):
+            _probed[patch] = seen
+        return seen
+
+
+_probed: Final[WeakKeyDictionary[Patch, bool]] = WeakKeyDictionary()
+# Held while the probe of a patch runs, so that a thread that wants to apply that patch waits for the result. One
+# lock per patch: probes import, and with a single lock a probe could deadlock with an import that waits for it.
+_probing: Final[WeakKeyDictionary[Patch, threading.RLock]] = WeakKeyDictionary()
+_probing_guard = threading.Lock()
+
+
+def _forget_probes_in_progress() -> None:
+    # In a child made by `fork`, the threads that run them do not exist, and their locks cannot be released.
+    global _probing_guard  # noqa: PLW0603
+    _probing_guard = threading.Lock()
+    _probing.clear()
+
+
+os.register_at_fork(after_in_child=_forget_probes_in_progress)
+
+
+# Plans ----------------------------------------------------------------------------------------------------------------
 
 Item: TypeAlias = str | Patch | Scoped
 """Item of a transaction: an id, a bundle, a selector (`patches.select`), a patch, or any of these limited by `on`."""
 
-_Chosen: TypeAlias = tuple[object, ...] | Callable[[Any], bool] | None
-_Request: TypeAlias = tuple[Patch, _Chosen]
+_Request: TypeAlias = tuple[Patch, Chosen | None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,22 +196,19 @@ class Plan:
         """A table of the patches to apply, in order, with targets and reasons; then the skipped ones."""
         if not self.steps and not self.skipped:
             return "nothing to apply"
-        rows = [_explained(str(number), step) for number, step in enumerate(self.steps, start=1)]
-        rows += [_explained("skip", step) for step in self.skipped]
+        numbered = [*enumerate(self.steps, start=1), *(("skip", step) for step in self.skipped)]
+        rows = [
+            (
+                str(number),
+                step.patch.id,
+                str(step.patch.target),
+                "process" if step.scope is None else str(step.scope),
+                str(step.verdict),
+                step.verdict.why,
+            )
+            for number, step in numbered
+        ]
         return aligned(("step", "id", "target", "scope", "verdict", "why"), rows)
-
-
-def verdict(patch: str | Patch, *, fresh: bool = False) -> Verdict:
-    """The verdict on a patch from the installed versions, the target and the probe. Applies nothing.
-
-    The answer of a probe is kept; `fresh` asks it again.
-    """
-    declared = _patch(patch)
-    for receipt in ACTIVATIONS.active() if declared.probe is not None else ():
-        if receipt.patch is declared and ACTIVATIONS.condition(receipt) == State.ACTIVE:
-            return receipt.verdict  # the probe would see what the patch makes of the target
-    packages = {target.module.partition(".")[0] for target in declared.targets}
-    return judge(declared, resolve, is_quiet=lambda: ACTIVATIONS.is_quiet(packages), fresh=fresh)
 
 
 def fingerprint_of(patch: str | Patch) -> str:
@@ -91,7 +220,7 @@ def fingerprint_of(patch: str | Patch) -> str:
         raise refuse(place.target, f"it has no fingerprint: {error}") from error
 
 
-def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False) -> Plan:
+def make_plan(items: Iterable[Item], *, on: Chosen | None = None, force: bool = False) -> Plan:
     """Plan the application of these items: everything that can be decided before anything is changed.
 
     `on` limits every item that has no limit of its own. `force` keeps obsolete patches, and those whose probe
@@ -106,12 +235,17 @@ def make_plan(items: Iterable[Item], *, on: _Chosen = None, force: bool = False)
     left_out = [patch for patch in patches if is_left_out(patch, verdicts[patch.id], force=force)]
     refuse_to_split(items, [] if force else left_out)
     steps = [
-        Step(patch=patch, scope=_scope(patch, instances), verdict=verdicts[patch.id])
+        Step(
+            patch=patch,
+            scope=None if instances is None else Scope(instances, patch_id=patch.id),
+            verdict=verdicts[patch.id],
+        )
         for patch, instances in sorted(requests, key=lambda request: rank[request[0].id])
     ]
     applied = tuple(step for step in steps if step.patch not in left_out)
     for step in applied:
-        _refuse_to_limit(step)
+        if step.scope is not None:
+            _refuse_to_limit(step.patch, step.scope)
     return Plan(steps=applied, skipped=tuple(step for step in steps if step not in applied))
 
 
@@ -132,12 +266,18 @@ def refuse_to_split(items: Iterable[Item], left_out: Iterable[Patch]) -> None:
             )
 
 
-def expand(items: Iterable[Item], on: _Chosen = None) -> list[_Request]:
-    """Resolve items to patches, including the patches they need, each with the instances it is limited to.
+def expand(items: Iterable[Item], on: Chosen | None = None) -> list[_Request]:
+    """Resolve items to patches, each with the instances it is limited to, and so are the patches that it needs.
 
     Imports no target.
     """
-    return _with_needs(_requests(items, on))
+    requests = _requests(items, on)
+    asked = {patch.id for patch, _ in requests}
+    for patch, instances in requests:  # grows while it is iterated over, so needs of needs are included
+        for needed in (REGISTRY.get(needed) for needed in patch.needs if needed not in asked):
+            if not any(other is needed and covered is instances for other, covered in requests):
+                requests.append((needed, instances))
+    return requests
 
 
 def plan(*items: Item, on: Iterable[object] | Callable[[Any], bool] | None = None, force: bool = False) -> Plan:
@@ -153,7 +293,7 @@ def plan(*items: Item, on: Iterable[object] | Callable[[Any], bool] | None = Non
     return made
 
 
-def _requests(items: Iterable[Item], on: _Chosen) -> list[_Request]:
+def _requests(items: Iterable[Item], on: Chosen | None) -> list[_Request]:
     """Patches and the instances they are limited to, without duplicates from overlapping selectors."""
     requests: list[_Request] = []
     for item in items:
@@ -170,17 +310,6 @@ def _requests(items: Iterable[Item], on: _Chosen) -> list[_Request]:
 
 def _patch(patch: str | Patch) -> Patch:
     return REGISTRY.get(patch) if isinstance(patch, str) else patch
-
-
-def _with_needs(requests: Sequence[_Request]) -> list[_Request]:
-    """The requests plus the patches that they need, each in the scope of the patch that needs it."""
-    asked = {patch.id for patch, _ in requests}
-    complete = list(requests)
-    for patch, instances in complete:  # grows while it is iterated over, so needs of needs are included
-        for needed in (REGISTRY.get(needed) for needed in patch.needs if needed not in asked):
-            if not any(other is needed and covered is instances for other, covered in complete):
-                complete.append((needed, instances))
-    return complete
 
 
 def acceptable(patch: Patch, *, force: bool) -> Verdict:
@@ -230,25 +359,8 @@ def is_left_out(patch: Patch, found: Verdict, *, force: bool) -> bool:
     return found.gone or (is_skipped and not force)
 
 
-def _explained(number: str, step: Step) -> tuple[str, ...]:
-    scope = "process" if step.scope is None else str(step.scope)
-    return number, step.patch.id, str(step.patch.target), scope, str(step.verdict), step.verdict.why
-
-
-def chosen(on: Iterable[object] | Callable[[Any], bool] | None) -> _Chosen:
-    """The objects, or the predicate that chooses them, as `on=` takes either."""
-    return on if on is None or (callable(on) and not isinstance(on, Iterable)) else objects(on)
-
-
-def _scope(patch: Patch, instances: _Chosen) -> Scope | None:
-    return None if instances is None else Scope(instances, patch_id=patch.id)
-
-
-def _refuse_to_limit(step: Step) -> None:
-    """Raise ScopeError if the patch is limited to instances and its target has none."""
-    patch = step.patch
-    if step.scope is None:
-        return
+def _refuse_to_limit(patch: Patch, scope: Scope) -> None:
+    """Raise ScopeError if the patch's target has no instances to be limited to, or one is taken for a predicate."""
     place = resolve(patch)
     why = f"{patch.id!r} cannot be limited to instances: {str(place.target)!r} is a {place.kind}"
     if place.kind in STORED:
@@ -256,7 +368,7 @@ def _refuse_to_limit(step: Step) -> None:
             f"{why}, which all read alike; patch what reads it, or say kind='attribute' for what instances store",
             patch_id=patch.id,
         )
-    if isinstance(place.owner, type) and isinstance(step.scope.predicate, place.owner):
+    if isinstance(place.owner, type) and isinstance(scope.predicate, place.owner):
         what = f"an object of {place.owner.__qualname__!r}, which can be called; to limit it to that one, pass [it]"
         raise ScopeError(f"{patch.id!r} is limited by a predicate that is {what}", patch_id=patch.id)
     if patch.subject is None and place.kind in (Kind.FUNCTION, Kind.STATICMETHOD):

@@ -20,16 +20,9 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 __all__ = [
-    "BUNDLES",
-    "ENTRY_POINT_GROUP",
-    "REGISTRY",
-    "Bundle",
-    "Bundles",
-    "Registry",
-    "atomic_bundles",
-    "is_pattern",
+    "BUNDLES", "ENTRY_POINT_GROUP", "REGISTRY", "Bundle", "Bundles", "Registry", "atomic_bundles", "is_pattern",
     "select",
-]
+]  # fmt: skip
 
 ENTRY_POINT_GROUP: Final = "patches.registry"
 _W = TypeVar("_W", bound=Callable[..., Any])
@@ -72,17 +65,10 @@ class Registry:
     def register(self, patch: Patch, /) -> Patch: ...
     @overload
     def register(
-        self,
-        id: str,
-        /,
-        *,
-        target: str | Target | tuple[str | Target, ...],
-        reason: str,
-        **fields: Unpack[Fields],
+        self, id: str, /, *, target: str | Target | tuple[str | Target, ...], reason: str, **fields: Unpack[Fields]
     ) -> Callable[[_W], _W]: ...
     def register(self, patch: Patch | str, /, **fields: Any) -> Any:
-        """Register a Patch and return it, or return a decorator that registers a wrapper and returns it
-        unchanged.
+        """Register a Patch and return it, or return a decorator that registers a wrapper and returns it unchanged.
 
         As a decorator it takes the fields of `Patch`; with one of `replace`, `factory` and kind="delete" among them
         the patch is registered at once. Raises DuplicatePatchError if the id is taken. A module may register its own
@@ -124,9 +110,9 @@ class Registry:
         self._offered.update({point.name: point for point in points})
 
     def _points(self) -> list[EntryPoint]:
-        installed = {point.name for point in self._find_entry_points()}
-        offered = (point for point in self._offered.values() if point.name not in installed)
-        return [*self._find_entry_points(), *offered]
+        installed = list(self._find_entry_points())
+        names = {point.name for point in installed}
+        return [*installed, *(point for name, point in self._offered.items() if name not in names)]
 
     def source(self, patch_id: str) -> str:
         """The source of the patch of this id: a module, or an entry point. Imports nothing."""
@@ -154,10 +140,9 @@ class Registry:
             loaded = point.load()
         except (AttributeError, ImportError) as error:
             other = getattr(sys.modules[__package__], "__shadowed_by__", None)
+            advice = f"`import patches` leads to {other} here; `import model_surgery_patches as patches` would not"
             if other is not None:
-                error.add_note(
-                    f"`import patches` leads to {other} here; `import model_surgery_patches as patches` would not"
-                )
+                error.add_note(advice)
             raise
         if isinstance(loaded, Patch) and loaded.id == point.name:
             if self._patches.get(loaded.id) is not loaded:
@@ -167,9 +152,8 @@ class Registry:
 
     def _expect(self, patch_id: str, source: str) -> Patch:
         if patch_id not in self._patches:
-            raise UnknownPatchError(
-                f"{source} was to register {patch_id!r} when imported, and did not", patch_id=patch_id
-            )
+            why = f"{source} was to register {patch_id!r} when imported, and did not"
+            raise UnknownPatchError(why, patch_id=patch_id)
         return self._patches[patch_id]
 
     def _unknown(self, patch_id: str) -> UnknownPatchError:
@@ -178,11 +162,7 @@ class Registry:
         known = self.ids()
         close = tuple(difflib.get_close_matches(patch_id, known))
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
-        return UnknownPatchError(
-            f"no patch has the id {patch_id!r}; {hint}",
-            patch_id=patch_id,
-            suggestions=close,
-        )
+        return UnknownPatchError(f"no patch has the id {patch_id!r}; {hint}", patch_id=patch_id, suggestions=close)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +244,7 @@ def select(*selectors: str, registry: Registry = REGISTRY, bundles: Bundles = BU
 
 def atomic_bundles(selector: str, bundles: Bundles = BUNDLES) -> list[str]:
     """The names of the atomic bundles in a selector: itself, or inside of it."""
-    if "." in selector or not _WILDCARDS.isdisjoint(selector) or selector.startswith(_TAG):
+    if "." in selector or _is_search(selector):
         return []
     bundle = bundles.get(selector)
     inner = [name for member in bundle.members for name in atomic_bundles(member, bundles)]
@@ -273,21 +253,22 @@ def atomic_bundles(selector: str, bundles: Bundles = BUNDLES) -> list[str]:
 
 def is_pattern(selector: str) -> bool:
     """Whether the selector is not an id: a bundle, a glob, or a tag."""
-    return "." not in selector or selector.startswith(_TAG) or not _WILDCARDS.isdisjoint(selector)
+    return "." not in selector or _is_search(selector)
+
+
+def _is_search(selector: str) -> bool:
+    return selector.startswith(_TAG) or not _WILDCARDS.isdisjoint(selector)
 
 
 def _matches(selector: str, registry: Registry, bundles: Bundles, inside: tuple[str, ...]) -> Iterable[str]:
-    if selector.startswith(_TAG):
-        return _tagged(selector, registry)
-    if not _WILDCARDS.isdisjoint(selector):
-        return _matching(selector, registry)
+    if _is_search(selector):
+        return (_tagged if selector.startswith(_TAG) else _matching)(selector, registry)
     if "." in selector:
         return [selector]
     if selector in inside:
         cycle = (*inside[inside.index(selector) :], selector)
         raise CycleError(f"a bundle is in itself: {' contains '.join(cycle)}; remove one of them", cycle=cycle)
-    members = bundles.get(selector).members
-    path = (*inside, selector)
+    members, path = bundles.get(selector).members, (*inside, selector)
     return [patch_id for member in members for patch_id in _matches(member, registry, bundles, path)]
 
 

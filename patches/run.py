@@ -42,7 +42,7 @@ def environment(*selectors: str, imports: Iterable[str] = (), base: Mapping[str,
     chosen = list(dict.fromkeys([*_words(base, _APPLY), *selectors]))
     modules = list(dict.fromkeys([*_words(base, _IMPORT), *imports]))
     if not chosen:
-        raise PatchError(f"expected ids of patches to apply, got none; give some, or set {_APPLY}")
+        raise PatchError(f"expected ids of patches to apply, got none; name them with --apply, or set {_APPLY}")
     folder = base.get(_FOLDER) or os.getcwd()  # noqa: PTH109 - as above
     with _imported(modules, folder):
         found = [patch for patch, _ in expand(chosen)]
@@ -60,13 +60,17 @@ def command(arguments: Sequence[str]) -> list[str]:
     Raises PatchError for options of Python, some of which (-I, -E, -S) would have it ignore its environment.
     """
     first = arguments[0]
+    what = "a script, -m module, -c code or a program"
     if first.startswith("-") and not first.startswith(("-m", "-c")):
-        what = "a script, -m module, -c code or a program"
         raise PatchError(f"expected {what} to run, found {first!r}; set options of Python by its variables, PYTHON...")
     import shutil
 
-    is_program = not first.startswith("-") and not first.endswith(".py") and shutil.which(first)
-    return list(arguments) if is_program else [sys.executable, *arguments]
+    if not first.startswith(("-m", "-c")) and not first.endswith(".py"):
+        if shutil.which(first):
+            return list(arguments)
+        if not os.path.exists(first):  # noqa: PTH110 - as above
+            raise PatchError(f"expected {what} to run, found {first!r}: no file here, and no program on the PATH")
+    return [sys.executable, *arguments]
 
 
 @cache
@@ -118,18 +122,15 @@ def _imported(modules: Iterable[str], folder: str) -> Iterator[None]:
     offer(folder)
     try:
         for module in modules:
-            _import(module)
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                why = f"{module!r}, which is to register patches, cannot be imported: {error}"
+                raise PatchError(why) from error
         yield
     finally:
         if added and folder in sys.path:
             sys.path.remove(folder)
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise PatchError(f"{module!r}, which is to register patches, cannot be imported: {error}") from error
 
 
 def _words(environment: Mapping[str, str], variable: str) -> list[str]:

@@ -11,122 +11,15 @@ from typing import Any, Final
 
 from .copies import Copies
 from .errors import ConflictError, CycleError, OverwrittenError, TargetError
-from .forms import Form, core
-from .ledger import Calls, Receipt, State
-from .patch import Patch, Wrapper
-from .target import MISSING, STORED, Kind, Place, owner_now, put_back
+from .forms import Form, Link, core
+from .ledger import Receipt, State
+from .patch import Patch
+from .target import MISSING, STORED, Place, owner_now, put_back
 
-__all__ = ["Link", "Slot", "in_order", "passed", "refuse_conflicts"]
+__all__ = ["Slot", "in_order", "refuse_conflicts"]
 
 _MAX_DEPTH: Final = 8
-_LINKS: Final = ("__wrapped__", "__func__", "fget", "fset", "fdel")
-_counting: Final[dict[str, Calls]] = {}
-
-
-def passed(patch_id: str) -> None:
-    """Mark the call in progress as passed through: called by a wrapper that had nothing to do. See `Receipt.passed`.
-
-    Does nothing unless calls of the patch are counted.
-    """
-    calls = _counting.get(patch_id)
-    if calls is not None:
-        calls.passed += 1
-
-
-class Link:
-    """One patch in the chain of a slot, active while at least one receipt holds it.
-
-    However many receipts there are, the wrapper runs once per call, and only if one of them covers the subject;
-    a receipt without a scope covers everything. Composed objects consult the link on each call.
-    """
-
-    __slots__ = ("_covered", "_made", "_predicates", "_receipts", "_wrapper", "calls", "direct", "everyone", "patch")
-
-    def __init__(self, patch: Patch) -> None:
-        self.patch = patch
-        self.calls: Calls | None = None
-        """The counts of calls, if a receipt has asked for them."""
-        self.everyone = False
-        """Whether some receipt covers every subject."""
-        self.direct: Any = None
-        """A function to call instead of the wrapper, with the arguments of the call, or None."""
-        self._receipts: tuple[Receipt, ...] = ()
-        self._covered: dict[int, int] = {}  # `id` of a covered object -> number of scopes that cover it
-        self._predicates: tuple[Callable[[Any], bool], ...] = ()
-        self._made: tuple[object, object] | None = None
-        self._wrapper: Wrapper | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._receipts)
-
-    def wrapper(self, kind: Kind) -> Wrapper:
-        """The patch in the form of a wrapper; its factory has run once."""
-        if self._wrapper is None:
-            self._wrapper, self.direct = self.patch.wrapper_for(kind)
-        wrapper, calls = self._wrapper, self.calls
-        if calls is None:
-            return wrapper
-        self.direct = None  # which would not be counted
-
-        # Without a lock, which torch.compile cannot trace; no other thread of CPython runs between the two bytecodes.
-        def counted(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            calls.made += 1
-            return wrapper(wrapped, instance, args, kwargs)
-
-        return counted
-
-    def value_over(self, inner: object, kind: Kind) -> object:
-        """The wrapper's result for a value, computed once, so that a class it makes stays the same class."""
-        if self._made is None or self._made[0] is not inner:
-            self._made = inner, self.wrapper(kind)(lambda: inner, None, (), {})
-        return self._made[1]
-
-    def covers(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call goes through the wrapper; to be asked if `everyone` is False."""
-        if not self._receipts:
-            return False
-        subject_of = self.patch.subject
-        subject = instance if subject_of is None else subject_of(instance, args, kwargs)
-        if id(subject) in self._covered:
-            return True
-        for chooses in self._predicates:  # noqa: SIM110 - `any` with a generator takes four times as long, on every call
-            if chooses(subject):
-                return True
-        return False
-
-    def hold(self, receipt: Receipt) -> None:
-        """Add a receipt that keeps the link active."""
-        if receipt.count_calls:
-            self.calls = self.calls or Calls()
-            _counting[self.patch.id] = self.calls
-            receipt.count(self.calls)
-        self._set((*self._receipts, receipt))
-
-    def drop(self, receipt: Receipt) -> bool:
-        """Remove a receipt; returns False if it does not hold the link."""
-        held = receipt in self._receipts
-        if receipt.scope is not None:
-            receipt.scope.cover(None)
-        self._set(tuple(other for other in self._receipts if other is not receipt))
-        if not self._receipts and _counting.get(self.patch.id) is self.calls:
-            _counting.pop(self.patch.id, None)
-        return held
-
-    def refresh(self) -> None:
-        """Update the scopes after receipts were disabled or enabled."""
-        self._set(self._receipts)
-
-    def _set(self, receipts: tuple[Receipt, ...]) -> None:
-        # The receipts are set last, so that dropping a receipt again completes a drop that was interrupted.
-        predicates = []
-        for receipt in receipts:
-            if receipt.scope is not None:
-                receipt.scope.cover(None if receipt.disabled else self._covered)
-            if receipt.scope is not None and receipt.scope.predicate is not None and not receipt.disabled:
-                predicates.append(receipt.scope.predicate)
-        self._predicates = tuple(predicates)
-        self.everyone = any(receipt.scope is None and not receipt.disabled for receipt in receipts)
-        self._receipts = receipts
+_REFERENCES: Final = ("__wrapped__", "__func__", "fget", "fset", "fdel")
 
 
 class Slot:
@@ -149,7 +42,7 @@ class Slot:
     @property
     def live(self) -> Any:
         """The object at the place now."""
-        return self.place.cell.read()
+        return self.place.read()
 
     def condition(self, is_ours: Callable[[object], bool]) -> State:
         """ACTIVE, BURIED, RELOADED or OVERWRITTEN, judged by the object at the place now.
@@ -297,7 +190,7 @@ class Slot:
         if before is value:
             return
         target = str(self.place.target)
-        self.place.cell.write(value)
+        self.place.write(value)
         if self.live is not value:
             if self.place.target.is_attribute:
                 put_back(self.place, before)
@@ -325,10 +218,9 @@ def _spec(place: Place) -> object:
 def in_order(patches: Iterable[Patch]) -> list[str]:
     """Sort the ids by the patches' `after` constraints, otherwise as given. Raises CycleError."""
     waiting = {patch.id: patch for patch in patches}
-    present = frozenset(waiting)
     ordered: list[str] = []
     while waiting:
-        ready = next((key for key in waiting if not _before(waiting[key], present) & waiting.keys()), None)
+        ready = next((key for key in waiting if waiting.keys().isdisjoint(_before(waiting[key]))), None)
         if ready is None:
             raise _cycle(waiting)
         ordered.append(ready)
@@ -357,15 +249,15 @@ def refuse_conflicts(patches: Iterable[Patch]) -> None:
                 )
 
 
-def _before(patch: Patch, present: frozenset[str]) -> frozenset[str]:
-    return present.intersection((*patch.after, *patch.needs))
+def _before(patch: Patch) -> set[str]:
+    return {*patch.after, *patch.needs}
 
 
 def _cycle(waiting: dict[str, Patch]) -> CycleError:
     # Every blocked patch has a blocked predecessor, so walking backwards must reach one of them twice.
     path = [next(iter(waiting))]
     while path[-1] not in path[:-1]:
-        path.append(min(_before(waiting[path[-1]], frozenset(waiting))))
+        path.append(min(waiting.keys() & _before(waiting[path[-1]])))
     cycle = tuple(path[path.index(path[-1]) :][::-1])
     claims = " before ".join(f"{patch_id} ({waiting[patch_id].claimant})" for patch_id in cycle)
     return CycleError(f"no order satisfies these patches: {claims}; remove one `after` or `needs`", cycle=cycle)
@@ -391,10 +283,7 @@ def leads_to(found: object, wanted: Sequence[object]) -> bool:
 
 
 def _referred(value: object) -> Iterator[object]:
-    for name in _LINKS:
-        linked = getattr(value, name, None)
-        if linked is not None:
-            yield linked
+    yield from (linked for name in _REFERENCES if (linked := getattr(value, name, None)) is not None)
     if isinstance(value, functools.partial):
         yield value.func
     if isinstance(value, type):
@@ -412,22 +301,19 @@ def _referred_by_function(function: FunctionType) -> Iterator[object]:
             yield cell.cell_contents
         except ValueError:  # a cell that is not filled yet
             continue
-    names = (name for name in function.__code__.co_names if name in function.__globals__)
-    yield from (function.__globals__[name] for name in names)
+    known = function.__globals__
+    yield from (known[name] for name in function.__code__.co_names if name in known)
 
 
 def is_redefinition(found: Any, original: Any) -> bool:
-    """Whether `found` is the original function or class, redefined from the same file by a reload."""
-    if isinstance(found, type) and isinstance(original, type) and found is not original:
-        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
-    if isinstance(found, ModuleType) and isinstance(original, ModuleType):
-        return found is not original
-    if type(found) is not FunctionType or type(original) is not FunctionType or found is original:
+    """Whether `found` is the original module, function or class, redefined from the same file by a reload."""
+    if found is original:
         return False
+    if isinstance(found, type) and isinstance(original, type):
+        return (found.__module__, found.__qualname__) == (original.__module__, original.__qualname__)
+    if type(found) is not FunctionType or type(original) is not FunctionType:
+        return isinstance(found, ModuleType) and isinstance(original, ModuleType)
     if "<locals>" in found.__code__.co_qualname:  # made by a function, which may make several with equal names
         return False
-    return (found.__module__, found.__qualname__, found.__code__.co_filename) == (
-        original.__module__,
-        original.__qualname__,
-        original.__code__.co_filename,
-    )
+    now, before = ((each.__module__, each.__qualname__, each.__code__.co_filename) for each in (found, original))
+    return now == before

@@ -6,37 +6,22 @@ import ast
 import contextlib
 import enum
 import importlib
+import operator
 import re
 import sys
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, MutableSequence
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, ClassMethodDescriptorType, FunctionType, ModuleType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from .errors import TargetError
 
 __all__ = [
-    "MISSING",
-    "STORED",
-    "Cell",
-    "DefaultCell",
-    "ItemCell",
-    "Kind",
-    "Missing",
-    "Place",
-    "Target",
-    "accept",
-    "at",
-    "describe",
-    "locate",
-    "owner_now",
-    "parse",
-    "put_back",
-    "refuse",
-    "rehearse",
-]
+    "MISSING", "STORED", "Kind", "Missing", "Place", "Target", "accept", "at",
+    "describe", "locate", "owner_now", "parse", "put_back", "refuse", "rehearse",
+]  # fmt: skip
 
 _DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _TARGET: Final = re.compile(rf"({_DOTTED}):({_DOTTED})(?:\[(?P<key>.+)\]|\((?P<parameter>[^\W\d]\w*)\))?")
@@ -193,18 +178,11 @@ def _alike(target: Target, wrong: str, names: Iterable[str]) -> str:
 # What is stored -------------------------------------------------------------------------------------------------------
 
 
-class Cell(Protocol):
-    """A place that stores one value."""
+class _Attribute:
+    """An entry of the `__dict__` of a module, class, or other object: never bound, never inherited.
 
-    def read(self) -> Any:
-        """The stored object itself, or MISSING."""
-
-    def write(self, value: Any) -> None:
-        """Store `value`; MISSING deletes what is stored."""
-
-
-class AttributeCell:
-    """An entry of the `__dict__` of a module, class, or other object: never bound, never inherited."""
+    `write` stores by `setattr`, and deletes for MISSING. A descriptor is told its name, as in a class body.
+    """
 
     def __init__(self, owner: Any, name: str) -> None:
         self._owner = owner
@@ -212,11 +190,9 @@ class AttributeCell:
         self._after: tuple[str, ...] = ()
 
     def read(self) -> Any:
-        """Read `owner.__dict__[name]`, or MISSING."""
         return self._owner.__dict__.get(self._name, MISSING)
 
     def write(self, value: Any) -> None:
-        """Call `setattr`, or `delattr` for MISSING. A descriptor is told its name, as in a class body."""
         entries = self._owner.__dict__
         if value is MISSING:
             self._after = _keys_after(entries, self._name)
@@ -231,7 +207,7 @@ class AttributeCell:
         self._after = ()
 
 
-class ItemCell:
+class _Item:
     """An item of a dictionary or a list. The items of a dictionary keep their order.
 
     A mapping of several layers (`ChainMap`, the registries of transformers) has the item only if its first layer has:
@@ -245,19 +221,15 @@ class ItemCell:
         self._texts: list[str] = []
 
     def read(self) -> Any:
-        """Read the item, or MISSING; never creates one, as a `defaultdict` would."""
-        if isinstance(self._container, MutableMapping):
-            held = self._same(self._container.get(self._key, MISSING))
-            layers = _first_layers(self._container)
-            return held if not layers or any(self._key in layer for layer in layers) else MISSING
-        in_range = isinstance(self._key, int) and 0 <= self._key < len(self._container)
-        return self._container[self._key] if in_range else MISSING
+        layers = _first_layers(self._container)
+        return self.find() if not layers or any(self._key in layer for layer in layers) else MISSING
 
     def find(self) -> Any:
-        """Read the item, whichever layer of the mapping has it, or MISSING."""
-        if not isinstance(self._container, MutableMapping):
-            return self.read()
-        return self._same(self._container.get(self._key, MISSING))
+        """Read the item, whichever layer of the mapping has it; never creates one, as a `defaultdict` would."""
+        if isinstance(self._container, MutableMapping):
+            return self._same(self._container.get(self._key, MISSING))
+        in_range = isinstance(self._key, int) and 0 <= self._key < len(self._container)
+        return self._container[self._key] if in_range else MISSING
 
     def _same(self, held: Any) -> Any:
         """The string that was read or written before, if it is equal: `os.environ` makes a new one for each read."""
@@ -267,7 +239,6 @@ class ItemCell:
         return self._texts[self._texts.index(held)]
 
     def write(self, value: Any) -> None:
-        """Store the item, or delete it for MISSING."""
         self._texts = [value, *self._texts] if type(value) is str else self._texts
         plain: Any = self._container if isinstance(self._container, dict) else None
         if value is MISSING:
@@ -281,15 +252,15 @@ class ItemCell:
         self._after = ()
 
 
-def _first_layers(mapping: MutableMapping[Any, Any]) -> list[Mapping[Any, Any]]:
+def _first_layers(container: Any) -> list[Mapping[Any, Any]]:
     """The dictionaries in which a mapping keeps items of its own; empty if it is a dictionary, or keeps none."""
-    if isinstance(mapping, ChainMap):
-        return [mapping.maps[0]]
-    if isinstance(mapping, dict):
+    if isinstance(container, ChainMap):
+        return [container.maps[0]]
+    if isinstance(container, dict) or not isinstance(container, MutableMapping):
         return []
-    kept = [held for held in getattr(mapping, "__dict__", {}).values() if isinstance(held, dict)]
+    kept = [held for held in getattr(container, "__dict__", {}).values() if isinstance(held, dict)]
     try:
-        return [held for held in kept if all(key in mapping for key in held)]
+        return [held for held in kept if all(key in container for key in held)]
     except TypeError:  # keys of another form, as those of os.environ, which are encoded
         return []
 
@@ -307,7 +278,7 @@ def _move_to_end(entries: dict[Any, Any], keys: tuple[Any, ...]) -> None:
     deque(map(entries.__setitem__, there, map(entries.pop, there)), maxlen=0)
 
 
-class DefaultCell:
+class _Default:
     """The default of one parameter of a Python function.
 
     The tuple `__defaults__` is immutable, so writing makes a new one. When all items are again what they were
@@ -322,33 +293,23 @@ class DefaultCell:
         self._keyword_only = parameter in (function.__kwdefaults__ or {})
 
     def read(self) -> Any:
-        """Read the default, or MISSING if somebody has removed it."""
         if self._keyword_only:
             return (self._function.__kwdefaults__ or {}).get(self._parameter, MISSING)
         position = _position(self._function, self._parameter)
         return MISSING if position is None else (self._function.__defaults__ or ())[position]
 
     def write(self, value: Any) -> None:
-        """Make `value` the default. Raises LookupError if the parameter no longer has a default."""
         if self._keyword_only:
-            present_keywords = self._function.__kwdefaults__ or {}
-            present_keywords[self._parameter] = value
-            self._function.__kwdefaults__ = present_keywords
+            self._function.__kwdefaults__ = self._function.__kwdefaults__ or {}
+            self._function.__kwdefaults__[self._parameter] = value
             return
         position, present = _position(self._function, self._parameter), self._function.__defaults__ or ()
         if position is None:
             raise LookupError(f"{self._function.__qualname__}() has no default for {self._parameter!r} any more")
         first = self._first.setdefault(self._function, present)
         wanted = (*present[:position], value, *present[position + 1 :])
-        if len(first) == len(wanted) and all(a is b for a, b in zip(first, wanted, strict=True)):
-            self._function.__defaults__ = self._first.pop(self._function)
-        else:
-            self._function.__defaults__ = wanted
-
-
-def _has_default(function: FunctionType, parameter: str) -> bool:
-    """Whether the function itself, not one that it wraps, has a default for the parameter."""
-    return parameter in (function.__kwdefaults__ or {}) or _position(function, parameter) is not None
+        is_first = len(first) == len(wanted) and all(map(operator.is_, first, wanted))
+        self._function.__defaults__ = self._first.pop(self._function) if is_first else wanted
 
 
 def _position(function: FunctionType, parameter: str) -> int | None:
@@ -370,9 +331,12 @@ class Place:
     """The module, class or other object; for an item its container, for a default argument its function."""
     kind: Kind
     """Kind of the place; never SETTER, since getter and setter of a property are one place of kind PROPERTY."""
-    cell: Cell
+    read: Callable[[], Any]
+    """Returns what is stored there now, or MISSING."""
+    write: Callable[[Any], None]
+    """Stores a value; MISSING deletes what is stored."""
     own: Any
-    """Content of the cell, without binding descriptors; MISSING for an inherited or absent attribute."""
+    """Content, without binding descriptors; MISSING for an inherited or absent attribute."""
     found: Any
     """Value of the attribute, looked up in the bases too, without binding descriptors; MISSING if absent."""
 
@@ -418,12 +382,14 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
 
     Raises TargetError if the place is empty, is of another kind, or cannot be wrapped. Changes nothing.
     """
-    cell, found = _cell(target, owner), _find(target, owner)
+    if kind in (Kind.ADD, Kind.DELETE) and (target.parameter is not None or isinstance(owner, MutableSequence)):
+        raise refuse(target, f"kind '{kind}' is for attributes and for the items of a dictionary")
+    stored, found = _stored(target, owner), _find(target, owner)
     if kind == Kind.ATTRIBUTE:
         _check_attribute(target, owner, found)
-    elif kind == Kind.ADD:
-        _check_addition(target, owner, found)
-    elif found is MISSING:
+    elif kind == Kind.ADD and found is not MISSING:
+        raise refuse(target, f"it is there already, a {type(found).__name__}; leave out kind='add' to patch it")
+    elif kind != Kind.ADD and found is MISSING:
         what = f"attribute {target.name!r}" if target.is_attribute else f"item {target.name}"
         raise refuse(
             target,
@@ -431,9 +397,9 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
             suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
             is_absent=True,
         )
-    place = Place(
-        target=target, owner=owner, kind=_kind_of(target, owner, found, kind), cell=cell, own=cell.read(), found=found
-    )
+    there = _kind_of(target, owner, found, kind)
+    own = stored.read()
+    place = Place(target=target, owner=owner, kind=there, read=stored.read, write=stored.write, own=own, found=found)
     accept(target, place, kind)
     return place
 
@@ -441,23 +407,17 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
 def accept(target: Target, place: Place, kind: str) -> None:
     """Raise TargetError if the place, patched already or not, cannot take a patch of this kind."""
     expected = Kind.PROPERTY if kind == Kind.SETTER else kind
-    implied = place.kind not in (*STORED, Kind.ATTRIBUTE) or isinstance(place.cell, DefaultCell)
-    if (
-        place.kind == Kind.ADD
-        and place.own is MISSING
-        and kind in ("auto", "value")
-        and place.cell.read() is not MISSING
-    ):
-        implied, expected = callable(place.cell.read()), Kind.ADD if kind == "value" else expected
+    implied = place.kind not in (*STORED, Kind.ATTRIBUTE) or target.parameter is not None
+    added = place.read() if place.kind == Kind.ADD and place.own is MISSING else MISSING
+    if added is not MISSING and kind in ("auto", "value"):
+        implied, expected = callable(added), Kind.ADD if kind == "value" else expected
     if expected != place.kind and not (expected == "auto" and implied):
         raise refuse(target, f"its kind is {place.kind.value!r}, and the patch says {kind!r}")
     if kind == Kind.DELETE and place.own is MISSING:
         raise refuse(target, f"{_name(place.owner)} inherits it; delete it where it is defined")
-    if place.kind != Kind.PROPERTY:
-        return
-    if kind == Kind.SETTER and place.found.fset is None:
+    if place.kind == Kind.PROPERTY and kind == Kind.SETTER and place.found.fset is None:
         raise refuse(target, "it is a property without a setter, so no write can be wrapped")
-    if kind != Kind.SETTER and place.found.fget is None:
+    if place.kind == Kind.PROPERTY and kind != Kind.SETTER and place.found.fget is None:
         raise refuse(target, "it is a property without a getter, so no read can be wrapped")
 
 
@@ -468,13 +428,13 @@ def rehearse(place: Place) -> None:
     """
     setter: object = type(place.owner).__setattr__
     plain = setter in (type.__setattr__, object.__setattr__, ModuleType.__setattr__)
-    if plain or place.found is MISSING or not isinstance(place.cell, AttributeCell):
+    if plain or place.found is MISSING or not place.target.is_attribute:
         return
     try:
-        place.cell.write(place.found)
-        stored = place.cell.read()
+        place.write(place.found)
+        stored = place.read()
         if place.own is MISSING and stored is not MISSING:
-            place.cell.write(MISSING)
+            place.write(MISSING)
     except Exception as error:  # a foreign `__setattr__` may raise anything
         why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
         raise refuse(place.target, why) from error
@@ -485,7 +445,7 @@ def rehearse(place: Place) -> None:
 
 def put_back(place: Place, before: Any) -> None:
     """Undo what a foreign `__setattr__`, such as that of a torch module, has stored elsewhere or otherwise."""
-    if before is MISSING or place.cell.read() is MISSING:
+    if before is MISSING or place.read() is MISSING:
         with contextlib.suppress(Exception):  # nothing is there
             delattr(place.owner, place.name)
     if before is not MISSING:
@@ -521,30 +481,31 @@ def _changeable(target: Target, owner: Any) -> Any:
     if isinstance(owner, type) and owner.__flags__ & _IMMUTABLE_TYPE:
         raise refuse(target, f"{_name(owner)} is an immutable type; patch what calls it instead")
     if not hasattr(owner, "__dict__"):
-        why = "is neither a module nor a class, and has no __dict__ to set an attribute in"
-        raise refuse(target, f"{_name(owner)} {why}")
+        what = f"{_name(owner)} is neither a module nor a class"
+        raise refuse(target, f"{what}, and has no __dict__ to set an attribute in")
     return owner
 
 
 def _function_with_default(target: Target, found: Any, parameter: str) -> FunctionType:
     inner = found
     while inner is not None:  # through all wrappers, including our own patches
-        if type(inner) is FunctionType and _has_default(inner, parameter):
+        if type(inner) is FunctionType and _Default(inner, parameter).read() is not MISSING:
             return inner
         inner = getattr(inner, "__wrapped__", None) or getattr(inner, "__func__", None)
     raise refuse(target, f"{_name(found)} is not a Python function with a default for {parameter!r}", is_absent=True)
 
 
-def _cell(target: Target, owner: Any) -> Cell:
+def _stored(target: Target, owner: Any) -> _Attribute | _Item | _Default:
     if target.parameter is not None:
-        return DefaultCell(owner, target.parameter)
-    return AttributeCell(owner, target.name) if target.key is MISSING else ItemCell(owner, target.key)
+        return _Default(owner, target.parameter)
+    return _Attribute(owner, target.name) if target.key is MISSING else _Item(owner, target.key)
 
 
 def _find(target: Target, owner: Any) -> Any:
-    if not target.is_attribute:
-        cell = _cell(target, owner)
-        return cell.find() if isinstance(cell, ItemCell) else cell.read()
+    if target.parameter is not None:
+        return _Default(owner, target.parameter).read()
+    if target.key is not MISSING:
+        return _Item(owner, target.key).find()
     if isinstance(owner, type):
         return next((vars(base)[target.name] for base in owner.__mro__ if target.name in vars(base)), MISSING)
     # Modules may create attributes on first access (PEP 562) and usually store them, so access before looking. A
@@ -562,18 +523,9 @@ def _check_attribute(target: Target, owner: Any, found: Any) -> None:
         raise refuse(target, f"it is a {type(found).__name__}, which stores the value itself; patch that instead")
 
 
-def _check_addition(target: Target, owner: Any, found: Any) -> None:
-    if target.parameter is not None or isinstance(owner, MutableSequence):
-        raise refuse(target, "kind 'add' is for attributes and for the items of a dictionary")
-    if found is not MISSING:
-        raise refuse(target, f"it is there already, a {type(found).__name__}; leave out kind='add' to patch it")
-
-
 def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
     if target.is_attribute and not isinstance(owner, type) and kind != Kind.ADD:
         _check_object(target, owner)
-    if kind == Kind.DELETE and (target.parameter is not None or isinstance(owner, MutableSequence)):
-        raise refuse(target, "kind 'delete' is for attributes and for the items of a dictionary")
     if kind in (Kind.ATTRIBUTE, Kind.VALUE, Kind.ADD, Kind.DELETE):
         return Kind(kind)
     if target.parameter is not None:
@@ -603,12 +555,11 @@ def _kind_in_class(target: Target, owner: type, found: Any) -> Kind:
         raise refuse(target, f"{_name(owner)} has only the {name} of object; patch what creates its instances")
     # Subclasses of these may bind in their own way, which rebuilding would lose. `__class__`, not `type`: a wrapt
     # proxy around a classmethod, ours or somebody else's, has the `__class__` of the wrapped object.
-    for kind, builtin in _DESCRIPTORS.items():
-        if found.__class__ in builtin:
-            return kind
+    if found.__class__ in _DESCRIPTORS:
+        return _DESCRIPTORS[found.__class__]
     if name == "__new__" and isinstance(found, BuiltinFunctionType):  # of a base that is written in C
         return Kind.STATICMETHOD
-    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, _BUILTIN_DESCRIPTORS):
+    if callable(found) and hasattr(type(found), "__get__") and not isinstance(found, tuple(_DESCRIPTORS)):
         return Kind.METHOD
     why = f'it is a {type(found).__name__}, neither a method nor a plain property; to replace it, say kind="value"'
     raise refuse(target, why)
@@ -624,13 +575,12 @@ def _check_object(target: Target, owner: Any) -> None:
         raise refuse(target, f"it is neither in the __dict__ of {_name(owner)} nor on its class", is_absent=True)
 
 
-#: The second of the classmethods is that of types written in C, such as `object.__init_subclass__`.
 _DESCRIPTORS: Final = {
-    Kind.CLASSMETHOD: (classmethod, ClassMethodDescriptorType),
-    Kind.STATICMETHOD: (staticmethod,),
-    Kind.PROPERTY: (property,),
+    classmethod: Kind.CLASSMETHOD,
+    ClassMethodDescriptorType: Kind.CLASSMETHOD,  # of types written in C, such as `object.__init_subclass__`
+    staticmethod: Kind.STATICMETHOD,
+    property: Kind.PROPERTY,
 }
-_BUILTIN_DESCRIPTORS: Final = (classmethod, staticmethod, property)
 
 
 def _name(value: object) -> str:

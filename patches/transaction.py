@@ -14,14 +14,12 @@ from .activation import ACTIVATIONS
 from .deferred import split
 from .errors import ApplyError, TransactionError, VerifyError
 from .ledger import LEDGER, Receipt, State
-from .patch import Patch, caller
-from .plan import Item, Step, chosen, make_plan, refuse_to_split, resolve
+from .patch import Patch, caller, chosen
+from .plan import Item, Step, Verdict, VerdictKind, make_plan, refuse_to_split, resolve
 from .target import STORED, Place
 from .undo import report, undo_past_interrupts
-from .verdict import Verdict, VerdictKind
 
 __all__ = ["Savepoint", "Transaction", "transaction"]
-
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NOT_IMPORTED: Final = Verdict(kind=VerdictKind.UNKNOWN, why="its module is not imported yet")
@@ -45,17 +43,7 @@ class Transaction:
     raised as an UndoError, or, if the block itself raised, added to its exception as notes.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Item],
-        *,
-        reason: str,
-        by: str,
-        on: Any,
-        force: bool,
-        count_calls: bool = False,
-        deferred: bool = False,
-    ) -> None:
+    def __init__(self, items: Sequence[Item], *, reason: str, by: str, on: Any, **options: bool) -> None:
         self.reason = reason
         self.by = by
         self.receipts: list[Receipt] = []
@@ -68,9 +56,7 @@ class Transaction:
         """id -> verdict, for every planned patch."""
         self._items: tuple[Item, ...] = tuple(items)
         self._on = on
-        self._force = force
-        self._count_calls = count_calls
-        self._deferred = deferred
+        self._options = options
         self._phase = _Phase.NEW
         self._cause: BaseException | None = None
         self._pending: list[Receipt] = []
@@ -85,13 +71,8 @@ class Transaction:
         self._expect(_Phase.NEW)
         if isinstance(function, type) or not callable(function):
             raise TransactionError(f"expected a function to decorate, got {function!r}", state=self._phase.value)
-        again: dict[str, Any] = {name: getattr(self, f"_{name}") for name in ("on", "force", "count_calls", "deferred")}
-        items, reason, by = self._items, self.reason, self.by
-
-        def begin() -> Transaction:
-            return Transaction(items, reason=reason, by=by, **again)
-
-        return cast("_F", _decorated(function, begin))
+        items, reason, by, on, options = self._items, self.reason, self.by, self._on, self._options
+        return cast("_F", _decorated(function, lambda: Transaction(items, reason=reason, by=by, on=on, **options)))
 
     def __enter__(self) -> Self:
         try:
@@ -128,9 +109,10 @@ class Transaction:
         made: list[Receipt] = []
         try:
             instances = chosen(on)
-            now, later = split(items, instances) if self._deferred else (items, {})
-            plan = make_plan(now, on=instances, force=self._force)
-            refuse_to_split(items, [] if self._force else [step.patch for step in plan.skipped])
+            force = self._options["force"]
+            now, later = split(items, instances) if self._options["deferred"] else (items, {})
+            plan = make_plan(now, on=instances, force=force)
+            refuse_to_split(items, [] if force else [step.patch for step in plan.skipped])
             self._install(plan.steps, made)
             ACTIVATIONS.drop_stale_graphs()
             _verify(made)
@@ -157,8 +139,7 @@ class Transaction:
 
     def rollback(self) -> None:
         """Undo everything that is not committed now, and close the transaction."""
-        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
-            self._expect(_Phase.OPEN)
+        self._expect(_Phase.OPEN, _Phase.FAILED)
         self._phase = _Phase.CLOSED
         report(self._undo(self._pending, "rolled back"), None)
 
@@ -171,11 +152,8 @@ class Transaction:
                 # What was replaced by an earlier patch may be on the way to this one's target.
                 place = resolve(step.patch) if changed else checked
                 changed += [place] if place.kind in STORED else []
-                receipt = self._open(step)
                 # Recorded before anything is changed, so that an interrupt in between leaves no untracked change.
-                made.append(receipt)
-                self._pending.append(receipt)
-                self.receipts.append(receipt)
+                receipt = self._open(step, made, self._pending, self.receipts)
                 try:
                     ACTIVATIONS.apply(receipt, place)
                 except Exception as error:  # noqa: BLE001 - foreign `__setattr__`
@@ -183,30 +161,23 @@ class Transaction:
 
     def _postpone(self, later: Mapping[Patch, str], made: list[Receipt]) -> None:
         for patch, bundle in later.items():
-            receipt = self._open(Step(patch=patch, scope=None, verdict=_NOT_IMPORTED))
-            made.append(receipt)
-            self._pending.append(receipt)
-            self.deferred.append(receipt)
-            ACTIVATIONS.pending.postpone(receipt, force=self._force, bundle=bundle)
+            step = Step(patch=patch, scope=None, verdict=_NOT_IMPORTED)
+            receipt = self._open(step, made, self._pending, self.deferred)
+            ACTIVATIONS.pending.postpone(receipt, force=self._options["force"], bundle=bundle)
         ACTIVATIONS.pending.notice()  # imported after the check and before the finder was installed
 
     def _record_skipped(self, steps: Sequence[Step]) -> None:
         with ACTIVATIONS.lock:
             for step in steps:
-                receipt = self._open(step)
-                LEDGER.record(receipt, State.SKIPPED, step.verdict.why)
-                self.skipped.append(receipt)
+                LEDGER.record(self._open(step, self.skipped), State.SKIPPED, step.verdict.why)
 
-    def _open(self, step: Step) -> Receipt:
+    def _open(self, step: Step, *kept: list[Receipt]) -> Receipt:
         self.verdicts[step.patch.id] = step.verdict
-        return LEDGER.open(
-            step.patch,
-            scope=step.scope,
-            reason=self.reason,
-            by=self.by,
-            verdict=step.verdict,
-            count_calls=self._count_calls,
-        )
+        given = {"reason": self.reason, "by": self.by, "count_calls": self._options["count_calls"]}
+        receipt = LEDGER.open(step.patch, scope=step.scope, verdict=step.verdict, **given)
+        for receipts in kept:
+            receipts.append(receipt)
+        return receipt
 
     def _undo(self, receipts: Iterable[Receipt], note: str) -> list[BaseException]:
         undone = list(receipts)
@@ -220,8 +191,7 @@ class Transaction:
                 "this savepoint is gone: an earlier one was rolled back to, or the transaction has ended",
                 state=self._phase.value,
             )
-        if self._phase not in (_Phase.OPEN, _Phase.FAILED):
-            self._expect(_Phase.OPEN)
+        self._expect(_Phase.OPEN, _Phase.FAILED)
         del self._savepoints[self._savepoints.index(savepoint) + 1 :]
         self._phase, self._cause = _Phase.OPEN, None
         after = [receipt for receipt in self._pending if receipt.serial > savepoint.serial]
@@ -231,11 +201,10 @@ class Transaction:
         # Not an interrupt: in a cycle with its traceback, the transaction would be dropped late.
         self._cause = error if isinstance(error, Exception) else None
 
-    def _expect(self, phase: _Phase) -> None:
-        if self._phase != phase:
-            message = f"expected a transaction that is {phase}, and this one is {self._phase}"
-            if self._cause is not None:
-                message += f": {self._cause!r}"
+    def _expect(self, *phases: _Phase) -> None:
+        if self._phase not in phases:
+            why = "" if self._cause is None else f": {self._cause!r}"
+            message = f"expected a transaction that is {phases[0]}, and this one is {self._phase}{why}"
             raise TransactionError(message, state=self._phase.value) from self._cause
 
 
@@ -332,10 +301,9 @@ def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -
 
 def _verify(receipts: Sequence[Receipt]) -> None:
     for receipt in receipts:
-        if receipt.patch.verify is None:
-            continue
         try:
-            receipt.patch.verify()
+            if receipt.patch.verify is not None:
+                receipt.patch.verify()
         except Exception as error:  # noqa: BLE001 - the patch's own code
             _raise_from(VerifyError, "was applied and does not have its effect", receipts, receipt, error)
 

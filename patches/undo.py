@@ -13,17 +13,7 @@ from .patch import caller
 from .plan import acceptable
 from .registry import is_pattern, select
 
-__all__ = [
-    "active",
-    "disable",
-    "enable",
-    "keep",
-    "reapply",
-    "report",
-    "revert",
-    "revert_all",
-    "undo_past_interrupts",
-]
+__all__ = ["active", "disable", "enable", "keep", "reapply", "report", "revert", "revert_all", "undo_past_interrupts"]
 
 _PATIENCE: Final = 5
 """Number of interrupts while undoing, after which leaving takes priority over completing the undo."""
@@ -44,7 +34,6 @@ def revert(*patches: str | Receipt) -> list[Receipt]:
     already is no error. Raises UndoError for places that somebody else has changed since.
     """
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
         chosen = list({receipt: None for patch in patches for receipt in _chosen(patch)})
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
@@ -55,9 +44,7 @@ def revert_all() -> list[Receipt]:
 
     Also cancels patches that wait for their modules. Raises UndoError as `revert` does.
     """
-    with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
-        chosen = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+    chosen = ACTIVATIONS.known()
     report(undo_past_interrupts(chosen, f"reverted at {caller()}"), None)
     return chosen
 
@@ -94,7 +81,6 @@ def enable(*patches: str | Receipt) -> list[Receipt]:
 def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt]:
     problems: list[BaseException] = []
     with ACTIVATIONS.lock:
-        ACTIVATIONS.catch_up()
         held = {receipt: None for patch in patches for receipt in _chosen(patch)}
         chosen = [receipt for receipt in held if receipt.disabled is not disabled and not receipt.left_behind]
         for receipt in chosen:
@@ -108,22 +94,15 @@ def _switch(patches: Sequence[str | Receipt], *, disabled: bool) -> list[Receipt
 
 
 def _chosen(patch: str | Receipt) -> list[Receipt]:
-    known = [*ACTIVATIONS.in_force(), *ACTIVATIONS.left_behind(), *ACTIVATIONS.failed()]
+    known = ACTIVATIONS.known()
     if isinstance(patch, Receipt):
         return [patch] if patch in known else []
-    if is_pattern(patch):
-        return _selected(patch, known)
-    chosen = [receipt for receipt in known if receipt.id == patch]
-    if not chosen:
-        raise NotActiveError(f"{patch!r} is not active; active: {_ids(known)}", patch_id=patch)
-    return chosen
-
-
-def _selected(selector: str, known: Sequence[Receipt]) -> list[Receipt]:
-    wanted = set(select(selector))
+    wanted = set(select(patch)) if is_pattern(patch) else {patch}
     chosen = [receipt for receipt in known if receipt.id in wanted]
     if not chosen:
-        raise NotActiveError(f"nothing of {selector!r} is active; active: {_ids(known)}", patch_id=selector)
+        what = f"nothing of {patch!r} is" if is_pattern(patch) else f"{patch!r} is not"
+        active = ", ".join(sorted({receipt.id for receipt in known})) or "none"
+        raise NotActiveError(f"{what} active; active: {active}", patch_id=patch)
     return chosen
 
 
@@ -155,10 +134,6 @@ def report(problems: Sequence[BaseException], error: BaseException | None) -> No
         raise UndoError("some patches could not be undone", ordinary)
 
 
-def _ids(receipts: Iterable[Receipt]) -> str:
-    return ", ".join(sorted({receipt.id for receipt in receipts})) or "none"
-
-
 def reapply(patch: str | Receipt) -> list[Receipt]:
     """Apply a patch, by id or receipt, again after its module was reloaded; returns the receipts concerned.
 
@@ -171,27 +146,21 @@ def reapply(patch: str | Receipt) -> list[Receipt]:
     """
     with ACTIVATIONS.lock:
         ACTIVATIONS.catch_up()
-        chosen = _reloaded(patch)
-    for receipt in chosen:
+        chosen = [receipt for receipt in ACTIVATIONS.active() if receipt is patch or receipt.id == patch]
+        reloaded = [receipt for receipt in chosen if ACTIVATIONS.condition(receipt) == State.RELOADED]
+        for receipt in chosen:
+            _refuse(receipt)
+    if not chosen:
+        patch_id = patch if isinstance(patch, str) else patch.id
+        raise NotActiveError(f"{patch_id!r} is not active, so that there is nothing to apply again", patch_id=patch_id)
+    for receipt in reloaded:
         acceptable(receipt.patch, force=True)
     with ACTIVATIONS.lock:
-        moved = _move(chosen)
+        moved = _move(reloaded)
     ACTIVATIONS.drop_stale_graphs()
     for receipt in moved:
         _verify_again(receipt)
     return moved
-
-
-def _reloaded(patch: str | Receipt) -> list[Receipt]:
-    active = ACTIVATIONS.active()
-    chosen = [receipt for receipt in active if receipt is patch or receipt.id == patch]
-    if not chosen:
-        patch_id = patch if isinstance(patch, str) else patch.id
-        raise NotActiveError(f"{patch_id!r} is not active, so that there is nothing to apply again", patch_id=patch_id)
-    found = [receipt for receipt in chosen if ACTIVATIONS.condition(receipt) == State.RELOADED]
-    for receipt in chosen:
-        _refuse(receipt)
-    return found
 
 
 def _refuse(receipt: Receipt) -> None:
@@ -227,13 +196,11 @@ def _move(chosen: list[Receipt]) -> list[Receipt]:
 
 
 def _verify_again(receipt: Receipt) -> None:
-    if receipt.patch.verify is None:
-        return
     try:
-        receipt.patch.verify()
+        if receipt.patch.verify is not None:
+            receipt.patch.verify()
     except Exception as error:
         report(undo_past_interrupts([receipt], f"after a reload, verifying raised {error!r}"), error)
-        message = (
-            f"{receipt.id!r} does not have its effect after the reload: {error} ({type(error).__name__}); it was undone"
-        )
+        why = f"{error} ({type(error).__name__}); it was undone"
+        message = f"{receipt.id!r} does not have its effect after the reload: {why}"
         raise VerifyError(message, patch_id=receipt.id, undone=(receipt.id,)) from error

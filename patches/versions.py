@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from importlib import metadata
 
+    from packaging.specifiers import SpecifierSet
+
 __all__ = ["Window", "compare", "distributions_of", "installed_version", "owner_of", "parse_specifier"]
 
 
@@ -44,27 +46,25 @@ def installed_version(distribution: str) -> str | None:
     return _versions[distribution]
 
 
-def parse_specifier(window: str) -> None:
-    """Raise ValueError if `window` is not a PEP 440 specifier set."""
+@cache
+def parse_specifier(window: str) -> SpecifierSet:
+    """Parse a PEP 440 specifier set. Raises ValueError."""
     from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
     try:
-        SpecifierSet(window)
+        return SpecifierSet(window)
     except InvalidSpecifier as error:
         raise ValueError(str(error)) from error
 
 
 def compare(requires: Mapping[str, str]) -> Window:
     """Compare every distribution with its window. Pre-releases and local versions count too."""
-    missing: list[str] = []
-    outside: list[str] = []
-    inside: list[str] = []
-    since = ""
+    missing, outside, inside, since = list[str](), list[str](), list[str](), ""
     for distribution, window in requires.items():
         version = installed_version(distribution)
         if version is None:
             missing.append(distribution)
-        elif _contains(window, version):
+        elif parse_specifier(window).contains(version, prereleases=True):
             inside.append(f"{distribution} {version} is in {window or 'any version'}")
         else:
             outside.append(f"{distribution} {version} is not in {window}")
@@ -72,18 +72,9 @@ def compare(requires: Mapping[str, str]) -> Window:
     return Window(missing=tuple(missing), outside=tuple(outside), inside=tuple(inside), since=since)
 
 
-@cache
-def _contains(window: str, version: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(window).contains(version, prereleases=True)
-
-
 def _past(distribution: str, version: str, window: str) -> str:
     """The upper end of the window that the version is past, or "": `peft 0.12`, or `a version after peft 0.12`."""
-    from packaging.specifiers import SpecifierSet
-
-    for end in SpecifierSet(window):
+    for end in parse_specifier(window):
         if end.operator in ("<", "<=") and not end.contains(version, prereleases=True):
             return f"{'' if end.operator == '<' else 'a version after '}{distribution} {end.version}"
     return ""
@@ -95,9 +86,7 @@ def owner_of(module: str) -> str:
     from importlib import metadata
 
     distributions = distributions_of(module.partition(".")[0])
-    if not distributions:
-        return module
-    return f"{distributions[0]} {metadata.version(distributions[0])}"
+    return f"{distributions[0]} {metadata.version(distributions[0])}" if distributions else module
 
 
 @cache

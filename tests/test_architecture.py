@@ -116,6 +116,14 @@ def test_no_file_imports_in_a_circle_for_type_checkers_either() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())
 
 
+def test_the_core_of_patches_stays_readable() -> None:
+    apart = ("builtin", "foreign", "testing")
+    core = [file for name, file in modules("patches").items() if name.split(".")[1:2] not in [[room] for room in apart]]
+    lines = sum(len(file.read_text().splitlines()) for file in core)
+    assert len(core) <= 25
+    assert lines <= 6200, "leave as many out as come in"
+
+
 def test_patches_never_imports_surgery_nor_torch_outside_functions() -> None:
     for name, file in modules("patches").items():
         outside = set(imports(name, file, inside_functions=False))

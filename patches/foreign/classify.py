@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from ..target import MISSING
 from .describe import DATA, describe, is_mock, is_wrapt_wrapper, parts, without_defaults
-from .walk import Spot
+from .walk import Binding
 
 __all__ = ["how_of", "kind_of"]
 
@@ -34,12 +34,12 @@ _TRANSPARENT: Final = (
 )
 
 
-def kind_of(spot: Spot, stock: str) -> str:
+def kind_of(binding: Binding, stock: str) -> str:
     """The kind of a place, from the description of its object in a clean process."""
-    if spot.is_item:
+    if binding.is_item:
         return "item"
     kind = _KINDS.get(stock.replace("(", " ").partition(" ")[0], "attribute")
-    return "method" if kind == "function" and spot.in_class else kind
+    return "method" if kind == "function" and binding.in_class else kind
 
 
 def how_of(value: Any, *, now: str, stock: Sequence[str], moved: bool) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from ..errors import ForeignError
 from .describe import DATA, describe
-from .walk import loaded, namespace, spots
+from .walk import bindings, loaded, namespace
 
 __all__ = ["Baseline", "CleanProcess", "answer"]
 
@@ -105,10 +105,10 @@ def _observe(package: str, modules: Iterable[str]) -> dict[str, Any]:
             failed[module] = f"{type(error).__name__}: {error}"[:200]
     owners = set(loaded(package))
     descriptions: dict[str, list[str]] = {}
-    for spot in spots(package):
-        description = describe(spot.value)
-        owners.add(spot.owner)
-        known = descriptions.setdefault(spot.path, [])
+    for binding in bindings(package):
+        description = describe(binding.value)
+        owners.add(binding.owner)
+        known = descriptions.setdefault(binding.path, [])
         if description not in known:
             known.append(description)
     # Registries without code would only make the answer longer.

@@ -6,19 +6,18 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Final, overload
+from typing import Final
 
 from ..activation import ACTIVATIONS
 from ..errors import ForeignError
-from ..ledger import State
-from ..table import aligned
+from ..ledger import State, aligned
 from ..target import MISSING
 from .classify import how_of, kind_of
 from .clean import Baseline, CleanProcess
 from .dependencies import dependencies_first
 from .describe import DATA, describe
 from .origin import Origin, origins
-from .walk import Spot, spots
+from .walk import Binding, bindings
 
 __all__ = ["Foreign", "ForeignPatch", "compare"]
 
@@ -43,34 +42,22 @@ class ForeignPatch:
     now: str
 
 
-class Foreign(Sequence[ForeignPatch]):
+class Foreign(tuple[ForeignPatch, ...]):
     """The foreign patches found, in the order of import. `str()` is a table."""
 
-    def __init__(self, found: Sequence[ForeignPatch], unchecked: dict[str, str]) -> None:
-        self._found = tuple(found)
-        self.unchecked = unchecked
-        """Module that is loaded here and could not be imported in a clean process -> reason."""
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    @overload
-    def __getitem__(self, index: int) -> ForeignPatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[ForeignPatch]: ...
-    def __getitem__(self, index: int | slice) -> ForeignPatch | Sequence[ForeignPatch]:
-        return self._found[index]
+    unchecked: dict[str, str]
+    """Module that is loaded here and could not be imported in a clean process -> reason."""
 
     def __str__(self) -> str:
         lines = [f"not compared: {module}: {why}" for module, why in self.unchecked.items()]
-        if not self._found:
+        if not self:
             return "\n".join(["nobody else has patched anything", *lines])
-        rows = [(one.target, one.kind, one.how, ", ".join(one.defined_at), one.owner) for one in self._found]
+        rows = [(one.target, one.kind, one.how, ", ".join(one.defined_at), one.owner) for one in self]
         return "\n".join([aligned(_HEADER, rows), *lines])
 
     def to_json(self) -> str:
         """A JSON object: `patches`, a list with one object per patch, and `unchecked`."""
-        found = [asdict(one) for one in self._found]
+        found = [asdict(one) for one in self]
         return json.dumps({"patches": found, "unchecked": self.unchecked}, indent=2)
 
 
@@ -94,45 +81,47 @@ def compare(packages: Sequence[str], *, timeout: float) -> Foreign:
         clean.stop()
     found = [one for package in ordered for one in _compare(package, here[package], baselines[package])]
     unchecked = {module: why for baseline in baselines.values() for module, why in baseline.failed.items()}
-    return Foreign(found, unchecked)
+    result = Foreign(found)
+    result.unchecked = unchecked
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Look:
-    """The contents of a package in this process: each spot with its description."""
+    """The contents of a package in this process: each binding with its description."""
 
-    spots: Sequence[tuple[Spot, str]]
+    bindings: Sequence[tuple[Binding, str]]
     ours: frozenset[int]
     """`id` of the objects that this package has installed."""
     targets: frozenset[str]
-    """Paths of the spots that active patches target, which may hold another object than the installed one."""
+    """Paths of the bindings that active patches target, which may hold another object than the installed one."""
 
 
 def _look(package: str) -> _Look:
     with ACTIVATIONS.lock:
         active = [receipt for receipt in ACTIVATIONS.active() if ACTIVATIONS.condition(receipt) in _INTACT]
         return _Look(
-            spots=[(spot, describe(spot.value)) for spot in spots(package)],
+            bindings=[(binding, describe(binding.value)) for binding in bindings(package)],
             ours=frozenset(id(ours) for ours in ACTIVATIONS.installed() if describe(ours) != DATA),
-            # Up to the parenthesis: the spot of a default argument is its function.
+            # Up to the parenthesis: the binding of a default argument is its function.
             targets=frozenset(receipt.target.partition("(")[0] for receipt in active),
         )
 
 
 def _compare(package: str, here: _Look, baseline: Baseline) -> Iterator[ForeignPatch]:
-    for spot, now in here.spots:
-        if id(spot.value) in here.ours or spot.path in here.targets:
+    for binding, now in here.bindings:
+        if id(binding.value) in here.ours or binding.path in here.targets:
             continue
-        stock = baseline.descriptions.get(spot.path)
-        if stock is None and (spot.is_item or spot.owner not in baseline.owners):
+        stock = baseline.descriptions.get(binding.path)
+        if stock is None and (binding.is_item or binding.owner not in baseline.owners):
             continue  # registries are meant to grow, and for other owners there is no baseline
         if now not in (stock or (DATA,)):
-            yield from _judge(package, spot, now, stock or (DATA,))
+            yield from _judge(package, binding, now, stock or (DATA,))
     yield from _removed(here, baseline)
 
 
-def _judge(package: str, spot: Spot, now: str, stock: Sequence[str]) -> Iterator[ForeignPatch]:
-    fresh = [origin for origin in origins(spot.value) if not any(origin.at in before for before in stock)]
+def _judge(package: str, binding: Binding, now: str, stock: Sequence[str]) -> Iterator[ForeignPatch]:
+    fresh = [origin for origin in origins(binding.value) if not any(origin.at in before for before in stock)]
     outside = [origin for origin in fresh if not origin.is_in(package)]
     held_code = any(before != DATA for before in stock)
     if not outside and not held_code:
@@ -141,18 +130,20 @@ def _judge(package: str, spot: Spot, now: str, stock: Sequence[str]) -> Iterator
         return  # imported since
     if not outside and _wraps(now, stock):
         return  # as torch._dynamo, once loaded, does to functions that it cannot trace
-    yield _found(spot, now=now, stock=stock, origins=outside or fresh or list(origins(spot.value)), moved=not outside)
+    yield _found(
+        binding, now=now, stock=stock, origins=outside or fresh or list(origins(binding.value)), moved=not outside
+    )
 
 
 def _wraps(now: str, stock: Sequence[str]) -> bool:
     return any(before != DATA and before in now and not now.startswith(before) for before in stock)
 
 
-def _found(spot: Spot, *, now: str, stock: Sequence[str], origins: Sequence[Origin], moved: bool) -> ForeignPatch:
+def _found(binding: Binding, *, now: str, stock: Sequence[str], origins: Sequence[Origin], moved: bool) -> ForeignPatch:
     return ForeignPatch(
-        target=spot.path,
-        kind=kind_of(spot, stock[0]),
-        how=how_of(spot.value, now=now, stock=stock, moved=moved),
+        target=binding.path,
+        kind=kind_of(binding, stock[0]),
+        how=how_of(binding.value, now=now, stock=stock, moved=moved),
         defined_at=tuple(dict.fromkeys(origin.at for origin in origins)),
         owner=origins[0].owner if origins else "",
         was=" or ".join(stock),
@@ -161,18 +152,18 @@ def _found(spot: Spot, *, now: str, stock: Sequence[str], origins: Sequence[Orig
 
 
 def _removed(here: _Look, baseline: Baseline) -> Iterator[ForeignPatch]:
-    present = {spot.path for spot, _ in here.spots}
-    owners = {spot.owner for spot, _ in here.spots if spot.name}
+    present = {binding.path for binding, _ in here.bindings}
+    owners = {binding.owner for binding, _ in here.bindings if binding.name}
     for path, stock in baseline.descriptions.items():
         owner, name = _split(path)
         if path in present or owner not in owners or not any(stock):
             continue
-        spot = Spot(owner=owner, name=name, value=MISSING, in_class=":" in owner)
-        yield _found(spot, now="", stock=stock, origins=(), moved=False)
+        binding = Binding(owner=owner, name=name, value=MISSING, in_class=":" in owner)
+        yield _found(binding, now="", stock=stock, origins=(), moved=False)
 
 
 def _split(path: str) -> tuple[str, str]:
-    """The owner and the name in the path of a spot; for an item, an owner that does not exist."""
+    """The owner and the name in the path of a binding; for an item, an owner that does not exist."""
     module, _, inner = path.partition(":")
     if "[" in inner or not inner:
         return path, ""

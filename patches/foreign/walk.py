@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from .describe import class_name
 
-__all__ = ["Spot", "belongs", "folders_of", "loaded", "namespace", "spots"]
+__all__ = ["Binding", "belongs", "bindings", "folders_of", "loaded", "namespace"]
 
 # Bypasses attributes that a subclass of the module type computes.
 _NAMESPACE_OF: Final[Any] = vars(ModuleType)["__dict__"]
@@ -21,7 +21,7 @@ _SKIPPED: Final = frozenset({"__builtins__", "__loader__", "__spec__"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spot:
+class Binding:
     """One entry in the namespace of a module, class or dictionary, with its value."""
 
     owner: str
@@ -65,36 +65,36 @@ def folders_of(package: str) -> tuple[str, ...]:
     return folders or ((held["__file__"],) if held.get("__file__") else ())
 
 
-def spots(package: str) -> Iterator[Spot]:
-    """Every spot of the package; a class with several names is visited once."""
+def bindings(package: str) -> Iterator[Binding]:
+    """Every binding of the package; a class with several names is visited once."""
     seen: set[type] = set()
     for module_name in loaded(package):
         module = sys.modules.get(module_name)
-        yield Spot(owner=module_name, name="", value=module)
+        yield Binding(owner=module_name, name="", value=module)
         for name, value in namespace(module).items():
             if name in _SKIPPED:
                 continue
-            yield Spot(owner=module_name, name=name, value=value)
+            yield Binding(owner=module_name, name=name, value=value)
             if type(value) is dict:
                 yield from _items(f"{module_name}:{name}", value)
             elif issubclass(type(value), type):
                 yield from _members(value, package, seen)
 
 
-def _members(cls: type, package: str, seen: set[type]) -> Iterator[Spot]:
+def _members(cls: type, package: str, seen: set[type]) -> Iterator[Binding]:
     if cls in seen or cls.__flags__ & _IMMUTABLE_TYPE or not belongs(class_name(cls), package):
         return
     seen.add(cls)
     owner = f"{type.__dict__['__module__'].__get__(cls)}:{type.__dict__['__qualname__'].__get__(cls)}"
     for name, value in dict(cls.__dict__).items():
-        yield Spot(owner=owner, name=name, value=value, in_class=True)
+        yield Binding(owner=owner, name=name, value=value, in_class=True)
         if type(value) is dict:
             yield from _items(f"{owner}.{name}", value)
         elif issubclass(type(value), type):
             yield from _members(value, package, seen)
 
 
-def _items(owner: str, registry: dict[Any, Any]) -> Iterator[Spot]:
+def _items(owner: str, registry: dict[Any, Any]) -> Iterator[Binding]:
     for key, value in registry.copy().items():
         if type(key) is str:
-            yield Spot(owner=owner, name=key, value=value, is_item=True)
+            yield Binding(owner=owner, name=key, value=value, is_item=True)

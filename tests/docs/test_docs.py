@@ -81,3 +81,22 @@ def test_a_page_has_what_is_to_be_run(page: str) -> None:
 def test_the_sweep_has_asked_every_patch() -> None:
     text = (ROOT / "docs" / "compatibility.md").read_text()
     assert [patch_id for patch_id in BUILTIN if f"| `{patch_id}` |" not in text] == []
+
+
+LINK = re.compile(r"\]\((?P<path>[^)#\s:]*)(?:#(?P<heading>[^)\s]+))?\)")
+
+
+def headings(text: str) -> set[str]:
+    """The names by which GitHub lets the headings of a page be linked to."""
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.finditer(BLOCK.sub("", page.read_text())):
+        to = page.parent / link["path"] if link["path"] else page
+        assert to.exists(), link[0]
+        assert link["heading"] is None or link["heading"] in headings(to.read_text()), link[0]

@@ -22,7 +22,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "patches"],
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
     ).stdout.split()  # fmt: skip
-    wanted = {name for name in tracked if (ROOT / name).exists() and name.endswith((".py", "py.typed"))}
+    wanted = {name for name in tracked if (ROOT / name).exists() and name.endswith((".py", "py.typed", ".txt"))}
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert found == wanted | {"model_surgery_patches.py", "model_surgery_patches.pth"}

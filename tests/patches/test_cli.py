@@ -43,6 +43,7 @@ def test_list_is_a_table() -> None:
     lines = run("list").stdout.splitlines()
     assert lines[0].split() == ["id", "source"]
     assert any(line.split() == ["fake.cli-needed", "tests.helpers.declare"] for line in lines)
+    assert "qlora-build" in lines[-1].removeprefix("bundles: ").split(", ")
 
 
 def test_show_has_every_fact() -> None:
@@ -121,6 +122,8 @@ def test_audit_all_shows_history() -> None:
         (("show", "fake.cli-neded"), "did you mean fake.cli-needed"),
         (("check", "nobody.knows"), "no patch has the id 'nobody.knows'"),
         (("check", "nobody.knows"), "name the module that registers it with --import MODULE"),
+        (("check", "nobodys-bundle"), "If it is yours, name the module that registers it with --import MODULE"),
+        (("aliases", "json.dumps"), "a target has a colon, such as json:dumps"),
         (("audit", "--import", "no_such_module"), "cannot be imported"),
         (("show",), "Missing argument"),
     ],

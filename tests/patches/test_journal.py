@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import patches
 from patches.cli import app
+from patches.journal import read_journals
 from tests.helpers.declare import FUNCTIONS, LAYERS, declare
 from tests.helpers.fake_upstream import layers
 
@@ -152,6 +153,46 @@ process.join()
     facts = json.loads(audit(tmp_path, "--json")[1])
     found = [(one["calls"], one["passed"]) for process in facts["processes"] for one in process["applications"]]
     assert sorted(found) == [(2, 1), (5, 1)]
+
+
+def test_a_killed_process_has_no_counts_rather_than_wrong_ones(tmp_path: Path) -> None:
+    program = f"{WORKER}\nimport signal\nlib = __import__(chosen[0].target.partition(':')[0], fromlist=['scale'])\n"
+    run_worker(tmp_path, "a=scale", program=f"{program}lib.scale(1.0)", PATCHES_COUNT="1")
+    killed = f"{program}lib.scale(1.0)\nos.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(subprocess.CalledProcessError):
+        run_worker(tmp_path, "a=scale", program=killed, PATCHES_COUNT="1")
+    found = [one.calls for process in read_journals(tmp_path) for one in process.applications]
+    assert sorted(found, key=str) == [1, None]
+
+
+LATE = """
+import sys, warnings
+import patches
+warnings.simplefilter("ignore")
+patches.register(patches.Patch(id="late.wave", target=("wave:gone", "wave:open"), reason="x", wrapper=print))
+patches.register(patches.Patch(id="late.gone", target="wave:gone", reason="x", wrapper=print))
+with patches.transaction(*sys.argv[1:], deferred=True) as tx:
+    tx.commit()
+"""
+
+
+def test_a_patch_that_waits_is_in_the_row_of_the_target_that_others_have(tmp_path: Path) -> None:
+    run_worker(tmp_path, "late.wave", program=LATE)
+    run_worker(tmp_path, "late.wave", program=f"{LATE}\nimport wave")
+    code, text = audit(tmp_path)
+    assert code == 0
+    (row,) = text.splitlines()[1:]
+    assert row.startswith("late.wave  wave:open ")
+    assert "pending (process)" in row
+    assert "active (process)" in row
+
+
+def test_a_patch_that_failed_is_told_once_with_the_reason(tmp_path: Path) -> None:
+    for _ in range(2):
+        run_worker(tmp_path, "late.gone", program=f"{LATE}\nimport wave")
+    code, text = audit(tmp_path)
+    assert code == 1  # though the processes do not differ
+    assert text.count("late.gone failed: IncompatibleError: 'late.gone' cannot be applied") == 1
 
 
 def test_a_forked_child_has_a_file_of_its_own_with_what_it_inherited(tmp_path: Path) -> None:

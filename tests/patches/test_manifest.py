@@ -101,7 +101,7 @@ def test_what_cannot_be_replayed_is_listed_with_the_grounds() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"versions": {"wrapt": "0.1"}}, f"applied with wrapt 0.1, and here it is {installed_version('wrapt')}"),
+        ({"versions": {"wrapt": "0.1"}}, f"wrapt was 0.1, and here it is {installed_version('wrapt')}"),
         ({"target": f"{LAYERS}:Base.build"}, "had the target"),
         ({"verdict": "unknown"}, "was unknown, and here it is needed"),
     ],

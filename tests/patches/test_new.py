@@ -121,6 +121,8 @@ def test_nothing_is_written_over_and_nothing_is_written_in_part(project: Path) -
     ("package", "patch_id", "target", "message"),
     [
         ("my-project", "json.strict", "json:dumps", "expected a package"),
+        ("json.patches", "json.strict", "json:dumps", "which would hide that in"),
+        ("patches", "json.strict", "json:dumps", "which would hide that in"),
         ("my_project", "Strict", "json:dumps", "not of the form 'upstream.kebab-name'"),
         ("my_project", "json.strict", "json.dumps", "not of the form"),
         ("my_project", "json.strict", "json:nothing", "has no attribute 'nothing'"),

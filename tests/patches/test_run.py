@@ -119,6 +119,12 @@ def test_a_program_is_found_on_the_path(project: Path) -> None:
     assert output(project, "serve", "a", PATH=path) == "patched 1 __main__ ['a']"
 
 
+def test_a_program_that_is_not_there_is_named(project: Path) -> None:
+    ran = run(project, "sevre", "a")
+    assert ran.returncode == 2
+    assert "found 'sevre': no file here, and no program on the PATH" in ran.stderr
+
+
 def test_options_that_would_have_python_ignore_its_environment_are_refused(project: Path) -> None:
     ran = run(project, "-I", "script.py")
     assert ran.returncode == 2
