@@ -88,6 +88,12 @@ class Receipt:
         self.reason = self.reason or self.patch.reason
         self.count_calls = self.count_calls or bool(os.environ.get("PATCHES_COUNT"))
 
+    def __deepcopy__(self, memo: object) -> Receipt:
+        return self  # a copy of what holds it is of the same application
+
+    def __copy__(self) -> Receipt:
+        return self
+
     def count(self, calls: Calls) -> None:
         """Count from now on what `calls` counts."""
         self._calls, self._before = calls, (calls.made, calls.passed)

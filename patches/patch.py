@@ -228,6 +228,12 @@ class Patch:
         except ValueError as error:
             raise self._refuse("signature", str(error)) from error
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        return self  # two of one id exclude each other
+
+    def __copy__(self) -> Patch:
+        return self
+
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
             object.__setattr__(self, name, value)

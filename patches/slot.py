@@ -14,7 +14,7 @@ from .errors import ConflictError, CycleError, OverwrittenError, TargetError
 from .forms import Form, Link, core
 from .ledger import Receipt, State
 from .patch import Patch
-from .target import MISSING, STORED, Place, owner_now
+from .target import MISSING, STORED, Place, owner_now, put_back
 
 __all__ = ["Slot", "in_order", "refuse_conflicts"]
 
@@ -186,11 +186,14 @@ class Slot:
         self.copies.rewrite(installed, spared=frozenset().union(*(link.patch.spared() for link in self.links)))
 
     def _write(self, value: object) -> None:
-        if self.live is value:
+        before = self.live
+        if before is value:
             return
         target = str(self.place.target)
         self.place.write(value)
         if self.live is not value:
+            if self.place.target.is_attribute:
+                put_back(self.place, before)
             why = f"setting it had no effect; expected {value!r} there, found {self.live!r}"
             raise TargetError(f"cannot patch {target!r}: {why}", target=target, why=why)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import enum
 import importlib
 import operator
@@ -19,7 +20,7 @@ from .errors import TargetError
 
 __all__ = [
     "MISSING", "STORED", "Kind", "Missing", "Place", "Target", "accept", "at",
-    "describe", "locate", "owner_now", "parse", "refuse", "rehearse",
+    "describe", "locate", "owner_now", "parse", "put_back", "refuse", "rehearse",
 ]  # fmt: skip
 
 _DOTTED: Final = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
@@ -438,7 +439,17 @@ def rehearse(place: Place) -> None:
         why = f"{type(place.owner).__qualname__}.__setattr__ does not let it be set: {error!r}"
         raise refuse(place.target, why) from error
     if stored is not place.found:
+        put_back(place, place.own)
         raise refuse(place.target, f"{type(place.owner).__qualname__}.__setattr__ stores it elsewhere")
+
+
+def put_back(place: Place, before: Any) -> None:
+    """Undo what a foreign `__setattr__`, such as that of a torch module, has stored elsewhere or otherwise."""
+    if before is MISSING or place.read() is MISSING:
+        with contextlib.suppress(Exception):  # nothing is there
+            delattr(place.owner, place.name)
+    if before is not MISSING:
+        (type if isinstance(place.owner, type) else object).__setattr__(place.owner, place.name, before)
 
 
 def _siblings(module: str) -> list[str]:
@@ -513,7 +524,7 @@ def _check_attribute(target: Target, owner: Any, found: Any) -> None:
 
 
 def _kind_of(target: Target, owner: Any, found: Any, kind: str) -> Kind:
-    if target.is_attribute and not isinstance(owner, type | ModuleType) and kind != Kind.ADD:
+    if target.is_attribute and not isinstance(owner, type) and kind != Kind.ADD:
         _check_object(target, owner)
     if kind in (Kind.ATTRIBUTE, Kind.VALUE, Kind.ADD, Kind.DELETE):
         return Kind(kind)
@@ -560,7 +571,7 @@ def _check_object(target: Target, owner: Any) -> None:
     on_class = next((vars(base)[name] for base in type(owner).__mro__ if name in vars(base)), MISSING)
     if hasattr(type(on_class), "__set__"):
         raise refuse(target, f"it is a {type(on_class).__name__} of {_name(type(owner))}; patch it there")
-    if on_class is MISSING and name not in vars(owner):
+    if on_class is MISSING and name not in vars(owner) and not isinstance(owner, ModuleType):
         raise refuse(target, f"it is neither in the __dict__ of {_name(owner)} nor on its class", is_absent=True)
 
 

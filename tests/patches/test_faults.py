@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import copy
 import functools
 import gc
 import importlib
@@ -693,6 +694,16 @@ def test_a_patched_property_keeps_its_name_its_doc_and_that_it_is_abstract(kind:
         assert described() == stock
 
 
+def test_what_holds_a_receipt_or_a_patch_is_copied() -> None:
+    with patches.transaction(declare("a", SCALE)) as tx:
+        holder = types.SimpleNamespace(receipts=tx.receipts, patch=tx.receipts[0].patch)
+        copied = copy.deepcopy(holder)
+        assert (copied.receipts, copied.patch) == (tx.receipts, holder.patch)
+        assert patches.revert(copy.copy(copied.receipts[0])) == tx.receipts
+        assert functions.scale(2) == 4
+        assert copy.copy(holder.patch) is holder.patch
+
+
 @pytest.mark.parametrize("where", ["module", "item", "object"])
 def test_what_a_name_other_than_its_own_holds_is_pickled_while_it_is_patched(where: str) -> None:
     held = types.SimpleNamespace(scale=functions.scale)
@@ -756,4 +767,75 @@ def test_the_audit_names_a_value_that_somebody_else_has_left(lib: types.ModuleTy
         lib.run = hand
     assert [row.state for row in patches.audit()] == ["overwritten"]
     lib.run = stock
+    assert len(patches.audit()) == 0
+
+
+# What a foreign `__setattr__` does ------------------------------------------------------------------------------------
+
+
+class Rewriting(type):
+    def __setattr__(cls, name: str, value: object) -> None:
+        super().__setattr__(name, staticmethod(value) if callable(value) else value)
+
+
+class Rewritten(metaclass=Rewriting):
+    def run(self) -> str:
+        return "stock"
+
+
+class RewrittenToo(Rewritten):
+    pass
+
+
+@pytest.mark.parametrize("owner", [Rewritten, RewrittenToo])
+def test_a_refusal_leaves_nothing_of_what_a_metaclass_has_stored(owner: type) -> None:
+    before = Snapshot(Rewritten, RewrittenToo)
+    with pytest.raises(patches.TargetError, match="stores it elsewhere"):
+        patches.transaction(declare("a", f"{__name__}:{owner.__name__}.run")).__enter__()
+    assert before.differences() == []
+    assert Rewritten().run() == "stock"
+
+
+def test_a_property_of_a_module_s_class_is_refused(lib: types.ModuleType) -> None:
+    class Redirecting(types.ModuleType):
+        @property
+        def run(self) -> object:
+            return self.__dict__["_run"]
+
+        @run.setter
+        def run(self, value: object) -> None:
+            self.__dict__["_run"] = value
+
+    lib.__class__ = Redirecting
+    lib.run = functions.scale
+    with pytest.raises(patches.IncompatibleError, match=r"property of class .*Redirecting"):
+        patches.transaction(declare("a", "fault_lib:run")).__enter__()
+    assert lib.run is functions.scale
+
+
+class Registering:
+    """Stores functions elsewhere, as a torch module does its children."""
+
+    def __init__(self) -> None:
+        super().__setattr__("children", {})
+        self.size = 3
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if callable(value):
+            self.__dict__.pop(name, None)
+            self.children[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self.children.pop(name, None) is None:
+            super().__delattr__(name)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("extra", "add"), ("size", "value")])
+def test_a_patch_that_an_object_stores_elsewhere_is_refused_and_leaves_nothing(name: str, kind: str) -> None:
+    one = Registering()
+    with pytest.raises(patches.ApplyError, match="had no effect"):
+        patches.transaction(declare("a", patches.at(one, name), kind=kind, wrapper=None, replace=passing)).__enter__()
+    assert vars(one) == {"children": {}, "size": 3}
     assert len(patches.audit()) == 0
