@@ -29,4 +29,5 @@ def of_what_is_absent(
     return wrapped(*args, **kwargs)
 
 
-patches.bundle("acme-render", ["acme.wide", "acme.loud"])
+patches.bundle("acme-render", ["acme.wide", "acme.loud"], atomic=True)
+patches.bundle("acme-engine", ["acme.loud", "acme.of-what-is-absent"], atomic=True)
