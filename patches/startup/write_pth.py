@@ -3,6 +3,7 @@
 So an installed package needs no `PYTHONPATH` to apply `PATCHES_APPLY`.
 """  # noqa: INP001 - as sitecustomize
 
+import shutil
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,8 @@ class BuildWithPth(build_py):  # type: ignore[misc] # setuptools has no types
 
     def run(self) -> None:
         """Build the package, and write the file, unless the package stays where it is (`pip install -e`)."""
+        if not self.editable_mode:  # a module that has been deleted since the last build would be installed
+            shutil.rmtree(self.build_lib, ignore_errors=True)
         super().run()
         if not self.editable_mode:
             Path(self.build_lib, NAME).write_text(LINE, encoding="utf-8")

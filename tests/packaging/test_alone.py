@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from patches.builtin import BUILTIN
-from tests.helpers.installed import Environment
+from tests.helpers.installed import Environment, build_wheel
 from tests.packaging.conftest import ROOT
 
 pytestmark = pytest.mark.network
@@ -26,6 +26,14 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert found == wanted | {"model_surgery_patches.py", "model_surgery_patches.pth"}
+
+
+def test_what_an_earlier_build_has_left_is_not_in_the_wheel(tmp_path: Path) -> None:
+    left = tmp_path / "build" / "patches" / "lib" / "patches" / "deleted.py"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with zipfile.ZipFile(build_wheel(ROOT / "patches", tmp_path)) as opened:
+        assert "patches/deleted.py" not in opened.namelist()
 
 
 def test_it_requires_wrapt_and_packaging_alone(wheel: Path) -> None:
