@@ -391,9 +391,10 @@ def describe(target: Target, owner: Any, kind: str = "auto") -> Place:
         raise refuse(target, f"it is there already, a {type(found).__name__}; leave out kind='add' to patch it")
     elif kind != Kind.ADD and found is MISSING:
         what = f"attribute {target.name!r}" if target.is_attribute else f"item {target.name}"
+        hint = "" if isinstance(owner, MutableSequence) else ' (kind="add" is for adding one)'
         raise refuse(
             target,
-            f'{_name(owner)} has no {what} (kind="add" is for adding one)',
+            f"{_name(owner)} has no {what}{hint}",
             suggestion=_alike(target, target.path[-1], dir(owner)) if target.is_attribute else "",
             is_absent=True,
         )
