@@ -5,6 +5,7 @@ wrapt's import hooks are not used, because they cannot be removed, and an error 
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import threading
@@ -225,6 +226,9 @@ def split(items: Iterable[Item], on: Any) -> tuple[list[Item], dict[Patch, str]]
 
     Raises ScopeError for a deferred patch that is limited to instances, since those need the module imported.
     """
+    # What applying needs comes first: these import modules that may themselves be waited for.
+    for name in ("importlib.metadata", "packaging.specifiers", "json", "socket"):
+        importlib.import_module(name)
     from .plan import expand
 
     now: list[Item] = []

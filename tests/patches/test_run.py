@@ -93,6 +93,22 @@ def test_it_runs_as_by_python_itself(command: tuple[str, ...], project: Path) ->
     assert ("ZeroDivisionError" in ran.stderr) is (command[-1] != "b")
 
 
+@pytest.mark.parametrize(
+    "target", ["textwrap:shorten", "csv:reader", "email:message_from_string", "packaging.version:parse"]
+)
+def test_what_the_registry_imports_itself_can_be_patched(target: str, project: Path) -> None:
+    (project / "used.py").write_text(
+        "import patches\n"
+        f"@patches.register('used.one', target='{target}', reason='a test')\n"
+        "def one(wrapped, instance, args, kwargs): return wrapped(*args, **kwargs)\n"
+    )
+    module = target.partition(":")[0]
+    script = f"import {module}, patches; print(*(row.state for row in patches.audit()))"
+    given = {"PATCHES_APPLY": "used.one", "PATCHES_IMPORT": "used", "PATCHES_FOLDER": str(project)}
+    ran = python(project, "-c", script, path=STARTUP, **given)
+    assert ran.stdout.split() == ["active"], ran.stderr
+
+
 @pytest.mark.parametrize("code", ["3", "'a message'", "None"])
 def test_exit_codes_are_the_script_s(code: str, project: Path) -> None:
     ran, plain = (each(project, "-c", f"import sys; sys.exit({code})") for each in (run, python))
