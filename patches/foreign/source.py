@@ -29,11 +29,14 @@ def find_foreign(place: Place) -> tuple[str, ...]:
     if place.own is MISSING or place.kind in (*STORED, Kind.ATTRIBUTE):
         return ()
     file, path = _origin(place)
+    links = chain(place.own)
+    code = links[0].__code__ if len(links) == 1 and type(links[0]) is FunctionType else None
+    if code is not None and (code.co_filename, code.co_qualname) == (file, ".".join(path)):
+        return ()  # evidently its own; reading the source takes tens of milliseconds
     try:
         defined = _definitions(file, path) if file else ()
     except NoSourceError:
         return ()
-    links = chain(place.own)
     if not file or any(_made_by(node, links, file) for node in defined):
         return ()
     if not defined and (type(links[-1]) is not FunctionType or links[-1].__code__.co_filename == file):
