@@ -120,15 +120,14 @@ class Slot:
             self._form.empty()
             self.copies.restore(self.place.own)
         # Restored by somebody else, or redefined by a reload: nothing of ours is left to remove.
-        if self.live is self.place.own or self._is_redefined() or self._is_absent():
-            return True
-        # Somebody has undone what they did before us: what they put back is what our original was made from.
-        return (
-            not self.links
-            and not self._is_value
-            and not self._leads_to_ours()
-            and leads_to(self.place.own, [self.live, core(self.live)])
-        )
+        return self.live is self.place.own or self._is_redefined() or self._is_absent() or self._is_moot()
+
+    def _is_moot(self) -> bool:
+        """Whether somebody has undone what they did before us, so that what is there is what our original was made
+        from, and nobody has what was installed any more.
+        """
+        is_below = leads_to(self.place.own, [self.live, core(self.live)])
+        return not self.links and not self._is_value and not self._all_ours() and is_below
 
     def is_over(self) -> bool:
         """Whether nothing of an emptied slot can come back: nobody has what was installed, or it is a mere value."""
