@@ -120,18 +120,20 @@ class Slot:
             self._form.empty()
             self.copies.restore(self.place.own)
         # Restored by somebody else, or redefined by a reload: nothing of ours is left to remove.
-        return self.live is self.place.own or self._is_redefined() or self._is_absent() or self._is_moot()
+        if self.live is self.place.own or self._is_redefined() or self._is_absent():
+            return True
+        return not self.links and not self._is_value and not self._all_ours() and self._is_below()
 
-    def _is_moot(self) -> bool:
-        """Whether somebody has undone what they did before us, so that what is there is what our original was made
-        from, and nobody has what was installed any more.
-        """
-        is_below = leads_to(self.place.own, [self.live, core(self.live)])
-        return not self.links and not self._is_value and not self._all_ours() and is_below
+    def _is_below(self) -> bool:
+        """Whether somebody has undone what they did before us: what is there is what our original was made from."""
+        return self.live is MISSING or leads_to(self.place.own, [self.live, core(self.live)])
 
     def is_over(self) -> bool:
-        """Whether nothing of an emptied slot can come back: nobody has what was installed, or it is a mere value."""
-        return not self._all_ours() or (self._is_value and not self._leads_to_ours())
+        """Whether an emptied slot may be forgotten by whoever asks for it: nothing of ours is there, and it is not kept
+        by somebody who has yet to put it back, as far as can be seen.
+        """
+        seems_over = not self._leads_to_ours() and (self._is_value or self._is_below())
+        return not self._all_ours() or seems_over
 
     def _leads_to_ours(self) -> bool:
         ours = self._all_ours()
