@@ -52,13 +52,17 @@ check: venv
 	$(BIN)/mypy
 
 # One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. The tests that
-# use one core run two at a time; code 5 means that PYTEST_ARGS selects none of them.
+# use one core run two at a time, unless PYTEST_ARGS names files; code 5 means that it selects none of them.
 ONE_CORE := tests/docs tests/packaging tests/patches
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: check
+ifneq ($(filter tests/%,$(PYTEST_ARGS)),)
+	$(PYTEST) $(PYTEST_ARGS)
+else
 	$(PYTEST) -n 2 --dist loadfile $(ONE_CORE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	$(PYTEST) $(ONE_CORE:%=--ignore %) $(PYTEST_ARGS) || [ $$? -eq 5 ]
+endif
 
 format: venv
 	$(BIN)/ruff check --fix .
