@@ -36,7 +36,7 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml patches/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt --editable ./patches --editable '.[demo,dev]'
+	$(PIP) install --quiet --constraint constraints.txt --editable ./patches --editable '.[demo,dev,train]'
 	touch $@
 
 # The weights alone: the dependencies of this distribution would build llama.cpp from source.

@@ -12,6 +12,7 @@ from typing import Final
 __all__ = ["BUILTIN"]
 
 _IDS: Final = (
+    "accelerate.fsdp-on-cpu",
     "bitsandbytes.cpu-dequantize-flat",
     "bitsandbytes.cpu-matmul-flat",
     "bitsandbytes.keep-packing",
