@@ -32,6 +32,8 @@ ROOMS = (
     "attestation",
     "tracing",
     "",  # the package itself: its public names
+    "run",
+    "doctor",
     "finetune",
     "cli",
     "__main__",
