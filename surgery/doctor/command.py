@@ -107,7 +107,8 @@ def doctor(
             observed = observe(words, apply)
         if says_text:
             _print(_observation(job, observed))
-    healthy = all(found.remedied for found in findings) and (observed is None or not observed.failed)
+    failed = observed is not None and observed.failed
+    healthy = not failed and (not first or all(found.remedied for found in findings))  # one rank tells of findings
     if first and as_json:
         typer.echo(json.dumps(_as_dict(job, verdicts, findings, observed) | {"healthy": healthy}, indent=1))
     raise typer.Exit(0 if healthy else WOULD_GO_WRONG)
@@ -157,7 +158,7 @@ def _diagnosis(job: Job, verdicts: dict[str, Any], findings: Sequence[Finding], 
     yield from _table((str(found), patch_id, found.why) for patch_id, found in verdicts.items())
     yield ""
     bad = [found for found in findings if not found.remedied]
-    yield "Nothing would go wrong, as far as these settings tell." if not bad else "What would go wrong"
+    yield "Stock libraries would go wrong" if bad else "Nothing would go wrong, as far as these settings tell"
     for found in findings:
         yield from _wrapped(f"{found.id}: {found.what}", indent=2)
         yield from _wrapped(f"because: {found.because}" if found.because else "", indent=4)
@@ -170,22 +171,25 @@ def _observation(job: Job, observed: Observation) -> Iterator[str]:
     from surgery.telemetry.numbers import say_size
 
     yield ""
-    yield f"The script has ended with {observed.code or 0}" + (
-        "" if job.world_size == 1 else "; what follows is of rank 0"
-    )
-    yield from _table((f"acted {each.acted} of {each.calls} calls", each.id, each.state) for each in observed.acted)
-    if not any(each.acted for each in observed.acted):
-        yield f"  no patch acted: nothing was loaded by what the bundle {BUNDLE} changes"
+    yield f"The script has ended with {observed.code or 0}{'; rank 0 had' if job.world_size > 1 else ', and had'}"
+    called = [each for each in observed.acted if each.calls]
+    yield from _table((each.id, f"acted on {each.acted} of {each.calls} calls", each.state) for each in called)
+    others = ", ".join(each.id for each in observed.acted if not each.calls)
+    yield from _wrapped(f"never called: {others}" if others else "", indent=2)
+    if not any(each.acted for each in called):
+        yield f"  no patch has acted: nothing was loaded by what the bundle {BUNDLE} changes"
     step = observed.first_step
     if step is None:
         yield "  no optimizer made a step"
         return
     mesh = " x ".join(f"{name} {size}" for name, size in step.mesh.items()) or "not sharded"
-    yield f"First optimizer step after {step.seconds:.1f} s, {mesh}"
-    yield f"  peak of the host {say_size(step.host_peak)}, of the device {say_size(step.device_peak)}"
-    if job.plan is not None:
-        planned = job.plan.of_rank(0)
-        yield f"  planned          {say_size(planned.host_peak)}, of the device {say_size(planned.device_peak)}"
+    yield f"First optimizer step after {step.seconds:.1f} s; mesh: {mesh}"
+    planned = None if job.plan is None else job.plan.of_rank(0)
+    rows = [("host", step.host_peak, planned and planned.host_peak)]
+    if job.device == "cuda":
+        rows.append(("device", step.device_peak, planned and planned.device_peak))
+    for name, peak, plan in rows:
+        yield f"  {name} peak {say_size(peak)}" + ("" if plan is None else f", planned {say_size(plan)}")
 
 
 def _table(rows: Iterator[tuple[object, ...]]) -> Iterator[str]:

@@ -14,12 +14,7 @@ from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import OUTSIDE_ALLOCATOR, fits_gpu
 from surgery.telemetry.numbers import say_size
 
-__all__ = ["LOW_MEMORY", "Finding", "Job", "diagnose"]
-
-#: What `surgery.low_memory()` remedies is told by this line.
-LOW_MEMORY = (
-    "with surgery.low_memory(): around from_pretrained; or, with nothing changed, start it by: surgery run SCRIPT"
-)
+__all__ = ["Finding", "Job", "diagnose"]
 
 WIDTHS = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -43,16 +38,17 @@ class Job:
     """A training job: its settings, the host and the versions that it would run with.
 
     world_size: number of ranks. device: that they compute on. is_here: whether this host has such a device, so that
-    verdicts are of what it does. gpu_memory: bytes of each GPU, if known. verdicts: of patches, by id. applied: ids of
-    patches that would be applied already. bundle: ids of the patches of `surgery.low_memory`. low_memory: where the job
-    uses that, or "". plan, whole: memory plans of this job, and of one rank that holds the whole model, if they can be
-    made.
+    verdicts are of what it does. gpu_memory: bytes of each GPU, if known. script: what a user types for it. verdicts:
+    of patches, by id. applied: ids of patches that would be applied already. bundle: ids of the patches of
+    `surgery.low_memory`. low_memory: where the job uses that, or "". plan, whole: memory plans of this job, and of one
+    rank that holds the whole model, if they can be made.
     """
 
     settings: Settings
     world_size: int
     device: Literal["cuda", "cpu"]
     is_here: bool = True
+    script: str = "SCRIPT"
     versions: Mapping[str, str]
     verdicts: Mapping[str, str]
     applied: Collection[str] = ()
@@ -67,6 +63,18 @@ class Job:
         """The version of FSDP by which stock would shard; 0 if it would not, whatever is asked for."""
         taken = self.device == "cuda" or "accelerate.fsdp-on-cpu" in self.applied
         return self.settings.fsdp_version if taken and self.world_size > 1 else 0
+
+    def started_by(self, *options: str) -> str:
+        """The command that runs the job, unchanged, in `surgery.low_memory()`."""
+        launcher = f"torchrun --nproc-per-node {self.world_size} -m " if self.world_size > 1 else ""
+        return " ".join((f"{launcher}surgery run", *options, self.script))
+
+    @property
+    def low_memory_line(self) -> str:
+        """The line to add where `surgery.low_memory()` is a remedy."""
+        return (
+            f"with surgery.low_memory(): around from_pretrained; or, changing nothing, start it by: {self.started_by()}"
+        )
 
     @property
     def untrusted(self) -> list[str]:
@@ -85,11 +93,12 @@ class Job:
     def finding(self, id_: str, what: str, *because: str, patch: str = "") -> Finding:
         """What `surgery.low_memory()` remedies; or else `patch`, if one is named."""
         if patch:
-            line = f"PATCHES_APPLY={patch} in the environment, or surgery run --apply {patch} -- SCRIPT"
+            line = f"PATCHES_APPLY={patch} to the environment, or start it by: {self.started_by(f'--apply {patch}')}"
             remedied = patch if patch in self.applied else ""
             return Finding(id=id_, what=what, because=self.settings.say(*because), line=line, remedied=remedied)
         remedied = "" if self.untrusted else self.low_memory
-        return Finding(id=id_, what=what, because=self.settings.say(*because), line=LOW_MEMORY, remedied=remedied)
+        line = self.low_memory_line
+        return Finding(id=id_, what=what, because=self.settings.say(*because), line=line, remedied=remedied)
 
 
 def diagnose(job: Job) -> list[Finding]:
@@ -161,7 +170,7 @@ def _uint8(job: Job) -> Iterator[Finding]:
     if job.has("torch", "2.13"):
         yield finding
     else:  # FSDP2 cannot shard integers before
-        line = f"bnb_4bit_quant_storage=torch.bfloat16 in BitsAndBytesConfig(...), and {LOW_MEMORY}"
+        line = f"bnb_4bit_quant_storage=torch.bfloat16 in BitsAndBytesConfig(...), and {job.low_memory_line}"
         yield Finding(id=finding.id, what=what, because=finding.because, line=line)
 
 

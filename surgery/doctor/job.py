@@ -58,6 +58,7 @@ def examine(
         world_size=world_size or _world_size(settings, device),
         device=device,
         is_here=device in (here, "cpu"),
+        script=f"{script.name} ..." if script is not None and arguments else getattr(script, "name", "SCRIPT"),
         versions=dict(_versions()),
         verdicts={patch_id: str(found) for patch_id, found in verdicts.items()},
         applied=tuple(patches.select(*applied, *apply)) if applied or apply else (),

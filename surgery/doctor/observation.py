@@ -6,10 +6,11 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import model_surgery_patches as patches
 from surgery.run import ExitCode, low_memory, run_as_main
@@ -90,13 +91,16 @@ class _Watch:
 def observe(command: Sequence[str], apply: Sequence[str] | None = None) -> Observation:
     """Run a script as `surgery run` does, and look at it."""
     watch = _Watch()
-    hook = torch.optim.optimizer.register_optimizer_step_post_hook(watch.after_step)
+    hook = register_optimizer_step_post_hook(watch.after_step)
     try:
         with _counting(), Sampler(SAMPLE_PERIOD).calling(watch.look), low_memory(apply):
+            verified = _calls()  # that it applies has been verified by calling it
             code = run_as_main(command)
     finally:
         hook.remove()
-    return Observation(code=code, acted=_acted(), first_step=watch.step)
+    rows = _calls().values()
+    acted = (replace(row, calls=row.calls - verified.get(row.id, row).calls * (row.id in verified)) for row in rows)
+    return Observation(code=code, acted=tuple(acted), first_step=watch.step)
 
 
 @contextmanager
@@ -111,7 +115,7 @@ def _counting() -> Iterator[None]:
         os.environ.update({} if before is None else {COUNT: before})
 
 
-def _acted() -> tuple[Acted, ...]:
+def _calls() -> dict[str, Acted]:
     """The patches whose calls were counted. Of several receipts of one, each may count the calls of all."""
     found: dict[str, Acted] = {}
     for row in patches.audit(include_reverted=True):
@@ -119,7 +123,7 @@ def _acted() -> tuple[Acted, ...]:
             continue
         acted = Acted(id=row.id, calls=row.calls, passed=row.passed or 0, state=str(row.state))
         found[row.id] = max(found.get(row.id, acted), acted, key=lambda each: each.calls)
-    return tuple(found.values())
+    return found
 
 
 def _mesh(parameters: Sequence[Any]) -> dict[str, int]:

@@ -19,6 +19,8 @@ VERDICTS = {
     "torch.fsdp2-bit-exact-gather": "needed",
     "transformers.bind-at-load": "needed",
 }
+BOUND = {"transformers.bind-at-load": "needed"}  # and no more, as on a CPU without AVX512-BF16
+V1 = '{"version":1}'
 ON_CPU = {"applied": ("accelerate.fsdp-on-cpu",)}
 QLORA = "--fsdp --load_in_4bit --dtype bfloat16 --bnb_4bit_quant_storage "
 READS = "every-rank-reads-everything"
@@ -43,21 +45,21 @@ def found(words: str, **changes: Any) -> list[str]:
         (f"{QLORA} float16 --dtype float16", {}, ["silent-corruption", READS]),
         (f"{QLORA} float32", {}, [READS]),  # beside norms in bfloat16 it is copied as bytes
         (f"{QLORA} bfloat16", {"verdicts": {**VERDICTS, "torch.fsdp2-bit-exact-gather": "obsolete"}}, [READS]),
-        (f"{QLORA} bfloat16 --fsdp_config {{\"version\":1}}", {}, ["empty-adapter", READS]),
+        (f"{QLORA} bfloat16 --fsdp_config {V1}", {}, ["empty-adapter", READS]),
         (f"{QLORA} float32 --fsdp_config {{\"activation_checkpointing\":true}}", {}, ["empty-adapter", READS]),
-        (f"{QLORA} float32 --fsdp_config {{\"version\":1}}", {"versions": {**VERSIONS, "peft": "0.20.0"}}, [READS]),
+        (f"{QLORA} float32 --fsdp_config {V1}", {"versions": {**VERSIONS, "peft": "0.20.0"}}, [READS]),
         (f"{QLORA} bfloat16 --fp16", {}, ["silent-corruption", "packed-weights-cast", READS]),
         (f"{QLORA} float32 --bf16", {}, ["packed-weights-cast", READS]),
         ("--fsdp --load_in_4bit", {}, ["replicated-weights", READS]),
-        ("--fsdp --load_in_4bit --fsdp_config {\"version\":1}", {}, ["storage-cannot-be-flattened", "empty-adapter", READS]),
+        (f"{QLORA} uint8 --fsdp_config {V1}", {}, ["storage-cannot-be-flattened", "empty-adapter", READS]),
         ("--fsdp", {}, []),
         ("--fsdp --fsdp_config {\"cpu_ram_efficient_loading\":\"true\"}", {}, [READS]),
         (f"{QLORA} float32", {"versions": {**VERSIONS, "transformers": "4.57.0"}}, []),
         (f"{QLORA} bfloat16", {"device": "cpu"}, ["fsdp-taken-for-ddp", READS]),
-        (f"{QLORA} bfloat16 --fsdp_config {{\"version\":1}}", {"device": "cpu"}, ["fsdp1-on-cpu", READS]),
+        (f"{QLORA} bfloat16 --fsdp_config {V1}", {"device": "cpu"}, ["fsdp1-on-cpu", READS]),
         (f"{QLORA} bfloat16", {"device": "cpu", **ON_CPU}, [READS]),
         (f"{QLORA} bfloat16 --eval_strategy steps", {"device": "cpu", **ON_CPU}, ["evaluation-repacks", READS]),
-        ("--load_in_4bit --eval_strategy steps", {"device": "cpu", "verdicts": {"transformers.bind-at-load": "needed"}}, []),
+        ("--load_in_4bit --eval_strategy steps", {"device": "cpu", "verdicts": BOUND}, []),
         (f"{QLORA} bfloat16", {"low_memory": "train.py, line 3"}, []),
         ("", {"verdicts": {"transformers.bind-at-load": "unknown"}}, ["low-memory-does-not-apply"]),
         (
