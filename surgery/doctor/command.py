@@ -184,12 +184,11 @@ def _observation(job: Job, observed: Observation) -> Iterator[str]:
         return
     mesh = " x ".join(f"{name} {size}" for name, size in step.mesh.items()) or "not sharded"
     yield f"First optimizer step after {step.seconds:.1f} s; mesh: {mesh}"
-    planned = None if job.plan is None else job.plan.of_rank(0)
-    rows = [("host", step.host_peak, planned and planned.host_peak)]
-    if job.device == "cuda":
-        rows.append(("device", step.device_peak, planned and planned.device_peak))
-    for name, peak, plan in rows:
-        yield f"  {name} peak {say_size(peak)}" + ("" if plan is None else f", planned {say_size(plan)}")
+    peaks = {"host": (step.host_peak, "host_peak"), "device": (step.device_peak, "device_peak")}
+    for name, (peak, figure) in peaks.items():
+        planned = "" if job.plan is None else f", planned {say_size(getattr(job.plan.of_rank(0), figure))}"
+        if name == "host" or job.device == "cuda":
+            yield f"  {name} peak {say_size(peak)}{planned}"
 
 
 def _table(rows: Iterator[tuple[object, ...]]) -> Iterator[str]:

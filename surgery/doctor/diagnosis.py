@@ -91,7 +91,7 @@ class Job:
         return version is not None and Version(least) <= Version(version) < Version(below)
 
     def finding(self, id_: str, what: str, *because: str, patch: str = "") -> Finding:
-        """What `surgery.low_memory()` remedies; or else `patch`, if one is named."""
+        """A finding that `surgery.low_memory()` remedies; or else `patch`, if one is named."""
         if patch:
             line = f"PATCHES_APPLY={patch} to the environment, or start it by: {self.started_by(f'--apply {patch}')}"
             remedied = patch if patch in self.applied else ""
@@ -195,7 +195,7 @@ def _repacking(job: Job) -> Iterator[Finding]:
 
 
 def _reads(job: Job) -> Iterator[Finding]:
-    """With 16 bits, only those are told who have asked for more, and get it no longer."""
+    """Tell those who load 4 bits; and of the others, those who asked for more, and get it no longer."""
     asked = job.settings.is_on("load_in_4bit") or job.settings.is_on("fsdp.cpu_ram_efficient_loading")
     if job.world_size == 1 or not job.settings.fsdp_version or not asked or not job.has("transformers", "5"):
         return

@@ -99,7 +99,7 @@ DEFAULT = "default"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was found of `NAMES`, each from the place that decides."""
+    """The settings of `NAMES` that were found, each from the place that decides."""
 
     found: Mapping[str, Found]
 
@@ -276,7 +276,7 @@ def _parsed(script: Path | None) -> ast.Module | None:
 
 
 def _of_source(source: ast.Module, name: str) -> Layer:
-    """What a script's calls say in so many words, and whether it uses `surgery.low_memory` itself."""
+    """The literals in a script's calls that are settings, and whether it uses `surgery.low_memory` itself."""
     constants = _constants(source)
     found: Layer = {}
     for call in (node for node in ast.walk(source) if isinstance(node, ast.Call)):
