@@ -77,9 +77,10 @@ def doctor(
 ) -> None:
     """Say what stock libraries would do with a job; run SCRIPT in `surgery.low_memory()`, and say what acted."""
     words = command or []
-    runs = bool(words) and (words[0] == "-m" or not words[0].startswith("-"))
-    script = script_of(words) if runs else None
-    arguments = words[2:] if runs and script is None else words[1:] if runs else words
+    named = bool(words) and (words[0] == "-m" or not words[0].startswith("-"))
+    runs = named and not dry_run
+    script = script_of(words) if named else None
+    arguments = words[2:] if named and script is None else words[1:] if named else words
     from surgery.doctor.diagnosis import diagnose
     from surgery.doctor.job import examine, make_plans, module_file
     from surgery.doctor.observation import observe
@@ -88,8 +89,9 @@ def doctor(
     first = os.environ.get("RANK", "0") == "0"
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     job, verdicts = examine(
-        script or (module_file(words[1]) if runs else None),
+        script or (module_file(words[1]) if named else None),
         arguments,
+        runs=runs,
         config_file=config_file,
         world_size=world,
         device=device,
@@ -102,16 +104,24 @@ def doctor(
     if says_text:
         _print(_diagnosis(job, verdicts, findings, unplanned))
     observed = None
-    if runs and not dry_run:
+    if runs:
         with _output_to_stderr(as_json):
             observed = observe(words, apply)
         if says_text:
             _print(_observation(job, observed))
-    failed = observed is not None and observed.failed
-    healthy = not failed and (not first or all(found.remedied for found in findings))  # one rank tells of findings
+    healthy = _is_healthy(job, findings if first else (), observed)  # one rank tells of findings
     if first and as_json:
         typer.echo(json.dumps(_as_dict(job, verdicts, findings, observed) | {"healthy": healthy}, indent=1))
     raise typer.Exit(0 if healthy else WOULD_GO_WRONG)
+
+
+def _is_healthy(job: Job, findings: Sequence[Finding], observed: Observation | None) -> bool:
+    """Whether nothing would go wrong; what only this run remedies would, unless the patches have acted."""
+    from surgery.doctor.job import THIS_RUN
+
+    has_acted = observed is not None and observed.has_acted(job.bundle)
+    remedied = all(found.remedied and (found.remedied != THIS_RUN or has_acted) for found in findings)
+    return remedied and (observed is None or not observed.failed)
 
 
 @contextmanager
@@ -138,12 +148,15 @@ def _print(lines: Iterator[str]) -> None:
 
 
 def _diagnosis(job: Job, verdicts: dict[str, Any], findings: Sequence[Finding], unplanned: str) -> Iterator[str]:
+    from surgery.doctor.job import THIS_RUN
     from surgery.doctor.settings import DEFAULT
     from surgery.telemetry.numbers import say_size
 
     yield from _wrapped(", ".join(f"{name} {version}" for name, version in job.versions.items()))
     yield ""
     yield f"Settings of {job.world_size} rank{'s' * (job.world_size > 1)} on {job.device}"
+    if job.is_assumed:
+        yield "  nothing says how many ranks; --world does"
     chosen = {name: found for name, found in job.settings.found.items() if not found.source.startswith(DEFAULT)}
     yield from _table((name, found.value, found.source) for name, found in chosen.items())
     if not chosen:
@@ -154,16 +167,19 @@ def _diagnosis(job: Job, verdicts: dict[str, Any], findings: Sequence[Finding], 
     if unplanned:
         yield from _wrapped(f"not planned: {unplanned}", indent=2)
     yield ""
-    yield "Patches"
-    yield from _table((str(found), patch_id, found.why) for patch_id, found in verdicts.items())
+    yield "Patches, as this host has been probed"
+    names: dict[str, list[str]] = {}
+    for patch_id, found in verdicts.items():
+        trusted = str(found) in {"needed", "obsolete"}
+        names.setdefault(str(found), []).append(patch_id if trusted else f"{patch_id} ({found.why})")
+    yield from _table((kind, ", ".join(each)) for kind, each in names.items())
     yield ""
-    bad = [found for found in findings if not found.remedied]
-    yield "Stock libraries would go wrong" if bad else "Nothing would go wrong, as far as these settings tell"
+    yield "Stock libraries would go wrong" if findings else "Nothing would go wrong, as far as these settings tell"
     for found in findings:
         yield from _wrapped(f"{found.id}: {found.what}", indent=2)
         yield from _wrapped(f"because: {found.because}" if found.because else "", indent=4)
-        told = f"remedied by: {found.remedied}" if found.remedied else f"add: {found.line}"
-        yield from _wrapped(told, indent=4)
+        yield from _wrapped(f"remedied by: {found.remedied}" if found.remedied else "", indent=4)
+        yield from _wrapped(f"add: {found.line}" if found.remedied in {"", THIS_RUN} else "", indent=4)
 
 
 def _observation(job: Job, observed: Observation) -> Iterator[str]:
@@ -176,8 +192,8 @@ def _observation(job: Job, observed: Observation) -> Iterator[str]:
     yield from _table((each.id, f"acted on {each.acted} of {each.calls} calls", each.state) for each in called)
     others = ", ".join(each.id for each in observed.acted if not each.calls)
     yield from _wrapped(f"never called: {others}" if others else "", indent=2)
-    if not any(each.acted for each in called):
-        yield f"  no patch has acted: nothing was loaded by what the bundle {BUNDLE} changes"
+    if not observed.has_acted(job.bundle):
+        yield f"  no patch of {BUNDLE} has acted: surgery.low_memory() has changed nothing"
     step = observed.first_step
     if step is None:
         yield "  no optimizer made a step"

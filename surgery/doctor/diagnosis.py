@@ -37,17 +37,18 @@ class Finding:
 class Job:
     """A training job: its settings, the host and the versions that it would run with.
 
-    world_size: number of ranks. device: that they compute on. is_here: whether this host has such a device, so that
-    verdicts are of what it does. gpu_memory: bytes of each GPU, if known. script: what a user types for it. verdicts:
-    of patches, by id. applied: ids of patches that would be applied already. bundle: ids of the patches of
-    `surgery.low_memory`. low_memory: where the job uses that, or "". plan, whole: memory plans of this job, and of one
-    rank that holds the whole model, if they can be made.
+    world_size: number of ranks. is_assumed: whether nothing says so. device: that they compute on. is_here: whether
+    this host has such a device, so that verdicts are of what it does. gpu_memory: bytes of each GPU, if known. script:
+    what a user types for it. verdicts: of patches, by id. applied: ids of patches that would be applied already.
+    bundle: ids of the patches of `surgery.low_memory`. low_memory: where the job uses that, or "". plan, whole: memory
+    plans of this job, and of one rank that holds the whole model, if they can be made.
     """
 
     settings: Settings
     world_size: int
     device: Literal["cuda", "cpu"]
     is_here: bool = True
+    is_assumed: bool = False
     script: str = "SCRIPT"
     versions: Mapping[str, str]
     verdicts: Mapping[str, str]

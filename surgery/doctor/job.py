@@ -18,12 +18,15 @@ from surgery.doctor.diagnosis import Job
 from surgery.doctor.settings import Settings, read_settings
 from surgery.errors import SurgeryError
 
-__all__ = ["BUNDLE", "examine", "make_plans", "module_file"]
+__all__ = ["BUNDLE", "THIS_RUN", "examine", "make_plans", "module_file"]
 
 DISTRIBUTIONS = ("torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes")
 
 #: The bundle of `surgery.low_memory`, which is applied as a whole or not at all.
 BUNDLE = "low-memory"
+
+#: The remedy of a script that does not use `surgery.low_memory` itself, while it runs.
+THIS_RUN = "surgery.low_memory() of this run"
 
 #: That bundle, the patches that bound and sharded models carry, and those that anybody may add.
 WATCHED = (BUNDLE, "qlora-low-memory", "accelerate.*", "peft.*")
@@ -36,13 +39,17 @@ def examine(
     script: Path | None,
     arguments: Sequence[str],
     *,
+    runs: bool,
     config_file: Path | None,
     world_size: int | None,
     device: Literal["cuda", "cpu"] | None,
     gpu_memory: int | None,
     apply: Sequence[str],
 ) -> tuple[Job, dict[str, Any]]:
-    """The job, without its plans, and the verdicts on the patches that concern it. Imports what they patch."""
+    """The job, without its plans, and the verdicts on the patches that concern it. Imports what they patch.
+
+    runs: whether the script is to be run.
+    """
     if config_file is None and "RANK" not in os.environ:
         config_file = _default_config_file()  # `accelerate launch` hands it to ranks in their environment
     settings = read_settings(os.environ, config_file=config_file, script=script, arguments=arguments)
@@ -55,7 +62,8 @@ def examine(
     source = settings.found.get("low_memory")
     job = Job(
         settings=settings,
-        world_size=world_size or _world_size(settings, device),
+        world_size=world_size or settings.number("world_size") or _assumed(settings, device),
+        is_assumed=bool(settings.fsdp_version) and world_size is settings.number("world_size") is None,
         device=device,
         is_here=device in (here, "cpu"),
         script=f"{script.name} ..." if script is not None and arguments else getattr(script, "name", "SCRIPT"),
@@ -63,7 +71,7 @@ def examine(
         verdicts={patch_id: str(found) for patch_id, found in verdicts.items()},
         applied=tuple(patches.select(*applied, *apply)) if applied or apply else (),
         bundle=tuple(patches.select(BUNDLE)),
-        low_memory="" if source is None else f"surgery.low_memory() in {source.source}",
+        low_memory=f"surgery.low_memory() in {source.source}" if source is not None else THIS_RUN if runs else "",
         gpu_memory=gpu_memory,
     )
     return job, verdicts
@@ -110,10 +118,10 @@ def _default_config_file() -> Path | None:
     return path if path.is_file() else None
 
 
-def _world_size(settings: Settings, device: str) -> int:
-    """The number of ranks that is asked for; the number of GPUs here, or `SEVERAL`, where FSDP is and nothing says."""
+def _assumed(settings: Settings, device: str) -> int:
+    """A number of ranks where nothing says: of GPUs here, or `SEVERAL`, where FSDP is asked for."""
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    return settings.number("world_size") or (max(gpus, SEVERAL) if settings.fsdp_version else 1)
+    return max(gpus, SEVERAL) if settings.fsdp_version else 1
 
 
 def _dtype(word: str) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +62,10 @@ class Observation:
     def failed(self) -> bool:
         """Whether the script has ended as one that failed."""
         return self.code not in (None, 0)
+
+    def has_acted(self, ids: Collection[str]) -> bool:
+        """Whether any of these patches has acted on a call."""
+        return any(each.acted for each in self.acted if each.id in ids)
 
 
 @dataclass(kw_only=True)

@@ -28,6 +28,7 @@ Layer: TypeAlias = dict[str, Found]
 
 #: Settings that other libraries name differently, by those names.
 SYNONYMS = {
+    "activation_checkpointing": "gradient_checkpointing",
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "cpu": "use_cpu",
     "cpu_offload": "fsdp.offload_params",
