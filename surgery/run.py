@@ -9,8 +9,11 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module, util
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Annotated, TypeAlias
@@ -22,6 +25,9 @@ from surgery.errors import ConfigError
 __all__ = ["EPILOG", "SCRIPT", "Apply", "low_memory", "run", "run_as_main", "script_of"]
 
 INTERRUPTED = 130
+
+#: Packages before the first of which `surgery.low_memory()` begins: those that it changes, and those that import them.
+LIBRARIES = frozenset({"accelerate", "peft", "transformers", "trl"})
 
 #: What `sys.exit` takes.
 ExitCode: TypeAlias = "int | str | None"
@@ -86,13 +92,73 @@ def script_of(command: Sequence[str]) -> Path | None:
 
 @contextmanager
 def low_memory(apply: Sequence[str] | None = None) -> Iterator[None]:
-    """`surgery.low_memory()`, and further patches, which wait until somebody imports what they change."""
+    """`surgery.low_memory()`, from when the first of `LIBRARIES` is imported, and further patches of what they change.
+
+    Nothing is imported before that, since libraries read the environment then, where a script may have set something.
+    """
     import model_surgery_patches as patches
     import surgery
 
     ids = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
-    with patches.transaction(*ids, reason="--apply", deferred=True), surgery.low_memory():
+    with ExitStack() as stack:
+        first = _BeforeFirst(LIBRARIES, lambda: stack.enter_context(surgery.low_memory()))
+        stack.callback(first.watch())
+        stack.enter_context(patches.transaction(*ids, reason="--apply", deferred=True))
         yield
+
+
+class _BeforeFirst(MetaPathFinder, Loader):
+    """A finder that does something before the first of some packages is imported, by whoever imports it.
+
+    To look for one of them is not to import it.
+    """
+
+    def __init__(self, names: Collection[str], act: Callable[[], object]) -> None:
+        self._names = names
+        self._act = act
+        self._is_quiet = False
+
+    def watch(self) -> Callable[[], None]:
+        """Begin, or act at once if one is there; the returned function ends it."""
+        if sys.modules.keys().isdisjoint(self._names):
+            sys.meta_path.insert(0, self)
+        else:
+            self._act()
+        return self._end
+
+    def _end(self) -> None:
+        self._is_quiet = True
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module as other finders find it, to be loaded by this."""
+        if self._is_quiet or fullname not in self._names:
+            return None
+        self._is_quiet = True  # others may ask each other in turn
+        try:
+            found = util.find_spec(fullname)
+        finally:
+            self._is_quiet = False
+        return None if found is None else ModuleSpec(fullname, self, origin=found.origin)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Act; then the module, which the import system takes for a new one."""
+        self._end()
+        self._act()
+        module = import_module(spec.name)
+        spec.loader_state = dict(vars(module))  # of which the import system replaces some
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute nothing: it has been. Leave it as it was then."""
+        assert module.__spec__ is not None
+        before = module.__spec__.loader_state
+        for name in vars(module).keys() - before.keys():
+            delattr(module, name)
+        vars(module).update(before)
 
 
 def run_as_main(command: Sequence[str]) -> ExitCode:

@@ -121,8 +121,8 @@ def _fsdp_on_cpu(job: Job) -> Iterator[Finding]:
         return
     because = ("fsdp", "fsdp.version", "use_cpu")
     if asked == 1:
-        what = "accelerate's FSDP1 does not run without an accelerator"
-        line = "--fsdp_config '{\"version\": 2}', and PATCHES_APPLY=accelerate.fsdp-on-cpu in the environment"
+        what = "FSDP1 does not run without an accelerator: accelerate fails, or takes it for DDP and says nothing"
+        line = "fsdp_version 2, and to the environment PATCHES_APPLY=accelerate.fsdp-on-cpu"
         yield Finding(id="fsdp1-on-cpu", what=what, because=job.settings.say(*because), line=line)
     elif "accelerate.fsdp-on-cpu" in job.applied or job.is_needed("accelerate.fsdp-on-cpu"):
         what = "accelerate takes FSDP for DDP on ranks without an accelerator, and says nothing: nothing is sharded"

@@ -57,6 +57,22 @@ model(input_ids=tokens, labels=tokens).loss.backward()
 optimizer.step()
 """
 
+#: Sets what libraries read when they are imported, and begins with one that imports the others.
+BIND = """
+import os, sys
+from importlib.util import find_spec
+assert "torch" not in sys.modules
+assert find_spec("transformers").origin.endswith("__init__.py")
+os.environ["HF_ENDPOINT"] = "http://mirror.invalid"
+import peft
+from huggingface_hub.constants import ENDPOINT
+from transformers import AutoModelForCausalLM
+assert peft.__spec__.loader is peft.__loader__
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(ENDPOINT, {p.device.type for p in model.parameters()})
+sys.exit(5)
+"""
+
 
 def python(*arguments: object, cwd: Path) -> Any:
     command = [sys.executable, "-W", "ignore", *map(str, arguments)]
@@ -86,6 +102,14 @@ def test_a_module_does_too_and_an_interrupt_ends_it(tmp_path: Path) -> None:
     ended = python("driver.py", package / "script.py", "interrupt", cwd=tmp_path)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, "KeyboardInterrupt")
     assert "run.py" not in ended.stderr
+
+
+def test_nothing_is_imported_before_the_script_does(tmp_path: Path) -> None:
+    script, model = tmp_path / "bind.py", save_tiny(tmp_path / "model")
+    script.write_text(BIND)
+    done = python("-m", "surgery", "run", "--apply", "accelerate.fsdp-on-cpu", script, model, cwd=tmp_path)
+    assert done.stdout == "http://mirror.invalid {'meta'}\n", done.stderr
+    assert done.returncode == 5
 
 
 def test_a_script_that_runs_is_looked_at(tmp_path: Path) -> None:
