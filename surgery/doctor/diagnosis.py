@@ -73,7 +73,8 @@ class Job:
     @property
     def low_memory_line(self) -> str:
         """The line to add where `surgery.low_memory()` is a remedy."""
-        return f"with surgery.low_memory(): around what loads the model; or, changing nothing, start it by: {self.started_by()}"
+        instead = f"or, changing nothing, start it by: {self.started_by()}"
+        return f"with surgery.low_memory(): around what loads the model; {instead}"
 
     @property
     def untrusted(self) -> list[str]:
