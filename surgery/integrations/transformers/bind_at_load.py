@@ -66,7 +66,7 @@ def _without_bar() -> Iterator[None]:
     try:
         yield
     finally:
-        (upstream.enable_progress_bar if shown else upstream.disable_progress_bar)()
+        (upstream.enable_progress_bar if shown else upstream.disable_progress_bar)()  # type: ignore[no-untyped-call]
 
 
 @patches.register(
