@@ -86,7 +86,10 @@ def doctor(
     from surgery.doctor.observation import observe
     from surgery.telemetry.numbers import parse_size
 
-    first = os.environ.get("RANK", "0") == "0"
+    if os.environ.get("RANK", "0") != "0":  # one rank tells, and probes, which takes memory of its GPU
+        with _output_to_stderr(as_json):
+            failed = runs and observe(words, apply).failed
+        raise typer.Exit(WOULD_GO_WRONG if failed else 0)
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     job, verdicts = examine(
         script or (module_file(words[1]) if named else None),
@@ -100,17 +103,16 @@ def doctor(
     )
     job, unplanned = make_plans(job)
     findings = diagnose(job)
-    says_text = first and not as_json
-    if says_text:
+    if not as_json:
         _print(_diagnosis(job, verdicts, findings, unplanned))
     observed = None
     if runs:
         with _output_to_stderr(as_json):
             observed = observe(words, apply)
-        if says_text:
+        if not as_json:
             _print(_observation(job, observed))
-    healthy = _is_healthy(job, findings if first else (), observed)  # one rank tells of findings
-    if first and as_json:
+    healthy = _is_healthy(job, findings, observed)
+    if as_json:
         typer.echo(json.dumps(_as_dict(job, verdicts, findings, observed) | {"healthy": healthy}, indent=1))
     raise typer.Exit(0 if healthy else WOULD_GO_WRONG)
 

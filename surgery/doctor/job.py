@@ -56,7 +56,7 @@ def examine(
     here: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or ("cpu" if settings.is_on("use_cpu") else here)
     if device == "cuda" == here and gpu_memory is None:
-        gpu_memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory
     verdicts = {patch_id: patches.verdict(patch_id) for patch_id in patches.select(*WATCHED)}
     applied = [word.strip() for word in os.environ.get("PATCHES_APPLY", "").split(",") if word.strip()]
     source = settings.found.get("low_memory")

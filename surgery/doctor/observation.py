@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -98,13 +99,11 @@ def observe(command: Sequence[str], apply: Sequence[str] | None = None) -> Obser
     hook = register_optimizer_step_post_hook(watch.after_step)
     try:
         with _counting(), Sampler(SAMPLE_PERIOD).calling(watch.look), low_memory(apply):
-            verified = _calls()  # that it applies has been verified by calling it
+            before = patches.audit(include_reverted=True)  # which have been called to verify that they apply
             code = run_as_main(command)
     finally:
         hook.remove()
-    rows = _calls().values()
-    acted = (replace(row, calls=row.calls - verified.get(row.id, row).calls * (row.id in verified)) for row in rows)
-    return Observation(code=code, acted=tuple(acted), first_step=watch.step)
+    return Observation(code=code, acted=_acted_since(before), first_step=watch.step)
 
 
 @contextmanager
@@ -119,15 +118,20 @@ def _counting() -> Iterator[None]:
         os.environ.update({} if before is None else {COUNT: before})
 
 
-def _calls() -> dict[str, Acted]:
-    """The patches whose calls were counted. Of several receipts of one, each may count the calls of all."""
+def _acted_since(before: Sequence[Any]) -> tuple[Acted, ...]:
+    """The patches whose calls were counted, without the calls of `before`, whose rows still come first.
+
+    Of several receipts of one patch, each may count the calls of all.
+    """
     found: dict[str, Acted] = {}
-    for row in patches.audit(include_reverted=True):
+    for row, earlier in zip_longest(patches.audit(include_reverted=True), before):
         if row.calls is None:
             continue
-        acted = Acted(id=row.id, calls=row.calls, passed=row.passed or 0, state=str(row.state))
+        calls, passed = (earlier.calls or 0, earlier.passed or 0) if earlier is not None else (0, 0)
+        passed, calls = (row.passed or 0) - passed, row.calls - calls
+        acted = Acted(id=row.id, calls=calls, passed=passed, state=str(row.state))
         found[row.id] = max(found.get(row.id, acted), acted, key=lambda each: each.calls)
-    return found
+    return tuple(found.values())
 
 
 def _mesh(parameters: Sequence[Any]) -> dict[str, int]:

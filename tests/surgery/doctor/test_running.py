@@ -125,6 +125,7 @@ def test_a_script_that_runs_is_looked_at(tmp_path: Path) -> None:
     assert {each["state"] for each in acted.values()} == {"reverted"}
     counts = [acted[each]["acted"] for each in ("transformers.bind-at-load", "accelerate.fill-replicated")]
     assert counts == [1, 1]
+    assert all(0 <= each["passed"] <= each["calls"] for each in acted.values())
     assert acted["accelerate.fill-sharded"]["calls"] == 0
     step = told["run"]["first_step"]
     assert step["mesh"] == {}
