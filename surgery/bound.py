@@ -55,6 +55,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Bound", "agree", "bind", "building", "fill", "foresee", "set_up"]
 
+#: Patches of libraries that a filled model may be handed to.
+HANDED_ON = (
+    "accelerate.adapter-state",
+    "accelerate.already-sharded",
+    "accelerate.no-second-wrapper",
+    "accelerate.optimizer-of-meta",
+)
+
 
 @dataclass(kw_only=True, eq=False)
 class Bound:
@@ -286,7 +294,8 @@ def fill(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
-    with patches.transaction(*needed, on=layers, reason="a quantized model runs on these layers") as resident:
+    handed = [patches.on(each, [model]) for each in HANDED_ON]
+    with patches.transaction(*needed, *handed, on=layers, reason="a model that is built runs and trains") as resident:
         keep(model, resident.receipts)
         as_context_manager(model)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.

@@ -16,7 +16,7 @@ from surgery.adapters.upstream import WAITING
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import quantized_modules
 
-__all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
+__all__ = ["as_context_manager", "is_waiting", "keep", "ours_in", "release", "stop_waiting", "wait"]
 
 _resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
 
@@ -80,6 +80,11 @@ def wait(model: nn.Module) -> None:
 def is_waiting(model: nn.Module) -> bool:
     """Whether `model` was bound, and is not filled yet."""
     return model in _waiting
+
+
+def ours_in(model: nn.Module) -> nn.Module:
+    """The outermost module of `model`, itself included, that waits or has resident patches; without one, `model`."""
+    return next((module for module in model.modules() if module in _resident or module in _waiting), model)
 
 
 def stop_waiting(model: nn.Module) -> None:

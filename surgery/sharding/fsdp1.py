@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -402,17 +402,16 @@ class Fsdp1(Fsdp):
         whole = super().shards(model, [layer for layer in layers if layer not in flat])
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Gather the trainable parameters, one unit at a time whole on the device."""
+    def trainable_state(self, model: nn.Module, also: Collection[str] = ()) -> dict[str, torch.Tensor]:
+        """Gather the parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
         for prefix, unit in list(model.named_modules()):
             if not isinstance(unit, FullyShardedDataParallel):
                 continue
-            if not any(parameter.requires_grad for _, parameter in _own_parameters(unit)):
+            if not _chosen(unit, prefix, also):
                 continue
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-                found = {clean(join(prefix, name)): p for name, p in _own_parameters(unit) if p.requires_grad}
-                state |= copies(found) if dist.get_rank() == 0 else {}
+                state |= copies(_chosen(unit, prefix, also)) if dist.get_rank() == 0 else {}
         return state
 
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
@@ -466,6 +465,12 @@ class _ScalarFlags(ShardedGradScaler):
         super().unscale_(optimizer)
         flags: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         flags.update((device, flag.reshape(())) for device, flag in flags.items())
+
+
+def _chosen(unit: nn.Module, prefix: str, also: Collection[str]) -> dict[str, nn.Parameter]:
+    """The unit's own parameters, by plain FQN, that are trainable or in `also`."""
+    named = ((clean(join(prefix, name)), parameter) for name, parameter in _own_parameters(unit))
+    return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
 def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
