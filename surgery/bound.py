@@ -33,7 +33,7 @@ from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
-from surgery.passes.lifetime import as_context_manager, is_waiting, keep, stop_waiting, wait
+from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, match
@@ -61,6 +61,7 @@ HANDED_ON = (
     "accelerate.already-sharded",
     "accelerate.no-second-wrapper",
     "accelerate.optimizer-of-meta",
+    "peft.adapter-keys-under-wrappers",
 )
 
 
@@ -294,7 +295,7 @@ def fill(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
-    handed = [patches.on(each, [model]) for each in HANDED_ON]
+    handed = [patches.on(each, around(model)) for each in HANDED_ON]
     with patches.transaction(*needed, *handed, on=layers, reason="a model that is built runs and trains") as resident:
         keep(model, resident.receipts)
         as_context_manager(model)

@@ -16,7 +16,7 @@ from surgery.adapters.upstream import WAITING
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import quantized_modules
 
-__all__ = ["as_context_manager", "is_waiting", "keep", "ours_in", "release", "stop_waiting", "wait"]
+__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
 
 _resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
 
@@ -24,6 +24,20 @@ _resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
     _resident[model] = patches.keep(receipts, model)
+
+
+def around(model: nn.Module) -> Callable[[object], bool]:
+    """A predicate for modules that are `model`, hold it, or are held by it; it does not keep `model` alive."""
+    reference = weakref.ref(model)
+
+    def is_around(given: object) -> bool:
+        model = reference()
+        if model is None or not isinstance(given, nn.Module):
+            return False
+        return any(module is model for module in given.modules()) or any(module is given for module in model.modules())
+
+    is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
+    return is_around
 
 
 def release(model: nn.Module) -> None:
@@ -80,11 +94,6 @@ def wait(model: nn.Module) -> None:
 def is_waiting(model: nn.Module) -> bool:
     """Whether `model` was bound, and is not filled yet."""
     return model in _waiting
-
-
-def ours_in(model: nn.Module) -> nn.Module:
-    """The outermost module of `model`, itself included, that waits or has resident patches; without one, `model`."""
-    return next((module for module in model.modules() if module in _resident or module in _waiting), model)
 
 
 def stop_waiting(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Set
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ class Unsharded(ShardStrategy):
             broadcast_from_rank0(trainable, device=self.device)
         return model
 
-    def trainable_state(self, model: nn.Module, also: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, whose parameters are those of all ranks, or its own."""
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}

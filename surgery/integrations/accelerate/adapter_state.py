@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 import torch
@@ -15,9 +15,7 @@ from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import current_ranks
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean, split
-from surgery.model.tree import own_tensors
 from surgery.model.twin import twin_of
-from surgery.passes.lifetime import ours_in
 from surgery.sharding.base import strategy_of
 
 __all__ = ["gather_what_is_saved"]
@@ -35,7 +33,7 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model, unwrap=True)",
-    subject=lambda instance, args, kwargs: ours_in(_model(instance, args, kwargs)),
+    subject=_model,
     on_unknown="skip",
     on_drift="skip",
 )
@@ -62,39 +60,37 @@ def gather_what_is_saved(
 
 @together()
 def _gather(model: nn.Module, adapted: Any, prefix: str) -> dict[str, torch.Tensor]:
-    ranks = current_ranks()
+    ranks, strategy = current_ranks(), strategy_of(model)
     device = next(parameter.device for parameter in model.parameters())
-    names: list[Any] = [None]
+    saved: list[Any] = [None]
     with everyone(ranks, device=device):
+        buffers = {clean(name): buffer.detach() for name, buffer in model.named_buffers()}
         if ranks.rank == 0:  # PEFT may ask the hub, which may not answer every rank alike
-            names = [_saved_by_peft(adapted)]
-    dist.broadcast_object_list(names, src=0)
-    state = strategy_of(model).trainable_state(model, {prefix + name for name in names[0]})
-    buffers = {prefix + clean(name): buffer.detach().cpu() for name, buffer in adapted.named_buffers()}
-    found = {**buffers, **state} if ranks.rank == 0 else {}
-    return {name: found[prefix + name] for name in names[0] if prefix + name in found}
+            names = strategy.parameter_names(model) | buffers.keys()
+            inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+            saved = [{prefix + name for name in _saved_by_peft(adapted, inside)}]
+    dist.broadcast_object_list(saved, src=0)
+    state = strategy.trainable_state(model, saved[0])
+    if ranks.rank != 0:
+        return {}
+    found = {**{name: buffer.cpu() for name, buffer in buffers.items() if name in saved[0]}, **state}
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name in saved[0]}
 
 
-def _saved_by_peft(model: Any) -> list[str]:
-    """The names in `model` of what PEFT saves of its adapters, without wrappers.
+def _saved_by_peft(model: Any, names: Set[str]) -> Iterator[str]:
+    """Those of `names`, of parameters and buffers of `model` without wrappers, that PEFT saves of any adapter.
 
-    PEFT is asked about a copy of the tree on meta: in its own, names of wrappers would stand in its way.
+    PEFT is asked about a copy of the tree on meta: in `model` itself, names of wrappers would stand in its way.
     """
     from peft import get_peft_model_state_dict
 
-    named = {
-        clean(f"{prefix}.{name}" if prefix else name): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in own_tensors(module)
-    }
+    state = {name: torch.empty(0, device="meta") for name in names}
     held: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in named.items():
+    for name, tensor in state.items():
         parent, leaf = split(name)
         held.setdefault(parent, {})[leaf] = tensor
-    bare = twin_of(model, lambda fqn, _: held.get(fqn, {}))[model]
-    taken = {
-        id(tensor)
-        for adapter in model.peft_config
-        for tensor in get_peft_model_state_dict(bare, state_dict=dict(named), adapter_name=adapter).values()
-    }
-    return [name for name, tensor in named.items() if id(tensor) in taken]
+    bare = twin_of(model, lambda fqn, module: {k: v for k, v in held.get(fqn, {}).items() if k not in module._buffers})
+    taken: set[int] = set()
+    for adapter in model.peft_config:
+        taken |= {id(t) for t in get_peft_model_state_dict(bare[model], dict(state), adapter_name=adapter).values()}
+    return (name for name, tensor in state.items() if id(tensor) in taken)

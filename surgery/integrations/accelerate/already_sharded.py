@@ -9,7 +9,6 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.errors import ConfigError
-from surgery.passes.lifetime import ours_in
 from surgery.sharding.base import ShardStrategy, strategy_of
 
 __all__ = ["leave_as_it_is"]
@@ -38,7 +37,7 @@ def classes_are_renamed() -> bool:
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model)",
-    subject=lambda instance, args, kwargs: ours_in(_model(instance, args, kwargs)),
+    subject=_model,
     on_unknown="skip",
     on_drift="skip",
     probe=classes_are_renamed,

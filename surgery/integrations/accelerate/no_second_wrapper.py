@@ -9,7 +9,6 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.errors import ConfigError
-from surgery.passes.lifetime import ours_in
 from surgery.sharding.base import ShardStrategy, strategy_of
 
 __all__ = ["wrap_once"]
@@ -30,7 +29,7 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model, device_placement=None, evaluation_mode=False)",
-    subject=lambda instance, args, kwargs: ours_in(_model(instance, args, kwargs)),
+    subject=_model,
     on_unknown="skip",
     on_drift="skip",
 )

@@ -10,7 +10,6 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.model.fqn import clean
-from surgery.passes.lifetime import ours_in
 
 __all__ = ["find_by_name"]
 
@@ -20,7 +19,7 @@ def _models(args: tuple[Any, ...]) -> Iterator[nn.Module]:
 
 
 def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> nn.Module | None:
-    return next((ours_in(model) for model in _models(args)), None)
+    return next(_models(args), None)
 
 
 @patches.register(
@@ -40,12 +39,15 @@ def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, An
 def find_by_name(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     """Give each optimizer, of each parameter that it had, what has the same name afterwards."""
     names = {parameter: clean(name) for model in _models(args) for name, parameter in model.named_parameters()}
-    groups = [group for each in args if isinstance(each, torch.optim.Optimizer) for group in each.param_groups]
-    held = [[names.get(parameter) for parameter in group["params"]] for group in groups]
+    held = [[names.get(parameter) for parameter in group["params"]] for group in _groups(args)]
     del names  # what is sharded on the way may be freed then
     result = wrapped(*args)
     now = {clean(name): parameter for model in _models(result) for name, parameter in model.named_parameters()}
-    for group, before in zip(groups, held, strict=True):
+    for group, before in zip(_groups(args), held, strict=True):  # accelerate replaces the groups themselves
         mapped = group["params"]  # by accelerate, which has refused what is not of the model
         group["params"] = [found if name is None else now[name] for name, found in zip(before, mapped, strict=True)]
     return result
+
+
+def _groups(args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    return [group for each in args if isinstance(each, torch.optim.Optimizer) for group in each.param_groups]
