@@ -1,1 +1,1 @@
-"""Patches of the libraries that train: one library a folder, one patch a file."""
+"""Patches of the libraries that people train with, one a file, registered through entry points like anybody's."""
