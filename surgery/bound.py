@@ -62,6 +62,7 @@ HANDED_ON = (
     "accelerate.no-second-wrapper",
     "accelerate.optimizer-of-meta",
     "peft.adapter-keys-under-wrappers",
+    "peft.adapters-of-sharded",
 )
 
 

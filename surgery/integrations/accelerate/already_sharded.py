@@ -14,11 +14,6 @@ from surgery.sharding.base import ShardStrategy, strategy_of
 __all__ = ["leave_as_it_is"]
 
 
-def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
-    model: nn.Module = args[0] if args else kwargs["model"]
-    return model
-
-
 def classes_are_renamed() -> bool:
     """Whether accelerate finds a class no more once FSDP2 has renamed it."""
     from accelerate.utils.dataclasses import get_module_class_from_name
@@ -29,34 +24,38 @@ def classes_are_renamed() -> bool:
 
 @patches.register(
     "accelerate.already-sharded",
-    target="accelerate.utils.dataclasses:FullyShardedDataParallelPlugin.set_auto_wrap_policy",
+    target="accelerate.accelerator:Accelerator._prepare_fsdp2",
     reason=(
-        "FSDP2 renames the classes of what it shards (LlamaDecoderLayer, FSDPLlamaDecoderLayer), so that accelerate "
-        "does not find the classes to shard in a model that is sharded already, before it leaves that as it is"
+        "accelerate looks for the classes to shard, which FSDP2 has renamed (LlamaDecoderLayer, FSDPLlamaDecoderLayer), "
+        "before it leaves a sharded model as it is; one with adapters around it, it would shard again"
     ),
-    upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/dataclasses.py",
+    upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
-    signature="(self, model)",
-    subject=_model,
+    signature="(self, *args)",
+    subject=lambda _instance, args, _kwargs: next((each for each in args if isinstance(each, nn.Module)), None),
     on_unknown="skip",
     on_drift="skip",
     probe=classes_are_renamed,
 )
 def leave_as_it_is(
-    wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Look for no classes in a model that is sharded; options that could not take effect any more are refused."""
-    label = strategy_of(_model(instance, args, kwargs)).label
+    wrapped: Callable[..., tuple[Any, ...]], instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Prepare all but the model; the optimizer has its shards. Options that come too late are refused."""
+    model = next(each for each in args if isinstance(each, nn.Module))
+    label = strategy_of(model).label
     if label == ShardStrategy.label:
-        return wrapped(*args, **kwargs)
-    if label != f"FSDP{instance.fsdp_version}":
+        return wrapped(*args)
+    if label != "FSDP2":
         raise ConfigError(
-            f"expected a model that is whole, or sharded by FSDP{instance.fsdp_version} as accelerate is configured, found "
-            f"one under {label}: configure accelerate, or build the model, for the other of both"
+            f"accelerate is configured for FSDP2, but this model is under {label}: build it with "
+            "shard=surgery.FSDP2(), or without shard"
         )
-    if instance.activation_checkpointing:
+    if instance.state.fsdp_plugin.activation_checkpointing or instance.state.dynamo_plugin.backend.value != "NO":
         raise ConfigError(
-            "activation_checkpointing of FSDP's configuration comes before sharding, but this model is sharded: leave "
-            "it out, and set gradient_checkpointing=True in the arguments, or call surgery.checkpoint_activations(model)"
+            "activation_checkpointing of FSDP's configuration, and torch.compile, come before sharding, but this model "
+            "is sharded: use gradient_checkpointing=True, or surgery.checkpoint_activations(model); compile its blocks"
         )
-    return None
+    others = iter(wrapped(*(each for each in args if each is not model)))
+    if model not in instance._models:
+        instance._models.append(model)
+    return tuple(model if each is model else next(others) for each in args)

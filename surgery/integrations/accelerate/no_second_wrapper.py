@@ -38,10 +38,13 @@ def wrap_once(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...],
     from accelerate.utils import DistributedType
 
     label = strategy_of(_model(instance, args, kwargs)).label
-    if label == ShardStrategy.label or instance.distributed_type == DistributedType.FSDP:
+    by_fsdp1 = instance.distributed_type == DistributedType.FSDP and not instance.is_fsdp2
+    if label in (ShardStrategy.label, "FSDP1" if by_fsdp1 else None) or instance.is_fsdp2:  # which asks elsewhere
         return wrapped(*args, **kwargs)
-    if label == "DDP":
+    if label == "DDP" and not by_fsdp1:
         return wrapped(_model(instance, args, kwargs), device_placement=False, evaluation_mode=True)
+    if label == "DDP":
+        raise ConfigError("accelerate is configured for FSDP1, but this model is under DDP: build it without shard")
     raise ConfigError(
         f"this model is sharded by {label}, but accelerate is not configured for that, and would take it for a whole "
         f"one: set fsdp=True and fsdp_config={{'version': {label[-1]}}} in the training arguments, or give the "

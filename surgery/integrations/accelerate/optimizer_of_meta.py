@@ -26,8 +26,8 @@ def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, An
     "accelerate.optimizer-of-meta",
     target="accelerate.accelerator:Accelerator._prepare_fsdp2",
     reason=(
-        "accelerate finds the shard of an optimizer's parameter by its address, which is 0 for all that are on meta, "
-        "and for all of which this rank has no row: silently, the optimizer trains one of them and none of the others"
+        "accelerate finds the shard of an optimizer's parameter by its address, which is 0 for all that are on meta: "
+        "silently, the optimizer trains one of them and none of the others"
     ),
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
