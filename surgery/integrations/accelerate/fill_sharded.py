@@ -43,6 +43,7 @@ def check_asks_for_policy() -> None:
     upstream="https://github.com/huggingface/accelerate/issues/3874",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(accelerator, model)",
+    fingerprint="c3ff53b749f04ce7",
     on_unknown="skip",
     on_drift="skip",
     subject=lambda _instance, args, kwargs: args[1] if len(args) > 1 else kwargs["model"],
@@ -83,6 +84,7 @@ def _sharding(plugin: Any, mesh: tuple[int, int] | None, *, groups: tuple[str, .
         mixed_precision=plugin.mixed_precision_policy,
         cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         groups=groups,
+        casts_kept=True,
     )
 
 
