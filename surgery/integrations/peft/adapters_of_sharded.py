@@ -66,8 +66,10 @@ def _average_gradients(model: nn.Module, names: Set[str]) -> None:
     def begin(module: nn.Module, _args: object) -> None:
         handle.remove()
         for name, parameter in module.named_parameters():
-            if name in names and parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_average)
+            if name in names:
+                is_trained = parameter.requires_grad  # or may be later, once it is the active adapter
+                parameter.requires_grad_(True).register_post_accumulate_grad_hook(_average)
+                parameter.requires_grad_(is_trained)
 
     handle = model.register_forward_pre_hook(begin)
 
