@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -70,14 +70,14 @@ def _gather(model: nn.Module, adapted: Any, prefix: str) -> dict[str, torch.Tens
             inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
             saved = [{prefix + name for name in _saved_by_peft(adapted, inside)}]
     dist.broadcast_object_list(saved, src=0)
-    state = strategy.trainable_state(model, saved[0])
+    state = strategy.trainable_state(model, frozenset(saved[0]))
     if ranks.rank != 0:
         return {}
     found = {**{name: buffer.cpu() for name, buffer in buffers.items() if name in saved[0]}, **state}
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name in saved[0]}
 
 
-def _saved_by_peft(model: Any, names: Set[str]) -> Iterator[str]:
+def _saved_by_peft(model: Any, names: set[str]) -> Iterator[str]:
     """Those of `names`, of parameters and buffers of `model` without wrappers, that PEFT saves of any adapter.
 
     PEFT is asked about a copy of the tree on meta: in `model` itself, names of wrappers would stand in its way.
