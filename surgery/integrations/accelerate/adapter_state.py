@@ -26,6 +26,15 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return model
 
 
+def everything_is_gathered() -> bool:
+    """Whether accelerate gathers frozen parameters too, by its source."""
+    import inspect
+
+    from accelerate import Accelerator
+
+    return "ignore_frozen_params" not in inspect.getsource(Accelerator.get_state_dict)
+
+
 @patches.register(
     "accelerate.adapter-state",
     target="accelerate.accelerator:Accelerator.get_state_dict",
@@ -36,6 +45,7 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     subject=_model,
     on_unknown="skip",
     on_drift="skip",
+    probe=everything_is_gathered,
 )
 def gather_what_is_saved(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
