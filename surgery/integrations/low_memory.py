@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.passes.lifetime import around
+from surgery.bound import bound_in
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 
@@ -49,9 +49,13 @@ def low_memory() -> Iterator[None]:
         yield
 
 
+def _waits(model: nn.Module) -> bool:
+    return bound_in(model) is not None
+
+
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is collected."""
-    scoped = [patches.on(patch, around(model)) for patch in CARRIED]
+    scoped = [patches.on(patch, _waits) for patch in CARRIED]
     why = f"a bound {type(model).__name__} waits to be prepared"
     with patches.transaction(*scoped, reason=why) as transaction:
         patches.keep(transaction.receipts, model)
