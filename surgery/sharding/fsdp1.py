@@ -404,7 +404,7 @@ class Fsdp1(Fsdp):
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
     def parameter_names(self, model: nn.Module) -> set[str]:
-        """Of flat parameters too, the names of what is in them."""
+        """The plain FQNs of all parameters, those in flat parameters too."""
         units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
         return super().parameter_names(model).union(*(_names_in(unit, prefix) for prefix, unit in units))
 
