@@ -8,7 +8,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec
+from importlib.metadata import version
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -16,6 +17,8 @@ from model_surgery_patches import PatchError
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune
+from surgery.generate.command import EPILOG as GENERATE_EPILOG
+from surgery.generate.command import generate
 from surgery.planning.command import EPILOG as PLAN_EPILOG
 from surgery.planning.command import plan
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
@@ -36,13 +39,24 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    # Options have the names that TRL and transformers give them, with `_` or `-` in them, as there.
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
 
+def _say_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"surgery {version('model-surgery')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Build, quantize, adapt and shard models one layer at a time."""
-    # A Typer app with a single command and no callback would take that command's place.
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -109,6 +123,7 @@ def _say(message: str) -> None:
 
 
 app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="generate", epilog=GENERATE_EPILOG)(reports_errors(generate))
 app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
 app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
 
