@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperCommand
 
 from model_surgery_patches import PatchError
 from surgery.errors import SurgeryError
@@ -37,10 +41,13 @@ app = typer.Typer(
     help="Build, quantize, adapt and shard models one layer at a time.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     # Options have the names that TRL and transformers give them, with `_` or `-` in them, as there.
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
 )
 
 
@@ -57,6 +64,21 @@ def _root(
     ] = False,
 ) -> None:
     """Build, quantize, adapt and shard models one layer at a time."""
+
+
+class _Command(TyperCommand):
+    """A command whose help is plain text, in panels: the tables of rich cut long names of options off."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record is not None:
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or title, []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -122,12 +144,37 @@ def _say(message: str) -> None:
     typer.echo(text, err=True)
 
 
-app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
-app.command(name="generate", epilog=GENERATE_EPILOG)(reports_errors(generate))
-app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
-app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
+app.command(name="finetune", cls=_Command, epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG)(reports_errors(generate))
+app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG)(reports_errors(plan))
+app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))
+
+
+#: Libraries whose remarks are for those who call them, in their code: here nobody does but this command.
+LIBRARIES = r"(accelerate|bitsandbytes|datasets|huggingface_hub|peft|torch|torchao|transformers|trl)(\.|$)"
+
+#: Switches of libraries for what they log, and for their bars.
+QUIET = {
+    **dict.fromkeys(("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error"),
+    **dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"),
+}
+
+
+def _quiet_libraries() -> None:
+    """Let libraries speak once: on rank 0, and not of their own deprecations. Options that are given to them count."""
+    # It misses a package for the layout into which it repacks weights on such a CPU, which ours never are.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning if is_first else Warning, module=LIBRARIES)
+    if is_first:
+        return
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def main() -> None:
     """The console script."""
+    _quiet_libraries()
     app()

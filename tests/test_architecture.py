@@ -33,6 +33,7 @@ ROOMS = (
     "tracing",
     "",  # the package itself: its public names
     "finetune",
+    "generate",
     "cli",
     "__main__",
 )

@@ -31,7 +31,7 @@ __all__ = ["EPILOG", "finetune"]
 
 # A blank line ends a paragraph; \b keeps the lines of one as they are.
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 One process, ten steps, to see that it works:
 
@@ -42,11 +42,11 @@ Two ranks, the base model sharded, evaluated on 5 % of the data every 50 steps:
   torchrun --nproc-per-node 2 -m surgery finetune meta-llama/Llama-3.1-8B --data train.jsonl --eval-fraction
   0.05 --eval-every 50 --activation-checkpointing non-reentrant --output ./adapter
 
-[bold]Data[/bold] is JSONL, one object a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
+Data is JSONL, one object a line: {"text"}, {"prompt", "completion"} or {"messages": [{"role",
 "content"}]}, the last with "tools" if you like. Completions and assistant turns are learnt; prompts and other turns are
 only read. Other keys are refused.
 
-[bold]Exit codes[/bold]: 0 done, 2 refused (the message says what to change), 130 interrupted, 143 terminated, 1
+Exit codes: 0 done, 2 refused (the message says what to change), 130 interrupted, 143 terminated, 1
 anything else.
 """
 

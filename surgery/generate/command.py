@@ -66,35 +66,23 @@ def generate(
     model_revision: Annotated[
         str | None, _of_model(help="Branch, tag or commit of a hub id.", show_default=False)
     ] = None,
-    quantize: Annotated[
-        bool, _of_model(help="Hold linear weights in 4 bits, as they were in training.")
-    ] = True,
-    bnb_4bit_quant_type: Annotated[
-        Literal["nf4", "fp4"], _of_model(help="The 4-bit data type.")
-    ] = "nf4",
+    quantize: Annotated[bool, _of_model(help="Hold linear weights in 4 bits, as they were in training.")] = True,
+    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], _of_model(help="The 4-bit data type.")] = "nf4",
     dtype: Annotated[DtypeName, _of_model(help="Of what is not quantized, and in which it computes.")] = "bfloat16",
-    max_new_tokens: Annotated[int, _of_answers(min=1, show_default=True, help="At most.")] = 256,
-    min_new_tokens: Annotated[int | None, _of_answers(help="At least.")] = None,
-    do_sample: Annotated[
-        bool | None, _of_answers(help="Draw tokens, or take the likeliest.")
-    ] = None,
+    max_new_tokens: Annotated[int, _of_answers(min=1, show_default=True, help="At most so many.")] = 256,
+    min_new_tokens: Annotated[int | None, _of_answers(min=0, help="At least so many.")] = None,
+    do_sample: Annotated[bool | None, _of_answers(help="Draw tokens, or take the likeliest.")] = None,
     temperature: Annotated[float | None, _of_answers(help="Of what is drawn; implies --do-sample.")] = None,
-    top_k: Annotated[int | None, _of_answers(help="Draw among so many; implies --do-sample.")] = None,
+    top_k: Annotated[int | None, _of_answers(min=1, help="Draw among so many; implies --do-sample.")] = None,
     top_p: Annotated[
-        float | None, _of_answers(help="Draw among the likeliest of this mass; implies --do-sample.")
+        float | None, _of_answers(min=0, max=1, help="Draw among the likeliest of this mass; implies --do-sample.")
     ] = None,
     min_p: Annotated[
-        float | None, _of_answers(help="Draw none below this part of the likeliest; implies --do-sample.")
+        float | None, _of_answers(min=0, max=1, help="Draw none below this part of the likeliest; implies --do-sample.")
     ] = None,
-    repetition_penalty: Annotated[
-        float | None, _of_answers(help="Above 1: what was said is less likely.")
-    ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None, _of_answers(help="Say no so many tokens twice.")
-    ] = None,
-    stop_strings: Annotated[
-        list[str] | None, _of_answers(help="End an answer with this. Repeatable.")
-    ] = None,
+    repetition_penalty: Annotated[float | None, _of_answers(help="Above 1: what was said is less likely.")] = None,
+    no_repeat_ngram_size: Annotated[int | None, _of_answers(min=1, help="Say no so many tokens twice.")] = None,
+    stop_strings: Annotated[list[str] | None, _of_answers(help="End an answer with this. Repeatable.")] = None,
     seed: Annotated[int, _of_answers(show_default=True, help="Of what is drawn, for each prompt anew.")] = 0,
 ) -> None:
     """Generate text with MODEL, in 4 bits, and an adapter that was trained on it."""

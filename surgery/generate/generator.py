@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.header import read_header
-from surgery.checkpoint.hub import can_be_hub_id, find_cached
+from surgery.checkpoint.hub import can_be_hub_id, exists, find_cached
 from surgery.comm.environment import launched_world_size
 from surgery.errors import CheckpointError, ConfigError
 
@@ -47,12 +47,27 @@ def find_base(model: str | None, *, revision: str | None = None, adapter: Path |
     if chosen is None:
         found = "no --adapter" if adapter is None else f"{adapter / CONFIG} without a base_model_name_or_path"
         raise ConfigError(f"expected MODEL, or an adapter that names its base model; found {found}")
-    trained_on = config.get("revision") if model in (None, named) else None
-    base = Checkpoint.open(chosen, revision=revision or trained_on)
+    if named is not None and not _are_same(chosen, named):
+        raise ConfigError(
+            f"expected the base model of {adapter}, which is {named}, found {chosen}: leave out MODEL; or, if both are "
+            f"the same, change base_model_name_or_path in {adapter}/{CONFIG}"
+        )
+    base = Checkpoint.open(chosen, revision=revision or (config.get("revision") if chosen == named else None))
     if adapter is not None:
-        _refuse_other_base(base, adapter, named)
         _refuse_other_shapes(base, adapter)
     return base
+
+
+def _are_same(model: str, named: str) -> bool:
+    """Whether two names are of one model; True for a folder that is not on this machine, which may have been it."""
+    return bool(_places(model) & _places(named)) or not (can_be_hub_id(named) or exists(Path(named)))
+
+
+def _places(name: str) -> set[str | Path]:
+    """A name of a model, and the folders that it stands for, in the cache of the hub too."""
+    folders = [Path(name) if exists(Path(name)) else None]
+    folders.append(find_cached(name, revision=None) if can_be_hub_id(name) else None)
+    return {name, *(folder.resolve() for folder in folders if folder is not None)}
 
 
 def _config_of(adapter: Path) -> dict[str, Any]:
@@ -70,19 +85,6 @@ def _config_of(adapter: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"expected a JSON object in {adapter / CONFIG}, found {type(config).__name__}")
     return config
-
-
-def _refuse_other_base(base: Checkpoint, adapter: Path, named: str | None) -> None:
-    """Refuse a base model that is not what the adapter names; a folder that is not on this machine is not known."""
-    if named is None or named == base.source or not (can_be_hub_id(named) or Path(named).exists()):
-        return
-    cached = find_cached(named, revision=None) if can_be_hub_id(named) else None
-    if base.path.resolve() in {Path(named).resolve(), cached and cached.resolve()}:
-        return
-    raise ConfigError(
-        f"expected the base model of {adapter}, which is {named}, found {base.source}: leave out MODEL; or, if both "
-        f"are the same, change base_model_name_or_path in {adapter / CONFIG}"
-    )
 
 
 def _refuse_other_shapes(base: Checkpoint, adapter: Path) -> None:
@@ -146,10 +148,9 @@ class Generator:
             stack.enter_context(model)
             if adapter is not None:
                 model = _adapted(model, adapter)
-            sampled = {"do_sample": True} if SAMPLING & options.keys() else {}
             yield cls(
                 chats=not raw and tokenizer.chat_template is not None,
-                options=sampled | dict(options),
+                options={**({"do_sample": True} if SAMPLING & options.keys() else {}), **options},
                 seed=seed,
                 _model=model.eval(),
                 _tokenizer=tokenizer,
@@ -198,15 +199,13 @@ class Generator:
 
 
 def _refuse_options(options: Mapping[str, Any]) -> None:
-    """Refuse, before a weight is read, what transformers would refuse after it."""
-    from transformers import GenerationConfig
-
-    try:
-        GenerationConfig(**(options | ({"do_sample": True} if SAMPLING & options.keys() else {}))).validate(strict=True)
-    except ValueError as error:
-        raise ConfigError(f"transformers refuses these options: {error}") from error
-    if options.get("do_sample") is False and SAMPLING & options.keys():
-        raise ConfigError(f"expected --do-sample with {', '.join(sorted(SAMPLING & options.keys()))}, found the reverse")
+    """Refuse, before a weight is read, what cannot be meant."""
+    sampling = sorted(SAMPLING & options.keys())
+    if options.get("do_sample") is False and sampling:
+        raise ConfigError(f"expected --do-sample with {', '.join(sampling)}, found --no-do-sample; leave one out")
+    for name in ("temperature", "repetition_penalty"):
+        if options.get(name, 1) <= 0:
+            raise ConfigError(f"expected {name} above 0, found {options[name]:g}; for the likeliest, --no-do-sample")
 
 
 def _tokenizer_of(folder: Path) -> Any:

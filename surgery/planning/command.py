@@ -30,7 +30,7 @@ DOES_NOT_FIT = 1
 WIDEST = 400
 
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 Does a 70B model fit two GPUs of 24 GiB? If not, what would make it fit?
 
@@ -47,7 +47,7 @@ FSDP1 in its low-memory mode, and what rank 0's host must have for it:
 Of a hub id only the headers of the files are fetched; no weight is downloaded or read. Sizes are above what a process
 holds before it loads; the driver, cuBLAS and NCCL take their part of --gpu-memory too, and that is counted.
 
-[bold]Exit codes[/bold]: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
+Exit codes: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
 to change).
 """
 
