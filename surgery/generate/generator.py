@@ -123,7 +123,7 @@ class Generator:
         base: Checkpoint,
         adapter: Path | None,
         *,
-        quant_type: str | None,
+        quant_type: QuantType | None,
         dtype: str,
         options: Mapping[str, Any],
         seed: int = 0,
