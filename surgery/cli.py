@@ -14,8 +14,7 @@ import typer
 
 from model_surgery_patches import PatchError
 from surgery.errors import SurgeryError
-from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
-from surgery.finetune.command import finetune
+from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.planning.command import EPILOG as PLAN_EPILOG
 from surgery.planning.command import plan
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
@@ -108,7 +107,8 @@ def _say(message: str) -> None:
     typer.echo(text, err=True)
 
 
-app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
+app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
 app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
 app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
 

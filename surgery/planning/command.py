@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.finetune.arguments import (
+from surgery.planning.arguments import (
     FsdpVersion,
     OptimizerName,
     PrecisionName,
     QuantStorageName,
     QuantType,
+    parse_lora,
     parse_mesh,
     parse_shard,
     parse_storage,
-    parse_targets,
 )
 
 if TYPE_CHECKING:
@@ -106,7 +106,6 @@ def plan(
     from surgery.checkpoint.peek import peek
     from surgery.config import Quant
     from surgery.config import precision as policy_of
-    from surgery.finetune.options import LoraOptions
     from surgery.passes.prepare import prepare
     from surgery.passes.setting import Setting
     from surgery.planning.inventory import take_inventory
@@ -123,7 +122,7 @@ def plan(
         quant=Quant(
             quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=parse_storage(quant_storage)
         ),
-        lora=LoraOptions(r=lora_r, target_modules=parse_targets(target_modules)).config(),
+        lora=parse_lora(lora_r, target_modules),
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=torch.device(device),
