@@ -124,8 +124,7 @@ class Attested:
 
 
 class Attesting(TrainerCallback):
-    """Attests the model at rest when training begins and ends, and in forward in the first step after that, and after
-    each evaluation.
+    """Attests the model at rest as training begins, and in forward in the first step and in that after an evaluation.
 
     Collective, as training is; raises `AttestationError` on every rank.
     """
@@ -141,8 +140,8 @@ class Attesting(TrainerCallback):
         return Attested(digest=self._digest, checks=tuple(self._checks))
 
     def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Compare all shards and quant_states."""
-        self._at_rest("start", model)
+        """The model is filled by now."""
+        self.at_rest("start", model)
 
     def on_step_begin(self, _args: Any, state: Any, _control: Any, *, model: nn.Module, **__: Any) -> None:
         """Watch the step if it is due."""
@@ -162,11 +161,8 @@ class Attesting(TrainerCallback):
         """Watch the next step: upstream, evaluating packs weights again on some hosts."""
         self._is_due = True
 
-    def on_train_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
-        """Compare all again."""
-        self._at_rest("end", model)
-
-    def _at_rest(self, when: str, model: nn.Module) -> None:
+    def at_rest(self, when: str, model: nn.Module) -> None:
+        """Compare all shards and quant_states."""
         attestation = attest(model)
         self._digest = attestation.digest
         self._note(when, attestation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -77,6 +79,15 @@ def dpo(context: typer.Context) -> None:
 
 
 def _run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
+    # A CPU kernel that inference could download; said by every rank.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        # One library's notices to another, of names that will change.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\b")
+        _parse_and_run(words, examples, preferences=preferences)
+
+
+def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
     try:
         from surgery.finetune.job import run
         from surgery.finetune.parser import parse, show_help

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,25 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
     console = console or Console()
     earlier = len(patches.audit(include_reverted=True))
     is_guest = dist.is_initialized()
-    with _for_cpus(request):
-        training = request.training(**_decided(request))
-        ranks = current_ranks(launched_world_size())
-        with _together(ranks, is_guest=is_guest), reserve(
-            request.output, overwrite=_may_replace(request), device=training.device
-        ):
-            job = _prepare(request, training, ranks, console if ranks.rank == 0 else None)
-            untraced = nullcontext(Report(show_progress=ranks.rank == 0, device=training.device))
-            folder = request.options.trace
-            with untraced if folder is None else trace(folder, device=training.device) as report:
-                summary = job.run(report, earlier)
-    if job.console is not None:
-        say(job.console, f"\n{summary.text()}")
-        if request.options.trace is not None:
-            say(job.console, f"Trace: {Path(request.options.trace) / PAGE}")
+    training = request.training(**_decided(request))
+    ranks = current_ranks(launched_world_size())
+    with (
+        _together(ranks, is_guest=is_guest),
+        # First of all: what is found out after training is found out too late.
+        reserve(request.output, overwrite=_may_replace(request), device=training.device),
+    ):
+        job = _prepare(request, training, ranks, console if ranks.rank == 0 else None)
+        untraced = nullcontext(Report(show_progress=ranks.rank == 0, device=training.device))
+        folder = request.options.trace
+        with untraced if folder is None else trace(folder, device=training.device) as report:
+            summary = job.run(report)
+        gc.collect()  # patches that a model carries end with it, and trainers are in circles with theirs
+        summary = replace(summary, patches=patch_rows(since=earlier))
+        if job.console is not None:
+            write_summary(summary, request.output / "summary.json")
+            say(job.console, f"\n{summary.text()}")
+            if folder is not None:
+                say(job.console, f"Trace: {Path(folder) / PAGE}")
     return summary
 
 
@@ -121,13 +125,35 @@ def _decided(request: Request) -> dict[str, Any]:
     world, mesh = _world_size(), parse_mesh(options.mesh)
     if mesh is not None and mesh[0] * mesh[1] != world:
         raise ConfigError(f"expected --mesh of {world} ranks in all, found {options.mesh}")
+    if "activation_checkpointing" in values:
+        asked = values["activation_checkpointing"]
+        found["activation_checkpointing"] = values["gradient_checkpointing"] if asked is None else asked
     if world > 1 and options.fsdp != "none":
-        found |= {"fsdp": True, "fsdp_config": _fsdp_config(request)}
+        config = _fsdp_config(request)
+        found |= {"fsdp": True, "fsdp_config": config}
+        if found.get("activation_checkpointing") and not _drops_out(request):
+            # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
+            config.setdefault("activation_checkpointing", True)
+            found["activation_checkpointing"] = False
     if mesh is not None:
         from accelerate.parallelism_config import ParallelismConfig
 
         found["parallelism_config"] = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
     return found
+
+
+def _drops_out(request: Request) -> bool:
+    """Whether anything in the model or its adapters drops out; a configuration that cannot be read is refused later."""
+    from transformers import AutoConfig
+
+    if request.model.lora_dropout:
+        return True
+    try:
+        config = AutoConfig.from_pretrained(request.model.model_name_or_path, revision=request.model.model_revision)
+    except (OSError, ValueError):
+        return True
+    values = config.to_dict() | config.get_text_config().to_dict()
+    return any(value for name, value in values.items() if name.endswith(("dropout", "pdrop", "dropout_rate")))
 
 
 def _fsdp_config(request: Request) -> dict[str, Any]:
@@ -247,11 +273,11 @@ class _Job:
     resume: str | None
     console: Console | None
 
-    def run(self, report: Report, earlier: int) -> Summary:
-        """Build, train and save; the patches of the model are undone, whatever happens."""
+    def run(self, report: Report) -> Summary:
+        """Build, train and save; the patches of the model are undone, whatever happens. The summary lacks them."""
         phases, attesting = Phases(report), Attesting() if self.request.options.attest else None
         phases.begin("bind")
-        with low_memory():
+        with _for_cpus(self.request), low_memory():
             model = self._model()
             try:
                 trainer = self._trainer(model, phases, attesting)
@@ -261,18 +287,17 @@ class _Job:
                 if self.data.evaluation is not None and not _is_evaluated(trainer):
                     phases.begin("evaluate")
                     trainer.evaluate()
+                if attesting is not None:
+                    attesting.at_rest("end", trainer.model)
                 phases.begin("save")
-                summary = self._summary(trainer, attesting, seconds, report, earlier)
+                summary = self._summary(trainer, attesting, seconds)
                 save_adapter(trainer.model, self.request.output, training=card_sections(summary, self.data.facts()))
                 if self.training.push_to_hub:
                     trainer.push_to_hub()
             finally:
                 phases.end()
                 release(model)
-        summary = self._summary(trainer, attesting, seconds, report, earlier)
-        if self.console is not None:
-            write_summary(summary, self.request.output / "summary.json")
-        return summary
+        return replace(summary, memory=tuple(gather_objects(report.as_dict())))
 
     def _model(self) -> Any:
         request, further = self.request, dict(self.training.model_init_kwargs or {})
@@ -284,7 +309,7 @@ class _Job:
             "quantization_config": get_quantization_config(request.model),
             "trust_remote_code": self.training.trust_remote_code,
         }
-        return AutoModelForCausalLM.from_pretrained(request.model.model_name_or_path, **{**wanted, **further})
+        return AutoModelForCausalLM.from_pretrained(_absolute(request.model.model_name_or_path), **{**wanted, **further})
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
         """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""
@@ -338,8 +363,8 @@ class _Job:
         if self.console is not None:
             say(self.console, text)
 
-    def _summary(self, trainer: Any, attesting: Attesting | None, seconds: float, report: Report, earlier: int) -> Summary:
-        """The summary so far. Collective."""
+    def _summary(self, trainer: Any, attesting: Attesting | None, seconds: float) -> Summary:
+        """The summary so far, without memory and patches."""
         history: list[Mapping[str, Any]] = trainer.state.log_history
         return Summary(
             config=self.request.values,
@@ -352,8 +377,8 @@ class _Job:
             seconds=seconds,
             losses={each["step"]: each["loss"] for each in history if "loss" in each},
             evaluations=[Evaluation(step=each["step"], loss=each["eval_loss"]) for each in history if "eval_loss" in each],
-            memory=tuple(gather_objects(report.as_dict())),
-            patches=patch_rows(since=earlier),
+            memory=(),
+            patches=(),
             versions=versions(),
             attestation=None if attesting is None else attesting.result(),
         )
@@ -366,6 +391,11 @@ class _Job:
 
 def low_memory() -> AbstractContextManager[object]:
     return getattr(surgery, "low_memory", nullcontext)()
+
+
+def _absolute(name: str) -> str:
+    """A folder by its absolute path, since adapters name it; a hub id as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
 def _is_evaluated(trainer: Any) -> bool:
