@@ -89,7 +89,7 @@ def _run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
 
 def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
     try:
-        from surgery.finetune.job import run
+        from surgery.finetune.job import run, show_plan
         from surgery.finetune.parser import parse, show_help
     except ModuleNotFoundError as error:
         if error.name not in ("trl", "datasets"):
@@ -100,4 +100,8 @@ def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) ->
     if not words or {"--help", "-h"} & set(words):
         typer.echo(show_help(examples, preferences=preferences))
         return
-    run(parse(words, preferences=preferences))
+    request = parse(words, preferences=preferences)
+    if request.options.plan == "only":
+        show_plan(request)
+        return
+    run(request)

@@ -29,22 +29,26 @@ from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
-from surgery.comm.environment import launched_world_size
+from surgery.comm.environment import launched_rank, launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.errors import ConfigError
 from surgery.finetune.callbacks import Attesting, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
+from surgery.finetune.foresight import foresee
 from surgery.finetune.options import FLASH
 from surgery.finetune.parser import Request
 from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_rows, write_summary
 from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
+from surgery.planning.command import show
+from surgery.planning.plan import MemoryPlan
+from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["run"]
+__all__ = ["run", "show_plan"]
 
 
 def run(request: Request, *, console: Console | None = None) -> Summary:
@@ -84,6 +88,19 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
             if folder is not None:
                 say(job.console, f"Trace: {Path(folder) / PAGE}")
     return summary
+
+
+def show_plan(request: Request) -> None:
+    """Print the memory plan of the job, for as many ranks as the launcher has started; no process group is made."""
+    world, is_gpu = _world_size(), torch.cuda.is_available() and not request.values["use_cpu"]
+    decided = _decided(request)
+    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get("activation_checkpointing")
+    made = foresee(request, world_size=world, device="cuda" if is_gpu else "cpu", checkpointing=bool(checkpointing))
+    if made is None:
+        raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
+    if not launched_rank():
+        memory = torch.cuda.mem_get_info()[1] if is_gpu else None
+        show(made, request.values["model_name_or_path"], memory)
 
 
 def _world_size() -> int:
@@ -229,9 +246,20 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
         data = read_data(
             request.options, preferences=preferences, seed=training.seed, text=request.values.get("dataset_text_field", "text")
         )
+        planned = _planned(request, training, ranks)
         tokenizer = _tokenizer(request, training)
     same_on_every_rank(ranks, "data", {"data": data.facts()}, device=device)
-    return _Job(request, training, ranks, data, tokenizer, resume, console)
+    if planned is not None and device.type == "cuda":
+        check_fits(planned, min(gather_objects(free_memory(device))))
+    return _Job(request, training, ranks, data, tokenizer, resume, planned, console)
+
+
+def _planned(request: Request, training: Any, ranks: Ranks) -> MemoryPlan | None:
+    if request.options.plan == "off":
+        return None
+    checkpointing = bool(training.gradient_checkpointing or (training.fsdp_config or {}).get("activation_checkpointing"))
+    kind = "cuda" if training.device.type == "cuda" else "cpu"
+    return foresee(request, world_size=ranks.world_size, device=kind, checkpointing=checkpointing)
 
 
 def _refuse_stale(request: Request, resume: str | None) -> None:
@@ -271,12 +299,16 @@ class _Job:
     data: Data
     tokenizer: Any
     resume: str | None
+    planned: MemoryPlan | None
     console: Console | None
 
     def run(self, report: Report) -> Summary:
         """Build, train and save; the patches of the model are undone, whatever happens. The summary lacks them."""
         phases, attesting = Phases(report), Attesting() if self.request.options.attest else None
         phases.begin("bind")
+        if self.planned is not None:
+            host, on_device = predictions(self.planned, self.ranks.rank)["train"]
+            report.predict("train", host=host, device=on_device)
         with _for_cpus(self.request), low_memory():
             model = self._model()
             try:

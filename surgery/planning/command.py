@@ -22,7 +22,7 @@ from surgery.planning.arguments import (
 if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan
 
-__all__ = ["EPILOG", "plan"]
+__all__ = ["EPILOG", "plan", "show"]
 
 DOES_NOT_FIT = 1
 
@@ -129,7 +129,7 @@ def plan(
     )
     training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
     inventory = take_inventory(prepare(peek(model, revision=revision), setting))
-    _say(make_plan(inventory, setting, training), model, memory, as_json=as_json)
+    show(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 
 def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: bool) -> Any:
@@ -145,7 +145,7 @@ def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: b
     return None
 
 
-def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
+def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = False) -> None:
     """Print the plan and the verdict; exit 1 if it does not fit."""
     import json
 
