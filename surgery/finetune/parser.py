@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, SFTConfig, TrlParser
 
 from surgery.errors import ConfigError
 from surgery.finetune.options import DEFAULTS, DPO_DEFAULTS, Options
@@ -89,7 +88,7 @@ def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{kind.__name__} refuses these options: {error}") from error
 
 
-class _Parser(HfArgumentParser):
+class _Parser(TrlParser):
     """TRL's flags, without its exits."""
 
     def error(self, message: str) -> NoReturn:
@@ -203,12 +202,14 @@ _TEXTS = {
 def _describe(action: argparse.Action, width: int) -> Iterator[str]:
     """Lines of help on one option."""
     name = "--output" if action.dest == "output_dir" else f"--{action.dest.replace('_', '-')}"
-    choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
-    kind = getattr(action.type, "__name__", "value")
-    value = choices or {"string_to_bool": "", "str": "TEXT"}.get(kind, "NUMBER" if kind in {"int", "float"} else "VALUE")
+    names = ",".join(map(str, action.choices or ()))
+    kind = getattr(action.type, "__name__", "")
+    value = {"string_to_bool": "", "int": "NUMBER", "float": "NUMBER"}.get(kind, "TEXT")
+    if 0 < len(names) < _NAMES:
+        value = f"{{{names}}}"
     head = f"  {name} {value}".rstrip() + (" ..." if action.nargs == "+" else "")
     text = _TEXTS.get(action.dest, action.help or "").replace("%%", "%")
-    text = " ".join(text.split())
+    text = " ".join(text.split()) + (f" One of: {names.replace(',', ', ')}." if len(names) >= _NAMES else "")
     if action.default not in (None, argparse.SUPPRESS, [], False):
         default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         text += f" [default: {getattr(default, 'value', default)}]"
