@@ -8,6 +8,7 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.bound import BOUND
 from surgery.integrations.low_memory import carry
+from surgery.model.skeleton import restore_buffers
 from surgery.passes.lifetime import wait
 
 __all__ = ["wait_when_loaded"]
@@ -34,6 +35,7 @@ def wait_when_loaded(
     if BOUND not in vars(model):
         patches.passed(ID)
         return info
+    restore_buffers(model)  # some have every rank but the first load to meta
     wait(model)
     carry(model)
     return info
