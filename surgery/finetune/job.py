@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,6 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
         folder = request.options.trace
         with untraced if folder is None else trace(folder, device=training.device) as report:
             summary = job.run(report)
-        gc.collect()  # patches that a model carries end with it, and trainers are in circles with theirs
         summary = replace(summary, patches=patch_rows(since=earlier))
         if job.console is not None:
             write_summary(summary, request.output / "summary.json")
@@ -112,13 +110,18 @@ def _on_cpu(request: Request) -> bool:
     return not torch.accelerator.is_available() if asked is None else bool(asked)
 
 
-def _for_cpus(request: Request) -> AbstractContextManager[object]:
-    """The patch that lets accelerate shard on CPUs, where that is what was asked for."""
-    if not _on_cpu(request) or request.options.fsdp == "none" or _world_size() == 1:
-        return nullcontext()
-    if request.options.fsdp == "1":
-        raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
-    return patches.transaction("accelerate.fsdp-on-cpu", reason="surgery finetune on CPUs")
+@contextmanager
+def _patched(request: Request) -> Iterator[None]:
+    """A block in which accelerate shards on CPUs, where that is asked for, and every checkpoint has a whole adapter."""
+    ids = ["peft.adapter-keys-under-wrappers"]
+    if _on_cpu(request) and _is_sharded(request):
+        ids.append("accelerate.fsdp-on-cpu")
+    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory():
+        yield
+
+
+def _is_sharded(request: Request) -> bool:
+    return _world_size() > 1 and request.options.fsdp != "none"
 
 
 def _decided(request: Request) -> dict[str, Any]:
@@ -145,7 +148,9 @@ def _decided(request: Request) -> dict[str, Any]:
     if "activation_checkpointing" in values:
         asked = values["activation_checkpointing"]
         found["activation_checkpointing"] = values["gradient_checkpointing"] if asked is None else asked
-    if world > 1 and options.fsdp != "none":
+    if _is_sharded(request):
+        if found["use_cpu"] and options.fsdp == "1":
+            raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
         config = _fsdp_config(request)
         found |= {"fsdp": True, "fsdp_config": config}
         if found.get("activation_checkpointing") and not _drops_out(request):
@@ -309,10 +314,11 @@ class _Job:
         if self.planned is not None:
             host, on_device = predictions(self.planned, self.ranks.rank)["train"]
             report.predict("train", host=host, device=on_device)
-        with _for_cpus(self.request), low_memory():
-            model = self._model()
+        with _patched(self.request):
+            model = trained = self._model()
             try:
                 trainer = self._trainer(model, phases, attesting)
+                trained = trainer.model
                 start = time.monotonic()
                 trainer.train(resume_from_checkpoint=self.resume)
                 seconds = time.monotonic() - start
@@ -328,7 +334,7 @@ class _Job:
                     trainer.push_to_hub()
             finally:
                 phases.end()
-                release(model)
+                release(trained)
         return replace(summary, memory=tuple(gather_objects(report.as_dict())))
 
     def _model(self) -> Any:
@@ -419,10 +425,6 @@ class _Job:
         if self.ranks.world_size == 1:
             return None
         return "DDP" if self.request.options.fsdp == "none" else f"FSDP{self.request.options.fsdp}"
-
-
-def low_memory() -> AbstractContextManager[object]:
-    return getattr(surgery, "low_memory", nullcontext)()
 
 
 def _absolute(name: str) -> str:
