@@ -19,8 +19,7 @@ from typer.core import TyperCommand
 
 from model_surgery_patches import PatchError
 from surgery.errors import SurgeryError
-from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
-from surgery.finetune.command import finetune
+from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.generate.command import EPILOG as GENERATE_EPILOG
 from surgery.generate.command import generate
 from surgery.planning.command import EPILOG as PLAN_EPILOG
@@ -144,7 +143,8 @@ def _say(message: str) -> None:
     typer.echo(text, err=True)
 
 
-app.command(name="finetune", cls=_Command, epilog=FINETUNE_EPILOG)(reports_errors(finetune))
+app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
+app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
 app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG)(reports_errors(generate))
 app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG)(reports_errors(plan))
 app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))

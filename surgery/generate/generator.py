@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.header import read_header
@@ -123,7 +123,7 @@ class Generator:
         base: Checkpoint,
         adapter: Path | None,
         *,
-        quant_type: QuantType | None,
+        quant_type: Literal["nf4", "fp4"] | None,
         dtype: str,
         options: Mapping[str, Any],
         seed: int = 0,

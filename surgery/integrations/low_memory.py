@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.passes.lifetime import keep
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 
@@ -46,7 +47,7 @@ def low_memory() -> Iterator[None]:
 
 
 def carry(model: nn.Module) -> None:
-    """Keep the patches by which `model` is filled in force for it, until it is collected."""
+    """Keep the patches by which `model` is filled in force for it, until it is released or collected."""
     held = weakref.ref(model)
 
     def holds(outer: Any) -> bool:
@@ -54,5 +55,5 @@ def carry(model: nn.Module) -> None:
 
     scoped = [patches.on(patch, holds) for patch in CARRIED]
     with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
-        patches.keep(transaction.receipts, model)
+        keep(model, transaction.receipts)
         transaction.commit()

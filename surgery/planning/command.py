@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.finetune.arguments import (
+from surgery.planning.arguments import (
     FsdpVersion,
     OptimizerName,
     PrecisionName,
     QuantStorageName,
     QuantType,
+    parse_lora,
     parse_mesh,
     parse_shard,
     parse_storage,
-    parse_targets,
 )
 
 if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan
 
-__all__ = ["EPILOG", "plan"]
+__all__ = ["EPILOG", "plan", "show"]
 
 DOES_NOT_FIT = 1
 
@@ -106,7 +106,6 @@ def plan(
     from surgery.checkpoint.peek import peek
     from surgery.config import Quant
     from surgery.config import precision as policy_of
-    from surgery.finetune.options import LoraOptions
     from surgery.passes.prepare import prepare
     from surgery.passes.setting import Setting
     from surgery.planning.inventory import take_inventory
@@ -123,14 +122,14 @@ def plan(
         quant=Quant(
             quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=parse_storage(quant_storage)
         ),
-        lora=LoraOptions(r=lora_r, target_modules=parse_targets(target_modules)).config(),
+        lora=parse_lora(lora_r, target_modules),
         dtype=policy.dtype,
         compute_dtype=policy.compute_dtype,
         device=torch.device(device),
     )
     training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
     inventory = take_inventory(prepare(peek(model, revision=revision), setting))
-    _say(make_plan(inventory, setting, training), model, memory, as_json=as_json)
+    show(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 
 def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: bool) -> Any:
@@ -146,7 +145,7 @@ def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: b
     return None
 
 
-def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
+def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = False) -> None:
     """Print the plan and the verdict; exit 1 if it does not fit."""
     import json
 
