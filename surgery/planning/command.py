@@ -89,7 +89,9 @@ def plan(
     lora_target_modules: Annotated[
         list[str] | None,
         _of_adapter(
-            help="Names of linear modules, separated by commas, or repeated.", metavar="NAMES", show_default="all-linear"
+            help="Names of linear modules, separated by commas, or repeated.",
+            metavar="NAMES",
+            show_default="all-linear",
         ),
     ] = None,
     dtype: Annotated[
@@ -110,28 +112,35 @@ def plan(
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     offloads, sizes = _offloads(fsdp_config), parse_mesh(mesh)
     with _not_collecting():
-        import peft  # noqa: F401  # by far the longest
         import torch
 
         from surgery.checkpoint.peek import peek
         from surgery.config import Quant
+
+    # What can be refused is refused before the longest imports.
+    shard = _sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads)
+    checkpoint = peek(model, revision=model_revision)
+    with _not_collecting():
         from surgery.passes.prepare import prepare
         from surgery.passes.setting import Setting
         from surgery.planning.inventory import take_inventory
         from surgery.planning.plan import make_plan
         from surgery.planning.training import Training
 
-    of_name: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "uint8")}
+        lora = parse_lora(lora_r, ",".join(lora_target_modules or ["all-linear"]))
+    of_name: dict[str, torch.dtype] = {
+        name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "uint8")
+    }
     setting = Setting(
         world_size=world,
         placement=placement,
-        shard=_sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads),
+        shard=shard,
         quant=Quant(
             bnb_4bit_quant_type,
             double_quant=use_bnb_nested_quant,
             quant_storage=of_name[bnb_4bit_quant_storage or dtype],
         ),
-        lora=parse_lora(lora_r, ",".join(lora_target_modules or ["all-linear"])),
+        lora=lora,
         dtype=of_name[dtype],
         compute_dtype=of_name[dtype],
         device=torch.device(device),
@@ -142,7 +151,7 @@ def plan(
         optimizer="sgd" if optim == "sgd" else "adamw",
         checkpointing=gradient_checkpointing,
     )
-    inventory = take_inventory(prepare(peek(model, revision=model_revision), setting))
+    inventory = take_inventory(prepare(checkpoint, setting))
     show(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 

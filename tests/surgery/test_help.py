@@ -1,7 +1,10 @@
-"""Help and version of every command: in 80 columns every option is there by its whole name."""
+"""Help and version of every command, in 80 columns by whole names; and who speaks on which rank."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -36,3 +39,27 @@ def test_help_has_whole_names_in_80_columns(name: str, command: str, monkeypatch
     assert [option for option in options if option.startswith("-") and option not in words] == []
     assert [line for line in result.stdout.splitlines() if len(line) > 80 or "…" in line] == []
     assert [parameter.name for parameter in found if not parameter.help] == []
+
+
+SPEAK = """
+import logging, os, surgery.cli, warnings
+surgery.cli._quiet_libraries()
+for category in (FutureWarning, UserWarning):
+    for module in ("peft.tuners.lora", "transformers", "mine", "trl_of_mine"):
+        warnings.warn_explicit(f"{category.__name__} of {module}", category, "file", 1, module=module)
+logging.getLogger("bitsandbytes.backends.cpu.ops").warning("no kernels")
+import transformers
+transformers.utils.logging.get_logger("transformers.models").warning("a remark")
+"""
+
+
+def test_libraries_speak_on_rank_0_alone_and_the_users_own_code_everywhere() -> None:
+    of_ours = {f"{kind}Warning of {module}" for kind in ("Future", "User") for module in ("mine", "trl_of_mine")}
+    of_libraries = {"UserWarning of peft.tuners.lora", "UserWarning of transformers", "a remark"}
+    for rank, expected in (("0", of_ours | of_libraries), ("1", of_ours)):
+        environment = {**os.environ, "RANK": rank, "PYTHONWARNINGS": ""}
+        said = subprocess.run(
+            [sys.executable, "-c", SPEAK], env=environment, capture_output=True, text=True, check=True
+        ).stderr
+        found = {line.rpartition(": ")[2].removeprefix("[transformers] ") for line in said.splitlines() if line.strip()}
+        assert found == expected, said
