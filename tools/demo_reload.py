@@ -4,7 +4,7 @@
 
 Nothing of this project is imported. Prints the mean loss on the assistant's tokens as JSON, without and with the
 adapter: on the model as it is (`plain`), and with the weights of its adapted layers rounded to 4 bits, as they were
-in training (`rounded`). Both are computed in float32.
+in training (`rounded`), computed in bfloat16 as there.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def main(
     examples = list(_examples(data, tokenizer, max_length))
     plain = _losses(adapted, examples)
     _round_adapted(adapted)
+    # As in training, where a small adapter's part is rounded away when it is added: 0.02 of the loss after few steps.
+    adapted.to(torch.bfloat16)
     typer.echo(json.dumps({"plain": plain, "rounded": _losses(adapted, examples)}))
 
 
