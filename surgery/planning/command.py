@@ -40,8 +40,9 @@ FSDP1 in its low-memory mode, and what rank 0's host must have for it:
 
   surgery plan ./model --world 8 --fsdp 1 --placement rank0-cpu
 
-Options have the names that they have in surgery finetune. Of a hub id only the headers of the files are fetched; no weight is downloaded or read. Sizes are above what a process
-holds before it loads; the driver, cuBLAS and NCCL take their part of --gpu-memory too, and that is counted.
+Options have the names that they have in surgery finetune. Of a hub id only the headers of the files are fetched; no
+weight is downloaded or read. Sizes are above what a process holds before it loads; the driver, cuBLAS and NCCL take
+their part of --gpu-memory too, and that is counted.
 
 Exit codes: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
 to change).

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from surgery.cli import app
