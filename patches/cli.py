@@ -128,9 +128,7 @@ _Foreign = Annotated[
     list[str] | None,
     typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
 ]
-_Disk = Annotated[
-    bool, typer.Option("--disk", metavar="", help="With --foreign: also compare the installed files with their RECORD.")
-]
+_Disk = Annotated[bool, typer.Option("--disk", metavar="", help="With --foreign: compare files with their RECORD too.")]
 _Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
 _NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
 _Target = Annotated[str, typer.Option("--target", metavar="TARGET", help="`package.module:Class.attribute`.")]
@@ -146,12 +144,11 @@ def _say_version(*, wanted: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[bool, typer.Option("--version", metavar="", callback=_say_version, is_eager=True, help="Show it.")]
+
+
 @app.callback()
-def _root(
-    _: Annotated[
-        bool, typer.Option("--version", metavar="", callback=_say_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None: ...
+def _root(_: _Version = False) -> None: ...
 
 
 @app.command("list")

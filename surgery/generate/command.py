@@ -119,7 +119,7 @@ def generate(
 
 
 def _from_stdin() -> list[str] | None:
-    """What standard input says, as one prompt; None for a terminal, at which somebody is to be asked."""
+    """Read standard input, as one prompt; None for a terminal, at which somebody is to be asked."""
     return None if sys.stdin.isatty() else [sys.stdin.read()]
 
 

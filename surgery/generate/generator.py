@@ -27,7 +27,7 @@ Message: TypeAlias = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model has said, and how many tokens that were."""
+    """The text that a model has said, and the number of its tokens."""
 
     text: str
     tokens: int

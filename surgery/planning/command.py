@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,15 +15,7 @@ from surgery.errors import ConfigError
 from surgery.planning.arguments import QuantType, parse_lora, parse_mesh, parse_shard
 from surgery.telemetry.numbers import parse_size
 
-if TYPE_CHECKING:
-    from surgery.planning.plan import MemoryPlan
-
-__all__ = ["EPILOG", "plan", "show"]
-
-DOES_NOT_FIT = 1
-
-#: Columns of text that a table may take.
-WIDEST = 400
+__all__ = ["EPILOG", "plan"]
 
 EPILOG = """
 Examples
@@ -126,6 +118,7 @@ def plan(
         from surgery.passes.setting import Setting
         from surgery.planning.inventory import take_inventory
         from surgery.planning.plan import make_plan
+        from surgery.planning.table import show
         from surgery.planning.training import Training
 
         lora = parse_lora(lora_r, ",".join(lora_target_modules or ["all-linear"]))
@@ -192,26 +185,3 @@ def _sharding(fsdp: Literal["2", "1", "none"], *, world: int, sizes: tuple[int, 
     from surgery.config import DDP
 
     return DDP()
-
-
-def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = False) -> None:
-    """Print the plan and the verdict; exit 1 if it does not fit."""
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    from surgery.planning.table import headline, notes, render
-    from surgery.planning.verdict import as_dict, fits_gpu, say
-
-    if as_json:
-        typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory, model)}, indent=1))
-    else:
-        console, table = Console(highlight=False, soft_wrap=True), render(made)
-        # Wider than the terminal rather than cut off: every figure counts.
-        needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-        console.width = max(console.width, needed)
-        console.print(headline(made, model), markup=False)
-        console.print(table)
-        for line in (*notes(made), *say(made, memory, model)):
-            console.print(line, markup=False)
-    if memory is not None and not fits_gpu(made, memory):
-        raise typer.Exit(DOES_NOT_FIT)

@@ -56,7 +56,7 @@ def on_ranks(strategy: ShardStrategy, world_size: int) -> Proposal | None:
 
 
 def options_of(strategy: ShardStrategy) -> list[str]:
-    """What a user types for the sharding of `strategy`, as `surgery finetune` takes it; defaults are left out."""
+    """Options of `surgery finetune` for the sharding of `strategy`; defaults are left out."""
     options = strategy.options
     versions: dict[type[Any], str] = {FSDP1: "1", DDP: "none"}
     version, mesh = versions.get(type(options)), getattr(options, "mesh", None)

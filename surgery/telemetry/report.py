@@ -224,7 +224,7 @@ class Report:
 
 
 def _complete_layers(items: Sequence[Sequence[str]]) -> list[int]:
-    """How many layers are complete after each of `items`, the FQNs of whose modules these are.
+    """Count the layers that are complete after each of `items`, which are FQNs of modules.
 
     A layer is what has a number, `model.layers.3`; or, in a model that numbers none, a module.
     """
