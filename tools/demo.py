@@ -81,13 +81,15 @@ def _command(model: Path, train: Path, held_out: Path, output: Path) -> list[str
 def _kill_after_checkpoint(command: list[str]) -> None:
     """Run `command` until its first step after the first checkpoint, then kill all of its processes at once."""
     with subprocess.Popen(
-        command, env=_environment(processes=RANKS), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, env=_environment(processes=RANKS), stdout=subprocess.PIPE, text=True
     ) as running:
         assert running.stdout is not None
         for line in running.stdout:
             typer.echo(line, nl=False)
             if line.startswith(f"step {SAVED + 1}/"):
-                os.killpg(running.pid, signal.SIGKILL)
+                ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text(encoding="ascii").split()
+                for process in (running.pid, *map(int, ranks)):
+                    os.kill(process, signal.SIGKILL)
     if running.returncode != -signal.SIGKILL:
         raise typer.Exit(running.returncode or 1)
 

@@ -72,7 +72,7 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
     with (
         _together(ranks, is_guest=is_guest),
         # First of all: what is found out after training is found out too late.
-        reserve(request.output, overwrite=_may_replace(request), device=training.device),
+        reserve(request.output, overwrite=request.options.overwrite or _may_resume(request), device=training.device),
     ):
         job = _prepare(request, training, ranks, console if ranks.rank == 0 else None)
         untraced = nullcontext(Report(show_progress=ranks.rank == 0, device=training.device))
@@ -128,8 +128,10 @@ def _decided(request: Request) -> dict[str, Any]:
     """TRL's options that follow from ours and from this host."""
     values, options = request.values, request.options
     found: dict[str, Any] = {"use_cpu": _on_cpu(request), "fsdp": None}
-    if values.get("deepspeed"):
+    if values["deepspeed"]:
         raise ConfigError("--deepspeed shards in another way than this command does: leave it out")
+    if values["trust_remote_code"]:
+        raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
     if values["disable_tqdm"] is None:
         found["disable_tqdm"] = True
     if found["use_cpu"]:
@@ -140,7 +142,7 @@ def _decided(request: Request) -> dict[str, Any]:
         found["assistant_only_loss"] = bool(values["assistant_only_loss"])
     if values["resume_from_checkpoint"] in ("true", "false"):
         found["resume_from_checkpoint"] = None
-    if options.has_evaluation:
+    if options.has_evaluation and not _may_resume(request):  # a checkpoint knows what was before training
         found["eval_on_start"] = True
     world, mesh = _world_size(), parse_mesh(options.mesh)
     if mesh is not None and mesh[0] * mesh[1] != world:
@@ -171,7 +173,8 @@ def _drops_out(request: Request) -> bool:
     if request.model.lora_dropout:
         return True
     try:
-        config = AutoConfig.from_pretrained(request.model.model_name_or_path, revision=request.model.model_revision)
+        name, revision = request.model.model_name_or_path, request.model.model_revision
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return True
     values = config.to_dict() | config.get_text_config().to_dict()
@@ -193,7 +196,7 @@ def _fsdp_config(request: Request) -> dict[str, Any]:
 def _resume_from(request: Request) -> str | None:
     """The folder of the checkpoint to go on from, or None."""
     asked = request.values["resume_from_checkpoint"]
-    if asked in (None, "false"):
+    if not _may_resume(request):
         return None
     found = asked if asked != "true" else get_last_checkpoint(request.output) if request.output.is_dir() else None
     if found is None or not (Path(found) / "trainer_state.json").is_file():
@@ -204,8 +207,8 @@ def _resume_from(request: Request) -> str | None:
     return str(found)
 
 
-def _may_replace(request: Request) -> bool:
-    return request.options.overwrite or request.values["resume_from_checkpoint"] not in (None, "false")
+def _may_resume(request: Request) -> bool:
+    return request.values["resume_from_checkpoint"] not in (None, "false")
 
 
 @contextmanager
@@ -252,7 +255,7 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
             request.options, preferences=preferences, seed=training.seed, text=request.values.get("dataset_text_field", "text")
         )
         planned = _planned(request, training, ranks)
-        tokenizer = _tokenizer(request, training)
+        tokenizer = _tokenizer(request)
     same_on_every_rank(ranks, "data", {"data": data.facts()}, device=device)
     if planned is not None and device.type == "cuda":
         check_fits(planned, min(gather_objects(free_memory(device))))
@@ -277,12 +280,23 @@ def _refuse_stale(request: Request, resume: str | None) -> None:
         )
 
 
-def _tokenizer(request: Request, training: Any) -> Any:
-    name, revision = request.model.model_name_or_path, request.model.model_revision
+def _tokenizer(request: Request) -> Any:
+    """The tokenizer of the model; raises `ConfigError` if it has none, or one that is code of its own."""
+    name = request.model.model_name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=training.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{name} has no tokenizer that transformers can load: {error}") from error
+        # Left unsaid, transformers asks at the terminal whether to run the checkpoint's own code.
+        return AutoTokenizer.from_pretrained(name, revision=request.model.model_revision, trust_remote_code=False)
+    # What a missing or broken tokenizer raises depends on its class: OSError, ValueError, ImportError ...
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the tokenizer of {name} is code that the checkpoint brings along, which is not run; use a checkpoint "
+                "with a tokenizer that transformers has, or save this one as a tokenizer.json"
+            ) from None
+        raise ConfigError(
+            f"{name} has no tokenizer that transformers can load ({type(error).__name__}: {error}); put tokenizer.json "
+            "and tokenizer_config.json beside the weights"
+        ) from error
 
 
 def _quieten(*, is_main: bool) -> None:
@@ -345,9 +359,9 @@ class _Job:
             "dtype": request.model.dtype,
             "attn_implementation": request.model.attn_implementation,
             "quantization_config": get_quantization_config(request.model),
-            "trust_remote_code": self.training.trust_remote_code,
         }
-        return AutoModelForCausalLM.from_pretrained(_absolute(request.model.model_name_or_path), **{**wanted, **further})
+        name = _absolute(request.model.model_name_or_path)
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
         """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""
