@@ -11,10 +11,10 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from surgery.passes.setting import Setting
+from surgery.planning import verdict
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
-from surgery.planning.verdict import as_dict, fits_gpu, say
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.numbers import say_size
 
@@ -34,7 +34,7 @@ Row = tuple[str, Callable[[RankPlan], int]]
 def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = False) -> None:
     """Print the plan and the verdict; exit 1 if it does not fit."""
     if as_json:
-        typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory, model)}, indent=1))
+        typer.echo(json.dumps({"model": model, **made.as_dict(), **verdict.as_dict(made, memory, model)}, indent=1))
     else:
         console, table = Console(highlight=False, soft_wrap=True), render(made)
         # Wider than the terminal rather than cut off: every figure counts.
@@ -42,9 +42,9 @@ def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = Fa
         console.width = max(console.width, needed)
         console.print(headline(made, model), markup=False)
         console.print(table)
-        for line in (*notes(made), *say(made, memory, model)):
+        for line in (*notes(made), *verdict.say(made, memory, model)):
             console.print(line, markup=False)
-    if memory is not None and not fits_gpu(made, memory):
+    if memory is not None and not verdict.fits_gpu(made, memory):
         raise typer.Exit(DOES_NOT_FIT)
 
 
