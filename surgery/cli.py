@@ -18,12 +18,16 @@ import typer
 from typer.core import TyperCommand
 
 from model_surgery_patches import PatchError
+from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
+from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
 from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.generate.command import EPILOG as GENERATE_EPILOG
 from surgery.generate.command import generate
 from surgery.planning.command import EPILOG as PLAN_EPILOG
 from surgery.planning.command import plan
+from surgery.run import EPILOG as RUN_EPILOG
+from surgery.run import SCRIPT, run
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
 from surgery.tracing.command import trace
 
@@ -32,6 +36,9 @@ __all__ = ["app", "main"]
 REFUSED = 2
 INTERRUPTED = 130
 TERMINATED = 143
+
+#: Names of options as TRL and transformers give them, with `_` or `-` in them, as there.
+SPELLING: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("_", "-")}
 
 P = ParamSpec("P")
 
@@ -42,11 +49,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    # Options have the names that TRL and transformers give them, with `_` or `-` in them, as there.
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda name: name.replace("_", "-"),
-    },
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -145,8 +148,10 @@ def _say(message: str) -> None:
 
 app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
 app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
-app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG)(reports_errors(generate))
-app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG)(reports_errors(plan))
+app.command(name="doctor", cls=_Command, epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
+app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG, context_settings=SPELLING)(reports_errors(generate))
+app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG, context_settings=SPELLING)(reports_errors(plan))
+app.command(name="run", cls=_Command, epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
 app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))
 
 
@@ -176,5 +181,6 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """The console script."""
-    _quiet_libraries()
+    if sys.argv[1:2] not in (["doctor"], ["run"]):  # where somebody's script speaks, unchanged
+        _quiet_libraries()
     app()
