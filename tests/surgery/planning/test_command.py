@@ -36,6 +36,12 @@ def test_what_does_not_fit_exits_1_and_says_what_would(folder_70b: Path) -> None
     assert f"torchrun --nproc-per-node 2 -m surgery finetune {folder_70b} --data DATA --lora-r 8\n" in result.stdout
 
 
+def test_of_several_ranks_one_speaks(folder_70b: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    result = run(folder_70b, "--world", 2, "--gpu-memory", "20GiB")
+    assert (result.exit_code, result.output) == (1, "")
+
+
 def test_without_a_size_there_is_no_verdict(folder_70b: Path) -> None:
     result = run(folder_70b, "--world", 8, "--fsdp", 1)
     assert result.exit_code == 0, result.output
