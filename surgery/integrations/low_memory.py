@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.bound import bound_in
 from surgery.passes.lifetime import keep
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
@@ -18,7 +17,12 @@ __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 logger = logging.getLogger("surgery")
 
 #: Patches that a model carries from when it is bound until it is collected.
-CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "transformers.fill-at-move")
+CARRIED = (
+    "accelerate.fill-sharded",
+    "accelerate.fill-replicated",
+    "accelerate.optimizer-of-meta",
+    "transformers.fill-at-move",
+)
 
 #: Patches of a block of `low_memory`.
 BUNDLE = patches.bundle(
@@ -46,14 +50,16 @@ def low_memory() -> Iterator[None]:
         yield
 
 
+def _waits(model: nn.Module) -> bool:
+    return bound_in(model) is not None
+
+
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is released or collected."""
-    held = weakref.ref(model)
-
-    def holds(outer: Any) -> bool:
-        return any(module is held() for module in outer.modules())
-
-    scoped = [patches.on(patch, holds) for patch in CARRIED]
-    with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
+    scoped = [patches.on(patch, _waits) for patch in CARRIED]
+    why = f"a bound {type(model).__name__} waits to be prepared"
+    with patches.transaction(*scoped, reason=why) as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
+    # TRL may never be imported; its patch passes everything that is not bound.
+    patches.keep(patches.defer("trl.fill-reference", reason=why).receipts, model)

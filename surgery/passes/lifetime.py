@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,9 +14,9 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.errors import NotFilledError
-from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
 
-__all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
+__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
 
 #: Patches that a bound model has until it is filled.
 WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
@@ -26,6 +27,20 @@ _resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = we
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
     _resident.setdefault(model, []).append(patches.keep(receipts, model))
+
+
+def around(model: nn.Module) -> Callable[[object], bool]:
+    """A predicate for modules that are `model`, hold it, or are held by it; it does not keep `model` alive."""
+    reference = weakref.ref(model)
+
+    def is_around(given: object) -> bool:
+        model = reference()
+        if model is None or not isinstance(given, nn.Module):
+            return False
+        return any(module is model for module in given.modules()) or any(module is given for module in model.modules())
+
+    is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
+    return is_around
 
 
 def release(model: nn.Module) -> None:
@@ -126,6 +141,25 @@ class _Refusing:
             for module, weight in packed.items():
                 module._parameters["weight"] = weight
         return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that waits too. Packed weights, which cannot be copied on meta, are made anew."""
+        model: Any = self
+        packed: dict[nn.Module, Any] = {module: module._parameters["weight"] for module in quantized_modules(model)}
+        for module in packed:
+            module._parameters["weight"] = None
+        plain: Any = type(self).__mro__[2]
+        try:
+            new = memo[id(self)] = plain.__new__(plain)
+            new.__dict__.update(copy.deepcopy(vars(self), memo))
+        finally:
+            for module, weight in packed.items():
+                module._parameters["weight"] = weight
+        for module, weight in packed.items():
+            data = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            memo[id(module)]._parameters["weight"] = (format_of(module) or QuantFormat).like(weight, data)
+        wait(new)
+        return new
 
 
 @functools.cache
