@@ -80,9 +80,7 @@ def _command(model: Path, train: Path, held_out: Path, output: Path) -> list[str
 
 def _kill_after_checkpoint(command: list[str]) -> None:
     """Run `command` until its first step after the first checkpoint, then kill all of its processes at once."""
-    with subprocess.Popen(
-        command, env=_environment(processes=RANKS), stdout=subprocess.PIPE, text=True
-    ) as running:
+    with subprocess.Popen(command, env=_environment(processes=RANKS), stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
             typer.echo(line, nl=False)

@@ -139,16 +139,16 @@ class Attesting(TrainerCallback):
         """Attestations so far."""
         return Attested(digest=self._digest, checks=tuple(self._checks))
 
-    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model is filled by now."""
-        self.at_rest("start", model)
+        self.at_rest("start", kwargs["model"])
 
-    def on_step_begin(self, _args: Any, state: Any, _control: Any, *, model: nn.Module, **__: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Watch the step if it is due."""
         if self._is_due:
-            self._seen = self._watch.enter_context(attesting(model, SAMPLE, seed=state.global_step))
+            self._seen = self._watch.enter_context(attesting(kwargs["model"], SAMPLE, seed=state.global_step))
 
-    def on_step_end(self, _args: Any, state: Any, _control: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare what was seen."""
         if not self._is_due:
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,22 @@ class Data:
         """Columns that TRL does not read."""
         return [name for name in self.train.column_names or () if name not in {*self.shape, *_READ_TOO}]
 
+    @property
+    def is_one_turn(self) -> bool:
+        """Whether every conversation has one assistant turn, its last; False where they are streamed."""
+        wholes = [each for each in (self.train, self.evaluation) if each is not None]
+        if not all(isinstance(each, datasets.Dataset) for each in wholes):
+            return False
+        return all(_ends_with_its_answer(row) for each in wholes for row in each["messages"])
+
+    def as_completions(self) -> tuple[Any, Any]:
+        """Both, with all turns but the last as the prompt."""
+        train, evaluation = (
+            each if each is None else each.map(_as_completion, remove_columns=["messages"])
+            for each in (self.train, self.evaluation)
+        )
+        return train, evaluation
+
     def facts(self) -> Facts:
         """What must be the same on all ranks."""
         return {"training data": _digest(self.train), "evaluation data": _digest(self.evaluation)}
@@ -55,17 +71,31 @@ class Data:
         return {"train": _count(self.train), "evaluation": 0 if self.evaluation is None else _count(self.evaluation)}
 
 
+def _ends_with_its_answer(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return [each["role"] == "assistant" for each in messages] == [False] * (len(messages) - 1) + [True]
+
+
+def _as_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
 def read_data(options: Options, *, preferences: bool, seed: int, text: str = "text") -> Data:
     """The data that `options` name. text: what the column of running text is called.
 
     Raises `DataError` for what cannot be found or read, and for rows that make no sample.
     """
-    shapes = DPO_SHAPES if preferences else tuple(tuple(text if name == "text" else name for name in shape) for shape in SFT_SHAPES)
+    shapes = (
+        DPO_SHAPES
+        if preferences
+        else tuple(tuple(text if name == "text" else name for name in shape) for shape in SFT_SHAPES)
+    )
     train = _read(options.data, streaming=options.streaming)
     shape = _shape(train, shapes, options.data)
     evaluation = _read(options.eval_data, streaming=False) if options.eval_data else None
     if evaluation is not None and _shape(evaluation, shapes, options.eval_data) != shape:
-        raise DataError(f"expected --eval-data with {_named(shape)}, as --data has, found {_named(evaluation.column_names)}")
+        raise DataError(
+            f"expected --eval-data with {_named(shape)}, as --data has, found {_named(evaluation.column_names)}"
+        )
     if options.eval_fraction is not None:
         train, evaluation = _divided(train, options.eval_fraction, seed)
     return Data(train=train, evaluation=evaluation, shape=shape)
@@ -75,27 +105,29 @@ def _divided(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     count = round(len(whole) * fraction)
     if not 0 < count < len(whole):
         left = "none to train on" if count else "none to evaluate on"
-        raise ConfigError(f"--eval-fraction {fraction} of {len(whole)} samples leaves {left}: use another, or more data")
+        raise ConfigError(
+            f"--eval-fraction {fraction} of {len(whole)} samples leaves {left}: use another, or more data"
+        )
     parts = whole.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
 
 def _read(sources: Sequence[str], *, streaming: bool) -> Any:
     configs = [_source(each) for each in sources]
-    found = [_load([config], streaming) for config in configs]
+    found = [_load([config], streaming=streaming) for config in configs]
     columns = [set(each.column_names or ()) for each in found]
     for config, names in zip(configs, columns, strict=True):
         if names != columns[0]:
             raise DataError(
                 f"expected all of --data with the same columns, found {_named(columns[0])} in {_where(configs[0])} and "
-                f"{_named(names)} in {_where(config)}; choose some with \"columns\", or rename them"
+                f'{_named(names)} in {_where(config)}; choose some with "columns", or rename them'
             )
     if len(configs) == 1 and configs[0].fraction is None:
         return found[0]
-    return _load(configs, streaming)
+    return _load(configs, streaming=streaming)
 
 
-def _load(configs: Sequence[DatasetConfig], streaming: bool) -> Any:
+def _load(configs: Sequence[DatasetConfig], *, streaming: bool) -> Any:
     names = ", ".join(map(_where, configs))
     try:
         return get_dataset(DatasetMixtureConfig(datasets=list(configs), streaming=streaming))["train"]
@@ -108,7 +140,9 @@ def _source(text: str) -> DatasetConfig:
         try:
             config = DatasetConfig(**json.loads(text))
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"expected a JSON object of TRL's DatasetConfig as --data, found {text:.200}: {error}") from error
+            raise ConfigError(
+                f"expected a JSON object of TRL's DatasetConfig as --data, found {text:.200}: {error}"
+            ) from error
     else:
         config = DatasetConfig(path=text)
     path = Path(config.path)
@@ -148,15 +182,17 @@ def _shape(data: Any, shapes: Sequence[tuple[str, ...]], sources: Sequence[str])
         raise DataError(f"{where}: expected the columns {expected}, found {_named(names)}; rename yours", path=where)
     if len(found) > 1 and not set(found[1]) <= set(found[0]):
         raise DataError(
-            f"{where}: expected the columns of one kind of sample, {expected}, found {_named(names)}: TRL reads one kind "
-            'from all rows. Choose with {"path": ..., "columns": [...]}',
+            f"{where}: expected the columns of one kind of sample, {expected}, found {_named(names)}: TRL reads "
+            'one kind from all rows. Choose with {"path": ..., "columns": [...]}',
             path=where,
         )
     if isinstance(data, datasets.Dataset):
         for name in found[0]:
             missing = data.data.column(name).null_count
             if missing:
-                raise DataError(f"{where}: expected {name!r} in every row, found {missing} of {len(data)} without", path=where)
+                raise DataError(
+                    f"{where}: expected {name!r} in every row, found {missing} of {len(data)} without", path=where
+                )
     return found[0]
 
 

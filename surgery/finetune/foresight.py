@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from trl import DPOConfig, get_peft_config
+from trl import get_peft_config
 
 from surgery.checkpoint.peek import peek
 from surgery.config import DDP, FSDP1, FSDP2, Quant
@@ -27,14 +27,15 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
     if not model.load_in_4bit:
         return None
     if not model.use_peft:
-        raise ConfigError("4-bit weights cannot be trained without adapters: use --use-peft true, or --load-in-4bit false")
+        raise ConfigError(
+            "4-bit weights cannot be trained without adapters: use --use-peft true, or --load-in-4bit false"
+        )
     revision = None if model.model_revision == "main" else model.model_revision
-    checkpoint = peek(model.model_name_or_path or "", revision=revision)
+    checkpoint = peek(request.name, revision=revision)
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
-    preferences = request.kind is DPOConfig
     training = Training(
         # A pair is two samples.
-        batch=values["per_device_train_batch_size"] * (2 if preferences else 1),
+        batch=values["per_device_train_batch_size"] * (2 if request.preferences else 1),
         seq=values["max_length"] or 1024,
         optimizer="sgd" if values["optim"] == "sgd" else "adamw",
         checkpointing=checkpointing,

@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import DPOConfig, DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
+from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
 
 import model_surgery_patches as patches
@@ -92,13 +92,15 @@ def show_plan(request: Request) -> None:
     """Print the memory plan of the job, for as many ranks as the launcher has started; no process group is made."""
     world, is_gpu = _world_size(), torch.cuda.is_available() and not request.values["use_cpu"]
     decided = _decided(request)
-    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get("activation_checkpointing")
+    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get(
+        "activation_checkpointing"
+    )
     made = foresee(request, world_size=world, device="cuda" if is_gpu else "cpu", checkpointing=bool(checkpointing))
     if made is None:
         raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
     if not launched_rank():
         memory = torch.cuda.mem_get_info()[1] if is_gpu else None
-        show(made, request.values["model_name_or_path"], memory)
+        show(made, request.name, memory)
 
 
 def _world_size() -> int:
@@ -125,40 +127,40 @@ def _is_sharded(request: Request) -> bool:
 
 
 def _decided(request: Request) -> dict[str, Any]:
-    """TRL's options that follow from ours and from this host."""
-    values, options = request.values, request.options
-    found: dict[str, Any] = {"use_cpu": _on_cpu(request), "fsdp": None}
+    """TRL's options that follow from ours and from this host; raises `ConfigError` for some that cannot be."""
+    values = request.values
     if values["deepspeed"]:
         raise ConfigError("--deepspeed shards in another way than this command does: leave it out")
     if values["trust_remote_code"]:
         raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
-    if values["disable_tqdm"] is None:
-        found["disable_tqdm"] = True
+    found: dict[str, Any] = {"use_cpu": _on_cpu(request), "disable_tqdm": values["disable_tqdm"] is not False}
+    found["resume_from_checkpoint"] = None  # which `train` is told
+    # A checkpoint knows what was before training.
+    found["eval_on_start"] = values["eval_on_start"] or (request.options.has_evaluation and not _may_resume(request))
     if found["use_cpu"]:
         found["dataloader_pin_memory"] = False
-    if "packing" in values:
+    if not request.preferences:
         attention = values["attn_implementation"] or ""
         found["packing"] = attention.startswith(FLASH) if values["packing"] is None else values["packing"]
         found["assistant_only_loss"] = bool(values["assistant_only_loss"])
-    if values["resume_from_checkpoint"] in ("true", "false"):
-        found["resume_from_checkpoint"] = None
-    if options.has_evaluation and not _may_resume(request):  # a checkpoint knows what was before training
-        found["eval_on_start"] = True
-    world, mesh = _world_size(), parse_mesh(options.mesh)
+    return found | _sharding(request)
+
+
+def _sharding(request: Request) -> dict[str, Any]:
+    """TRL's options of sharding and of recomputed activations."""
+    values, world, mesh = request.values, _world_size(), parse_mesh(request.options.mesh)
     if mesh is not None and mesh[0] * mesh[1] != world:
-        raise ConfigError(f"expected --mesh of {world} ranks in all, found {options.mesh}")
-    if "activation_checkpointing" in values:
-        asked = values["activation_checkpointing"]
-        found["activation_checkpointing"] = values["gradient_checkpointing"] if asked is None else asked
-    if _is_sharded(request):
-        if found["use_cpu"] and options.fsdp == "1":
-            raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
-        config = _fsdp_config(request)
-        found |= {"fsdp": True, "fsdp_config": config}
-        if found.get("activation_checkpointing") and not _drops_out(request):
-            # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
-            config.setdefault("activation_checkpointing", True)
-            found["activation_checkpointing"] = False
+        raise ConfigError(f"expected --mesh of {world} ranks in all, found {request.options.mesh}")
+    asked = values["activation_checkpointing"]
+    checkpointing = values["gradient_checkpointing"] if asked is None else asked
+    if not _is_sharded(request):
+        return {"fsdp": None, "activation_checkpointing": checkpointing}
+    if _on_cpu(request) and request.options.fsdp == "1":
+        raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
+    config = _fsdp_config(request)
+    # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
+    is_fsdps = checkpointing and not _drops_out(request) and config.setdefault("activation_checkpointing", True)
+    found = {"fsdp": True, "fsdp_config": config, "activation_checkpointing": checkpointing and not is_fsdps}
     if mesh is not None:
         from accelerate.parallelism_config import ParallelismConfig
 
@@ -173,7 +175,7 @@ def _drops_out(request: Request) -> bool:
     if request.model.lora_dropout:
         return True
     try:
-        name, revision = request.model.model_name_or_path, request.model.model_revision
+        name, revision = request.name, request.model.model_revision
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return True
@@ -189,7 +191,11 @@ def _fsdp_config(request: Request) -> dict[str, Any]:
             given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--fsdp-config: expected a JSON object, or a file of one: {error}") from error
-    wanted = {"version": int(request.options.fsdp), "cpu_ram_efficient_loading": "true", "state_dict_type": "FULL_STATE_DICT"}
+    wanted = {
+        "version": int(request.options.fsdp),
+        "cpu_ram_efficient_loading": "true",
+        "state_dict_type": "FULL_STATE_DICT",
+    }
     return {**wanted, **{name.removeprefix("fsdp_"): value for name, value in given.items()}}
 
 
@@ -241,9 +247,8 @@ def _abort() -> None:
 def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | None) -> _Job:
     """Everything but the model; if one rank cannot have it, or has other options or data, all raise."""
     device = training.device
-    facts = {"options": facts_of(request.values), "checkpoint": source_facts(request.model.model_name_or_path)}
+    facts = {"options": facts_of(request.values), "checkpoint": source_facts(request.name)}
     same_on_every_rank(ranks, "options", facts, device=device)
-    preferences = request.kind is DPOConfig
     _quieten(is_main=ranks.rank == 0)
     with everyone(ranks, device=device):
         if request.options.trace is not None:
@@ -252,7 +257,10 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
         _refuse_stale(request, resume)
         # Before the tokenizer and the configuration, which may have to be downloaded.
         data = read_data(
-            request.options, preferences=preferences, seed=training.seed, text=request.values.get("dataset_text_field", "text")
+            request.options,
+            preferences=request.preferences,
+            seed=training.seed,
+            text=request.values.get("dataset_text_field", "text"),
         )
         planned = _planned(request, training, ranks)
         tokenizer = _tokenizer(request)
@@ -265,7 +273,9 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
 def _planned(request: Request, training: Any, ranks: Ranks) -> MemoryPlan | None:
     if request.options.plan == "off":
         return None
-    checkpointing = bool(training.gradient_checkpointing or (training.fsdp_config or {}).get("activation_checkpointing"))
+    checkpointing = bool(
+        training.gradient_checkpointing or (training.fsdp_config or {}).get("activation_checkpointing")
+    )
     kind = "cuda" if training.device.type == "cuda" else "cpu"
     return foresee(request, world_size=ranks.world_size, device=kind, checkpointing=checkpointing)
 
@@ -282,7 +292,7 @@ def _refuse_stale(request: Request, resume: str | None) -> None:
 
 def _tokenizer(request: Request) -> Any:
     """The tokenizer of the model; raises `ConfigError` if it has none, or one that is code of its own."""
-    name = request.model.model_name_or_path
+    name = request.name
     try:
         # Left unsaid, transformers asks at the terminal whether to run the checkpoint's own code.
         return AutoTokenizer.from_pretrained(name, revision=request.model.model_revision, trust_remote_code=False)
@@ -360,13 +370,16 @@ class _Job:
             "attn_implementation": request.model.attn_implementation,
             "quantization_config": get_quantization_config(request.model),
         }
-        name = _absolute(request.model.model_name_or_path)
+        name = _absolute(request.name)
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
         """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""
         self._announce()
-        kind = DPOTrainer if self.request.kind is DPOConfig else SFTTrainer
+        if self.resume is None and self.console is not None:
+            for stale in self.request.output.glob("checkpoint-*"):
+                shutil.rmtree(stale)
+        kind = DPOTrainer if self.request.preferences else SFTTrainer
         train, evaluation = self._samples()
         phases.begin("prepare")
         try:
@@ -392,19 +405,19 @@ class _Job:
         try:
             get_training_chat_template(self.tokenizer)
         except ValueError:
-            if not all(_is_one_turn(each["messages"]) for each in data.train):
-                self._say("Every turn is learnt: TRL does not know this chat template, which marks no assistant turns")
-                return data.train, data.evaluation
-            return tuple(each and each.map(_as_completion, remove_columns=["messages"]) for each in (data.train, data.evaluation))
-        self.training.assistant_only_loss = True
+            if data.is_one_turn:
+                return data.as_completions()
+            self._say("Every turn is learnt: TRL does not know this chat template, which marks no assistant turns")
+        else:
+            self.training.assistant_only_loss = True
         return data.train, data.evaluation
 
     def _announce(self) -> None:
         counts, training = self.data.counts(), self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.ranks.world_size
         self._say(
-            f"{counts['train'] or 'streamed'} samples to train on, {counts['evaluation']} to evaluate on; {batch} samples "
-            f"a step on {self.ranks.world_size} rank(s), {training.device.type}"
+            f"{counts['train'] or 'streamed'} samples to train on, {counts['evaluation']} to evaluate on; {batch} "
+            f"samples a step on {self.ranks.world_size} rank(s), {training.device.type}"
         )
         if self.data.unused:
             self._say(f"Not read: {', '.join(self.data.unused)}")
@@ -428,7 +441,9 @@ class _Job:
             resumed_after=int(Path(self.resume).name.rpartition("-")[2]) if self.resume else 0,
             seconds=seconds,
             losses={each["step"]: each["loss"] for each in history if "loss" in each},
-            evaluations=[Evaluation(step=each["step"], loss=each["eval_loss"]) for each in history if "eval_loss" in each],
+            evaluations=[
+                Evaluation(step=each["step"], loss=each["eval_loss"]) for each in history if "eval_loss" in each
+            ],
             memory=(),
             patches=(),
             versions=versions(),
@@ -449,11 +464,3 @@ def _absolute(name: str) -> str:
 def _is_evaluated(trainer: Any) -> bool:
     step = trainer.state.global_step
     return any("eval_loss" in each and each["step"] == step for each in trainer.state.log_history)
-
-
-def _is_one_turn(messages: list[Mapping[str, Any]]) -> bool:
-    return [each["role"] == "assistant" for each in messages] == [False] * (len(messages) - 1) + [True]
-
-
-def _as_completion(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}

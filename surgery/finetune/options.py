@@ -11,10 +11,6 @@ from surgery.planning.arguments import parse_mesh
 __all__ = ["DEFAULTS", "FLASH", "Options"]
 
 
-def _option(text: str, **more: Any) -> Any:
-    return field(metadata={"help": text}, **more)
-
-
 #: Names of attention implementations that keep packed samples apart begin so.
 FLASH = ("flash_attention", "kernels-community/flash", "kernels-community/vllm-flash")
 
@@ -51,36 +47,49 @@ DPO_DEFAULTS.pop("assistant_only_loss")
 class Options:
     """What TRL's classes do not have. The metadata of each field is its help."""
 
-    data: list[str] = _option(
-        "Training data: hub ids, files (JSONL, JSON, CSV, Parquet, Arrow) or folders of them; several are "
-        'concatenated. JSON for more: \'{"path": "org/name", "name": "subset", "split": "train_sft", '
-        '"columns": ["messages"], "fraction": 0.3}\', as TRL\'s DatasetConfig.',
+    data: list[str] = field(
         default_factory=list,
+        metadata={
+            "help": "Training data: hub ids, files (JSONL, JSON, CSV, Parquet, Arrow) or folders of them; several are "
+            'concatenated. JSON for more: \'{"path": "org/name", "name": "subset", "split": "train_sft", '
+            '"columns": ["messages"], "fraction": 0.3}\', as TRL\'s DatasetConfig.'
+        },
     )
-    eval_data: list[str] = _option("Data to evaluate on, likewise.", default_factory=list)
-    eval_fraction: float | None = _option(
-        "Evaluate on this fraction of --data, which is then not trained on.", default=None
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "Data to evaluate on, likewise."})
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Evaluate on this fraction of --data, which is then not trained on."}
     )
-    streaming: bool = _option("Read --data while training, instead of before; needs --max-steps.", default=False)
-    overwrite: bool = _option(
-        "Replace an adapter that is in --output, or files of its names, and checkpoints of an earlier run.",
+    streaming: bool = field(
+        default=False, metadata={"help": "Read --data while training, instead of before; needs --max-steps."}
+    )
+    overwrite: bool = field(
         default=False,
+        metadata={
+            "help": "Replace an adapter that is in --output, or files of its names, and remove checkpoints of an "
+            "earlier run."
+        },
     )
-    fsdp: Literal["2", "1", "none"] = _option(
-        "Which FSDP shards the model on several ranks; none keeps it whole on each (DDP).", default="2"
+    fsdp: Literal["2", "1", "none"] = field(
+        default="2",
+        metadata={"help": "Which FSDP shards the model on several ranks; none keeps it whole on each (DDP)."},
     )
-    mesh: str | None = _option(
-        "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2).", default=None
+    mesh: str | None = field(
+        default=None, metadata={"help": "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2)."}
     )
-    plan: Literal["check", "only", "off"] = _option(
-        "Plan the memory of every rank first: refuse what no GPU here can hold, print the plan and stop, or do not.",
+    plan: Literal["check", "only", "off"] = field(
         default="check",
+        metadata={
+            "help": "Plan the memory of every rank first: refuse what no GPU here can hold, print the plan and stop, "
+            "or do not."
+        },
     )
-    attest: bool = _option(
-        "Check that the base model stays, bit for bit, what was quantized; stop where it does not.", default=False
+    attest: bool = field(
+        default=False,
+        metadata={"help": "Check that the base model stays, bit for bit, what was quantized; stop where it does not."},
     )
-    trace: str | None = _option(
-        "Folder for what every rank did: trace.html shows memory over time, phases, bytes read.", default=None
+    trace: str | None = field(
+        default=None,
+        metadata={"help": "Folder for what every rank did: trace.html shows memory over time, phases, bytes read."},
     )
 
     def __post_init__(self) -> None:
@@ -91,7 +100,9 @@ class Options:
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ConfigError(f"expected --eval-fraction between 0 and 1, found {self.eval_fraction}")
         if self.eval_fraction is not None and self.streaming:
-            raise ConfigError("--eval-fraction needs the number of samples, which --streaming does not know: give --eval-data")
+            raise ConfigError(
+                "--eval-fraction needs the number of samples, which --streaming does not know: give --eval-data"
+            )
         if parse_mesh(self.mesh) is not None and self.fsdp != "2":
             raise ConfigError(f"expected --fsdp 2 with --mesh, found --fsdp {self.fsdp}")
 

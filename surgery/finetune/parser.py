@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import json
 import shutil
@@ -35,6 +34,16 @@ class Request:
     model: ModelConfig
     options: Options
     values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The model: a folder, or a hub id."""
+        return str(self.values["model_name_or_path"])
+
+    @property
+    def preferences(self) -> bool:
+        """Whether this is DPO."""
+        return issubclass(self.kind, DPOConfig)
 
     @property
     def output(self) -> Path:
@@ -186,7 +195,9 @@ def show_help(examples: str, *, preferences: bool = False) -> str:
         elif action.dest in own:
             groups[f"Options of trl.{kind.__name__}"].append(action)
         else:
-            groups[f"Options of {'trl.ModelConfig' if action.dest in of_model else 'transformers.TrainingArguments'}"].append(action)
+            groups[
+                f"Options of {'trl.ModelConfig' if action.dest in of_model else 'transformers.TrainingArguments'}"
+            ].append(action)
     lines = [examples]
     for title, actions in groups.items():
         lines += ["", f"{title}:", *(line for action in actions for line in _describe(action, width))]

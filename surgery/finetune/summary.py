@@ -79,8 +79,9 @@ class Summary:
     def _losses(self) -> str:
         resumed = f", resumed after step {self.resumed_after}" if self.resumed_after else ""
         lines = [f"{self.steps} steps in {self.seconds:.0f} s on {self.world_size} rank(s){resumed}"]
-        if self.losses:
-            lines.append(f"Training loss: {next(iter(self.losses.values())):.4f} at first, {list(self.losses.values())[-1]:.4f} at last")
+        losses = list(self.losses.values())
+        if losses:
+            lines.append(f"Training loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
         if len(self.evaluations) > 1:
             first, last = self.evaluations[0], self.evaluations[-1]
             before = "before training" if not first.step else f"after step {first.step}"

@@ -57,9 +57,7 @@ def parse_mesh(value: str | None) -> tuple[int, int] | None:
     return replicas, shards
 
 
-def parse_shard(
-    fsdp: FsdpVersion, *, mesh: tuple[int, int] | None = None, cpu_offload: bool = False
-) -> FSDP1 | FSDP2:
+def parse_shard(fsdp: FsdpVersion, *, mesh: tuple[int, int] | None = None, cpu_offload: bool = False) -> FSDP1 | FSDP2:
     """The options of a sharding; FSDP1 with a mesh is hybrid."""
     from surgery.config import FSDP1, FSDP2
 
@@ -75,4 +73,6 @@ def parse_lora(r: int, targets: str) -> LoraConfig:
     if r < 1:
         raise ConfigError(f"expected the LoRA rank to be 1 or more, found {r}")
     names = list(_parse_list(targets))
-    return LoraConfig(task_type=TaskType.CAUSAL_LM, r=r, target_modules="all-linear" if targets == "all-linear" else names)
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=r, target_modules="all-linear" if targets == "all-linear" else names
+    )

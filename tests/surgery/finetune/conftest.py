@@ -23,6 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     file = tmp_path / "train.jsonl"
-    rows = [{"prompt": f"what does cat {n} say?", "completion": " the cat sat on the mat" * (1 + n % 3)} for n in range(20)]
+    rows = [
+        {"prompt": f"what does cat {n} say?", "completion": " the cat sat on the mat" * (1 + n % 3)} for n in range(20)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -56,8 +56,19 @@ def test_help_fits_80_columns_and_shows_whole_names(name: str, monkeypatch: pyte
     assert [line for line in shown if len(line) > 80] == []
     assert shown.index("Options:") < next(n for n, line in enumerate(shown) if "Options of trl." in line)
     names = {line.split()[0] for line in shown if line.startswith("  --")}
-    assert {"--data", "--output", "--attest", "--lora-r", "--per-device-train-batch-size", "--bnb-4bit-quant-type"} <= names
-    assert {"--packing" if name == "finetune" else "--beta", "--resume-from-checkpoint", "--neftune-noise-alpha"} <= names
+    assert {
+        "--data",
+        "--output",
+        "--attest",
+        "--lora-r",
+        "--per-device-train-batch-size",
+        "--bnb-4bit-quant-type",
+    } <= names
+    assert {
+        "--packing" if name == "finetune" else "--beta",
+        "--resume-from-checkpoint",
+        "--neftune-noise-alpha",
+    } <= names
     assert f"torchrun --nproc-per-node 2 -m surgery {name}" in result.stdout
 
 
@@ -130,7 +141,9 @@ def test_outputs_that_are_refused(checkpoint: Path, data: Path, reads: list[str]
         (checkpoint, "expected a folder for an adapter, found that of a model"),
     ):
         assert says in refused(checkpoint, "--data", data, "--output", output)
-    assert f"no checkpoint at {tmp_path / 'none'}" in refused(tmp_path / "none", "--data", data, "--output", tmp_path / "o")
+    assert f"no checkpoint at {tmp_path / 'none'}" in refused(
+        tmp_path / "none", "--data", data, "--output", tmp_path / "o"
+    )
     assert reads == []
 
 

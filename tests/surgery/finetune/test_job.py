@@ -52,9 +52,10 @@ def interrupt(*arguments: Any) -> None:
         if state.global_step == 3:
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "on_log", on_log)
-        run(parse(words(*arguments)), console=Console(file=StringIO()))
+        with pytest.raises(KeyboardInterrupt):
+            run(parse(words(*arguments)), console=Console(file=StringIO()))
     assert patches.active() == []
 
 
@@ -123,7 +124,9 @@ def test_jobs(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     resumed = found["resumed"]
     assert resumed.resumed_after == 2
     assert resumed.losses == pytest.approx(straight.losses, abs=1e-6)
-    torch.testing.assert_close(load_file(tmp_path / "resumed" / "adapter_model.safetensors"), adapter, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        load_file(tmp_path / "resumed" / "adapter_model.safetensors"), adapter, rtol=0, atol=1e-6
+    )
 
     assert found["preferred"].losses[1] == pytest.approx(0.6931, abs=0.003)
     assert len(load_file(tmp_path / "dpo" / "adapter_model.safetensors")) == len(adapter)
