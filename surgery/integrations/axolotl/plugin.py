@@ -75,7 +75,10 @@ class SurgeryPlugin(BasePlugin):  # type: ignore[misc]  # untyped where axolotl 
 
     def post_lora_load(self, cfg: dict[str, Any], model: nn.Module) -> None:
         """Fill a model that FSDP will not shard."""
+        from axolotl.utils.distributed import init_distributed_state
+
         if not (cfg.get("fsdp_config") or cfg.get("fsdp")) and bound_in(model) is not None:
+            init_distributed_state()  # as the trainer would: ranks compare what they are to fill
             fill(model)
 
     def post_train_unload(self, cfg: dict[str, Any]) -> None:  # noqa: ARG002  # axolotl's signature
