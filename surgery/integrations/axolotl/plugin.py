@@ -50,7 +50,7 @@ class SurgeryPlugin(BasePlugin):  # type: ignore[misc]  # untyped where axolotl 
     def register(self, cfg: dict[str, Any]) -> None:
         """Enter the block before axolotl patches anything, and refuse what does not go together.
 
-        Raises `ConfigError` for such options. LoRA kernels, which axolotl turns on by itself, stay off unless asked for.
+        Raises `ConfigError` for such options. LoRA kernels, which axolotl turns on by itself, stay off.
         """
         self._block.close()  # of an earlier configuration in this process
         if cfg.get("inference") or cfg.get("merge_lora"):

@@ -1,4 +1,4 @@
-"""The plugin of axolotl, called by axolotl's own `PluginManager` and beside its own patches, of the release it is for."""
+"""The plugin of axolotl, called by the `PluginManager` and beside the patches of the release that it is for."""
 
 from __future__ import annotations
 
