@@ -16,7 +16,12 @@ __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 logger = logging.getLogger("surgery")
 
 #: Patches that a model carries from when it is bound until it is collected.
-CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "transformers.fill-at-move")
+CARRIED = (
+    "accelerate.fill-sharded",
+    "accelerate.fill-replicated",
+    "accelerate.optimizer-of-meta",
+    "transformers.fill-at-move",
+)
 
 #: Patches of a block of `low_memory`.
 BUNDLE = patches.bundle(
@@ -51,6 +56,9 @@ def _waits(model: nn.Module) -> bool:
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is collected."""
     scoped = [patches.on(patch, _waits) for patch in CARRIED]
-    with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
+    why = f"a bound {type(model).__name__} waits to be prepared"
+    with patches.transaction(*scoped, reason=why) as transaction:
         patches.keep(transaction.receipts, model)
         transaction.commit()
+    # TRL may never be imported; its patch passes everything that is not bound.
+    patches.keep(patches.defer("trl.fill-reference", reason=why).receipts, model)
