@@ -49,8 +49,8 @@ def low_memory() -> Iterator[None]:
         yield
 
 
-def _waits(model: nn.Module) -> bool:
-    return bound_in(model) is not None
+def _waits(model: nn.Module | None) -> bool:
+    return model is not None and bound_in(model) is not None
 
 
 def carry(model: nn.Module) -> None:
