@@ -35,6 +35,14 @@ _REFUSED = {
 _SIZES = ("context_parallel_size", "expert_parallel_size", "tensor_parallel_size")
 
 
+def _refuse(cfg: dict[str, Any]) -> None:
+    asked = {name: why for name, why in _REFUSED.items() if cfg.get(name)}
+    asked |= {name: "divides the ranks in another way than FSDP" for name in _SIZES if (cfg.get(name) or 1) > 1}
+    if asked:
+        reasons = "; ".join(f"{name} {why}" for name, why in asked.items())
+        raise ConfigError(f"axolotl: expected none of what surgery.low_memory() does not go with, found: {reasons}")
+
+
 class SurgeryPlugin(BasePlugin):  # type: ignore[misc]  # untyped where axolotl is not installed
     """Runs a QLoRA training of axolotl in `surgery.low_memory()`.
 
@@ -58,16 +66,14 @@ class SurgeryPlugin(BasePlugin):  # type: ignore[misc]  # untyped where axolotl 
         if not cfg.get("load_in_4bit") or cfg.get("adapter") not in ("lora", "qlora"):
             logger.warning("surgery.low_memory: not used, since it is no training of adapters with load_in_4bit: true")
             return
-        asked = {name: why for name, why in _REFUSED.items() if cfg.get(name)}
-        asked |= {name: "divides the ranks in another way than FSDP" for name in _SIZES if (cfg.get(name) or 1) > 1}
-        if asked:
-            reasons = "; ".join(f"{name} {why}" for name, why in asked.items())
-            raise ConfigError(f"axolotl: expected none of what surgery.low_memory() does not go with, found: {reasons}")
-        for name in _KERNELS:
-            cfg[name] = False
-        self._block.enter_context(low_memory())
-        if any(receipt.patch.id == "transformers.bind-at-load" for receipt in patches.active()):
-            self._block.enter_context(patches.transaction(STOCK_FSDP2.name, reason="surgery.low_memory() in axolotl"))
+        with ExitStack() as block:
+            block.enter_context(low_memory())
+            if any(receipt.patch.id == "transformers.bind-at-load" for receipt in patches.active()):
+                _refuse(cfg)
+                for name in _KERNELS:
+                    cfg[name] = False
+                block.enter_context(patches.transaction(STOCK_FSDP2.name, reason="surgery.low_memory() in axolotl"))
+            self._block = block.pop_all()
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:  # noqa: ARG002  # axolotl's signature
         """Leave the block."""
