@@ -16,12 +16,10 @@ __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 logger = logging.getLogger("surgery")
 
 #: Patches that a model carries from when it is bound until it is collected.
-CARRIED = (
-    "accelerate.fill-sharded",
-    "accelerate.fill-replicated",
-    "accelerate.optimizer-of-meta",
-    "transformers.fill-at-move",
-)
+CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
+
+#: Patches that it carries once somebody imports what they are for, which takes memory.
+WHEN_IMPORTED = ("transformers.fill-at-move", "trl.fill-reference")
 
 #: Patches of a block of `low_memory`.
 BUNDLE = patches.bundle(
@@ -60,5 +58,4 @@ def carry(model: nn.Module) -> None:
     with patches.transaction(*scoped, reason=why) as transaction:
         patches.keep(transaction.receipts, model)
         transaction.commit()
-    # TRL may never be imported; its patch passes everything that is not bound.
-    patches.keep(patches.defer("trl.fill-reference", reason=why).receipts, model)
+    patches.keep(patches.defer(*WHEN_IMPORTED, reason=why).receipts, model)  # which pass what is not bound
