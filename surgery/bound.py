@@ -34,7 +34,7 @@ from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
-from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait
+from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, match
@@ -168,6 +168,20 @@ class Bound:
             raise ConfigError(
                 f"fill: expected a module around the bound model, found a {type(outer).__name__} without it"
             )
+        changed = [*written_on_meta(self.model), *self._replaced()]
+        if changed:
+            raise ConfigError(
+                f"fill: {', '.join(changed[:4])} ({len(changed)} in all) got values before the model had its weights, "
+                "which filling would overwrite: change them after it is filled, or load the model outside of "
+                "surgery.low_memory()"
+            )
+
+    def _replaced(self) -> Iterator[str]:
+        """FQNs of parameters in the place of which somebody has put real ones."""
+        for target in self._prepared.targets:
+            held = [module._parameters.get(leaf) for module, leaf in target.places]
+            if any(parameter is not None and not parameter.is_meta for parameter in held):
+                yield target.fqn
 
 
 def bind(
@@ -423,11 +437,12 @@ def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) 
 
 
 def _lora_of(model: nn.Module) -> LoraConfig | None:
-    """The configuration of the active adapter of `model`, if PEFT has adapted it."""
+    """The configuration of the active adapter of `model`, if PEFT has adapted it, to be trained."""
     from peft import PeftModel
 
     adapted = next((module for module in model.modules() if isinstance(module, PeftModel)), None)
-    return None if adapted is None else adapted.active_peft_config
+    config = None if adapted is None else adapted.active_peft_config
+    return None if config is None or config.inference_mode else config
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

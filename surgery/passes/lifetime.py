@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import nn
@@ -16,10 +17,16 @@ import model_surgery_patches as patches
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
 
-__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
+__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "showing_state", "stop_waiting", "wait", "waiting_in", "written_on_meta"]
 
 #: Patches that a bound model has until it is filled.
-WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
+WAITING = (
+    "peft.adapters-of-meta",
+    "peft.load-before-fill",
+    "peft.no-merge-before-fill",
+    "peft.no-unload-before-fill",
+    "transformers.load-adapter-before-fill",
+)
 
 _resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = weakref.WeakKeyDictionary()
 
@@ -84,14 +91,20 @@ def as_context_manager(model: nn.Module) -> nn.Module:
     return model
 
 
-_waiting: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
+class _Wait(NamedTuple):
+    undo: Callable[[], object]
+    versions: dict[nn.Parameter, int]  # as torch counts operations in place
+
+
+_waiting: weakref.WeakKeyDictionary[nn.Module, _Wait] = weakref.WeakKeyDictionary()
 
 
 def wait(model: nn.Module) -> None:
     """Have `model`, which is on meta, refuse to be used until `stop_waiting`; adapters of PEFT keep their values."""
     bundle = [patches.on(name, [model]) for name in WAITING]
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
-        _waiting[model] = patches.keep(transaction.receipts, model)
+        versions = {parameter: parameter._version for parameter in model.parameters()}
+        _waiting[model] = _Wait(patches.keep(transaction.receipts, model), versions)
         transaction.commit()
     kind: Any = type(model)
     model.__class__ = _refusing(kind)
@@ -102,9 +115,31 @@ def is_waiting(model: nn.Module) -> bool:
     return model in _waiting
 
 
+def written_on_meta(model: nn.Module) -> list[str]:
+    """FQNs of parameters of a bound `model` that have been written to in place, which meta does not keep."""
+    versions = _waiting[model].versions
+    named = model.named_parameters()
+    return [name for name, parameter in named if versions.get(parameter, parameter._version) != parameter._version]
+
+
+def waiting_in(model: nn.Module) -> nn.Module | None:
+    """The bound model in `model`, itself included, that is not filled yet."""
+    return next((module for module in model.modules() if is_waiting(module)), None)
+
+
+@contextmanager
+def showing_state(model: nn.Module) -> Iterator[None]:
+    """A block in which `state_dict()` of a bound `model` is not refused, for somebody who looks up names in it."""
+    vars(model)["state_dict"] = super(_Refusing, cast("Any", model)).state_dict
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+
+
 def stop_waiting(model: nn.Module) -> None:
     """Make `model` again what it was before `wait`."""
-    _waiting.pop(model)()
+    _waiting.pop(model).undo()
     model.__class__ = type(model).__mro__[2]
 
 
@@ -120,6 +155,7 @@ class _Refusing:
 
     state_dict = _refused("state_dict()")
     load_state_dict = _refused("load_state_dict()")
+    __reduce_ex__ = _refused("pickling or copy.copy()")
     resize_token_embeddings = _refused("resize_token_embeddings()")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # upstream's signature

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import appearing_real
+from surgery.adapters.attach import RANDOM, appearing_real
 from surgery.errors import NotFilledError
 
 __all__ = ["keep_initial_values"]
@@ -32,6 +32,9 @@ def keep_initial_values(
     """Keep adapters on the CPU with their values, around base weights on meta."""
     model: nn.Module = _given_model(_instance, args, kwargs)
     for config in _instance.peft_config.values():
+        init = getattr(config, "init_lora_weights", True)
+        if init not in (*RANDOM, "orthogonal", "eva"):  # the last of which comes later, by a call of its own
+            raise NotFilledError(f"init_lora_weights={init!r} of LoRA")
         for name in ("use_dora", "trainable_token_indices"):
             if getattr(config, name, None):
                 raise NotFilledError(f"{name} of LoRA")

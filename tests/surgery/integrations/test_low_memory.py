@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,7 @@ class TestWaiting:
             lambda model: model.state_dict(),
             lambda model: model.to("cpu"),
             lambda model: model.resize_token_embeddings(100),
+            lambda model: pickle.dumps(model),
         ],
     )
     def test_use_is_refused_and_says_what_to_do(self, folder: Path, use: Callable[[Any], Any]) -> None:
@@ -230,6 +232,56 @@ class TestWaiting:
         filled = surgery.fill(models[1])
         assert list(differences(filled, models[0])) == []
         surgery.release(filled)
+
+    @pytest.mark.parametrize("way", ["peft", "transformers", "from_pretrained"])
+    def test_a_saved_adapter_is_loaded_as_by_stock(self, folder: Path, tmp_path: Path, way: str) -> None:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        options = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(load(folder), options).save_pretrained(tmp_path)
+
+        def adapted(path: Path) -> Any:
+            return load(tmp_path if way == "from_pretrained" else path)
+
+        with surgery.low_memory():
+            models = [adapted(folder)]
+        models.append(adapted(folder))
+        for index, model in enumerate(models):
+            if way == "peft":
+                models[index] = PeftModel.from_pretrained(model, str(tmp_path))
+            elif way == "transformers":
+                model.load_adapter(str(tmp_path))
+        filled = surgery.fill(models[0])
+        assert list(differences(filled, models[1])) == []
+        surgery.release(filled)
+
+    @pytest.mark.parametrize("options", [{"init_lora_weights": "olora"}, {"use_dora": True}], ids=str)
+    def test_adapters_that_read_weights_are_refused(self, folder: Path, options: dict[str, Any]) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(bound(folder), LoraConfig(r=4, target_modules=["q_proj"]))
+        with pytest.raises(surgery.NotFilledError, match=f"{next(iter(options))}.*outside of surgery.low_memory"):
+            model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"], **options))
+
+    def test_a_saved_module_is_refused_since_filling_would_overwrite_it(self, folder: Path, tmp_path: Path) -> None:
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        options = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"])
+        get_peft_model(load(folder), options).save_pretrained(tmp_path)
+        with pytest.raises(surgery.NotFilledError, match="modules_to_save"):
+            PeftModel.from_pretrained(bound(folder), str(tmp_path))
+        with pytest.raises(surgery.NotFilledError, match="modules_to_save"):
+            bound(folder).load_adapter(str(tmp_path))
+
+    @pytest.mark.parametrize("how", ["in place", "another"])
+    def test_values_that_filling_would_overwrite_are_refused(self, folder: Path, how: str) -> None:
+        model = bound(folder)
+        if how == "in place":
+            nn.init.constant_(model.model.norm.weight, 2.0)
+        else:
+            model.model.norm.weight = nn.Parameter(torch.ones(model.config.hidden_size))
+        with pytest.raises(surgery.ConfigError, match=r"model\.norm\.weight \(1 in all\) got values"):
+            surgery.fill(model)
 
     def test_filling_twice_is_refused(self, folder: Path) -> None:
         with surgery.fill(bound(folder)) as model, pytest.raises(surgery.ConfigError, match="low_memory"):
