@@ -274,6 +274,9 @@ def bind_alone(
 #: Where a model that was bound while it was loaded has its `Bound` until it is filled; a copy has a copy of it.
 BOUND = "_surgery_bound"
 
+#: Where one that could not be bound in `low_memory` has the reason, until ranks have compared how they loaded theirs.
+LOADED = "_surgery_loaded"
+
 
 def bound_in(model: nn.Module) -> Bound | None:
     """The `Bound` of the model in `model`, itself included, that was bound while it was loaded; None once filled."""
@@ -289,6 +292,9 @@ def fill(
     what is around it, such as a `PeftModel`. Options, result and errors are those of `Bound.fill`.
     """
     bound = bound_in(model)
+    why = next((vars(module)[LOADED] for module in model.modules() if LOADED in vars(module)), None)
+    if why is not None:
+        raise ConfigError(f"fill: this model has its weights already, since it could not be bound: {why}")
     if bound is None:
         raise ConfigError(
             f"fill: expected a model that waits for its weights, found a {type(model).__name__} that does not: load it "

@@ -6,13 +6,19 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.bound import bound_in
+from surgery.bound import BOUND, LOADED, bound_in
+from surgery.comm.comparison import same_on_every_rank
+from surgery.comm.failures import collective
+from surgery.comm.heartbeat import beating
+from surgery.comm.ranks import current_ranks
 from surgery.passes.lifetime import keep
 
-__all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
+__all__ = ["BUNDLE", "CARRIED", "carry", "is_bound", "low_memory"]
 
 logger = logging.getLogger("surgery")
 
@@ -49,13 +55,29 @@ def low_memory() -> Iterator[None]:
 
 
 def _waits(model: nn.Module | None) -> bool:
-    return model is not None and bound_in(model) is not None
+    return model is not None and any(BOUND in vars(module) or LOADED in vars(module) for module in model.modules())
+
+
+def is_bound(model: nn.Module, device: torch.device) -> bool:
+    """Whether `model` is bound and is to be filled; collective where it, or one in it, was loaded in a block.
+
+    Raises `ConfigError` where some ranks have bound it and some have loaded it, which would wait for each other.
+    """
+    bound, loaded = bound_in(model) is not None, [module for module in model.modules() if LOADED in vars(module)]
+    if (bound or loaded) and dist.is_initialized():
+        ranks = current_ranks()
+        facts = {"from_pretrained": "binds" if bound else "loads"}
+        with beating(ranks), collective(ranks):
+            same_on_every_rank(ranks, "prepare", {"surgery.low_memory()": facts}, device=device)
+    for module in loaded:
+        del vars(module)[LOADED]
+    return bound
 
 
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is released or collected."""
     scoped = [patches.on(patch, _waits) for patch in CARRIED]
-    why = f"a bound {type(model).__name__} waits to be prepared"
+    why = f"{type(model).__name__} waits to be prepared"
     with patches.transaction(*scoped, reason=why) as transaction:
         keep(model, transaction.receipts)
         transaction.commit()

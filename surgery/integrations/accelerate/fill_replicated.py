@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.bound import bound_in, fill
+from surgery.bound import fill
 from surgery.config import FSDP1
 from surgery.errors import ConfigError
+from surgery.integrations.low_memory import is_bound
 
 __all__ = ["fill_replicated"]
 
@@ -77,7 +78,7 @@ def fill_replicated(
 ) -> nn.Module:
     """Fill a bound model, then prepare it as accelerate does."""
     given = dict(zip(("model", "device_placement", "evaluation_mode"), args, strict=False)) | kwargs
-    if bound_in(given["model"]) is None:
+    if instance.is_fsdp2 or not is_bound(given["model"], instance.device):  # FSDP2 wants an optimizer, and says so
         patches.passed(ID)
         return wrapped(**given)
     from accelerate.utils import DistributedType
@@ -87,8 +88,6 @@ def fill_replicated(
             f"expected FSDP, DDP or one process, found {instance.distributed_type}: load the model outside of "
             "surgery.low_memory()"
         )
-    if instance.is_fsdp2:  # which wants an optimizer beside the model, and says so
-        return wrapped(**given)
     shard = _sharding(instance.state.fsdp_plugin) if instance.distributed_type == DistributedType.FSDP else None
     return wrapped(**given | {"model": fill(given["model"], shard=shard, device=instance.device)})
 

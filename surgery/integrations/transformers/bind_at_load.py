@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import model_surgery_patches as patches
+from surgery.bound import LOADED
 from surgery.errors import SurgeryError
 
 __all__ = ["bind_at_load"]
@@ -99,6 +100,7 @@ def bind_at_load(wrapped: Callable[..., Any], _instance: object, args: tuple[Any
             reason = str(error)
         name = type(given["model"]).__name__
         logger.warning("surgery.low_memory: %s is loaded as without it: %s", name, reason)
+        vars(given["model"])[LOADED] = reason
     patches.passed(ID)
     return wrapped(*args, **kwargs)
 

@@ -64,5 +64,6 @@ def fill_at_move(wrapped: Callable[..., None], instance: Any, args: tuple[Any, .
         patches.passed(ID)
         return wrapped(*args, **kwargs)
     if not instance.is_fsdp_enabled:
+        is_bound(model, device)  # on all ranks
         fill(model, device=device)
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import model_surgery_patches as patches
-from surgery.bound import BOUND
+from surgery.bound import BOUND, LOADED
 from surgery.integrations.low_memory import carry
 from surgery.integrations.transformers.bind_at_load import load_reads_everything
 from surgery.model.skeleton import restore_buffers
@@ -36,6 +36,8 @@ def wait_when_loaded(
     """Have a model that was bound refuse its use, and carry the patches that fill it."""
     info = wrapped(*args, **kwargs)
     model = args[0] if args else kwargs["model"]
+    if LOADED in vars(model):
+        carry(model)  # to compare with ranks that have bound it
     if BOUND not in vars(model):
         patches.passed(ID)
         return info

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import patches
 import surgery
@@ -182,6 +183,15 @@ def late_and_on_meta(checkpoint: Path) -> dict[str, Any]:
             model, optimizer = prepare.prepare(plain, torch.optim.AdamW(plain.parameters()))
         held = [p for group in optimizer.param_groups for p in group["params"]]
         assert all(ours is theirs for ours, theirs in zip(model.parameters(), held, strict=True))
+        for name, version in (("FSDP2", 2), ("DDP", None)):
+            anew()
+            prepare, first = accelerator(version), dist.get_rank() == 0
+            with surgery.low_memory():
+                model = AutoModelForCausalLM.from_pretrained(checkpoint, ignore_mismatched_sizes=first)
+            assert model.lm_head.weight.is_meta == (not first)
+            with pytest.raises(surgery.ConfigError) as caught:
+                prepare.prepare(model, torch.optim.SGD(model.parameters()))
+            said[name, "on one rank"] = str(caught.value)
     return said
 
 
@@ -191,6 +201,9 @@ def test_adapters_that_come_late_and_optimizers_that_come_early(checkpoint: Path
         assert first[name, "shapes"] == [(4, 112), (64, 4)]
         for ours, theirs in zip(first[name, "trained"], second[name, "trained"], strict=True):
             assert torch.equal(ours, theirs)
+    for name in ("FSDP2", "DDP"):
+        assert "from_pretrained is loads on rank 0, binds on rank 1" in first[name, "on one rank"]
+        assert first[name, "on one rank"] == second[name, "on one rank"]
 
 
 def resumed(checkpoint: Path, folder: Path) -> None:

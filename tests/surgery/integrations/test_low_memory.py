@@ -158,6 +158,8 @@ class TestLoadedAsWithout:
             found = load(path, **options)
         assert list(differences(found, wanted)) == []
         assert [said in record.message for record in caplog.records if record.name == "surgery"] == [True]
+        with pytest.raises(surgery.ConfigError, match="has its weights already"):
+            surgery.fill(found)
 
     def test_in_eight_bits(self, caplog: pytest.LogCaptureFixture, folder: Path) -> None:
         from transformers import BitsAndBytesConfig
