@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,11 +19,15 @@ from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.failures import collective
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
+from surgery.errors import ConfigError
 from surgery.passes.lifetime import keep
 
-__all__ = ["BUNDLE", "CARRIED", "carry", "is_bound", "low_memory"]
+__all__ = ["BUNDLE", "CARRIED", "carry", "is_bound", "low_memory", "waits"]
 
 logger = logging.getLogger("surgery")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 #: Patches that a model carries from when it is bound until it is collected.
 CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
@@ -34,8 +41,36 @@ BUNDLE = patches.bundle(
 )
 
 
-@contextmanager
-def low_memory() -> Iterator[None]:
+class _Block:
+    """What `low_memory` returns: entered once, or called any number of times as a decorator."""
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        try:
+            self._stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
+        except patches.PatchError as error:
+            logger.warning("surgery.low_memory: everything runs as without it: %s", error)
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.__exit__(*raised)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        for is_run_later in (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction):
+            if is_run_later(function):
+                raise ConfigError(
+                    f"low_memory: {function.__qualname__} runs after the block around its call has ended: "
+                    "write `with surgery.low_memory():` around from_pretrained in it"
+                )
+
+        @functools.wraps(function)
+        def in_block(*args: P.args, **kwargs: P.kwargs) -> R:
+            with low_memory():
+                return function(*args, **kwargs)
+
+        return in_block
+
+
+def low_memory() -> _Block:
     """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
 
     Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and
@@ -46,15 +81,11 @@ def low_memory() -> Iterator[None]:
     The block is needed around `from_pretrained` alone. What cannot be loaded so is loaded as without it, and a line of
     the logger `surgery` says why; where an installed library is not one that this was written for, all of it is.
     """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
-        except patches.PatchError as error:
-            logger.warning("surgery.low_memory: everything runs as without it: %s", error)
-        yield
+    return _Block()
 
 
-def _waits(model: nn.Module | None) -> bool:
+def waits(model: nn.Module | None) -> bool:
+    """Whether `model`, or one in it, was loaded in a block, and ranks have not compared how."""
     return model is not None and any(BOUND in vars(module) or LOADED in vars(module) for module in model.modules())
 
 
@@ -76,7 +107,7 @@ def is_bound(model: nn.Module, device: torch.device) -> bool:
 
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is released or collected."""
-    scoped = [patches.on(patch, _waits) for patch in CARRIED]
+    scoped = [patches.on(patch, waits) for patch in CARRIED]
     why = f"{type(model).__name__} waits to be prepared"
     with patches.transaction(*scoped, reason=why) as transaction:
         keep(model, transaction.receipts)

@@ -17,7 +17,18 @@ import model_surgery_patches as patches
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
 
-__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "showing_state", "stop_waiting", "wait", "waiting_in", "written_on_meta"]
+__all__ = [
+    "around",
+    "as_context_manager",
+    "is_waiting",
+    "keep",
+    "release",
+    "showing_state",
+    "stop_waiting",
+    "wait",
+    "waiting_in",
+    "written_on_meta",
+]
 
 #: Patches that a bound model has until it is filled.
 WAITING = (

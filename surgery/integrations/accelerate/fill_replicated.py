@@ -12,7 +12,7 @@ import model_surgery_patches as patches
 from surgery.bound import fill
 from surgery.config import FSDP1
 from surgery.errors import ConfigError
-from surgery.integrations.low_memory import is_bound
+from surgery.integrations.low_memory import is_bound, waits
 
 __all__ = ["fill_replicated"]
 
@@ -78,7 +78,9 @@ def fill_replicated(
 ) -> nn.Module:
     """Fill a bound model, then prepare it as accelerate does."""
     given = dict(zip(("model", "device_placement", "evaluation_mode"), args, strict=False)) | kwargs
-    if instance.is_fsdp2 or not is_bound(given["model"], instance.device):  # FSDP2 wants an optimizer, and says so
+    model = given["model"]
+    # FSDP2 wants an optimizer beside the model, and says so.
+    if not waits(model) or instance.is_fsdp2 or not is_bound(model, instance.device):
         patches.passed(ID)
         return wrapped(**given)
     from accelerate.utils import DistributedType
@@ -89,7 +91,7 @@ def fill_replicated(
             "surgery.low_memory()"
         )
     shard = _sharding(instance.state.fsdp_plugin) if instance.distributed_type == DistributedType.FSDP else None
-    return wrapped(**given | {"model": fill(given["model"], shard=shard, device=instance.device)})
+    return wrapped(**given | {"model": fill(model, shard=shard, device=instance.device)})
 
 
 def _sharding(plugin: Any) -> FSDP1:

@@ -11,7 +11,7 @@ import model_surgery_patches as patches
 from surgery.bound import fill
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
-from surgery.integrations.low_memory import is_bound
+from surgery.integrations.low_memory import is_bound, waits
 
 __all__ = ["fill_sharded"]
 
@@ -56,7 +56,7 @@ def fill_sharded(
 ) -> nn.Module:
     """Fill a bound model as the plugin says: its mesh, offload, mixed precision, and the modules that it wraps."""
     accelerator, model = (*args, *kwargs.values())
-    if not is_bound(model, accelerator.device):
+    if not waits(model) or not is_bound(model, accelerator.device):
         patches.passed(ID)
         return wrapped(*args, **kwargs)
     import torch

@@ -10,6 +10,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.bound import bound_in, fill
+from surgery.integrations.low_memory import is_bound
 
 __all__ = ["fill_at_move"]
 

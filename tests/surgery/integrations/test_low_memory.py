@@ -215,7 +215,7 @@ class TestWaiting:
             lambda model: model.state_dict(),
             lambda model: model.to("cpu"),
             lambda model: model.resize_token_embeddings(100),
-            lambda model: pickle.dumps(model),
+            pickle.dumps,
         ],
     )
     def test_use_is_refused_and_says_what_to_do(self, folder: Path, use: Callable[[Any], Any]) -> None:
@@ -316,6 +316,17 @@ def test_a_function_may_be_decorated(folder: Path) -> None:
 
     assert all(parameter.is_meta for parameter in made().parameters())
     assert not any(parameter.is_meta for parameter in load(folder).parameters())
+
+
+def test_a_function_that_runs_after_its_call_is_refused() -> None:
+    def generated() -> Iterator[None]:
+        yield
+
+    async def awaited() -> None: ...
+
+    for function in (generated, awaited):
+        with pytest.raises(surgery.ConfigError, match=r"with surgery\.low_memory"):
+            surgery.low_memory()(function)
 
 
 def test_sequence_classification_with_its_head(tmp_path: Path) -> None:
