@@ -28,6 +28,7 @@ from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0
 from surgery.config import Quant
 from surgery.errors import ConfigError, ShadowedPatchesWarning
 from surgery.model.consistency import adapter_facts, environment, same_model, source_facts
+from surgery.model.fqn import clean
 from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.passes.adapt import Adapt
@@ -125,11 +126,13 @@ class Bound:
                 unsharded = setting.strategy.check_model(self.model, setting.format)
                 whole = {p for name, p in self.model.named_parameters() if name in unsharded}
                 setting.strategy.check_adapted(outer, decoder_blocks(outer), whole)
+                trained = {n: p for n, p in outer.named_parameters() if p.requires_grad and not p.is_meta}
+                facts = {clean(name): f"{p.dtype} {tuple(p.shape)}" for name, p in trained.items()}
+                same_on_every_rank(ranks, "trained", {"trained parameters": facts})
                 stop_waiting(self.model)
             # Each rank has drawn the values of its adapters by itself.
             if ranks.world_size > 1:
-                trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
-                broadcast_from_rank0(trained, device=device)
+                broadcast_from_rank0(trained.values(), device=device)
             prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
             untouched = [parameter for parameter in self.model.parameters() if parameter.is_meta]
             try:

@@ -192,6 +192,11 @@ def late_and_on_meta(checkpoint: Path) -> dict[str, Any]:
             with pytest.raises(surgery.ConfigError) as caught:
                 prepare.prepare(model, torch.optim.SGD(model.parameters()))
             said[name, "on one rank"] = str(caught.value)
+        with surgery.low_memory():
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4))
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_A.default.weight.requires_grad = first
+        with pytest.raises(surgery.ConfigError, match=r"trained parameters.* not there on rank 1"):
+            surgery.fill(model)
     return said
 
 
