@@ -180,7 +180,7 @@ def test_a_bound_model_used_too_early_says_what_to_call(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # transformers writes a config before it asks for weights
     bound = bind(checkpoint)
-    with pytest.raises(surgery.NotFilledError, match=r"call fill\(\) of what surgery.bind\(\) returned first"):
+    with pytest.raises(surgery.NotFilledError, match=r"fill\(\) of what surgery.bind\(\) returned"):
         use(bound.model)
     with bound.fill() as filled:
         assert torch.equal(logits(filled), expected)
