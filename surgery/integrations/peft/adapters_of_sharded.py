@@ -32,9 +32,9 @@ def ranks_draw_their_own() -> bool:
 
 def check_averages_gradients() -> None:
     """Raise RuntimeError if an adapter that is trained keeps the gradient of one rank for itself."""
-    layer = nn.Linear(1, 1, bias=False)
+    layer = nn.Linear(1, 1, bias=False, device="meta")
     _average_gradients(layer, frozenset({"weight"}))
-    layer(torch.zeros(1))
+    layer(torch.empty(1, device="meta"))
     if not layer.weight._post_accumulate_grad_hooks:
         raise RuntimeError("expected gradients of an adapter to be averaged, found nothing that does")
 
