@@ -18,8 +18,11 @@ def sharded_specimen() -> nn.Module:
     """The smallest model that FSDP2 has sharded, by its class, which is all that accelerate looks at."""
     from torch.distributed.fsdp import FSDPModule
 
+    class FSDPLinear(FSDPModule, nn.Linear):
+        pass
+
     model: nn.Module = nn.Linear(1, 1, device="meta")
-    model.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})
+    model.__class__ = FSDPLinear
     return model
 
 

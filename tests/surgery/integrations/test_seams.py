@@ -106,7 +106,7 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> Changes:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    "difference",
     [
         ("transformers.bind-at-load", Changes.move_window, "is not in <0.1"),
         ("accelerate.fill-sharded", Changes.move_window, "is not in <0.1"),
@@ -123,15 +123,15 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> Changes:
         ("accelerate.optimizer-of-meta", Changes.break_probe, "no such attribute"),
         ("transformers.wait-when-loaded", Changes.break_verification, "no effect here"),
     ],
+    ids=lambda difference: difference[0],
 )
 def test_one_patch_that_does_not_fit_leaves_a_script_as_without(
     folder: Path,
     caplog: pytest.LogCaptureFixture,
     changes: Changes,
-    name: str,
-    change: Callable[[Changes, str], None],
-    said: str,
+    difference: tuple[str, Callable[[Changes, str], None], str],
 ) -> None:
+    name, change, said = difference
     wanted, before = load(folder), patches.active()
     change(changes, name)
     with caplog.at_level(logging.WARNING, logger="surgery"), surgery.low_memory():
