@@ -28,7 +28,7 @@ from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
-from surgery.comm.environment import launched_rank, launched_world_size
+from surgery.comm.environment import launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
@@ -41,13 +41,12 @@ from surgery.finetune.parser import Request
 from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_rows, write_summary
 from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
-from surgery.planning.command import show
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["run", "show_plan"]
+__all__ = ["plan_alone", "run"]
 
 
 def run(request: Request, *, console: Console | None = None) -> Summary:
@@ -88,19 +87,20 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
     return summary
 
 
-def show_plan(request: Request) -> None:
-    """Print the memory plan of the job, for as many ranks as the launcher has started; no process group is made."""
-    world, is_gpu = _world_size(), torch.cuda.is_available() and not request.values["use_cpu"]
-    decided = _decided(request)
-    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get(
+def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
+    """The memory plan of the job for as many ranks as the launcher has started, and the bytes of a GPU, if there is one.
+
+    No process group is made.
+    """
+    is_gpu, decided = not _on_cpu(request), _sharding(request)
+    checkpointing = decided["activation_checkpointing"] or decided.get("fsdp_config", {}).get(
         "activation_checkpointing"
     )
-    made = foresee(request, world_size=world, device="cuda" if is_gpu else "cpu", checkpointing=bool(checkpointing))
+    kind = "cuda" if is_gpu else "cpu"
+    made = foresee(request, world_size=_world_size(), device=kind, checkpointing=bool(checkpointing))
     if made is None:
         raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
-    if not launched_rank():
-        memory = torch.cuda.mem_get_info()[1] if is_gpu else None
-        show(made, request.name, memory)
+    return made, torch.cuda.mem_get_info()[1] if is_gpu else None
 
 
 def _world_size() -> int:

@@ -62,4 +62,4 @@ def carry(model: nn.Module) -> None:
         keep(model, transaction.receipts)
         transaction.commit()
     # TRL may never be imported; its patch passes everything that is not bound.
-    patches.keep(patches.defer("trl.fill-reference", reason=why).receipts, model)
+    keep(model, patches.defer("trl.fill-reference", reason=why).receipts)

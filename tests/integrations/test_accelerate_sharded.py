@@ -167,7 +167,10 @@ def late_and_on_meta(checkpoint: Path) -> dict[str, Any]:
                 torch.manual_seed(dist.get_rank())  # each rank would draw values of its own
                 model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
                 layer = model.base_model.model.model.layers[0].mlp.down_proj
-                said[name, "shapes"] = [tuple(layer.lora_A.default.weight.shape), tuple(layer.lora_B.default.weight.shape)]
+                said[name, "shapes"] = [
+                    tuple(layer.lora_A.default.weight.shape),
+                    tuple(layer.lora_B.default.weight.shape),
+                ]
                 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
                 steps(prepare, *prepare.prepare(model, optimizer))
                 said[name, "trained"] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
