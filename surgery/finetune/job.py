@@ -88,7 +88,7 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
 
 
 def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
-    """The memory plan of the job for as many ranks as the launcher has started, and the bytes of a GPU, if there is one.
+    """The memory plan of the job, for as many ranks as there are, and the bytes of a GPU if there is one.
 
     No process group is made.
     """
