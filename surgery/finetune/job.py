@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
@@ -133,6 +133,8 @@ def _decided(request: Request) -> dict[str, Any]:
         raise ConfigError("--deepspeed shards in another way than this command does: leave it out")
     if values["trust_remote_code"]:
         raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
+    if request.options.early_stopping_patience is not None and not values["load_best_model_at_end"]:
+        raise ConfigError("--early-stopping-patience looks for the best model: add --load-best-model-at-end")
     found: dict[str, Any] = {"use_cpu": _on_cpu(request), "disable_tqdm": values["disable_tqdm"] is not False}
     found["resume_from_checkpoint"] = None  # which `train` is told
     # A checkpoint knows what was before training.
@@ -382,6 +384,11 @@ class _Job:
         kind = DPOTrainer if self.request.preferences else SFTTrainer
         train, evaluation = self._samples()
         phases.begin("prepare")
+        callbacks: list[TrainerCallback] = [phases, Progress(self.console)]
+        if attesting is not None:
+            callbacks.append(attesting)
+        if self.request.options.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
         try:
             trainer = kind(
                 model=model,
@@ -390,7 +397,7 @@ class _Job:
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
                 peft_config=get_peft_config(self.request.model),
-                callbacks=[phases, Progress(self.console), *([attesting] if attesting is not None else [])],
+                callbacks=callbacks,
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error

@@ -86,6 +86,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "mesh of one": (["--mesh", "2x2"], "expected --mesh of 1 ranks in all, found 2x2"),
     "mesh of FSDP1": (["--fsdp", "1", "--mesh", "1x1"], "expected --fsdp 2 with --mesh"),
     "resume": (["--resume-from-checkpoint"], "expected a checkpoint in"),
+    "patience": (["--early-stopping-patience", 1], "add --load-best-model-at-end"),
     "deepspeed": (["--deepspeed", "x.json"], "--deepspeed shards in another way"),
     "both bits": (["--load-in-4bit", "true", "--load-in-8bit"], "can't use 8 bit and 4 bit"),
     "no adapter": (["--use-peft", "false"], "4-bit weights cannot be trained without adapters"),
