@@ -61,7 +61,6 @@ HANDED_ON = (
     "accelerate.adapter-state",
     "accelerate.already-sharded",
     "accelerate.no-second-wrapper",
-    "accelerate.optimizer-of-meta",
     "peft.adapter-keys-under-wrappers",
     "peft.adapters-of-sharded",
 )

@@ -17,12 +17,10 @@ __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 logger = logging.getLogger("surgery")
 
 #: Patches that a model carries from when it is bound until it is collected.
-CARRIED = (
-    "accelerate.fill-sharded",
-    "accelerate.fill-replicated",
-    "accelerate.optimizer-of-meta",
-    "transformers.fill-at-move",
-)
+CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
+
+#: Patches that it carries once somebody imports what they are for, which takes memory.
+WHEN_IMPORTED = ("transformers.fill-at-move", "trl.fill-reference")
 
 #: Patches of a block of `low_memory`.
 BUNDLE = patches.bundle(
@@ -50,8 +48,8 @@ def low_memory() -> Iterator[None]:
         yield
 
 
-def _waits(model: nn.Module) -> bool:
-    return bound_in(model) is not None
+def _waits(model: nn.Module | None) -> bool:
+    return model is not None and bound_in(model) is not None
 
 
 def carry(model: nn.Module) -> None:
@@ -61,5 +59,4 @@ def carry(model: nn.Module) -> None:
     with patches.transaction(*scoped, reason=why) as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
-    # TRL may never be imported; its patch passes everything that is not bound.
-    keep(model, patches.defer("trl.fill-reference", reason=why).receipts)
+    keep(model, patches.defer(*WHEN_IMPORTED, reason=why).receipts)  # which pass what is not bound

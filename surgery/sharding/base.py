@@ -7,7 +7,7 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,7 +219,7 @@ class ShardStrategy:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
 
         One that is tied has each of its names. also: plain FQNs of parameters that are not trainable.
@@ -297,7 +297,7 @@ def outermost(model: nn.Module, kind: type[T]) -> T | None:
     return next((module for module in model.modules() if isinstance(module, kind)), None)
 
 
-def chosen_parameters(model: nn.Module, also: Set[str]) -> dict[str, nn.Parameter]:
+def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Parameter]:
     """Trainable parameters of `model` by each of their plain FQNs, and those of the plain FQNs `also`."""
     named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -62,7 +61,7 @@ class Ddp(Unsharded):
         """Whether `model` is, or has in it, a `DistributedDataParallel`."""
         return outermost(model, DistributedDataParallel) is not None
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, by names without the wrapper."""
         name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
         state = super().trainable_state(root.module, also)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -404,11 +404,11 @@ class Fsdp1(Fsdp):
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
     def parameter_names(self, model: nn.Module) -> set[str]:
-        """Of flat parameters too, the names of what is in them."""
+        """The plain FQNs of all parameters, those in flat parameters too."""
         units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
         return super().parameter_names(model).union(*(_names_in(unit, prefix) for prefix, unit in units))
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
         for prefix, unit in list(model.named_modules()):
@@ -480,7 +480,7 @@ def _names_in(unit: Any, prefix: str) -> set[str]:
     return {clean(join(prefix, name)) for name in names}
 
 
-def _chosen(unit: nn.Module, prefix: str, also: Set[str]) -> dict[str, nn.Parameter]:
+def _chosen(unit: nn.Module, prefix: str, also: frozenset[str]) -> dict[str, nn.Parameter]:
     """The unit's own parameters, by plain FQN, that are trainable or in `also`."""
     named = ((clean(join(prefix, name)), parameter) for name, parameter in _own_parameters(unit))
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -250,7 +250,7 @@ class Fsdp2(Fsdp):
         _reshard(model)
         return super().shards(model, layers)
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
         _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
         chosen = chosen_parameters(model, also)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -42,7 +40,7 @@ class Unsharded(ShardStrategy):
             broadcast_from_rank0(trainable, device=self.device)
         return model
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, whose parameters are those of all ranks, or its own."""
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}

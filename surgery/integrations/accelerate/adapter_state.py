@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return model
 
 
+def everything_is_gathered() -> bool:
+    """Whether accelerate gathers frozen parameters too, by its source."""
+    import inspect
+
+    from accelerate import Accelerator
+
+    return "ignore_frozen_params" not in inspect.getsource(Accelerator.get_state_dict)
+
+
 @patches.register(
     "accelerate.adapter-state",
     target="accelerate.accelerator:Accelerator.get_state_dict",
@@ -36,6 +45,7 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     subject=_model,
     on_unknown="skip",
     on_drift="skip",
+    probe=everything_is_gathered,
 )
 def gather_what_is_saved(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,14 +80,14 @@ def _gather(model: nn.Module, adapted: Any, prefix: str) -> dict[str, torch.Tens
             inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
             saved = [{prefix + name for name in _saved_by_peft(adapted, inside)}]
     dist.broadcast_object_list(saved, src=0)
-    state = strategy.trainable_state(model, saved[0])
+    state = strategy.trainable_state(model, frozenset(saved[0]))
     if ranks.rank != 0:
         return {}
     found = {**{name: buffer.cpu() for name, buffer in buffers.items() if name in saved[0]}, **state}
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name in saved[0]}
 
 
-def _saved_by_peft(model: Any, names: Set[str]) -> Iterator[str]:
+def _saved_by_peft(model: Any, names: set[str]) -> Iterator[str]:
     """Those of `names`, of parameters and buffers of `model` without wrappers, that PEFT saves of any adapter.
 
     PEFT is asked about a copy of the tree on meta: in `model` itself, names of wrappers would stand in its way.

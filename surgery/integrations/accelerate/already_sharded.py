@@ -26,8 +26,8 @@ def classes_are_renamed() -> bool:
     "accelerate.already-sharded",
     target="accelerate.accelerator:Accelerator._prepare_fsdp2",
     reason=(
-        "accelerate looks for the classes to shard, which FSDP2 has renamed (LlamaDecoderLayer, FSDPLlamaDecoderLayer), "
-        "before it leaves a sharded model as it is; one with adapters around it, it would shard again"
+        "before it leaves a sharded model as it is, accelerate looks for the classes to shard, which FSDP2 has renamed "
+        "(LlamaDecoderLayer, FSDPLlamaDecoderLayer); one with adapters around it, it would shard again"
     ),
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},

@@ -22,6 +22,15 @@ def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, An
     return next(_models(args), None)
 
 
+def shards_are_found_by_address() -> bool:
+    """Whether accelerate tells an optimizer's parameters apart by their addresses, by its source."""
+    import inspect
+
+    from accelerate.utils import fsdp_utils
+
+    return "data_ptr" in inspect.getsource(fsdp_utils.fsdp2_switch_optimizer_parameters)
+
+
 @patches.register(
     "accelerate.optimizer-of-meta",
     target="accelerate.accelerator:Accelerator._prepare_fsdp2",
@@ -35,6 +44,7 @@ def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, An
     subject=_given_model,
     on_unknown="skip",
     on_drift="skip",
+    probe=shards_are_found_by_address,
 )
 def find_by_name(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     """Give each optimizer, of each parameter that it had, what has the same name afterwards."""

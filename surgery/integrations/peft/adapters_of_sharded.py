@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,18 +46,18 @@ def replicate(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...],
     strategy = strategy_of(model)
     if strategy.label == ShardStrategy.label:
         return wrapped(*args, **kwargs)
-    _check(strategy, instance.peft_config.values())
+    _check(strategy, instance.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]])
     before = set(model.parameters())
     with appearing_real(model):
         result = wrapped(*args, **kwargs)
     added = {name: parameter for name, parameter in model.named_parameters() if parameter not in before}
     convert(added.values(), device=strategy.device)
     broadcast_from_rank0(added.values(), device=strategy.device)
-    _average_gradients(model, added.keys())
+    _average_gradients(model, frozenset(added))
     return result
 
 
-def _average_gradients(model: nn.Module, names: Set[str]) -> None:
+def _average_gradients(model: nn.Module, names: frozenset[str]) -> None:
     """Have the gradients of the parameters `names` averaged over all ranks in each backward.
 
     From the first forward on, since until then PEFT replaces parameters, to cast them.
@@ -68,22 +68,23 @@ def _average_gradients(model: nn.Module, names: Set[str]) -> None:
         for name, parameter in module.named_parameters():
             if name in names:
                 is_trained = parameter.requires_grad  # or may be later, once it is the active adapter
-                parameter.requires_grad_(True).register_post_accumulate_grad_hook(_average)
-                parameter.requires_grad_(is_trained)
+                parameter.requires_grad = True
+                parameter.register_post_accumulate_grad_hook(_average)  # type: ignore[no-untyped-call]
+                parameter.requires_grad = is_trained
 
     handle = model.register_forward_pre_hook(begin)
 
 
-def _check(strategy: ShardStrategy, configs: Any) -> None:
+def _check(strategy: ShardStrategy, config: Any) -> None:
     if strategy.label != "FSDP2":
         raise ConfigError(
             f"expected adapters before the model is under {strategy.label}, which would not train them: give lora= to "
             "surgery.qlora, or use shard=FSDP2()"
         )
-    if any(needs_weights(config) for config in configs):
+    if needs_weights(config):
         raise ConfigError(
-            "use_dora, modules_to_save and trainable_token_indices read weights, of which each rank has a part once the "
-            "model is sharded: give lora= to surgery.qlora"
+            "use_dora, modules_to_save and trainable_token_indices read weights, of which each rank has a part of a "
+            "sharded model: give lora= to surgery.qlora"
         )
 
 

@@ -38,8 +38,10 @@ def fill_reference(
         return wrapped(**given)
     from accelerate import accelerator as module
 
+    prepared: nn.Module
     if accelerator.is_fsdp2:
-        return module.fsdp2_prepare_model(accelerator, model).eval()
-    prepared = accelerator.prepare_model(model, evaluation_mode=True)
-    accelerator._models.remove(prepared)  # it is not to be saved with the state
+        prepared = module.fsdp2_prepare_model(accelerator, model)
+    else:
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        accelerator._models.remove(prepared)  # it is not to be saved with the state
     return prepared.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class ColumnsEverywhere(Unsharded):
             if parameter.grad is not None:
                 _add_up(parameter.grad, model.columns, self.world_size)
 
-    def trainable_state(self, model: nn.Module, also: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         state = super().trainable_state(model, also)
         return {name.removeprefix("module."): value for name, value in state.items()} if dist.get_rank() == 0 else {}
 
