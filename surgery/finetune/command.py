@@ -104,9 +104,7 @@ def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) ->
     if request.options.plan != "only":
         run(request)
         return
-    from surgery.comm.environment import launched_rank
-    from surgery.planning.command import show
+    from surgery.planning.table import show
 
     made, memory = plan_alone(request)
-    if not launched_rank():
-        show(made, request.name, memory)
+    show(made, request.name, memory)

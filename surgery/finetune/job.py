@@ -42,7 +42,6 @@ from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_r
 from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.table import show
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh

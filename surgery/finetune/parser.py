@@ -138,7 +138,7 @@ def _word(value: object) -> str:
 
 def _take_config(words: list[str]) -> dict[str, Any]:
     """The content of the file that `--config` names, which is taken out of `words`."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     found: Any = {}
     for index, word in enumerate(words):
