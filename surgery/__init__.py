@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
-    from surgery.bound import Bound, bind
+    from surgery.bound import Bound, bind, fill
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
     from surgery.config import DDP, FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
     from surgery.passes.lifetime import release
@@ -75,6 +76,8 @@ __all__ = [
     "attesting",
     "bind",
     "checkpoint_activations",
+    "fill",
+    "low_memory",
     "plan",
     "precision",
     "qlora",
@@ -87,7 +90,8 @@ __all__ = [
 _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
-    "surgery.bound": ("Bound", "bind"),
+    "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.checkpoint": ("Checkpoint",),

@@ -26,8 +26,8 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, broadcast_from_rank0, current_ranks, rank0_rng_state
 from surgery.config import Quant
 from surgery.errors import ConfigError, ShadowedPatchesWarning
-from surgery.model.consistency import adapter_facts, environment, source_facts
-from surgery.model.skeleton import compute_own_buffers, require_meta
+from surgery.model.consistency import adapter_facts, environment, same_model, source_facts
+from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
@@ -53,7 +53,7 @@ from surgery.telemetry.report import Report
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["Bound", "agree", "bind", "building", "fill", "foresee", "set_up"]
+__all__ = ["Bound", "agree", "bind", "bind_alone", "bound_in", "building", "complete", "fill", "foresee", "set_up"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -68,6 +68,7 @@ class Bound:
     checkpoint: Checkpoint = field(repr=False)
     report: Report = field(repr=False)
     _prepared: Prepared = field(repr=False)
+    _is_compared: bool = field(default=True, repr=False)
     _spent: bool = field(default=False, init=False, repr=False)
 
     def fill(
@@ -77,6 +78,7 @@ class Bound:
         shard: Any = None,
         placement: str | None = None,
         passes: Sequence[Pass | str] = (),
+        device: torch.device | None = None,
     ) -> nn.Module:
         """Read, quantize and install what this rank owns; to be called on all ranks alike.
 
@@ -89,6 +91,7 @@ class Bound:
             shard: as in `surgery.qlora`, like `placement` and `passes`.
             placement: where weights wait until the model is complete.
             passes: third parties' passes.
+            device: on which this rank computes; None is the one that it was bound for.
 
         Raises:
             ConfigError: options or adapters that cannot work together, or a model that is filled already.
@@ -97,14 +100,17 @@ class Bound:
         """
         outer = self.model if model is None else model
         bound = self._prepared.setting
-        asked = {each.name: getattr(bound, each.name) for each in fields(bound)}
-        with building(bound.device) as ranks:
-            with everyone(ranks, device=bound.device):
+        device = bound.device if device is None else compute_device(device)
+        asked = {each.name: getattr(bound, each.name) for each in fields(bound)} | {"device": device}
+        with building(device) as ranks:
+            with everyone(ranks, device=device):
                 self._check(outer)
                 asked |= {"shard": shard, "placement": placement, "lora": _lora_of(outer)}
             setting, found = agree(ranks, "fill", passes, **asked)
             job = set_up(setting, ranks)
-            with everyone(ranks, device=bound.device):
+            with everyone(ranks, device=device):
+                if not self._is_compared:
+                    same_model(ranks, self.model, self.checkpoint)
                 setting.strategy.check_ties(tied_parameters(self.model))
                 unsharded = setting.strategy.check_model(self.model, setting.format)
                 whole = {p for name, p in self.model.named_parameters() if name in unsharded}
@@ -113,15 +119,23 @@ class Bound:
             # Each rank has drawn the values of its adapters by itself.
             if ranks.world_size > 1:
                 trained = [p for p in outer.parameters() if p.requires_grad and not p.is_meta]
-                broadcast_from_rank0(trained, device=bound.device)
+                broadcast_from_rank0(trained, device=device)
             prepared = replace(self._prepared, setting=setting, unsharded=unsharded)
             untouched = [parameter for parameter in self.model.parameters() if parameter.is_meta]
             try:
-                return fill(prepared, outer, self.checkpoint, job, self.report, passes=found)
+                model = complete(prepared, outer, self.checkpoint, job, self.report, passes=found)
             except BaseException:
                 self._spent = not set(untouched) <= set(self.model.parameters())
                 wait(self.model)  # so that nobody computes with half a model
                 raise
+            if self._is_compared:
+                name_base(model, self.checkpoint)
+            return model
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of the checkpoint that nothing is made of."""
+        return self._prepared.ignored
 
     def _check(self, outer: nn.Module) -> None:
         """Refuse to fill what is filled, what an earlier fill has changed, and what is not around the bound model."""
@@ -183,6 +197,71 @@ def bind(
                 prepared = match(model, opened, setting, ranks=ranks, device=device)
     wait(prepared.model)
     return Bound(model=prepared.model, checkpoint=opened, report=report, _prepared=prepared)
+
+
+def bind_alone(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    quant: Any,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    conversions: Sequence[Any],
+) -> Bound:
+    """Bind a transformers `model` that `from_pretrained` has built on meta, its quantized modules among it.
+
+    Not collective, since there may be no process group yet: ranks compare what they have bound when they fill it.
+    Buffers that no checkpoint holds are left to transformers. conversions: names of `checkpoint` into the model's.
+    Raises `SurgeryError` for what cannot be bound; the model can then be loaded as transformers does.
+    """
+    device = compute_device()
+    setting = Setting(
+        quant=quant,
+        shard=None,
+        lora=None,
+        placement=None,
+        dtype=dtype,
+        compute_dtype=compute_dtype or dtype,
+        device=device,
+    )
+    require_meta(model)
+    # Of itself transformers ties only what is loaded, and casts while it loads.
+    model.tie_weights(recompute_mapping=False)  # type: ignore[operator]  # a method of every one of its models
+    cast_as_stored(model, dtype)
+    prepared = match(model, checkpoint, setting, ranks=Ranks(), device=device, conversions=conversions, is_chosen=True)
+    wait(model)
+    report = Report(show_progress=os.environ.get("RANK", "0") == "0", device=device)
+    bound = Bound(model=model, checkpoint=checkpoint, report=report, _prepared=prepared, _is_compared=False)
+    vars(model)[BOUND] = bound
+    return bound
+
+
+#: Where a model that was bound while it was loaded has its `Bound` until it is filled; a copy has a copy of it.
+BOUND = "_surgery_bound"
+
+
+def bound_in(model: nn.Module) -> Bound | None:
+    """The `Bound` of the model in `model`, itself included, that was bound while it was loaded; None once filled."""
+    return next((vars(module)[BOUND] for module in model.modules() if BOUND in vars(module)), None)
+
+
+def fill(
+    model: nn.Module, *, shard: Any = None, placement: str | None = None, device: torch.device | None = None
+) -> nn.Module:
+    """Fill a model that was bound while it was loaded in `surgery.low_memory()`; to be called on all ranks alike.
+
+    What accelerate and trainers that use it do by themselves, for a loop of your own. `model` is the bound model, or
+    what is around it, such as a `PeftModel`. Options, result and errors are those of `Bound.fill`.
+    """
+    bound = bound_in(model)
+    if bound is None:
+        raise ConfigError(
+            f"fill: expected a model that waits for its weights, found a {type(model).__name__} that does not: load it "
+            "by from_pretrained in a block of `with surgery.low_memory():`, and fill it once"
+        )
+    filled = bound.fill(model, shard=shard, placement=placement, device=device)
+    del vars(bound.model)[BOUND]
+    return filled
 
 
 @functools.cache
@@ -266,7 +345,7 @@ def foresee(prepared: Prepared, checkpoint: Checkpoint, ranks: Ranks, report: Re
         check_fits(plan, free_memory(setting.device))
 
 
-def fill(
+def complete(
     prepared: Prepared,
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -280,7 +359,6 @@ def fill(
     setting = prepared.setting
     with loading(checkpoint, prepared.targets, setting, job, report, watchers=passes) as shared:
         model = Pipeline(passes=tuple(_in_order(shared, lora, passes)), loading=shared).run(model)
-    name_base(model, checkpoint)
     return_freed_memory()
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))

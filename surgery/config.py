@@ -150,12 +150,14 @@ class FSDP2:
         to groups of that many ranks (see `fully_shard`).
     mixed_precision: handed to `fully_shard` after a check that it never casts packed weights.
     cpu_offload: shards wait on the CPU between uses.
+    groups: FQNs of modules that are a group each, inner ones first; None is every decoder block.
     """
 
     mesh: tuple[int, int] | None = None
     reshard_after_forward: bool | int = True
     mixed_precision: MixedPrecisionPolicy | None = None
     cpu_offload: bool = False
+    groups: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.mesh is not None:

@@ -100,8 +100,8 @@ class NotFilledError(SurgeryError, RuntimeError):
 
     def __init__(self, use: str) -> None:
         super().__init__(
-            f"{use} needs weights, and this model is bound to a checkpoint and not filled yet: call fill() of what "
-            "surgery.bind() returned first"
+            f"{use} needs weights, and this model is bound to a checkpoint, not filled yet: call surgery.fill(model), "
+            "or have accelerate or a trainer of transformers prepare it"
         )
         self.use = use
 

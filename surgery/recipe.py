@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.bound import agree, building, fill, foresee, set_up
+from surgery.adapters.metadata import name_base
+from surgery.bound import agree, building, complete, foresee, set_up
 from surgery.checkpoint import Checkpoint
 from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
@@ -83,4 +84,6 @@ def qlora(
             with report.phase("skeleton"):
                 prepared = prepare(opened, setting, build=model, ranks=ranks, device=device)
             foresee(prepared, opened, ranks, report)
-        return fill(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
+        adapted = complete(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
+        name_base(adapted, opened)
+        return adapted

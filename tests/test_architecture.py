@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "bound",
     "recipe",
+    "integrations",
     "attestation",
     "tracing",
     "",  # the package itself: its public names

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from surgery.checkpoint.header import TensorEntry, parse_json
+from surgery.checkpoint.header import TensorEntry, parse_json, read_header
 from surgery.checkpoint.hub import resolve
 from surgery.checkpoint.index import Index
+from surgery.checkpoint.layout import Layout
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.refusals import require_usable
 from surgery.errors import CheckpointError
@@ -52,6 +53,18 @@ class Checkpoint:
         index = Index.open(found.path)
         require_usable(index, config, path=found.path)
         return cls(source=os.fspath(path_or_hub_id), path=folder, revision=found.revision, index=index, config=config)
+
+    @classmethod
+    def of_files(cls, files: Sequence[str | os.PathLike[str]], *, source: str) -> Checkpoint:
+        """Open these `*.safetensors` files as one checkpoint, called `source`, as somebody else has found them.
+
+        Reads headers only. Raises `CheckpointError` for whatever would make the checkpoint unusable.
+        """
+        found = [Path(file) for file in files]
+        index = Index.join(Layout(files=tuple(found)), {file: read_header(file) for file in found})
+        config = read_config(found[0].parent)
+        require_usable(index, config, path=found[0].parent)
+        return cls(source=source, path=found[0].parent, revision=None, index=index, config=config)
 
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, in the order of the files."""

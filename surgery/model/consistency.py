@@ -112,11 +112,11 @@ def _configuration(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _structure(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Every module with its `extra_repr`, every parameter and buffer."""
+    """Every module with its `extra_repr`, every parameter and buffer; no values of parameters, which are adapters'."""
     for name, module in model.named_modules():
         yield from facts_of(_settings(module), name or "the model").items()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, _described(parameter)
+        yield name, f"{_short(parameter.dtype)} {tuple(parameter.shape)}"
     for name, buffer in model.named_buffers(remove_duplicate=False):
         yield name, _described(buffer)
 

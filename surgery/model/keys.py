@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,15 +29,17 @@ class Group:
     patterns: list[str] = field(default_factory=list)
 
 
-def group_keys(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, Group], list[str], list[str]]:
+def group_keys(
+    model: nn.Module, keys: Iterable[str], conversions: Sequence[Any] | None = None
+) -> tuple[dict[str, Group], list[str], list[str]]:
     """Groups by name; keys that have no place in `model`; and further keys of a parameter that has its source already.
 
     As `convert_and_load_state_dict_in_model` of transformers does it: of several keys that are renamed alike, the first
-    one counts.
+    one counts. conversions: its `WeightRenaming` and `WeightConverter`; None takes those that it has for `model`.
     """
     from transformers.core_model_loading import dot_natural_key
 
-    rename = _Renamer(model)
+    rename = _Renamer(model, conversions)
     groups: dict[str, Group] = {}
     unplaced: list[str] = []
     repeated: list[str] = []
@@ -67,12 +69,14 @@ def _in_order(keys: Iterable[str], sort_key: Callable[[str], Any]) -> list[str]:
 class _Renamer:
     """Checkpoint key -> parameter name, by the conversion tables of transformers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, conversions: Sequence[Any] | None) -> None:
         from transformers import PreTrainedModel
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        tables = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else ()
+        tables: Sequence[Any] = conversions or ()
+        if conversions is None and isinstance(model, PreTrainedModel):
+            tables = get_model_conversion_mapping(model)
         self.renamings = [entry for entry in tables if isinstance(entry, WeightRenaming)]
         self.converters = [entry for entry in tables if isinstance(entry, WeightConverter)]
         self.by_pattern = {pattern: c for c in self.converters for pattern in c.source_patterns}

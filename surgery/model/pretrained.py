@@ -17,6 +17,7 @@ from surgery.model.tree import own_tensors
 __all__ = [
     "compute_buffers",
     "is_pretrained",
+    "leave_initialized",
     "load_generation_config",
     "mark_quantized",
     "not_converted",
@@ -87,6 +88,13 @@ def compute_buffers(model: Any, device: torch.device) -> None:
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=devices):
         for module, initializer in _children_first(model, model, visited):
             initializer._initialize_weights(module)
+
+
+def leave_initialized(model: Any) -> None:
+    """Have transformers initialize nothing of `model` but non-persistent buffers, when it has loaded it."""
+    for module in model.modules():
+        for _, tensor in own_tensors(module):
+            setattr(tensor, INITIALIZED, True)
 
 
 def _children_first(module: nn.Module, initializer: Any, among: set[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:

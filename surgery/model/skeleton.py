@@ -18,7 +18,7 @@ from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.model.fqn import join, split
 from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
-__all__ = ["bounded", "build_on_meta", "causal_lm", "compute_own_buffers", "require_meta"]
+__all__ = ["bounded", "build_on_meta", "cast_as_stored", "causal_lm", "compute_own_buffers", "require_meta"]
 
 
 def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -36,8 +36,7 @@ def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device:
     getattr(skeleton, "tie_weights", lambda: None)()
     _place_buffers(skeleton, device)
     if is_pretrained(skeleton):
-        for module, name, wanted in list(stored_dtypes(skeleton, dtype)):
-            _cast(module, name, wanted)
+        cast_as_stored(skeleton, dtype)
         compute_buffers(skeleton, device)
         return skeleton
     for parameter in skeleton.parameters():
@@ -80,6 +79,12 @@ def compute_own_buffers(model: nn.Module, device: torch.device) -> None:
     _place_buffers(model, device)
     if is_pretrained(model):
         compute_buffers(model, device)
+
+
+def cast_as_stored(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters and persistent buffers of a transformers `model`, on meta, as `from_pretrained(dtype=)` does."""
+    for module, name, wanted in list(stored_dtypes(model, dtype)):
+        _cast(module, name, wanted)
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,13 +35,15 @@ class WeightPlan:
     initialized: tuple[str, ...] = ()
 
 
-def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.device) -> WeightPlan:
+def plan_weights(
+    model: nn.Module, checkpoint: Checkpoint, *, device: torch.device, conversions: Sequence[Any] | None = None
+) -> WeightPlan:
     """Match the tensors of `checkpoint` with the parameters and persistent buffers of `model`.
 
     `model` is on meta, before replacement. One of transformers is treated as `from_pretrained` does: names are
     converted by its own tables, what it has no use for is ignored, and persistent buffers that the checkpoint lacks are
     put on `device` with their initial values. Of any other, every name must match. Tied parameters that are stored
-    with different values are untied; nothing is read but samples of those.
+    with different values are untied; nothing is read but samples of those. conversions: as in `group_keys`.
 
     Raises `WeightsMismatchError` if a parameter would stay as it was initialized, a checkpoint key of a plain module
     has no place, or a shape or dtype cannot be right.
@@ -48,7 +51,7 @@ def plan_weights(model: nn.Module, checkpoint: Checkpoint, *, device: torch.devi
     from transformers import PreTrainedModel
 
     index = checkpoint.index
-    groups, unplaced, repeated = group_keys(model, index)
+    groups, unplaced, repeated = group_keys(model, index, conversions)
     logical = Logical.of(model)
     stored = {name: _finish(model, index, group, logical) for name, group in groups.items()}
     filled = {target for assignment in stored.values() for target in assignment.targets}

@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.upstream import WAITING
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import quantized_modules
 
 __all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
+
+#: Patches that a bound model has until it is filled.
+WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
 
 _resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
 

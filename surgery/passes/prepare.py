@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,12 +14,13 @@ from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
 from surgery.model.consistency import same_model
 from surgery.model.skeleton import build_on_meta, causal_lm
-from surgery.model.tree import tied_parameters
+from surgery.model.tree import Site, sites, tied_parameters
 from surgery.model.weights import plan_weights
 from surgery.passes.base import Naming
 from surgery.passes.replace import Replace, precisions, quantizable
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target, find_targets
+from surgery.quantizers.base import QuantFormat
 
 __all__ = ["Prepared", "match", "prepare"]
 
@@ -65,16 +67,20 @@ def match(
     *,
     ranks: Ranks,
     device: torch.device,
+    conversions: Sequence[Any] | None = None,
+    is_chosen: bool = False,
 ) -> Prepared:
     """Match `model`, which is on meta, with `checkpoint`, and replace its modules; no weight is read.
 
-    To be called on all ranks alike, inside of `everyone`. device: of buffers that no checkpoint holds. Raises what
-    would end the loading, adapting, sharding or saving of this model, as far as it is known.
+    To be called on all ranks alike, inside of `everyone`. device: of buffers that no checkpoint holds. conversions: as
+    in `plan_weights`. is_chosen: whether upstream has made the modules that are to be quantized, and no others are.
+    Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known; `model` is as
+    it was then.
     """
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)
-    weights = plan_weights(model, checkpoint, device=device)
-    chosen = quantizable(model, quant)
+    weights = plan_weights(model, checkpoint, device=device, conversions=conversions)
+    chosen = _made_by_upstream(model, quant) if is_chosen else quantizable(model, quant)
     tied = tied_parameters(model)
     strategy.check_ties(tied)
     trained: tuple[Trained, ...] = ()
@@ -84,7 +90,7 @@ def match(
     transposed = frozenset(f"{site.fqn}.weight" for site in chosen if quant.is_transposed(site.module))
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):
-        model = Replace(quant=quant, chosen=chosen).run(model)
+        model = Replace(quant=quant, chosen=chosen, marks=not is_chosen).run(model)
     targets = find_targets(
         model, weights.assignments, checkpoint.index, quant, tied=tied, transposed=transposed, precisions=kept
     )
@@ -97,3 +103,11 @@ def match(
         ignored=weights.ignored,
         initialized=weights.initialized,
     )
+
+
+def _made_by_upstream(model: nn.Module, quant: QuantFormat) -> tuple[Site, ...]:
+    """The quantized modules of `model`. Raises `ConfigError` for one whose weight cannot be packed, before any is."""
+    chosen = tuple(site for site in sites(model) if quant.is_quantized(site.module))
+    for site in chosen:
+        quant.layout(site.module).packed_shape(quant.logical(site.module), quant.storage)
+    return chosen

@@ -21,12 +21,16 @@ __all__ = ["Replace", "precisions", "quantizable"]
 
 @dataclass(frozen=True, kw_only=True)
 class Replace(Pass):
-    """Put quantized modules in the place of the `chosen` ones; aliases of a shared module stay shared."""
+    """Put quantized modules in the place of the `chosen` ones; aliases of a shared module stay shared.
+
+    marks: whether to set what upstream sets on a model that it quantizes.
+    """
 
     name = "replace"
 
     quant: QuantFormat
     chosen: tuple[Site, ...]
+    marks: bool = True
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model`, changed in place."""
@@ -40,7 +44,8 @@ class Replace(Pass):
             _check_replacement(self.quant, site.fqn, new)
             if new is not site.module:
                 replace_module(model, site, new)
-        self.quant.mark(model)
+        if self.marks:
+            self.quant.mark(model)
         return model
 
 

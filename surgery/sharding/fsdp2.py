@@ -19,7 +19,7 @@ from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
-from surgery.model.tree import Site, decoder_blocks, ends_of
+from surgery.model.tree import Site, decoder_blocks, ends_of, sites
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
 from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
@@ -195,7 +195,9 @@ class Fsdp2(Fsdp):
         """`model` itself, sharded in place: what is on meta stays there, the rest is this rank's shard of it."""
         _make_plain(model)
         assert self.options is not None
-        shard(model, decoder_blocks(model), self.options, self._met)
+        groups = self.options.groups
+        blocks = decoder_blocks(model) if groups is None else [s for s in sites(model) if s.fqn in groups]
+        shard(model, sorted(blocks, key=lambda site: -site.fqn.count(".")), self.options, self._met)
         return model
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:

@@ -1,0 +1,56 @@
+"""`surgery.low_memory()`: scripts for transformers, PEFT, accelerate and TRL load a share of a model on each rank."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+import model_surgery_patches as patches
+
+__all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
+
+logger = logging.getLogger("surgery")
+
+#: Patches that a model carries from when it is bound until it is collected.
+CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "transformers.fill-at-move")
+
+#: Patches of a block of `low_memory`.
+BUNDLE = patches.bundle("low-memory", ("transformers.bind-at-load", *CARRIED), atomic=True)
+
+
+@contextmanager
+def low_memory() -> Iterator[None]:
+    """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
+
+    Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and
+    *binds* it to its files; every parameter stays on meta. PEFT adapts it, and `accelerate.prepare`, which the trainers
+    of transformers and TRL call, *fills* it: under FSDP2 with each rank's shard; under FSDP1 on rank 0's CPU, from
+    where it is broadcast; under DDP and in one process whole. A loop of your own calls `surgery.fill(model)`.
+
+    The block is needed around `from_pretrained` alone. What cannot be loaded so is loaded as without it, and a line of
+    the logger `surgery` says why; where an installed library is not one that this was written for, all of it is.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
+        except patches.PatchError as error:
+            logger.warning("surgery.low_memory: everything runs as without it: %s", error)
+        yield
+
+
+def carry(model: nn.Module) -> None:
+    """Keep the patches by which `model` is filled in force for it, until it is collected."""
+    held = weakref.ref(model)
+
+    def holds(outer: Any) -> bool:
+        return any(module is held() for module in outer.modules())
+
+    scoped = [patches.on(patch, holds) for patch in CARRIED]
+    with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
+        patches.keep(transaction.receipts, model)
+        transaction.commit()

@@ -1,0 +1,1 @@
+"""Patches of transformers, one per module. Importing this package does not import it."""

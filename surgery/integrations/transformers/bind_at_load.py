@@ -1,0 +1,154 @@
+"""`transformers.bind-at-load`: `from_pretrained` builds a model, finds its weights, and reads none."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import model_surgery_patches as patches
+from surgery.errors import SurgeryError
+
+__all__ = ["bind_at_load"]
+
+ID = "transformers.bind-at-load"
+
+logger = logging.getLogger("surgery")
+
+
+def load_reads_everything() -> bool:
+    """Whether this rank has the weights of a whole model once it is loaded, however many ranks there are."""
+    return not _loaded_specimen().is_meta
+
+
+def check_reads_nothing() -> None:
+    """Raise RuntimeError if a model that is loaded has its weights."""
+    if not _loaded_specimen().is_meta:
+        raise RuntimeError("expected a model that is loaded to stay on meta, found its weights in memory")
+
+
+def _loaded_specimen() -> Any:
+    """The weight of the smallest model of transformers, loaded from a file in a folder of its own."""
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    class Specimen(PreTrainedModel):
+        config_class = PretrainedConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.linear = nn.Linear(2, 2, bias=False)
+            self.post_init()  # type: ignore[no-untyped-call]
+
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        model = Specimen(PretrainedConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder, "model.safetensors"))
+        save_file({"linear.weight": torch.zeros(2, 2)}, file)
+        config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=[])
+        PreTrainedModel._load_pretrained_model(model, None, [file], config)
+    return model.linear.weight
+
+
+@patches.register(
+    ID,
+    target="transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
+    reason="every rank of a job reads, quantizes and keeps the whole model before anything is sharded",
+    upstream="https://github.com/huggingface/transformers/issues/43749",
+    requires={"transformers": ">=5.17,<5.25"},
+    signature="(model, state_dict, checkpoint_files, load_config, expected_keys=None)",
+    on_unknown="skip",
+    on_drift="skip",
+    probe=load_reads_everything,
+    verify=check_reads_nothing,
+)
+def bind_at_load(wrapped: Callable[..., Any], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Bind the model to its files where `_load_pretrained_model` would read them.
+
+    What upstream does before and after is upstream's: it finds the files, builds the model, replaces its modules,
+    makes tables of names, ties, and sets what a quantized model has. What cannot be bound is loaded as by upstream,
+    and the reason is logged.
+    """
+    given = dict(zip(("model", "state_dict", "checkpoint_files", "load_config"), args, strict=False)) | kwargs
+    if given.get("expected_keys") is None:  # otherwise it is an adapter beside the model, which is small
+        reason = _why_not(given["state_dict"], given["checkpoint_files"], given["load_config"])
+        try:
+            if reason is None:
+                return _bind(given["model"], given["checkpoint_files"], given["load_config"]), None
+        except SurgeryError as error:
+            reason = str(error)
+        name = type(given["model"]).__name__
+        logger.warning("surgery.low_memory: %s is loaded as without it: %s", name, reason)
+    patches.passed(ID)
+    return wrapped(*args, **kwargs)
+
+
+def _why_not(state_dict: Any, files: Sequence[str] | None, config: Any) -> str | None:
+    """The reason why upstream has to load the model; None if there is none."""
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    quantizer, places = config.hf_quantizer, set((config.device_map or {}).values())
+    reasons = {
+        "its weights are given as a state_dict": state_dict is not None,
+        "its weights are not in safetensors files": not files or not all(f.endswith(".safetensors") for f in files),
+        "DeepSpeed ZeRO-3 shards it by itself": is_deepspeed_zero3_enabled(),
+        "it is on a device mesh (tp_plan)": config.device_mesh is not None,
+        f"device_map spreads it over {', '.join(map(str, sorted(map(str, places))))}": len(places) > 1
+        or "disk" in places,
+        f"{type(quantizer).__name__} is not a way to store weights here; BitsAndBytesConfig(load_in_4bit=True) is": (
+            quantizer is not None and type(quantizer).__name__ != "Bnb4BitHfQuantizer"
+        ),
+        "its checkpoint is quantized already": quantizer is not None and quantizer.pre_quantized,
+        "ignore_mismatched_sizes=True may leave weights to be initialized": bool(config.ignore_mismatched_sizes),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
+    """Bind `model`, and return what upstream wants to know of loading."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    from surgery.bound import bind_alone
+    from surgery.checkpoint import Checkpoint
+    from surgery.integrations.low_memory import carry
+    from surgery.model.pretrained import leave_initialized
+
+    quant, compute_dtype = _quantization(config.hf_quantizer)
+    bound = bind_alone(
+        model,
+        Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path)),
+        quant=quant,
+        dtype=config.dtype,
+        compute_dtype=compute_dtype,
+        conversions=config.weight_mapping or (),
+    )
+    leave_initialized(model)
+    carry(model)
+    return LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(bound.ignored),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+
+
+def _quantization(quantizer: Any) -> tuple[Any, Any]:
+    """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits."""
+    from surgery.config import Quant
+
+    if quantizer is None:
+        return None, None
+    asked = quantizer.quantization_config
+    quant = Quant(
+        asked.bnb_4bit_quant_type,
+        double_quant=asked.bnb_4bit_use_double_quant,
+        quant_storage=asked.bnb_4bit_quant_storage,
+    )
+    return quant, asked.bnb_4bit_compute_dtype
