@@ -33,19 +33,25 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")
     record = functools.partial(_record, Path(folder) / f"rank{rank}.jsonl")
     observe(record)
-    if not low_memory:
-        sys.argv = [script, *arguments]
-        sys.path.insert(0, str(Path(script).resolve().parent))
-        runpy.run_path(script, run_name="__main__")
-        record("done", **memory())
-        return
-    before = touched()
-    sys.argv = ["surgery", "run", script, *arguments]
-    code = _exit_code(lambda: runpy.run_module("surgery", run_name="__main__", alter_sys=True))
+    before = touched() if low_memory else {}
+    code = _exit_code(functools.partial(_run, script, arguments, low_memory=low_memory))
     gc.collect()
     left = [name for name, (owner, attribute, held) in before.items() if _held(owner, attribute) is not held]
     record("done", touched=len(before), left=left, code=code, **memory())
     sys.exit(code)
+
+
+def _run(script: str, arguments: list[str], *, low_memory: bool) -> None:
+    """Do what `python script arguments` does, or `python -m surgery run script arguments`."""
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    sys.argv = [script, *arguments]
+    if not low_memory:
+        runpy.run_path(script, run_name="__main__")
+        return
+    import surgery
+
+    with surgery.low_memory():
+        runpy.run_path(script, run_name="__main__")
 
 
 def observe(record: Callable[..., None]) -> None:
