@@ -104,11 +104,6 @@ class _Refusing:
     load_state_dict = _refused("load_state_dict()")
     resize_token_embeddings = _refused("resize_token_embeddings()")
 
-    def _initialize_missing_keys(self, _is_quantized: bool) -> None:  # noqa: FBT001  # upstream's signature
-        """Initialize buffers alone, without the `state_dict()` that upstream walks on ranks other than 0 of FSDP."""
-        model: Any = self
-        model.initialize_weights()
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # upstream's signature
         """Casts, of all but packed weights; a move from meta is refused."""
         model: Any = self

@@ -46,7 +46,6 @@ def main() -> None:
     accelerator.unwrap_model(model).save_pretrained(
         f"{options.out}/adapter", state_dict=state, is_main_process=accelerator.is_main_process
     )
-    accelerator.end_training()
 
 
 def _parse() -> argparse.Namespace:

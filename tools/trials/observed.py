@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 _BEGAN = time.monotonic()
 
 
@@ -64,8 +66,8 @@ def observe(record: Callable[..., None]) -> None:
         model = result[0] if isinstance(result, tuple) else result
         record("from_pretrained", seconds=seconds, **held(model), **memory())
 
-    def prepared(_: Any, seconds: float) -> None:
-        record("prepare", seconds=seconds, **memory())
+    def prepared(result: Any, seconds: float) -> None:
+        record("prepare", seconds=seconds, parameters=kinds(result), **memory())
 
     _around(PreTrainedModel, "from_pretrained", lambda _: record("load", **memory()), loaded)
     _around(Accelerator, "prepare", after=prepared)
@@ -84,6 +86,16 @@ def held(model: Any) -> dict[str, Any]:
             storage = parameter.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return {"parameter_bytes": sum(storages.values()), "classes": classes}
+
+
+def kinds(prepared: Any) -> dict[str, int]:
+    """Number of parameters by dtype and by whether they are trained, of the modules among what was prepared."""
+    found: dict[str, int] = {}
+    for module in prepared if isinstance(prepared, tuple) else (prepared,):
+        for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+            kind = f"{parameter.dtype} {'trained' if parameter.requires_grad else 'frozen'}"
+            found[kind] = found.get(kind, 0) + 1
+    return found
 
 
 def memory() -> dict[str, int]:

@@ -59,6 +59,11 @@ class Trial:
         return found
 
     @property
+    def kinds(self) -> list[list[dict[str, int]]]:
+        """Number of parameters by dtype and by whether they are trained, at each `prepare`, by rank."""
+        return [[one["parameters"] for one in self._all("prepare", rank)] for rank in range(len(self.events))]
+
+    @property
     def resident(self) -> list[int]:
         """Bytes resident when the first model was about to be loaded, by rank: Python, libraries, data."""
         return [self._all("load", rank)[0]["resident"] for rank in range(len(self.events))]
