@@ -211,7 +211,8 @@ def bind_alone(
     """Bind a transformers `model` that `from_pretrained` has built on meta, its quantized modules among it.
 
     Not collective, since there may be no process group yet: ranks compare what they have bound when they fill it.
-    Buffers that no checkpoint holds are left to transformers. conversions: names of `checkpoint` into the model's.
+    Buffers that no checkpoint holds are left to transformers. The model does not `wait` yet, since transformers uses it
+    until it is done. conversions: names of `checkpoint` into the model's.
     Raises `SurgeryError` for what cannot be bound; the model can then be loaded as transformers does.
     """
     device = compute_device()
@@ -229,7 +230,6 @@ def bind_alone(
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]  # a method of every one of its models
     cast_as_stored(model, dtype)
     prepared = match(model, checkpoint, setting, ranks=Ranks(), device=device, conversions=conversions, is_chosen=True)
-    wait(model)
     report = Report(show_progress=os.environ.get("RANK", "0") == "0", device=device)
     bound = Bound(model=model, checkpoint=checkpoint, report=report, _prepared=prepared, _is_compared=False)
     vars(model)[BOUND] = bound

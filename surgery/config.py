@@ -102,6 +102,7 @@ class FSDP1:
     mixed_precision: handed to FSDP after a check that it never casts packed weights.
     cpu_offload: parameters and gradients on the CPU between uses (needs an accelerator).
     sync_module_states: broadcast rank 0's values while wrapping. Placement `rank0-cpu` cannot work without it.
+    casts_kept: let mixed_precision cast what the model keeps in another dtype than its own, which is refused otherwise.
 
     Placement `sharded` is for FSDP2: FSDP1 makes its shards itself.
     """
@@ -115,6 +116,7 @@ class FSDP1:
     sync_module_states: bool = True
     forward_prefetch: bool = False
     limit_all_gathers: bool = True
+    casts_kept: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, get_args(Strategy))
@@ -151,6 +153,7 @@ class FSDP2:
     mixed_precision: handed to `fully_shard` after a check that it never casts packed weights.
     cpu_offload: shards wait on the CPU between uses.
     groups: FQNs of modules that are a group each, inner ones first; None is every decoder block.
+    casts_kept: let mixed_precision cast what the model keeps in another dtype than its own, which is refused otherwise.
     """
 
     mesh: tuple[int, int] | None = None
@@ -158,6 +161,7 @@ class FSDP2:
     mixed_precision: MixedPrecisionPolicy | None = None
     cpu_offload: bool = False
     groups: tuple[str, ...] | None = None
+    casts_kept: bool = False
 
     def __post_init__(self) -> None:
         if self.mesh is not None:

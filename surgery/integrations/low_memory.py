@@ -20,7 +20,9 @@ logger = logging.getLogger("surgery")
 CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "transformers.fill-at-move")
 
 #: Patches of a block of `low_memory`.
-BUNDLE = patches.bundle("low-memory", ("transformers.bind-at-load", *CARRIED), atomic=True)
+BUNDLE = patches.bundle(
+    "low-memory", ("transformers.bind-at-load", "transformers.wait-when-loaded", *CARRIED), atomic=True
+)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,15 @@ from surgery.errors import CheckpointError, ConfigError, SurgeryError
 from surgery.model.fqn import join, split
 from surgery.model.pretrained import compute_buffers, is_pretrained, load_generation_config, stored_dtypes
 
-__all__ = ["bounded", "build_on_meta", "cast_as_stored", "causal_lm", "compute_own_buffers", "require_meta"]
+__all__ = [
+    "bounded",
+    "build_on_meta",
+    "cast_as_stored",
+    "causal_lm",
+    "compute_own_buffers",
+    "require_meta",
+    "restore_buffers",
+]
 
 
 def build_on_meta(build: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -60,25 +68,39 @@ def compute_own_buffers(model: nn.Module, device: torch.device) -> None:
 
     Raises `ConfigError` for a buffer on meta that no checkpoint holds, in a module that transformers cannot initialize.
     """
-    lost = [
-        name
-        for prefix, module in model.named_modules()
-        for name in (join(prefix, each) for each in module._non_persistent_buffers_set)
-        if model.get_buffer(name) is not None and model.get_buffer(name).is_meta
-    ]
+    lost = list(_lost_buffers(model))
     if lost and not is_pretrained(model):
         raise ConfigError(
             f"bind: {lost[0]} is on meta, and no checkpoint holds it: build the model in a block of "
             "accelerate.init_empty_weights(include_buffers=False)"
         )
-    for name in lost:
-        path, leaf = split(name)
-        owner = model.get_submodule(path)
-        owner._buffers[leaf] = torch.empty_like(owner.get_buffer(leaf), device=device)
+    _make_room(model, lost, device)
     getattr(model, "tie_weights", lambda: None)()
     _place_buffers(model, device)
     if is_pretrained(model):
         compute_buffers(model, device)
+
+
+def restore_buffers(model: nn.Module) -> None:
+    """Compute the buffers of a transformers `model` that no checkpoint holds, on the CPU, if any was left on meta."""
+    lost = list(_lost_buffers(model))
+    _make_room(model, lost, torch.device("cpu"))
+    if lost:
+        compute_buffers(model, torch.device("cpu"))
+
+
+def _lost_buffers(model: nn.Module) -> Iterator[str]:
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None and module.get_buffer(name).is_meta:
+                yield join(prefix, name)
+
+
+def _make_room(model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    for name in names:
+        path, leaf = split(name)
+        owner = model.get_submodule(path)
+        owner._buffers[leaf] = torch.empty_like(owner.get_buffer(leaf), device=device)
 
 
 def cast_as_stored(model: nn.Module, dtype: torch.dtype) -> None:

@@ -62,6 +62,8 @@ class Fsdp(ShardStrategy):
         )
 
     def _check_kept(self, model: nn.Module, kept: Sequence[str], dtype: torch.dtype) -> None:
+        if self.options is not None and self.options.casts_kept:
+            return
         named = model.named_buffers() if is_pretrained(model) else ()
         buffers = {name: buffer.dtype for name, buffer in named if buffer.is_floating_point()}
         check_kept(None if self.options is None else self.options.mixed_precision, kept, buffers, dtype)

@@ -326,9 +326,10 @@ class Fsdp1(Fsdp):
 
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """FQNs of what upstream keeps in another dtype. Refuses what cannot be divided into units."""
-        unsharded = kept_parameters(model, quant.dtype, ends=False)
+        # Adapters that somebody else has made have values already.
+        unsharded = {n: p for n, p in kept_parameters(model, quant.dtype, ends=False).items() if p.is_meta}
         self._units(model, set(unsharded.values()), use_orig_params=True)  # what is trained is not known yet
-        kept = [name for name in kept_parameters(model, quant.dtype) if name not in unsharded]
+        kept = [n for n, p in kept_parameters(model, quant.dtype).items() if p.is_meta and n not in unsharded]
         self._check_kept(model, kept, quant.dtype)
         return frozenset(unsharded)
 

@@ -149,7 +149,8 @@ class Fsdp2(Fsdp):
 
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
-        self._check_kept(model, list(kept_parameters(model, quant.dtype)), quant.dtype)
+        kept = kept_parameters(model, quant.dtype).items()
+        self._check_kept(model, [name for name, parameter in kept if parameter.is_meta], quant.dtype)
         return frozenset()
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:

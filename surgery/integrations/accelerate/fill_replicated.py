@@ -64,4 +64,5 @@ def _sharding(plugin: Any) -> FSDP1:
         cpu_offload=bool(getattr(plugin.cpu_offload, "offload_params", plugin.cpu_offload)),
         forward_prefetch=bool(plugin.forward_prefetch),
         limit_all_gathers=bool(plugin.limit_all_gathers),
+        casts_kept=True,
     )

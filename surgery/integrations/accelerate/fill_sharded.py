@@ -83,6 +83,7 @@ def _sharding(plugin: Any, mesh: tuple[int, int] | None, *, groups: tuple[str, .
         mixed_precision=plugin.mixed_precision_policy,
         cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         groups=groups,
+        casts_kept=True,
     )
 
 

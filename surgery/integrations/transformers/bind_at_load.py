@@ -115,7 +115,6 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
 
     from surgery.bound import bind_alone
     from surgery.checkpoint import Checkpoint
-    from surgery.integrations.low_memory import carry
     from surgery.model.pretrained import leave_initialized
 
     quant, compute_dtype = _quantization(config.hf_quantizer)
@@ -128,7 +127,6 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
         conversions=config.weight_mapping or (),
     )
     leave_initialized(model)
-    carry(model)
     return LoadStateDictInfo(
         missing_keys=set(),
         unexpected_keys=set(bound.ignored),
