@@ -105,11 +105,11 @@ def _is_equal(found: dict[str, Any]) -> bool:
     return "error" not in found and found["difference"] <= _TOLERANCE and found["same_kinds"] and not found["left"]
 
 
-_HEADER = (
-    "| run | ranks | losses, stock | ours | largest difference | parameters loaded, MiB | peak, MiB | ratio "
-     "| adapter tensors that differ |",
-    "|---|---|---|---|---|---|---|---|---|",
-)
+_COLUMNS = (
+    "run", "ranks", "losses, stock", "ours", "largest difference", "parameters loaded, MiB", "peak, MiB", "ratio",
+    "adapter tensors that differ",
+)  # fmt: skip
+_HEADER = (f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}")
 
 
 def _row(name: str, found: dict[str, Any]) -> str:

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 import model_surgery_patches as patches
 import surgery
 from trials.observed import observe
@@ -81,8 +79,10 @@ def _fresh() -> Iterator[None]:
     from accelerate.state import AcceleratorState, GradientState
 
     before = dict(os.environ)
-    if not dist.is_initialized():  # Trainer.end() destroys the group
-        dist.init_process_group("gloo")
+    os.environ["FORK_LAUNCHED"] = "1"  # so that accelerate leaves the process group to whom it belongs
+    if os.environ["WORLD_SIZE"] == "1":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
     try:
         yield
     finally:

@@ -59,7 +59,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kbit", action="store_true", help="call prepare_model_for_kbit_training")
     parser.add_argument("--model-first", action="store_true", help="load the model before there is an Accelerator")
     parser.add_argument("--mesh", type=int, nargs=2, help="ranks that replicate, ranks that shard")
-    parser.add_argument("--offload", action="store_true", help="keep shards on the CPU")
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--vocabulary", type=int, default=96)
@@ -80,7 +79,6 @@ def _accelerator(options: argparse.Namespace) -> Accelerator:
         auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=True,
         state_dict_type=options.state_dict,
-        cpu_offload=options.offload,
     )
     mesh = ParallelismConfig(dp_replicate_size=options.mesh[0], dp_shard_size=options.mesh[1]) if options.mesh else None
     return Accelerator(

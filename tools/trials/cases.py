@@ -42,10 +42,10 @@ def sft_arguments(model: Path, data: Path, *, steps: int = 5) -> list[str]:
     """Arguments of TRL's script for a few short steps of QLoRA on a CPU; a checkpoint after the third."""
     return (
         f"--model_name_or_path {model} --dataset_name {data} --output_dir {{out}} --max_steps {steps} --save_steps 3 "
-        "--load_in_4bit --use_bnb_nested_quant --use_peft --lora_target_modules all-linear --lora_r 8 --dtype bfloat16 "
-        "--use_cpu --bf16 False --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --max_length 64 "
-        "--learning_rate 1e-3 --lr_scheduler_type constant --logging_steps 1 --report_to none --seed 0 "
-        "--dataloader_pin_memory False --disable_tqdm True"
+        "--load_in_4bit --use_bnb_nested_quant --use_peft --lora_target_modules all-linear --lora_r 8 --lora_dropout 0 "
+        "--dtype bfloat16 --bf16 False --use_cpu --dataloader_pin_memory False --max_length 64 "
+        "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --learning_rate 1e-3 "
+        "--lr_scheduler_type constant --seed 0 --logging_steps 1 --report_to none --disable_tqdm True"
     ).split()
 
 
@@ -74,8 +74,6 @@ CASES: Final = {
     "loop, model first and kbit": Case(script="loop", arguments=("--model-first", "--kbit")),
     "loop, sharded state": Case(script="loop", arguments=("--state-dict", "SHARDED_STATE_DICT", "--save-state")),
     "loop, accumulating two batches": Case(script="loop", arguments=("--accumulate", "2", "--steps", "6")),
-    "loop, offload": Case(script="loop", arguments=("--offload",)),
-    "loop, HSDP 2 x 1": Case(script="loop", arguments=("--mesh", "2", "1")),
     "loop, HSDP 1 x 2": Case(script="loop", arguments=("--mesh", "1", "2")),
     "loop, HSDP 2 x 2": Case(script="loop", arguments=("--mesh", "2", "2"), ranks=4),
     "loop, DDP": Case(script="loop", arguments=("--strategy", "ddp")),

@@ -91,7 +91,7 @@ def held(model: Any) -> dict[str, Any]:
 def kinds(prepared: Any) -> dict[str, int]:
     """Number of parameters by dtype and by whether they are trained, of the modules among what was prepared."""
     found: dict[str, int] = {}
-    for module in prepared if isinstance(prepared, tuple) else (prepared,):
+    for module in prepared if isinstance(prepared, tuple | list) else (prepared,):
         for parameter in module.parameters() if isinstance(module, nn.Module) else ():
             kind = f"{parameter.dtype} {'trained' if parameter.requires_grad else 'frozen'}"
             found[kind] = found.get(kind, 0) + 1

@@ -98,8 +98,9 @@ def run(
     folder.mkdir(parents=True)
     given = [argument.replace("{out}", str(folder / "out")) for argument in arguments]
     flags = ["--low-memory"] if low_memory else []
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(_free_port()), str(_OBSERVED), *flags, str(folder), str(script), *given]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+    launched = [str(_OBSERVED), *flags, str(folder), str(script), *given]
+    command = [sys.executable, *(launch if ranks > 1 else ()), *launched]
     with (folder / "printed").open("w") as printed:
         try:
             ran = subprocess.run(
