@@ -217,7 +217,7 @@ def bind_alone(
     """
     device = compute_device()
     setting = Setting(
-        quant=quant,
+        quant=quant if quantized_modules(model) else None,  # some models have linear layers of a class of their own
         shard=None,
         lora=None,
         placement=None,

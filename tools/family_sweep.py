@@ -4,6 +4,7 @@
     python tools/family_sweep.py --families llama jamba             # these
     python tools/family_sweep.py --part 1/5                         # the first fifth: every fifth family from the first
     python tools/family_sweep.py --ranks all --families mixtral     # under FSDP2 on two ranks too
+    python tools/family_sweep.py --drop-in --ranks none             # loaded by from_pretrained in surgery.low_memory()
     python tools/family_sweep.py --output docs/models.md            # write the page of results
 
 For each family a small random checkpoint is made from its config, by rules on the names of its attributes
@@ -24,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tests.helpers`, which runs ranks
@@ -52,6 +54,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every Nth family, from the Ith on")
     parser.add_argument(
         "--ranks", choices=("fifth", "all", "none"), default="fifth", help="which go under FSDP2 on two ranks too"
+    )
+    parser.add_argument(
+        "--drop-in", action="store_true", help="load by stock's own calls in surgery.low_memory(), and fill"
     )
     parser.add_argument("--jobs", type=int, default=1, help="families at a time; each takes about 1.5 GB")
     parser.add_argument("--output", type=Path, help="where to write the page of results")
@@ -82,7 +87,7 @@ def _run(chosen: Sequence[tuple[str, bool]], options: argparse.Namespace) -> lis
     found = []
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("families", total=len(chosen))
-        for outcome in outcomes(chosen, check, jobs=options.jobs):
+        for outcome in outcomes(chosen, partial(check, drop_in=options.drop_in), jobs=options.jobs):
             found.append(outcome)
             said = f"{outcome.family}: {outcome.verdict}, {outcome.seconds} s"
             why = f"\n    {outcome.why}" if outcome.verdict == "differs" else ""

@@ -11,7 +11,7 @@ from torch import nn
 import surgery
 from families.exceptions import EXCLUDED
 
-__all__ = ["adapted", "lora", "ours", "reloaded", "stock"]
+__all__ = ["adapted", "in_low_memory", "lora", "ours", "reloaded", "stock"]
 
 
 def lora(family: str) -> Any:
@@ -87,6 +87,15 @@ def ours(
         device=torch.device("cpu"),
         report=surgery.Report(),
     )
+
+
+def in_low_memory(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model that stock's own calls give in `surgery.low_memory()`, filled; a context manager that releases it."""
+    with surgery.low_memory():
+        model = adapted(stock(folder, dtype), family, dtype)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        raise surgery.ConfigError("loaded as without surgery.low_memory()")
+    return surgery.fill(model, device=torch.device("cpu"))
 
 
 def keep_packing(model: nn.Module) -> nn.Module:

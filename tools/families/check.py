@@ -28,8 +28,8 @@ TOLERANCE: Final = 0.0
 Result = TypeVar("Result")
 
 
-def check(family: str, shard: bool) -> Outcome:
-    """Check `family`, also with FSDP2 on two ranks if `shard`."""
+def check(family: str, shard: bool, drop_in: bool = False) -> Outcome:
+    """Check `family`, also with FSDP2 on two ranks if `shard`; loaded in `surgery.low_memory()` if `drop_in`."""
     if family in IMPOSSIBLE:
         return Outcome(family=family, verdict="not made", why=IMPOSSIBLE[family])
     with tempfile.TemporaryDirectory(prefix=f"{family}-") as folder:
@@ -37,12 +37,12 @@ def check(family: str, shard: bool) -> Outcome:
             save_random(family, Path(folder) / "base")
         except NotMadeError as error:
             return Outcome(family=family, verdict="not made", why=str(error))
-        return _check_made(family, Path(folder), shard=shard)
+        return _check_made(family, Path(folder), shard=shard, ours=arms.in_low_memory if drop_in else arms.ours)
 
 
-def _check_made(family: str, folder: Path, *, shard: bool) -> Outcome:
+def _check_made(family: str, folder: Path, *, shard: bool, ours: Callable[[Path, str], Any]) -> Outcome:
     wanted = _attempt(lambda: arms.adapted(arms.stock(folder / "base"), family))
-    found = _attempt(lambda: arms.ours(folder / "base", family))
+    found = _attempt(lambda: ours(folder / "base", family))
     if isinstance(wanted, Exception):
         return _outcome_without_stock(family, wanted, found)
     if isinstance(found, Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,46 @@ __all__ = ["fill_replicated"]
 
 ID = "accelerate.fill-replicated"
 
+#: What is read of accelerate's plugin.
+PLUGIN = (
+    "sharding_strategy", "reshard_after_forward", "ignored_modules", "use_orig_params", "mixed_precision_policy",
+    "cpu_offload", "forward_prefetch", "limit_all_gathers",
+)  # fmt: skip
+
+
+def meta_is_not_prepared() -> bool:
+    """Whether accelerate fails to prepare a model that is on meta."""
+    from types import SimpleNamespace
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    single: Any = SimpleNamespace(
+        device_placement=True,
+        distributed_type=DistributedType.NO,
+        native_amp=False,
+        fp8_backend=None,
+        device=torch.device("cpu"),
+        verify_device_map=lambda _model: False,
+        _models=[],
+    )
+    try:
+        Accelerator.prepare_model(single, nn.Linear(1, 1, device="meta"))
+    except NotImplementedError:  # of torch, for a copy from meta
+        return True
+    return False
+
+
+def check_asks_for_strategy() -> None:
+    """Raise RuntimeError if the options of accelerate's plugin are not those that are made of them."""
+    from types import SimpleNamespace
+
+    plugin: Any = defaultdict(lambda: None, reshard_after_forward=SimpleNamespace(name="SHARD_GRAD_OP"))
+    made = _sharding(SimpleNamespace(**{name: plugin[name] for name in PLUGIN}))
+    if made.strategy != "shard-grad-op" or made.use_orig_params:
+        raise RuntimeError(f"expected shard-grad-op with flat parameters, found {made}")
+
 
 @patches.register(
     ID,
@@ -24,8 +65,11 @@ ID = "accelerate.fill-replicated"
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model, device_placement=None, evaluation_mode=False)",
+    fingerprint="a0bc5fe288a0a428",
     on_unknown="skip",
     on_drift="skip",
+    probe=meta_is_not_prepared,
+    verify=check_asks_for_strategy,
     subject=lambda _instance, args, kwargs: args[0] if args else kwargs["model"],
 )
 def fill_replicated(

@@ -43,6 +43,7 @@ def check_asks_for_policy() -> None:
     upstream="https://github.com/huggingface/accelerate/issues/3874",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(accelerator, model)",
+    fingerprint="c3ff53b749f04ce7",
     on_unknown="skip",
     on_drift="skip",
     subject=lambda _instance, args, kwargs: args[1] if len(args) > 1 else kwargs["model"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,21 @@ def _loaded_specimen() -> Any:
         file = str(Path(folder, "model.safetensors"))
         save_file({"linear.weight": torch.zeros(2, 2)}, file)
         config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=[])
-        PreTrainedModel._load_pretrained_model(model, None, [file], config)
+        with _without_bar():
+            PreTrainedModel._load_pretrained_model(model, None, [file], config)
     return model.linear.weight
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    from transformers.utils import logging as upstream
+
+    shown = upstream.is_progress_bar_enabled()
+    upstream.disable_progress_bar()
+    try:
+        yield
+    finally:
+        (upstream.enable_progress_bar if shown else upstream.disable_progress_bar)()  # type: ignore[no-untyped-call]
 
 
 @patches.register(
@@ -62,6 +76,7 @@ def _loaded_specimen() -> Any:
     upstream="https://github.com/huggingface/transformers/issues/43749",
     requires={"transformers": ">=5.17,<5.25"},
     signature="(model, state_dict, checkpoint_files, load_config, expected_keys=None)",
+    fingerprint=("f89597e0782e8e9d", "1a2a7c2fecdf2a74"),  # until 5.22, and from 5.23 on
     on_unknown="skip",
     on_drift="skip",
     probe=load_reads_everything,

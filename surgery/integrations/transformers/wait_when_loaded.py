@@ -8,6 +8,7 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.bound import BOUND
 from surgery.integrations.low_memory import carry
+from surgery.integrations.transformers.bind_at_load import load_reads_everything
 from surgery.model.skeleton import restore_buffers
 from surgery.passes.lifetime import wait
 
@@ -23,8 +24,11 @@ ID = "transformers.wait-when-loaded"
     upstream="https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/modeling_utils.py",
     requires={"transformers": ">=5.17,<5.25"},
     signature="(model, load_config, loading_info)",
+    fingerprint="99f7e1f15f86e26c",
+    needs=("transformers.bind-at-load",),
     on_unknown="skip",
     on_drift="skip",
+    probe=load_reads_everything,
 )
 def wait_when_loaded(
     wrapped: Callable[..., Any], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
