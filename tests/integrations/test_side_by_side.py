@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.integrations.data import write_data
 from tests.integrations.side_by_side import Run, Script, on_a_rank
 from trials.cases import CASES
 from trials.runs import unequal_tensors
@@ -44,11 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> Found:
     model = save_tiny(folder / "model", vocab_size=VOCABULARY, max_position_embeddings=256)
     tiny_tokenizer().save_pretrained(model)
-    data = folder / "data"
-    data.mkdir()
-    for name, records in (("train", 24), ("test", 4)):
-        lines = [json.dumps({"text": f"the cat said {number} to the dog"}) for number in range(records)]
-        (data / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    data = write_data(folder / "data")
     names = (*NAMES, PLAIN)
     found: Found = {}
     for ranks in sorted({CASES[name].ranks for name in names}):
