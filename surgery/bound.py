@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import warnings
@@ -131,6 +132,17 @@ class Bound:
             if self._is_compared:
                 name_base(model, self.checkpoint)
             return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        """The `Bound` of a copy of the model: the same places in the same checkpoint."""
+        for target in self._prepared.targets:
+            memo[id(target.assignment)] = target.assignment
+        model = copy.deepcopy(self.model, memo)
+        targets = copy.deepcopy(self._prepared.targets, memo)
+        report = Report(show_progress=self.report.show_progress, device=self.report.device)
+        return replace(
+            self, model=model, report=report, _prepared=replace(self._prepared, model=model, targets=targets)
+        )
 
     @property
     def ignored(self) -> tuple[str, ...]:

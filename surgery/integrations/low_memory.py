@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.bound import bound_in
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 
@@ -45,14 +44,13 @@ def low_memory() -> Iterator[None]:
         yield
 
 
+def _waits(model: nn.Module) -> bool:
+    return bound_in(model) is not None
+
+
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is collected."""
-    held = weakref.ref(model)
-
-    def holds(outer: Any) -> bool:
-        return any(module is held() for module in outer.modules())
-
-    scoped = [patches.on(patch, holds) for patch in CARRIED]
+    scoped = [patches.on(patch, _waits) for patch in CARRIED]
     with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
         patches.keep(transaction.receipts, model)
         transaction.commit()

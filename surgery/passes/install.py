@@ -95,10 +95,17 @@ def _made(
 
 
 def _like(old: torch.Tensor, data: torch.Tensor) -> nn.Parameter:
-    """A parameter over `data`: the same shard of the same tensor, if `old` is one."""
+    """A parameter over `data`: the same shard of the same tensor, if `old` is one.
+
+    One that is trained stays the same object, which an optimizer may have.
+    """
     if isinstance(old, DTensor):
-        data = _shard_of(old, data)
-    return nn.Parameter(data, requires_grad=old.requires_grad)
+        return nn.Parameter(_shard_of(old, data), requires_grad=old.requires_grad)
+    new = nn.Parameter(data, requires_grad=old.requires_grad)
+    if not isinstance(old, nn.Parameter) or not old.requires_grad:
+        return new
+    torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]  # no annotation upstream
+    return old
 
 
 def _shard_of(old: DTensor, data: torch.Tensor) -> DTensor:

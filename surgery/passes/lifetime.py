@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.errors import NotFilledError
-from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
 
 __all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
 
@@ -123,6 +124,25 @@ class _Refusing:
             for module, weight in packed.items():
                 module._parameters["weight"] = weight
         return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy that waits too. Packed weights, which cannot be copied on meta, are made anew."""
+        model: Any = self
+        packed: dict[nn.Module, Any] = {module: module._parameters["weight"] for module in quantized_modules(model)}
+        for module in packed:
+            module._parameters["weight"] = None
+        plain: Any = type(self).__mro__[2]
+        try:
+            new = memo[id(self)] = plain.__new__(plain)
+            new.__dict__.update(copy.deepcopy(vars(self), memo))
+        finally:
+            for module, weight in packed.items():
+                module._parameters["weight"] = weight
+        for module, weight in packed.items():
+            data = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            memo[id(module)]._parameters["weight"] = (format_of(module) or QuantFormat).like(weight, data)
+        wait(new)
+        return new
 
 
 @functools.cache
