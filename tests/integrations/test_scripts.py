@@ -16,17 +16,17 @@ from trials.runs import Trial, largest_difference, run, unequal_tensors
 # Four runs of two ranks each; most of their time goes into importing transformers and TRL.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-#: The sizes of SmolLM2-135M, whose head is its embedding.
-SMOLLM2 = LlamaShape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, vocab=49152, tie=True)
+#: 600 MiB in 16 bits, in few and wide layers: most of a process of this test is Python, transformers and TRL.
+SHAPE = LlamaShape(layers=12, hidden=1536, intermediate=4096, heads=12, kv_heads=4, vocab=16384, tie=True)
 
-STEPS, SAVED = 5, 3
+STEPS, SAVED = 4, 3
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    root = tmp_path_factory.mktemp("smollm2")
+    root = tmp_path_factory.mktemp("model")
     (root / "model").mkdir()
-    list(SyntheticCheckpoint(shape=SMOLLM2, shards=3).write(root / "model", processes=1))
+    list(SyntheticCheckpoint(shape=SHAPE, shards=3).write(root / "model", processes=1))
     given = sft_arguments(root / "model", write_data(root / "data"), steps=STEPS)
     return [*given, *SHARDED, "--bnb_4bit_quant_storage", "bfloat16"]
 
@@ -49,7 +49,7 @@ def test_losses_are_those_of_stock(stock: Trial, ours: Trial) -> None:
 
 
 def test_nothing_is_held_when_loaded_and_little_when_training_begins(stock: Trial, ours: Trial) -> None:
-    assert min(stock.parameter_bytes) > 100 * 2**20
+    assert min(stock.parameter_bytes) > 150 * 2**20
     assert ours.parameter_bytes == [0, 0]
     assert max(ours.peaks) < 0.6 * max(stock.peaks)
 
