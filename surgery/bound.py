@@ -34,7 +34,7 @@ from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
-from surgery.passes.lifetime import as_context_manager, is_waiting, keep, stop_waiting, wait
+from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, match
@@ -55,6 +55,15 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 __all__ = ["Bound", "agree", "bind", "bind_alone", "bound_in", "building", "complete", "fill", "foresee", "set_up"]
+
+#: Patches of libraries that a filled model may be handed to.
+HANDED_ON = (
+    "accelerate.adapter-state",
+    "accelerate.already-sharded",
+    "accelerate.no-second-wrapper",
+    "peft.adapter-keys-under-wrappers",
+    "peft.adapters-of-sharded",
+)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -376,7 +385,8 @@ def complete(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
-    with patches.transaction(*needed, on=layers, reason="a quantized model runs on these layers") as resident:
+    handed = [patches.on(each, around(model)) for each in HANDED_ON]
+    with patches.transaction(*needed, *handed, on=layers, reason="a model that is built runs and trains") as resident:
         keep(model, resident.receipts)
         as_context_manager(model)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.

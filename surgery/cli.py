@@ -13,11 +13,15 @@ from typing import ParamSpec
 import typer
 
 from model_surgery_patches import PatchError
+from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
+from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
 from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
 from surgery.finetune.command import finetune
 from surgery.planning.command import EPILOG as PLAN_EPILOG
 from surgery.planning.command import plan
+from surgery.run import EPILOG as RUN_EPILOG
+from surgery.run import SCRIPT, run
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
 from surgery.tracing.command import trace
 
@@ -108,8 +112,10 @@ def _say(message: str) -> None:
     typer.echo(text, err=True)
 
 
+app.command(name="doctor", epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
 app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
 app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
+app.command(name="run", epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
 app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
 
 

@@ -33,6 +33,8 @@ ROOMS = (
     "attestation",
     "tracing",
     "",  # the package itself: its public names
+    "run",
+    "doctor",
     "finetune",
     "cli",
     "__main__",

@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--cap", type=float, default=0, help="GiB of each GPU")
     parser.add_argument("--output", default="build/gpu-trl")
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="for a look at it without GPUs")
     parser.add_argument("--words", action="store_true", help="compare packed weights in forward with those at rest")
     return parser.parse_args()
 

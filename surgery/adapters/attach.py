@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat, format_of
@@ -62,7 +63,7 @@ def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def appearing_real(model: nn.Module) -> Iterator[None]:
-    """A block in which every parameter on meta looks as if it were on the CPU; it takes no memory.
+    """A block in which every parameter on meta looks as if it were on the CPU, and a sharded one whole, in no memory.
 
     PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
     """
@@ -70,12 +71,12 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         like = (format_of(module) or QuantFormat).like
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+            if parameter is not None and (parameter.is_meta or isinstance(parameter, DTensor)):
                 if parameter not in stand_ins:
+                    device = "cpu" if parameter.is_meta else parameter.device
                     # One element in memory, shown as often as the shape says.
-                    stand_ins[parameter] = like(
-                        parameter, torch.empty(1, dtype=parameter.dtype).expand(parameter.shape)
-                    )
+                    element = torch.empty(1, dtype=parameter.dtype, device=device)
+                    stand_ins[parameter] = like(parameter, element.expand(parameter.shape))
                 module._parameters[name] = stand_ins[parameter]
     originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
     try:

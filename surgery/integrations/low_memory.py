@@ -16,7 +16,10 @@ __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 logger = logging.getLogger("surgery")
 
 #: Patches that a model carries from when it is bound until it is collected.
-CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "transformers.fill-at-move")
+CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
+
+#: Patches that it carries once somebody imports what they are for, which takes memory.
+WHEN_IMPORTED = ("transformers.fill-at-move", "trl.fill-reference")
 
 #: Patches of a block of `low_memory`.
 BUNDLE = patches.bundle(
@@ -44,13 +47,15 @@ def low_memory() -> Iterator[None]:
         yield
 
 
-def _waits(model: nn.Module) -> bool:
-    return bound_in(model) is not None
+def _waits(model: nn.Module | None) -> bool:
+    return model is not None and bound_in(model) is not None
 
 
 def carry(model: nn.Module) -> None:
     """Keep the patches by which `model` is filled in force for it, until it is collected."""
     scoped = [patches.on(patch, _waits) for patch in CARRIED]
-    with patches.transaction(*scoped, reason=f"a bound {type(model).__name__} waits to be prepared") as transaction:
+    why = f"a bound {type(model).__name__} waits to be prepared"
+    with patches.transaction(*scoped, reason=why) as transaction:
         patches.keep(transaction.receipts, model)
         transaction.commit()
+    patches.keep(patches.defer(*WHEN_IMPORTED, reason=why).receipts, model)  # which pass what is not bound

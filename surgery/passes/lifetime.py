@@ -16,7 +16,7 @@ import model_surgery_patches as patches
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
 
-__all__ = ["as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
+__all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "stop_waiting", "wait"]
 
 #: Patches that a bound model has until it is filled.
 WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
@@ -27,6 +27,20 @@ _resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
     _resident[model] = patches.keep(receipts, model)
+
+
+def around(model: nn.Module) -> Callable[[object], bool]:
+    """A predicate for modules that are `model`, hold it, or are held by it; it does not keep `model` alive."""
+    reference = weakref.ref(model)
+
+    def is_around(given: object) -> bool:
+        model = reference()
+        if model is None or not isinstance(given, nn.Module):
+            return False
+        return any(module is model for module in given.modules()) or any(module is given for module in model.modules())
+
+    is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
+    return is_around
 
 
 def release(model: nn.Module) -> None:

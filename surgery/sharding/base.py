@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
+from surgery.model.fqn import clean
 from surgery.model.tree import Site
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece
@@ -34,6 +35,7 @@ __all__ = [
     "Shard",
     "ShardStrategy",
     "Unit",
+    "chosen_parameters",
     "limit_of",
     "outermost",
     "register",
@@ -213,10 +215,14 @@ class ShardStrategy:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
         return {layer: _own_shard(layer) for layer in layers}
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def parameter_names(self, model: nn.Module) -> set[str]:
+        """The plain FQNs of all parameters."""
+        return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
 
-        One that is tied has each of its names.
+        One that is tied has each of its names. also: plain FQNs of parameters that are not trainable.
         """
         raise NotImplementedError
 
@@ -289,6 +295,12 @@ class Unit:
 def outermost(model: nn.Module, kind: type[T]) -> T | None:
     """The first module of `model`, itself included, that is of the class `kind`; None if there is none."""
     return next((module for module in model.modules() if isinstance(module, kind)), None)
+
+
+def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Parameter]:
+    """Trainable parameters of `model` by each of their plain FQNs, and those of the plain FQNs `also`."""
+    named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
 def limit_of(max_norm: float | None) -> float:

@@ -61,10 +61,10 @@ class Ddp(Unsharded):
         """Whether `model` is, or has in it, a `DistributedDataParallel`."""
         return outermost(model, DistributedDataParallel) is not None
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, by names without the wrapper."""
         name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
-        state = super().trainable_state(root.module)
+        state = super().trainable_state(root.module, also)
         return {clean(join(name, inner)): tensor for inner, tensor in state.items()}
 
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:

@@ -403,17 +403,22 @@ class Fsdp1(Fsdp):
         whole = super().shards(model, [layer for layer in layers if layer not in flat])
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Gather the trainable parameters, one unit at a time whole on the device."""
+    def parameter_names(self, model: nn.Module) -> set[str]:
+        """The plain FQNs of all parameters, those in flat parameters too."""
+        units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
+        return super().parameter_names(model).union(*(_names_in(unit, prefix) for prefix, unit in units))
+
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
+        """Gather the parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
         for prefix, unit in list(model.named_modules()):
             if not isinstance(unit, FullyShardedDataParallel):
                 continue
-            if not any(parameter.requires_grad for _, parameter in _own_parameters(unit)):
+            is_trained = any(parameter.requires_grad for _, parameter in _own_parameters(unit))
+            if not is_trained and also.isdisjoint(_names_in(unit, prefix)):
                 continue
             with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-                found = {clean(join(prefix, name)): p for name, p in _own_parameters(unit) if p.requires_grad}
-                state |= copies(found) if dist.get_rank() == 0 else {}
+                state |= copies(_chosen(unit, prefix, also)) if dist.get_rank() == 0 else {}
         return state
 
     def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
@@ -467,6 +472,18 @@ class _ScalarFlags(ShardedGradScaler):
         super().unscale_(optimizer)
         flags: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
         flags.update((device, flag.reshape(())) for device, flag in flags.items())
+
+
+def _names_in(unit: Any, prefix: str) -> set[str]:
+    """Plain FQNs of what `unit`, whose own is `prefix`, has in its flat parameter."""
+    names = () if unit._handle is None else unit._handle.flat_param._fqns
+    return {clean(join(prefix, name)) for name in names}
+
+
+def _chosen(unit: nn.Module, prefix: str, also: frozenset[str]) -> dict[str, nn.Parameter]:
+    """The unit's own parameters, by plain FQN, that are trainable or in `also`."""
+    named = ((clean(join(prefix, name)), parameter) for name, parameter in _own_parameters(unit))
+    return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
 def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:

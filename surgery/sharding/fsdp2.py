@@ -18,10 +18,18 @@ from torch.distributed.tensor import DTensor
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
-from surgery.model.fqn import clean
 from surgery.model.tree import Site, decoder_blocks, ends_of, sites
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
-from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
+from surgery.sharding.base import (
+    READS_WEIGHTS,
+    Devices,
+    Shard,
+    Unit,
+    chosen_parameters,
+    limit_of,
+    outermost,
+    register,
+)
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Partition
 
@@ -178,8 +186,11 @@ class Fsdp2(Fsdp):
         return self.devices(rank).data if self.shards_on_meta else super().adapter_device(rank)
 
     def meet(self) -> None:
-        """Make the mesh: `(shard,)`, or `(replicate, shard)`."""
-        shape, names = self.mesh_shape or (self.world_size,), ("replicate", "shard")
+        """Make the mesh: `(fsdp,)`, or `(replicate, fsdp)`.
+
+        By the name "fsdp" PEFT knows that a module computes with the whole weight, and gives adapters its whole shape.
+        """
+        shape, names = self.mesh_shape or (self.world_size,), ("replicate", "fsdp")
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names[-len(shape) :])
 
     @property
@@ -239,19 +250,16 @@ class Fsdp2(Fsdp):
         _reshard(model)
         return super().shards(model, layers)
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Gather the trainable parameters, one at a time whole on the device."""
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
+        """Gather the parameters, one at a time whole on the device."""
         _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
+        chosen = chosen_parameters(model, also)
         state: dict[nn.Parameter, torch.Tensor] = {}
         on_rank0 = dist.get_rank() == 0
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                whole = _whole(parameter.detach())
-                state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
-        if not on_rank0:
-            return {}
-        named = model.named_parameters(remove_duplicate=False)
-        return {clean(name): state[parameter] for name, parameter in named if parameter in state}
+        for parameter in dict.fromkeys(chosen.values()):
+            whole = _whole(parameter.detach())
+            state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
+        return {name: state[parameter] for name, parameter in chosen.items()} if on_rank0 else {}
 
     @contextmanager
     def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:

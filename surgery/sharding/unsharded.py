@@ -8,10 +8,9 @@ from torch import nn
 
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.errors import ConfigError
-from surgery.model.fqn import clean
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat
-from surgery.sharding.base import ShardStrategy, limit_of, register
+from surgery.sharding.base import ShardStrategy, chosen_parameters, limit_of, register
 
 __all__ = ["Unsharded", "copies"]
 
@@ -41,12 +40,11 @@ class Unsharded(ShardStrategy):
             broadcast_from_rank0(trainable, device=self.device)
         return model
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, whose parameters are those of all ranks, or its own."""
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}
-        named = model.named_parameters(remove_duplicate=False)
-        return copies({clean(name): parameter for name, parameter in named if parameter.requires_grad})
+        return copies(chosen_parameters(model, also))
 
     def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
         """Clip by the norm of this rank's gradients, which are all there are; returns it."""

@@ -60,8 +60,8 @@ class ColumnsEverywhere(Unsharded):
             if parameter.grad is not None:
                 _add_up(parameter.grad, model.columns, self.world_size)
 
-    def trainable_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        state = super().trainable_state(model)
+    def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
+        state = super().trainable_state(model, also)
         return {name.removeprefix("module."): value for name, value in state.items()} if dist.get_rank() == 0 else {}
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
