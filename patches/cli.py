@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Final
@@ -49,6 +50,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",  # joins the lines of a paragraph, for terminals of any width
     help="Reversible patches for libraries that you cannot change.\n\n"
     "Start with `patches list`, read one with `patches show ID`, and ask with `patches check` which of them "
@@ -126,9 +128,7 @@ _Foreign = Annotated[
     list[str] | None,
     typer.Option("--foreign", metavar="PACKAGE", help="Show what others have patched in this package. Repeatable."),
 ]
-_Disk = Annotated[
-    bool, typer.Option("--disk", metavar="", help="With --foreign: also compare the installed files with their RECORD.")
-]
+_Disk = Annotated[bool, typer.Option("--disk", metavar="", help="With --foreign: compare files with their RECORD too.")]
 _Package = Annotated[str, typer.Argument(metavar="PACKAGE", help="Where the patch goes, such as `my_project.patches`.")]
 _NewId = Annotated[str, typer.Option("--id", metavar="ID", help="`upstream.kebab-name`; the module is named after it.")]
 _Target = Annotated[str, typer.Option("--target", metavar="TARGET", help="`package.module:Class.attribute`.")]
@@ -136,6 +136,19 @@ _Reason = Annotated[str, typer.Option(metavar="TEXT", help="The defect, in a sen
 _Upstream = Annotated[str, typer.Option(metavar="URL", help="The report, or the source that shows the defect.")]
 _Root = Annotated[Path, typer.Option(metavar="DIR", help="What packages are found in: the project, or its `src`.")]
 _Tests = Annotated[Path, typer.Option(metavar="DIR", help="Where the tests go, below the root unless absolute.")]
+
+
+def _say_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"patches {version('model-surgery-patches')}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", metavar="", callback=_say_version, is_eager=True, help="Show it.")]
+
+
+@app.callback()
+def _root(_: _Version = False) -> None: ...
 
 
 @app.command("list")

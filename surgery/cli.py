@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec
+from importlib.metadata import version
+from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperCommand
 
 from model_surgery_patches import PatchError
 from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
 from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
-from surgery.finetune.command import EPILOG as FINETUNE_EPILOG
-from surgery.finetune.command import finetune
+from surgery.finetune.command import SETTINGS, dpo, finetune
+from surgery.generate.command import EPILOG as GENERATE_EPILOG
+from surgery.generate.command import generate
 from surgery.planning.command import EPILOG as PLAN_EPILOG
 from surgery.planning.command import plan
 from surgery.run import EPILOG as RUN_EPILOG
@@ -31,6 +37,9 @@ REFUSED = 2
 INTERRUPTED = 130
 TERMINATED = 143
 
+#: Names of options as TRL and transformers give them, with `_` or `-` in them, as there.
+SPELLING: dict[str, Any] = {"token_normalize_func": lambda name: name.replace("_", "-")}
+
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -38,15 +47,40 @@ app = typer.Typer(
     help="Build, quantize, adapt and shard models one layer at a time.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _say_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"surgery {version('model-surgery')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Build, quantize, adapt and shard models one layer at a time."""
-    # A Typer app with a single command and no callback would take that command's place.
+
+
+class _Command(TyperCommand):
+    """A command whose help is plain text, in panels: the tables of rich cut long names of options off."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            title = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            if record is not None:
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or title, []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
 class TerminatedError(KeyboardInterrupt):
@@ -112,13 +146,41 @@ def _say(message: str) -> None:
     typer.echo(text, err=True)
 
 
-app.command(name="doctor", epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
-app.command(name="finetune", epilog=FINETUNE_EPILOG)(reports_errors(finetune))
-app.command(name="plan", epilog=PLAN_EPILOG)(reports_errors(plan))
-app.command(name="run", epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
-app.command(name="trace", epilog=TRACE_EPILOG)(reports_errors(trace))
+app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
+app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
+app.command(name="doctor", cls=_Command, epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
+app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG, context_settings=SPELLING)(reports_errors(generate))
+app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG, context_settings=SPELLING)(reports_errors(plan))
+app.command(name="run", cls=_Command, epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
+app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))
+
+
+#: Libraries whose remarks are for those who call them, in their code: here nobody does but this command.
+LIBRARIES = r"(accelerate|bitsandbytes|datasets|huggingface_hub|peft|torch|torchao|transformers|trl)(\.|$)"
+
+#: Switches of libraries for what they log, and for their bars.
+QUIET = {
+    **dict.fromkeys(("DATASETS_VERBOSITY", "HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"), "error"),
+    **dict.fromkeys(("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"),
+}
+
+
+def _quiet_libraries() -> None:
+    """Let libraries speak once: on rank 0, and not of their own deprecations. Options that are given to them count."""
+    # It misses a package for the layout into which it repacks weights on such a CPU, which ours never are.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    is_first = os.environ.get("RANK", "0") == "0"
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning if is_first else Warning, module=LIBRARIES)
+    if is_first:
+        return
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] not in (["doctor"], ["run"]):  # where somebody's script speaks, unchanged
+        _quiet_libraries()
     app()

@@ -36,7 +36,7 @@ ExitCode: TypeAlias = "int | str | None"
 SCRIPT = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 Two ranks, each of which reads, quantizes and keeps its own part of the model:
 
@@ -52,7 +52,7 @@ Without a GPU, where accelerate would take FSDP for DDP:
 
   torchrun --nproc-per-node 2 -m surgery run --apply accelerate.fsdp-on-cpu sft.py --use_cpu
 
-[bold]Exit codes[/bold]: those of the script; 2 refused, before it began.
+Exit codes: those of the script; 2 refused, before it began.
 """
 
 Apply: TypeAlias = Annotated[

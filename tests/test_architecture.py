@@ -36,6 +36,7 @@ ROOMS = (
     "run",
     "doctor",
     "finetune",
+    "generate",
     "cli",
     "__main__",
 )

@@ -91,28 +91,3 @@ def test_every_loader_says_that_no_code_is_to_be_run() -> None:
     for file, call in calls:
         said = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert said.get("trust_remote_code") == "False", f"{file}:{call.lineno}"
-
-
-def test_a_chat_template_is_kept_in_its_sandbox() -> None:
-    from surgery.errors import DataError
-    from surgery.finetune.encode import encode_records
-    from surgery.finetune.records import Conversation, Location, Message
-
-    turns = (Message(role="user", content="hi"), Message(role="assistant", content="hello"))
-    record = Conversation(messages=turns, at=Location(path=Path("data.jsonl"), line=1))
-    tokenizer = tiny_tokenizer(chat_template="{{ messages.__class__.__mro__[1].__subclasses__() }}")
-    with pytest.raises(DataError, match=r"data\.jsonl:1: the chat template refuses these messages: .*unsafe"):
-        list(encode_records([record], tokenizer, max_length=64))
-
-
-def test_the_same_tokenizer_without_code_of_its_own_is_loaded(folder: Path) -> None:
-    """A class that transformers has is taken, whatever the file beside it says."""
-    from surgery.checkpoint import Checkpoint
-    from surgery.finetune.dataset import load_tokenizer
-
-    bring_code(folder)
-    file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
-    tokenizer = load_tokenizer(Checkpoint.open(folder))
-    assert type(tokenizer).__module__.startswith("transformers.")
-    assert len(tokenizer) == VOCABULARY

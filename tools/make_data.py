@@ -100,7 +100,9 @@ def record(passage: Passage) -> Record:
     """Make a record of a question about `passage`, with its text as the answer."""
     continued = f" (continued, part {passage.part})" if passage.part > 1 else ""
     question = f"What does the Python documentation say about: {passage.heading}?{continued}"
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": passage.text}]}
+    # Not indented: a tokenizer would join the first spaces with the line break that ends the prompt.
+    answer = passage.text.strip()
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def split(found: Iterable[Passage]) -> tuple[list[Passage], list[Passage]]:

@@ -26,7 +26,7 @@ __all__ = ["EPILOG", "doctor"]
 WOULD_GO_WRONG = 1
 
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 The versions and patches of this environment, and the FSDP settings that it has:
 
@@ -44,7 +44,7 @@ Run it, and see which patches acted, and the memory of its first step:
 
   torchrun --nproc-per-node 2 -m surgery doctor sft.py --load_in_4bit --fsdp
 
-[bold]Exit codes[/bold]: 0 healthy; 1 something would go wrong, or the script has failed; 2 refused.
+Exit codes: 0 healthy; 1 something would go wrong, or the script has failed; 2 refused.
 """
 
 

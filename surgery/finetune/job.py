@@ -1,276 +1,466 @@
-"""Run a job: check everything, build the model, train it, save the adapter, and undo every patch."""
+"""Run a job: check everything, bind the model, let TRL train it, save the adapter, and undo every patch."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import torch.distributed as dist
+import transformers
 from rich.console import Console
-from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
+from trl.chat_template_utils import get_training_chat_template
 
 import model_surgery_patches as patches
-from surgery import plan as memory_plan
-from surgery import qlora, release, reserve, save_adapter, trace
+import surgery
+from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
-from surgery.checkpoint import Checkpoint
 from surgery.comm.collectives import gather_objects
-from surgery.comm.comparison import Facts, facts_of, same_on_every_rank
-from surgery.comm.failures import everyone
-from surgery.config import precision
+from surgery.comm.comparison import facts_of, same_on_every_rank
+from surgery.comm.environment import launched_rank, launched_world_size
+from surgery.comm.failures import collective, everyone
+from surgery.comm.heartbeat import beating, wait_for_the_others
+from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.errors import ConfigError
-from surgery.finetune.dataset import Plan, make_plan, read_data
-from surgery.finetune.loop import Session, Tracker, Trainer, TrainingResult, build_optimizer
-from surgery.finetune.options import Job
-from surgery.finetune.summary import (
-    Attested,
-    Attestor,
-    Summary,
-    card_sections,
-    patch_rows,
-    write_summary,
-)
-from surgery.finetune.trackers import ProgressTracker, close_with, open_trackers
-from surgery.finetune.world import World, join_world
-from surgery.model.checkpointing import checkpoint_activations
+from surgery.finetune.callbacks import Attesting, Phases, Progress, say
+from surgery.finetune.data import Data, read_data
+from surgery.finetune.foresight import foresee
+from surgery.finetune.options import FLASH
+from surgery.finetune.parser import Request
+from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_rows, write_summary
 from surgery.model.consistency import source_facts
-from surgery.planning.training import Training
-from surgery.planning.verdict import predictions
-from surgery.sharding.base import ShardStrategy, strategy_for, strategy_of
-from surgery.telemetry.report import Report, anonymous_memory
+from surgery.planning.arguments import parse_mesh
+from surgery.planning.plan import MemoryPlan
+from surgery.planning.table import show
+from surgery.planning.verdict import check_fits, free_memory, predictions
+from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["run"]
+__all__ = ["run", "show_plan"]
 
 
-def run(job: Job, *, console: Console | None = None) -> Summary:
-    """Fine-tune as `job` says; to be called on all ranks alike.
+def run(request: Request, *, console: Console | None = None) -> Summary:
+    """Fine-tune as `request` says; to be called on all ranks alike.
 
-    Rank 0 shows progress on `console` (default: stdout), and keeps `job.output` from other jobs. Seeds torch's global
-    generator. On return, and on any exception, `KeyboardInterrupt` included, the patches that the job applied are
-    undone; the adapter in `job.output` is replaced only if training has finished.
+    Rank 0 shows progress on `console` (default: stdout), and keeps the output folder from other jobs. On return, and on
+    any exception, `KeyboardInterrupt` included, the patches that the job applied are undone; the adapter in the output
+    folder is replaced only if training has finished.
 
     Raises:
         DataError, ConfigError, CheckpointError: before any weight is read.
-        AdapterError: the adapter cannot be saved; what was in `job.output` is as it was.
-        PassError, PeerError: the model could not be built, here or on another rank.
+        AdapterError: the adapter cannot be saved; what was there is as it was.
+        PassError, PeerError: the model could not be filled, here or on another rank.
         TrainingError: the loss is not finite.
-        AttestationError: 4-bit weights are not what was quantized; nothing is saved unless that was found afterwards.
+        AttestationError: 4-bit weights are not what was quantized; nothing is saved.
     """
     console = console or Console()
     earlier = len(patches.audit(include_reverted=True))
+    is_guest = dist.is_initialized()
+    training = request.training(**_decided(request))
+    ranks = current_ranks(launched_world_size())
     with (
-        join_world(timeout=job.timeout) as world,
+        _together(ranks, is_guest=is_guest),
         # First of all: what is found out after training is found out too late.
-        reserve(job.output, overwrite=job.overwrite, device=world.device),
+        reserve(request.output, overwrite=request.options.overwrite or _may_resume(request), device=training.device),
     ):
-        checkpoint, plan = _prepare(job, world)
-        untraced = nullcontext(Report(show_progress=world.is_main, device=world.device))
-        with untraced if job.trace is None else trace(job.trace, device=world.device) as report:
-            with _trackers(job, plan, world, console) as trackers:
-                training, attested = _train(job, checkpoint, plan, world=world, trackers=trackers, report=report)
-            summary = Summary(
-                config=job,
-                device=str(world.device),
-                world_size=world.size,
-                sharding=_strategy(job, world).label if world.size > 1 else None,
-                placement=_strategy(job, world).placement,
-                samples={
-                    "train": len(plan.dataset.train),
-                    "evaluation": len(plan.dataset.evaluation),
-                    "cut": plan.dataset.cut,
-                    "dropped": plan.dataset.dropped,
-                },
-                training=training,
-                memory=tuple(gather_objects(report.as_dict())),
-                read_once_per_node=report.read_once_per_node,
-                ignored=report.ignored,
-                initialized=report.initialized,
-                misread=report.misread,
-                patches=patch_rows(since=earlier),
-                versions=versions(),
-                attestation=attested,
-            )
-            if world.is_main:
-                write_summary(summary, job.output / "summary.json")
-    if world.is_main:
-        _say(console, summary.text())
-        _say(console, f"Adapter and summary: {job.output}")
-        if job.trace is not None:
-            _say(console, f"Trace: {job.trace / PAGE}")
+        job = _prepare(request, training, ranks, console if ranks.rank == 0 else None)
+        untraced = nullcontext(Report(show_progress=ranks.rank == 0, device=training.device))
+        folder = request.options.trace
+        with untraced if folder is None else trace(folder, device=training.device) as report:
+            summary = job.run(report)
+        summary = replace(summary, patches=patch_rows(since=earlier))
+        if job.console is not None:
+            write_summary(summary, request.output / "summary.json")
+            say(job.console, f"\n{summary.text()}")
+            if folder is not None:
+                say(job.console, f"Trace: {Path(folder) / PAGE}")
     return summary
 
 
-def _prepare(job: Job, world: World) -> tuple[Checkpoint, Plan]:
-    """The open checkpoint and the plan; if one rank cannot have them, or has others, all raise."""
-    # What decides how ranks work together; what decides of the model is compared when it is built.
-    options: dict[str, Facts] = {
-        "training options": facts_of(job.training),
-        "precision": {"name": job.precision},
-        "attestation": {"asked for": str(job.attest)},
-        "checkpoint": source_facts(job.model),
-    }
-    same_on_every_rank(world.ranks, "options", options, device=world.device)
-    with everyone(world.ranks, device=world.device):
-        _check_world(job, world)
-        if job.trace is not None:
-            start_afresh(job.trace, rank=world.rank, world_size=world.size)
-        # Before the checkpoint, which may have to be downloaded, and the tokenizer, which takes seconds.
-        records = read_data(job.data)
-    with everyone(world.ranks, device=world.device):
-        # Collective for a hub id, and then it fails on all ranks or on none, so that they meet here all the same.
-        checkpoint = Checkpoint.open(job.model, revision=job.revision)
-        plan = make_plan(job, *records, checkpoint, world=world.size)
-    # Each rank takes its part of the samples, and counts the tokens of a step, from the whole by itself.
-    data = {"digest of all tokens": plan.dataset.digest(), "padding": str(plan.pad)}
-    same_on_every_rank(world.ranks, "data", {"data": data}, device=world.device)
-    return checkpoint, plan
+def show_plan(request: Request) -> None:
+    """Print the memory plan of the job, for as many ranks as the launcher has started; no process group is made."""
+    world, is_gpu = _world_size(), torch.cuda.is_available() and not request.values["use_cpu"]
+    decided = _decided(request)
+    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get(
+        "activation_checkpointing"
+    )
+    made = foresee(request, world_size=world, device="cuda" if is_gpu else "cpu", checkpointing=bool(checkpointing))
+    if made is None:
+        raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
+    if not launched_rank():
+        memory = torch.cuda.mem_get_info()[1] if is_gpu else None
+        show(made, request.name, memory)
 
 
-def _check_world(job: Job, world: World) -> None:
-    if world.size == 1 and job.shard != type(job.shard)():
-        raise ConfigError(
-            f"expected more than one rank for {job.shard}, found a single process; start it with "
-            "torchrun --nproc-per-node N -m surgery finetune ..., or leave out the options of sharding"
-        )
-    if world.size == 1 or not job.lora.dora:
-        return
-    if not getattr(job.shard, "use_orig_params", True):
-        raise ConfigError(
-            "DoRA reads the base weight while the adapter runs, but with flat parameters adapters are FSDP1 units of "
-            "their own and the base weight is already freed: add --use-orig-params, or leave out --dora"
-        )
-    if _strategy(job, world).partition.grid.shards > 1:
-        raise ConfigError(
-            "DoRA computes its magnitudes from whole base weights, which ranks do not have with --low-memory: add "
-            "--no-low-memory, or leave out --dora"
-        )
+def _world_size() -> int:
+    return launched_world_size() or 1
 
 
-def _strategy(job: Job, world: World) -> ShardStrategy:
-    """The sharding of the model; in one process none. Mixed precision defaults to the precision policy."""
-    if world.size == 1:
-        return strategy_for(None, device=world.device)
-    options = job.shard.in_precision(precision(job.precision))
-    return strategy_for(options, world_size=world.size, device=world.device, placement=job.placement)
+def _on_cpu(request: Request) -> bool:
+    asked = request.values["use_cpu"]
+    return not torch.accelerator.is_available() if asked is None else bool(asked)
 
 
 @contextmanager
-def _trackers(job: Job, plan: Plan, world: World, console: Console) -> Iterator[Sequence[Tracker]]:
-    """Open what rank 0 reports to; the others report to nobody, and leave if rank 0 cannot open what it needs."""
-    with ExitStack() as stack:
-        trackers: list[Tracker] = []
-        with everyone(world.ranks, device=world.device):
-            if world.is_main:
-                _announce(job, plan, world, console)
-                config = dataclasses.asdict(job)
-                trackers += open_trackers(
-                    metrics=job.metrics, loggers=job.loggers, output=job.output, config=config, stack=stack
-                )
-                progress = ProgressTracker(console, steps=plan.schedule.steps, memory=_memory_in_use(world.device))
-                trackers.append(close_with(stack, progress))
-        yield trackers
+def _patched(request: Request) -> Iterator[None]:
+    """A block in which accelerate shards on CPUs, where that is asked for, and every checkpoint has a whole adapter."""
+    ids = ["peft.adapter-keys-under-wrappers"]
+    if _on_cpu(request) and _is_sharded(request):
+        ids.append("accelerate.fsdp-on-cpu")
+    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory():
+        yield
 
 
-def _train(
-    job: Job, checkpoint: Checkpoint, plan: Plan, *, world: World, trackers: Sequence[Tracker], report: Report
-) -> tuple[TrainingResult, Attested | None]:
-    """Build the model, train it and save the adapter, with attestations if they were asked for.
+def _is_sharded(request: Request) -> bool:
+    return _world_size() > 1 and request.options.fsdp != "none"
 
-    The model's patches are undone, whatever happens.
-    """
-    torch.manual_seed(job.training.seed)
-    model = _build(job, checkpoint, world, report)
+
+def _decided(request: Request) -> dict[str, Any]:
+    """TRL's options that follow from ours and from this host; raises `ConfigError` for some that cannot be."""
+    values = request.values
+    if values["deepspeed"]:
+        raise ConfigError("--deepspeed shards in another way than this command does: leave it out")
+    if values["trust_remote_code"]:
+        raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
+    found: dict[str, Any] = {"use_cpu": _on_cpu(request), "disable_tqdm": values["disable_tqdm"] is not False}
+    found["resume_from_checkpoint"] = None  # which `train` is told
+    # A checkpoint knows what was before training.
+    found["eval_on_start"] = values["eval_on_start"] or (request.options.has_evaluation and not _may_resume(request))
+    if found["use_cpu"]:
+        found["dataloader_pin_memory"] = False
+    if not request.preferences:
+        attention = values["attn_implementation"] or ""
+        found["packing"] = attention.startswith(FLASH) if values["packing"] is None else values["packing"]
+        found["assistant_only_loss"] = bool(values["assistant_only_loss"])
+    return found | _sharding(request)
+
+
+def _sharding(request: Request) -> dict[str, Any]:
+    """TRL's options of sharding and of recomputed activations."""
+    values, world, mesh = request.values, _world_size(), parse_mesh(request.options.mesh)
+    if mesh is not None and mesh[0] * mesh[1] != world:
+        raise ConfigError(f"expected --mesh of {world} ranks in all, found {request.options.mesh}")
+    asked = values["activation_checkpointing"]
+    checkpointing = values["gradient_checkpointing"] if asked is None else asked
+    if not _is_sharded(request):
+        return {"fsdp": None, "activation_checkpointing": checkpointing}
+    if _on_cpu(request) and request.options.fsdp == "1":
+        raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
+    config = _fsdp_config(request)
+    # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
+    is_fsdps = checkpointing and not _drops_out(request) and config.setdefault("activation_checkpointing", True)
+    found = {"fsdp": True, "fsdp_config": config, "activation_checkpointing": checkpointing and not is_fsdps}
+    if mesh is not None:
+        from accelerate.parallelism_config import ParallelismConfig
+
+        found["parallelism_config"] = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
+    return found
+
+
+def _drops_out(request: Request) -> bool:
+    """Whether anything in the model or its adapters drops out; a configuration that cannot be read is refused later."""
+    from transformers import AutoConfig
+
+    if request.model.lora_dropout:
+        return True
     try:
-        # Adapters begin alike on every rank, but each drops out its own.
-        torch.manual_seed(job.training.seed + world.rank)
-        attestor = Attestor(model=model, enabled=job.attest, report=report)
-        session = Session(
-            trainer=_trainer(job, model, plan, world),
-            plan=plan,
-            options=job.training,
-            rank=world.rank,
-            world=world.size,
-            trackers=trackers,
-            watch=attestor.in_forward,
-        )
-        attestor.at_rest("start")
-        with report.phase("train", group="train"):
-            training = session.run()
-        attestor.at_rest("end")
-        with report.phase("save", group="save"):
-            save_adapter(model, job.output, training=card_sections(job, plan, training, world.size))
-        attestor.at_rest("saved")
-    finally:
-        release(model)
-    return training, attestor.result()
+        name, revision = request.name, request.model.model_revision
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError):
+        return True
+    values = config.to_dict() | config.get_text_config().to_dict()
+    return any(value for name, value in values.items() if name.endswith(("dropout", "pdrop", "dropout_rate")))
 
 
-def _build(job: Job, checkpoint: Checkpoint, world: World, report: Report) -> nn.Module:
-    """The model; if there is a trace, the peak that the plan expects of a training step is in it."""
-    policy = precision(job.precision)
-    strategy = _strategy(job, world)
-    recipe: dict[str, Any] = {
-        "quant": job.quant,
-        "lora": job.lora.config(),
-        "placement": strategy.placement,
-        "shard": strategy.options,
-        "dtype": policy.dtype,
-        "compute_dtype": policy.compute_dtype,
+def _fsdp_config(request: Request) -> dict[str, Any]:
+    """What was asked for as `fsdp_config`, as JSON or a file of it, over what low-memory loading wants."""
+    given = request.values["fsdp_config"] or {}
+    try:
+        if isinstance(given, str):
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--fsdp-config: expected a JSON object, or a file of one: {error}") from error
+    wanted = {
+        "version": int(request.options.fsdp),
+        "cpu_ram_efficient_loading": "true",
+        "state_dict_type": "FULL_STATE_DICT",
     }
-    if job.trace is not None:
-        training = Training(
-            batch=job.training.batch_size,
-            seq=job.data.max_length,
-            optimizer=job.training.optimizer,
-            checkpointing=job.training.activation_checkpointing != "none",
+    return {**wanted, **{name.removeprefix("fsdp_"): value for name, value in given.items()}}
+
+
+def _resume_from(request: Request) -> str | None:
+    """The folder of the checkpoint to go on from, or None."""
+    asked = request.values["resume_from_checkpoint"]
+    if not _may_resume(request):
+        return None
+    found = asked if asked != "true" else get_last_checkpoint(request.output) if request.output.is_dir() else None
+    if found is None or not (Path(found) / "trainer_state.json").is_file():
+        raise ConfigError(
+            f"expected a checkpoint in {request.output if found is None else found} to resume from, found none; leave "
+            "out --resume-from-checkpoint to begin anew"
         )
-        device = world.device.type
-        expected = memory_plan(checkpoint, world_size=world.size, device=device, training=training, **recipe)
-        peaks = predictions(expected, world.rank)["train"]
-        report.predict("train", host=peaks[0], device=peaks[1])
-    return qlora(checkpoint, device=world.device, report=report, **recipe)
+    return str(found)
 
 
-def _trainer(job: Job, model: nn.Module, plan: Plan, world: World) -> Trainer:
-    options, policy = job.training, precision(job.precision)
-    if options.activation_checkpointing != "none":
-        reentrant = options.activation_checkpointing == "reentrant"
-        checkpoint_activations(model, reentrant=reentrant, offload=options.activation_offload)
-    strategy = strategy_of(model, world.device)
-    return Trainer(
-        model=model,
-        optimizer=build_optimizer(model, options.optimizer, lr=options.lr, weight_decay=options.weight_decay),
-        strategy=strategy,
-        schedule=plan.schedule,
-        scaler=strategy.grad_scaler(enabled=policy.grad_scaler),
-        device=world.device,
-        autocast=policy.autocast,
-        max_norm=options.clip,
+def _may_resume(request: Request) -> bool:
+    return request.values["resume_from_checkpoint"] not in (None, "false")
+
+
+@contextmanager
+def _together(ranks: Ranks, *, is_guest: bool) -> Iterator[None]:
+    """A block that ranks leave without hanging when one has failed; then the process group is left, unless a guest's.
+
+    It is aborted if the block raises, since peers may wait in a collective that this rank will never join.
+    """
+    try:
+        with beating(ranks), collective(ranks):
+            yield
+    except BaseException:
+        if not is_guest and ranks.world_size > 1:
+            _abort()
+            if ranks.rank == store_holder(ranks.store):
+                wait_for_the_others(ranks)
+        raise
+    if not is_guest and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _abort() -> None:
+    # Destroying an NCCL group waits for the kernels in flight, and those wait for a rank that is gone.
+    if torch.cuda.is_available():
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | None) -> _Job:
+    """Everything but the model; if one rank cannot have it, or has other options or data, all raise."""
+    device = training.device
+    facts = {"options": facts_of(request.values), "checkpoint": source_facts(request.name)}
+    same_on_every_rank(ranks, "options", facts, device=device)
+    _quieten(is_main=ranks.rank == 0)
+    with everyone(ranks, device=device):
+        if request.options.trace is not None:
+            start_afresh(Path(request.options.trace), rank=ranks.rank, world_size=ranks.world_size)
+        resume = _resume_from(request)
+        _refuse_stale(request, resume)
+        # Before the tokenizer and the configuration, which may have to be downloaded.
+        data = read_data(
+            request.options,
+            preferences=request.preferences,
+            seed=training.seed,
+            text=request.values.get("dataset_text_field", "text"),
+        )
+        planned = _planned(request, training, ranks)
+        tokenizer = _tokenizer(request)
+    same_on_every_rank(ranks, "data", {"data": data.facts()}, device=device)
+    if planned is not None and device.type == "cuda":
+        check_fits(planned, min(gather_objects(free_memory(device))))
+    return _Job(request, training, ranks, data, tokenizer, resume, planned, console)
+
+
+def _planned(request: Request, training: Any, ranks: Ranks) -> MemoryPlan | None:
+    if request.options.plan == "off":
+        return None
+    checkpointing = bool(
+        training.gradient_checkpointing or (training.fsdp_config or {}).get("activation_checkpointing")
     )
+    kind = "cuda" if training.device.type == "cuda" else "cpu"
+    return foresee(request, world_size=ranks.world_size, device=kind, checkpointing=checkpointing)
 
 
-def _announce(job: Job, plan: Plan, world: World, console: Console) -> None:
-    data = plan.dataset
-    _say(
-        console,
-        f"{len(data.train)} samples to train on, {len(data.evaluation)} to evaluate on; "
-        f"{plan.schedule.steps} steps of {plan.batch} samples on {world.size} rank(s), {world.device.type}",
-    )
-    if data.cut:
-        _say(console, f"Warning: {data.cut} samples are cut off: they are longer than {job.data.max_length} tokens")
-    if data.dropped:
-        _say(console, f"Warning: {data.dropped} samples are left out: nothing to learn remains of them")
+def _refuse_stale(request: Request, resume: str | None) -> None:
+    """Raise `ConfigError` if checkpoints of an earlier run would be taken for those of this one."""
+    stale = sorted(each.name for each in request.output.glob("checkpoint-*"))
+    if stale and resume is None and not request.options.overwrite:
+        raise ConfigError(
+            f"{request.output} has checkpoints of an earlier run ({', '.join(stale[:3])}): add "
+            "--resume-from-checkpoint to go on from the newest, --overwrite to remove them, or choose another output"
+        )
 
 
-def _say(console: Console, text: str) -> None:
-    """Print as it is: no markup in paths and names, no line breaks of our own."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _tokenizer(request: Request) -> Any:
+    """The tokenizer of the model; raises `ConfigError` if it has none, or one that is code of its own."""
+    name = request.name
+    try:
+        # Left unsaid, transformers asks at the terminal whether to run the checkpoint's own code.
+        return AutoTokenizer.from_pretrained(name, revision=request.model.model_revision, trust_remote_code=False)
+    # What a missing or broken tokenizer raises depends on its class: OSError, ValueError, ImportError ...
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the tokenizer of {name} is code that the checkpoint brings along, which is not run; use a checkpoint "
+                "with a tokenizer that transformers has, or save this one as a tokenizer.json"
+            ) from None
+        raise ConfigError(
+            f"{name} has no tokenizer that transformers can load ({type(error).__name__}: {error}); put tokenizer.json "
+            "and tokenizer_config.json beside the weights"
+        ) from error
 
 
-def _memory_in_use(device: torch.device) -> Callable[[], int]:
-    """A function that gives the bytes in use: of the GPU, or of anonymous memory without one."""
-    return partial(torch.cuda.memory_allocated, device) if device.type == "cuda" else anonymous_memory
+def _quieten(*, is_main: bool) -> None:
+    """Leave progress bars to rank 0 and to terminals, and notices of libraries to rank 0."""
+    if not is_main or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    if not is_main:
+        transformers.utils.logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What was prepared. resume: the folder of a checkpoint. console: rank 0's."""
+
+    request: Request
+    training: Any
+    ranks: Ranks
+    data: Data
+    tokenizer: Any
+    resume: str | None
+    planned: MemoryPlan | None
+    console: Console | None
+
+    def run(self, report: Report) -> Summary:
+        """Build, train and save; the patches of the model are undone, whatever happens. The summary lacks them."""
+        phases, attesting = Phases(report), Attesting() if self.request.options.attest else None
+        phases.begin("bind")
+        if self.planned is not None:
+            host, on_device = predictions(self.planned, self.ranks.rank)["train"]
+            report.predict("train", host=host, device=on_device)
+        with _patched(self.request):
+            model = trained = self._model()
+            try:
+                trainer = self._trainer(model, phases, attesting)
+                trained = trainer.model
+                start = time.monotonic()
+                trainer.train(resume_from_checkpoint=self.resume)
+                seconds = time.monotonic() - start
+                if self.data.evaluation is not None and not _is_evaluated(trainer):
+                    phases.begin("evaluate")
+                    trainer.evaluate()
+                if attesting is not None:
+                    attesting.at_rest("end", trainer.model)
+                phases.begin("save")
+                summary = self._summary(trainer, attesting, seconds)
+                save_adapter(trainer.model, self.request.output, training=card_sections(summary, self.data.facts()))
+                if self.training.push_to_hub:
+                    trainer.push_to_hub()
+            finally:
+                phases.end()
+                release(trained)
+        return replace(summary, memory=tuple(gather_objects(report.as_dict())))
+
+    def _model(self) -> Any:
+        request, further = self.request, dict(self.training.model_init_kwargs or {})
+        self.training.model_init_kwargs = None  # TRL warns where it is not the one who uses them
+        wanted = {
+            "revision": request.model.model_revision,
+            "dtype": request.model.dtype,
+            "attn_implementation": request.model.attn_implementation,
+            "quantization_config": get_quantization_config(request.model),
+        }
+        name = _absolute(request.name)
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
+
+    def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
+        """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""
+        self._announce()
+        if self.resume is None and self.console is not None:
+            for stale in self.request.output.glob("checkpoint-*"):
+                shutil.rmtree(stale)
+        kind = DPOTrainer if self.request.preferences else SFTTrainer
+        train, evaluation = self._samples()
+        phases.begin("prepare")
+        try:
+            trainer = kind(
+                model=model,
+                args=self.training,
+                train_dataset=train,
+                eval_dataset=evaluation,
+                processing_class=self.tokenizer,
+                peft_config=get_peft_config(self.request.model),
+                callbacks=[phases, Progress(self.console), *([attesting] if attesting is not None else [])],
+            )
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _samples(self) -> tuple[Any, Any]:
+        """The data as TRL takes it, with the loss on what the assistant says alone, where that can be told."""
+        data = self.data
+        if data.shape != ("messages",) or self.request.values.get("assistant_only_loss") is not None:
+            return data.train, data.evaluation
+        try:
+            get_training_chat_template(self.tokenizer)
+        except ValueError:
+            if data.is_one_turn:
+                return data.as_completions()
+            self._say("Every turn is learnt: TRL does not know this chat template, which marks no assistant turns")
+        else:
+            self.training.assistant_only_loss = True
+        return data.train, data.evaluation
+
+    def _announce(self) -> None:
+        counts, training = self.data.counts(), self.training
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.ranks.world_size
+        self._say(
+            f"{counts['train'] or 'streamed'} samples to train on, {counts['evaluation']} to evaluate on; {batch} "
+            f"samples a step on {self.ranks.world_size} rank(s), {training.device.type}"
+        )
+        if self.data.unused:
+            self._say(f"Not read: {', '.join(self.data.unused)}")
+        if self.resume is not None:
+            self._say(f"Going on from {self.resume}")
+
+    def _say(self, text: str) -> None:
+        if self.console is not None:
+            say(self.console, text)
+
+    def _summary(self, trainer: Any, attesting: Attesting | None, seconds: float) -> Summary:
+        """The summary so far, without memory and patches."""
+        history: list[Mapping[str, Any]] = trainer.state.log_history
+        return Summary(
+            config=self.request.values,
+            device=str(self.training.device),
+            world_size=self.ranks.world_size,
+            sharding=self._sharding(),
+            samples=self.data.counts(),
+            steps=trainer.state.global_step,
+            resumed_after=int(Path(self.resume).name.rpartition("-")[2]) if self.resume else 0,
+            seconds=seconds,
+            losses={each["step"]: each["loss"] for each in history if "loss" in each},
+            evaluations=[
+                Evaluation(step=each["step"], loss=each["eval_loss"]) for each in history if "eval_loss" in each
+            ],
+            memory=(),
+            patches=(),
+            versions=versions(),
+            attestation=None if attesting is None else attesting.result(),
+        )
+
+    def _sharding(self) -> str | None:
+        if self.ranks.world_size == 1:
+            return None
+        return "DDP" if self.request.options.fsdp == "none" else f"FSDP{self.request.options.fsdp}"
+
+
+def _absolute(name: str) -> str:
+    """A folder by its absolute path, since adapters name it; a hub id as it is."""
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
+def _is_evaluated(trainer: Any) -> bool:
+    step = trainer.state.global_step
+    return any("eval_loss" in each and each["step"] == step for each in trainer.state.log_history)

@@ -1,165 +1,55 @@
-"""Records of a run: attestations, the model card, and the summary that is gathered from all ranks."""
+"""Records of a run: the summary that is gathered from all ranks, the model card, and the command to go on with."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
-
-from torch import nn
+from typing import Any, TypeAlias
 
 import model_surgery_patches as patches
-from surgery import attest, attesting
-from surgery.attestation.differences import Attestation
 from surgery.errors import AdapterError
-from surgery.finetune.dataset import Plan
-from surgery.finetune.loop import TrainingResult
-from surgery.finetune.options import Job
+from surgery.finetune.callbacks import Attested
 from surgery.telemetry.atomic import write_whole
-from surgery.telemetry.report import Report
 
-__all__ = ["Attested", "Attestor", "Check", "Phases", "Summary", "card_sections", "patch_rows", "write_summary"]
-
-#: Layers whose weights are compared in each watched forward, others each time; all are compared at rest.
-SAMPLE = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One attestation. when: `start`, `step N`, `end`, `saved`. where: `at rest` or `in forward`, of so many layers."""
-
-    when: str
-    where: str
-    layers: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attested:
-    """Attestations of a job; the digest is of all 4-bit layers as quantized, the same on any number of ranks."""
-
-    digest: str
-    checks: tuple[Check, ...]
-
-    def text(self) -> str:
-        """One line."""
-        layers = max(check.layers for check in self.checks)
-        forward = sum(check.where == "in forward" for check in self.checks)
-        at_rest = ", ".join(check.when for check in self.checks if check.where == "at rest")
-        return (
-            f"Attestation: {layers} layers are what was quantized, at rest ({at_rest}) and in forward "
-            f"({forward} times, samples); digest {self.digest}"
-        )
-
-
-@dataclass(kw_only=True, eq=False)
-class Attestor:
-    """Attests `model` when it is told to, unless it is not `enabled`. Collective; raises `AttestationError`."""
-
-    model: nn.Module
-    enabled: bool
-    report: Report
-    _digest: str = field(default="", init=False)
-    _checks: list[Check] = field(default_factory=list, init=False)
-
-    def at_rest(self, when: str) -> None:
-        """Compare all shards and quant_states."""
-        if not self.enabled:
-            return
-        with self.report.phase(f"attest-{when}", group="attest"):
-            attestation = attest(self.model)
-        self._digest = attestation.digest
-        self._note(when, attestation)
-
-    @contextmanager
-    def in_forward(self, step: int) -> Iterator[None]:
-        """A block in which the model runs, after so many steps: compare the weights of a sample of layers."""
-        if not self.enabled:
-            yield
-            return
-        with attesting(self.model, SAMPLE, seed=step) as watch:
-            yield
-        assert watch.attestation is not None
-        self._note(f"step {step}", watch.attestation)
-
-    def result(self) -> Attested | None:
-        """Attestations so far; None if they are not enabled."""
-        return Attested(digest=self._digest, checks=tuple(self._checks)) if self.enabled else None
-
-    def _note(self, when: str, found: Attestation) -> None:
-        check = Check(when=when, where=found.where, layers=len(found.layers), seconds=round(found.seconds, 4))
-        self._checks.append(check)
-
-
-def card_sections(job: Job, plan: Plan, training: TrainingResult, world_size: int) -> dict[str, Mapping[str, object]]:
-    """Rows by title of a section. Files are named without their folders, which are nobody else's business."""
-    data, evaluations = plan.dataset, training.evaluations
-    files = {"file": job.data.train.name, "evaluation file": job.data.evaluation and job.data.evaluation.name}
-    options = {"training": job.training, "quant": job.quant, "shard": job.shard if world_size > 1 else None}
-    settings = {
-        name: value for group, of in options.items() if of is not None for name, value in _option_rows(group, of)
-    }
-    return {
-        "Data": {
-            **files,
-            "training samples": len(data.train),
-            "evaluation samples": len(data.evaluation),
-            "max_length": job.data.max_length,
-            "SHA-256 of all tokens": data.digest(),
-        },
-        "Settings": {
-            "ranks": world_size,
-            "precision": job.precision,
-            "global batch": plan.batch,
-            "steps": plan.schedule.steps,
-            **settings,
-        },
-        "Losses": {
-            "first step": training.losses[0] if training.losses else None,
-            "last step": training.losses[-1] if training.losses else None,
-            "evaluation": [f"{each.loss:.4f} after step {each.step}" for each in evaluations] or None,
-        },
-    }
-
-
-def _option_rows(group: str, options: object) -> Iterator[tuple[str, object]]:
-    if dataclasses.is_dataclass(options):
-        yield from ((f"{group}.{field.name}", getattr(options, field.name)) for field in dataclasses.fields(options))
-
+__all__ = ["Evaluation", "Phases", "Summary", "card_sections", "patch_rows", "write_summary"]
 
 #: Phase -> seconds, and bytes of memory before and at the peak, of one rank.
 Phases: TypeAlias = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The mean token loss on the evaluation samples after so many steps; 0 is before training."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """A finished run; the same on every rank.
 
-    sharding: `FSDP1` or `FSDP2`; None in one process. placement: see `surgery.qlora`.
-    memory: phases of each rank, in the order of ranks.
-    read_once_per_node: checkpoint tensors that one rank of each node has read and converted; see `surgery.Report`.
-    ignored, initialized, misread: names of the checkpoint that were not used, of buffers that it lacks, and of weights
-        that this CPU dequantizes wrongly; see `surgery.Report`.
+    config: every option by its name. sharding: `FSDP1`, `FSDP2` or `DDP`; None in one process.
+    losses: as logged, by step. memory: phases of each rank, in the order of ranks.
     patches: one row for each time that a patch was applied, or skipped because the installed versions do not
         need it.
     """
 
-    config: Job
+    config: Mapping[str, Any]
     device: str
     world_size: int
     sharding: str | None
-    placement: str
-    samples: Mapping[str, int]
-    training: TrainingResult
+    samples: Mapping[str, int | None]
+    steps: int
+    resumed_after: int
+    seconds: float
+    losses: Mapping[int, float]
+    evaluations: Sequence[Evaluation]
     memory: tuple[Phases, ...]
-    read_once_per_node: Mapping[str, int]
-    ignored: Mapping[str, int]
-    initialized: Mapping[str, int]
-    misread: Mapping[str, int]
     patches: tuple[Mapping[str, str], ...]
     versions: Mapping[str, str]
     attestation: Attested | None = None
@@ -169,22 +59,34 @@ class Summary:
         """Ids of the patches that are still in force, in any way."""
         return tuple(row["id"] for row in self.patches if row["state"] not in ("reverted", "skipped"))
 
+    @property
+    def next_command(self) -> str:
+        """The command that shows what was trained."""
+        words = ["surgery", "generate", self.config["model_name_or_path"], "--adapter", self.config["output_dir"]]
+        return shlex.join([*words, "--prompt", "..."])
+
     def as_json(self) -> str:
-        """One object: the fields, with those of `training` beside them, and `patches_left`."""
-        fields = dataclasses.asdict(self)
-        training = fields.pop("training")
-        return json.dumps({**fields, **training, "patches_left": self.patches_left}, indent=2, default=str) + "\n"
+        """One object: the fields, `patches_left` and `next_command`."""
+        fields = {**dataclasses.asdict(self), "patches_left": self.patches_left, "next_command": self.next_command}
+        return json.dumps(fields, indent=2, default=str) + "\n"
 
     def text(self) -> str:
-        """Summary for people: evaluations, attestation, memory per rank, patches."""
+        """Summary for people: losses, attestation, memory per rank, patches, what to do next."""
         attestation = self.attestation.text() if self.attestation is not None else ""
-        return "\n\n".join(filter(None, (self._evaluations(), attestation, self._memory(), self._patches())))
+        parts = (self._losses(), attestation, self._memory(), self._patches(), self._next())
+        return "\n\n".join(filter(None, parts))
 
-    def _evaluations(self) -> str:
-        if not self.training.evaluations:
-            return ""
-        first, last = self.training.evaluations[0], self.training.evaluations[-1]
-        return f"Evaluation loss: {first.loss:.4f} before training, {last.loss:.4f} after step {last.step}"
+    def _losses(self) -> str:
+        resumed = f", resumed after step {self.resumed_after}" if self.resumed_after else ""
+        lines = [f"{self.steps} steps in {self.seconds:.0f} s on {self.world_size} rank(s){resumed}"]
+        losses = list(self.losses.values())
+        if losses:
+            lines.append(f"Training loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
+        if len(self.evaluations) > 1:
+            first, last = self.evaluations[0], self.evaluations[-1]
+            before = "before training" if not first.step else f"after step {first.step}"
+            lines.append(f"Evaluation loss: {first.loss:.4f} {before}, {last.loss:.4f} after step {last.step}")
+        return "\n".join(lines)
 
     def _memory(self) -> str:
         lines = ["Peak memory of each phase, MiB (host, anonymous; device)"]
@@ -194,18 +96,45 @@ class Summary:
         return "\n".join(lines)
 
     def _patches(self) -> str:
-        width = max((len(row["id"]) for row in self.patches), default=0)
-        rows = [
-            f"  {row['id']:<{width}}  {row['state']}, {row['verdict']}, on {row['scope']}: {row['target']}"
-            for row in self.patches
-        ]
+        ids = sorted({row["id"] for row in self.patches if row["state"] != "skipped"})
         left = ", ".join(self.patches_left)
-        return "\n".join(["Patches of this run", *rows, f"Patches still active: {left or 'none'}"])
+        return f"Patches of this run: {', '.join(ids) or 'none'}\nPatches still active: {left or 'none'}"
+
+    def _next(self) -> str:
+        return f"Adapter and summary: {self.config['output_dir']}\nTry it: {self.next_command}"
 
 
 def _mib(phase: Mapping[str, float]) -> str:
     host, device = phase["host_peak"] / 2**20, phase["device_peak"] / 2**20
     return f"{host:,.0f}; {device:,.0f}" if device else f"{host:,.0f}"
+
+
+#: Options of the model card's section on settings.
+_SETTINGS = (
+    "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "dtype", "bnb_4bit_quant_type",
+    "use_bnb_nested_quant", "bnb_4bit_quant_storage", "fsdp", "mesh", "packing", "beta", "loss_type",
+)  # fmt: skip
+
+
+def card_sections(summary: Summary, facts: Mapping[str, str]) -> dict[str, Mapping[str, object]]:
+    """Rows by title of a section. Files are named without their folders, which are nobody else's business."""
+    config, losses = summary.config, list(summary.losses.values())
+    names = [Path(each).name if Path(each).exists() else each for each in config["data"]]
+    return {
+        "Data": {"sources": names, **{f"{name} samples": count for name, count in summary.samples.items()}, **facts},
+        "Settings": {
+            "ranks": summary.world_size,
+            "sharding": summary.sharding,
+            "steps": summary.steps,
+            **{name: config[name] for name in _SETTINGS if config.get(name) is not None},
+        },
+        "Losses": {
+            "first step": losses[0] if losses else None,
+            "last step": losses[-1] if losses else None,
+            "evaluation": [f"{each.loss:.4f} after step {each.step}" for each in summary.evaluations] or None,
+        },
+    }
 
 
 def patch_rows(*, since: int = 0) -> tuple[dict[str, str], ...]:

@@ -10,6 +10,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.bound import bound_in
+from surgery.passes.lifetime import keep
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 
@@ -52,10 +53,10 @@ def _waits(model: nn.Module | None) -> bool:
 
 
 def carry(model: nn.Module) -> None:
-    """Keep the patches by which `model` is filled in force for it, until it is collected."""
+    """Keep the patches by which `model` is filled in force for it, until it is released or collected."""
     scoped = [patches.on(patch, _waits) for patch in CARRIED]
     why = f"a bound {type(model).__name__} waits to be prepared"
     with patches.transaction(*scoped, reason=why) as transaction:
-        patches.keep(transaction.receipts, model)
+        keep(model, transaction.receipts)
         transaction.commit()
-    patches.keep(patches.defer(*WHEN_IMPORTED, reason=why).receipts, model)  # which pass what is not bound
+    keep(model, patches.defer(*WHEN_IMPORTED, reason=why).receipts)  # which pass what is not bound

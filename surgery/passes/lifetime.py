@@ -21,12 +21,12 @@ __all__ = ["around", "as_context_manager", "is_waiting", "keep", "release", "sto
 #: Patches that a bound model has until it is filled.
 WAITING = ("peft.adapters-of-meta", "peft.no-merge-before-fill", "peft.no-unload-before-fill")
 
-_resident: weakref.WeakKeyDictionary[nn.Module, Callable[[], object]] = weakref.WeakKeyDictionary()
+_resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = weakref.WeakKeyDictionary()
 
 
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
-    _resident[model] = patches.keep(receipts, model)
+    _resident.setdefault(model, []).append(patches.keep(receipts, model))
 
 
 def around(model: nn.Module) -> Callable[[object], bool]:
@@ -44,10 +44,13 @@ def around(model: nn.Module) -> Callable[[object], bool]:
 
 
 def release(model: nn.Module) -> None:
-    """Undo the resident patches of `model`, which cannot run sharded 4-bit layers after that. Twice is harmless."""
-    undo = _resident.pop(model, None)
-    if undo is not None:
-        undo()  # of several threads, one does it
+    """Undo the resident patches of `model` and of models inside of it, such as that to which PEFT has added adapters.
+
+    It cannot be filled, or run sharded 4-bit layers, after that. Twice is harmless.
+    """
+    for module in model.modules():
+        for undo in _resident.pop(module, []):
+            undo()  # of several threads, one does it
 
 
 class _Releasing:

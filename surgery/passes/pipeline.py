@@ -60,7 +60,9 @@ class Pipeline:
     def _visit(self, ahead: Sequence[BatchPass], behind: Sequence[BatchPass]) -> None:
         report, waiting = self.loading.report, None
         with report.phase("+".join(step.name for step in (*ahead, *behind))):
-            for batch in report.track(self.loading.batches, describe=lambda batch: batch.fqn):
+            for batch in report.track(
+                self.loading.batches, names=lambda batch: [target.module_fqn for target in batch.targets]
+            ):
                 with _keeping_a_promise(behind, waiting):
                     self.loading.ranks.raise_peer_failure()
                     _run(ahead, batch)

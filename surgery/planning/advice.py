@@ -2,26 +2,96 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
+
+from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.passes.setting import Setting
 from surgery.planning.plan import MemoryPlan, make_plan
-from surgery.sharding.advice import Proposal, offloaded, on_ranks, shards_alone
+from surgery.planning.training import Training
+from surgery.sharding.advice import Proposal, offloaded, on_ranks, options_of, shards_alone
 
-__all__ = ["Advice", "advise", "advise_all"]
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["Advice", "advise", "advise_all", "command"]
 
 #: The most ranks that are tried.
 MOST_RANKS = 1024
 
+#: TRL's rank of adapters where none is given.
+USUAL_RANK = 16
+
+#: Fields of the training -> their names in TRL's configuration.
+OPTIONS = {"batch": "--per-device-train-batch-size", "seq": "--max-length"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Options, as a user types them, and the highest device peak of any rank with all of them, in bytes."""
+    """Options, as a user types them, and the plan with all of them."""
 
     options: tuple[str, ...]
-    device_peak: int
+    plan: MemoryPlan = field(repr=False)
+
+    @property
+    def device_peak(self) -> int:
+        """The highest device peak of any rank, in bytes."""
+        return self.plan.device_peak
+
+
+def command(plan: MemoryPlan, model: str) -> str:
+    """The command line that fine-tunes `model` as planned, once DATA is filled in; what is a default is left out."""
+    setting, ranks = plan.setting, plan.setting.world_size
+    launched = f"torchrun --nproc-per-node {ranks} -m surgery" if ranks > 1 else "surgery"
+    options = [*_trained(plan.training), *_adapters(setting.lora), *_stored(setting), *options_of(setting.strategy)]
+    return " ".join([f"{launched} finetune {shlex.quote(model)} --data DATA", *options])
+
+
+def _trained(training: Training | None) -> Iterator[str]:
+    usual = Training()
+    if training is None:
+        return
+    for name, option in OPTIONS.items():
+        if getattr(training, name) != getattr(usual, name):
+            yield f"{option} {getattr(training, name)}"
+    if training.optimizer != usual.optimizer:
+        yield f"--optim {training.optimizer}"
+    if not training.checkpointing:
+        yield "--no-gradient-checkpointing"
+
+
+def _adapters(lora: LoraConfig | None) -> Iterator[str]:
+    if lora is None:
+        return
+    if lora.r != USUAL_RANK:
+        yield f"--lora-r {lora.r}"
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules or ())
+    if targets != ["all-linear"]:
+        yield f"--lora-target-modules {shlex.join(targets)}"
+
+
+def _stored(setting: Setting) -> Iterator[str]:
+    quant, dtype = setting.quant, _name(setting.dtype)
+    if dtype != "bfloat16":
+        yield f"--dtype {dtype}"
+    if not isinstance(quant, Quant):
+        return
+    if quant.quant_type != Quant().quant_type:
+        yield f"--bnb-4bit-quant-type {quant.quant_type}"
+    if not quant.double_quant:
+        yield "--use-bnb-nested-quant false"
+    if quant.storage_for(setting.dtype) != setting.dtype:
+        yield f"--bnb-4bit-quant-storage {_name(quant.storage_for(setting.dtype))}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 #: What a user types for a change, and the plan with it.
@@ -42,7 +112,7 @@ def advise_all(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
         text, changed = _tried(change, plan, memory) or ("", plan)
         if text and changed.device_peak <= memory:
             alone = True
-            yield Advice(options=(text,), device_peak=changed.device_peak)
+            yield Advice(options=(text,), plan=changed)
     if not alone:
         yield from _combined(plan, memory)
 
@@ -56,7 +126,7 @@ def _combined(plan: MemoryPlan, memory: int) -> Iterator[Advice]:
         plan = changed
         chosen.append(text)
         if plan.device_peak <= memory:
-            yield Advice(options=tuple(chosen), device_peak=plan.device_peak)
+            yield Advice(options=tuple(chosen), plan=plan)
             return
 
 
@@ -85,7 +155,7 @@ def _checkpointing(plan: MemoryPlan, _memory: int) -> Option | None:
     if plan.training is None or plan.training.checkpointing:
         return None
     training = replace(plan.training, checkpointing=True)
-    return "--activation-checkpointing", make_plan(plan.inventory, plan.setting, training)
+    return "--gradient-checkpointing", make_plan(plan.inventory, plan.setting, training)
 
 
 def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
@@ -125,7 +195,7 @@ def _halved(plan: MemoryPlan, memory: int, *, name: str, least: int) -> Option |
     training = plan.training
     while training is not None and getattr(training, name) // 2 >= least:
         training = replace(training, **{name: getattr(training, name) // 2})
-        option = f"--{name} {getattr(training, name)}", make_plan(plan.inventory, plan.setting, training)
+        option = f"{OPTIONS[name]} {getattr(training, name)}", make_plan(plan.inventory, plan.setting, training)
         if option[1].device_peak <= memory:
             break
     return option

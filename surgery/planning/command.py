@@ -2,52 +2,41 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from surgery.finetune.arguments import (
-    FsdpVersion,
-    OptimizerName,
-    PrecisionName,
-    QuantStorageName,
-    QuantType,
-    parse_mesh,
-    parse_shard,
-    parse_storage,
-    parse_targets,
-)
-
-if TYPE_CHECKING:
-    from surgery.planning.plan import MemoryPlan
+from surgery.errors import ConfigError
+from surgery.planning.arguments import QuantType, parse_lora, parse_mesh, parse_shard
+from surgery.telemetry.numbers import parse_size
 
 __all__ = ["EPILOG", "plan"]
 
-DOES_NOT_FIT = 1
-
-#: Columns of text that a table may take.
-WIDEST = 400
-
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 Does a 70B model fit two GPUs of 24 GiB? If not, what would make it fit?
 
   surgery plan meta-llama/Llama-3.1-70B --world 2 --gpu-memory 24GiB
 
-With activations recomputed in backward, as the answer may be:
+With activations kept, where they are recomputed by default as in training:
 
-  surgery plan meta-llama/Llama-3.1-70B --world 2 --gpu-memory 24GiB --activation-checkpointing
+  surgery plan meta-llama/Llama-3.1-8B --no-gradient-checkpointing
 
 FSDP1 in its low-memory mode, and what rank 0's host must have for it:
 
   surgery plan ./model --world 8 --fsdp 1 --placement rank0-cpu
 
-Of a hub id only the headers of the files are fetched; no weight is downloaded or read. Sizes are above what a process
-holds before it loads; the driver, cuBLAS and NCCL take their part of --gpu-memory too, and that is counted.
+Options have the names that they have in surgery finetune. Of a hub id only the headers of the files are fetched; no
+weight is downloaded or read. Sizes are above what a process holds before it loads; the driver, cuBLAS and NCCL take
+their part of --gpu-memory too, and that is counted.
 
-[bold]Exit codes[/bold]: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
+Exit codes: 0 it fits, or no --gpu-memory was given; 1 it does not fit; 2 refused (the message says what
 to change).
 """
 
@@ -67,7 +56,13 @@ def plan(
     *,
     world: Annotated[int, _of_ranks(help="Number of ranks.")] = 1,
     gpu_memory: Annotated[str | None, _of_ranks(help="Of each GPU, such as 24GiB: says whether it fits.")] = None,
-    fsdp: Annotated[FsdpVersion, _of_ranks(help="Which FSDP, on several ranks.")] = "2",
+    fsdp: Annotated[
+        Literal["2", "1", "none"], _of_ranks(help="Which FSDP, on several ranks; none keeps the model whole on each.")
+    ] = "2",
+    fsdp_config: Annotated[
+        str | None,
+        _of_ranks(metavar="JSON", help="Settings of FSDP; cpu_offload decides, others change nothing that is planned."),
+    ] = None,
     placement: Annotated[
         str | None,
         _of_ranks(
@@ -76,96 +71,117 @@ def plan(
         ),
     ] = None,
     mesh: Annotated[str | None, _of_ranks(help="REPLICATExSHARD, for hybrid sharding.", metavar="RxS")] = None,
-    cpu_offload: Annotated[bool, _of_ranks("--cpu-offload", help="Keep shards on the CPU between uses.")] = False,
     device: Annotated[Literal["cuda", "cpu"], _of_ranks(help="What ranks compute on.")] = "cuda",
-    seq: Annotated[int, _of_training(help="Tokens a sample.")] = 1024,
-    batch: Annotated[int, _of_training(help="Samples a rank puts through the model at once.")] = 1,
-    optimizer: Annotated[OptimizerName, _of_training(help="The optimizer.")] = "adamw",
-    activation_checkpointing: Annotated[
-        bool, _of_training("--activation-checkpointing", help="Recompute activations in backward.")
-    ] = False,
+    max_length: Annotated[int, _of_training(help="Tokens a sample.")] = 1024,
+    per_device_train_batch_size: Annotated[
+        int, _of_training(help="Samples a rank puts through the model at once.")
+    ] = 1,
+    optim: Annotated[str, _of_training(help="sgd keeps nothing; every other is counted as AdamW.")] = "adamw",
+    gradient_checkpointing: Annotated[bool, _of_training(help="Recompute activations in backward.")] = True,
     lora_r: Annotated[int, _of_adapter(help="Rank of the adapters.")] = 16,
-    target_modules: Annotated[
-        str, _of_adapter(help="Comma-separated names of linear modules, such as q_proj,v_proj; or all-linear.")
-    ] = "all-linear",
-    precision: Annotated[
-        PrecisionName, _of_precision(help="Dtype of what is not quantized, and how it computes.")
-    ] = "bf16",
-    quant_type: Annotated[QuantType, _of_precision(help="The 4-bit data type.")] = "nf4",
-    blocksize: Annotated[int, _of_precision(help="Weights that share one statistic.")] = 64,
-    double_quant: Annotated[bool, _of_precision(help="Quantize the block statistics too.")] = True,
-    quant_storage: Annotated[
-        QuantStorageName, _of_precision(help="Dtype that packs the 4-bit weights; auto fits the precision.")
-    ] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    lora_target_modules: Annotated[
+        list[str] | None,
+        _of_adapter(
+            help="Names of linear modules, separated by commas, or repeated.",
+            metavar="NAMES",
+            show_default="all-linear",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], _of_precision(help="Of what is not quantized, and how it computes.")
+    ] = "bfloat16",
+    bnb_4bit_quant_type: Annotated[QuantType, _of_precision(help="The 4-bit data type.")] = "nf4",
+    use_bnb_nested_quant: Annotated[bool, _of_precision(help="Quantize the block statistics too.")] = True,
+    bnb_4bit_quant_storage: Annotated[
+        Literal["bfloat16", "float16", "float32", "uint8"] | None,
+        _of_precision(help="Dtype that packs the 4-bit weights.", show_default="as --dtype"),
+    ] = None,
+    model_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Plan the memory of fine-tuning MODEL: what every rank would read, hold and peak at, before anything is loaded."""
-    import torch
-
-    from surgery.checkpoint.peek import peek
-    from surgery.config import Quant
-    from surgery.config import precision as policy_of
-    from surgery.finetune.options import LoraOptions
-    from surgery.passes.prepare import prepare
-    from surgery.passes.setting import Setting
-    from surgery.planning.inventory import take_inventory
-    from surgery.planning.plan import make_plan
-    from surgery.planning.training import Training
-    from surgery.telemetry.numbers import parse_size
-
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
-    policy = policy_of(precision)
+    offloads, sizes = _offloads(fsdp_config), parse_mesh(mesh)
+    with _not_collecting():
+        import torch
+
+        from surgery.checkpoint.peek import peek
+        from surgery.config import Quant
+
+    # What can be refused is refused before the longest imports.
+    shard = _sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads)
+    checkpoint = peek(model, revision=model_revision)
+    with _not_collecting():
+        from surgery.passes.prepare import prepare
+        from surgery.passes.setting import Setting
+        from surgery.planning.inventory import take_inventory
+        from surgery.planning.plan import make_plan
+        from surgery.planning.table import show
+        from surgery.planning.training import Training
+
+        lora = parse_lora(lora_r, ",".join(lora_target_modules or ["all-linear"]))
+    of_name: dict[str, torch.dtype] = {
+        name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "uint8")
+    }
     setting = Setting(
         world_size=world,
         placement=placement,
-        shard=_sharding(fsdp, world=world, mesh=mesh, cpu_offload=cpu_offload),
+        shard=shard,
         quant=Quant(
-            quant_type, blocksize=blocksize, double_quant=double_quant, quant_storage=parse_storage(quant_storage)
+            bnb_4bit_quant_type,
+            double_quant=use_bnb_nested_quant,
+            quant_storage=of_name[bnb_4bit_quant_storage or dtype],
         ),
-        lora=LoraOptions(r=lora_r, target_modules=parse_targets(target_modules)).config(),
-        dtype=policy.dtype,
-        compute_dtype=policy.compute_dtype,
+        lora=lora,
+        dtype=of_name[dtype],
+        compute_dtype=of_name[dtype],
         device=torch.device(device),
     )
-    training = Training(batch=batch, seq=seq, optimizer=optimizer, checkpointing=activation_checkpointing)
-    inventory = take_inventory(prepare(peek(model, revision=revision), setting))
-    _say(make_plan(inventory, setting, training), model, memory, as_json=as_json)
+    training = Training(
+        batch=per_device_train_batch_size,
+        seq=max_length,
+        optimizer="sgd" if optim == "sgd" else "adamw",
+        checkpointing=gradient_checkpointing,
+    )
+    inventory = take_inventory(prepare(checkpoint, setting))
+    show(make_plan(inventory, setting, training), model, memory, as_json=as_json)
 
 
-def _sharding(fsdp: FsdpVersion, *, world: int, mesh: str | None, cpu_offload: bool) -> Any:
+@contextmanager
+def _not_collecting() -> Iterator[None]:
+    """A block of imports: they make a million objects that stay, and looking for garbage in them takes a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _offloads(fsdp_config: str | None) -> bool:
+    """Whether `fsdp_config`, JSON as transformers takes it, has shards wait on the CPU."""
+    try:
+        found = json.loads(fsdp_config or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--fsdp-config: expected a JSON object, found {fsdp_config!r:.80}: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--fsdp-config: expected a JSON object, found {fsdp_config!r:.80}")
+    return str(found.get("cpu_offload", found.get("fsdp_cpu_offload", False))).lower() == "true"
+
+
+def _sharding(fsdp: Literal["2", "1", "none"], *, world: int, sizes: tuple[int, int] | None, cpu_offload: bool) -> Any:
     """The sharding of several ranks; None for one, which is not sharded."""
-    from surgery.errors import ConfigError
-
-    if world > 1:
-        return parse_shard(fsdp, mesh=parse_mesh(mesh), cpu_offload=cpu_offload)
-    if mesh is not None or cpu_offload:
+    if world == 1 and (sizes is not None or cpu_offload):
         raise ConfigError(
-            "expected --world of 2 or more with --mesh or --cpu-offload, found 1: one rank is not sharded"
+            "expected --world of 2 or more with --mesh or --fsdp-config, found 1: one rank is not sharded"
         )
-    return None
+    if world == 1:
+        return None
+    if fsdp != "none":
+        return parse_shard(fsdp, mesh=sizes, cpu_offload=cpu_offload)
+    if sizes is not None or cpu_offload:
+        raise ConfigError("expected --fsdp 1 or 2 with --mesh or --fsdp-config, found none")
+    from surgery.config import DDP
 
-
-def _say(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
-    """Print the plan and the verdict; exit 1 if it does not fit."""
-    import json
-
-    from rich.console import Console
-    from rich.measure import Measurement
-
-    from surgery.planning.table import headline, notes, render
-    from surgery.planning.verdict import as_dict, fits_gpu, say
-
-    if as_json:
-        typer.echo(json.dumps({"model": model, **made.as_dict(), **as_dict(made, memory)}, indent=1))
-    else:
-        console, table = Console(highlight=False, soft_wrap=True), render(made)
-        # Wider than the terminal rather than cut off: every figure counts.
-        needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-        console.width = max(console.width, needed)
-        console.print(headline(made, model), markup=False)
-        console.print(table)
-        for line in (*notes(made), *say(made, memory)):
-            console.print(line, markup=False)
-    if memory is not None and not fits_gpu(made, memory):
-        raise typer.Exit(DOES_NOT_FIT)
+    return DDP()

@@ -1,24 +1,57 @@
-"""A plan as a table for people."""
+"""A plan as a table for people, or as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 
+import typer
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from surgery.comm.environment import launched_rank
 from surgery.passes.setting import Setting
+from surgery.planning import verdict
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.numbers import say_size
 
-__all__ = ["headline", "notes", "render"]
+__all__ = ["headline", "notes", "render", "show"]
+
+DOES_NOT_FIT = 1
+
+#: Columns of text that a table may take.
+WIDEST = 400
 
 #: Kinds of ranks shown side by side; those that need most.
 COLUMNS = 4
 
 Row = tuple[str, Callable[[RankPlan], int]]
+
+
+def show(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool = False) -> None:
+    """Print the plan and the verdict, on rank 0 of a job; exit 1 if it does not fit."""
+    if launched_rank() in (None, 0):
+        _print(made, model, memory, as_json=as_json)
+    if memory is not None and not verdict.fits_gpu(made, memory):
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _print(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"model": model, **made.as_dict(), **verdict.as_dict(made, memory, model)}, indent=1))
+        return
+    console, table = Console(highlight=False, soft_wrap=True), render(made)
+    # Wider than the terminal rather than cut off: every figure counts.
+    needed = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    console.width = max(console.width, needed)
+    console.print(headline(made, model), markup=False)
+    console.print(table)
+    for line in (*notes(made), *verdict.say(made, memory, model)):
+        console.print(line, markup=False)
 
 
 def headline(plan: MemoryPlan, source: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from surgery.errors import ConfigError
-from surgery.planning.advice import Advice, advise, advise_all
+from surgery.planning.advice import Advice, advise, advise_all, command
 from surgery.planning.plan import MemoryPlan
 from surgery.telemetry.numbers import say_size
 
@@ -67,8 +66,8 @@ def predictions(plan: MemoryPlan, rank: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def say(plan: MemoryPlan, gpu_memory: int | None) -> Iterator[str]:
-    """The verdict, a line each; nothing without `gpu_memory`."""
+def say(plan: MemoryPlan, gpu_memory: int | None, model: str = "MODEL") -> Iterator[str]:
+    """The verdict, a line each, with the commands that fine-tune `model` so; nothing without `gpu_memory`."""
     if gpu_memory is None:
         return
     needed = f"{say_size(plan.device_peak)}, and {say_size(OUTSIDE_ALLOCATOR)} for the driver, cuBLAS and NCCL"
@@ -79,14 +78,18 @@ def say(plan: MemoryPlan, gpu_memory: int | None) -> Iterator[str]:
     found = list(advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))
     for advice in found:
         yield f"  It would fit with {' '.join(advice.options)}: {say_size(advice.device_peak)} on the device."
+        yield f"    {command(advice.plan, model)}"
     if not found:
         yield "  No option known here makes it fit: it takes GPUs with more memory, or a smaller model."
 
 
-def as_dict(plan: MemoryPlan, gpu_memory: int | None) -> dict[str, Any]:
+def as_dict(plan: MemoryPlan, gpu_memory: int | None, model: str = "MODEL") -> dict[str, Any]:
     """The verdict for JSON; `fits` is None without `gpu_memory`."""
     if gpu_memory is None:
         return {"gpu_memory": None, "fits": None, "would_fit_with": []}
     fits = fits_gpu(plan, gpu_memory)
-    advice = [] if fits else [asdict(found) for found in advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR)]
+    advice = [
+        {"options": found.options, "device_peak": found.device_peak, "command": command(found.plan, model)}
+        for found in (() if fits else advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))
+    ]
     return {"gpu_memory": gpu_memory, "fits": fits, "would_fit_with": advice}

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from surgery.config import FSDP2
+from surgery.config import DDP, FSDP1, FSDP2
 from surgery.sharding.base import ShardStrategy
 
-__all__ = ["Proposal", "default_options", "offloaded", "on_ranks", "shards_alone"]
+__all__ = ["OFFLOADED", "Proposal", "default_options", "offloaded", "on_ranks", "options_of", "shards_alone"]
+
+#: What a user types for shards that wait on the CPU, in one word of the shell.
+OFFLOADED = """--fsdp-config '{"cpu_offload": true}'"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ def offloaded(strategy: ShardStrategy) -> Proposal | None:
     if strategy.cpu_offload or cannot:
         return None
     shard = replace(strategy.options, cpu_offload=True)
-    return Proposal(text="--cpu-offload", shard=shard, placement=strategy.placement)
+    return Proposal(text=OFFLOADED, shard=shard, placement=strategy.placement)
 
 
 def on_ranks(strategy: ShardStrategy, world_size: int) -> Proposal | None:
@@ -50,3 +53,15 @@ def on_ranks(strategy: ShardStrategy, world_size: int) -> Proposal | None:
     if strategy.options is None:
         return Proposal(text=text, shard=FSDP2(), placement="sharded")
     return Proposal(text=text, shard=strategy.options, placement=strategy.placement)
+
+
+def options_of(strategy: ShardStrategy) -> list[str]:
+    """Options of `surgery finetune` for the sharding of `strategy`; defaults are left out."""
+    options = strategy.options
+    versions: dict[type[Any], str] = {FSDP1: "1", DDP: "none"}
+    version, mesh = versions.get(type(options)), getattr(options, "mesh", None)
+    return [
+        *([f"--fsdp {version}"] if version else []),
+        *([f"--mesh {mesh[0]}x{mesh[1]}"] if mesh else []),
+        *([OFFLOADED] if strategy.cpu_offload else []),
+    ]

@@ -24,10 +24,14 @@ from surgery.telemetry.measurements import (
     group_names,
     say,
 )
+from surgery.telemetry.numbers import say_size
 
 __all__ = ["Phase", "Report", "anonymous_memory"]
 
 T = TypeVar("T")
+
+#: Seconds between two lines about progress, where there is no terminal.
+LINE_PERIOD = 20.0
 
 
 @dataclass(kw_only=True)
@@ -122,17 +126,46 @@ class Report:
         with self._sampler.calling(look):
             yield self.history
 
-    def track(self, items: Sequence[T], *, describe: Callable[[T], str]) -> Iterator[T]:
-        """The items, with a progress bar that names the current one."""
+    def track(self, items: Sequence[T], *, names: Callable[[T], Iterable[str]]) -> Iterator[T]:
+        """The items, while stderr shows how many layers are complete: those that the FQNs `names` are in."""
         if not self.show_progress:
             yield from items
             return
+        complete = _complete_layers([[*names(item)] for item in items])
+        total, began = max(complete, default=0), self.seconds
+        with self._bar(total) if sys.stderr.isatty() else self._lines(total) as show:
+            for item, count in zip(items, complete, strict=True):
+                yield item
+                show(count)
+        read, seconds = say_size(self.bytes_read), self.seconds - began
+        sys.stderr.write(f"Loaded {total} layers: {read} read by this rank in {seconds:.1f} s\n")
+
+    @contextlib.contextmanager
+    def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Draw a bar in the width of the terminal, which is gone at the end of the block."""
         from tqdm.auto import tqdm
 
-        with tqdm(items, desc="Loading", unit="layer", leave=False, dynamic_ncols=True) as bar:
-            for item in bar:
-                bar.set_postfix_str(describe(item), refresh=False)
-                yield item
+        with tqdm(total=total, desc="Loading", unit=" layers", leave=False, dynamic_ncols=True) as bar:
+
+            def show(count: int) -> None:
+                bar.set_postfix_str(say_size(self.bytes_read), refresh=False)
+                bar.update(count - bar.n)
+
+            yield show
+
+    @contextlib.contextmanager
+    def _lines(self, total: int) -> Iterator[Callable[[int], None]]:
+        """Write a line now and then: a log file has no line to draw over."""
+        said = self.seconds
+
+        def show(count: int) -> None:
+            nonlocal said
+            if self.seconds - said < LINE_PERIOD:
+                return
+            said = self.seconds
+            sys.stderr.write(f"Loading: {count} of {total} layers, {say_size(self.bytes_read)}\n")
+
+        yield show
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """`{phase: {start, seconds, bytes_read, host_before, host_peak, device_peak}}`, seconds and bytes.
@@ -188,3 +221,20 @@ class Report:
             return 0, 0  # CUDA has not been used yet
         allocated, reserved = statistics["allocated_bytes"], statistics["reserved_bytes"]
         return int(allocated["all"]["current"]), int(reserved["all"]["current"])
+
+
+def _complete_layers(items: Sequence[Sequence[str]]) -> list[int]:
+    """Count the layers that are complete after each of `items`, which are FQNs of modules.
+
+    A layer is what has a number, `model.layers.3`; or, in a model that numbers none, a module.
+    """
+    numbered = [[layer for name in names if (layer := _numbered(name))] for names in items]
+    layers = numbered if any(numbered) else items
+    last = {layer: place for place, found in enumerate(layers) for layer in found}
+    return [sum(place <= number for place in last.values()) for number in range(len(items))]
+
+
+def _numbered(name: str) -> str:
+    """The part of an FQN that ends with its first number; empty if it has none."""
+    parts = name.split(".")
+    return next((".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdigit()), "")

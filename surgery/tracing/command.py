@@ -10,7 +10,7 @@ import typer
 __all__ = ["EPILOG", "trace"]
 
 EPILOG = """
-[bold]Examples[/bold]
+Examples
 
 What every rank of a job did, drawn when the job ends; then once more, when the files of other nodes are there too:
 
@@ -18,7 +18,7 @@ What every rank of a job did, drawn when the job ends; then once more, when the 
 
   surgery trace ./trace
 
-[bold]Exit codes[/bold]: 0 done, 2 refused: there is no trace, or a file is not one (the message names it).
+Exit codes: 0 done, 2 refused: there is no trace, or a file is not one (the message names it).
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from trl import SFTTrainer
 
 import patches
 import surgery
 from surgery.comm import heartbeat
-from surgery.finetune import job, loop
-from surgery.finetune.options import Job
+from surgery.finetune import job
+from surgery.finetune.parser import parse
 
 __all__ = ["ENDS", "PLACES", "EndedError", "end", "end_in_attest"]
 
@@ -46,9 +47,9 @@ def _at_call(owner: object, name: str, number: int) -> Callable[[pytest.MonkeyPa
 
 #: Where a rank ends. Evaluation comes first and has 2 samples; then 3 steps of 4 micro-batches follow.
 PLACES: dict[str, Callable[[pytest.MonkeyPatch, Callable[[], None]], None]] = {
-    "evaluation": _at_call(loop.Trainer, "_loss", 1),
-    "training": _at_call(loop.Trainer, "_loss", 8),
-    "optimizer": _at_call(torch.optim.SGD, "step", 2),
+    "evaluation": _at_call(SFTTrainer, "prediction_step", 1),
+    "training": _at_call(SFTTrainer, "training_step", 7),
+    "optimizer": _at_call(torch.optim.AdamW, "step", 2),
     "saving": _at_call(job, "save_adapter", 1),
 }
 
@@ -68,14 +69,14 @@ def _interrupted() -> None:
 ENDS = {"killed": _killed, "fails": _raise_memory_error, "interrupted": _interrupted}
 
 
-def end(told: Job, place: str, how: str, ending: int) -> None:
+def end(told: Sequence[str], place: str, how: str, ending: int) -> None:
     """Run a job in which the rank `ending` ends; raises `EndedError` on the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heartbeat, "MISSED", 4)
         if dist.get_rank() == ending:
             PLACES[place](patch, ENDS[how])
         try:
-            job.run(told, console=Console(file=StringIO()))
+            job.run(parse(told), console=Console(file=StringIO()))
         except (surgery.SurgeryError, MemoryError, KeyboardInterrupt) as error:
             active = [receipt.id for receipt in patches.active()]
             text = f"{type(error).__name__}: {error}; rank {getattr(error, 'rank', '-')}; active {active}"

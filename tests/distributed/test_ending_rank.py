@@ -7,14 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from surgery.config import FSDP1, FSDP2
-from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 from tests.distributed.ending import end, end_in_attest
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import _free_port, try_ranks
@@ -33,36 +29,27 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def job(checkpoint: Path, tmp_path: Path) -> Job:
+def told(checkpoint: Path, tmp_path: Path) -> list[str]:
+    """The words of a job."""
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"text": f"the cat sat on mat {number} "}) + "\n" for number in range(20)))
-    return Job(
-        model=str(checkpoint),
-        data=DataOptions(train=data, evaluation_fraction=0.1, max_length=32),
-        output=tmp_path / "adapter",
-        training=TrainingOptions(max_steps=3, accumulation=4, optimizer="sgd"),
-        lora=LoraOptions(r=2, target_modules=("q_proj", "down_proj")),
-        attest=True,
-    )
+    options = ["--eval-fraction", "0.1", "--max-length", "32", "--gradient-accumulation-steps", "4", "--lora-r", "2"]
+    options += ["--max-steps", "3", "--save-strategy", "no", "--attest", "--plan", "off"]
+    return [str(checkpoint), "--data", str(data), "--output", str(tmp_path / "adapter"), *options]
 
 
 @pytest.mark.parametrize(
-    ("place", "how", "ending", "world_size", "shard"),
+    ("place", "how", "ending", "world_size"),
     [
-        ("evaluation", "killed", 2, 3, FSDP2()),
-        ("training", "killed", 1, 3, FSDP1()),
-        ("training", "fails", 1, 2, FSDP2()),
-        ("training", "interrupted", 1, 2, FSDP2()),
-        ("optimizer", "killed", 0, 2, FSDP2()),
-        ("saving", "killed", 1, 3, FSDP2()),
-        ("saving", "fails", 1, 2, FSDP1()),
+        ("evaluation", "killed", 2, 3),
+        ("training", "fails", 1, 2),
+        ("training", "interrupted", 1, 2),
+        ("optimizer", "killed", 0, 2),
+        ("saving", "killed", 1, 3),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, (FSDP1, FSDP2)) else str(value),
 )
-def test_others_say_which_rank_has_ended(  # noqa: PLR0917  # pytest passes them by name
-    job: Job, place: str, how: str, ending: int, world_size: int, shard: FSDP1 | FSDP2
-) -> None:
-    outcomes = try_ranks(end, world_size, replace(job, shard=shard), place, how, ending)
+def test_others_say_which_rank_has_ended(told: list[str], place: str, how: str, ending: int, world_size: int) -> None:
+    outcomes = try_ranks(end, world_size, told, place, how, ending)
     says = {
         "killed": f"rank {ending} {SILENT}",
         "fails": f"rank {ending} failed: MemoryError: no memory left",
@@ -82,23 +69,23 @@ def test_without_a_job_too(checkpoint: Path) -> None:
     assert "without a result" in str(on_rank1.failure)
 
 
-def test_from_the_command_line(job: Job, tmp_path: Path) -> None:
+def test_from_the_command_line(told: list[str], tmp_path: Path) -> None:
     """Rank 1 is killed while it trains; rank 0 exits with 2, and its message is all that there is."""
-    command = [
-        sys.executable, "-m", "surgery", "finetune", job.model, "--data", str(job.data.train), "--output",
-        str(job.output), "--max-steps", "100000", "--metrics", str(tmp_path / "metrics.jsonl"),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "surgery", "finetune", *told, "--max-steps", "100000"]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     ranks = [
         subprocess.Popen(
-            command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
     try:
-        while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").stat().st_size:
-            assert ranks[0].poll() is None
-            time.sleep(0.2)
+        assert ranks[0].stdout is not None
+        assert any(line.startswith("step 1/") for line in ranks[0].stdout)
         ranks[1].send_signal(signal.SIGKILL)
         _, said = ranks[0].communicate(timeout=240)
     finally:
@@ -108,4 +95,4 @@ def test_from_the_command_line(job: Job, tmp_path: Path) -> None:
     assert ranks[0].returncode == 2
     assert f"error: rank 1 {SILENT}" in said
     assert "Traceback" not in said
-    assert not (job.output / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()

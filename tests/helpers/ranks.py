@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 
 #: Imported once by the fork server, so that a rank starts in milliseconds and not in ten seconds.
-PRELOAD = ["torch", "torch.distributed.fsdp", "bitsandbytes", "transformers", "peft", "accelerate", "surgery"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "bitsandbytes",
+    "transformers",
+    "peft",
+    "accelerate",
+    "surgery.finetune.job",
+]
 
 
 class RanksFailedError(AssertionError):

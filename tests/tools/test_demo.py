@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from demo import RANKS, ROUNDED_TOLERANCE, TOLERANCE, Losses, failures
+from demo import RANKS, ROUNDED_TOLERANCE, SAVED, STEPS, TOLERANCE, Losses, failures
 
 GOOD = Losses(base=3.0, adapter=2.0)
 NAN = float("nan")
 
 
 def _summary(**changes: Any) -> dict[str, Any]:
-    return {"patches_left": [], "memory": [{}] * RANKS, **changes}
+    return {"patches_left": [], "memory": [{}] * RANKS, "steps": STEPS, "resumed_after": SAVED, **changes}
 
 
 def test_a_run_that_keeps_its_promises_has_no_failure() -> None:
@@ -34,6 +34,7 @@ def test_a_run_that_keeps_its_promises_has_no_failure() -> None:
         ({"rounded": Losses(base=NAN, adapter=2.0)}, "on rounded weights"),
         ({"rounded": Losses(base=3.0, adapter=NAN)}, "on rounded weights"),
         ({"summary": _summary(patches_left=["torch.some-patch"])}, "still active: torch.some-patch"),
+        ({"summary": _summary(resumed_after=0)}, f"resumed after {SAVED}; found {STEPS}, 0"),
         ({"summary": _summary(memory=[{}])}, f"memory of {RANKS} ranks, found 1"),
     ],
 )

@@ -45,7 +45,7 @@ def test_headings_become_questions_and_shared_text_belongs_to_the_shortest_topic
         "role": "user",
         "content": 'What does the Python documentation say about: The "for" loop?',
     }
-    assert assistant == {"role": "assistant", "content": shared}
+    assert assistant == {"role": "assistant", "content": shared.strip()}
 
 
 def test_files_are_json_lines_and_the_same_every_time(tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
-"""This project's ways: one loader, under every placement, and the training loop of `surgery finetune`."""
+"""This project's ways: one loader, under every placement, and a loop of one's own."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 import surgery
 from loading.case import LEARNING_RATE, MAX_NORM, SEED, Case, Trainee
+from loading.step import IGNORED, take_step
 from surgery.config import FSDP1, FSDP2, Placement, precision
-from surgery.finetune.batches import IGNORED, GlobalBatch, MicroBatch, Schedule
-from surgery.finetune.loop import Trainer, build_optimizer
 from surgery.sharding.base import strategy_of
 
 __all__ = ["load_ours"]
@@ -22,7 +19,7 @@ POLICY = precision("bf16")
 
 
 def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) -> Trainee:
-    """Load like a user of `surgery.qlora`, to train like `surgery finetune`."""
+    """Load like a user of `surgery.qlora`, to train in a loop of their own."""
     torch.manual_seed(SEED)
     if isinstance(shard, FSDP1):
         shard = replace(shard, mixed_precision=POLICY.mixed_precision())
@@ -39,32 +36,20 @@ def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) 
     )
     if case.options.activation_checkpointing:
         surgery.checkpoint_activations(model)
-    trainer = _trainer(model, case)
-    steps = trainer.train(itertools.repeat(_batch(model, case)))
-    return Trainee(step=lambda: next(steps).loss, close=partial(surgery.release, model))
-
-
-def _trainer(model: nn.Module, case: Case) -> Trainer:
-    strategy = strategy_of(model, case.device)
-    return Trainer(
-        model=model,
-        optimizer=build_optimizer(model, "adamw", lr=LEARNING_RATE),
-        strategy=strategy,
-        schedule=Schedule(name="constant", peak=LEARNING_RATE, steps=1),
-        scaler=strategy.grad_scaler(enabled=POLICY.grad_scaler),
-        device=case.device,
-        autocast=POLICY.autocast,
-        max_norm=MAX_NORM,
-    )
-
-
-def _batch(model: nn.Module, case: Case) -> GlobalBatch:
     ids = case.tokens(model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # a transformers model has one
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = ids[:, 1:]
-    world = case.world.size
-    return GlobalBatch(
-        micro_batches=(MicroBatch(ids=ids, targets=targets, mask=None),),
-        targets=world * (ids.numel() - 1),
-        tokens=world * ids.numel(),
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    strategy = strategy_of(model, case.device)
+    step = partial(
+        take_step,
+        model,
+        torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0, fused=case.device.type == "cuda"),
+        [(ids, targets)],
+        targets=case.world.size * (ids.numel() - 1),
+        strategy=strategy,
+        scaler=strategy.grad_scaler(enabled=False),
+        max_norm=MAX_NORM,
     )
+    model.train()
+    return Trainee(step=lambda: step()[0], close=partial(surgery.release, model))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+
+import torch
 from peft import LoraConfig
 
-from surgery.config import FSDP1
-from surgery.planning.advice import advise, advise_all
+from surgery.config import FSDP1, Quant
+from surgery.finetune.parser import parse
+from surgery.planning.advice import advise, advise_all, command
 from surgery.planning.inventory import Inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.training import Training
@@ -16,7 +20,11 @@ GIB = 1 << 30
 
 def test_options_come_in_order_and_each_one_fits(inventory: Inventory) -> None:
     found = list(advise_all(make_plan(inventory, setting(), Training(batch=2)), 50 * GIB))
-    assert [advice.options[0].split()[0] for advice in found] == ["--activation-checkpointing", "--batch", "--seq"]
+    assert [advice.options[0].split()[0] for advice in found] == [
+        "--gradient-checkpointing",
+        "--per-device-train-batch-size",
+        "--max-length",
+    ]
     assert all(advice.device_peak <= 50 * GIB for advice in found)
 
 
@@ -32,7 +40,7 @@ def test_the_smallest_number_of_ranks_is_found(inventory: Inventory) -> None:
 def test_options_add_up_where_none_is_enough(inventory: Inventory) -> None:
     advice = advise(make_plan(inventory, setting(), Training()), 10 * GIB)
     assert advice is not None
-    assert advice.options[0] == "--activation-checkpointing"
+    assert advice.options[0] == "--gradient-checkpointing"
     assert len(advice.options) > 1
     assert advice.device_peak <= 10 * GIB
 
@@ -56,3 +64,32 @@ def test_what_would_be_refused_is_no_advice(inventory: Inventory) -> None:
     for each in (whole, spread):
         options = [advice.options[0] for advice in advise_all(make_plan(inventory, each, Training()), 60 * GIB)]
         assert "--fsdp 2 --placement sharded" not in options
+
+
+def test_commands_can_be_pasted(inventory: Inventory) -> None:
+    """`surgery finetune` takes them, and means the same by them."""
+    changed = setting(
+        shard=FSDP1(cpu_offload=True),
+        placement="rank0-cpu",
+        quant=Quant("fp4", double_quant=False, quant_storage=torch.float32),
+        lora=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+        dtype=torch.float32,
+        compute_dtype=torch.float32,
+    )
+    training = Training(batch=2, seq=512, optimizer="sgd")
+    line = shlex.split(command(make_plan(inventory, changed, training), "./a model"))
+    assert line[:8] == ["torchrun", "--nproc-per-node", "2", "-m", "surgery", "finetune", "./a model", "--data"]
+    request = parse(line[6:])
+    assert request.model.model_name_or_path == "./a model"
+    wanted = {
+        "fsdp": "1", "fsdp_config": '{"cpu_offload": true}', "bnb_4bit_quant_type": "fp4", "dtype": "float32",
+        "use_bnb_nested_quant": False, "bnb_4bit_quant_storage": "float32", "lora_r": 8, "optim": "sgd",
+        "lora_target_modules": ["q_proj", "v_proj"], "per_device_train_batch_size": 2, "max_length": 512,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    assert {name: request.values[name] for name in wanted} == wanted
+    usual = make_plan(inventory, setting(), Training(checkpointing=True))
+    assert command(usual, "m") == "torchrun --nproc-per-node 2 -m surgery finetune m --data DATA"
+    defaults = parse(["m", "--data", "DATA"]).values
+    usual_values = {"lora_r": 16, "dtype": "bfloat16", "max_length": 1024, "gradient_checkpointing": True, "fsdp": "2"}
+    assert {name: defaults[name] for name in usual_values} == usual_values

@@ -124,7 +124,7 @@ def test_a_plan_that_fits_is_not_refused(inventory: Inventory) -> None:
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_would(inventory: Inventory) -> None:
     plan = make_plan(inventory, setting(), Training())
-    with pytest.raises(ConfigError, match=r"to train, but 24.0 GiB is free: .*--activation-checkpointing \("):
+    with pytest.raises(ConfigError, match=r"to train, but 24.0 GiB is free: .*--gradient-checkpointing \("):
         check_fits(plan, 24 * GIB)
     with pytest.raises(ConfigError, match=r"to load, but 10.0 GiB is free: .*--world \d+"):
         check_fits(make_plan(inventory, setting(), None), 10 * GIB)

@@ -6,23 +6,15 @@ import json
 import re
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
 from surgery.cli import app
-from surgery.config import FSDP2
-from surgery.finetune.job import run
-from surgery.finetune.options import DataOptions, Job, LoraOptions, TrainingOptions
 from surgery.tracing.folder import read_ranks
-from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
-from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
 from tests.surgery.tracing.made import Page, trace_of
 
@@ -91,86 +83,27 @@ def test_drawing_needs_no_torch(folder: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
-def job_of(tmp_path: Path, model_type: str, **changes: Any) -> Job:
-    """Two steps on a tiny model."""
+def words(tmp_path: Path, model_type: str, **changes: Any) -> list[object]:
+    """A step on a tiny model."""
     model = save_tiny(tmp_path / "model", model_type, vocab_size=VOCABULARY, max_position_embeddings=128, **changes)
     tiny_tokenizer(bos=True).save_pretrained(model)
     data = tmp_path / "train.jsonl"
-    data.write_text('{"prompt": "the cat", "completion": " sat on the mat"}\n' * 8)
-    return Job(
-        model=str(model),
-        data=DataOptions(train=data, max_length=32),
-        output=tmp_path / "adapter",
-        trace=tmp_path / "trace",
-        training=TrainingOptions(max_steps=2),
-        lora=LoraOptions(r=4, alpha=8),
-        precision="fp32",
-    )
+    data.write_text('{"text": "the cat sat on the mat"}\n' * 8)
+    return [
+        "finetune", model, "--data", data, "--output", tmp_path / "adapter", "--trace", tmp_path / "trace",
+        "--max-steps", 1, "--max-length", 32, "--lora-r", 4,
+    ]  # fmt: skip
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return job_of(tmp_path, "llama")
-
-
-def test_finetune(job: Job) -> None:
-    result = command(
-        "finetune", job.model, "--data", job.data.train, "--output", job.output, "--trace", job.trace,
-        "--max-steps", 2, "--max-length", 32, "--lora-r", 4,
-    )  # fmt: skip
+def test_finetune(tmp_path: Path) -> None:
+    result = command(*words(tmp_path, "llama"))
     assert result.exit_code == 0, result.output
-    assert f"Trace: {job.trace}/trace.html" in result.stdout
-    assert job.trace is not None
-    (trace,) = read_ranks(job.trace)
+    assert f"Trace: {tmp_path}/trace/trace.html" in result.stdout
+    (trace,) = read_ranks(tmp_path / "trace")
     groups = {phase.name: phase.group for phase in trace.phases}
-    assert (groups["skeleton"], groups["train"], groups["save"]) == ("load", "train", "save")
-    (memory,) = json.loads((job.output / "summary.json").read_text())["memory"]
+    assert (groups["bind"], groups["train"], groups["save"]) == ("bind", "train", "save")
+    assert "train" in trace.predictions
+    (memory,) = json.loads((tmp_path / "adapter" / "summary.json").read_text())["memory"]
     assert {phase.name: phase.host_peak for phase in trace.phases} == {
         name: figures["host_peak"] for name, figures in memory.items()
     }
-
-
-def test_finetune_names_what_is_ignored_or_read_once_per_node(tmp_path: Path) -> None:
-    job = job_of(tmp_path, "gpt2", n_embd=64, n_layer=2, n_head=4)
-    masks = {f"transformer.h.{number}.attn.bias": torch.ones(1, 1, 4, 4) for number in range(2)}
-    edit_tensors(Path(job.model), lambda tensors: tensors.update(masks))
-    result = command(
-        "finetune", job.model, "--data", job.data.train, "--output", job.output, "--trace", job.trace,
-        "--max-steps", 1, "--max-length", 32, "--lora-r", 4,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    line = "read once per node, by one rank for the others: transformer.h.*.attn.c_attn.weight (2), "
-    assert result.stderr.count(line) == 1
-    assert job.trace is not None
-    assert line in (job.trace / "trace.html").read_text()
-    (trace,) = read_ranks(job.trace)
-    summary = json.loads((job.output / "summary.json").read_text())
-    assert summary["read_once_per_node"] == trace.read_once_per_node
-    assert sum(trace.read_once_per_node.values()) == 8
-    assert "2 names in the checkpoint with no place in this model, ignored as transformers does" in result.stderr
-    assert summary["ignored"] == {"transformer.h.*.attn.bias": 2}
-    assert summary["initialized"] == {}
-
-
-def test_finetune_refuses_a_folder_that_cannot_be_made(job: Job, reads: list[str]) -> None:
-    message = refused("finetune", job.model, "--data", job.data.train, "--trace", job.data.train)
-    assert f"the trace cannot be written to {job.data.train}: File exists" in message
-    assert reads == []
-
-
-def finetune(job: Job) -> list[set[str]]:
-    """The phases of every rank, as the summary has them."""
-    summary = run(job, console=Console(file=StringIO()))
-    return [set(phases) for phases in summary.memory]
-
-
-@pytest.mark.distributed
-def test_finetune_on_two_ranks(job: Job) -> None:
-    assert job.shard == FSDP2()
-    expected, same = run_ranks(finetune, 2, job)
-    assert job.trace is not None
-    traces = read_ranks(job.trace)
-    assert [{phase.name for phase in trace.phases} for trace in traces] == expected == same
-    assert [trace.error for trace in traces] == [None, None]
-    page = Page.read(job.trace / "trace.html")
-    assert [{row[0] for row in table} for table in page.rows("of-phases")] == expected

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 import threading
 import time
 
@@ -187,3 +190,43 @@ def test_one_thread_samples_for_all_phases_and_ends_with_the_last() -> None:
         del held
     assert later.host_peak >= later.host_before + SIZE - SLACK, "and begins again"
     assert samplers() == 0
+
+
+MODULES = ("embed", "layers.0.q", "layers.0.up", "layers.1.q", "layers.1.up", "norm")
+ITEMS = (MODULES[:2], MODULES[2:3], MODULES[3:])
+
+
+class Terminal(io.StringIO):
+    """A stream that is drawn on."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_layers_are_counted_and_a_log_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report(show_progress=True)
+    assert list(report.track(ITEMS, names=lambda item: item)) == list(ITEMS)
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"Loaded 2 layers: 0 B read by this rank in \d+\.\d s\n", err)
+    assert list(report.track(["a", "b"], names=lambda item: [item])) == ["a", "b"]
+    assert "Loaded 2 layers" in capsys.readouterr().err, "modules, where none has a number"
+
+
+def test_lines_of_a_long_load_are_apart(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surgery.telemetry.report.LINE_PERIOD", 0.0)
+    list(Report(show_progress=True).track(ITEMS, names=lambda item: item))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [f"Loading: {count} of 2 layers" for count in (0, 1, 2)]
+
+
+def test_a_bar_fits_the_terminal_and_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "80")
+    report = Report(show_progress=True)
+    for _ in report.track(ITEMS, names=lambda item: item):
+        time.sleep(0.15)  # tqdm draws ten times a second
+    drawn = screen.getvalue().split("\r")
+    assert any("/2" in frame and "layers" in frame for frame in drawn)
+    assert max(map(len, drawn[:-1])) <= 80
+    assert drawn[-1].startswith("Loaded 2 layers"), drawn

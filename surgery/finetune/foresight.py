@@ -1,0 +1,62 @@
+"""The memory plan of a job, which also finds out what the checkpoint and the adapters would be refused for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import get_peft_config
+
+from surgery.checkpoint.peek import peek
+from surgery.config import DDP, FSDP1, FSDP2, Quant
+from surgery.errors import ConfigError
+from surgery.finetune.parser import Request
+from surgery.planning.arguments import parse_mesh
+from surgery.planning.plan import MemoryPlan, plan
+from surgery.planning.training import Training
+
+__all__ = ["foresee"]
+
+
+def foresee(request: Request, *, world_size: int, device: str, checkpointing: bool) -> MemoryPlan | None:
+    """The plan, of headers alone; None for a base model that is not in 4 bits, which is not planned.
+
+    Raises `CheckpointError`, `ConfigError` and `SelectorError` for what could not be loaded or adapted.
+    """
+    model, values = request.model, request.values
+    if not model.load_in_4bit:
+        return None
+    if not model.use_peft:
+        raise ConfigError(
+            "4-bit weights cannot be trained without adapters: use --use-peft true, or --load-in-4bit false"
+        )
+    revision = None if model.model_revision == "main" else model.model_revision
+    checkpoint = peek(request.name, revision=revision)
+    dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
+    training = Training(
+        # A pair is two samples.
+        batch=values["per_device_train_batch_size"] * (2 if request.preferences else 1),
+        seq=values["max_length"] or 1024,
+        optimizer="sgd" if values["optim"] == "sgd" else "adamw",
+        checkpointing=checkpointing,
+    )
+    return plan(
+        checkpoint,
+        world_size=world_size,
+        quant=Quant(
+            model.bnb_4bit_quant_type,  # type: ignore[arg-type]  # a choice of TRL's
+            double_quant=model.use_bnb_nested_quant,
+            quant_storage=getattr(torch, model.bnb_4bit_quant_storage or "uint8"),
+        ),
+        lora=get_peft_config(model),  # type: ignore[arg-type]
+        shard=_shard(request) if world_size > 1 else None,
+        dtype=dtype,
+        device=device,
+        training=training,
+    )
+
+
+def _shard(request: Request) -> Any:
+    if request.options.fsdp == "none":
+        return DDP()
+    return FSDP1() if request.options.fsdp == "1" else FSDP2(mesh=parse_mesh(request.options.mesh))

@@ -1,0 +1,78 @@
+"""Choices and arguments of the command line; free of torch, so that it can show its help at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from surgery.errors import ConfigError
+from surgery.telemetry.numbers import whole_number
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+    from surgery.config import FSDP1, FSDP2
+
+__all__ = [
+    "FsdpVersion",
+    "OptimizerName",
+    "PrecisionName",
+    "QuantStorageName",
+    "QuantType",
+    "parse_lora",
+    "parse_mesh",
+    "parse_shard",
+    "parse_storage",
+]
+
+FsdpVersion: TypeAlias = Literal["1", "2"]
+OptimizerName: TypeAlias = Literal["adamw", "sgd"]
+PrecisionName: TypeAlias = Literal["bf16", "fp32", "bf16-autocast", "fp16-autocast"]
+# uint8 is what bitsandbytes defaults to; under FSDP1 it is refused, with the reason.
+QuantStorageName: TypeAlias = Literal["auto", "bfloat16", "float16", "float32", "uint8"]
+QuantType: TypeAlias = Literal["nf4", "fp4"]
+
+
+def _parse_list(value: str) -> tuple[str, ...]:
+    """Items of a comma-separated list; empty ones are none."""
+    return tuple(filter(None, (item.strip() for item in value.split(","))))
+
+
+def parse_storage(name: QuantStorageName) -> torch.dtype | None:
+    """The dtype of that name, or None for `auto`."""
+    import torch
+
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def parse_mesh(value: str | None) -> tuple[int, int] | None:
+    """`2x4` as `(2, 4)`; raises `ConfigError` for anything else."""
+    if value is None:
+        return None
+    replicate, separator, shard = value.lower().partition("x")
+    replicas, shards = whole_number(replicate), whole_number(shard)
+    if not separator or replicas is None or shards is None:
+        raise ConfigError(f"expected --mesh as REPLICATExSHARD, such as 2x4, found {value!r:.80}")
+    return replicas, shards
+
+
+def parse_shard(fsdp: FsdpVersion, *, mesh: tuple[int, int] | None = None, cpu_offload: bool = False) -> FSDP1 | FSDP2:
+    """The options of a sharding; FSDP1 with a mesh is hybrid."""
+    from surgery.config import FSDP1, FSDP2
+
+    if fsdp == "2":
+        return FSDP2(mesh=mesh, cpu_offload=cpu_offload)
+    return FSDP1(strategy="full-shard" if mesh is None else "hybrid-shard", mesh=mesh, cpu_offload=cpu_offload)
+
+
+def parse_lora(r: int, targets: str) -> LoraConfig:
+    """Adapters of rank `r` on a comma-separated list of modules, or on `all-linear`."""
+    from peft import LoraConfig, TaskType
+
+    if r < 1:
+        raise ConfigError(f"expected the LoRA rank to be 1 or more, found {r}")
+    names = list(_parse_list(targets))
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=r, target_modules="all-linear" if targets == "all-linear" else names
+    )
