@@ -62,9 +62,7 @@ def test_a_release_out_of_the_window(
 
     load = PreTrainedModel._load_pretrained_model
 
-    def rewritten(
-        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
-    ) -> Any:
+    def other(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None) -> Any:
         return load(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     seams: dict[str, tuple[Any, str, Any, str]] = {
@@ -74,9 +72,8 @@ def test_a_release_out_of_the_window(
         ),
     }  # fmt: skip
     owner, name, function, patch_id = seams[distribution]
-    versions = {
-        name: installed_version(name) for name in ("accelerate", "transformers", "peft", "torch", "bitsandbytes")
-    }
+    libraries = ("accelerate", "transformers", "peft", "torch", "bitsandbytes")
+    versions = {library: installed_version(library) for library in libraries}
     expected = _losses(folder)
     with monkeypatch.context() as changed:
         changed.setattr("patches.versions.installed_version", {**versions, distribution: "99"}.get)

@@ -45,15 +45,13 @@ def main() -> None:
 
 def _run(script: str, arguments: list[str], *, low_memory: bool) -> None:
     """Do what `python script arguments` does, or `python -m surgery run script arguments`."""
+    if low_memory:
+        sys.argv = ["surgery", "run", script, *arguments]
+        runpy.run_module("surgery", run_name="__main__", alter_sys=True)
+        return
     sys.path.insert(0, str(Path(script).resolve().parent))
     sys.argv = [script, *arguments]
-    if not low_memory:
-        runpy.run_path(script, run_name="__main__")
-        return
-    import surgery
-
-    with surgery.low_memory():
-        runpy.run_path(script, run_name="__main__")
+    runpy.run_path(script, run_name="__main__")
 
 
 def observe(record: Callable[..., None]) -> None:
