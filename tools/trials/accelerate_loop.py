@@ -25,7 +25,7 @@ def main() -> None:
     accelerator = _accelerator(options)
     model = model or _load(options)
     if options.kbit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     model.train()
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=options.lr, momentum=0.9)

@@ -62,6 +62,19 @@ CASES: Final = {
     "trl, accumulating two batches": Case(script="trl", arguments=(*_BF16, "--gradient_accumulation_steps", "2")),
     "trl, no activation checkpointing": Case(script="trl", arguments=(*_BF16, "--gradient_checkpointing", "False")),
     "trl, evaluating at every second step": Case(script="trl", arguments=(*_BF16, *_EVALUATED), differs=True),
+    "trl, NEFTune": Case(script="trl", arguments=(*_BF16, "--neftune_noise_alpha", "5")),
+    "trl, rsLoRA on q_proj and v_proj": Case(
+        script="trl", arguments=(*_BF16, "--use_rslora", "True", "--lora_target_modules", "q_proj", "v_proj")
+    ),
+    "trl, trained embedding": Case(script="trl", arguments=(*_BF16, "--lora_modules_to_save", "embed_tokens")),
+    "trl, trained head": Case(script="trl", arguments=(*_BF16, "--lora_modules_to_save", "lm_head"), differs=True),
+    "trl, 16 bits": Case(script="trl", arguments=(*SHARDED, "--load_in_4bit", "False")),
+    "trl, 16 bits, all trained": Case(
+        script="trl", arguments=(*SHARDED, "--load_in_4bit", "False", "--use_peft", "False")
+    ),
+    "trl, 16 bits, all trained, --bf16": Case(
+        script="trl", arguments=(*SHARDED, "--load_in_4bit", "False", "--use_peft", "False", "--bf16", "True")
+    ),
     "trl, DDP": Case(script="trl"),
     "trl, one process": Case(script="trl", ranks=1),
     "loop, storage bfloat16": Case(script="loop", arguments=("--save-state",)),
