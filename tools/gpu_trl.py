@@ -87,7 +87,7 @@ def train(options: argparse.Namespace, found: dict[str, Any]) -> None:
         gradient_checkpointing=True,
         save_strategy="no",
         report_to=[],
-        fsdp=True,  # type: ignore[arg-type]  # declared as what a command line gives
+        fsdp=True,  # type: ignore[arg-type]  # a text before transformers 5
         fsdp_config=settings,
         seed=0,
         disable_tqdm=True,
