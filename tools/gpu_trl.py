@@ -87,7 +87,7 @@ def train(options: argparse.Namespace, found: dict[str, Any]) -> None:
         gradient_checkpointing=True,
         save_strategy="no",
         report_to=[],
-        fsdp=True,
+        fsdp=True,  # type: ignore[arg-type]  # a text before transformers 5
         fsdp_config=settings,
         seed=0,
         disable_tqdm=True,
@@ -105,7 +105,7 @@ def train(options: argparse.Namespace, found: dict[str, Any]) -> None:
     )
     found["bytes_after_load"] = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta)
 
-    class Notes(TrainerCallback):  # type: ignore[misc]
+    class Notes(TrainerCallback):
         def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
             found["ready_s"] = time.perf_counter() - STARTED
             if torch.cuda.is_available():

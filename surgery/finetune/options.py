@@ -59,6 +59,13 @@ class Options:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Evaluate on this fraction of --data, which is then not trained on."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better one; needs --eval-strategy and "
+            "--load-best-model-at-end."
+        },
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read --data while training, instead of before; needs --max-steps."}
     )
