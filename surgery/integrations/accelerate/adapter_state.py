@@ -40,7 +40,7 @@ def check_saves_adapters() -> None:
     from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
-        model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]))  # type: ignore[arg-type]
+        model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]))
     found = set(_saved_by_peft(model, {name for name, _ in model.named_parameters()}))
     adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if found != adapters:
