@@ -101,7 +101,8 @@ class NotFilledError(SurgeryError, RuntimeError):
     def __init__(self, use: str) -> None:
         super().__init__(
             f"{use} needs weights, and this model is bound to a checkpoint, not filled yet: call surgery.fill(model), "
-            "or fill() of what surgery.bind() returned, have accelerate or a trainer of transformers prepare it, or load it outside of surgery.low_memory()"
+            "or fill() of what surgery.bind() returned, have accelerate or a trainer of transformers prepare it, or "
+            "load it outside of surgery.low_memory()"
         )
         self.use = use
 

@@ -28,7 +28,7 @@ _FOLDER: Final = Path("build/upstream")
 def main() -> int:
     """Run the tests, compare, and print; returns the exit code."""
     options = _parse()
-    place = extract(options.source, options.ref, _FOLDER)
+    place = extract(options.source, options.ref, _FOLDER, undecorated=options.undecorated)
     stock = _timed("stock", place, options, ids=())
     patched = _timed("patched", place, options, ids=options.ids)
     print("\n".join(patched.header))
@@ -50,6 +50,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("ref", help="the tag or commit whose tests to run")
     parser.add_argument("--beside", type=Path, action="append", default=[], help="a folder to import from; repeatable")
     parser.add_argument("--ids", nargs="+", default=list(BUILTIN), help="patches, if not every built-in one")
+    parser.add_argument("--undecorated", nargs="+", default=[], help="decorators to leave out: require_non_cpu")
     # argparse leaves a positional argument empty if options come between it and the others.
     ours, for_pytest = _partition(sys.argv[1:], "--")
     return parser.parse_args(ours, argparse.Namespace(pytest=for_pytest))

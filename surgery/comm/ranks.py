@@ -161,8 +161,8 @@ class Ranks:
         """The error for a rank that lives, and does not come to where all ranks meet."""
         return PeerError(
             f"another rank has not come to where all ranks meet within {self.store.timeout}, though none has ended: it "
-            "is stuck, or that much slower; its own output may say why. init_process_group(timeout=...), or --timeout "
-            "of surgery finetune, sets the limit",
+            "is stuck, or that much slower; its own output may say why. init_process_group(timeout=...), or "
+            "--ddp-timeout of surgery finetune, sets the limit",
             rank=None,
         )
 

@@ -239,7 +239,7 @@ def _of_file(path: Path) -> Layer:
 
 def _of_yaml(path: Path) -> Layer:
     """The settings in the file of TRL's `--config`; none, if it is a file of something else."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     if path.suffix not in {".yaml", ".yml"}:
         return {}

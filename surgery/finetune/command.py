@@ -89,7 +89,7 @@ def _run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
 
 def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) -> None:
     try:
-        from surgery.finetune.job import run, show_plan
+        from surgery.finetune.job import plan_alone, run
         from surgery.finetune.parser import parse, show_help
     except ModuleNotFoundError as error:
         if error.name not in ("trl", "datasets"):
@@ -101,7 +101,10 @@ def _parse_and_run(words: Sequence[str], examples: str, *, preferences: bool) ->
         typer.echo(show_help(examples, preferences=preferences))
         return
     request = parse(words, preferences=preferences)
-    if request.options.plan == "only":
-        show_plan(request)
+    if request.options.plan != "only":
+        run(request)
         return
-    run(request)
+    from surgery.planning.table import show
+
+    made, memory = plan_alone(request)
+    show(made, request.name, memory)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
@@ -28,7 +28,7 @@ from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
-from surgery.comm.environment import launched_rank, launched_world_size
+from surgery.comm.environment import launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
@@ -42,12 +42,11 @@ from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_r
 from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
 from surgery.planning.plan import MemoryPlan
-from surgery.planning.table import show
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 
-__all__ = ["run", "show_plan"]
+__all__ = ["plan_alone", "run"]
 
 
 def run(request: Request, *, console: Console | None = None) -> Summary:
@@ -88,19 +87,20 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
     return summary
 
 
-def show_plan(request: Request) -> None:
-    """Print the memory plan of the job, for as many ranks as the launcher has started; no process group is made."""
-    world, is_gpu = _world_size(), torch.cuda.is_available() and not request.values["use_cpu"]
-    decided = _decided(request)
-    checkpointing = decided.get("activation_checkpointing") or (decided.get("fsdp_config") or {}).get(
+def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
+    """The memory plan of the job, for as many ranks as there are, and the bytes of a GPU if there is one.
+
+    No process group is made.
+    """
+    is_gpu, decided = not _on_cpu(request), _sharding(request)
+    checkpointing = decided["activation_checkpointing"] or decided.get("fsdp_config", {}).get(
         "activation_checkpointing"
     )
-    made = foresee(request, world_size=world, device="cuda" if is_gpu else "cpu", checkpointing=bool(checkpointing))
+    kind = "cuda" if is_gpu else "cpu"
+    made = foresee(request, world_size=_world_size(), device=kind, checkpointing=bool(checkpointing))
     if made is None:
         raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
-    if not launched_rank():
-        memory = torch.cuda.mem_get_info()[1] if is_gpu else None
-        show(made, request.name, memory)
+    return made, torch.cuda.mem_get_info()[1] if is_gpu else None
 
 
 def _world_size() -> int:
@@ -133,6 +133,8 @@ def _decided(request: Request) -> dict[str, Any]:
         raise ConfigError("--deepspeed shards in another way than this command does: leave it out")
     if values["trust_remote_code"]:
         raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
+    if request.options.early_stopping_patience is not None and not values["load_best_model_at_end"]:
+        raise ConfigError("--early-stopping-patience looks for the best model: add --load-best-model-at-end")
     found: dict[str, Any] = {"use_cpu": _on_cpu(request), "disable_tqdm": values["disable_tqdm"] is not False}
     found["resume_from_checkpoint"] = None  # which `train` is told
     # A checkpoint knows what was before training.
@@ -184,7 +186,7 @@ def _drops_out(request: Request) -> bool:
 
 
 def _fsdp_config(request: Request) -> dict[str, Any]:
-    """What was asked for as `fsdp_config`, as JSON or a file of it, over what low-memory loading wants."""
+    """The `fsdp_config` that was asked for, as JSON or a file of it, over what low-memory loading wants."""
     given = request.values["fsdp_config"] or {}
     try:
         if isinstance(given, str):
@@ -320,7 +322,7 @@ def _quieten(*, is_main: bool) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What was prepared. resume: the folder of a checkpoint. console: rank 0's."""
+    """A prepared job. resume: the folder of a checkpoint. console: rank 0's."""
 
     request: Request
     training: Any
@@ -382,6 +384,11 @@ class _Job:
         kind = DPOTrainer if self.request.preferences else SFTTrainer
         train, evaluation = self._samples()
         phases.begin("prepare")
+        callbacks: list[TrainerCallback] = [phases, Progress(self.console)]
+        if attesting is not None:
+            callbacks.append(attesting)
+        if self.request.options.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
         try:
             trainer = kind(
                 model=model,
@@ -390,7 +397,7 @@ class _Job:
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
                 peft_config=get_peft_config(self.request.model),
-                callbacks=[phases, Progress(self.console), *([attesting] if attesting is not None else [])],
+                callbacks=callbacks,
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error

@@ -45,7 +45,7 @@ DPO_DEFAULTS.pop("assistant_only_loss")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What TRL's classes do not have. The metadata of each field is its help."""
+    """Options that TRL's classes do not have. The metadata of each field is its help."""
 
     data: list[str] = field(
         default_factory=list,
@@ -58,6 +58,13 @@ class Options:
     eval_data: list[str] = field(default_factory=list, metadata={"help": "Data to evaluate on, likewise."})
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Evaluate on this fraction of --data, which is then not trained on."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations without a better one; needs --eval-strategy and "
+            "--load-best-model-at-end."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read --data while training, instead of before; needs --max-steps."}

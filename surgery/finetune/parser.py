@@ -140,7 +140,7 @@ def _take_config(words: list[str]) -> dict[str, Any]:
     """The content of the file that `--config` names, which is taken out of `words`."""
     import yaml
 
-    found: dict[str, Any] = {}
+    found: Any = {}
     for index, word in enumerate(words):
         name, has_value, value = word.partition("=")
         if name != "--config":
@@ -158,11 +158,11 @@ def _take_config(words: list[str]) -> dict[str, Any]:
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise ConfigError(f"--config {path}: expected `name: value` lines, found {type(found).__name__}")
         break
-    return found
+    return dict(found)
 
 
 def _parser(*, preferences: bool) -> _Parser:
-    kinds = [DPOConfig if preferences else SFTConfig, ModelConfig, Options]
+    kinds: Any = [DPOConfig if preferences else SFTConfig, ModelConfig, Options]
     # Ours come last, and take the names that they share with TRL's.
     parser = _Parser(kinds, conflict_handler="resolve", allow_abbrev=False, add_help=False)
     parser.set_defaults(**(DPO_DEFAULTS if preferences else DEFAULTS))

@@ -20,7 +20,7 @@ from surgery.comm.failures import collective
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
 from surgery.errors import ConfigError
-from surgery.passes.lifetime import keep
+from surgery.passes.lifetime import WAITING, keep
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "is_bound", "low_memory", "waits"]
 
@@ -47,6 +47,7 @@ class _Block:
     def __enter__(self) -> None:
         self._stack = ExitStack()
         try:
+            patches.plan(*WAITING)  # which a model gets when it is bound, and which must not fail by then
             self._stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
         except patches.PatchError as error:
             logger.warning("surgery.low_memory: everything runs as without it: %s", error)

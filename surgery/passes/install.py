@@ -91,7 +91,7 @@ def _made(
         return data
     if buffer.target.is_quantized and not isinstance(old, DTensor):
         return quant.parameter(module, data, buffer.state)
-    return _like(old, data)
+    return _like(old, data.to(old.dtype))  # a copy that PEFT trains may have been cast
 
 
 def _like(old: torch.Tensor, data: torch.Tensor) -> nn.Parameter:

@@ -39,10 +39,11 @@ class Suite:
         return f"{len(found)} tests: {counts or 'none ran'}"
 
 
-def extract(source: Path, ref: str, folder: Path) -> Path:
+def extract(source: Path, ref: str, folder: Path, *, undecorated: Sequence[str] = ()) -> Path:
     """Extract `tests/` of a git repository (with or without a work tree) at `ref`; returns its folder below `folder`.
 
     Only the tests: otherwise the unbuilt source of the library would be imported in place of the installed one.
+    undecorated: decorators to leave out, such as one that skips tests on a CPU.
     """
     place = folder / f"{source.resolve().name}-tests-{ref.replace('/', '-')}"
     shutil.rmtree(place, ignore_errors=True)
@@ -53,6 +54,10 @@ def extract(source: Path, ref: str, folder: Path) -> Path:
         raise SuiteError(f"{source} has no tests as of {ref}: {ran.stderr.decode().strip()}")
     with tarfile.open(fileobj=io.BytesIO(ran.stdout)) as archive:
         archive.extractall(place, filter="data")
+    lines = {f"@{name}" for name in undecorated}
+    for file in place.rglob("*.py") if lines else ():
+        kept = [line for line in file.read_text().splitlines(keepends=True) if line.strip() not in lines]
+        file.write_text("".join(kept))
     # Makes this folder the root, and replaces the library's options, which may need plugins or a coverage tool.
     (place / "pytest.ini").write_text("[pytest]\n")
     return place

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "mesh of one": (["--mesh", "2x2"], "expected --mesh of 1 ranks in all, found 2x2"),
     "mesh of FSDP1": (["--fsdp", "1", "--mesh", "1x1"], "expected --fsdp 2 with --mesh"),
     "resume": (["--resume-from-checkpoint"], "expected a checkpoint in"),
+    "patience": (["--early-stopping-patience", 1], "add --load-best-model-at-end"),
     "deepspeed": (["--deepspeed", "x.json"], "--deepspeed shards in another way"),
     "both bits": (["--load-in-4bit", "true", "--load-in-8bit"], "can't use 8 bit and 4 bit"),
     "no adapter": (["--use-peft", "false"], "4-bit weights cannot be trained without adapters"),
@@ -163,6 +166,21 @@ def test_one_process_learns_what_the_assistant_says(checkpoint: Path, tmp_path: 
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["sharding"], summary["patches_left"]) == (None, [])
     assert summary["evaluations"][-1]["loss"] < summary["evaluations"][0]["loss"]
+
+
+def test_sigterm_ends_a_job_that_has_its_output_to_itself(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    words = [str(checkpoint), "--data", str(data), "--output", str(tmp_path / "out"), "--max-steps", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "surgery", "finetune", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout is not None
+        assert any(line.startswith("step 1/") for line in job.stdout)
+        assert f"is in use by process {job.pid}" in refused(*words)
+        job.terminate()
+        _, said = job.communicate(timeout=60)
+    assert job.returncode == 143
+    assert said.endswith("terminated; every patch is undone\n")
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_a_job_without_a_model_or_data_is_refused() -> None:

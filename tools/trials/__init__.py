@@ -1,0 +1,1 @@
+"""Runs of whole training scripts, observed from outside."""
