@@ -133,7 +133,9 @@ def _message(error: BaseException) -> str:
     lines = [str(error)]
     cause = error.__cause__
     while cause is not None:
-        if str(cause) not in "\n".join(lines):
+        # Of what the system says, the reason alone counts: the message has the path in its own words.
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        if said not in "\n".join(lines):
             lines.append(f"  because: {type(cause).__name__}: {cause}")
         cause = cause.__cause__
     return "\n".join(lines)
