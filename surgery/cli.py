@@ -44,7 +44,7 @@ P = ParamSpec("P")
 
 app = typer.Typer(
     name="surgery",
-    help="Build, quantize, adapt and shard models one layer at a time.",
+    help="Fine-tune models in 4 bits, sharded by FSDP, where each rank reads its own share.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -65,7 +65,7 @@ def _root(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Build, quantize, adapt and shard models one layer at a time."""
+    """Fine-tune models in 4 bits, sharded by FSDP, where each rank reads its own share."""
 
 
 class _Command(TyperCommand):

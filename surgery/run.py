@@ -69,7 +69,7 @@ def run(
     *,
     apply: Apply = None,
 ) -> None:
-    """Run SCRIPT, unchanged, inside `surgery.low_memory()`: each rank reads what it keeps, and no more."""
+    """Run SCRIPT, unchanged, inside `surgery.low_memory()`. Each rank reads what it keeps, and no more."""
     script_of(command)
     with low_memory(apply):
         code = run_as_main(command)
