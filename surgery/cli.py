@@ -44,7 +44,7 @@ P = ParamSpec("P")
 
 app = typer.Typer(
     name="surgery",
-    help="Build, quantize, adapt and shard models one layer at a time.",
+    help="Fine-tune models in 4 bits, sharded by FSDP, where each rank reads its own share.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -65,7 +65,7 @@ def _root(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Build, quantize, adapt and shard models one layer at a time."""
+    """Fine-tune models in 4 bits, sharded by FSDP, where each rank reads its own share."""
 
 
 class _Command(TyperCommand):
@@ -133,7 +133,9 @@ def _message(error: BaseException) -> str:
     lines = [str(error)]
     cause = error.__cause__
     while cause is not None:
-        if str(cause) not in "\n".join(lines):
+        # Of what the system says, the reason alone counts: the message has the path in its own words.
+        said = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+        if said not in "\n".join(lines):
             lines.append(f"  because: {type(cause).__name__}: {cause}")
         cause = cause.__cause__
     return "\n".join(lines)

@@ -69,7 +69,7 @@ def run(
     *,
     apply: Apply = None,
 ) -> None:
-    """Run SCRIPT, unchanged, inside `surgery.low_memory()`: each rank reads what it keeps, and no more."""
+    """Run SCRIPT, unchanged, inside `surgery.low_memory()`. Each rank reads what it keeps, and no more."""
     script_of(command)
     with low_memory(apply):
         code = run_as_main(command)
@@ -83,7 +83,11 @@ def script_of(command: Sequence[str]) -> Path | None:
         return None
     path = Path(first)
     if first.startswith("-") or not path.is_file():
-        what = "-m alone" if first == "-m" else f"{first!r:.80}, an option" if first.startswith("-") else f"{first!r}"
+        what = (
+            "-m alone"
+            if first == "-m"
+            else f"{first!r:.80}, " + ("an option" if first.startswith("-") else "which is no file")
+        )
         raise ConfigError(
             f"expected the file of a script, or -m and a module, found {what}; options of this command come before it"
         )

@@ -83,7 +83,7 @@ def hold(directory: str | os.PathLike[str], *, overwrite: bool = True) -> Iterat
             folder.settle()
             folder.check(overwrite=overwrite)
         except OSError as error:
-            reason = error.strerror or error
+            reason = "it is a file" if path.is_file() else error.strerror or error
             raise ConfigError(
                 f"the output folder {path} cannot be written: {reason}; choose another output, or mend that"
             ) from error
@@ -133,7 +133,7 @@ class AdapterFolder:
         for name in (CONFIG, WEIGHTS):
             if (self.path / name).exists():
                 raise ConfigError(
-                    f"{self.path} already has an adapter ({name}); choose another output, or overwrite it"
+                    f"{self.path} already has an adapter ({name}); choose another output, or overwrite it (--overwrite)"
                 )
         foreign = [name for name in _COMPANIONS if os.path.lexists(self.path / name)]
         if foreign:

@@ -75,7 +75,7 @@ def doctor(
     apply: Apply = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; what SCRIPT prints goes to stderr.")] = False,
 ) -> None:
-    """Say what stock libraries would do with a job; run SCRIPT in `surgery.low_memory()`, and say what acted."""
+    """Say what stock libraries would do with a job. With SCRIPT, run it in `surgery.low_memory()`; say what acted."""
     words = command or []
     named = bool(words) and (words[0] == "-m" or not words[0].startswith("-"))
     runs = named and not dry_run

@@ -69,12 +69,12 @@ interrupted, 143 terminated, 1 anything else."""
 
 
 def finetune(context: typer.Context) -> None:
-    """Fine-tune MODEL with QLoRA: 4-bit weights, LoRA adapters, TRL's trainer, sharded by FSDP under torchrun."""
+    """Fine-tune MODEL with QLoRA, by TRL's SFTTrainer."""
     _run(context.args, _FINETUNE, preferences=False)
 
 
 def dpo(context: typer.Context) -> None:
-    """Teach MODEL what is preferred (DPO), with QLoRA under FSDP."""
+    """Teach MODEL what is preferred, by TRL's DPOTrainer."""
     _run(context.args, _DPO, preferences=True)
 
 

@@ -423,8 +423,8 @@ class _Job:
         counts, training = self.data.counts(), self.training
         batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * self.ranks.world_size
         self._say(
-            f"{counts['train'] or 'streamed'} samples to train on, {counts['evaluation']} to evaluate on; {batch} "
-            f"samples a step on {self.ranks.world_size} rank(s), {training.device.type}"
+            f"Samples: {counts['train'] or 'streamed'} to train on, {counts['evaluation']} to evaluate on, {batch} a "
+            f"step; ranks: {self.ranks.world_size}, on {training.device.type}"
         )
         if self.data.unused:
             self._say(f"Not read: {', '.join(self.data.unused)}")

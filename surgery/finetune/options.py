@@ -78,7 +78,9 @@ class Options:
     )
     fsdp: Literal["2", "1", "none"] = field(
         default="2",
-        metadata={"help": "Which FSDP shards the model on several ranks; none keeps it whole on each (DDP)."},
+        metadata={
+            "help": "Which FSDP shards the model on several ranks (1 needs GPUs); none keeps it whole on each (DDP)."
+        },
     )
     mesh: str | None = field(
         default=None, metadata={"help": "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2)."}

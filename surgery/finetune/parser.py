@@ -7,7 +7,7 @@ import difflib
 import json
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,6 +74,12 @@ def parse(arguments: Sequence[str], *, preferences: bool = False) -> Request:
             "expected MODEL first, or `model_name_or_path:` in --config: a folder with a safetensors checkpoint, or a "
             "hub id; found none"
         )
+    steps, epochs = values["max_steps"], values["num_train_epochs"]
+    if steps == 0 or (steps < 0 and epochs <= 0):
+        raise ConfigError(
+            f"expected a step to train, found --max-steps {steps} and --num-train-epochs {epochs:g}; the former counts "
+            f"where it is above 0"
+        )
     if values["load_in_4bit"] is None:
         values["load_in_4bit"] = not values["load_in_8bit"]
     if values["bnb_4bit_quant_storage"] is None:
@@ -108,7 +114,7 @@ class _Parser(TrlParser):
             raise ConfigError(message)
         if not first.startswith("-"):
             raise ConfigError(f"{first!r} belongs to no option: MODEL comes first")
-        raise ConfigError(f"there is no option {first}{_nearest(first, self._option_string_actions)}")
+        raise ConfigError(f"there is no option {first}{_nearest(first.replace('_', '-'), self._option_string_actions)}")
 
     def words_of(self, config: Mapping[str, Any]) -> list[str]:
         """The words of a command line that say what `config` does; None becomes a default."""
@@ -125,8 +131,12 @@ class _Parser(TrlParser):
         return words
 
 
-def _nearest(name: str, names: Mapping[str, object]) -> str:
-    found = difflib.get_close_matches(name.replace("-", "_"), [each for each in names if "-" not in each.strip("-")], 3)
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """A question for the names that are spelt alike, or that end with `name`, such as --per-device-train-batch-size."""
+    known = [each for each in names if "_" not in each.lstrip("-") or not each.startswith("-")]
+    word = name.lstrip("-")
+    ends = [each for each in known if each.endswith((f"-{word}", f"_{word}"))]
+    found = list(dict.fromkeys([*ends, *difflib.get_close_matches(name, known, 3)]))[:3]
     return f"; is it {' or '.join(found)}?" if found else "; --help names all"
 
 

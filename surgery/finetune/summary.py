@@ -78,7 +78,7 @@ class Summary:
 
     def _losses(self) -> str:
         resumed = f", resumed after step {self.resumed_after}" if self.resumed_after else ""
-        lines = [f"{self.steps} steps in {self.seconds:.0f} s on {self.world_size} rank(s){resumed}"]
+        lines = [f"Steps: {self.steps} in {self.seconds:.0f} s; ranks: {self.world_size}{resumed}"]
         losses = list(self.losses.values())
         if losses:
             lines.append(f"Training loss: {losses[0]:.4f} at first, {losses[-1]:.4f} at last")
@@ -96,9 +96,9 @@ class Summary:
         return "\n".join(lines)
 
     def _patches(self) -> str:
-        ids = sorted({row["id"] for row in self.patches if row["state"] != "skipped"})
+        count = len({row["id"] for row in self.patches if row["state"] != "skipped"})
         left = ", ".join(self.patches_left)
-        return f"Patches of this run: {', '.join(ids) or 'none'}\nPatches still active: {left or 'none'}"
+        return f"Patches of this run: {count}, which summary.json lists\nPatches still active: {left or 'none'}"
 
     def _next(self) -> str:
         return f"Adapter and summary: {self.config['output_dir']}\nTry it: {self.next_command}"

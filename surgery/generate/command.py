@@ -85,7 +85,7 @@ def generate(
     stop_strings: Annotated[list[str] | None, _of_answers(help="End an answer with this. Repeatable.")] = None,
     seed: Annotated[int, _of_answers(show_default=True, help="Of what is drawn, for each prompt anew.")] = 0,
 ) -> None:
-    """Generate text with MODEL, in 4 bits, and an adapter that was trained on it."""
+    """Generate text with MODEL, in 4 bits, and with an adapter."""
     from surgery.generate.generator import Generator, find_base
 
     options = {

@@ -101,7 +101,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
-    """Plan the memory of fine-tuning MODEL: what every rank would read, hold and peak at, before anything is loaded."""
+    """Plan the memory of fine-tuning MODEL. It says what every rank would read, hold and peak at; nothing is loaded."""
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     offloads, sizes = _offloads(fsdp_config), parse_mesh(mesh)
     with _not_collecting():

@@ -39,7 +39,7 @@ def trace(
         ),
     ] = None,
 ) -> None:
-    """Draw the trace in DIR: memory of every rank over time, phases, bytes read, next to what was predicted."""
+    """Draw the trace in DIR. It has memory of every rank over time, phases, bytes read, beside what was predicted."""
     from surgery.errors import ConfigError
     from surgery.tracing.folder import PAGE, draw
 

@@ -75,8 +75,10 @@ def test_help_fits_80_columns_and_shows_whole_names(name: str, monkeypatch: pyte
 
 
 BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
-    "unknown": (["--learning-rat", 1], "there is no option --learning-rat; is it --learning_rate"),
+    "unknown": (["--learning-rat", 1], "there is no option --learning-rat; is it --learning-rate"),
     "no number": (["--max-steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
+    "end of a name": (["--batch-size", 4], "is it --per-device-train-batch-size or"),
+    "no step": (["--max-steps", 0], "expected a step to train, found --max-steps 0"),
     "position": (["--max-steps", 1, "model"], "'model' belongs to no option: MODEL comes first"),
     "TRL's": (["--lr-scheduler-type", "bumpy"], "bumpy"),
     "eval twice": (["--eval-fraction", 0.1, "--eval-data", "x"], "found both; give one"),

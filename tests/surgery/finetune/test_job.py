@@ -142,7 +142,7 @@ def test_jobs(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert (written["world_size"], len(written["memory"]), written["patches_left"]) == (2, 2, [])
     assert {"transformers.bind-at-load", "accelerate.fill-sharded"} <= {row["id"] for row in written["patches"]}
     for text in (
-        "20 samples to train on, 20 to evaluate on; 4 samples a step on 2 rank(s), cpu",
+        "Samples: 20 to train on, 20 to evaluate on, 4 a step; ranks: 2, on cpu",
         "Attestation: 14 layers are what was quantized",
         f"step {STEPS}/{STEPS}",
         "Patches still active: none",
