@@ -12,7 +12,6 @@ from peft import LoraConfig
 from torch import nn
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
-import surgery
 from surgery.config import DDP, FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
 from surgery.quantizers.base import QuantFormat, format_for
@@ -142,21 +141,6 @@ def test_integers_that_fsdp2_of_an_older_torch_cannot_shard(monkeypatch: pytest.
     with pytest.raises(ConfigError, match=r"uint8 cannot be sharded by FSDP2 of torch .*use torch 99\.1 or later"):
         check_format(Quant(quant_storage=torch.uint8), FSDP2(), torch.bfloat16)
     check_format(Quant(quant_storage=torch.bfloat16), FSDP2(), torch.bfloat16)
-
-
-@pytest.mark.parametrize("name", surgery.PRECISIONS)
-def test_every_precision_policy_fits_its_own_storage(name: str) -> None:
-    policy = surgery.precision(name)
-    for shard in (FSDP1(), FSDP2(), FSDP1(units="block", use_orig_params=True), DDP()):
-        check_format(Quant(), shard.in_precision(policy), policy.dtype, adapted=True)
-
-
-def test_mixed_precision_that_is_chosen_stays() -> None:
-    policy = surgery.precision("bf16")
-    assert FSDP1().in_precision(policy).mixed_precision == policy.mixed_precision() is not None
-    assert FSDP2().in_precision(policy).mixed_precision == policy.mixed_precision_policy() is not None
-    chosen = FSDP2(mixed_precision=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
-    assert chosen.in_precision(policy) is chosen
 
 
 @pytest.mark.parametrize(
