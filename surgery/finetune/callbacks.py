@@ -61,7 +61,7 @@ class Progress(TrainerCallback):
             say(self._console, f"after step {state.global_step}: evaluation loss {logs['eval_loss']:.4f}")
 
     def _figures(self, logs: Mapping[str, Any]) -> Iterator[str]:
-        """What is worth a look beside the loss."""
+        """Figures that are worth a look beside the loss."""
         now = time.monotonic()
         yield f"lr {logs.get('learning_rate', 0):.2e}  gradient norm {float(logs.get('grad_norm', 0)):.3f}"
         if "rewards/accuracies" in logs:

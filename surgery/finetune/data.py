@@ -63,7 +63,7 @@ class Data:
         return train, evaluation
 
     def facts(self) -> Facts:
-        """What must be the same on all ranks."""
+        """Facts that must be the same on all ranks."""
         return {"training data": _digest(self.train), "evaluation data": _digest(self.evaluation)}
 
     def counts(self) -> dict[str, int | None]:

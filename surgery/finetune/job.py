@@ -186,7 +186,7 @@ def _drops_out(request: Request) -> bool:
 
 
 def _fsdp_config(request: Request) -> dict[str, Any]:
-    """What was asked for as `fsdp_config`, as JSON or a file of it, over what low-memory loading wants."""
+    """The `fsdp_config` that was asked for, as JSON or a file of it, over what low-memory loading wants."""
     given = request.values["fsdp_config"] or {}
     try:
         if isinstance(given, str):
@@ -322,7 +322,7 @@ def _quieten(*, is_main: bool) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What was prepared. resume: the folder of a checkpoint. console: rank 0's."""
+    """A prepared job. resume: the folder of a checkpoint. console: rank 0's."""
 
     request: Request
     training: Any

@@ -45,7 +45,7 @@ DPO_DEFAULTS.pop("assistant_only_loss")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What TRL's classes do not have. The metadata of each field is its help."""
+    """Options that TRL's classes do not have. The metadata of each field is its help."""
 
     data: list[str] = field(
         default_factory=list,

@@ -134,6 +134,14 @@ def test_tests_that_are_not_there_are_said(tmp_path: Path, upstream: Path) -> No
         extract(upstream, "no-such-tag", tmp_path / "out")
 
 
+def test_a_decorator_can_be_left_out(tmp_path: Path, upstream: Path) -> None:
+    place = extract(upstream, "HEAD", tmp_path / "out", undecorated=('pytest.mark.parametrize("value", [1, 2])',))
+    kept = (place / "tests" / "test_json.py").read_text()
+    assert "@" in SUITE
+    assert "@" not in kept
+    assert "def test_text(value)" in kept
+
+
 def test_a_test_that_only_one_run_has_is_a_difference() -> None:
     one, two = (Suite(outcomes=found, header=()) for found in ({"a": "passed", "b": "passed"}, {"a": "passed"}))
     assert differences(one, two) == [("b", "passed", "absent")]

@@ -24,7 +24,7 @@ class TrialFailedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What one run reported: `events` by rank, in order; `folder` has its output, and what it printed."""
+    """Report of one run: `events` by rank, in order; `folder` has its output, and what it printed."""
 
     folder: Path
     events: tuple[tuple[dict[str, Any], ...], ...]
