@@ -193,13 +193,14 @@ def test_ties_that_fsdp1_would_lose(strategy: Any, world_size: int) -> None:
 
 
 class Kept(nn.Module):
-    """A block with a gate that upstream keeps in float32."""
+    """A model on meta with gates that upstream keeps in float32."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"gate": nn.Linear(4, 4), "up": nn.Linear(4, 4, dtype=torch.bfloat16)}) for _ in range(2)
-        )
+        with torch.device("meta"):
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"gate": nn.Linear(4, 4), "up": nn.Linear(4, 4, dtype=torch.bfloat16)}) for _ in range(2)
+            )
 
 
 GATES = {f"layers.{block}.gate.{name}" for block in range(2) for name in ("weight", "bias")}
