@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from trials.observed import observe
 
 __all__ = ["Run", "Script", "on_a_rank"]
 
-WAYS = {"stock": contextlib.nullcontext, "ours": surgery.low_memory}
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "stock": contextlib.nullcontext,
+    "ours": surgery.low_memory,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

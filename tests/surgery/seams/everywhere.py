@@ -30,7 +30,8 @@ class AddingUp(nn.Module):
         self.module = module
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(partial(_add_up, columns=columns, world_size=world_size))
+                add_up = partial(_add_up, columns=columns, world_size=world_size)
+                parameter.register_post_accumulate_grad_hook(add_up)  # type: ignore[no-untyped-call]  # of torch
 
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.module(*args, **kwargs)
