@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 __all__ = ["Bound", "agree", "bind", "bind_alone", "bound_in", "building", "complete", "fill", "foresee", "set_up"]
+
+logger = logging.getLogger("surgery")
 
 #: Patches of libraries that a filled model may be handed to.
 HANDED_ON = (
@@ -385,13 +388,29 @@ def complete(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
-    handed = [patches.on(each, around(model)) for each in HANDED_ON]
-    with patches.transaction(*needed, *handed, on=layers, reason="a model that is built runs and trains") as resident:
+    with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:
+        _hand_on(model, resident)
         keep(model, resident.receipts)
         as_context_manager(model)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
         resident.commit()
     return model
+
+
+def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
+    """Apply `HANDED_ON` for `model`. It trains without those that do not fit what is installed, which are told."""
+    left_out = {}
+    for each in HANDED_ON:
+        try:
+            with resident.savepoint():
+                resident.apply(patches.on(each, around(model)))
+        except patches.PatchError as error:
+            left_out[each] = str(error)
+    others = (receipt for receipt in resident.skipped if receipt.id in HANDED_ON)
+    left_out |= {receipt.id: receipt.verdict.why for receipt in others if str(receipt.verdict) != "obsolete"}
+    if left_out:
+        why = "; ".join(f"{each} ({reason})" for each, reason in left_out.items())
+        logger.warning("surgery: a %s goes without patches for what it may be handed to: %s", type(model).__name__, why)
 
 
 def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) -> Iterator[Pass]:

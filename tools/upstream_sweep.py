@@ -47,7 +47,9 @@ _PAGE: Final = Path("docs/compatibility.md")
 def main() -> int:
     """Run the sweep; returns the exit code."""
     options = _parse()
-    installed = {name: metadata.version(name) for name in ("peft", "bitsandbytes", "transformers", "torch")}
+    installed = {
+        name: metadata.version(name) for name in ("peft", "bitsandbytes", "accelerate", "transformers", "torch")
+    }
     outcomes = []
     for peft, bitsandbytes in options.pair or _pairs(installed):
         for outcome in _ask(Release(name="peft", version=peft), Release(name="bitsandbytes", version=bitsandbytes)):

@@ -10,7 +10,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.bound import bound_in
-from surgery.passes.lifetime import keep
+from surgery.passes.lifetime import WAITING, keep
 
 __all__ = ["BUNDLE", "CARRIED", "carry", "low_memory"]
 
@@ -42,6 +42,7 @@ def low_memory() -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
+            patches.plan(*WAITING)  # which a model gets when it is bound, and which must not fail by then
             stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
         except patches.PatchError as error:
             logger.warning("surgery.low_memory: everything runs as without it: %s", error)

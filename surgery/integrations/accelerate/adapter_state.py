@@ -35,6 +35,18 @@ def everything_is_gathered() -> bool:
     return "ignore_frozen_params" not in inspect.getsource(Accelerator.get_state_dict)
 
 
+def check_saves_adapters() -> None:
+    """Raise RuntimeError if something else than adapters would be gathered of a model that has some."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]))
+    found = set(_saved_by_peft(model, {name for name, _ in model.named_parameters()}))
+    adapters = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if found != adapters:
+        raise RuntimeError(f"expected {sorted(adapters)} to be gathered, found {sorted(found)}")
+
+
 @patches.register(
     "accelerate.adapter-state",
     target="accelerate.accelerator:Accelerator.get_state_dict",
@@ -42,10 +54,12 @@ def everything_is_gathered() -> bool:
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model, unwrap=True)",
+    fingerprint="5bb2feee832994b3",
     subject=_model,
     on_unknown="skip",
     on_drift="skip",
     probe=everything_is_gathered,
+    verify=check_saves_adapters,
 )
 def gather_what_is_saved(
     wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -11,15 +11,46 @@ import model_surgery_patches as patches
 from surgery.errors import ConfigError
 from surgery.sharding.base import ShardStrategy, strategy_of
 
-__all__ = ["leave_as_it_is"]
+__all__ = ["leave_as_it_is", "sharded_specimen"]
+
+
+def sharded_specimen() -> nn.Module:
+    """The smallest model that FSDP2 has sharded, by its class, which is all that accelerate looks at."""
+    from torch.distributed.fsdp import FSDPModule
+
+    class FSDPLinear(FSDPModule, nn.Linear):
+        pass
+
+    model: nn.Module = nn.Linear(1, 1, device="meta")
+    model.__class__ = FSDPLinear
+    return model
 
 
 def classes_are_renamed() -> bool:
     """Whether accelerate finds a class no more once FSDP2 has renamed it."""
     from accelerate.utils.dataclasses import get_module_class_from_name
 
-    renamed = type("FSDPLinear", (nn.Linear,), {})
-    return get_module_class_from_name(renamed(1, 1, device="meta"), "Linear") is None
+    return get_module_class_from_name(sharded_specimen(), "Linear") is None
+
+
+def check_prepares_others_alone() -> None:
+    """Raise RuntimeError if a sharded model is handed to accelerate, or what is beside it is not."""
+    from types import SimpleNamespace
+
+    model, beside, handed = sharded_specimen(), object(), list[Any]()
+    plugin, dynamo = (
+        SimpleNamespace(activation_checkpointing=False),
+        SimpleNamespace(backend=SimpleNamespace(value="NO")),
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=dynamo)
+
+    def prepare(*args: Any) -> tuple[Any, ...]:
+        handed.extend(args)
+        return args
+
+    result = leave_as_it_is(prepare, SimpleNamespace(state=state, _models=[]), (model, beside), {})
+    if result != (model, beside) or handed != [beside]:
+        raise RuntimeError(f"expected all but the model to be prepared, found {handed}")
 
 
 @patches.register(
@@ -32,10 +63,12 @@ def classes_are_renamed() -> bool:
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, *args)",
+    fingerprint="74da433b6d4ab0fc",
     subject=lambda _instance, args, _kwargs: next((each for each in args if isinstance(each, nn.Module)), None),
     on_unknown="skip",
     on_drift="skip",
     probe=classes_are_renamed,
+    verify=check_prepares_others_alone,
 )
 def leave_as_it_is(
     wrapped: Callable[..., tuple[Any, ...]], instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]

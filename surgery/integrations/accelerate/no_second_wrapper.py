@@ -9,6 +9,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.errors import ConfigError
+from surgery.integrations.accelerate.already_sharded import sharded_specimen
 from surgery.sharding.base import ShardStrategy, strategy_of
 
 __all__ = ["wrap_once"]
@@ -17,6 +18,51 @@ __all__ = ["wrap_once"]
 def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
     model: nn.Module = args[0] if args else kwargs["model"]
     return model
+
+
+def sharded_is_wrapped() -> bool:
+    """Whether accelerate would wrap in DDP what FSDP2 has sharded."""
+    from types import SimpleNamespace
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType
+
+    ranks: Any = SimpleNamespace(
+        device_placement=False,
+        distributed_type=DistributedType.MULTI_CPU,
+        multi_device=True,
+        native_amp=False,
+        fp8_backend=None,
+        parallelism_config=None,
+        ddp_handler=None,
+        device=torch.device("cpu"),
+        local_process_index=0,
+        verify_device_map=lambda _model: False,
+        _models=[],
+    )
+    model = sharded_specimen()
+    # DDP refuses a model on two devices before it speaks to any rank.
+    model.on_cpu = nn.Parameter(torch.empty(1, device="cpu"))
+    try:
+        Accelerator.prepare_model(ranks, model, device_placement=False)
+    except ValueError:  # of DDP, for no process group, or for two devices
+        return True
+    return False
+
+
+def check_refuses_sharded() -> None:
+    """Raise RuntimeError if what FSDP2 has sharded comes to accelerate where that is not configured for it."""
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    try:
+        ranks = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, is_fsdp2=False)
+        wrap_once(lambda *_args, **_kwargs: None, ranks, (sharded_specimen(),), {})
+    except ConfigError:
+        return
+    raise RuntimeError("expected a sharded model to be refused where accelerate is configured for DDP")
 
 
 @patches.register(
@@ -29,9 +75,12 @@ def _model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, model, device_placement=None, evaluation_mode=False)",
+    fingerprint="a0bc5fe288a0a428",
     subject=_model,
     on_unknown="skip",
     on_drift="skip",
+    probe=sharded_is_wrapped,
+    verify=check_refuses_sharded,
 )
 def wrap_once(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Prepare a model of DDP without DDP; refuse one of FSDP unless accelerate is configured for that."""

@@ -23,12 +23,29 @@ def _given_model(_instance: object, args: tuple[Any, ...], _kwargs: dict[str, An
 
 
 def shards_are_found_by_address() -> bool:
-    """Whether accelerate tells an optimizer's parameters apart by their addresses, by its source."""
-    import inspect
+    """Whether accelerate cannot tell apart parameters on meta, of which it notes the addresses."""
+    from types import SimpleNamespace
 
-    from accelerate.utils import fsdp_utils
+    from accelerate import Accelerator
 
-    return "data_ptr" in inspect.getsource(fsdp_utils.fsdp2_switch_optimizer_parameters)
+    accelerator: Any = SimpleNamespace(fp8_backend=None)
+    noted = Accelerator._get_named_parameters(accelerator, nn.Linear(1, 1, device="meta"), drop_refs=True)
+    return len(set(noted.values())) < len(noted)
+
+
+def check_finds_each_its_own() -> None:
+    """Raise RuntimeError if an optimizer that accelerate gives one shard for all is not given each its own."""
+    model, sharded = nn.Linear(1, 1, device="meta"), nn.Linear(1, 1, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def prepare(*_args: Any) -> tuple[Any, ...]:
+        optimizer.param_groups[0]["params"] = [sharded.bias, sharded.bias]
+        return sharded, optimizer
+
+    find_by_name(prepare, None, (model, optimizer), {})
+    given = optimizer.param_groups[0]["params"]
+    if [id(each) for each in given] != [id(sharded.weight), id(sharded.bias)]:
+        raise RuntimeError("expected an optimizer to get the shard of each of its parameters, found another one")
 
 
 @patches.register(
@@ -41,10 +58,12 @@ def shards_are_found_by_address() -> bool:
     upstream="https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/accelerator.py",
     requires={"accelerate": ">=1.15,<1.16"},
     signature="(self, *args)",
+    fingerprint="74da433b6d4ab0fc",
     subject=_given_model,
     on_unknown="skip",
     on_drift="skip",
     probe=shards_are_found_by_address,
+    verify=check_finds_each_its_own,
 )
 def find_by_name(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Any:
     """Give each optimizer, of each parameter that it had, what has the same name afterwards."""

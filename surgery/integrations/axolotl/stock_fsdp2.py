@@ -13,13 +13,29 @@ __all__ = ["STOCK_FSDP2"]
 _SOURCE = "https://github.com/axolotl-ai-cloud/axolotl/blob/v0.19.0/src/axolotl/monkeypatch"
 _FSDP2, _QLORA = "axolotl.monkeypatch.accelerate.fsdp2", "axolotl.monkeypatch.fsdp2_qlora"
 
-#: Id -> module, function, and what it would assign.
+#: Id -> module, function, its fingerprint, and what it would assign.
 _FUNCTIONS = {
-    "axolotl.stock-prepare": (_FSDP2, "patch_accelerate_fsdp2", "fsdp2_prepare_model of accelerate"),
-    "axolotl.stock-sharded-param": (_QLORA, "apply_init_sharded_param_patch", "FSDPParam._init_sharded_param"),
-    "axolotl.stock-unsharded-param": (_QLORA, "apply_init_unsharded_param_patch", "FSDPParam.init_unsharded_param"),
-    "axolotl.stock-dtype-attrs": (_QLORA, "apply_init_dtype_attrs_patch", "FSDPParam.init_dtype_attrs"),
-}
+    "axolotl.stock-prepare": (
+        _FSDP2, "patch_accelerate_fsdp2", "44d2c03242d6f33f", "accelerate.accelerator.fsdp2_prepare_model"
+    ),
+    "axolotl.stock-sharded-param": (
+        _QLORA, "apply_init_sharded_param_patch", "07f0e24be40dd35f", "FSDPParam._init_sharded_param"
+    ),
+    "axolotl.stock-unsharded-param": (
+        _QLORA, "apply_init_unsharded_param_patch", "06b2a57f22af4884", "FSDPParam.init_unsharded_param"
+    ),
+    "axolotl.stock-dtype-attrs": (
+        _QLORA, "apply_init_dtype_attrs_patch", "5fe515643b39cc4a", "FSDPParam.init_dtype_attrs"
+    ),
+}  # fmt: skip
+
+
+def _assigns(module: str, function: str, assigned: str) -> bool:
+    """Whether the function assigns what it is said to, by its source: it keeps no record to undo that."""
+    import importlib
+    import inspect
+
+    return f" {assigned} = " in inspect.getsource(getattr(importlib.import_module(module), function))
 
 
 def _live() -> list[Any]:
@@ -46,7 +62,7 @@ def _do_nothing(
     """Leave the library as it is."""
 
 
-for _id, (_module, _function, _assigned) in _FUNCTIONS.items():
+for _id, (_module, _function, _fingerprint, _assigned) in _FUNCTIONS.items():
     patches.register(
         _id,
         target=f"{_module}:{_function}",
@@ -54,8 +70,10 @@ for _id, (_module, _function, _assigned) in _FUNCTIONS.items():
         upstream=f"{_SOURCE}/{_module.removeprefix('axolotl.monkeypatch.').replace('.', '/')}.py",
         requires={"axolotl": ">=0.19,<0.20"},
         signature="()",
+        fingerprint=_fingerprint,
         on_unknown="skip",
         on_drift="skip",
+        probe=functools.partial(_assigns, _module, _function, _assigned),
         verify=functools.partial(_check_assigns_nothing, _module, _function),
     )(_do_nothing)
 

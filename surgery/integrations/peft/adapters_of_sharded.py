@@ -13,6 +13,7 @@ import model_surgery_patches as patches
 from surgery.adapters.attach import appearing_real, needs_weights
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.errors import ConfigError
+from surgery.integrations.peft.adapters_of_meta import adapted_specimen
 from surgery.model.tree import convert
 from surgery.sharding.base import ShardStrategy, strategy_of
 
@@ -23,6 +24,21 @@ def _given_model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any
     return args[0] if args else kwargs["model"]
 
 
+def ranks_draw_their_own() -> bool:
+    """Whether two ranks whose generators differ have adapters of other initial values."""
+    drawn = [adapted_specimen(device="cpu", seed=seed).model[0].lora_A["default"].weight for seed in (0, 1)]
+    return not torch.equal(*drawn)
+
+
+def check_averages_gradients() -> None:
+    """Raise RuntimeError if an adapter that is trained keeps the gradient of one rank for itself."""
+    layer = nn.Linear(1, 1, bias=False, device="meta")
+    _average_gradients(layer, frozenset({"weight"}))
+    layer(torch.empty(1, device="meta"))
+    if not layer.weight._post_accumulate_grad_hooks:
+        raise RuntimeError("expected gradients of an adapter to be averaged, found nothing that does")
+
+
 @patches.register(
     "peft.adapters-of-sharded",
     target="peft.tuners.tuners_utils:BaseTuner.inject_adapter",
@@ -31,10 +47,13 @@ def _given_model(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any
         "values on each rank, and gradients of that rank's batch alone: FSDP2 does not know them"
     ),
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py",
-    requires={"peft": ">=0.18"},
+    requires={"peft": ">=0.18,<0.22"},
     signature="(self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None)",
+    fingerprint=("5d7a11f2147b04da", "5a332736d769f1fe", "5f4330bd4fd8cd49"),  # until 0.18, until 0.20, since 0.21
     on_unknown="skip",
     on_drift="skip",
+    probe=ranks_draw_their_own,
+    verify=check_averages_gradients,
     subject=_given_model,
 )
 def replicate(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -6,8 +6,27 @@ from typing import Any, NoReturn
 
 import model_surgery_patches as patches
 from surgery.errors import NotFilledError
+from surgery.integrations.peft.adapters_of_meta import adapted_specimen
 
 __all__ = ["refuse"]
+
+
+def nothing_is_said() -> bool:
+    """Whether PEFT merges an adapter into a weight on meta, and does not complain."""
+    try:
+        adapted_specimen(device="meta").merge_adapter()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def check_refuses() -> None:
+    """Raise RuntimeError if merging is not refused."""
+    try:
+        refuse(None, None, (), {})
+    except NotFilledError:
+        return
+    raise RuntimeError("expected merge_adapter() to be refused")
 
 
 @patches.register(
@@ -15,7 +34,11 @@ __all__ = ["refuse"]
     target="peft.tuners.tuners_utils:BaseTuner.merge_adapter",
     reason="adapters merged into weights on meta are lost without a word when these are filled",
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/tuners_utils.py",
-    requires={"peft": ">=0.18"},
+    requires={"peft": ">=0.18,<0.22"},
+    signature="(self, adapter_names=None, safe_merge=False)",
+    fingerprint="520bc3d8180108a9",
+    probe=nothing_is_said,
+    verify=check_refuses,
     subject=lambda instance, _args, _kwargs: instance.model,
 )
 def refuse(_wrapped: object, _instance: object, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> NoReturn:

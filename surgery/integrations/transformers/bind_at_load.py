@@ -12,7 +12,7 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.errors import SurgeryError
 
-__all__ = ["bind_at_load"]
+__all__ = ["bind_at_load", "load_reads_everything", "loaded_specimen"]
 
 ID = "transformers.bind-at-load"
 
@@ -21,17 +21,17 @@ logger = logging.getLogger("surgery")
 
 def load_reads_everything() -> bool:
     """Whether this rank has the weights of a whole model once it is loaded, however many ranks there are."""
-    return not _loaded_specimen().is_meta
+    return not loaded_specimen().linear.weight.is_meta
 
 
 def check_reads_nothing() -> None:
     """Raise RuntimeError if a model that is loaded has its weights."""
-    if not _loaded_specimen().is_meta:
+    if not loaded_specimen().linear.weight.is_meta:
         raise RuntimeError("expected a model that is loaded to stay on meta, found its weights in memory")
 
 
-def _loaded_specimen() -> Any:
-    """The weight of the smallest model of transformers, loaded from a file in a folder of its own."""
+def loaded_specimen(*, finalized: bool = False) -> Any:
+    """The smallest model of transformers, loaded from a file in a folder of its own."""
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -53,8 +53,10 @@ def _loaded_specimen() -> Any:
         save_file({"linear.weight": torch.zeros(2, 2)}, file)
         config = LoadStateDictConfig(dtype=torch.float32, weight_mapping=[])
         with _without_bar():
-            PreTrainedModel._load_pretrained_model(model, None, [file], config)
-    return model.linear.weight
+            info, _ = PreTrainedModel._load_pretrained_model(model, None, [file], config)
+    if finalized:
+        PreTrainedModel._finalize_model_loading(model, config, info)
+    return model
 
 
 @contextmanager

@@ -8,13 +8,22 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.bound import BOUND
 from surgery.integrations.low_memory import carry
-from surgery.integrations.transformers.bind_at_load import load_reads_everything
+from surgery.integrations.transformers.bind_at_load import load_reads_everything, loaded_specimen
 from surgery.model.skeleton import restore_buffers
-from surgery.passes.lifetime import wait
+from surgery.passes.lifetime import is_waiting, release, stop_waiting, wait
 
 __all__ = ["wait_when_loaded"]
 
 ID = "transformers.wait-when-loaded"
+
+
+def check_waits() -> None:
+    """Raise RuntimeError if a model that was bound may be used once it is loaded."""
+    model = loaded_specimen(finalized=True)
+    if not is_waiting(model):
+        raise RuntimeError("expected a bound model to wait for its weights, found one that may be used")
+    stop_waiting(model)
+    release(model)
 
 
 @patches.register(
@@ -29,6 +38,7 @@ ID = "transformers.wait-when-loaded"
     on_unknown="skip",
     on_drift="skip",
     probe=load_reads_everything,
+    verify=check_waits,
 )
 def wait_when_loaded(
     wrapped: Callable[..., Any], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]

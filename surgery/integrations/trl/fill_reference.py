@@ -8,11 +8,57 @@ from typing import Any
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.bound import bound_in
+from surgery.bound import BOUND, bound_in
 
 __all__ = ["fill_reference"]
 
 ID = "trl.fill-reference"
+
+
+class _ShardedByTRLError(Exception):
+    pass
+
+
+def reference_is_sharded_by_trl() -> bool:
+    """Whether TRL reads what accelerate's plugin says of sharding, to do it by itself."""
+    from types import SimpleNamespace
+
+    from trl.models import utils
+
+    class Plugin:
+        fsdp_version = 2
+        ignored_modules = None
+
+        @property
+        def reshard_after_forward(self) -> None:
+            raise _ShardedByTRLError
+
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=Plugin()), device=None)
+    try:
+        utils.prepare_fsdp(nn.Linear(1, 1, device="meta"), accelerator)
+    except _ShardedByTRLError:
+        return True
+    return False
+
+
+def check_asks_accelerate() -> None:
+    """Raise RuntimeError if TRL does not leave a bound model to accelerate."""
+    from types import SimpleNamespace
+
+    from trl.models import utils
+
+    model, asked = nn.Linear(1, 1, device="meta"), list[nn.Module]()
+    vars(model)[BOUND] = object()
+
+    def prepare(given: nn.Module, **_kwargs: Any) -> nn.Module:
+        asked.append(given)
+        accelerator._models.append(given)
+        return given
+
+    accelerator: Any = SimpleNamespace(is_fsdp2=False, prepare_model=prepare, _models=[])
+    utils.prepare_fsdp(model, accelerator)
+    if asked != [model] or model.training or accelerator._models:
+        raise RuntimeError("expected accelerate to prepare a bound model for evaluation, found another way")
 
 
 @patches.register(
@@ -23,9 +69,12 @@ ID = "trl.fill-reference"
     upstream="https://github.com/huggingface/trl/blob/v1.16.0/trl/models/utils.py",
     requires={"trl": ">=1.15,<1.17"},
     signature="(model, accelerator)",
+    fingerprint="f47819d25638f1b4",
     subject=lambda _instance, args, kwargs: args[0] if args else kwargs["model"],
     on_unknown="skip",
     on_drift="skip",
+    probe=reference_is_sharded_by_trl,
+    verify=check_asks_accelerate,
 )
 def fill_reference(
     wrapped: Callable[..., nn.Module], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]
