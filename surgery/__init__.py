@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.bound import Bound, bind, fill
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
-    from surgery.config import DDP, FSDP1, FSDP2, PRECISIONS, Precision, Quant, precision
+    from surgery.config import DDP, FSDP1, FSDP2, Quant
     from surgery.errors import (
         AdapterError,
         CheckpointError,
@@ -48,7 +48,6 @@ __all__ = [
     "DDP",
     "FSDP1",
     "FSDP2",
-    "PRECISIONS",
     "AdapterError",
     "AttestationError",
     "Bound",
@@ -61,7 +60,6 @@ __all__ = [
     "Pass",
     "PassError",
     "PeerError",
-    "Precision",
     "Quant",
     "QuantizerError",
     "Report",
@@ -79,7 +77,6 @@ __all__ = [
     "fill",
     "low_memory",
     "plan",
-    "precision",
     "qlora",
     "release",
     "reserve",
@@ -95,7 +92,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("DDP", "FSDP1", "FSDP2", "PRECISIONS", "Precision", "Quant", "precision"),
+    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant"),
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),

@@ -1,11 +1,10 @@
-"""Choices of a user, as frozen data: quantization, placement of packed weights, sharding, precision."""
+"""Choices of a user, as frozen data: quantization, placement of packed weights, sharding."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Literal, Self, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
 
 import torch
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
@@ -16,12 +15,9 @@ __all__ = [
     "DDP",
     "FSDP1",
     "FSDP2",
-    "PRECISIONS",
     "Placement",
-    "Precision",
     "Quant",
     "parse_placement",
-    "precision",
 ]
 
 Placement = Literal["sharded", "rank0-cpu", "replicated"]
@@ -134,11 +130,6 @@ class FSDP1:
                 "the gradients, and says nothing. Use a shard dimension of 2 or more, or strategy no-shard"
             )
 
-    def in_precision(self, policy: Precision) -> Self:
-        """These options, with the mixed precision of `policy` where none is chosen."""
-        chosen = self.mixed_precision is not None
-        return self if chosen else replace(self, mixed_precision=policy.mixed_precision())
-
 
 @dataclass(frozen=True, kw_only=True)
 class FSDP2:
@@ -167,11 +158,6 @@ class FSDP2:
         if self.mesh is not None:
             _check_mesh(self.mesh)
 
-    def in_precision(self, policy: Precision) -> Self:
-        """These options, with the mixed precision of `policy` where none is chosen."""
-        chosen = self.mixed_precision is not None
-        return self if chosen else replace(self, mixed_precision=policy.mixed_precision_policy())
-
 
 @dataclass(frozen=True, kw_only=True)
 class DDP:
@@ -193,56 +179,3 @@ class DDP:
     def __post_init__(self) -> None:
         if not self.bucket_cap_mb > 0:
             raise ConfigError(f"bucket_cap_mb must be above 0; got {self.bucket_cap_mb!r}")
-
-    def in_precision(self, policy: Precision) -> Self:
-        """These options: there is nothing to add for any policy."""
-        del policy
-        return self
-
-
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """A precision policy by name; every field follows from it, so that they cannot contradict each other.
-
-    dtype: of everything that is not quantized: norms, embeddings, adapters, and of the packed storage.
-    compute_dtype: in which a 4-bit linear layer multiplies.
-    autocast: dtype of the `torch.autocast` around forward, or None.
-    grad_scaler: whether gradients need loss scaling (fp16).
-    """
-
-    name: str
-    dtype: torch.dtype
-    compute_dtype: torch.dtype
-    autocast: torch.dtype | None = None
-    grad_scaler: bool = False
-
-    def mixed_precision(self) -> MixedPrecision | None:
-        """Mixed precision of FSDP1: gradients of 16-bit adapters in float32; no parameter, being packed, is cast."""
-        return None if self.dtype == torch.float32 else MixedPrecision(reduce_dtype=torch.float32)
-
-    def mixed_precision_policy(self) -> MixedPrecisionPolicy | None:
-        """Mixed precision of FSDP2, as for FSDP1."""
-        return None if self.dtype == torch.float32 else MixedPrecisionPolicy(reduce_dtype=torch.float32)
-
-
-PRECISIONS: Mapping[str, Precision] = {
-    policy.name: policy
-    for policy in (
-        Precision(name="bf16", dtype=torch.bfloat16, compute_dtype=torch.bfloat16),
-        Precision(name="fp32", dtype=torch.float32, compute_dtype=torch.float32),
-        Precision(name="bf16-autocast", dtype=torch.float32, compute_dtype=torch.bfloat16, autocast=torch.bfloat16),
-        Precision(
-            name="fp16-autocast",
-            dtype=torch.float32,
-            compute_dtype=torch.float16,
-            autocast=torch.float16,
-            grad_scaler=True,
-        ),
-    )
-}
-
-
-def precision(name: str) -> Precision:
-    """The policy called `name`; raises `ConfigError` naming the choices."""
-    _one_of("precision", name, tuple(PRECISIONS))
-    return PRECISIONS[name]

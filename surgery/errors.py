@@ -64,12 +64,11 @@ class WeightsMismatchError(CheckpointError):
 
 
 class DataError(SurgeryError, ValueError):
-    """Training data that cannot be read; `line` is 1-based."""
+    """Training data that cannot be read."""
 
-    def __init__(self, message: str, *, path: Path | str | None = None, line: int | None = None) -> None:
+    def __init__(self, message: str, *, path: Path | str | None = None) -> None:
         super().__init__(message)
         self.path = None if path is None else Path(path)
-        self.line = line
 
 
 class AdapterError(SurgeryError):

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.damage import REMOTE_CODE
-from tests.helpers.models import save_tiny
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,9 +31,7 @@ def bring_code(folder: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = save_tiny(tmp_path / "model", vocab_size=VOCABULARY)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path / "model")
 
 
 def run_where_somebody_types_y(*command: object, home: Path) -> tuple[int, str]:

@@ -8,42 +8,23 @@ from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
 
     from surgery.config import FSDP1, FSDP2
 
 __all__ = [
-    "FsdpVersion",
-    "OptimizerName",
-    "PrecisionName",
-    "QuantStorageName",
     "QuantType",
     "parse_lora",
     "parse_mesh",
     "parse_shard",
-    "parse_storage",
 ]
 
-FsdpVersion: TypeAlias = Literal["1", "2"]
-OptimizerName: TypeAlias = Literal["adamw", "sgd"]
-PrecisionName: TypeAlias = Literal["bf16", "fp32", "bf16-autocast", "fp16-autocast"]
-# uint8 is what bitsandbytes defaults to; under FSDP1 it is refused, with the reason.
-QuantStorageName: TypeAlias = Literal["auto", "bfloat16", "float16", "float32", "uint8"]
 QuantType: TypeAlias = Literal["nf4", "fp4"]
 
 
 def _parse_list(value: str) -> tuple[str, ...]:
     """Items of a comma-separated list; empty ones are none."""
     return tuple(filter(None, (item.strip() for item in value.split(","))))
-
-
-def parse_storage(name: QuantStorageName) -> torch.dtype | None:
-    """The dtype of that name, or None for `auto`."""
-    import torch
-
-    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
-    return dtype
 
 
 def parse_mesh(value: str | None) -> tuple[int, int] | None:
@@ -57,7 +38,9 @@ def parse_mesh(value: str | None) -> tuple[int, int] | None:
     return replicas, shards
 
 
-def parse_shard(fsdp: FsdpVersion, *, mesh: tuple[int, int] | None = None, cpu_offload: bool = False) -> FSDP1 | FSDP2:
+def parse_shard(
+    fsdp: Literal["1", "2"], *, mesh: tuple[int, int] | None = None, cpu_offload: bool = False
+) -> FSDP1 | FSDP2:
     """The options of a sharding; FSDP1 with a mesh is hybrid."""
     from surgery.config import FSDP1, FSDP2
 

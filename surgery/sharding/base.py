@@ -6,12 +6,10 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,7 +34,6 @@ __all__ = [
     "ShardStrategy",
     "Unit",
     "chosen_parameters",
-    "limit_of",
     "outermost",
     "register",
     "strategy_for",
@@ -198,18 +195,8 @@ class ShardStrategy:
 
     @classmethod
     def made(cls, model: nn.Module) -> bool:
-        """Whether `model` is sharded by this strategy."""
+        """Whether `model` is sharded by this strategy; the methods from here on serve a model for which it is."""
         return False
-
-    @classmethod
-    def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
-        """The strategy of a model for which `made` is true, for the methods from here on; it has no options.
-
-        device: where ranks compute; None takes it from the model.
-        """
-        found = next((parameter.device for parameter in model.parameters()), None)
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        return cls(None, world_size=world_size, device=device or found)
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
@@ -225,34 +212,6 @@ class ShardStrategy:
         One that is tied has each of its names. also: plain FQNs of parameters that are not trainable.
         """
         raise NotImplementedError
-
-    # A training loop. ------------------------------------------------------------------------------------------------
-
-    #: Whether gradients are averaged over all ranks, in a mesh of two dimensions too.
-    averages: ClassVar[bool] = False
-
-    @property
-    def averaged_over(self) -> int:
-        """Number of ranks that gradients are averaged over."""
-        return self.world_size if self.averages else 1
-
-    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-        """A block for forward and backward of a micro-batch; gradients are exchanged in the last only."""
-        return nullcontext()
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
-        """Clip the gradients of the whole model to `max_norm` (None: measure); returns their norm before."""
-        raise NotImplementedError
-
-    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
-        """A loss scaler that sees an overflow on any rank; one that does nothing unless `enabled`."""
-        return torch.amp.GradScaler(self.device.type, enabled=enabled)
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor over the ranks that average gradients, in place."""
-        if self.averages:
-            dist.all_reduce(value)
-        return value
 
     # The memory plan. ------------------------------------------------------------------------------------------------
 
@@ -303,11 +262,6 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
-def limit_of(max_norm: float | None) -> float:
-    """The norm to clip to, infinite for None."""
-    return math.inf if max_norm is None else max_norm
-
-
 def _own_shard(layer: nn.Module) -> Shard:
     """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
     weight = layer._parameters["weight"]
@@ -351,9 +305,7 @@ def strategy_for(
     return kind(options, world_size=world_size, device=device, placement=wanted)
 
 
-def strategy_of(model: nn.Module, device: torch.device | None = None) -> ShardStrategy:
-    """The strategy by which `model` is sharded, as found in its modules."""
-    for kind in _STRATEGIES.values():
-        if kind.made(model):
-            return kind.of(model, device)
-    return _STRATEGIES[type(None)].of(model, device)
+def strategy_of(model: nn.Module) -> ShardStrategy:
+    """The strategy by which `model` is sharded, as found in its modules; it has no options."""
+    kind = next((kind for kind in _STRATEGIES.values() if kind.made(model)), _STRATEGIES[type(None)])
+    return kind(None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +22,6 @@ class Ddp(Unsharded):
     label = "DDP"
     placements = ("replicated",)
     options: DDP | None
-    averages = True
 
     def check(self) -> None:
         """Refuse placements under which a rank would lack weights."""
@@ -66,11 +63,6 @@ class Ddp(Unsharded):
         name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
         state = super().trainable_state(root.module, also)
         return {clean(join(name, inner)): tensor for inner, tensor in state.items()}
-
-    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-        """A block under `no_sync` in all but the last."""
-        root = outermost(model, DistributedDataParallel)
-        return nullcontext() if is_last or root is None else root.no_sync()
 
 
 register(DDP, Ddp)

@@ -29,7 +29,6 @@ class Fsdp(ShardStrategy):
     """The base of FSDP1 and FSDP2: parameters are divided over a mesh, and gathered for use."""
 
     options: FSDP1 | FSDP2 | None
-    averages = True
 
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.comm.ranks import broadcast_from_rank0
@@ -23,7 +21,7 @@ from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
-from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, limit_of, outermost, register
+from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
@@ -421,18 +419,6 @@ class Fsdp1(Fsdp):
                 state |= copies(_chosen(unit, prefix, also)) if dist.get_rank() == 0 else {}
         return state
 
-    def micro_step(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[None]:
-        """A block under `no_sync` in all but the last."""
-        return nullcontext() if is_last else _root(model).no_sync()
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
-        """Clip by FSDP, which knows the other ranks' shards; torch.nn.utils would see this rank's alone."""
-        return _root(model).clip_grad_norm_(limit_of(max_norm))
-
-    def grad_scaler(self, *, enabled: bool) -> torch.amp.GradScaler:
-        """The scaler that exchanges its flags over ranks."""
-        return _ScalarFlags(self.device.type, enabled=enabled)
-
     def _at_end(self, units: Sequence[Unit]) -> int:
         """The root unit, which has all but the blocks."""
         return sum(unit.whole for unit in units if unit.kind != "block")
@@ -454,24 +440,6 @@ class Fsdp1(Fsdp):
             yield (left, work) if self.waits_on_rank0 else (0, work + left)
             held += shard
             left -= size if has_weights else 0
-
-
-def _root(model: nn.Module) -> FullyShardedDataParallel:
-    root = outermost(model, FullyShardedDataParallel)
-    assert root is not None
-    return root
-
-
-class _ScalarFlags(ShardedGradScaler):
-    """A scaler with scalar flags of an overflow; torch's are vectors, which fused optimizers refuse (2.13)."""
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Unscale the gradients of `optimizer`, and see whether one on any rank is not finite."""
-        if not self.is_enabled():
-            return
-        super().unscale_(optimizer)
-        flags: dict[torch.device, torch.Tensor] = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-        flags.update((device, flag.reshape(())) for device, flag in flags.items())
 
 
 def _names_in(unit: Any, prefix: str) -> set[str]:

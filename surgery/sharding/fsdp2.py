@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,6 @@ from surgery.sharding.base import (
     Shard,
     Unit,
     chosen_parameters,
-    limit_of,
     outermost,
     register,
 )
@@ -44,9 +42,6 @@ SHARDS_INTEGERS = (2, 13)
 #: How many blocks a rank has unsharded at most, by its streams: the one that computes, the next one as it was gathered,
 #: and that one as parameters. (Read in torch 2.13, `_fsdp_param_group.py`; not measured.)
 GATHERED_BLOCKS = 3
-
-#: What torch.nn.utils adds to the norm that it divides by.
-CLIP_EPSILON = 1e-6
 
 
 def shard(model: nn.Module, blocks: Sequence[Site], config: FSDP2, mesh: DeviceMesh) -> None:
@@ -237,14 +232,6 @@ class Fsdp2(Fsdp):
         """Whether `model` is, or has in it, an `FSDPModule`."""
         return outermost(model, FSDPModule) is not None
 
-    @classmethod
-    def of(cls, model: nn.Module, device: torch.device | None = None) -> Self:
-        """The strategy of `model`, over the mesh of its parameters, on the device of that."""
-        mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
-        found = super().of(model, device or (None if mesh is None else torch.device(mesh.device_type)))
-        found.mesh = mesh
-        return found
-
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
         _reshard(model)
@@ -260,29 +247,6 @@ class Fsdp2(Fsdp):
             whole = _whole(parameter.detach())
             state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
         return {name: state[parameter] for name, parameter in chosen.items()} if on_rank0 else {}
-
-    @contextmanager
-    def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
-        """A block in which gradients add up on each rank, whole; they are exchanged in the last backward."""
-        root = outermost(model, FSDPModule)
-        assert root is not None
-        root.set_requires_gradient_sync(is_last)
-        yield
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
-        """Clip by the norm over all shards, in float32, on this rank's own parts of them.
-
-        torch.nn.utils would ask of each gradient, in each of its operations, how it is sharded (13 ms a step for the
-        adapters of an 8B model).
-        """
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32)).square().sum()
-        squares = squares.to(self.device)  # where the group speaks; shards may wait on the CPU
-        dist.all_reduce(squares, group=self._met.get_group(self._met.ndim - 1))  # replicas have the same gradients
-        norm = squares.sqrt()
-        torch._foreach_mul_(local, (limit_of(max_norm) / (norm + CLIP_EPSILON)).clamp(max=1.0).to(local[0].device))
-        return norm
 
     def _at_end(self, units: Sequence[Unit]) -> int:
         """The last norm and the head, as they were gathered and as parameters, and what the root has.

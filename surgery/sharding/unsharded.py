@@ -10,7 +10,7 @@ from surgery.comm.ranks import broadcast_from_rank0
 from surgery.errors import ConfigError
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat
-from surgery.sharding.base import ShardStrategy, chosen_parameters, limit_of, register
+from surgery.sharding.base import ShardStrategy, chosen_parameters, register
 
 __all__ = ["Unsharded", "copies"]
 
@@ -45,11 +45,6 @@ class Unsharded(ShardStrategy):
         if dist.is_initialized() and dist.get_rank() != 0:
             return {}
         return copies(chosen_parameters(model, also))
-
-    def clip(self, model: nn.Module, max_norm: float | None) -> torch.Tensor:
-        """Clip by the norm of this rank's gradients, which are all there are; returns it."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return nn.utils.clip_grad_norm_(trainable, limit_of(max_norm))
 
 
 def copies(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from surgery.config import DDP, FSDP1, FSDP2, Placement
@@ -185,17 +186,23 @@ def _require_table(packed: torch.Tensor, quant_state: Any, name: str) -> None:
 
 def _accumulate(model: nn.Module, step: int, micro_batches: int, device: torch.device) -> torch.Tensor:
     """The gradients of this rank's part of the batch, and its mean loss."""
-    from surgery.sharding.base import strategy_of
-
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = batch(step).chunk(world)[rank].to(device).chunk(micro_batches)
-    strategy, total = strategy_of(model, device), torch.zeros((), device=device)
+    total = torch.zeros((), device=device)
     for number, ids in enumerate(parts, start=1):
-        with strategy.micro_step(model, is_last=number == len(parts)):
+        with _exchanging(model, is_last=number == len(parts)):
             loss = loss_of(model, ids) / len(parts)
             loss.backward()  # type: ignore[no-untyped-call]  # no annotation upstream
         total += loss.detach()
     return total
+
+
+def _exchanging(model: Any, *, is_last: bool) -> AbstractContextManager[object]:
+    """A block for a micro-batch, after the last of which gradients are exchanged, by what each sharding offers."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+    return model.no_sync() if hasattr(model, "no_sync") and not is_last else nullcontext()
 
 
 def _mean(value: torch.Tensor) -> float:

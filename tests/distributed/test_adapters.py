@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from surgery.config import DDP, FSDP1, FSDP2
-from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_tokenizer import tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -127,9 +126,7 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(tmp_path_factory.mktemp("base"))
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

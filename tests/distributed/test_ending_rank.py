@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.ending import end, end_in_attest
-from tests.helpers.models import save_tiny
 from tests.helpers.ranks import _free_port, try_ranks
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -23,9 +22,7 @@ SILENT = "has ended without a word: its own output, or the kernel's log, says wh
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCABULARY, max_position_embeddings=128)
-    tiny_tokenizer(bos=True).save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("checkpoint"), bos=True, max_position_embeddings=128)
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.docs.test_docs import ROOT, blocks
-from tests.helpers.models import save_tiny
 from tests.helpers.ranks import PRELOAD
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 RUN = ("trainer", "trl", "accelerate", "pytorch")
 NOT_RUN = ("axolotl", "llama-factory", "verl")
@@ -31,9 +30,7 @@ COMMAND = re.compile(r"\$ torchrun --nproc-per-node 2 (?P<script>\S+) meta-llama
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=VOCABULARY)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.distributed
@@ -73,7 +70,7 @@ def torchrun(script: Path, arguments: list[str], log: Path) -> list[str]:
     By torchrun each rank would import them again, for most of the time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOAD, "trl", "datasets"])
+    context.set_forkserver_preload(PRELOAD)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

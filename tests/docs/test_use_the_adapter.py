@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 import surgery
 from surgery.cli import app
 from tests.docs.test_docs import BLOCK, ROOT
-from tests.helpers.models import save_tiny
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 PAGE = (ROOT / "docs" / "use-the-adapter.md").read_text()
 
@@ -27,8 +26,7 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """The logits that were trained; the working folder has `./model` and `./adapter`."""
     monkeypatch.chdir(tmp_path)
     shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
-    save_tiny(tmp_path / "model", vocab_size=VOCABULARY, initializer_range=0.2, **shape)
-    tiny_tokenizer().save_pretrained("./model")
+    save_with_tokenizer(tmp_path / "model", initializer_range=0.2, **shape)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     with surgery.qlora("./model", lora=lora, report=surgery.Report()) as model:
         surgery.save_adapter(model, "./adapter")

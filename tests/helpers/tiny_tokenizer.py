@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tests.helpers.models import save_tiny
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -14,14 +17,6 @@ VOCABULARY = 280
 #: Turns as `<|role|>content</s>`, rendered alike whether or not more turns follow.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-#: The same text, in which the template itself says what the assistant writes.
-MARKED_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{% if message.role == 'assistant' %}"
-    "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}"
-    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -62,3 +57,10 @@ def tiny_tokenizer(
     )
     tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def save_with_tokenizer(directory: Path, model_type: str = "llama", *, bos: bool = False, **changes: Any) -> Path:
+    """A checkpoint as `save_tiny` makes it, with `tiny_tokenizer` beside the weights."""
+    save_tiny(directory, model_type, vocab_size=VOCABULARY, **changes)
+    tiny_tokenizer(bos=bos).save_pretrained(directory)
+    return directory

@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,15 @@ from trials.observed import observe
 
 __all__ = ["Run", "Script", "on_a_rank"]
 
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "stock": contextlib.nullcontext,
+    "ours": surgery.low_memory,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """A script and its arguments, in which `{out}` stands for a folder to write into."""
+    """A script and its arguments, in which `{out}` stands for a folder to write into, `{other}` for the other way."""
 
     path: Path
     arguments: tuple[str, ...]
@@ -39,7 +44,7 @@ class Run:
 
 
 def on_a_rank(scripts: dict[str, Script], folder: Path) -> dict[str, dict[str, Run]]:
-    """Run all; script -> "stock" and "ours" -> what it did. Output goes to `folder / script / way`."""
+    """Run all; script -> way -> what it did. Output goes to `folder / script / way`."""
     runs = [Run()]
 
     def record(event: str, **values: Any) -> None:
@@ -56,16 +61,17 @@ def on_a_rank(scripts: dict[str, Script], folder: Path) -> dict[str, dict[str, R
     observe(record)
     found: dict[str, dict[str, Run]] = {}
     for name, script in scripts.items():
-        for way, block in (("stock", contextlib.nullcontext), ("ours", surgery.low_memory)):
+        for (way, block), other in zip(WAYS.items(), reversed(WAYS), strict=True):
             runs.append(Run())
             with _fresh(), patches.transaction("accelerate.fsdp-on-cpu", reason="no GPU here"), block():
-                runs[-1].failure = _run(script, folder / name / way)
+                runs[-1].failure = _run(script, folder / name / way, other)
             found.setdefault(name, {})[way] = runs[-1]
     return found
 
 
-def _run(script: Script, out: Path) -> str | None:
-    sys.argv = [str(script.path), *(argument.replace("{out}", str(out)) for argument in script.arguments)]
+def _run(script: Script, out: Path, other: str) -> str | None:
+    given = (argument.replace("{out}", str(out)).replace("{other}", other) for argument in script.arguments)
+    sys.argv = [str(script.path), *given]
     try:
         runpy.run_path(str(script.path), run_name="__main__")
     except Exception:  # noqa: BLE001  # the scripts after it are run nevertheless

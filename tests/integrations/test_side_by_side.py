@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 from tests.integrations.data import write_data
 from tests.integrations.side_by_side import Run, Script, on_a_rank
 from trials.cases import CASES
@@ -32,6 +31,9 @@ NAMES = (
 )
 PLAIN = "trl, storage bfloat16"
 
+#: `PLAIN` from the checkpoint of the other way.
+RESUMED, SAVED = "trl, resumed", 3
+
 Found = dict[str, list[dict[str, Run]]]
 
 
@@ -42,16 +44,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> Found:
-    model = save_tiny(folder / "model", vocab_size=VOCABULARY, max_position_embeddings=256)
-    tiny_tokenizer().save_pretrained(model)
+    model = save_with_tokenizer(folder / "model", max_position_embeddings=256)
     data = write_data(folder / "data")
     names = (*NAMES, PLAIN)
     found: Found = {}
     for ranks in sorted({CASES[name].ranks for name in names}):
         chosen = {name: CASES[name].command(model, data) for name in names if CASES[name].ranks == ranks}
         scripts = {name: Script(path=path, arguments=tuple(given)) for name, (path, given) in chosen.items()}
+        if PLAIN in chosen:
+            path, given = chosen[PLAIN]
+            newest = str(folder / PLAIN / "{other}" / f"checkpoint-{SAVED}")
+            scripts[RESUMED] = Script(path=path, arguments=(*given, "--resume_from_checkpoint", newest))
         seen = run_ranks(on_a_rank, ranks, scripts, folder, timeout=200)
-        found |= {name: [rank[name] for rank in seen] for name in chosen}
+        found |= {name: [rank[name] for rank in seen] for name in scripts}
     return found
 
 
@@ -74,3 +79,13 @@ def test_evaluating_in_between_changes_no_loss(found: Found) -> None:
     for evaluated, plain in zip(found["trl, evaluating at every second step"], found[PLAIN], strict=True):
         assert evaluated["ours"].losses == pytest.approx(plain["stock"].losses, abs=1e-6)
         assert len(evaluated["ours"].evaluations) >= 2
+
+
+@pytest.mark.parametrize("way", ["stock", "ours"])
+def test_a_checkpoint_of_one_resumes_under_the_other(way: str, found: Found, folder: Path) -> None:
+    for resumed, straight in zip(found[RESUMED], found[PLAIN], strict=True):
+        assert resumed[way].failure is None
+        assert len(straight["stock"].losses) > SAVED
+        assert resumed[way].losses == pytest.approx(straight["stock"].losses[SAVED:], abs=1e-6)
+    name = "adapter_model.safetensors"
+    assert unequal_tensors(folder / PLAIN / "stock" / name, folder / RESUMED / way / name) == []

@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 
 from surgery.checkpoint import Reader
-from tests.helpers.models import save_tiny
 from tests.helpers.reads import count_reads
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer, in several shards; not to be changed."""
-    folder = save_tiny(tmp_path_factory.mktemp("tiny"), vocab_size=VOCABULARY)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

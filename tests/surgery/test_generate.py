@@ -22,7 +22,7 @@ import patches
 import surgery
 from surgery.cli import app
 from tests.helpers.models import save_tiny
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import VOCABULARY, save_with_tokenizer
 
 PROMPTS = ("the cat", "what does the dog say")
 
@@ -31,9 +31,7 @@ PROMPTS = ("the cat", "what does the dog say")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of whole blocks, which every CPU dequantizes rightly."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512}
-    folder = save_tiny(tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY, initializer_range=0.2, **shape)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(tmp_path_factory.mktemp("base"), initializer_range=0.2, **shape)
 
 
 @pytest.fixture(scope="module")

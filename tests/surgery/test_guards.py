@@ -183,11 +183,6 @@ def test_ddp_options() -> None:
         DDP(bucket_cap_mb=-1)
 
 
-def test_precision_name() -> None:
-    with pytest.raises(ConfigError, match=r"precision must be one of bf16, .*; got 'int8'"):
-        surgery.precision("int8")
-
-
 def test_uint8_storage_is_fine_in_one_process(tiny: Path) -> None:
     quant = Quant(quant_storage=torch.uint8)
     with surgery.qlora(tiny, quant=quant, lora=lora(), report=surgery.Report()) as model:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 import patches
@@ -23,11 +23,10 @@ import surgery
 from loading.case import SEED, Case, Trainee
 from loading.loops import adamw, plain_step
 from loading.options import cores_per_rank
-from surgery.config import precision
 
 __all__ = ["load_seed"]
 
-POLICY = precision("bf16")
+DTYPE = torch.bfloat16
 
 #: Modules that stay in 16 bits.
 HEAD = "lm_head"
@@ -59,16 +58,16 @@ def _skeleton(case: Case) -> nn.Module:
 
     config = AutoConfig.from_pretrained(case.options.checkpoint, trust_remote_code=False)
     with init_empty_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=POLICY.dtype, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPE, trust_remote_code=False)
         for name, linear in list(model.named_modules()):
             if isinstance(linear, nn.Linear) and name != HEAD:
                 new = Linear4bit(
                     linear.in_features,
                     linear.out_features,
                     bias=linear.bias is not None,
-                    compute_dtype=POLICY.compute_dtype,
+                    compute_dtype=DTYPE,
                     quant_type="nf4",
-                    quant_storage=POLICY.dtype,
+                    quant_storage=DTYPE,
                 )
                 model.set_submodule(name, new)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
@@ -100,9 +99,9 @@ def _quantize_and_place(
     module: Any = model.get_submodule(path)
     old = module._parameters[leaf]
     if not isinstance(old, Params4bit):
-        module._parameters[leaf] = nn.Parameter(value.to(device=keeps, dtype=POLICY.dtype), requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(value.to(device=keeps, dtype=DTYPE), requires_grad=False)
         return
-    new: Any = Params4bit(value.to(device=device, dtype=POLICY.dtype), **vars(old))
+    new: Any = Params4bit(value.to(device=device, dtype=DTYPE), **vars(old))
     new = new.to(device)  # quantizes it
     module.quant_state = new.quant_state
     module.weight = Params4bit(new.data.to(keeps), **vars(new))
@@ -115,7 +114,7 @@ def _adapted(model: nn.Module, case: Case) -> nn.Module:
     adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(POLICY.dtype)
+            parameter.data = parameter.data.to(DTYPE)
     return adapted
 
 
@@ -134,7 +133,7 @@ def _wrapped(model: nn.Module, case: Case) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(
         model,
         auto_wrap_policy=CustomPolicy(is_unit),
-        mixed_precision=POLICY.mixed_precision(),
+        mixed_precision=MixedPrecision(reduce_dtype=torch.float32),
         use_orig_params=False,
         device_id=case.device,
         sync_module_states=True,

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.models import save_tiny
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # All rows are whole blocks, which every CPU dequantizes right.
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_tiny(folder, vocab_size=VOCABULARY, max_position_embeddings=128, intermediate_size=128)
-    tiny_tokenizer(bos=True).save_pretrained(folder)
-    return folder
+    return save_with_tokenizer(folder, bos=True, max_position_embeddings=128, intermediate_size=128)
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -26,50 +25,39 @@ class Everywhere:
 class AddingUp(nn.Module):
     """A model around another one, by which the strategy is recognized."""
 
-    def __init__(self, module: nn.Module, columns: int) -> None:
+    def __init__(self, module: nn.Module, columns: int, world_size: int) -> None:
         super().__init__()
         self.module = module
-        self.columns = columns
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                add_up = partial(_add_up, columns=columns, world_size=world_size)
+                parameter.register_post_accumulate_grad_hook(add_up)  # type: ignore[no-untyped-call]  # of torch
 
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.module(*args, **kwargs)
 
 
 class ColumnsEverywhere(Unsharded):
-    """Gradients travel column by column, after the last micro-step."""
+    """Gradients travel column by column, each as soon as it is there."""
 
     label = "columns everywhere"
     placements = ("replicated",)
 
     def finish(self, model: nn.Module, quant: object) -> nn.Module:
-        return AddingUp(super().finish(model, quant), self.options.columns)  # type: ignore[arg-type]
+        return AddingUp(super().finish(model, quant), self.options.columns, self.world_size)  # type: ignore[arg-type]
 
     @classmethod
     def made(cls, model: nn.Module) -> bool:
         return isinstance(model, AddingUp)
 
-    @property
-    def averaged_over(self) -> int:
-        return self.world_size
-
-    @contextmanager
-    def micro_step(self, model: nn.Module, *, is_last: bool) -> Iterator[None]:
-        yield
-        assert isinstance(model, AddingUp)
-        for parameter in model.parameters() if is_last else ():
-            if parameter.grad is not None:
-                _add_up(parameter.grad, model.columns, self.world_size)
-
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         state = super().trainable_state(model, also)
         return {name.removeprefix("module."): value for name, value in state.items()} if dist.get_rank() == 0 else {}
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(value)
-        return value
 
-
-def _add_up(gradient: torch.Tensor, columns: int, world_size: int) -> None:
+def _add_up(parameter: torch.Tensor, *, columns: int, world_size: int) -> None:
+    gradient = parameter.grad
+    assert gradient is not None
     for first in range(0, gradient.shape[1], columns):
         piece = gradient[:, first : first + columns].contiguous()
         dist.all_reduce(piece)

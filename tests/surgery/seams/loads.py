@@ -11,7 +11,6 @@ from peft import LoraConfig
 
 import surgery
 from surgery.quantizers.base import register
-from surgery.sharding.base import strategy_of
 from tests.surgery.seams.everywhere import Everywhere
 from tests.surgery.seams.one_byte import OneByte, OneByteFormat
 
@@ -52,19 +51,23 @@ def trained(checkpoint: Path, shard: Any, quant: Any) -> tuple[list[float], dict
     with surgery.qlora(
         checkpoint, quant=quant, lora=lora, shard=shard, dtype=torch.float32, report=surgery.Report()
     ) as model:
-        strategy = strategy_of(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         mine = IDS[rank::world]
         losses = []
         for _ in range(4):
-            with strategy.micro_step(model, is_last=True):
-                loss = model(input_ids=mine, labels=mine).loss
-                loss.backward()
+            loss = model(input_ids=mine, labels=mine).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(strategy.sum(loss.detach().clone()).item() / strategy.averaged_over)
+            losses.append(_mean(loss.detach(), world))
         return losses, surgery.adapter_state(model)
+
+
+def _mean(value: torch.Tensor, world_size: int) -> float:
+    if world_size > 1:
+        dist.all_reduce(value)
+    return value.item() / world_size
 
 
 def trained_each(checkpoint: Path, cases: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from surgery.cli import app
 from surgery.tracing.folder import read_ranks
-from tests.helpers.models import save_tiny
-from tests.helpers.tiny_tokenizer import VOCABULARY, tiny_tokenizer
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 from tests.surgery.tracing.made import Page, trace_of
 
 
@@ -85,8 +84,7 @@ def test_drawing_needs_no_torch(folder: Path) -> None:
 
 def words(tmp_path: Path, model_type: str, **changes: Any) -> list[object]:
     """A step on a tiny model."""
-    model = save_tiny(tmp_path / "model", model_type, vocab_size=VOCABULARY, max_position_embeddings=128, **changes)
-    tiny_tokenizer(bos=True).save_pretrained(model)
+    model = save_with_tokenizer(tmp_path / "model", model_type, bos=True, max_position_embeddings=128, **changes)
     data = tmp_path / "train.jsonl"
     data.write_text('{"text": "the cat sat on the mat"}\n' * 8)
     return [
