@@ -93,9 +93,7 @@ def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
     No process group is made.
     """
     is_gpu, decided = not _on_cpu(request), _sharding(request)
-    checkpointing = decided["activation_checkpointing"] or decided.get("fsdp_config", {}).get(
-        "activation_checkpointing"
-    )
+    checkpointing = decided[_checkpointing(request)] or decided.get("fsdp_config", {}).get("activation_checkpointing")
     kind = "cuda" if is_gpu else "cpu"
     made = foresee(request, world_size=_world_size(), device=kind, checkpointing=bool(checkpointing))
     if made is None:
@@ -153,21 +151,27 @@ def _sharding(request: Request) -> dict[str, Any]:
     values, world, mesh = request.values, _world_size(), parse_mesh(request.options.mesh)
     if mesh is not None and mesh[0] * mesh[1] != world:
         raise ConfigError(f"expected --mesh of {world} ranks in all, found {request.options.mesh}")
-    asked = values["activation_checkpointing"]
-    checkpointing = values["gradient_checkpointing"] if asked is None else asked
+    name = _checkpointing(request)
+    checkpointing = values["gradient_checkpointing"] if values[name] is None else values[name]
     if not _is_sharded(request):
-        return {"fsdp": None, "activation_checkpointing": checkpointing}
+        return {"fsdp": None, name: checkpointing}
     if _on_cpu(request) and request.options.fsdp == "1":
         raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
     config = _fsdp_config(request)
     # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
     is_fsdps = checkpointing and not _drops_out(request) and config.setdefault("activation_checkpointing", True)
-    found = {"fsdp": True, "fsdp_config": config, "activation_checkpointing": checkpointing and not is_fsdps}
+    found = {"fsdp": True, "fsdp_config": config, name: checkpointing and not is_fsdps}
     if mesh is not None:
         from accelerate.parallelism_config import ParallelismConfig
 
         found["parallelism_config"] = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
     return found
+
+
+def _checkpointing(request: Request) -> str:
+    """The option of transformers that recomputes activations: `gradient_checkpointing` until 5.22."""
+    new = "activation_checkpointing"
+    return new if new in request.values else "gradient_checkpointing"
 
 
 def _drops_out(request: Request) -> bool:
