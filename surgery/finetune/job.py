@@ -67,6 +67,8 @@ def run(request: Request, *, console: Console | None = None) -> Summary:
     earlier = len(patches.audit(include_reverted=True))
     is_guest = dist.is_initialized()
     training = request.training(**_decided(request))
+    if _world_size() == 1:
+        training._n_gpu = min(training.n_gpu, 1)  # or Trainer takes all GPUs by DataParallel, which TRL refuses
     ranks = current_ranks(launched_world_size())
     with (
         _together(ranks, is_guest=is_guest),
@@ -345,10 +347,9 @@ class _Job:
             host, on_device = predictions(self.planned, self.ranks.rank)["train"]
             report.predict("train", host=host, device=on_device)
         with _patched(self.request):
-            model = trained = self._model()
+            model, trainer = self._model(), None
             try:
                 trainer = self._trainer(model, phases, attesting)
-                trained = trainer.model
                 start = time.monotonic()
                 trainer.train(resume_from_checkpoint=self.resume)
                 seconds = time.monotonic() - start
@@ -364,7 +365,7 @@ class _Job:
                     trainer.push_to_hub()
             finally:
                 phases.end()
-                release(trained)
+                release(model if trainer is None else trainer.model_wrapped)  # FSDP1 is around it by then
         return replace(summary, memory=tuple(gather_objects(report.as_dict())))
 
     def _model(self) -> Any:
