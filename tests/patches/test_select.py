@@ -56,7 +56,7 @@ def test_select(selectors: tuple[str, ...], expected: list[str], registry: Regis
 
 @pytest.mark.parametrize(("tag", "expected"), [("speed", ["fast.a", "fast.b"]), ("gpu", ["fast.b"])])
 def test_tags(tag: str, expected: list[str]) -> None:
-    registry = Registry()
+    registry = Registry(find_entry_points=tuple)
     for name, tags in (("fast.b", ("speed", "gpu")), ("fast.a", ("speed",))):
         registry.register(declare("x", SCALE, id=name, tags=tags))
     assert select(f"tag:{tag}", registry=registry) == expected
@@ -66,7 +66,7 @@ def test_tags(tag: str, expected: list[str]) -> None:
     ("selector", "message"), [("none.*", "no id matches"), ("tag:none", "no patch has the tag"), ("none", "no bundle")]
 )
 def test_a_selector_that_matches_nothing_raises(selector: str, message: str, bundles: Bundles) -> None:
-    registry = Registry()
+    registry = Registry(find_entry_points=tuple)
     with pytest.raises(patches.UnknownPatchError, match=message):
         select(selector, registry=registry, bundles=bundles)
 
