@@ -163,7 +163,7 @@ def test_one_process_learns_what_the_assistant_says(checkpoint: Path, tmp_path: 
         0.25, "--gradient-accumulation-steps", 1, "--learning-rate", 1e-2,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "12 samples to train on, 4 to evaluate on" in result.stdout
+    assert "12 to train on, 4 to evaluate on" in result.stdout
     assert "Not read: source" in result.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["sharding"], summary["patches_left"]) == (None, [])
