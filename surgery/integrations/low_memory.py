@@ -42,7 +42,7 @@ BUNDLE = patches.bundle(
 
 
 class _Block:
-    """What `low_memory` returns: entered once, or called any number of times as a decorator."""
+    """The block that `low_memory` returns: entered once, or called any number of times as a decorator."""
 
     def __enter__(self) -> None:
         self._stack = ExitStack()

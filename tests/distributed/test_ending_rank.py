@@ -42,7 +42,7 @@ def told(checkpoint: Path, tmp_path: Path) -> list[str]:
         ("training", "fails", 1, 2),
         ("training", "interrupted", 1, 2),
         ("optimizer", "killed", 0, 2),
-        ("saving", "killed", 1, 3),
+        ("saving", "killed", 1, 2),
     ],
 )
 def test_others_say_which_rank_has_ended(told: list[str], place: str, how: str, ending: int, world_size: int) -> None:

@@ -11,6 +11,7 @@ import surgery
 from checkpoints.llama import LlamaShape
 from checkpoints.synthetic import SyntheticCheckpoint
 from surgery.config import FSDP1, FSDP2
+from surgery.planning.inventory import HOST_BYTES
 from tests.distributed.planned import Case, Loaded, load
 from tests.helpers.ranks import run_ranks
 
@@ -43,4 +44,6 @@ def test_a_plan_predicts_the_peak_of_every_rank_and_what_it_reads(name: str, fol
     measured: list[Loaded] = run_ranks(load, 2, folder, case)
     planned = [plan.of_rank(rank) for rank in range(2)]
     assert [found.read for found in measured] == [figures.bytes_read for figures in planned]
-    assert [found.peak for found in measured] == [pytest.approx(figures.load.host_peak, rel=0.1) for figures in planned]
+    # Ranks of tests have imported what a rank imports while it loads.
+    peaks = [figures.load.host_peak - HOST_BYTES for figures in planned]
+    assert [found.peak for found in measured] == [pytest.approx(peak, rel=0.1) for peak in peaks]

@@ -98,7 +98,9 @@ def _load(options: argparse.Namespace) -> torch.nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=getattr(torch, options.storage),
     )
-    return AutoModelForCausalLM.from_pretrained(options.model, quantization_config=quantization, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(
+        options.model, quantization_config=quantization, dtype=torch.bfloat16, trust_remote_code=False
+    )
 
 
 if __name__ == "__main__":
