@@ -23,7 +23,7 @@ def _bound(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def state_is_looked_at() -> bool:
     """Whether PEFT asks a model for its state to load an adapter into it."""
-    from peft.peft_model import set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     def refuse(*_args: object, **_options: object) -> NoReturn:
         raise NotFilledError("state_dict()")
