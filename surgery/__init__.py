@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -76,10 +77,12 @@ __all__ = [
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
     "low_memory",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
@@ -90,6 +93,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
