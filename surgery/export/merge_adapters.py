@@ -149,7 +149,7 @@ class Matched:
     """A stored adapter and its places in an adapted model on meta.
 
     keys: the file's key of each parameter that it fills, by `id`. replaced: FQN of a parameter or buffer of the base
-    model -> key of the tensor that takes its place.
+    model -> key of the tensor that takes its place. Two FQNs have one key if PEFT ties them.
     """
 
     adapter: StoredAdapter

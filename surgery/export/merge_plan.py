@@ -1,0 +1,362 @@
+"""What a merge makes of every tensor of a checkpoint, known before one is read: copied, merged, or taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint, Reader, TensorEntry
+from surgery.errors import ConfigError, ExportError
+from surgery.export.merge_adapters import Matched
+from surgery.export.merging import MergeSite, chunks
+from surgery.export.output import Output, Planned
+from surgery.model.fqn import join, split
+from surgery.model.keys import Assignment, group_keys
+from surgery.model.tree import tied_parameters
+from surgery.model.weights import WeightPlan
+from surgery.telemetry.report import Report
+
+__all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What adapters make of one parameter: another one in its place, layers of PEFT that change it, or both.
+
+    leaf: its name in its module. tie: equal for two names of a tied parameter that change alike.
+    """
+
+    leaf: str = ""
+    replaced: tuple[Matched, str] | None = None
+    sites: tuple[MergeSite, ...] = ()
+    tie: object = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Base:
+    """The base model, on meta, before it was adapted.
+
+    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module. tied: first FQN of every
+    tensor -> one FQN for each module that holds it. keys: of tied tensors, by FQN, in a checkpoint where they are not.
+    ends: FQNs of embedding and head. conversions: with which transformers names and shapes a checkpoint.
+    """
+
+    model: Any
+    tensors: Mapping[str, torch.Tensor]
+    modules: Mapping[nn.Module, str]
+    tied: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
+    ends: tuple[str | None, ...]
+    weights: WeightPlan
+    conversions: Sequence[Any]
+
+    @classmethod
+    def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
+        """The view of `model`, which is to be adapted in place."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        modules = {module: name for name, module in model.named_modules()}
+        tied = {
+            first: tuple(dict.fromkeys(_canonical(model, modules, name) for name in (first, *others)))
+            for first, others in tied_parameters(model).items()
+        }
+        return cls(
+            model=model,
+            tensors=dict(model.state_dict(keep_vars=True)),
+            modules=modules,
+            tied=tied,
+            keys=_tied_keys(model, weights, checkpoint, [names for names in tied.values() if len(names) > 1]),
+            ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
+            weights=weights,
+            conversions=get_model_conversion_mapping(model),
+        )
+
+
+def _canonical(model: nn.Module, modules: Mapping[nn.Module, str], name: str) -> str:
+    path, leaf = split(name)
+    return join(modules[model.get_submodule(path)], leaf)
+
+
+def _tied_keys(
+    model: nn.Module, weights: WeightPlan, checkpoint: Checkpoint, tied: Sequence[Sequence[str]]
+) -> dict[str, str]:
+    """The key of each tied tensor: its own in `checkpoint`, or that of another, changed in the same way.
+
+    What transformers would not read back has none.
+    """
+    if not tied:
+        return {}
+    groups = group_keys(model, checkpoint.index)[0]
+    found = {}
+    for first, *others in tied:
+        stored = next((groups[name].sources[0] for name in (first, *others) if name in groups), first)
+        for name in (first, *others):
+            candidates = [*(groups[name].sources if name in groups else ()), stored.replace(first, name), name]
+            for key in candidates:
+                if name in group_keys(model, [key])[0]:
+                    found.setdefault(name, key)
+    return found
+
+
+class Readers:
+    """Readers of the base and of all adapters, to be used as a context manager; and the memory that is read into."""
+
+    def __init__(self, checkpoint: Checkpoint, matched: Sequence[Matched], report: Report) -> None:
+        self._stack = ExitStack()
+        self.base = self._stack.enter_context(checkpoint.reader(on_read=report.count_bytes))
+        self._adapters = {
+            id(each): self._stack.enter_context(Reader(each.adapter.index, on_read=report.count_bytes))
+            for each in matched
+        }
+        self.matched = tuple(matched)
+
+    def of(self, matched: Matched) -> Reader:
+        """The reader of that adapter."""
+        return self._adapters[id(matched)]
+
+    def inputs(self, site: MergeSite) -> dict[str, torch.Tensor]:
+        """The values of all adapters for `site`."""
+        return {name: value for each in self.matched for name, value in each.inputs(site, self.of(each)).items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """Tensors of the output that one rank makes together. made: what they are called and stored as."""
+
+    made: tuple[Planned, ...]
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it moves, roughly: by which work is divided."""
+        return sum(planned.nbytes for planned in self.made)
+
+    def run(self, readers: Readers, out: Output) -> None:
+        """Read, merge, write. Raises `ExportError` for values that are not finite."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Merged(Work):
+    """One tensor that is copied, cast, or merged, by ranges of its first dimension. dtype: in which it is merged."""
+
+    entry: TensorEntry
+    dtype: torch.dtype
+    change: Change | None = None
+
+    @property
+    def cost(self) -> int:
+        return self.made[0].nbytes * (4 if self.change is not None and self.change.sites else 1)
+
+    def run(self, readers: Readers, out: Output) -> None:
+        change, name = self.change or Change(), self.made[0].name
+        reader, entry = readers.base, self.entry
+        if change.replaced is not None:
+            reader, entry = readers.of(change.replaced[0]), change.replaced[0].adapter.index[change.replaced[1]]
+        given = [(site, readers.inputs(site)) for site in change.sites]
+        row = entry.numel // max(entry.shape[0], 1) if entry.shape else 1
+        divisible = all(site.is_divisible for site in change.sites)
+        for rows in chunks(entry.shape) if divisible else [range(entry.shape[0])]:
+            part = reader.read_range(entry, rows.start * row, rows.stop * row).view(len(rows), *entry.shape[1:])
+            part = part.to(self.dtype)
+            for site, inputs in given:
+                part = _merged(site, inputs, change.leaf, part, rows if divisible else None)
+            out.write(name, part.to(self.made[0].dtype), rows.start * row)
+
+
+def _merged(
+    site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, part: torch.Tensor, rows: range | None
+) -> torch.Tensor:
+    """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
+    merged = site.merge({leaf: part}, inputs, rows)[leaf]
+    if bool(torch.isfinite(merged).all()):
+        return merged
+    bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
+    raise ExportError(
+        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that are "
+        f"NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
+        "output was not made; merge in another dtype, or with another weight"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fused(Work):
+    """Tensors that transformers makes one parameter of (experts, say): made into it, merged, and taken apart again.
+
+    changes: by FQN of what `assignment` makes. base: whose conversions are turned around.
+    """
+
+    assignment: Assignment = field(repr=False)
+    changes: Mapping[str, Change]
+    base: Base = field(repr=False)
+
+    @property
+    def cost(self) -> int:
+        """Four times its bytes."""
+        return 4 * super().cost
+
+    def run(self, readers: Readers, out: Output) -> None:
+        """Hold all of it: what is read, and what is made of it."""
+        tensors = self.assignment.convert({name: readers.base.read(name) for name in self.assignment.sources})
+        tensors = {fqn: tensor.to(self.base.tensors[fqn].dtype) for fqn, tensor in tensors.items()}
+        for fqn, change in self.changes.items():
+            if change.replaced is not None:
+                matched, key = change.replaced
+                tensors[fqn] = readers.of(matched).read(key).to(tensors[fqn].dtype)
+            for site in change.sites:
+                _merge_in_place(site, readers.inputs(site), split(fqn)[1], tensors, fqn)
+        parts = _taken_apart(self.base, self.assignment, tensors)
+        tensors.clear()
+        for planned in self.made:
+            out.write(planned.name, parts.pop(planned.name).to(planned.dtype))
+
+
+def _merge_in_place(
+    site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, tensors: dict[str, torch.Tensor], fqn: str
+) -> None:
+    if not site.is_divisible:
+        tensors[fqn] = _merged(site, inputs, leaf, tensors[fqn], None)
+        return
+    for rows in chunks(tensors[fqn].shape):
+        part = tensors[fqn][rows.start : rows.stop]
+        part.copy_(_merged(site, inputs, leaf, part, rows))
+
+
+def _taken_apart(base: Base, assignment: Assignment, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sources of `assignment` as transformers saves them, of what it makes of them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    view: Any = SimpleNamespace(
+        config=base.model.config,
+        get_parameter=assignment.logical.get_parameter if assignment.logical is not None else None,
+        _weight_conversions=list(base.conversions),
+    )
+    found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
+    return found
+
+
+def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` unless, on meta, the names and shapes of the base come out."""
+    meta = {name: torch.empty(checkpoint.entry(name).shape, device="meta") for name in assignment.sources}
+    try:
+        found = {name: tuple(t.shape) for name, t in _taken_apart(base, assignment, assignment.convert(meta)).items()}
+        problem = f"found {len(found)} others" if found != {n: tuple(t.shape) for n, t in meta.items()} else None
+    except Exception as error:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
+        problem = f"found {type(error).__name__}: {error}"
+    if problem is not None:
+        raise ConfigError(
+            f"{', '.join(assignment.targets)}: transformers makes it of {len(assignment.sources)} tensors of this base "
+            f"({assignment.sources[0]}, ...), expected it to make those of it again, {problem}: merge with PEFT's "
+            "merge_and_unload"
+        )
+
+
+def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite], adapted: Any) -> dict[str, Change]:
+    """What changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
+    found: dict[str, Change] = {}
+    for each in matched:
+        for fqn, key in each.replaced.items():
+            if fqn in found:
+                raise ConfigError(
+                    f"{fqn} is saved whole in {found[fqn].replaced[0].adapter.path} and in {each.adapter.path}: merge "  # type: ignore[index]
+                    "one of them"
+                )
+            found[fqn] = Change(leaf=split(fqn)[1], replaced=(each, key), tie=key)
+    tied = {
+        name for config in adapted.peft_config.values() for name in getattr(config, "target_modules_to_tie", None) or ()
+    }
+    for site in sites:
+        _check_tokens(site)
+        # PEFT ties the adapters of a head to those of the embedding.
+        is_tied = site.fqn in base.ends and any(str(base.ends[1]).endswith(name) for name in tied)
+        tie = "tied" if is_tied else frozenset(map(id, site.inputs.values()))
+        for leaf in site.changes:
+            before = found.get(join(site.fqn, leaf), Change(leaf=leaf))
+            found[join(site.fqn, leaf)] = replace(before, sites=(*before.sites, site), tie=(before.tie, tie))
+    return found
+
+
+def _check_tokens(site: MergeSite) -> None:
+    """Refuse two adapters that have trained the same token."""
+    indices = [set(site.layer.token_indices[name]) for name in site.adapters if hasattr(site.layer, "token_indices")]
+    for number, one in enumerate(indices):
+        for other in indices[:number]:
+            if one & other:
+                raise ConfigError(
+                    f"{site.fqn}: expected adapters that have trained different tokens, found token {min(one & other)} "
+                    "in two of them: merge one of them"
+                )
+
+
+def plan_work(
+    base: Base, checkpoint: Checkpoint, changes: Mapping[str, Change], *, cast: bool
+) -> tuple[tuple[Work, ...], bool]:
+    """The work on all tensors of `checkpoint`, in the order of its files; and whether embedding and head are untied.
+
+    cast: whether tensors that nothing changes take the dtype of the model; they stay as they are otherwise. A tied
+    tensor of which one name changes, or both differently, is written for each of them.
+    """
+    works: dict[str, list[Work]] = {name: [] for name in checkpoint.index}
+    untied = False
+    for assignment in base.weights.assignments:
+        tensor = base.tensors[assignment.targets[0]]
+        names = base.tied.get(assignment.targets[0], ())
+        mine = {name: changes.get(name) for name in (*names, *assignment.targets)}
+        sources = (*assignment.sources, *assignment.duplicates)
+        entries = {name: checkpoint.entry(name) for name in sources}
+        if not any(mine.values()):
+            for name in sources:
+                works[name] = [_one(entries[name], tensor if cast else None)]
+        elif assignment.converter is not None:
+            _check_taken_apart(base, assignment, checkpoint)
+            made = tuple(_planned(name, entries[name], tensor.dtype) for name in assignment.sources)
+            changed = {name: change for name, change in mine.items() if change is not None}
+            works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base)]
+            works |= {name: [] for name in sources[1:]}
+        elif len({change.tie if change is not None else None for change in mine.values()}) == 1:
+            for name in sources:
+                works[name] = [_one(entries[name], tensor, change=next(iter(mine.values())))]
+        else:
+            untied = True
+            works |= {name: [] for name in sources}
+            works[sources[0]] = [
+                _one(entries[sources[0]], tensor, change=change, name=_untied_key(base, name))
+                for name, change in mine.items()
+            ]
+    rest = base.weights.ignored
+    works |= {name: [_one(checkpoint.entry(name), None)] for name in rest if name in works and not works[name]}
+    return tuple(work for each in works.values() for work in each), untied
+
+
+def _untied_key(base: Base, name: str) -> str:
+    """The key of an embedding or a head that is no longer tied. Raises `ConfigError` where another tensor is."""
+    if name in base.keys and split(name)[0] in base.ends:
+        return base.keys[name]
+    raise ConfigError(
+        f"{name} is tied in this base, and the adapter changes one place of it and not the other: expected that of an "
+        "embedding and a head, which can be untied. Merge with PEFT's merge_and_unload"
+    )
+
+
+def _one(
+    entry: TensorEntry, tensor: torch.Tensor | None, *, change: Change | None = None, name: str | None = None
+) -> Merged:
+    """The work on one tensor: changed, or in the dtype of `tensor`, or as it is."""
+    is_cast = tensor is not None and entry.unknown is None and entry.dtype.is_floating_point
+    dtype = tensor.dtype if is_cast and tensor is not None else entry.dtype
+    return Merged(made=(_planned(name or entry.name, entry, dtype),), entry=entry, dtype=dtype, change=change)
+
+
+def _planned(name: str, entry: TensorEntry, dtype: torch.dtype) -> Planned:
+    return Planned(name=name, dtype=dtype, shape=entry.shape)
