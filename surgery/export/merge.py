@@ -146,7 +146,7 @@ def _prepare(checkpoint: Checkpoint, adapters: Sequence[StoredAdapter], dtype: t
         for name, each in zip(names, adapters, strict=True):
             if each.weight != 1 and name in site.adapters:
                 site.layer.set_scale(name, each.weight)
-    works, untied = plan_work(base, checkpoint, changes_of(base, matched, sites, adapted), cast=dtype is not None)
+    works, untied = plan_work(base, checkpoint, changes_of(base, matched, sites), cast=dtype is not None)
     return _Job(checkpoint=checkpoint, matched=tuple(matched), works=works, untied=untied, dtype=dtype)
 
 

@@ -262,7 +262,7 @@ def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoin
         )
 
 
-def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite], adapted: Any) -> dict[str, Change]:
+def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
     """What changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
     found: dict[str, Change] = {}
     for each in matched:
@@ -273,18 +273,38 @@ def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite
                     "one of them"
                 )
             found[fqn] = Change(leaf=split(fqn)[1], replaced=(each, key), tie=key)
-    tied = {
-        name for config in adapted.peft_config.values() for name in getattr(config, "target_modules_to_tie", None) or ()
-    }
+    ends = [site for site in sites if site.fqn in base.ends]
+    alike = len(ends) == 2 and _are_alike(ends, matched)
     for site in sites:
         _check_tokens(site)
-        # PEFT ties the adapters of a head to those of the embedding.
-        is_tied = site.fqn in base.ends and any(str(base.ends[1]).endswith(name) for name in tied)
-        tie = "tied" if is_tied else frozenset(map(id, site.inputs.values()))
+        tie = "ends" if alike and site in ends else frozenset(map(id, site.inputs.values()))
         for leaf in site.changes:
             before = found.get(join(site.fqn, leaf), Change(leaf=leaf))
             found[join(site.fqn, leaf)] = replace(before, sites=(*before.sites, site), tie=(before.tie, tie))
     return found
+
+
+def _are_alike(ends: Sequence[MergeSite], matched: Sequence[Matched]) -> bool:
+    """Whether the adapters of embedding and head are each other's transposed, as PEFT ties them (`ensure_weight_tying`).
+
+    Their values are compared: PEFT unties them when it casts adapters (peft 0.21.2).
+    """
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+    for each in matched:
+        with Reader(each.adapter.index) as reader:
+            for values, site in zip(found, ends, strict=True):
+                values |= each.inputs(site, reader)
+    embedding, head = sorted(found, key=lambda values: not any(key.startswith("lora_embedding") for key in values))
+    pairs = {
+        key.replace("lora_embedding_A", "lora_B") + ".weight"
+        if key.startswith("lora_embedding_A.")
+        else key.replace("lora_embedding_B", "lora_A") + ".weight": value.t()
+        for key, value in embedding.items()
+        if key.startswith("lora_embedding")
+    }
+    scalings = [site.layer.scaling for site in ends if hasattr(site.layer, "scaling")]
+    same = pairs.keys() == head.keys() and len(pairs) == len(embedding) and scalings[:1] == scalings[1:]
+    return same and all(torch.equal(value, head[key]) for key, value in pairs.items())
 
 
 def _check_tokens(site: MergeSite) -> None:
