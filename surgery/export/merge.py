@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from surgery.adapters.metadata import TOKENIZER_FILES, versions
 from surgery.checkpoint import Checkpoint
@@ -18,16 +19,20 @@ from surgery.comm.environment import compute_device, launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
+from surgery.config import Quant
 from surgery.errors import ConfigError
 from surgery.export.merge_adapters import Matched, StoredAdapter, check_together, match
 from surgery.export.merge_plan import Base, Readers, Work, changes_of, plan_work
 from surgery.export.merging import adapt, find_sites
 from surgery.export.output import MAX_SHARD_BYTES, Output, Planned, output
+from surgery.export.quantize import identity, stored_dtype
 from surgery.export.sidecars import sidecars
 from surgery.model.consistency import same_model
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
+from surgery.passes.replace import Replace, quantizable
+from surgery.quantizers.base import QuantFormat, format_for
 from surgery.telemetry.report import Report
 
 __all__ = ["DTYPES", "merge"]
@@ -45,6 +50,7 @@ def merge(
     *,
     weights: Sequence[float] = (),
     dtype: torch.dtype | None = None,
+    quant: Quant | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -64,7 +70,9 @@ def merge(
         adapters: folders, or hub ids, of LoRA adapters as PEFT saves them, in the order in which they are merged.
         directory: for the output, which is there whole or not at all.
         weights: with which each adapter is merged; none is 1 for all.
-        dtype: of the output; None is that of the base.
+        dtype: of the output; None is that of the base, for a packed one that in which it was quantized.
+        quant: how linear weights of the output are quantized; None leaves all in 16 or 32 bits. What is packed in the
+            base, in the same way, and stays as it is, is copied.
         revision: of a hub id; None is the one that the adapters were trained on, if they say so of this base.
         overwrite: whether a checkpoint in `directory` is replaced.
         max_shard_bytes: most bytes of a file.
@@ -80,7 +88,7 @@ def merge(
     device = compute_device(device)
     sources = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     ranks = current_ranks(launched_world_size())
-    report = report or Report(show_progress=ranks.rank == 0, device=torch.device("cpu"))
+    report = report or Report(show_progress=ranks.rank == 0, verbs=("Merging", "Merged"))
     with beating(ranks), collective(ranks):
         with everyone(ranks, device=device):
             if not sources or len(weights) not in (0, len(sources)):
@@ -95,9 +103,9 @@ def merge(
             ]
             checkpoint = base if isinstance(base, Checkpoint) else _open_base(base, stored, revision)
             check_together(stored, checkpoint)
-            job = _prepare(checkpoint, stored, dtype, ranks)
+            job = _prepare(checkpoint, stored, dtype, quant, ranks)
             files = _files(job, stored)
-            text = _digest(job, stored)
+            text = _identity(job, stored)
         options = {"ranks": ranks, "device": device, "overwrite": overwrite, "max_shard_bytes": max_shard_bytes}
         with output(
             directory, [*job.planned], job=text, files=files, source=checkpoint.path, **options
@@ -107,13 +115,17 @@ def merge(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Job:
-    """All that is to be done. untied: whether embedding and head are two tensors from now on."""
+    """All that is to be done. untied: whether embedding and head are two tensors from now on.
+
+    quantization: `quantization_config` of the output; None for none.
+    """
 
     checkpoint: Checkpoint
     matched: tuple[Matched, ...]
     works: tuple[Work, ...]
     untied: bool
     dtype: torch.dtype | None
+    quantization: Mapping[str, object] | None
 
     @property
     def planned(self) -> Iterator[Planned]:
@@ -129,13 +141,23 @@ def _open_base(base: Source, adapters: Sequence[StoredAdapter], revision: str | 
     return Checkpoint.open(base, revision=revision)
 
 
-def _prepare(checkpoint: Checkpoint, adapters: Sequence[StoredAdapter], dtype: torch.dtype | None, ranks: Ranks) -> _Job:
+def _prepare(
+    checkpoint: Checkpoint,
+    adapters: Sequence[StoredAdapter],
+    dtype: torch.dtype | None,
+    quant: Quant | None,
+    ranks: Ranks,
+) -> _Job:
     """Build the model and its adapters on meta, and match them with their files; nothing is read."""
     cpu = torch.device("cpu")
-    own = dtype or _dtype_of(checkpoint)
+    packing = checkpoint.packing
+    own = dtype or (packing.dtype if packing is not None else stored_dtype(checkpoint))
     model = build_on_meta(causal_lm(checkpoint, own), dtype=own, device=cpu)
     same_model(ranks, model, checkpoint)
     base = Base.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
+    form, quantized, quantization = None, frozenset[str](), None
+    if quant is not None:
+        form, quantized, quantization = _quantization(model, base, checkpoint, quant, own)
     names = [f"merged{number}" for number in range(len(adapters))]
     configs = {name: each.config for name, each in zip(names, adapters, strict=True)}
     matched = []
@@ -146,19 +168,34 @@ def _prepare(checkpoint: Checkpoint, adapters: Sequence[StoredAdapter], dtype: t
         for name, each in zip(names, adapters, strict=True):
             if each.weight != 1 and name in site.adapters:
                 site.layer.set_scale(name, each.weight)
-    works, untied = plan_work(base, checkpoint, changes_of(base, matched, sites), cast=dtype is not None)
-    return _Job(checkpoint=checkpoint, matched=tuple(matched), works=works, untied=untied, dtype=dtype)
+    changes = changes_of(base, matched, sites)
+    works, untied = plan_work(base, checkpoint, changes, cast=dtype is not None, quant=form, quantized=quantized)
+    return _Job(
+        checkpoint=checkpoint,
+        matched=tuple(matched),
+        works=works,
+        untied=untied,
+        dtype=own if dtype is not None or packing is not None else None,
+        quantization=quantization,
+    )
 
 
-def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of a model: what its config.json says, or else that of most of its bytes."""
-    config = checkpoint.config or {}
-    said = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    sizes: Counter[torch.dtype] = Counter()
-    for entry in checkpoint.index.values():
-        sizes[entry.dtype] += entry.nbytes
-    known = [each for each in (said, *(dtype for dtype, _ in sizes.most_common())) if each in DTYPES.values()]
-    return known[0] if known else torch.bfloat16
+def _quantization(
+    model: nn.Module, base: Base, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype
+) -> tuple[QuantFormat, frozenset[str], Mapping[str, object]]:
+    """The format of the output, the FQNs of weights that are in it, and its `quantization_config`."""
+    packing, config = checkpoint.packing, checkpoint.config or {}
+    options = replace(quant, quant_storage=quant.quant_storage or torch.uint8)
+    form = format_for(options, dtype=dtype, compute_dtype=dtype)
+    if packing is not None:
+        form = format_for(form.options_for(packing), dtype=dtype, compute_dtype=dtype)
+        return form, base.weights.packed, config["quantization_config"]
+    # On a copy, since adapters are merged into modules as they are.
+    twin: Any = copy.deepcopy(model)
+    chosen = quantizable(twin, form)
+    Replace(quant=form, chosen=chosen).run(twin)
+    found = frozenset(f"{site.fqn}.weight" for site in chosen)
+    return form, found, twin.config.quantization_config.to_dict()
 
 
 def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:
@@ -187,6 +224,9 @@ def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Pa
     if isinstance(config.get("text_config"), dict):
         config["text_config"] = dict(config["text_config"])
         parts.append(config["text_config"])
+    config.pop("quantization_config", None)
+    if job.quantization is not None:
+        config["quantization_config"] = dict(job.quantization)
     for part in parts:
         if job.dtype is not None and (part is config or {"dtype", "torch_dtype"} & part.keys()):
             part.pop("torch_dtype", None)
@@ -212,9 +252,7 @@ def _described(adapter: StoredAdapter) -> str:
     return ", ".join([*kinds, f"alpha {config.lora_alpha}", f"weight {adapter.weight:g}"])
 
 
-def _digest(job: _Job, adapters: Sequence[StoredAdapter]) -> str:
+def _identity(job: _Job, adapters: Sequence[StoredAdapter]) -> str:
     """All that the values depend on, as text."""
-    stamps = [job.checkpoint.index.stamps, *(each.index.stamps for each in adapters)]
-    identity = [[stamp.size, stamp.modified, stamp.header] for each in stamps for stamp in each.values()]
-    options = [[repr(each.config), each.weight] for each in adapters]
-    return json.dumps(["merge", identity, options, str(job.dtype), job.checkpoint.config, versions()])
+    options = [[each.identity, repr(each.config), each.weight] for each in adapters]
+    return json.dumps(["merge", identity(job.checkpoint), options, str(job.dtype), str(job.quantization), versions()])

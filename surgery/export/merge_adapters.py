@@ -43,12 +43,22 @@ SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with."""
+    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with.
+
+    revision: the commit, for a hub id.
+    """
 
     path: Path
     config: LoraConfig = field(repr=False)
     index: Index = field(repr=False)
     weight: float = 1.0
+    revision: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Text that another content of the file does not have: the commit, or size and time, and the header."""
+        stamps = self.index.stamps.values()
+        return repr([(stamp.header, stamp.size, self.revision or stamp.modified) for stamp in stamps])
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], *, weight: float = 1.0) -> StoredAdapter:
@@ -57,7 +67,8 @@ class StoredAdapter:
         For a hub id in a distributed job, every rank has to call it. Raises `CheckpointError` for what is no adapter in
         safetensors, and `ConfigError` for one that cannot be merged, or not with this `weight`.
         """
-        folder = resolve(source).path
+        found = resolve(source)
+        folder = found.path
         config = _read_config(folder)
         file = folder / WEIGHTS
         if not file.is_file():
@@ -68,7 +79,7 @@ class StoredAdapter:
                 path=folder,
             )
         _check_weight(folder, config, weight)
-        return cls(path=folder, config=config, index=Index.open(file), weight=weight)
+        return cls(path=folder, config=config, index=Index.open(file), weight=weight, revision=found.revision)
 
 
 def _read_config(folder: Path) -> LoraConfig:

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, Reader, TensorEntry
+from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
 from surgery.errors import ConfigError, ExportError
 from surgery.export.merge_adapters import Matched
 from surgery.export.merging import MergeSite, chunks
 from surgery.export.output import Output, Planned
 from surgery.model.fqn import join, split
 from surgery.model.keys import Assignment, group_keys
-from surgery.model.tree import tied_parameters
+from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
+from surgery.quantizers.base import QuantFormat, check_run
 from surgery.telemetry.report import Report
 
 __all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
+
+#: Elements that are unpacked at a time, each with some 30 bytes of temporaries.
+UNPACKED = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,7 @@ class Change:
 class Base:
     """The base model, on meta, before it was adapted.
 
-    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module. tied: first FQN of every
+    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: by any. tied: first FQN of every
     tensor -> one FQN for each module that holds it. keys: of tied tensors, by FQN, in a checkpoint where they are not.
     ends: FQNs of embedding and head. conversions: with which transformers names and shapes a checkpoint.
     """
@@ -50,11 +56,16 @@ class Base:
     model: Any
     tensors: Mapping[str, torch.Tensor]
     modules: Mapping[nn.Module, str]
+    owners: Mapping[str, nn.Module]
     tied: Mapping[str, tuple[str, ...]]
     keys: Mapping[str, str]
     ends: tuple[str | None, ...]
     weights: WeightPlan
     conversions: Sequence[Any]
+
+    def owner(self, fqn: str) -> nn.Module:
+        """The module of the base model that holds the tensor `fqn`."""
+        return self.owners[split(fqn)[0]]
 
     @classmethod
     def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
@@ -70,8 +81,9 @@ class Base:
             model=model,
             tensors=dict(model.state_dict(keep_vars=True)),
             modules=modules,
+            owners=dict(model.named_modules(remove_duplicate=False)),
             tied=tied,
-            keys=_tied_keys(model, weights, checkpoint, [names for names in tied.values() if len(names) > 1]),
+            keys=_tied_keys(model, checkpoint, [names for names in tied.values() if len(names) > 1]),
             ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
             weights=weights,
             conversions=get_model_conversion_mapping(model),
@@ -83,16 +95,14 @@ def _canonical(model: nn.Module, modules: Mapping[nn.Module, str], name: str) ->
     return join(modules[model.get_submodule(path)], leaf)
 
 
-def _tied_keys(
-    model: nn.Module, weights: WeightPlan, checkpoint: Checkpoint, tied: Sequence[Sequence[str]]
-) -> dict[str, str]:
+def _tied_keys(model: nn.Module, checkpoint: Checkpoint, tied: Sequence[Sequence[str]]) -> dict[str, str]:
     """The key of each tied tensor: its own in `checkpoint`, or that of another, changed in the same way.
 
     What transformers would not read back has none.
     """
     if not tied:
         return {}
-    groups = group_keys(model, checkpoint.index)[0]
+    groups = group_keys(model, checkpoint.weights())[0]
     found = {}
     for first, *others in tied:
         stored = next((groups[name].sources[0] for name in (first, *others) if name in groups), first)
@@ -109,6 +119,7 @@ class Readers:
 
     def __init__(self, checkpoint: Checkpoint, matched: Sequence[Matched], report: Report) -> None:
         self._stack = ExitStack()
+        self._checkpoint = checkpoint
         self.base = self._stack.enter_context(checkpoint.reader(on_read=report.count_bytes))
         self._adapters = {
             id(each): self._stack.enter_context(Reader(each.adapter.index, on_read=report.count_bytes))
@@ -119,6 +130,11 @@ class Readers:
     def of(self, matched: Matched) -> Reader:
         """The reader of that adapter."""
         return self._adapters[id(matched)]
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor of the base, unpacked."""
+        entry = self._checkpoint.logical(name)
+        return _read(self.base, entry, self._checkpoint.packed.get(name), 0, entry.numel).view(entry.shape)
 
     def inputs(self, site: MergeSite) -> dict[str, torch.Tensor]:
         """The values of all adapters for `site`."""
@@ -149,30 +165,104 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Merged(Work):
-    """One tensor that is copied, cast, or merged, by ranges of its first dimension. dtype: in which it is merged."""
+    """One tensor that is copied, cast, or merged, by ranges of its first dimension.
 
-    entry: TensorEntry
+    source: where the base has it. stored: the same if it is packed there, and is to be unpacked. dtype: in which it is
+    merged. is_turned: whether a packed weight has the dimensions of this one, a `Conv1D`'s, the other way round.
+    quant: in which format it is written; None for none.
+    """
+
+    source: TensorEntry
     dtype: torch.dtype
     change: Change | None = None
+    stored: PackedWeight | None = None
+    is_turned: bool = False
+    quant: QuantFormat | None = None
 
     @property
     def cost(self) -> int:
-        return self.made[0].nbytes * (4 if self.change is not None and self.change.sites else 1)
+        """Its bytes, or several times those if they are computed with."""
+        is_copied = self.change is None and self.stored is None and self.quant is None
+        return self.source.numel * self.dtype.itemsize * (1 if is_copied else 4)
 
     def run(self, readers: Readers, out: Output) -> None:
-        change, name = self.change or Change(), self.made[0].name
-        reader, entry = readers.base, self.entry
+        """Hold a few MiB of it, or all if it cannot be divided."""
+        change = self.change or Change()
+        entry, read = self.source, partial(_read, readers.base, self.source, self.stored)
         if change.replaced is not None:
-            reader, entry = readers.of(change.replaced[0]), change.replaced[0].adapter.index[change.replaced[1]]
+            matched, key = change.replaced
+            entry = matched.adapter.index[key]
+            read = partial(readers.of(matched).read_range, entry)
+        unpacks = self.is_turned and self.stored is not None and change.replaced is None
+        packs = self.is_turned and self.quant is not None
+        divisible = not unpacks and not packs and all(site.is_divisible for site in change.sites)
+        sink = partial(out.write, self.made[0].name)
+        if self.quant is not None:
+            shape = entry.shape[::-1] if packs and not unpacks else entry.shape
+            sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
         given = [(site, readers.inputs(site)) for site in change.sites]
-        row = entry.numel // max(entry.shape[0], 1) if entry.shape else 1
-        divisible = all(site.is_divisible for site in change.sites)
-        for rows in chunks(entry.shape) if divisible else [range(entry.shape[0])]:
-            part = reader.read_range(entry, rows.start * row, rows.stop * row).view(len(rows), *entry.shape[1:])
-            part = part.to(self.dtype)
+        row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
+        for rows in chunks(entry.shape) if divisible else [range(size)]:
+            part = read(rows.start * row, rows.stop * row).to(self.dtype).view(len(rows), *entry.shape[1:])
+            part = part.t().contiguous() if unpacks else part
             for site, inputs in given:
                 part = _merged(site, inputs, change.leaf, part, rows if divisible else None)
-            out.write(name, part.to(self.made[0].dtype), rows.start * row)
+            part = part.t() if packs else part
+            sink(part if self.quant is not None else part.to(self.made[0].dtype), rows.start * row)
+            del part
+
+
+def _read(
+    reader: Reader, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int
+) -> torch.Tensor:
+    """Elements of a tensor of the base, unpacked: 1-D."""
+    if stored is None:
+        return reader.read_range(entry, start, stop)
+    out = torch.empty(stop - start, dtype=stored.settings.dtype)
+    for first in range(start, stop, UNPACKED):
+        last = min(first + UNPACKED, stop)
+        out[first - start : last - start] = stored.dequantize(reader.read_range, first, last)
+    return out
+
+
+class _Packer:
+    """The quantization of one weight, which comes in parts. made: the tensors that it becomes, the packed one first."""
+
+    def __init__(self, quant: QuantFormat, shape: torch.Size, made: Sequence[Planned], out: Output) -> None:
+        self._quant, self._shape, self._made, self._out = quant, shape, made, out
+        self._layout = quant.layout(None)
+        self._left = torch.empty(0)
+        self._statistics: list[torch.Tensor] = []
+        self._done = 0
+
+    def add(self, part: torch.Tensor, start: int) -> None:
+        """Quantize the elements from `start` on, which follow those before, as far as they are whole blocks."""
+        flat = part.reshape(-1)
+        flat = torch.cat([self._left.to(flat.dtype), flat]) if self._left.numel() else flat
+        is_last = start + part.numel() == self._shape.numel()
+        size = flat.numel() if is_last else flat.numel() // self._layout.blocksize * self._layout.blocksize
+        step = self._layout.whole_blocks(self._quant.run_elements(flat.device))
+        for first in range(0, size, step):
+            self._quantize(flat[first : min(first + step, size)], flat.dtype)
+        self._left = flat[size:].clone()
+        if is_last:
+            self._finish(flat.dtype)
+
+    def _quantize(self, run: torch.Tensor, dtype: torch.dtype) -> None:
+        packed, statistics = self._quant.quantize(run, self._layout, dtype)
+        check_run(self._quant, self._made[0].name, run.numel(), (packed, statistics), self._layout)
+        self._statistics.append(statistics)
+        self._out.write(self._made[0].name, packed.view(self._made[0].dtype), self._done)
+        self._done += packed.numel() // self._made[0].dtype.itemsize
+
+    def _finish(self, dtype: torch.dtype) -> None:
+        (state,) = self._quant.states([torch.cat(self._statistics)], [self._shape], [dtype])
+        for end, value in self._quant.saved(state).items():
+            name = f"{self._made[0].name}.{end}"
+            if isinstance(value, torch.Tensor):
+                self._out.write(name, value)
+            else:
+                self._out.write_state(name, value)
 
 
 def _merged(
@@ -208,7 +298,9 @@ class Fused(Work):
 
     def run(self, readers: Readers, out: Output) -> None:
         """Hold all of it: what is read, and what is made of it."""
-        tensors = self.assignment.convert({name: readers.base.read(name) for name in self.assignment.sources})
+        read = {name: readers.whole(name) for name in self.assignment.sources}
+        tensors = self.assignment.convert(read)
+        read.clear()
         tensors = {fqn: tensor.to(self.base.tensors[fqn].dtype) for fqn, tensor in tensors.items()}
         for fqn, change in self.changes.items():
             if change.replaced is not None:
@@ -248,7 +340,7 @@ def _taken_apart(base: Base, assignment: Assignment, tensors: Mapping[str, torch
 
 def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` unless, on meta, the names and shapes of the base come out."""
-    meta = {name: torch.empty(checkpoint.entry(name).shape, device="meta") for name in assignment.sources}
+    meta = {name: torch.empty(checkpoint.logical(name).shape, device="meta") for name in assignment.sources}
     try:
         found = {name: tuple(t.shape) for name, t in _taken_apart(base, assignment, assignment.convert(meta)).items()}
         problem = f"found {len(found)} others" if found != {n: tuple(t.shape) for n, t in meta.items()} else None
@@ -320,42 +412,52 @@ def _check_tokens(site: MergeSite) -> None:
 
 
 def plan_work(
-    base: Base, checkpoint: Checkpoint, changes: Mapping[str, Change], *, cast: bool
+    base: Base,
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Change],
+    *,
+    cast: bool,
+    quant: QuantFormat | None,
+    quantized: Collection[str],
 ) -> tuple[tuple[Work, ...], bool]:
     """The work on all tensors of `checkpoint`, in the order of its files; and whether embedding and head are untied.
 
-    cast: whether tensors that nothing changes take the dtype of the model; they stay as they are otherwise. A tied
+    cast: whether tensors that nothing changes take the dtype of the model; they stay as they are otherwise. quantized:
+    FQNs of weights that are to be in the format `quant`; those that are packed and stay as they are, are copied. A tied
     tensor of which one name changes, or both differently, is written for each of them.
     """
     works: dict[str, list[Work]] = {name: [] for name in checkpoint.index}
+    one = partial(_one, base, checkpoint, cast=cast)
     untied = False
     for assignment in base.weights.assignments:
-        tensor = base.tensors[assignment.targets[0]]
-        names = base.tied.get(assignment.targets[0], ())
+        fqn = assignment.targets[0]
+        names = base.tied.get(fqn, ())
         mine = {name: changes.get(name) for name in (*names, *assignment.targets)}
         sources = (*assignment.sources, *assignment.duplicates)
-        entries = {name: checkpoint.entry(name) for name in sources}
-        if not any(mine.values()):
-            for name in sources:
-                works[name] = [_one(entries[name], tensor if cast else None)]
-        elif assignment.converter is not None:
+        form = quant if not quantized.isdisjoint(assignment.targets) else None
+        if form is not None and assignment.converter is not None:
+            raise ConfigError(
+                f"{fqn} is to be quantized, and transformers makes it of {len(sources)} tensors of this base: merge it "
+                "into 16 bits (--dtype bf16), and quantize that (surgery quantize)"
+            )
+        if assignment.converter is not None and any(mine.values()):
             _check_taken_apart(base, assignment, checkpoint)
-            made = tuple(_planned(name, entries[name], tensor.dtype) for name in assignment.sources)
+            tensor = base.tensors[fqn]
+            made = tuple(_planned(n, checkpoint.logical(n), tensor.dtype) for n in assignment.sources)
             changed = {name: change for name, change in mine.items() if change is not None}
             works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base)]
-            works |= {name: [] for name in sources[1:]}
         elif len({change.tie if change is not None else None for change in mine.values()}) == 1:
-            for name in sources:
-                works[name] = [_one(entries[name], tensor, change=next(iter(mine.values())))]
+            change = next(iter(mine.values()))
+            works |= {name: one(fqn, name, change, quant=form) for name in sources}
         else:
             untied = True
-            works |= {name: [] for name in sources}
             works[sources[0]] = [
-                _one(entries[sources[0]], tensor, change=change, name=_untied_key(base, name))
+                work
                 for name, change in mine.items()
+                for work in one(fqn, sources[0], change, quant=form, key=_untied_key(base, name))
             ]
-    rest = base.weights.ignored
-    works |= {name: [_one(checkpoint.entry(name), None)] for name in rest if name in works and not works[name]}
+    rest = [name for name in base.weights.ignored if name in checkpoint.index]
+    works |= {name: [_copied(checkpoint.entry(name))] for name in rest}
     return tuple(work for each in works.values() for work in each), untied
 
 
@@ -370,12 +472,47 @@ def _untied_key(base: Base, name: str) -> str:
 
 
 def _one(
-    entry: TensorEntry, tensor: torch.Tensor | None, *, change: Change | None = None, name: str | None = None
-) -> Merged:
-    """The work on one tensor: changed, or in the dtype of `tensor`, or as it is."""
-    is_cast = tensor is not None and entry.unknown is None and entry.dtype.is_floating_point
-    dtype = tensor.dtype if is_cast and tensor is not None else entry.dtype
-    return Merged(made=(_planned(name or entry.name, entry, dtype),), entry=entry, dtype=dtype, change=change)
+    base: Base,
+    checkpoint: Checkpoint,
+    fqn: str,
+    source: str,
+    change: Change | None,
+    *,
+    quant: QuantFormat | None,
+    cast: bool,
+    key: str | None = None,
+) -> list[Work]:
+    """The work on the tensor `source` of the base, which fills `fqn`, and on what is beside a packed one."""
+    stored, entry, tensor = checkpoint.packed.get(source), checkpoint.logical(source), base.tensors[fqn]
+    if change is None and stored is not None and quant is not None:
+        return [_copied(each) for each in (stored.data, *stored.side())]
+    is_made = cast or change is not None or stored is not None or quant is not None
+    is_float = entry.unknown is None and entry.dtype.is_floating_point
+    dtype = tensor.dtype if is_made and is_float else entry.dtype
+    is_conv = split(fqn)[1] == "weight" and is_conv1d(base.owner(fqn))
+    name, shape = key or source, entry.shape[:: -1 if is_conv and stored is not None else 1]
+    made = [Planned(name=name, dtype=dtype, shape=shape)]
+    if quant is not None:
+        storage = stored.data.dtype if stored is not None else quant.storage
+        made = [Planned(name=name, dtype=storage, shape=quant.layout(None).packed_shape(shape, storage))]
+        for end, of in quant.saved_shapes(math.prod(shape)).items():
+            known = {} if of is None else {"dtype": of[0]}
+            made.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+    return [
+        Merged(
+            made=tuple(made),
+            source=entry,
+            dtype=dtype,
+            change=change,
+            stored=stored,
+            is_turned=is_conv,
+            quant=quant,
+        )
+    ]
+
+
+def _copied(entry: TensorEntry) -> Merged:
+    return Merged(made=(_planned(entry.name, entry, entry.dtype),), source=entry, dtype=entry.dtype)
 
 
 def _planned(name: str, entry: TensorEntry, dtype: torch.dtype) -> Planned:

@@ -29,7 +29,7 @@ __all__ = ["MergeSite", "adapt", "adapter_keys", "chunks", "find_sites"]
 CHUNK = 1 << 21
 
 #: Rows of a chunk, at least. A matrix of few rows has kernels of its own, which add in another order.
-ROWS = 256
+ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
