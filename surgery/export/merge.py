@@ -106,10 +106,20 @@ def merge(
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
             files = _files(job, stored)
             text = _identity(job, stored)
-        options = {"ranks": ranks, "device": device, "overwrite": overwrite, "max_shard_bytes": max_shard_bytes}
-        with output(
-            directory, [*job.planned], job=text, files=files, source=checkpoint.path, **options
-        ) as out, everyone(ranks, device=device):
+        with (
+            output(
+                directory,
+                [*job.planned],
+                job=text,
+                ranks=ranks,
+                device=device,
+                files=files,
+                overwrite=overwrite,
+                source=checkpoint.path,
+                max_shard_bytes=max_shard_bytes,
+            ) as out,
+            everyone(ranks, device=device),
+        ):
             _write(job, out, ranks, report)
 
 
@@ -236,11 +246,11 @@ def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Pa
     rows = {
         f"adapter {number}": f"{each.path.name}: {_described(each)}" for number, each in enumerate(adapters, start=1)
     }
-    files = sidecars(
-        job.checkpoint, config, title="Base model with merged adapters", relation="merge", settings=rows
-    )
+    files = sidecars(job.checkpoint, config, title="Base model with merged adapters", relation="merge", settings=rows)
     for each in adapters:
-        own = {name: each.path / name for name in TOKENIZER_FILES if (each.path / name).is_file()}
+        own: dict[str, bytes | Path] = {
+            name: each.path / name for name in TOKENIZER_FILES if (each.path / name).is_file()
+        }
         if own:
             files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | own
     return files

@@ -72,9 +72,10 @@ class StoredAdapter:
         config = _read_config(folder)
         file = folder / WEIGHTS
         if not file.is_file():
-            found = f"found {PICKLE}, a pickle, which can run any code" if (folder / PICKLE).is_file() else "found none"
+            is_pickle = (folder / PICKLE).is_file()
+            instead = f"found {PICKLE}, a pickle, which can run any code" if is_pickle else "found none"
             raise CheckpointError(
-                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {found}. Load it with PEFT where you "
+                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {instead}. Load it with PEFT where you "
                 "trust it, and save it again: model.save_pretrained(folder)",
                 path=folder,
             )
@@ -115,7 +116,8 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ConfigError(
             f"{file}: expected an adapter of a causal language model (task_type CAUSAL_LM), found {config.task_type}"
         )
-    return config
+    checked: LoraConfig = config
+    return checked
 
 
 def _check_weight(folder: Path, config: Any, weight: float) -> None:
@@ -200,16 +202,12 @@ def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[s
     return _placed(adapter, name, adapted, base, expected)
 
 
-def _embeddings(
-    adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of embedding and head that PEFT has saved beside the adapter, as it does where those are adapted."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     held = {id(p) for module in ends if module is not None for p in module.parameters()}
     state = adapted.state_dict(keep_vars=True)
-    return {
-        key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held
-    }
+    return {key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held}
 
 
 def _placed(
@@ -222,13 +220,9 @@ def _placed(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     keys = {id(parameter): key for key, parameter in expected.items()}
-    own = {
-        id(p)
-        for module in adapted.modules()
-        if isinstance(module, BaseTunerLayer)
-        for part, p in module.named_parameters()
-        if not part.startswith("base_layer.")
-    }
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    inside = (named for layer in layers for named in layer.named_parameters())
+    own = {id(p) for part, p in inside if not part.startswith("base_layer.")}
     replaced = {}
     for place, tensor in adapted.state_dict(keep_vars=True).items():
         if id(tensor) not in keys or id(tensor) in own:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,9 +48,10 @@ class Change:
 class Base:
     """The base model, on meta, before it was adapted.
 
-    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: by any. tied: first FQN of every
-    tensor -> one FQN for each module that holds it. keys: of tied tensors, by FQN, in a checkpoint where they are not.
-    ends: FQNs of embedding and head. conversions: with which transformers names and shapes a checkpoint.
+    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: modules by any
+    of theirs. tied: first FQN of every tensor -> one FQN for each module that holds it. keys: of tied tensors, by FQN,
+    in a checkpoint where they are not. ends: FQNs of embedding and head. conversions: with which transformers names and
+    shapes a checkpoint.
     """
 
     model: Any
@@ -103,14 +104,14 @@ def _tied_keys(model: nn.Module, checkpoint: Checkpoint, tied: Sequence[Sequence
     if not tied:
         return {}
     groups = group_keys(model, checkpoint.weights())[0]
-    found = {}
+    found: dict[str, str] = {}
     for first, *others in tied:
         stored = next((groups[name].sources[0] for name in (first, *others) if name in groups), first)
         for name in (first, *others):
-            candidates = [*(groups[name].sources if name in groups else ()), stored.replace(first, name), name]
-            for key in candidates:
-                if name in group_keys(model, [key])[0]:
-                    found.setdefault(name, key)
+            own = groups[name].sources if name in groups else ()
+            candidates = (*own, stored.replace(first, name), name)
+            key = next((key for key in candidates if name in group_keys(model, [key])[0]), None)
+            found |= {} if key is None else {name: key}
     return found
 
 
@@ -196,7 +197,7 @@ class Merged(Work):
         unpacks = self.is_turned and self.stored is not None and change.replaced is None
         packs = self.is_turned and self.quant is not None
         divisible = not unpacks and not packs and all(site.is_divisible for site in change.sites)
-        sink = partial(out.write, self.made[0].name)
+        sink: Callable[[torch.Tensor, int], None] = partial(out.write, self.made[0].name)
         if self.quant is not None:
             shape = entry.shape[::-1] if packs and not unpacks else entry.shape
             sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
@@ -212,9 +213,7 @@ class Merged(Work):
             del part
 
 
-def _read(
-    reader: Reader, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int
-) -> torch.Tensor:
+def _read(reader: Reader, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int) -> torch.Tensor:
     """Elements of a tensor of the base, unpacked: 1-D."""
     if stored is None:
         return reader.read_range(entry, start, stop)
@@ -274,8 +273,8 @@ def _merged(
         return merged
     bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
     raise ExportError(
-        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that are "
-        f"NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
+        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that "
+        f"are NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
         "output was not made; merge in another dtype, or with another weight"
     )
 
@@ -377,16 +376,14 @@ def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite
 
 
 def _are_alike(ends: Sequence[MergeSite], matched: Sequence[Matched]) -> bool:
-    """Whether the adapters of embedding and head are each other's transposed, as PEFT ties them (`ensure_weight_tying`).
+    """Whether the adapters of embedding and head are each other's transposed, as `ensure_weight_tying` makes them.
 
     Their values are compared: PEFT unties them when it casts adapters (peft 0.21.2).
     """
-    found: list[dict[str, torch.Tensor]] = [{}, {}]
-    for each in matched:
-        with Reader(each.adapter.index) as reader:
-            for values, site in zip(found, ends, strict=True):
-                values |= each.inputs(site, reader)
-    embedding, head = sorted(found, key=lambda values: not any(key.startswith("lora_embedding") for key in values))
+    with ExitStack() as stack:
+        readers = [(each, stack.enter_context(Reader(each.adapter.index))) for each in matched]
+        found = [{k: v for each, reader in readers for k, v in each.inputs(site, reader).items()} for site in ends]
+    embedding, head = sorted(found, key=lambda inputs: not any(key.startswith("lora_embedding") for key in inputs))
     pairs = {
         key.replace("lora_embedding_A", "lora_B") + ".weight"
         if key.startswith("lora_embedding_A.")
@@ -418,7 +415,7 @@ def plan_work(
     *,
     cast: bool,
     quant: QuantFormat | None,
-    quantized: Collection[str],
+    quantized: frozenset[str],
 ) -> tuple[tuple[Work, ...], bool]:
     """The work on all tensors of `checkpoint`, in the order of its files; and whether embedding and head are untied.
 

@@ -145,14 +145,13 @@ def _site(name: str, layer: Any, modules: Mapping[nn.Module, str], names: Sequen
         )
     own = layer.adapter_layer_names[0]
     held = layer.lora_embedding_A if isinstance(layer, Embedding) else getattr(layer, own)
-    changes = (layer.parameter_name,) if isinstance(layer, ParamWrapper) else ("weight",)
-    if any(getattr(layer, "lora_bias", {}).values()):
-        changes = ("weight", "bias")
+    weight = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    with_bias = any(getattr(layer, "lora_bias", {}).values())
     return MergeSite(
         fqn=modules[base],
         layer=layer,
         adapters=tuple(each for each in names if each in held),
-        changes=changes,
+        changes=(weight, "bias") if with_bias else (weight,),
         inputs={key: p for key, p in layer.named_parameters() if not key.startswith("base_layer.")},
         is_divisible=_is_divisible(layer),
     )
@@ -188,9 +187,9 @@ def _part(
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         number = layer.num_experts
         return {
-            key: value.unflatten(0, (number, -1))[part].flatten(0, 1)
+            key: value.view(number, -1, value.shape[1])[part].flatten(0, 1)
             if key.startswith("lora_A.")
-            else value.unflatten(1, (-1, number))[..., part].flatten(1)
+            else value.view(len(value), -1, number)[..., part].flatten(1)
             for key, value in inputs.items()
         }, {"num_experts": len(rows)}
     if isinstance(layer, Embedding) or layer.fan_in_fan_out:
