@@ -1,11 +1,11 @@
-"""Quantize a checkpoint on disk: each rank reads its part of every weight, and writes what it has packed."""
+"""Quantize a checkpoint on disk, and back: each rank reads its part of every weight, and writes what it makes of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.adapters.metadata import versions
 from surgery.bound import agree, building, set_up
-from surgery.checkpoint import Checkpoint, TensorEntry
+from surgery.checkpoint import Checkpoint, PackedWeight, TensorEntry
 from surgery.comm.background import return_freed_memory
 from surgery.comm.environment import compute_device, launched_world_size
 from surgery.comm.failures import collective, everyone
@@ -37,7 +37,7 @@ from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
 
-__all__ = ["identity", "quantize", "stored_dtype"]
+__all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
 
 #: Two functions that write, or compare with what was written: elements of a tensor from a place on, and a text.
 Sink: TypeAlias = tuple[Callable[[str, torch.Tensor, int], None], Callable[[str, str], None]]
@@ -85,19 +85,61 @@ def quantize(
     """
     if not isinstance(quant, Quant):
         raise ConfigError(f"quant: expected a surgery.Quant, found {quant!r:.80}")
+    if quant.quant_storage is None:
+        quant = replace(quant, quant_storage=torch.uint8)
+    options = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
+    return _convert(
+        checkpoint, directory, quant=quant, dtype=dtype, verify=verify, device=device, report=report, **options
+    )
+
+
+def dequantize(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    verify: bool = False,
+    report: Report | None = None,
+) -> Path:
+    """Write `checkpoint`, which is packed in 4 bits, to `directory` in 16 bits; to be called on all ranks alike.
+
+    The values are those that a 4-bit layer multiplies with. What quantizing has lost stays lost. Arguments, result and
+    errors are those of `quantize`; dtype: of all weights, None is that in which they were quantized.
+    """
+    options = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
+    device = torch.device("cpu")
+    return _convert(
+        checkpoint, directory, quant=None, dtype=dtype, verify=verify, device=device, report=report, **options
+    )
+
+
+def _convert(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    quant: Quant | None,
+    dtype: torch.dtype | None,
+    verify: bool,
+    device: torch.device | None,
+    report: Report | None,
+    **options: Any,
+) -> Path:
+    """Do the work of `quantize`, or of `dequantize` where `quant` is None."""
     device = compute_device(device)
     with building(device) as ranks:
         with everyone(ranks, device=device):
             if ranks.rank == 0:
-                check_output(directory, overwrite=overwrite)
+                check_output(directory, overwrite=options["overwrite"])
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+            _check_source(opened, quant)
             dtype = dtype or stored_dtype(opened)
-        if quant.quant_storage is None:
-            quant = replace(quant, quant_storage=torch.uint8)
         asked = {"quant": quant, "shard": Parts(), "lora": None, "placement": None, "device": device}
         setting, _ = agree(ranks, "quantize", (), opened, **asked, dtype=dtype, compute_dtype=dtype)
         job = set_up(setting, ranks)
-        report = report or Report(show_progress=ranks.rank == 0, verbs=("Quantizing", "Quantized"), device=device)
+        verbs = ("Dequantizing", "Dequantized") if quant is None else ("Quantizing", "Quantized")
+        report = report or Report(show_progress=ranks.rank == 0, verbs=verbs, device=device)
         with everyone(ranks, device=device):
             prepared = prepare(opened, setting, ranks=ranks, device=device)
             report.note("ignored", prepared.ignored)
@@ -108,10 +150,9 @@ def quantize(
             job=json.dumps([identity(opened), str(quant), str(dtype), device.type, versions()]),
             ranks=ranks,
             device=device,
-            files=_files(opened, prepared, quant),
-            overwrite=overwrite,
+            files=_files(opened, prepared),
             source=opened.path,
-            max_shard_bytes=max_shard_bytes,
+            **options,
         ) as out:
             left = [part for part in plan if not out.is_done(*(tensor.name for tensor in part.tensors))]
             _stream(prepared, left, checkpoint=opened, job=job, report=report, sink=(out.write, out.write_state))
@@ -123,10 +164,19 @@ def quantize(
                 report = Report(show_progress=report.show_progress, verbs=("Verifying", "Verified"), device=device)
                 with beating(again), collective(again):
                     job = replace(job, ranks=again)
-                    _stream(
-                        prepared, plan, checkpoint=opened, job=job, report=report, sink=(out.check, out.check_state)
-                    )
+                    sink = (out.check, out.check_state)
+                    _stream(prepared, plan, checkpoint=opened, job=job, report=report, sink=sink)
         return out.target
+
+
+def _check_source(checkpoint: Checkpoint, quant: Quant | None) -> None:
+    if quant is not None and checkpoint.packing is not None:
+        raise ConfigError(
+            f"expected weights in 16 or 32 bits, found packed ones in {checkpoint.source} ({checkpoint.packing.kind}): "
+            "it can be used as it is, or written in 16 bits (surgery dequantize)"
+        )
+    if quant is None and checkpoint.packing is None:
+        raise ConfigError(f"expected weights that are packed in 4 bits, found none in {checkpoint.source}")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -175,14 +225,17 @@ register(Parts, _Parts)
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """Tensors of the output that are made together. target: what is quantized, or else converted, for them.
+    """Tensors of the output that are made together.
 
-    source: what they are a copy of, where there is no target to be made.
+    target: what is quantized, or else converted, for them; None for one that is a copy of `source`, or of `packed`
+    dequantized, which is then turned if `is_transposed`. duplicates: names of further copies in the checkpoint.
     """
 
     tensors: tuple[Planned, ...]
     target: Target | None = None
     source: TensorEntry | None = None
+    packed: PackedWeight | None = None
+    is_transposed: bool = False
     duplicates: tuple[str, ...] = ()
 
 
@@ -199,11 +252,14 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
             yield _Part(tensors=tuple(_entries(prepared, target)), target=target)
             continue
         for name in assignment.sources if assignment not in seen else ():
-            entry = checkpoint.entry(name)
+            entry = checkpoint.logical(name)
             dtype = target.dtype if entry.dtype.is_floating_point else entry.dtype
+            shape = entry.shape[:: -1 if target.is_transposed else 1]
             yield _Part(
-                tensors=(Planned(name=name, dtype=dtype, shape=entry.shape),),
+                tensors=(Planned(name=name, dtype=dtype, shape=shape),),
                 source=entry,
+                packed=checkpoint.packed.get(name),
+                is_transposed=target.is_transposed,
                 duplicates=assignment.duplicates,
             )
         seen.add(assignment)
@@ -226,19 +282,23 @@ def _name(target: Target) -> str:
     return source if is_its_own else target.fqn
 
 
-def _files(checkpoint: Checkpoint, prepared: Prepared, quant: Quant) -> dict[str, bytes | Path]:
-    model: Any = prepared.model
-    config = dict(checkpoint.config or {})
-    if "torch_dtype" in config:
-        config["torch_dtype"] = _short(prepared.setting.dtype)
-    config["dtype"] = _short(prepared.setting.dtype)
-    config["quantization_config"] = model.config.quantization_config.to_dict()
-    settings: Mapping[str, object] = {
-        "quantization": f"{prepared.setting.format.label}, {prepared.setting.format.description}",
-        "double quantization": quant.double_quant,
-        "quantized in": _short(prepared.setting.dtype),
-    }
+def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
+    setting, model = prepared.setting, prepared.model
+    dtype = _short(setting.dtype)
+    config = {name: value for name, value in (checkpoint.config or {}).items() if name != "quantization_config"}
+    # Both names, where an older release of transformers has written the checkpoint and may read this one.
+    config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config or name == "dtype"}
     name = Path(checkpoint.source).name or checkpoint.path.name
+    if setting.quant is None:
+        settings = {"dequantized from": checkpoint.packing.kind if checkpoint.packing else None, "dtype": dtype}
+        return sidecars(checkpoint, config, title=f"{name}, dequantized", relation="finetune", settings=settings)
+    written: Any = model.config
+    config["quantization_config"] = written.quantization_config.to_dict()
+    settings = {
+        "quantization": f"{setting.format.label}, {setting.format.description}",
+        "double quantization": setting.quant.double_quant,
+        "quantized in": dtype,
+    }
     return sidecars(checkpoint, config, title=f"{name} in 4 bits", relation="quantized", settings=settings)
 
 
@@ -254,46 +314,69 @@ def _stream(
     with loading(checkpoint, targets, prepared.setting, job, report) as shared:
         quantize = Quantize(loading=shared)
         passes = (
-            _Copy(loading=shared, parts=[part for part in parts if part.target is None], sink=sink),
+            _Copy(loading=shared, parts=[part for part in parts if part.target is None], sink=sink, shows=not targets),
             ReadAhead(loading=shared),
             Read(loading=shared),
             quantize,
             Exchange(loading=shared, quantize=quantize),
             _Write(loading=shared, sink=sink),
         )
-        Pipeline(passes=passes, loading=shared).run(prepared.model)
+        Pipeline(passes=passes if targets else passes[:1], loading=shared).run(prepared.model)
+        shared.settle()
     return_freed_memory()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy(Pass):
-    """Give the sink what is not quantized, in the dtype that the model has it in; each rank its part, piece by piece."""
+    """Give the sink what is not quantized, in the dtype of the model; each rank its part, piece by piece.
+
+    shows: whether it is what takes long, and progress is shown.
+    """
 
     name = "copy"
 
     loading: Loading
     parts: Sequence[_Part] = field(repr=False)
     sink: Sink
+    shows: bool
 
     def run(self, model: nn.Module) -> nn.Module:
         """`model`, which nothing is done with."""
         ranks = self.loading.ranks
-        for part in self.parts:
+        report = self.loading.report if self.shows else Report()
+        for part in report.track(self.parts, names=lambda part: [part.tensors[0].name]):
             ranks.raise_peer_failure()
             with Naming(self.name, part.tensors[0].name):
                 self._copy(part, ranks)
         return model
 
     def _copy(self, part: _Part, ranks: Ranks) -> None:
-        planned, entry = part.tensors[0], part.source
-        assert entry is not None
-        mine = chunk(range(entry.numel), ranks.world_size, ranks.rank)
-        size = CHUNK_ELEMENTS["cpu"]
+        planned, whole = part.tensors[0], range(part.tensors[0].numel)
+        if part.is_transposed:
+            # No range of one is a range of the other, so that one rank makes all of it; ranks take turns.
+            mine = whole if sum(planned.name.encode()) % ranks.world_size == ranks.rank else whole[:0]
+            size = max(len(whole), 1)
+        else:
+            mine, size = chunk(whole, ranks.world_size, ranks.rank), CHUNK_ELEMENTS["cpu"]
         for start in range(mine.start, mine.stop, size):
-            piece = self.loading.reader.read_range(entry, start, min(start + size, mine.stop)).to(planned.dtype)
+            piece = self._read(part, start, min(start + size, mine.stop)).to(planned.dtype)
             for name in part.duplicates:
                 self._check_same(name, part, piece, start)
             self.sink[0](planned.name, piece, start)
+
+    def _read(self, part: _Part, start: int, stop: int) -> torch.Tensor:
+        read = self.loading.reader.read_range
+        if part.packed is None:
+            assert part.source is not None
+            return read(part.source, start, stop)
+        if not part.is_transposed:
+            return part.packed.dequantize(read, start, stop)
+        size = CHUNK_ELEMENTS["cpu"]
+        settings = part.packed.settings
+        found = torch.empty(stop, dtype=settings.dtype)
+        for first in range(0, stop, size):
+            found[first : first + size] = part.packed.dequantize(read, first, min(first + size, stop))
+        return found.view(settings.shape).t()
 
     def _check_same(self, name: str, part: _Part, piece: torch.Tensor, start: int) -> None:
         other = self.loading.reader.read_range(name, start, start + piece.numel())
