@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
