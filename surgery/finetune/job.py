@@ -376,7 +376,7 @@ class _Job:
     def _model(self) -> Any:
         request, further = self.request, dict(self.training.model_init_kwargs or {})
         self.training.model_init_kwargs = None  # TRL warns where it is not the one who uses them
-        wanted = {
+        wanted: dict[str, Any] = {
             "revision": request.model.model_revision,
             "dtype": request.model.dtype,
             "attn_implementation": request.model.attn_implementation,
