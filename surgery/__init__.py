@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         QuantizerError,
         SelectorError,
         ShadowedPatchesWarning,
+        StateError,
         SurgeryError,
         TraceError,
         WeightsMismatchError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
+    from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
@@ -65,9 +67,11 @@ __all__ = [
     "Report",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "Training",
+    "TrainingState",
     "WeightsMismatchError",
     "adapter_state",
     "attest",
@@ -75,12 +79,14 @@ __all__ = [
     "bind",
     "checkpoint_activations",
     "fill",
+    "load_state",
     "low_memory",
     "plan",
     "qlora",
     "release",
     "reserve",
     "save_adapter",
+    "save_state",
     "trace",
 ]
 
@@ -100,6 +106,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
