@@ -474,7 +474,7 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
 
 
 def _trained(unit: Any, prefix: str) -> list[Trained]:
-    """What an optimizer is given of `unit`, whose own FQN is `prefix`."""
+    """The parameters that an optimizer is given of `unit`, whose own FQN is `prefix`."""
     handle = unit._handle
     flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
     # A forward without a backward, in evaluation, leaves the root gathered. Before the first one nothing is.

@@ -146,7 +146,7 @@ def read_manifest(state: Path) -> dict[str, Any]:
 
 
 def why_not_whole(state: Path, *, part: int, parts: int) -> str:
-    """What is wrong with the files of a state, every `parts`-th of which is read; empty if nothing is."""
+    """The fault that is found in the files of a state, every `parts`-th of which is read; empty if there is none."""
     try:
         files = read_manifest(state)["files"]
         for name in sorted(files)[part::parts]:

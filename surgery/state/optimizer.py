@@ -33,7 +33,7 @@ class Kept:
 
 
 def groups_of(optimizer: Optimizer, trained: Sequence[Trained]) -> list[dict[str, Any]]:
-    """For each group of parameters the names of the trainable ones, and its options such as `lr`.
+    """The names of the trainable parameters in each group of them, and its options such as `lr`.
 
     Raises `ConfigError` if one is not of the model.
     """
@@ -54,7 +54,7 @@ def groups_of(optimizer: Optimizer, trained: Sequence[Trained]) -> list[dict[str
 
 
 def kept_of(optimizer: Optimizer, trained: Iterable[Trained]) -> Kept:
-    """What `optimizer` has on this rank."""
+    """The state of `optimizer` on this rank."""
     kept = Kept()
     for each in trained:
         # One whose elements are all on other ranks has counted no steps here.
@@ -157,7 +157,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _common(each: Trained, saved: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is saved for the parameters in `each`, which must be the same for all of them."""
+    """The values saved for the parameters in `each`, which must be the same for all of them."""
     first, *others = each.spans
     values = saved.get(first.name, {})
     for span in others:

@@ -32,7 +32,7 @@ from surgery.telemetry.atomic import sync
 
 __all__ = ["TrainingState", "load_state", "save_state"]
 
-#: What all ranks have in common, and what is of one rank.
+#: Files: what all ranks have in common, and what is of one rank.
 SHARED, OF_RANK = "shared.pt", "rank-{:05d}.pt"
 
 #: Options of adapters without which the same parameters are another model.
@@ -243,7 +243,7 @@ def _parameter_pieces(trained: list[Trained], memories: list[torch.Tensor] | Non
 
 
 def _facts(model: nn.Module, optimizer: Optimizer, scheduler: Any, trained: list[Trained]) -> dict[str, Any]:
-    """What has to be the same when a training goes on, as JSON has it."""
+    """Facts that have to be the same when a training goes on, as JSON has them."""
     spans = {span.name: (span, each.memory.dtype) for each in trained for span in each.spans}
     base, adapters = _adapters(model)
     return {
@@ -373,7 +373,7 @@ def _choose(directory: Path, ranks: Ranks, device: torch.device) -> Path | None:
 
 
 def _found(path: Path, manifest: Mapping[str, Any], mine: Mapping[str, Any], ranks: list[Any]) -> TrainingState:
-    """What this rank is given. ranks: the files of all ranks that have saved, or this one's alone."""
+    """The state as this rank is given it. ranks: the files of all ranks that have saved, or this one's alone."""
     positions = tuple(each["position"] for each in ranks)
     extra = {
         name: value
