@@ -105,7 +105,9 @@ def room_for(trained: Sequence[Trained], saved: Kept) -> tuple[list[dict[str, An
     states, pieces = [], []
     for each in trained:
         dtypes = _common(each, saved.dtypes)
-        tensors = {key: torch.zeros_like(each.memory, dtype=dtype) for key, dtype in dtypes.items()}
+        tensors = {
+            key: torch.zeros(each.memory.shape, dtype=dtype, device=each.memory.device) for key, dtype in dtypes.items()
+        }
         pieces += [
             Piece(path=_path(span.name, key), span=span, memory=tensor.view(-1))
             for key, tensor in tensors.items()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from surgery.adapters.metadata import versions
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import same_on_every_rank
+from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.errors import ConfigError, StateError
@@ -47,7 +49,8 @@ class TrainingState:
     """A training state that was loaded.
 
     step: as it was saved. position, extra: this rank's, as it was saved, or that of all ranks where there are now more
-    or fewer; None, or left out, if they differed among them. positions: by rank that has saved. path: its folder.
+    or fewer; None, or left out, if they differed among them. positions: those of all ranks that have saved, where there
+    are now more or fewer. path: its folder.
     """
 
     step: int
@@ -104,7 +107,7 @@ def save_state(
         groups, kept = groups_of(optimizer, trained), kept_of(optimizer, trained)
         of_rank = _dump(
             {
-                "random": _random_state(device),
+                "random": _random_state(),
                 "position": _state_of(position),
                 "extra": {name: _state_of(value) for name, value in (extra or {}).items()},
                 "opaque": kept.opaque,
@@ -209,12 +212,15 @@ def load_state(
         restore(optimizer, trained, states_, shared["groups"])
         for each, memory in zip(trained, read, strict=True):
             each.memory.copy_(memory)
-        _set_random_state(mine["random"], device, seed=None if ranks.rank < world_size else ranks.rank)
+        _set_random_state(mine["random"], seed=None if ranks.rank < world_size else ranks.rank)
     return found
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(parameter.device for parameter in model.parameters())
+    """A device that the process group speaks: that of the parameters, unless they wait on the CPU without a backend."""
+    device, world = next(parameter.device for parameter in model.parameters()), dist.group.WORLD
+    spoken = [each.type for each in world._device_types] if world is not None else [device.type]
+    return device if device.type in spoken else compute_device()
 
 
 def _check_call(optimizer: object, *, step: object, keep: object) -> None:
@@ -424,23 +430,23 @@ def _equal(one: Any, other: Any) -> bool:
 # Random numbers. ------------------------------------------------------------------------------------------------------
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def _random_state() -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        device.type: torch.get_device_module(device).get_rng_state() if device.type != "cpu" else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
     }
 
 
-def _set_random_state(state: Mapping[str, Any], device: torch.device, *, seed: int | None) -> None:
+def _set_random_state(state: Mapping[str, Any], *, seed: int | None) -> None:
     """Go on with the random numbers of a rank; with others, drawn from these and `seed`, if that is given."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if device.type != "cpu" and state.get(device.type) is not None:
-        torch.get_device_module(device).set_rng_state(state[device.type])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     if seed is not None:
         drawn = random.getrandbits(31) ^ seed
         random.seed(drawn)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 
 from surgery.config import DDP, FSDP1, FSDP2
 from surgery.state.folder import STAGED, states
+from tests.helpers.apart import mount_alone, mount_tmpfs, remount, run_apart
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks, try_ranks
 
@@ -370,6 +372,32 @@ def test_what_cannot_be_written_leaves_the_state_before(tmp_path: Path) -> None:
     assert [state.name for state in states(folder)] == ["000004-step-4", "000003-step-3"]
     [refusal] = run_ranks(take_the_folder, 1, folder)
     assert f"is in use by process {os.getpid()}" in refusal
+
+
+def on_disks(folder: Path) -> tuple[str, str, list[str]]:
+    """Refusals of a disk that is full, and of one that may only be read; the states on the first one afterwards."""
+    import surgery
+
+    mount_alone()
+    full, read_only = mount_tmpfs(folder / "full", "size=800k"), mount_tmpfs(folder / "read-only")
+    surgery.save_state(full, step=1, **counted(1))
+    shutil.copytree(states(full)[0], read_only / states(full)[0].name)
+    remount(read_only, "ro")
+    with pytest.raises(surgery.StateError) as lacking:
+        surgery.save_state(full, step=2, position=torch.zeros(200_000), **counted(2))
+    with pytest.raises(surgery.ConfigError) as forbidden:
+        surgery.save_state(read_only, step=2, **counted(2))
+    loaded = surgery.load_state(read_only, **counted(0))
+    assert loaded is not None
+    assert loaded.step == 1
+    return str(lacking.value), str(forbidden.value), [path.name for path in states(full)]
+
+
+def test_a_full_disk_and_one_that_is_read_only_are_refused(tmp_path: Path) -> None:
+    lacking, forbidden, left = run_apart(on_disks, tmp_path)
+    assert "No space left on device. Earlier states are as they were" in lacking
+    assert "cannot be written: Read-only file system; choose another folder" in forbidden
+    assert left == ["000001-step-1"]
 
 
 def save_once(folder: Path) -> None:
