@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        ExportError,
         NotFilledError,
         PassError,
         QuantizerError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -57,6 +59,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "MemoryPlan",
     "NotFilledError",
     "Pass",
@@ -78,11 +81,13 @@ __all__ = [
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
     "load_state",
     "low_memory",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
@@ -94,6 +99,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),

@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "NotFilledError",
     "PassError",
     "QuantizerError",
@@ -92,6 +93,10 @@ class StateError(SurgeryError):
     def __init__(self, message: str, *, path: Path | str | None = None) -> None:
         super().__init__(message)
         self.path = None if path is None else Path(path)
+
+
+class ExportError(SurgeryError):
+    """A checkpoint that cannot be written whole. What was in its place is as it was."""
 
 
 class PassError(SurgeryError, RuntimeError):

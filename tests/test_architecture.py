@@ -30,6 +30,7 @@ ROOMS = (
     "planning",
     "bound",
     "recipe",
+    "export",
     "integrations",
     "attestation",
     "tracing",
