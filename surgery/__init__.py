@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         QuantizerError,
         SelectorError,
         ShadowedPatchesWarning,
+        StateError,
         SurgeryError,
         TraceError,
         WeightsMismatchError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
+    from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
@@ -68,9 +70,11 @@ __all__ = [
     "Report",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "Training",
+    "TrainingState",
     "WeightsMismatchError",
     "adapter_state",
     "attest",
@@ -79,6 +83,7 @@ __all__ = [
     "checkpoint_activations",
     "dequantize",
     "fill",
+    "load_state",
     "low_memory",
     "plan",
     "qlora",
@@ -86,6 +91,7 @@ __all__ = [
     "release",
     "reserve",
     "save_adapter",
+    "save_state",
     "trace",
 ]
 
@@ -106,6 +112,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),
