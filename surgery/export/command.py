@@ -1,4 +1,4 @@
-"""The commands `surgery quantize`, `surgery dequantize` and `surgery merge`. Nothing heavy is imported before they run."""
+"""The commands that write a checkpoint: quantize, dequantize, merge. Nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
