@@ -56,7 +56,7 @@ class Fsdp(ShardStrategy):
             return
         raise ConfigError(
             f"mixed_precision.param_dtype={cast} with quant_storage={quant.storage}: {self.label} would cast packed "
-            "4-bit data as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
+            f"data ({quant.label}) as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
             f"quant_storage={cast}"
         )
 
