@@ -20,7 +20,7 @@ from surgery.checkpoint.packed import INT8
 from surgery.config import Quant8
 from surgery.errors import ConfigError
 from surgery.model.pretrained import is_pretrained, mark_quantized
-from surgery.model.tree import is_conv1d
+from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.quantizers.base import Layout, QuantFormat, register
 
 __all__ = ["Bnb8bit"]
@@ -70,7 +70,7 @@ class Bnb8bit(QuantFormat):
         return self.options.storage_for(self.dtype)
 
     def replacement(self, module: Any) -> nn.Module:
-        """A frozen `Linear8bitLt` on meta, its weight in packed shape."""
+        """A frozen `Linear8bitLt` on meta, its weight in packed shape; also in the place of upstream's own."""
         out_features, in_features = module.weight.shape[:: -1 if is_conv1d(module) else 1]
         bias = getattr(module, "bias", None)
         new: Any = _sharded_linear()(
@@ -88,7 +88,7 @@ class Bnb8bit(QuantFormat):
             as_stored = self.storage.is_floating_point and bias.dtype == self.dtype
             dtype = self.storage if as_stored else bias.dtype
             new.bias = nn.Parameter(torch.empty(bias.shape, dtype=dtype, device="meta"))
-        new.source_cls = type(module)  # as transformers sets it: what to transpose when it saves
+        new.source_cls = getattr(module, "source_cls", type(module))  # as transformers sets it: what to transpose when it saves
         new.train(module.training)
         new._is_hf_initialized = True  # as transformers sets it: what not to initialize
         frozen: nn.Module = new.requires_grad_(requires_grad=False)
@@ -100,6 +100,10 @@ class Bnb8bit(QuantFormat):
         from bitsandbytes.nn import Linear8bitLt
 
         return isinstance(module, Linear8bitLt)
+
+    def is_transposed(self, module: nn.Module) -> bool:
+        """Whether `module` is transformers' `Conv1D`, or the `Linear8bitLt` that upstream has made of one."""
+        return super().is_transposed(module) or was_conv1d(module)
 
     def layout(self, module: Any) -> Layout:
         """An element a byte, a statistic a row."""
