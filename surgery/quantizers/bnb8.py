@@ -33,14 +33,16 @@ def _sharded_linear() -> Any:
     from bitsandbytes.nn import Linear8bitLt
 
     class ShardedLinear8bit(Linear8bitLt):
-        """A `Linear8bitLt` that keeps no weight; `state.SCB` is that of all rows."""
+        """A `Linear8bitLt` that keeps no weight; `quant_state` is the `SCB` of all rows, `(out,)` float32."""
+
+        quant_state: torch.Tensor | None = None
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             """`x @ weight.T + bias`, as `Linear8bitLt`."""
             state = copy.copy(self.state)
             packed = self.weight.detach().view(-1).view(torch.int8)
             state.CB = packed[: self.out_features * self.in_features].view(self.out_features, self.in_features)
-            state.is_training = self.training
+            state.SCB, state.is_training = self.quant_state, self.training
             bias = None if self.bias is None else self.bias.to(x.dtype)
             out: torch.Tensor = bitsandbytes.matmul(x, state.CB, bias=bias, state=state)
             return out
@@ -136,13 +138,10 @@ class Bnb8bit(QuantFormat):
         """`SCB`, the largest absolute values of rows, `(out,)` float32."""
         return statistics
 
-    def set_state(self, module: Any, state: torch.Tensor) -> None:
-        """Put `SCB` where `Linear8bitLt.forward` looks for it."""
-        module.state.SCB = state
-
     def state_of(self, module: Any) -> torch.Tensor:
-        """`SCB`, of the state, or of the parameter until a forward has moved it."""
-        state: torch.Tensor = module.weight.SCB if module.state.SCB is None else module.state.SCB
+        """`SCB`: of a whole layer that of the state, or of the parameter until a forward has moved it."""
+        found: torch.Tensor | None = vars(module).get("quant_state", module.state.SCB)
+        state: torch.Tensor = module.weight.SCB if found is None else found
         return state
 
     def finish(self, model: nn.Module) -> None:
@@ -151,8 +150,7 @@ class Bnb8bit(QuantFormat):
 
         for module in (each for each in model.modules() if type(each) is _sharded_linear()):
             weight = module.weight.detach().view(-1).view(torch.int8).view(self.logical(module))
-            module.weight = Int8Params(weight, requires_grad=False, CB=weight, SCB=module.state.SCB)
-            module.state.SCB = None
+            module.weight = Int8Params(weight, requires_grad=False, CB=weight, SCB=vars(module).pop("quant_state"))
             module.__class__ = Linear8bitLt
 
 
