@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        ExportError,
         NotFilledError,
         PassError,
         QuantizerError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -55,6 +57,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "MemoryPlan",
     "NotFilledError",
     "Pass",
@@ -75,10 +78,12 @@ __all__ = [
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
     "low_memory",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
@@ -89,6 +94,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),

@@ -156,22 +156,25 @@ def not_converted(model: Any) -> list[str]:
     return sorted(patterns)
 
 
-def mark_quantized(model: Any, *, dtype: torch.dtype, names_left: bool, **options: Any) -> None:
+def mark_quantized(model: Any, *, dtype: torch.dtype, **options: Any) -> None:
     """Set on a transformers `model`, its linear modules replaced already, and on its config, what its quantizer sets.
 
-    Trainers, PEFT and models' own code ask for it. options: of its `BitsAndBytesConfig`. names_left: whether that names
-    each linear module that is left.
+    Trainers, PEFT and models' own code ask for it. options: of its `BitsAndBytesConfig`.
     """
     from transformers import BitsAndBytesConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     left = [fqn for fqn, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
-    config = BitsAndBytesConfig(llm_int8_skip_modules=left if names_left else None, **options)
+    skipped = not_converted(model)
+    if any(should_convert_module(fqn, skipped) for fqn in left):
+        skipped = left
+    config = BitsAndBytesConfig(llm_int8_skip_modules=left if skipped is left else None, **options)
     kind: Any = Bnb4BitHfQuantizer if config.load_in_4bit else Bnb8BitHfQuantizer
     quantizer: Any = kind(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = left if names_left else not_converted(model)
+    quantizer.modules_to_not_convert = skipped
     # It would replace the modules.
     quantizer._process_model_before_weight_loading = lambda *_args, **_options: None
     quantizer.preprocess_model(model, dtype=dtype)

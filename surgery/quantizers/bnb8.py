@@ -115,9 +115,8 @@ class Bnb8bit(QuantFormat):
         """Set what transformers sets on a model that it loads in 8 bits, and what PEFT chooses its LoRA layer by."""
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
         if is_pretrained(model):
-            threshold = self.options.threshold
             mark_quantized(
-                model, dtype=self.dtype, names_left=True, load_in_8bit=True, llm_int8_threshold=threshold
+                model, dtype=self.dtype, load_in_8bit=True, llm_int8_threshold=self.options.threshold
             )
 
     def options_for(self, packing: PackedSettings) -> Quant8:
