@@ -201,8 +201,10 @@ def _made_8bit(
         raise _broken(path, name, f"expected int8 of shape (out, in) beside {absmax.name}, found {_described(data)}")
     if absmax.dtype != torch.float32 or absmax.numel != data.shape[0]:
         raise _broken(
-            path, name, f"expected {absmax.name} to be float32, one for each of {data.shape[0]} rows of {name}, found "
-            f"{_described(absmax)}"
+            path,
+            name,
+            f"expected {absmax.name} to be float32, one for each of {data.shape[0]} rows of {name}, found "
+            f"{_described(absmax)}",
         )
     if state is not None and (state.dtype != torch.uint8 or state.numel != 1 or read(state, 0, 1).item() != 0):
         raise CheckpointError(

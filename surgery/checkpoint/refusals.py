@@ -49,7 +49,9 @@ def require_usable(
     bits = _bits(config or {})
     held = next((8 // weight.settings.values_per_byte for weight in packed.values()), None)
     if bits is not None and bits != held:
-        sign, names = ("an SCB", "*.SCB") if bits == 8 else ("a quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
+        sign, names = (
+            ("an SCB", "*.SCB") if bits == 8 else ("a quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
+        )
         found = f"none of its tensors has {sign}" if held is None else f"its tensors are packed in {held}"
         raise CheckpointError(
             f"The checkpoint at {path} is declared to be in {bits} bits of bitsandbytes by its config.json, and {found}. "

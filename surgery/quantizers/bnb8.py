@@ -62,8 +62,8 @@ class Bnb8bit(QuantFormat):
         super().__init__(options, dtype=dtype, compute_dtype=compute_dtype)
         if compute_dtype not in (None, dtype):
             raise ConfigError(
-                f"compute_dtype={compute_dtype} with weights in 8 bits, whose layers multiply in the dtype of what they "
-                f"are given: leave it out, or use dtype={compute_dtype}"
+                f"compute_dtype={compute_dtype} with weights in 8 bits, whose layers multiply in the dtype of what they are "
+                f"given: leave it out, or use dtype={compute_dtype}"
             )
 
     @property
@@ -90,7 +90,9 @@ class Bnb8bit(QuantFormat):
             as_stored = self.storage.is_floating_point and bias.dtype == self.dtype
             dtype = self.storage if as_stored else bias.dtype
             new.bias = nn.Parameter(torch.empty(bias.shape, dtype=dtype, device="meta"))
-        new.source_cls = getattr(module, "source_cls", type(module))  # as transformers sets it: what to transpose when it saves
+        new.source_cls = getattr(
+            module, "source_cls", type(module)
+        )  # as transformers sets it: what to transpose when it saves
         new.train(module.training)
         new._is_hf_initialized = True  # as transformers sets it: what not to initialize
         frozen: nn.Module = new.requires_grad_(requires_grad=False)
@@ -115,9 +117,7 @@ class Bnb8bit(QuantFormat):
         """Set what transformers sets on a model that it loads in 8 bits, and what PEFT chooses its LoRA layer by."""
         model.is_loaded_in_8bit = True  # type: ignore[assignment]
         if is_pretrained(model):
-            mark_quantized(
-                model, dtype=self.dtype, load_in_8bit=True, llm_int8_threshold=self.options.threshold
-            )
+            mark_quantized(model, dtype=self.dtype, load_in_8bit=True, llm_int8_threshold=self.options.threshold)
 
     def options_for(self, packing: PackedSettings) -> Quant8:
         """The options with the threshold of the checkpoint, unless one was asked for.
