@@ -1,8 +1,8 @@
 """Weights that a checkpoint holds packed, in a format of bitsandbytes: found by their names, and checked.
 
-Of a weight `W` in 4 bits there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and settings as JSON
-in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too, by
-`W.nested_absmax` and `W.nested_quant_map`. Of one in 8 bits, `X.weight`, there are the int8 values themselves, the
+Of a weight `W` in 4 bits there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and
+settings as JSON in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too,
+by `W.nested_absmax` and `W.nested_quant_map`. Of one in 8 bits, `X.weight`, there are the int8 values themselves, the
 largest absolute value of each row in `X.SCB`, and maybe how rows lie in `X.weight_format`. docs/formats.md has every
 key.
 """
@@ -209,8 +209,8 @@ def _made_8bit(
     if state is not None and (state.dtype != torch.uint8 or state.numel != 1 or read(state, 0, 1).item() != 0):
         raise CheckpointError(
             f"{state.name} in {path} says that {name} is not stored row by row, but in an order for one kind of GPU "
-            "(col32, col_turing or col_ampere), which bitsandbytes reads no more: use the checkpoint in 16 bits that it "
-            "was made from.",
+            "(col32, col_turing or col_ampere), which bitsandbytes reads no more: use the checkpoint in 16 bits that "
+            "it was made from.",
             path=path,
             tensor=state.name,
         )

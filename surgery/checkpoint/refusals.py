@@ -50,13 +50,13 @@ def require_usable(
     held = next((8 // weight.settings.values_per_byte for weight in packed.values()), None)
     if bits is not None and bits != held:
         sign, names = (
-            ("an SCB", "*.SCB") if bits == 8 else ("a quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
+            ("SCB", "*.SCB") if bits == 8 else ("quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
         )
-        found = f"none of its tensors has {sign}" if held is None else f"its tensors are packed in {held}"
+        found = f"none of its tensors has a {sign}" if held is None else f"its tensors are packed in {held}"
         raise CheckpointError(
-            f"The checkpoint at {path} is declared to be in {bits} bits of bitsandbytes by its config.json, and {found}. "
-            f"Expected tensors named {names}: get config.json and the weights from the same place, or remove quantization_config from "
-            "config.json.",
+            f"The checkpoint at {path} is declared to be in {bits} bits of bitsandbytes by its config.json, and "
+            f"{found}. Expected tensors named {names}: get config.json and the weights from the same place, or remove "
+            "quantization_config from config.json.",
             path=path,
         )
     if packed and (declared is None or bits is not None):

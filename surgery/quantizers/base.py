@@ -114,7 +114,7 @@ class QuantFormat:
 
     # Modules. --------------------------------------------------------------------------------------------------------
 
-    #: Whether it makes packed weights of those in 16 or 32 bits; else only checkpoints that have packed ones are loaded.
+    #: Whether it packs weights that are in 16 or 32 bits; else it loads only what a checkpoint has packed.
     quantizes: ClassVar[bool] = True
 
     #: Whether a model without a module to quantize is refused.

@@ -43,7 +43,8 @@ def _sharded_linear() -> Any:
             packed = self.weight.detach().view(-1).view(torch.int8)
             state.CB = packed[: self.out_features * self.in_features].view(self.out_features, self.in_features)
             state.SCB, state.is_training = self.quant_state, self.training
-            bias = None if self.bias is None else self.bias.to(x.dtype)
+            bias: torch.Tensor | None = getattr(self, "bias", None)
+            bias = None if bias is None else bias.to(x.dtype)
             out: torch.Tensor = bitsandbytes.matmul(x, state.CB, bias=bias, state=state)
             return out
 
@@ -62,8 +63,8 @@ class Bnb8bit(QuantFormat):
         super().__init__(options, dtype=dtype, compute_dtype=compute_dtype)
         if compute_dtype not in (None, dtype):
             raise ConfigError(
-                f"compute_dtype={compute_dtype} with weights in 8 bits, whose layers multiply in the dtype of what they are "
-                f"given: leave it out, or use dtype={compute_dtype}"
+                f"compute_dtype={compute_dtype} with weights in 8 bits, whose layers multiply in the dtype of their "
+                f"input: leave it out, or use dtype={compute_dtype}"
             )
 
     @property
@@ -147,7 +148,8 @@ class Bnb8bit(QuantFormat):
         """Make the layers those of bitsandbytes: what stays whole, PEFT can merge into and transformers can save."""
         from bitsandbytes.nn import Int8Params, Linear8bitLt
 
-        for module in (each for each in model.modules() if type(each) is _sharded_linear()):
+        layers: list[Any] = [each for each in model.modules() if type(each) is _sharded_linear()]
+        for module in layers:
             weight = module.weight.detach().view(-1).view(torch.int8).view(self.logical(module))
             module.weight = Int8Params(weight, requires_grad=False, CB=weight, SCB=vars(module).pop("quant_state"))
             module.__class__ = Linear8bitLt

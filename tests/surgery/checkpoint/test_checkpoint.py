@@ -102,7 +102,7 @@ def test_a_config_that_cannot_be_used(folder: Path, content: str) -> None:
 def test_a_quantized_config_is_refused(folder: Path, config: dict[str, object]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(CheckpointError, match=r"quantized already.*quantization_config \(bitsandbytes\)"):
+    with pytest.raises(CheckpointError, match=r"quantized already.*quantization_config \(gptq\)"):
         Checkpoint.open(folder)
 
 

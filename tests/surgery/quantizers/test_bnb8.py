@@ -195,7 +195,7 @@ BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_8bit": True}
             {"load_in_4bit": True},
             "in 4 bits of bitsandbytes by its config.json, and its tensors are packed in 8",
         ),
-        ({W: torch.ones(2, 2)}, BITSANDBYTES, "in 8 bits of bitsandbytes .* none of its tensors has an SCB"),
+        ({W: torch.ones(2, 2)}, BITSANDBYTES, "in 8 bits of bitsandbytes .* none of its tensors has a SCB"),
         (packed(), {**BITSANDBYTES, "llm_int8_threshold": "6"}, "llm_int8_threshold .* found '6'"),
         (packed(), {"quant_method": "fp8"}, "quantized already, in fp8"),
     ],
