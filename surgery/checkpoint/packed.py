@@ -46,6 +46,9 @@ _STEP = 7.874015748031496e-3
 #: Elements of `quant_map` and of `nested_quant_map`.
 VALUES, NESTED_VALUES = 16, 256
 
+#: Settings that are read at a time: a file over a network answers after a millisecond.
+THREADS = 8
+
 #: Bytes of settings; no weight of bitsandbytes has more than some 300.
 _MOST_SETTINGS = 1 << 16
 
@@ -162,27 +165,22 @@ class PackedWeight:
         return values + torch.tensor(offset)
 
 
-def find_packed(
-    index: Index, config: Mapping[str, Any] | None, *, path: Path, read: Read, threads: int = 1
-) -> dict[str, PackedWeight]:
-    """The packed weights of `index` by name; settings are read by `read`, in so many threads.
+def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, read: Read) -> dict[str, PackedWeight]:
+    """The packed weights of `index` by name; settings are read by `read`, in threads.
 
     config: the content of config.json, whose quantization_config has the threshold of layers in 8 bits. Raises
     `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in settings
     that no version of bitsandbytes writes.
     """
     sides: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in index.items():
-        found = _SIDE.fullmatch(name)
-        if found is not None:
-            sides.setdefault(found["weight"], {})[found["part"]] = entry
     rows: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in index.items():
-        found = _SIDE_8BIT.fullmatch(name)
-        if found is not None:
+        if found := _SIDE.fullmatch(name):
+            sides.setdefault(found["weight"], {})[found["part"]] = entry
+        elif found := _SIDE_8BIT.fullmatch(name):
             rows.setdefault(f"{found['module']}.weight", {})[found["part"]] = entry
     threshold = _threshold(config or {}, path=path) if rows else THRESHOLD
-    with ThreadPoolExecutor(threads, thread_name_prefix="surgery-packed") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="surgery-packed") as pool:
         made = [
             *pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items()),
             *pool.map(lambda item: _made_8bit(index, *item, path=path, read=read, threshold=threshold), rows.items()),

@@ -1,4 +1,4 @@
-"""The commands `surgery quantize` and `surgery dequantize`. Nothing heavy is imported before they run."""
+"""The commands that write a checkpoint: quantize, dequantize, merge. Nothing heavy is imported before they run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from surgery.errors import ConfigError, ExportError
 from surgery.telemetry.numbers import parse_size
 
-__all__ = ["DEQUANTIZE", "QUANTIZE", "dequantize", "in_process_group", "quantize", "uploading"]
+__all__ = ["DEQUANTIZE", "MERGE", "QUANTIZE", "dequantize", "in_process_group", "merge", "quantize", "uploading"]
 
 QUANTIZE = """
 Examples
@@ -43,6 +43,31 @@ Example
 
 The weights are those that 4-bit layers multiply with: what quantizing has lost stays lost. OUT appears when it is
 whole. If the command is stopped, the same command goes on where it was.
+
+Exit codes: 0 done; 2 refused, or not written (the message says what to change); 130 interrupted; 143 terminated.
+"""
+
+MERGE = """
+Examples
+
+An adapter merged into the model that it was trained on, in 16 bits:
+
+  surgery merge meta-llama/Llama-3.1-8B ./adapter ./merged
+
+Trained on packed weights, merged into the 16-bit ones that those were made of, and packed again:
+
+  surgery merge meta-llama/Llama-3.1-8B ./adapter ./merged --dtype nf4
+
+Half of one adapter, and the whole of another:
+
+  surgery merge ./model ./style ./facts ./merged --weight 0.5 --weight 1
+
+On 4 processes of one host, which share the tensors:
+
+  torchrun --nproc-per-node 4 -m surgery merge ./model ./adapter ./merged
+
+The values are those of PEFT's merge_and_unload. A few MiB are in memory at a time; what no adapter changes is copied.
+The output is there whole or not at all, and has the names of the base's tensors. Stopped, the same command goes on.
 
 Exit codes: 0 done; 2 refused, or not written (the message says what to change); 130 interrupted; 143 terminated.
 """
@@ -156,6 +181,53 @@ def dequantize(
             max_shard_bytes=most,
             overwrite=overwrite,
             verify=verify,
+        )
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder with a safetensors checkpoint, or a hub id.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER", help="Folders, or hub ids, of LoRA adapters, in this order.")
+    ],
+    out: Target,
+    *,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(metavar="NUMBER", help="Of each adapter, in their order; repeated.", show_default="1 for all"),
+    ] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32", "nf4", "fp4"] | None,
+        typer.Option(help="Of the result; nf4 and fp4 pack linear weights.", show_default="as BASE, unpacked"),
+    ] = None,
+    double_quant: Annotated[bool, typer.Option(help="With nf4 or fp4, quantize the statistics too.")] = True,
+    max_shard_size: MaxSize = "5GB",
+    overwrite: Overwrite = False,
+    upload: Upload = None,
+    model_revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub id.", show_default="that of the adapter, if it says so"),
+    ] = None,
+) -> None:
+    """Write BASE to OUT with LoRA adapters merged into it, so that it loads without PEFT."""
+    most = parse_size(max_shard_size)
+    with in_process_group(), uploading(upload, out):
+        from surgery.config import Quant
+        from surgery.export.output import check_output
+
+        check_output(out, overwrite=overwrite)
+        from surgery.export.merge import DTYPES
+        from surgery.export.merge import merge as write
+
+        write(
+            base,
+            adapters,
+            out,
+            weights=weight or (),
+            dtype=DTYPES.get(dtype or ""),
+            quant=Quant(dtype, double_quant=double_quant) if dtype in ("nf4", "fp4") else None,
+            revision=model_revision,
+            overwrite=overwrite,
+            max_shard_bytes=most,
         )
 
 
