@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
+import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_FILES",
+    "Base",
     "base_folder",
+    "base_of",
     "config_to_save",
     "name_base",
     "read_tokenizer",
@@ -30,32 +36,95 @@ __all__ = [
 ]
 
 
+#: A folder of the hub's cache, and a commit, whole or abbreviated.
+_SNAPSHOT = re.compile(r".*/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model: a hub id, or a folder by its absolute path; and its revision, None where it is not known."""
+
+    name: str | None
+    revision: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """A folder by its absolute path; what is on the hub by its id, and the commit as `revision`."""
+        return cls(
+            name=checkpoint.source if checkpoint.revision else str(checkpoint.path), revision=checkpoint.revision
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}{'' if self.revision is None else f' at {self.revision}'}"
+
+    def on_the_hub(self) -> Base:
+        """The id and the commit, for a folder of the hub's cache; else itself."""
+        found = _SNAPSHOT.fullmatch(self.name or "")
+        return self if found is None else Base(name=found["name"].replace("--", "/"), revision=found["commit"])
+
+    def is_named_like(self, other: Base) -> bool:
+        """Whether both have one name, or are one folder."""
+        assert self.name is not None
+        assert other.name is not None
+        return self.name == other.name or os.path.realpath(self.name) == os.path.realpath(other.name)
+
+    def commit(self) -> str | None:
+        """The commit, maybe abbreviated, that `revision` is; None where the hub's cache does not know it."""
+        if self.revision is None or _COMMIT.fullmatch(self.revision):
+            return self.revision
+        folder = _cached(self.name, self.revision)
+        return None if folder is None else folder.name
+
+
+_bases: weakref.WeakKeyDictionary[nn.Module, Base] = weakref.WeakKeyDictionary()
+
+
 def name_base(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Name `checkpoint` in the configurations of the adapters of `model`, if it has any.
+    """Remember `checkpoint` as the base of `model`, and name it in the configurations of its adapters, if it has any.
 
     A folder by its absolute path; what is on the hub by its id, and the commit as `revision`.
     """
     from peft import PeftModel
 
-    if not isinstance(model, PeftModel):
-        return
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = checkpoint.source if checkpoint.revision else str(checkpoint.path)
-        config.revision = checkpoint.revision or config.revision
+    base = _bases[model] = Base.of(checkpoint)
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        config.base_model_name_or_path, config.revision = base.name, base.revision or config.revision
+
+
+def base_of(model: nn.Module) -> Base | None:
+    """The base model of `model`, or of one in it: as it was remembered, or as transformers has it."""
+    remembered = next((_bases[module] for module in model.modules() if module in _bases), None)
+    if remembered is not None:
+        return remembered
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    for config in configs:
+        name = getattr(config, "_name_or_path", None)
+        if isinstance(name, str) and name:
+            return Base(
+                name=str(Path(name).absolute()) if Path(name).is_dir() else name,
+                revision=getattr(config, "_commit_hash", None),
+            )
+    return None
 
 
 def base_folder(config: PeftConfig) -> Path | None:
     """The folder of the base model on this machine, hub cache included; None if it has none. Nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     name = config.base_model_name_or_path
     if not name:
         return None
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+        return _cached(name, config.revision)
     except HFValidationError:  # no id, so it is a path
         return Path(name) if Path(name).is_dir() else None
+
+
+def _cached(name: str | None, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name or "", "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.adapters.metadata import Base
 from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
-from surgery.model.consistency import same_model
+from surgery.model.consistency import same_adapter, same_model
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, sites, tied_parameters
 from surgery.model.weights import plan_weights
@@ -79,6 +80,8 @@ def match(
     """
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)
+    if setting.adapter is not None:
+        same_adapter(ranks, setting.adapter.index)
     weights = plan_weights(model, checkpoint, device=device, conversions=conversions)
     chosen = _made_by_upstream(model, quant) if is_chosen else quantizable(model, quant)
     tied = tied_parameters(model)
@@ -86,7 +89,11 @@ def match(
     trained: tuple[Trained, ...] = ()
     if setting.lora is not None:
         quantized = [site.module for site in chosen]
-        trained = rehearse(model, setting.lora, quantized=quantized, quant=quant, strategy=strategy)
+        if setting.adapter is not None:
+            setting.adapter.check_base(Base.of(checkpoint))
+        trained = rehearse(
+            model, setting.lora, quantized=quantized, quant=quant, strategy=strategy, saved=setting.adapter
+        )
     transposed = frozenset(f"{site.fqn}.weight" for site in chosen if quant.is_transposed(site.module))
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):

@@ -6,7 +6,7 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from surgery.comm.environment import compute_device
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 __all__ = [
     "READS_WEIGHTS",
     "Devices",
+    "Part",
     "Shard",
     "ShardStrategy",
     "Unit",
     "chosen_parameters",
+    "device_of",
     "outermost",
     "register",
     "strategy_for",
@@ -75,6 +78,15 @@ class Shard:
 
     piece: Piece
     group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A rank's part of a parameter between uses: `data`, contiguous, from element `start` of the whole of `shape`."""
+
+    data: torch.Tensor
+    start: int = 0
+    shape: torch.Size
 
 
 class ShardStrategy:
@@ -126,6 +138,9 @@ class ShardStrategy:
 
     def check_adapters(self, lora: LoraConfig) -> None:
         """Refuse options of adapters that cannot be built or trained in this sharding."""
+
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that cannot be added to a model that is sharded so; frozen in `inference_mode`."""
 
     def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse tied parameters that cannot be kept tied; `tied` is first FQN -> aliases, of the whole model."""
@@ -206,6 +221,14 @@ class ShardStrategy:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
 
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`.
+
+        One that is tied has each of its names. Not to be called between a forward and its backward.
+        """
+        named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+        return {name: _own_part(parameter) for name, parameter in named if wanted(name)}
+
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
 
@@ -268,18 +291,33 @@ def _own_shard(layer: nn.Module) -> Shard:
     assert weight is not None
     if not isinstance(weight, DTensor):
         return Shard(piece=Piece(data=weight.detach()))
-    mesh, local = weight.device_mesh, weight.to_local()
-    sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    dimension, start = _sharded(weight)
+    if dimension is None:
+        return Shard(piece=Piece(data=weight.to_local()))
+    piece = Piece(data=weight.to_local(), start=start * weight.element_size())
+    return Shard(piece=piece, group=weight.device_mesh.get_group(dimension))
+
+
+def _own_part(parameter: nn.Parameter) -> Part:
+    """The part of a parameter of its own: whole, or a `DTensor`."""
+    if not isinstance(parameter, DTensor):
+        return Part(data=parameter.detach(), shape=parameter.shape)
+    return Part(data=parameter.to_local().detach(), start=_sharded(parameter)[1], shape=parameter.shape)
+
+
+def _sharded(tensor: DTensor) -> tuple[int | None, int]:
+    """The dimension of the mesh that `tensor` is sharded over, None for none; and the first element of this rank's."""
+    mesh = tensor.device_mesh
+    sharded = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if not sharded:
-        return Shard(piece=Piece(data=local))
-    if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
+        return None, 0
+    if len(sharded) > 1 or not tensor.placements[sharded[0]].is_shard(0):
         raise ConfigError(
-            f"expected packed weights to be sharded along dimension 0, over one dimension of a mesh, found "
-            f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
+            f"expected weights to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"{tensor.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
-    rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    start = rows.start * weight.shape[1:].numel() * weight.element_size()
-    return Shard(piece=Piece(data=local, start=start), group=mesh.get_group(sharded[0]))
+    rows = chunk(range(tensor.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    return sharded[0], rows.start * tensor.shape[1:].numel()
 
 
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}
@@ -308,4 +346,15 @@ def strategy_for(
 def strategy_of(model: nn.Module) -> ShardStrategy:
     """The strategy by which `model` is sharded, as found in its modules; it has no options."""
     kind = next((kind for kind in _STRATEGIES.values() if kind.made(model)), _STRATEGIES[type(None)])
-    return kind(None)
+    return kind(None, device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that ranks compute on, and meet on, with `model`; its shards may wait on the CPU."""
+    first: Any = next(model.parameters(), None)
+    if isinstance(first, DTensor):
+        return compute_device(torch.device(first.device_mesh.device_type))
+    if first is None or first.is_meta:
+        return compute_device()
+    named = (getattr(module, "compute_device", None) for module in model.modules())  # of FSDP1's
+    return next((found for found in named if isinstance(found, torch.device)), first.device)

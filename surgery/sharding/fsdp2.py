@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modu
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
+    Part,
     Shard,
     Unit,
     chosen_parameters,
@@ -150,6 +151,15 @@ class Fsdp2(Fsdp):
                     f"placement='replicated', or leave {name} out"
                 )
 
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that read weights, or copy modules, while they are made."""
+        found = [name for name in (*READS_WEIGHTS, "modules_to_save") if getattr(lora, name, None)]
+        if found:
+            raise ConfigError(
+                f"{found[0]} is made from weights, of which each rank has a part once FSDP2 has sharded the model: "
+                "begin with it (surgery.qlora with lora= or adapter=)"
+            )
+
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
         kept = kept_parameters(model, quant.dtype).items()
@@ -236,6 +246,11 @@ class Fsdp2(Fsdp):
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
         _reshard(model)
         return super().shards(model, layers)
+
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """The local parts, once what is still gathered is freed."""
+        _reshard(model)
+        return super().parts(model, wanted)
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
