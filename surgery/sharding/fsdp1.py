@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp._runtime_utils import _lazy_init  # private in torch 2.13
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.comm.ranks import broadcast_from_rank0
@@ -430,6 +431,8 @@ class Fsdp1(Fsdp):
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
+        root: Any = outermost(model, FullyShardedDataParallel)
+        _lazy_init(root, root)  # or before the first forward each unit would take itself for the root
         for prefix, unit in list(model.named_modules()):
             if not isinstance(unit, FullyShardedDataParallel):
                 continue
@@ -513,7 +516,7 @@ def _flat_parts(handle: Any) -> Iterator[tuple[str, Part]]:
     What is still gathered, as after an evaluation, is freed, and gathered again with what is written here.
     """
     flat = handle.flat_param
-    if handle.uses_sharded_strategy and not handle.is_sharded(flat):
+    if hasattr(flat, "_full_param_padded") and handle.uses_sharded_strategy and not handle.needs_unshard():
         handle.reshard(free_unsharded_flat_param=True)
     found: dict[tuple[Any, str], Part] = {}
     for where, fqn, shape, (data, start) in zip(
