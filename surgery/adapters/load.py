@@ -24,7 +24,7 @@ from surgery.model.consistency import same_adapter, source_facts
 from surgery.model.fqn import clean
 from surgery.model.tree import convert
 from surgery.model.twin import twin_of
-from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
+from surgery.quantizers.base import quantized_modules
 from surgery.sharding.base import Part, ShardStrategy, device_of, strategy_of
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def load_adapter(
     topics = {"adapter": {**facts_of(asked), **source_facts(source)}}
     same_on_every_rank(ranks, "load_adapter", topics, device=device)
     with everyone(ranks, device=device):
+        strategy_of(model).settle(model)
         saved = SavedAdapter.open(source, revision=revision)
         base = base_of(model)
         saved.check_base(base)
@@ -114,6 +115,7 @@ def fill_adapter(model: nn.Module, saved: SavedAdapter, ranks: Ranks, name: str 
     Where one rank fails, all do, and nothing is changed.
     """
     with everyone(ranks, device=device_of(model)):
+        strategy_of(model).settle(model)
         parts = adapter_parts(model, name)
         saved.check_tensors({key: part.shape for key, part in parts.items()})
         ranges = {key: range(part.start, part.start + part.data.numel()) for key, part in parts.items()}
@@ -142,6 +144,9 @@ def _check_new(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, 
     target = model if adapted is None else adapted
     made = twin_of(target, _on_meta)
     twin = next(iter(made.values()))
+    packed = {made[layer] for layer in quantized_modules(target) if layer in made}
+    for layer in packed:
+        _unpack(layer)
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # PEFT says them again when it adapts the model itself
@@ -150,18 +155,26 @@ def _check_new(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, 
         raise ConfigError(
             f"{saved.path}: PEFT cannot add this adapter to a {type(target).__name__}: {type(error).__name__}: {error}"
         ) from error
-    check_quantized(tried, {made[module] for module in quantized_modules(target) if module in made})
+    check_quantized(tried, packed)
     expected = adapter_parts(tried, name, ShardStrategy(None))
     saved.check_tensors({key: part.shape for key, part in expected.items()})
 
 
 def _on_meta(_fqn: str, module: nn.Module) -> dict[str, Any]:
     """Whole parameters on meta like those of `module`, of which this rank may have a part."""
-    like = (format_of(module) or QuantFormat).like
     held = module._parameters.items()
-    return {
-        name: None if p is None else like(p, torch.empty(p.shape, dtype=p.dtype, device="meta")) for name, p in held
-    }
+    return {name: None if p is None else nn.Parameter(_empty(p), requires_grad=False) for name, p in held}
+
+
+def _empty(parameter: nn.Parameter) -> torch.Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+
+def _unpack(layer: Any) -> None:
+    """Make a linear layer of a packed one, of which PEFT would ask what only its own parameter can tell."""
+    layer.__class__ = nn.Linear
+    shape = (layer.out_features, layer.in_features)
+    layer._parameters["weight"] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
 def _check_same(existing: PeftConfig, config: LoraConfig, name: str) -> None:

@@ -221,10 +221,17 @@ class ShardStrategy:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
 
-    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
-        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`.
+    def settle(self, model: nn.Module) -> None:
+        """Free what is still gathered, as after an evaluation, so that parameters of `model` are those at rest.
 
-        One that is tied has each of its names. Not to be called between a forward and its backward.
+        What was written to gathered ones, or set on them, would be lost. Not to be called between a forward and its
+        backward.
+        """
+
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`; of a settled model.
+
+        One that is tied has each of its names.
         """
         named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
         return {name: _own_part(parameter) for name, parameter in named if wanted(name)}

@@ -418,6 +418,14 @@ class Fsdp1(Fsdp):
         units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
         return super().parameter_names(model).union(*(_names_in(unit, prefix) for prefix, unit in units))
 
+    def settle(self, model: nn.Module) -> None:
+        """Shard every unit again; it is gathered anew by the next that needs it."""
+        handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
+        for handle in handles:
+            is_in_use = handle is not None and handle.uses_sharded_strategy
+            if is_in_use and hasattr(handle.flat_param, "_full_param_padded") and not handle.needs_unshard():
+                handle.reshard(free_unsharded_flat_param=True)
+
     def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
         """Ranges of flat parameters, and whole parameters that are in none."""
         parts = {name: part for name, part in super().parts(model, wanted).items() if split(name)[1] != FLAT}
@@ -511,13 +519,8 @@ def _ranges(handle: Any) -> Iterator[tuple[torch.Tensor, int]]:
 
 
 def _flat_parts(handle: Any) -> Iterator[tuple[str, Part]]:
-    """This rank's part of each parameter in a flat one, by each of its names in the unit.
-
-    What is still gathered, as after an evaluation, is freed, and gathered again with what is written here.
-    """
+    """This rank's part of each parameter in a flat one, by each of its names in the unit."""
     flat = handle.flat_param
-    if hasattr(flat, "_full_param_padded") and handle.uses_sharded_strategy and not handle.needs_unshard():
-        handle.reshard(free_unsharded_flat_param=True)
     found: dict[tuple[Any, str], Part] = {}
     for where, fqn, shape, (data, start) in zip(
         flat._param_infos, flat._fqns, flat._shapes, _ranges(handle), strict=True

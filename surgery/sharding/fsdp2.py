@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modu
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
-    Part,
     Shard,
     Unit,
     chosen_parameters,
@@ -244,17 +243,18 @@ class Fsdp2(Fsdp):
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
-        _reshard(model)
+        self.settle(model)
         return super().shards(model, layers)
 
-    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
-        """The local parts, once what is still gathered is freed."""
-        _reshard(model)
-        return super().parts(model, wanted)
+    def settle(self, model: nn.Module) -> None:
+        """Shard every group again."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
-        _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
+        self.settle(model)  # a forward without a backward, in evaluation, may have left it whole
         chosen = chosen_parameters(model, also)
         state: dict[nn.Parameter, torch.Tensor] = {}
         on_rank0 = dist.get_rank() == 0
@@ -288,12 +288,6 @@ def _make_plain(model: nn.Module) -> None:
         if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

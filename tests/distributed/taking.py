@@ -4,33 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import surgery
 from surgery.adapters.save import peft_state
-from surgery.config import DDP, FSDP1, FSDP2
 from surgery.checkpoint import Reader, TensorEntry
+from surgery.config import DDP, FSDP1, FSDP2
 
-__all__ = ["WAYS", "Taken", "logits", "take_all"]
+__all__ = ["WAYS", "Added", "Files", "Taken", "add", "logits", "take_all"]
 
-#: Ways to share a model, and where weights wait.
-WAYS: dict[str, dict[str, Any]] = {
-    "FSDP2": {"shard": FSDP2()},
-    "FSDP2 replicated": {"shard": FSDP2(), "placement": "replicated"},
-    "FSDP1": {"shard": FSDP1()},
-    "FSDP1 use_orig_params": {"shard": FSDP1(use_orig_params=True, strategy="shard-grad-op")},
-    "DDP": {"shard": DDP()},
+#: Ways to share a model, and where weights wait, on 2 ranks and on 3.
+WAYS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "FSDP2 replicated": {"shard": FSDP2(), "placement": "replicated"},
+        "FSDP1": {"shard": FSDP1()},
+        "DDP": {"shard": DDP()},
+    },
+    3: {
+        "FSDP2": {"shard": FSDP2()},
+        "FSDP1 use_orig_params": {"shard": FSDP1(use_orig_params=True, strategy="shard-grad-op")},
+    },
 }
 
-STEPS = 2
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Folders: a model, an adapter with a whole module, two without, the first one truncated, and a place to work."""
+
+    model: Path
+    adapter: Path
+    plain: Path
+    second: Path
+    truncated: Path
+    work: Path
 
 
 def ids(step: int) -> torch.Tensor:
@@ -107,10 +122,10 @@ def counting() -> Iterator[list[int]]:
         yield seen
 
 
-def take(checkpoint: Path, adapter: Path, broken: Path, work: Path, way: dict[str, Any]) -> Taken:
+def take(files: Files, name: str, way: dict[str, Any]) -> Taken:
     """Everything that is done with one adapter in one way."""
-    stands = torch.get_rng_state()
-    with counting() as seen, built(checkpoint, adapter=adapter, **way) as model:
+    adapter, work, stands = files.adapter, files.work / name, torch.get_rng_state()
+    with counting() as seen, built(files.model, adapter=adapter, **way) as model:
         moved = not torch.equal(stands, torch.get_rng_state())
         nbytes = sum(seen)
         begun, found = peft_state(model), [logits(model)]
@@ -120,7 +135,7 @@ def take(checkpoint: Path, adapter: Path, broken: Path, work: Path, way: dict[st
         straight = peft_state(model)
         refused = {
             name: refusal(partial(surgery.load_adapter, model, other if dist.get_rank() == 1 else adapter))
-            for name, other in (("truncated on rank 1", broken), ("another on rank 1", work))
+            for name, other in (("truncated on rank 1", files.truncated), ("another on rank 1", work))
         }
         untouched = peft_state(model)
         assert all(torch.equal(untouched[key], tensor) for key, tensor in straight.items())
@@ -132,7 +147,7 @@ def take(checkpoint: Path, adapter: Path, broken: Path, work: Path, way: dict[st
             refused["a second one"] = refusal(
                 lambda: surgery.load_adapter(model, adapter, name="second", trainable=True)
             )
-    with built(checkpoint, adapter=work, **way) as model:
+    with built(files.model, adapter=work, **way) as model:
         train(model, range(2, 4))
         resumed = peft_state(model)
     return Taken(
@@ -147,6 +162,54 @@ def take(checkpoint: Path, adapter: Path, broken: Path, work: Path, way: dict[st
     )
 
 
-def take_all(checkpoint: Path, adapter: Path, broken: Path, work: Path) -> dict[str, Taken]:
+def take_all(files: Files) -> dict[str, Taken]:
     """Every way on this rank, one after the other."""
-    return {name: take(checkpoint, adapter, broken, work / name, way) for name, way in WAYS.items()}
+    return {name: take(files, name, way) for name, way in WAYS[dist.get_world_size()].items()}
+
+
+@dataclass(kw_only=True)
+class Added:
+    """What one rank has seen of adapters that were added to a sharded model; states are rank 0's.
+
+    logits: by what is active. states: by what was active when they were taken. refused: errors by what was tried.
+    """
+
+    logits: dict[str, torch.Tensor]
+    states: dict[str, dict[str, torch.Tensor]]
+    refused: dict[str, str]
+
+
+def add(files: Files) -> Added:
+    """Two adapters on a model under FSDP2 that had none; one evaluated under DDP; one of a model that waits."""
+    found, states = {}, {}
+    with built(files.model, shard=FSDP2()) as base:
+        found["none"] = logits(base)
+        model = surgery.load_adapter(base, files.plain)
+        found["plain"], states["plain"] = logits(model), peft_state(model)
+        surgery.load_adapter(model, files.second, name="second", trainable=True)
+        found["second"] = logits(model)
+        train(model, range(2))
+        states["second, trained"] = peft_state(model)
+        model.set_adapter("default")
+        found["plain again"] = logits(model)
+        with model.disable_adapter():
+            found["disabled"] = logits(model)
+        refused = {"modules_to_save": refusal(lambda: surgery.load_adapter(model, files.adapter, name="third"))}
+        assert list(model.peft_config) == ["default", "second"]
+    with built(files.model, adapter=files.second, shard=FSDP2()) as model:
+        train(model, range(2))
+        states["second, begun from"] = peft_state(model)
+    with built(files.model, adapter=files.second, shard=DDP()) as model:
+        surgery.load_adapter(model, files.plain, name="first")
+        found["plain under DDP"] = logits(model)
+    with built(files.model, adapter=files.plain, shard=FSDP2(), dtype=torch.bfloat16) as model:
+        states["plain in bfloat16"] = peft_state(model)
+    with surgery.low_memory():
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.float32)
+        bound = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32, quantization_config=quantized)
+    model = surgery.load_adapter(bound, files.plain, trainable=True)
+    with surgery.fill(model, shard=FSDP2()) as filled:
+        states["plain, filled"] = peft_state(filled)
+        surgery.load_adapter(filled, files.second, trainable=True)
+        states["second, in place"] = peft_state(filled)
+    return Added(logits=found, states=states, refused=refused)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import surgery
-from tests.distributed.taking import WAYS, Taken, logits, take_all
+from tests.distributed.taking import WAYS, Added, Files, Taken, add, logits, take_all
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
@@ -21,61 +21,80 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("checkpoint"), dtype=torch.float32)
+ALL = sorted(name for ways in WAYS.values() for name in ways)
 
 
 @pytest.fixture(scope="module")
-def adapter(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of rank 4, which 3 ranks divide unevenly, and with a whole module."""
-    folder = tmp_path_factory.mktemp("adapter")
-    lora = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], init_lora_weights=False)
-    with surgery.qlora(checkpoint, lora=lora, dtype=torch.float32, report=surgery.Report()) as model:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.01)
-        surgery.save_adapter(model, folder)
-    return folder
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    root = tmp_path_factory.mktemp("adapters")
+    model = save_tiny(root / "model", dtype=torch.float32)
+    # Of rank 4, which 3 ranks divide unevenly.
+    make_adapter(model, root / "adapter", target_modules="all-linear", modules_to_save=["lm_head"])
+    make_adapter(model, root / "plain", target_modules="all-linear")
+    make_adapter(model, root / "second", target_modules="all-linear", seed=1)
+    truncated = shutil.copytree(root / "adapter", root / "truncated")
+    (truncated / WEIGHTS).write_bytes((truncated / WEIGHTS).read_bytes()[:-100])
+    work = root / "work"
+    work.mkdir()
+    return Files(
+        model=model,
+        adapter=root / "adapter",
+        plain=root / "plain",
+        second=root / "second",
+        truncated=truncated,
+        work=work,
+    )
+
+
+def make_adapter(model: Path, folder: Path, *, seed: int = 0, **options: Any) -> None:
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, init_lora_weights=False, **options)
+    with surgery.qlora(model, lora=lora, dtype=torch.float32, report=surgery.Report()) as adapted:
+        surgery.save_adapter(adapted, folder)
 
 
 @pytest.fixture(scope="module")
-def expected(checkpoint: Path, adapter: Path) -> torch.Tensor:
-    """Logits with the adapter as plain PEFT loads it."""
-    with surgery.qlora(checkpoint, dtype=torch.float32, report=surgery.Report()) as model:
-        return logits(PeftModel.from_pretrained(model, adapter).eval())
+def expected(files: Files) -> dict[str, torch.Tensor]:
+    """Logits with each adapter as plain PEFT loads it."""
+    found = {}
+    for name in ("adapter", "plain", "second"):
+        with surgery.qlora(files.model, dtype=torch.float32, report=surgery.Report()) as model:
+            found["none"] = logits(model)
+            found[name] = logits(PeftModel.from_pretrained(model, getattr(files, name)).eval())
+    return found
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def by_rank(
-    request: pytest.FixtureRequest, checkpoint: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Taken]]:
-    root = tmp_path_factory.mktemp("taken")
-    broken = shutil.copytree(adapter, root / "broken")
-    (broken / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes()[:-100])
-    return run_ranks(take_all, request.param, checkpoint, adapter, broken, root)
+@pytest.fixture(scope="module")
+def taken(files: Files) -> dict[str, list[Taken]]:
+    """By way, of each rank."""
+    found = {world_size: run_ranks(take_all, world_size, files) for world_size in WAYS}
+    return {name: [rank[name] for rank in found[world_size]] for world_size, ways in WAYS.items() for name in ways}
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_what_was_loaded_is_the_file(by_rank: list[dict[str, Taken]], adapter: Path, name: str) -> None:
-    file, found = load_file(adapter / WEIGHTS), by_rank[0][name]
+@pytest.fixture(scope="module")
+def added(files: Files) -> list[Added]:
+    return run_ranks(add, 2, files)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_was_loaded_is_the_file(taken: dict[str, list[Taken]], files: Files, name: str) -> None:
+    file, found = load_file(files.adapter / WEIGHTS), taken[name][0]
     for state in (found.begun, found.in_place):
         assert state.keys() == file.keys()
         assert all(torch.equal(state[key], tensor) for key, tensor in file.items())
-    assert not any(rank[name].moved for rank in by_rank)
+    assert not any(rank.moved for rank in taken[name])
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_it_computes_as_plain_peft(by_rank: list[dict[str, Taken]], expected: torch.Tensor, name: str) -> None:
-    for rank in by_rank:
-        for found in rank[name].logits:
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("name", ALL)
+def test_it_computes_as_plain_peft(taken: dict[str, list[Taken]], expected: dict[str, torch.Tensor], name: str) -> None:
+    for rank in taken[name]:
+        for found in rank.logits:
+            torch.testing.assert_close(found, expected["adapter"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_training_goes_on_as_if_it_had_never_stopped(by_rank: list[dict[str, Taken]], adapter: Path, name: str) -> None:
-    file, found = load_file(adapter / WEIGHTS), by_rank[0][name]
+@pytest.mark.parametrize("name", ALL)
+def test_training_goes_on_as_if_it_had_never_stopped(taken: dict[str, list[Taken]], files: Files, name: str) -> None:
+    file, found = load_file(files.adapter / WEIGHTS), taken[name][0]
     # DDP sums in other buckets from its second step on.
     exact = {"rtol": 0.0, "atol": 1e-6 if name == "DDP" else 0.0}
     for key, tensor in found.straight.items():
@@ -83,22 +102,48 @@ def test_training_goes_on_as_if_it_had_never_stopped(by_rank: list[dict[str, Tak
     assert all(not torch.equal(found.resumed[key], tensor) for key, tensor in file.items())
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_each_rank_reads_what_it_keeps(by_rank: list[dict[str, Taken]], adapter: Path, name: str) -> None:
-    whole = sum(tensor.nbytes for tensor in load_file(adapter / WEIGHTS).values())
-    copies = 1 if name.startswith("FSDP") else len(by_rank)
-    assert sum(rank[name].nbytes for rank in by_rank) == copies * whole
+@pytest.mark.parametrize("name", ALL)
+def test_each_rank_reads_what_it_keeps(taken: dict[str, list[Taken]], files: Files, name: str) -> None:
+    whole = sum(tensor.nbytes for tensor in load_file(files.adapter / WEIGHTS).values())
+    copies = 1 if name.startswith("FSDP") else len(taken[name])
+    assert sum(rank.nbytes for rank in taken[name]) == copies * whole
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_one_ranks_failure_is_every_ranks(by_rank: list[dict[str, Taken]], name: str) -> None:
-    for number, rank in enumerate(by_rank):
+@pytest.mark.parametrize("name", ALL)
+def test_one_ranks_failure_is_every_ranks(taken: dict[str, list[Taken]], name: str) -> None:
+    for number, rank in enumerate(taken[name]):
         start = "CheckpointError" if number == 1 else "PeerError: rank 1 failed: CheckpointError"
-        assert rank[name].refused["truncated on rank 1"].startswith(start)
-        assert "the ranks differ in adapter" in rank[name].refused["another on rank 1"]
+        assert rank.refused["truncated on rank 1"].startswith(start)
+        assert "the ranks differ in adapter" in rank.refused["another on rank 1"]
 
 
-def test_what_a_sharding_cannot_add_is_refused(by_rank: list[dict[str, Taken]]) -> None:
-    for rank in by_rank:
-        assert "FSDP1 flattens the parameters" in rank["FSDP1"].refused["a second one"]
-        assert "DDP averages the gradients" in rank["DDP"].refused["a second one"]
+def test_what_a_sharding_cannot_add_is_refused(taken: dict[str, list[Taken]], added: list[Added]) -> None:
+    for rank in taken["FSDP1"]:
+        assert "FSDP1 flattens the parameters" in rank.refused["a second one"]
+    for rank in taken["DDP"]:
+        assert "DDP averages the gradients" in rank.refused["a second one"]
+    for each in added:
+        assert "modules_to_save is made from weights" in each.refused["modules_to_save"]
+
+
+def test_adapters_are_added_and_switched(added: list[Added], expected: dict[str, torch.Tensor], files: Files) -> None:
+    names = {"plain again": "plain", "plain under DDP": "plain", "disabled": "none"}
+    for rank in added:
+        for what, found in rank.logits.items():
+            torch.testing.assert_close(found, expected[names.get(what, what)], rtol=1e-5, atol=1e-6, msg=what)
+    states = added[0].states
+    plain, second = (load_file(folder / WEIGHTS) for folder in (files.plain, files.second))
+    wanted = {
+        "plain": plain,
+        "plain in bfloat16": {key: tensor.bfloat16() for key, tensor in plain.items()},
+        "plain, filled": plain,
+        "second, in place": second,
+    }
+    for what, state in wanted.items():
+        assert states[what].keys() == state.keys()
+        assert all(torch.equal(states[what][key], tensor) for key, tensor in state.items()), what
+
+
+def test_an_added_adapter_trains_as_one_from_the_beginning(added: list[Added]) -> None:
+    for key, tensor in added[0].states["second, begun from"].items():
+        torch.testing.assert_close(added[0].states["second, trained"][key], tensor, rtol=0, atol=1e-6)

@@ -65,6 +65,7 @@ def replicate(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...],
     if strategy.label == ShardStrategy.label:
         return wrapped(*args, **kwargs)
     strategy.check_added(instance.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]])
+    strategy.settle(model)  # or PEFT would freeze parameters that are gathered, and these are shards again later
     before = set(model.parameters())
     with appearing_real(model):
         result = wrapped(*args, **kwargs)
