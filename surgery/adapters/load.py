@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from surgery.adapters.attach import PLAIN, needs_weights
+from surgery.adapters.attach import PLAIN
 from surgery.adapters.metadata import base_of
 from surgery.adapters.rehearsal import check_quantized
 from surgery.adapters.save import adapter_parts, belongs_to, find_peft_model, search_peft_model
@@ -19,18 +20,18 @@ from surgery.adapters.saved import SavedAdapter
 from surgery.comm.comparison import facts_of, same_on_every_rank
 from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import Ranks, current_ranks
-from surgery.errors import ConfigError, NotFilledError
+from surgery.errors import ConfigError
 from surgery.model.consistency import same_adapter, source_facts
 from surgery.model.fqn import clean
 from surgery.model.tree import convert
 from surgery.model.twin import twin_of
 from surgery.quantizers.base import quantized_modules
-from surgery.sharding.base import Part, ShardStrategy, device_of, strategy_of
+from surgery.sharding.base import READS_WEIGHTS, Part, ShardStrategy, device_of, strategy_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
 
-__all__ = ["fill_adapter", "load_adapter", "open_adapter"]
+__all__ = ["fill_adapter", "fill_waiting", "load_adapter", "open_adapter"]
 
 #: Options of `PLAIN` that change what an adapter computes, and not only which modules have one.
 _SHAPING = frozenset({"alpha_pattern", "bias", "fan_in_fan_out", "lora_alpha", "lora_bias", "rank_pattern", "r",
@@ -104,9 +105,22 @@ def load_adapter(
     model = _added(model, adapted, config, name)
     with everyone(ranks, device=device):
         _write(adapter_parts(model, name), values)
+    if config.modules_to_save and _is_on_meta(model):
+        _later.setdefault(model, []).append((saved, name))
     if base is not None:
         config.base_model_name_or_path, config.revision = base.name, base.revision or saved.base.revision
     return _activated(model, name, trainable=trainable)
+
+
+#: By the model that waits for its weights: adapters with copies of modules, which are filled like these modules.
+_later: weakref.WeakKeyDictionary[nn.Module, list[tuple[SavedAdapter, str]]] = weakref.WeakKeyDictionary()
+
+
+def fill_waiting(model: nn.Module, ranks: Ranks) -> None:
+    """Fill what `load_adapter` could not when `model`, or one in it, had no weights; collective."""
+    for module in list(model.modules()):
+        for saved, name in _later.pop(module, []):
+            fill_adapter(model, saved, ranks, name)
 
 
 def fill_adapter(model: nn.Module, saved: SavedAdapter, ranks: Ranks, name: str = "default") -> None:
@@ -139,8 +153,12 @@ def _check_new(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, 
     if not name or "." in name or name in "lora_":
         raise ConfigError(f"expected a name for the adapter that PEFT can tell from its own, found {name!r:.80}")
     strategy_of(model).check_added(config)
-    if needs_weights(config) and any(parameter.is_meta for parameter in model.parameters()):
-        raise NotFilledError("loading an adapter with use_dora, modules_to_save or trainable_token_indices")
+    found = [each for each in READS_WEIGHTS if getattr(config, each, None)]
+    if found and _is_on_meta(model):
+        raise ConfigError(
+            f"{saved.path}: {found[0]} {READS_WEIGHTS[found[0]]}, and this model has no weights yet: load the adapter "
+            "when it is filled, or begin from it (surgery.qlora(adapter=...))"
+        )
     target = model if adapted is None else adapted
     made = twin_of(target, _on_meta)
     twin = next(iter(made.values()))
@@ -194,6 +212,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, set, tuple)):
         return sorted(map(str, value)) or None
     return value or None  # options that are empty, and that are not set
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _added(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, name: str) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
+from surgery.errors import ConfigError
 from surgery.model.consistency import LIBRARIES
 
 if TYPE_CHECKING:
@@ -58,18 +59,32 @@ class Base:
     def __str__(self) -> str:
         return f"{self.name}{'' if self.revision is None else f' at {self.revision}'}"
 
-    def on_the_hub(self) -> Base:
+    def is_named_like(self, other: Base) -> bool:
+        """Whether both are one repository, or one folder."""
+        mine, its = self._on_the_hub().name, other._on_the_hub().name
+        return mine == its or (mine is not None and its is not None and os.path.realpath(mine) == os.path.realpath(its))
+
+    def check_revision(self, given: Base, file: Path) -> None:
+        """Raise `ConfigError` if `given` is the same repository at another commit than this, which `file` names."""
+        mine, its = self._on_the_hub(), given._on_the_hub()
+        if mine.revision is None or its.revision is None or not mine.is_named_like(its):
+            return
+        commit = mine._commit()
+        if commit is not None and its.revision.startswith(commit):
+            return
+        known = ", and nothing here says which commit that is" if commit is None else f" (commit {commit})"
+        raise ConfigError(
+            f"{file}: expected {mine.name} at revision {mine.revision}{known}, on which the adapter was trained, found "
+            f"commit {its.revision}: open the model with revision={mine.revision!r} (--model-revision), or, if both "
+            "have the same weights, change revision there"
+        )
+
+    def _on_the_hub(self) -> Base:
         """The id and the commit, for a folder of the hub's cache; else itself."""
         found = _SNAPSHOT.fullmatch(self.name or "")
         return self if found is None else Base(name=found["name"].replace("--", "/"), revision=found["commit"])
 
-    def is_named_like(self, other: Base) -> bool:
-        """Whether both have one name, or are one folder."""
-        assert self.name is not None
-        assert other.name is not None
-        return self.name == other.name or os.path.realpath(self.name) == os.path.realpath(other.name)
-
-    def commit(self) -> str | None:
+    def _commit(self) -> str | None:
         """The commit, maybe abbreviated, that `revision` is; None where the hub's cache does not know it."""
         if self.revision is None or _COMMIT.fullmatch(self.revision):
             return self.revision

@@ -91,22 +91,9 @@ class SavedAdapter:
         """
         if base is None or base.name is None or self.base.name is None:
             return
-        mine, given = self.base.on_the_hub(), base.on_the_hub()
-        if not mine.is_named_like(given):
-            if os.environ.get("RANK", "0") == "0":
-                logger.warning("surgery: the adapter in %s was trained on %s, not on %s", self.path, mine, given)
-            return
-        if mine.revision is None or given.revision is None:
-            return
-        commit = mine.commit()
-        if commit is None or not given.revision.startswith(commit):
-            known = "" if commit in (None, mine.revision) else f", which is commit {commit}"
-            unknown = ", and nothing here says which commit that is" if commit is None else ""
-            raise ConfigError(
-                f"{self.path / CONFIG}: expected {mine.name} at revision {mine.revision}{known}, on which the adapter "
-                f"was trained, found commit {given.revision}{unknown}: open the model with revision="
-                f"{mine.revision!r} (--model-revision), or, if both are the same weights, change revision there"
-            )
+        self.base.check_revision(base, self.path / CONFIG)
+        if not self.base.is_named_like(base) and os.environ.get("RANK", "0") == "0":
+            logger.warning("surgery: the adapter in %s was trained on %s, not on %s", self.path, self.base, base)
 
     def check_tensors(self, expected: Mapping[str, Sequence[int]]) -> None:
         """Raise `WeightsMismatchError` unless the file has the tensors `expected`, key -> shape, and no others."""
