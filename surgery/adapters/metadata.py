@@ -73,6 +73,7 @@ class Base:
         if commit is not None and its.revision.startswith(commit):
             return
         known = ", and nothing here says which commit that is" if commit is None else f" (commit {commit})"
+        known = "" if commit == mine.revision else known
         raise ConfigError(
             f"{file}: expected {mine.name} at revision {mine.revision}{known}, on which the adapter was trained, found "
             f"commit {its.revision}: open the model with revision={mine.revision!r} (--model-revision), or, if both "

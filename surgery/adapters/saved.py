@@ -45,10 +45,12 @@ _SHOWN = 4
 class SavedAdapter:
     """A LoRA adapter that was saved; see `open`.
 
-    config: as `surgery.qlora(lora=...)` takes it, to train on, without the names of a base model. base: the model that
-    it was trained on, as far as its files say. index: its tensors, by PEFT's keys.
+    source: as the user gave it. path: its folder. config: as `surgery.qlora(lora=...)` takes it, to train on, without
+    the name of a base model. base: the model that it was trained on, as far as its files say. index: its tensors, by
+    PEFT's keys.
     """
 
+    source: str
     path: Path
     config: LoraConfig
     base: Base
@@ -76,7 +78,7 @@ class SavedAdapter:
                 )
         base = Base(name=config.base_model_name_or_path or None, revision=config.revision or None)
         config.base_model_name_or_path = config.revision = None  # PEFT warns where it names what is given another name
-        return cls(path=folder, config=config, base=base, index=index)
+        return cls(source=os.fspath(source), path=folder, config=config, base=base, index=index)
 
     def fresh_config(self, *, trainable: bool) -> LoraConfig:
         """A copy of the configuration, for a model to have."""

@@ -96,11 +96,17 @@ def everything(checkpoint: Path, data: Path, folder: Path) -> dict[str, Any]:
     resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint")
     pairs = folder / "pairs.jsonl"
     preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, preferences=True)
+    # Nothing is learnt, so that what is saved is what was loaded.
+    still = ("--lora-r", 16, "--learning-rate", 0, "--max-steps", 1, "--adapter")
+    finetune(checkpoint, data, folder / "whole", "--max-steps", 1, "--lora-modules-to-save", "lm_head")
+    finetune(checkpoint, data, folder / "whole-again", *still, folder / "whole")
+    begun, _ = finetune(checkpoint, pairs, folder / "dpo-again", *still, folder / "straight", preferences=True)
     return {
         "straight": straight,
         "said": said,
         "resumed": resumed,
         "preferred": preferred,
+        "begun": begun,
         "stock": stock(checkpoint, data, folder / "stock"),
     }
 
