@@ -26,15 +26,19 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         DataError,
+        ExportError,
         NotFilledError,
         PassError,
         QuantizerError,
         SelectorError,
         ShadowedPatchesWarning,
+        StateError,
         SurgeryError,
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.merge import merge
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
+    from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
@@ -56,6 +61,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "MemoryPlan",
     "NotFilledError",
     "Pass",
@@ -66,23 +72,30 @@ __all__ = [
     "Report",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "Training",
+    "TrainingState",
     "WeightsMismatchError",
     "adapter_state",
     "attest",
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
     "load_adapter",
+    "load_state",
     "low_memory",
+    "merge",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
+    "save_state",
     "trace",
 ]
 
@@ -91,6 +104,8 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.merge": ("merge",),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
@@ -103,6 +118,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),

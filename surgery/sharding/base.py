@@ -34,6 +34,8 @@ __all__ = [
     "Part",
     "Shard",
     "ShardStrategy",
+    "Span",
+    "Trained",
     "Unit",
     "chosen_parameters",
     "device_of",
@@ -87,6 +89,44 @@ class Part:
     data: torch.Tensor
     start: int = 0
     shape: torch.Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The elements of a parameter that a rank has in its memory, in row-major order.
+
+    name: plain FQN; of a tied one the first. shape: of the whole parameter. start: the first element. numel: how many;
+    0 where this rank has none. offset: elements of the memory before them.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    numel: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """A trainable parameter as an optimizer has it on this rank.
+
+    parameter: what the optimizer is given: the model's, or a flat one of several. memory: this rank's part of it, and
+    of all that an optimizer keeps for each element. spans: the parameters, by plain FQN, that it has elements of.
+    """
+
+    parameter: nn.Parameter
+    memory: torch.Tensor
+    spans: tuple[Span, ...]
+
+    def like(self, memory: torch.Tensor) -> torch.Tensor:
+        """`memory`, of this rank's shape, as an optimizer keeps it for this parameter."""
+        whole = self.parameter
+        if not isinstance(whole, DTensor):
+            return memory
+        found: torch.Tensor = DTensor.from_local(
+            memory, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        return found
 
 
 class ShardStrategy:
@@ -234,7 +274,8 @@ class ShardStrategy:
         One that is tied has each of its names.
         """
         named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
-        return {name: _own_part(parameter) for name, parameter in named if wanted(name)}
+        chosen = ((name, parameter.shape, _own_part(parameter)) for name, parameter in named if wanted(name))
+        return {name: Part(data=data, start=start, shape=shape) for name, shape, (data, start, _) in chosen}
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
@@ -242,6 +283,15 @@ class ShardStrategy:
         One that is tied has each of its names. also: plain FQNs of parameters that are not trainable.
         """
         raise NotImplementedError
+
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """The trainable parameters as an optimizer has them on this rank, not gathered; each once, also if it is tied.
+
+        Not collective, and not to be called between a forward and its backward. Parameters on all ranks have the same
+        names, whether a rank has elements of them or not.
+        """
+        named = model.named_parameters()
+        return [_trained(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
 
     # The memory plan. ------------------------------------------------------------------------------------------------
 
@@ -296,35 +346,31 @@ def _own_shard(layer: nn.Module) -> Shard:
     """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    if not isinstance(weight, DTensor):
-        return Shard(piece=Piece(data=weight.detach()))
-    dimension, start = _sharded(weight)
-    if dimension is None:
-        return Shard(piece=Piece(data=weight.to_local()))
-    piece = Piece(data=weight.to_local(), start=start * weight.element_size())
-    return Shard(piece=piece, group=weight.device_mesh.get_group(dimension))
+    local, start, group = _own_part(weight)
+    return Shard(piece=Piece(data=local, start=start * weight.element_size()), group=group)
 
 
-def _own_part(parameter: nn.Parameter) -> Part:
-    """The part of a parameter of its own: whole, or a `DTensor`."""
-    if not isinstance(parameter, DTensor):
-        return Part(data=parameter.detach(), shape=parameter.shape)
-    return Part(data=parameter.to_local().detach(), start=_sharded(parameter)[1], shape=parameter.shape)
-
-
-def _sharded(tensor: DTensor) -> tuple[int | None, int]:
-    """The dimension of the mesh that `tensor` is sharded over, None for none; and the first element of this rank's."""
-    mesh = tensor.device_mesh
-    sharded = [number for number, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+def _own_part(whole: nn.Parameter) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
+    """`(part, elements before it, the ranks that have the others)` of a parameter on this rank."""
+    if not isinstance(whole, DTensor):
+        return whole.detach(), 0, None
+    mesh, local = whole.device_mesh, whole.to_local().detach()
+    sharded = [number for number, placement in enumerate(whole.placements) if not placement.is_replicate()]
     if not sharded:
-        return None, 0
-    if len(sharded) > 1 or not tensor.placements[sharded[0]].is_shard(0):
+        return local, 0, None
+    if len(sharded) > 1 or not whole.placements[sharded[0]].is_shard(0):
         raise ConfigError(
-            f"expected weights to be sharded along dimension 0, over one dimension of a mesh, found "
-            f"{tensor.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
+            f"expected parameters to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"{whole.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
-    rows = chunk(range(tensor.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    return sharded[0], rows.start * tensor.shape[1:].numel()
+    rows = chunk(range(whole.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    return local, rows.start * whole.shape[1:].numel(), mesh.get_group(sharded[0])
+
+
+def _trained(name: str, parameter: nn.Parameter) -> Trained:
+    memory, start, _ = _own_part(parameter)
+    span = Span(name=name, shape=parameter.shape, start=start, numel=memory.numel())
+    return Trained(parameter=parameter, memory=memory, spans=(span,))
 
 
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}
