@@ -163,7 +163,7 @@ def find_peft_model(model: nn.Module) -> tuple[str, PeftModel]:
 
 
 def search_peft_model(model: nn.Module) -> tuple[str, PeftModel | None]:
-    """Like `find_peft_model`; None where there is none."""
+    """The `PeftModel` that is `model`, or is inside of it, and its FQN; None where there is none."""
     from peft import PeftModel
 
     found = ((clean(name), module) for name, module in model.named_modules() if isinstance(module, PeftModel))

@@ -227,7 +227,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _advice(unexpected: Sequence[str]) -> str:
-    """What to do about keys that belong nowhere."""
+    """Advice on keys that belong nowhere."""
     if any(re.search(r"(embed\w*|lm_head|wte)\.(base_layer\.)?weight$", key) for key in unexpected):
         return (
             "Embeddings of the base model are in the file too, which stay here as the checkpoint has them: load it "

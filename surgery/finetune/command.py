@@ -60,8 +60,8 @@ Usage: surgery dpo MODEL --data DATA [OPTIONS]
 
 Teach MODEL what is preferred, with QLoRA: 4-bit weights, LoRA adapters, TRL's
 DPOTrainer, sharded by FSDP under torchrun. The reference is the same base model
-without its adapters, or with --adapter as it was saved, so that no base model is
-held twice.
+without its adapters, or with the one of --adapter as it was saved, so that no
+base model is held twice.
 
 Example:
 

@@ -184,6 +184,10 @@ def test_an_adapter_of_another_revision_is_refused(base: Path, adapter: Path, tm
     say(revision=COMMIT[:8])(folder)
     with qlora(cached, adapter=folder):
         pass
+    found = CliRunner().invoke(app, ["plan", str(cached), "--adapter", str(folder), "--gpu-memory", "1GiB"])
+    assert f"surgery finetune {cached} --data DATA --adapter {folder}" in found.output
+    both = CliRunner().invoke(app, ["plan", str(cached), "--adapter", str(folder), "--lora-r", "8"])
+    assert (both.exit_code, "expected --adapter without --lora-r" in both.output) == (2, True)
 
 
 def test_a_branch_is_the_commit_that_the_cache_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,14 @@ def test_jobs(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert found["preferred"].losses[1] == pytest.approx(0.6931, abs=0.003)
     assert len(load_file(tmp_path / "dpo" / "adapter_model.safetensors")) == len(adapter)
 
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.weight" in whole
+    for folder, expected in (("whole-again", whole), ("dpo-again", adapter)):
+        again = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in expected.items()), folder
+    assert found["begun"].losses[1] == pytest.approx(0.6931, abs=0.003)  # the reference is what was loaded
+
     assert straight.attestation is not None
     assert [(check.when, check.where, check.layers) for check in straight.attestation.checks] == [
         ("start", "at rest", 14), ("step 1", "in forward", 8), ("end", "at rest", 14),
