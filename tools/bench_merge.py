@@ -50,7 +50,7 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
 

@@ -66,7 +66,7 @@ def _round_adapted(model: PeftModel) -> None:
 
 @torch.inference_mode()
 def _answer(model: Any, tokenizer: Any, question: str) -> str:
-    """What `model` says to `question`, at most 48 tokens."""
+    """The answer of `model` to `question`, at most 48 tokens."""
     turns = [{"role": "user", "content": question}]
     given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = model.generate(**given, max_new_tokens=48, do_sample=False)
