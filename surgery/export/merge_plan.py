@@ -1,4 +1,4 @@
-"""Plan of a merge: the fate of every tensor of a checkpoint, known before one is read: copied, merged, or taken apart."""
+"""Plan of a merge: what becomes of every tensor, known before one is read: copied, merged, or taken apart."""
 
 from __future__ import annotations
 
