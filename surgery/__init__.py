@@ -13,6 +13,7 @@ from surgery import errors
 
 if TYPE_CHECKING:
     from surgery.adapters.folder import reserve
+    from surgery.adapters.load import load_adapter
     from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
@@ -85,6 +86,7 @@ __all__ = [
     "checkpoint_activations",
     "dequantize",
     "fill",
+    "load_adapter",
     "load_state",
     "low_memory",
     "merge",
@@ -99,6 +101,7 @@ __all__ = [
 ]
 
 _MODULES: dict[str, Sequence[str]] = {
+    "surgery.adapters.load": ("load_adapter",),
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.adapters.options import check_adapter
+from surgery.adapters.saved import SavedAdapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
 from surgery.quantizers.base import QuantFormat, format_for
@@ -37,9 +38,9 @@ class Setting:
     """Every choice that a model is built by. Raises `ConfigError` for what cannot work together.
 
     quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
-    placement: where weights wait until the model is complete; None is the strategy's default. dtype: of what is not
-    quantized. compute_dtype: in which quantized layers multiply. device: that ranks compute on, this rank's where there
-    is a job. world_size: number of ranks.
+    adapter: what their values are read from; None draws them. placement: where weights wait until the model is
+    complete; None is the strategy's default. dtype: of what is not quantized. compute_dtype: in which quantized layers
+    multiply. device: that ranks compute on, this rank's where there is a job. world_size: number of ranks.
     """
 
     quant: Any
@@ -50,6 +51,7 @@ class Setting:
     compute_dtype: torch.dtype
     device: torch.device
     world_size: int = 1
+    adapter: SavedAdapter | None = None
 
     def __post_init__(self) -> None:
         at_least_one(world_size=self.world_size)
