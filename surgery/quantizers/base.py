@@ -114,6 +114,9 @@ class QuantFormat:
 
     # Modules. --------------------------------------------------------------------------------------------------------
 
+    #: Whether it packs weights that are in 16 or 32 bits; else it loads only what a checkpoint has packed.
+    quantizes: ClassVar[bool] = True
+
     #: Whether a model without a module to quantize is refused.
     needs_modules: ClassVar[bool] = True
 
@@ -196,6 +199,9 @@ class QuantFormat:
     def set_state(self, module: Any, state: Any) -> None:
         """Give `module` its state, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
+
+    def finish(self, model: nn.Module) -> None:
+        """Change the quantized modules of `model`, filled, whose parameters stay whole and as they are from here on."""
 
     @staticmethod
     def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
