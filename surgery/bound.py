@@ -34,6 +34,7 @@ from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
+from surgery.passes.derive import Await, Derive
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
 from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
@@ -439,7 +440,7 @@ def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
 def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) -> Iterator[Pass]:
     """All passes of a fill. Weights are read ahead as soon as no pass can change any more what is to be read."""
     strategy = shared.setting.strategy
-    early = lora is not None and (strategy.shards_on_meta or not needs_weights(lora))
+    early = lora is not None and not (strategy.holds_whole and needs_weights(lora))
     adapt = [] if lora is None else [Adapt(loading=shared, lora=lora), *placed(passes, "adapt")]
     quantize = Quantize(loading=shared)
     yield from placed(passes, "replace")
@@ -450,12 +451,14 @@ def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) 
     else:
         yield ReadAhead(loading=shared)
         yield from adapt if early else ()
+    yield Await(loading=shared)
     if strategy.shards_on_meta:
         yield ShardOnMeta(loading=shared)
     yield Read(loading=shared)
     yield quantize
     yield Exchange(loading=shared, quantize=quantize)
     yield Record(loading=shared)
+    yield Derive(loading=shared)
     yield Relocate(loading=shared)
     yield Install(loading=shared)
     yield from adapt if not early else ()

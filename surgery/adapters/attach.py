@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import model_surgery_patches as patches
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat, format_of
 
@@ -62,11 +63,19 @@ def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def appearing_real(model: nn.Module) -> Iterator[None]:
+def appearing_real(model: nn.Module, *, dora: bool = False) -> Iterator[None]:
     """A block in which every parameter on meta looks as if it were on the CPU, and a sharded one whole, in no memory.
 
-    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
+    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost. What it takes
+    from base weights is NaN, for the pass `derive` to find. dora: whether magnitudes of DoRA may be asked for.
     """
+    if dora:
+        with (
+            patches.transaction("peft.dora-of-blank-weights", reason="a model is adapted before it has weights"),
+            appearing_real(model),
+        ):
+            yield
+        return
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         like = (format_of(module) or QuantFormat).like
@@ -75,7 +84,8 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
                 if parameter not in stand_ins:
                     device = "cpu" if parameter.is_meta else parameter.device
                     # One element in memory, shown as often as the shape says.
-                    element = torch.empty(1, dtype=parameter.dtype, device=device)
+                    blank = torch.nan if parameter.is_floating_point() else 0
+                    element = torch.full((1,), blank, dtype=parameter.dtype, device=device)
                     stand_ins[parameter] = like(parameter, element.expand(parameter.shape))
                 module._parameters[name] = stand_ins[parameter]
     originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from surgery.errors import ConfigError
 from surgery.model.tree import Site, decoder_blocks, ends_of, sites
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
 from surgery.sharding.base import (
-    READS_WEIGHTS,
     Devices,
     Shard,
     Unit,
@@ -30,9 +29,6 @@ from surgery.sharding.base import (
 )
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Partition
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 __all__ = ["SHARDS_INTEGERS", "Fsdp2", "check_groups", "shard"]
 
@@ -140,15 +136,6 @@ class Fsdp2(Fsdp):
                 f"or quant_storage={quant.dtype} (the same bytes under another name)"
             )
         super().check_format(quant, adapted=adapted)
-
-    def check_adapters(self, lora: LoraConfig) -> None:
-        """Refuse adapters that read base weights if no rank ever has a whole one."""
-        for name, what in READS_WEIGHTS.items() if self.shards_on_meta else ():
-            if getattr(lora, name, None):
-                raise ConfigError(
-                    f"{name} {what}, but with placement sharded no rank holds a whole weight: use "
-                    f"placement='replicated', or leave {name} out"
-                )
 
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
