@@ -17,6 +17,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.adapters.attach import needs_weights
+from surgery.adapters.derived import is_blank
 from surgery.adapters.folder import make_room
 from surgery.adapters.metadata import name_base
 from surgery.checkpoint import Checkpoint
@@ -40,7 +41,7 @@ from surgery.passes.install import Install
 from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.prepare import Prepared, match
+from surgery.passes.prepare import Prepared, check_magnitudes, match
 from surgery.passes.quantize import Quantize
 from surgery.passes.read import Read, ReadAhead
 from surgery.passes.record import Record
@@ -131,6 +132,8 @@ class Bound:
                 whole = {p for name, p in self.model.named_parameters() if name in unsharded}
                 setting.strategy.check_adapted(outer, decoder_blocks(outer), whole)
                 trained = {n: p for n, p in outer.named_parameters() if p.requires_grad and not p.is_meta}
+                blank = [clean(name) for name, parameter in self.model.named_parameters() if is_blank(parameter)]
+                check_magnitudes(self.model, setting, blank)
                 facts = {clean(name): f"{p.dtype} {tuple(p.shape)}" for name, p in trained.items()}
                 same_on_every_rank(ranks, "trained", {"trained parameters": facts})
                 stop_waiting(self.model)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Derived", "Magnitude", "Rows", "find_derived", "put"]
+__all__ = ["Derived", "Magnitude", "Rows", "find_derived", "is_blank", "put"]
 
 #: A tensor's holder, and its name there; FSDP2 replaces parameters.
 Place = tuple[nn.Module, str]
@@ -60,15 +60,14 @@ class Magnitude(Derived):
         row = shape[1:].numel()
         stop = start + values.numel()
         values = self._adapted(values, start, row)
-        whole = range(min(-(-start // row) * row, stop), max(stop // row * row, min(-(-start // row) * row, stop)))
-        for begin, end in ((start, whole.start), (whole.start, whole.stop), (whole.stop, stop)):
-            piece = values[begin - start : end - start]
-            if not piece.numel():
+        first = min(-(-start // row) * row, stop)
+        last = max(stop // row * row, first)
+        for begin, end, width in ((start, first, first - start), (first, last, row), (last, stop, stop - last)):
+            if begin == end:
                 continue
-            rows = piece.view(-1, row) if len(whole) and begin == whole.start else piece.view(1, -1)
-            first, offset = divmod(begin, row)
+            rows = values[begin - start : end - start].view(-1, width)
             norms = torch.linalg.vector_norm(rows, dim=0 if self.transposed else 1, dtype=torch.float32)
-            at = offset if self.transposed else first
+            at = begin % row if self.transposed else begin // row
             found[at : at + norms.numel()] += norms.to(found.device, torch.float64).square()
 
     def _adapted(self, values: torch.Tensor, start: int, row: int) -> torch.Tensor:
@@ -112,12 +111,12 @@ def find_derived(model: nn.Module) -> Iterator[Derived]:
     seen: set[int] = set()
     for module in model.modules():
         for name, layer in dict(getattr(module, "lora_magnitude_vector", None) or {}).items():
-            if _is_blank(layer._parameters["weight"]):
+            if is_blank(layer._parameters["weight"]):
                 yield _magnitude(module, name, layer)
         indices: Any = getattr(module, "token_indices", None)
         for name, chosen in indices.items() if isinstance(indices, dict) else ():
             held = ((module.trainable_tokens_delta, name), (module.trainable_tokens_original, name))
-            places = tuple(place for place in held if _is_blank(_tensor(place)) and id(place[0]) not in seen)
+            places = tuple(place for place in held if is_blank(_tensor(place)) and id(place[0]) not in seen)
             seen.update(id(place[0]) for place in places)
             if places:
                 yield Rows(base=module.get_base_layer(), places=places, indices=tuple(chosen))
@@ -143,7 +142,8 @@ def _tensor(place: Place) -> torch.Tensor:
     return module._buffers[name] if found is None else found  # type: ignore[return-value]  # one of both has it
 
 
-def _is_blank(tensor: torch.Tensor) -> bool:
+def is_blank(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` waits for values."""
     return not tensor.is_meta and bool(tensor.isnan().all())
 
 

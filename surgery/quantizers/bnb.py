@@ -336,11 +336,15 @@ class Bnb4bit(QuantFormat):
         names = [
             clean(join(name, "weight"))
             for name, module in model.named_modules()
-            if self.is_quantized(module) and _has_partial_blocks(module)
+            if self.is_quantized(module) and self._has_partial_blocks(module)
         ]
         if not names or any(receipt.id == REMEDY for receipt in patches.active()):
             return []
         return names if str(patches.verdict(REMEDY)) == "needed" else []
+
+    def _has_partial_blocks(self, layer: Any) -> bool:
+        blocksize = getattr(layer.quant_state, "blocksize", self.options.blocksize)  # of a shard, which does not say it
+        return bool(layer.in_features % blocksize) and layer.in_features % STEP == 0 and blocksize < BLOCKSIZE_LIMIT
 
     def state_bytes(self, blocks: int) -> int:
         """Bytes of the `quant_state` of a weight of so many blocks."""
@@ -364,12 +368,6 @@ class Bnb4bit(QuantFormat):
 
 def _is_packed(module: Any) -> bool:
     return bool(getattr(module.weight, "bnb_quantized", False))
-
-
-def _has_partial_blocks(layer: Any) -> bool:
-    state: Any = layer.quant_state  # of a shard, whose parameter says nothing of blocks
-    rows = layer.in_features
-    return bool(rows % state.blocksize) and rows % STEP == 0 and state.blocksize < BLOCKSIZE_LIMIT
 
 
 register(Quant, Bnb4bit)
