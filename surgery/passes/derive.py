@@ -16,10 +16,15 @@ from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.loading import Loading
 from surgery.passes.tensors import ShardBuffer
 
-__all__ = ["RUN_ELEMENTS", "Await", "Derive"]
+__all__ = ["Await", "Derive", "run_elements"]
 
-#: Elements of a weight that are looked at together, at most.
-RUN_ELEMENTS = 1 << 22
+#: Elements of a weight that are looked at together, about; on a CPU what its caches hold.
+RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
+
+
+def run_elements(device: torch.device) -> int:
+    """The number of elements to look at together on `device`."""
+    return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class Derive(BatchPass):
     def _values(self, buffer: ShardBuffer) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield `(start, values)`: what this rank alone has made, from flat element `start` on, run by run."""
         form, quant = buffer.target.form, self.loading.setting.format
-        rows, step = buffer.slice.reads, max(RUN_ELEMENTS // form.row, 1)
+        rows, step = buffer.slice.reads, max(run_elements(self.loading.device) // form.row, 1)
         made = buffer.read_rows()
         for first in range(0, len(rows), step):
             run = made[first * buffer.row : (first + step) * buffer.row]
