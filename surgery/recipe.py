@@ -77,10 +77,12 @@ def qlora(
         asked |= {"dtype": dtype, "compute_dtype": compute_dtype or dtype}
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
-        job = set_up(setting, ranks)
         with everyone(ranks, device=device):
             # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+            setting = setting.reading(opened)
+        job = set_up(setting, ranks)
+        with everyone(ranks, device=device):
             with report.phase("skeleton"):
                 prepared = prepare(opened, setting, build=model, ranks=ranks, device=device)
             foresee(prepared, opened, ranks, report)

@@ -3,8 +3,20 @@
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.header import TensorEntry
 from surgery.checkpoint.index import Index
+from surgery.checkpoint.packed import PackedSettings, PackedWeight
 from surgery.checkpoint.prefetch import Chunk, Prefetch, Request
 from surgery.checkpoint.reader import Reader
 from surgery.checkpoint.writer import write_checkpoint
 
-__all__ = ["Checkpoint", "Chunk", "Index", "Prefetch", "Reader", "Request", "TensorEntry", "write_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Chunk",
+    "Index",
+    "PackedSettings",
+    "PackedWeight",
+    "Prefetch",
+    "Reader",
+    "Request",
+    "TensorEntry",
+    "write_checkpoint",
+]

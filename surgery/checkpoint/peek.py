@@ -26,6 +26,7 @@ from surgery.checkpoint.hub import (
 )
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME, Layout
+from surgery.checkpoint.packed import find_packed
 from surgery.checkpoint.patience import patience, say_cache_is_taken
 from surgery.checkpoint.refusals import require_usable
 from surgery.errors import CheckpointError
@@ -118,9 +119,16 @@ class _Repository:
             headers = dict(zip(layout.files, pool.map(self._header, layout.files), strict=True))
         index = Index.join(layout, headers)
         content = read_config(folder) if config is not None else None
-        require_usable(index, content, path=folder)
+        packed = find_packed(index, path=folder, read=self._fetch, threads=THREADS)
+        require_usable(index, content, packed, path=folder)
         return Checkpoint(
-            source=self.repo_id, path=folder, revision=self.commit, index=index, config=content, fetch=self._fetch
+            source=self.repo_id,
+            path=folder,
+            revision=self.commit,
+            index=index,
+            config=content,
+            packed=packed,
+            fetch=self._fetch,
         )
 
     def _download(self, name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""Refusals of checkpoints that are quantized already, or whose config.json describes a far larger model."""
+"""Refusals of checkpoints that are quantized in a way that is not read here, or described as far larger ones."""
 
 from __future__ import annotations
 
@@ -8,43 +8,121 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.index import Index
+from surgery.checkpoint.packed import PackedWeight
 from surgery.errors import CheckpointError, WeightsMismatchError
 
 __all__ = ["contradiction", "require_usable"]
 
-# Names of the tensors that bitsandbytes (4 and 8 bits), GPTQ, AWQ and compressed-tensors write.
-_TENSOR_SUFFIXES = (".absmax", ".nested_absmax", ".quant_map", ".SCB", ".qweight", ".qzeros", ".weight_packed")
-_TENSOR_INFIX = ".quant_state."
+#: What tells that weights are stored in a way that is not read here: the end of a tensor's name.
+_SUFFIXES = {
+    ".SCB": "8 bits of bitsandbytes",
+    ".qweight": "GPTQ or AWQ",
+    ".qzeros": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "fp8 or compressed-tensors",
+    ".weight_scale_inv": "fp8",
+    "_blocks": "MXFP4",
+}
+
+#: Names that users know, by what config.json calls them.
+_METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8 (FBGEMM)",
+    "mxfp4": "MXFP4",
+    "compressed-tensors": "compressed-tensors",
+    "bitsandbytes": "8 bits of bitsandbytes",
+}
 
 
-def require_usable(index: Index, config: Mapping[str, Any] | None, *, path: Path) -> None:
-    """Raise `CheckpointError` for weights that are quantized, by `config` or a tensor's name: quantizing them again
-    would give garbage, silently. Raise `WeightsMismatchError` for a `config` with far larger numbers than the headers.
+def require_usable(
+    index: Index, config: Mapping[str, Any] | None, packed: Mapping[str, PackedWeight], *, path: Path
+) -> None:
+    """Raise `CheckpointError` for weights that are quantized in a way that is not read here, by `config` or a tensor's
+    name, and for `packed` ones of two kinds. Raise `WeightsMismatchError` for a `config` with far larger numbers than
+    the headers.
     """
-    method = _configured_method(config or {})
-    name = next((name for name in index if name.endswith(_TENSOR_SUFFIXES) or _TENSOR_INFIX in name), None)
-    if method is not None or name is not None:
-        sign = f"it holds the tensor {name!r}"
-        if method is not None:
-            name, sign = None, f"its config.json has a quantization_config ({method})"
+    _require_one_kind(packed, path=path)
+    declared = _declared(config or {})
+    method = _METHODS.get(declared or "", declared)
+    sign = f"its config.json has a quantization_config ({declared})"
+    name = None
+    if not packed and declared == "bitsandbytes" and _is_4bit(config or {}):
         raise CheckpointError(
-            f"The checkpoint at {path} is quantized already: {sign}. Expected 16- or 32-bit weights: use the "
-            "checkpoint that it was made from.",
+            f"The checkpoint at {path} is declared to be in 4 bits of bitsandbytes by its config.json, and none of its "
+            "tensors has a quant_state. Expected tensors named *.weight.quant_state.bitsandbytes__nf4 or fp4: get "
+            "config.json and the weights from the same place, or remove quantization_config from config.json.",
+            path=path,
+        )
+    if packed and (declared is None or _is_4bit(config or {})):
+        _require_agreement(index, config or {}, path=path)
+        return
+    if declared is None:
+        signs = ((name, how) for name in index for end, how in _SUFFIXES.items() if _ends(name, end))
+        name, method = next(signs, (None, None))
+        sign = f"it holds the tensor {name!r}"
+    if method is not None:
+        raise CheckpointError(
+            f"The checkpoint at {path} is quantized already, in {method}: {sign}. Expected 16- or 32-bit weights, or "
+            f"packed 4-bit weights of bitsandbytes: {_remedy(method)}.",
             path=path,
             tensor=name,
         )
     _require_agreement(index, config or {}, path=path)
 
 
-def _configured_method(config: Mapping[str, Any]) -> str | None:
-    """Name the quantization method that a model config, or the text part of a multimodal one, declares."""
+def _remedy(method: str) -> str:
+    if method in ("MXFP4", "fp8"):
+        return (
+            "use the checkpoint that it was made from, or write one in 16 bits first, by from_pretrained(..., "
+            f"quantization_config={'Mxfp4Config' if method == 'MXFP4' else 'FineGrainedFP8Config'}(dequantize=True)) "
+            "and save_pretrained of transformers"
+        )
+    return "use the checkpoint that it was made from"
+
+
+def _ends(name: str, end: str) -> bool:
+    # Only experts are stored in MXFP4, in blocks with scales beside them.
+    return name.endswith(end) and (end != "_blocks" or "experts" in name)
+
+
+def _require_one_kind(packed: Mapping[str, PackedWeight], *, path: Path) -> None:
+    """Raise `CheckpointError` where packed weights differ in more than shape: no option describes two kinds."""
+    kinds: dict[str, str] = {}
+    for weight in packed.values():
+        kinds.setdefault(weight.settings.kind, weight.name)
+    if len(kinds) > 1:
+        found = "; ".join(f"{name} is {kind}" for kind, name in kinds.items())
+        raise CheckpointError(
+            f"The packed weights at {path} are of {len(kinds)} kinds: {found}. Expected one: write them in 16 bits "
+            "(surgery dequantize), and quantize that.",
+            path=path,
+            tensor=list(kinds.values())[1],
+        )
+
+
+def _configuration(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a model config, or of the text part of a multimodal one."""
     for part in (config, config.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if not found:
-            continue
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
-        return str(method or "of unknown method")
+        if found:
+            return found if isinstance(found, Mapping) else {}
     return None
+
+
+def _declared(config: Mapping[str, Any]) -> str | None:
+    """Name of the quantization method that a config declares; bitsandbytes' early ones lack it."""
+    found = _configuration(config)
+    if found is None:
+        return None
+    is_bitsandbytes = found.get("load_in_4bit") or found.get("load_in_8bit")
+    return str(found.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "of unknown method"))
+
+
+def _is_4bit(config: Mapping[str, Any]) -> bool:
+    found = _configuration(config) or {}
+    return _declared(config) == "bitsandbytes" and bool(found.get("load_in_4bit", found.get("_load_in_4bit")))
 
 
 #: Names under which configurations of transformers have a number of layers, and a width that a weight has too.

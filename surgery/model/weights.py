@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, Index, Reader, TensorEntry
+from surgery.checkpoint import Checkpoint, Reader, TensorEntry
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment, Group, Logical, group_keys
-from surgery.model.tree import tied_parameters, was_conv1d
+from surgery.model.tree import is_conv1d, tied_parameters, was_conv1d
 
 __all__ = ["WeightPlan", "fill_buffers", "plan_weights", "untie_different"]
 
@@ -27,12 +27,14 @@ class WeightPlan:
     """Tensors of a checkpoint that are loaded, in the model's order, and names of what is not, as in transformers.
 
     ignored: keys that have no place in the model, or whose parameter has another; and names in the index that no file
-    holds. initialized: FQNs of buffers that no key fills, and that have their initial values.
+    holds. initialized: FQNs of buffers that no key fills, and that have their initial values. packed: FQNs of those
+    parameters that are packed weights of the checkpoint, as they are.
     """
 
     assignments: tuple[Assignment, ...]
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    packed: frozenset[str] = frozenset()
 
 
 def plan_weights(
@@ -51,9 +53,9 @@ def plan_weights(
     from transformers import PreTrainedModel
 
     index = checkpoint.index
-    groups, unplaced, repeated = group_keys(model, index, conversions)
+    groups, unplaced, repeated = group_keys(model, checkpoint.weights(), conversions)
     logical = Logical.of(model)
-    stored = {name: _finish(model, index, group, logical) for name, group in groups.items()}
+    stored = {name: _finish(model, checkpoint, group, logical) for name, group in groups.items()}
     filled = {target for assignment in stored.values() for target in assignment.targets}
     missing = [first for first, aliases in tied_parameters(model).items() if filled.isdisjoint((first, *aliases))]
     initialized = fill_buffers(model, missing, device=device)
@@ -68,7 +70,12 @@ def plan_weights(
         if names:
             assignments.append(_fill(first, names, stored))
     return WeightPlan(
-        assignments=tuple(assignments), ignored=(*unplaced, *repeated, *index.ignored), initialized=initialized
+        assignments=tuple(assignments),
+        ignored=(*unplaced, *repeated, *index.ignored),
+        initialized=initialized,
+        packed=frozenset(
+            each.targets[0] for each in assignments if each.converter is None and each.sources[0] in checkpoint.packed
+        ),
     )
 
 
@@ -99,7 +106,7 @@ def _mismatch(checkpoint: Checkpoint, missing: Sequence[str], unplaced: Sequence
     )
 
 
-def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> Assignment:
+def _finish(model: nn.Module, checkpoint: Checkpoint, group: Group, logical: Logical) -> Assignment:
     """The assignment of `group`, after a dry run on meta that finds its targets and checks their shapes and dtypes."""
     assignment = Assignment(
         targets=(group.name,),
@@ -108,7 +115,7 @@ def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> A
         logical=logical,
         patterns=tuple(group.patterns),
     )
-    entries = [index[name] for name in group.sources]
+    entries = [checkpoint.logical(name) for name in group.sources]
     for entry in entries:
         _check_known(group.name, entry)
     try:
@@ -122,7 +129,7 @@ def _finish(model: nn.Module, index: Index, group: Group, logical: Logical) -> A
             tensor=entries[0].name,
         ) from error
     for name, tensor in dry.items():
-        _check_fits(model, name, tensor, entries)
+        _check_fits(model, name, tensor, entries, is_packed=entries[0].name in checkpoint.packed)
     return replace(assignment, targets=tuple(dry), dtypes=tuple(tensor.dtype for tensor in dry.values()))
 
 
@@ -136,13 +143,16 @@ def _check_known(name: str, entry: TensorEntry) -> None:
         )
 
 
-def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry]) -> None:
+def _check_fits(
+    model: nn.Module, name: str, tensor: torch.Tensor, entries: Iterable[TensorEntry], *, is_packed: bool
+) -> None:
     """Require equal shapes; floating goes into floating of any width, everything else into its own dtype."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
     wanted = getattr(owner, leaf)
     entry = next(iter(entries))
-    turned = leaf == "weight" and was_conv1d(owner)
+    # What is packed is stored as the quantized module has it, `(out, in)`, else as Conv1D has it.
+    turned = leaf == "weight" and (is_conv1d(owner) if is_packed else was_conv1d(owner))
     if tuple(tensor.shape[:: -1 if turned else 1]) != tuple(wanted.shape):
         raise WeightsMismatchError(
             f"{name} has shape {tuple(wanted.shape)} in the model, but {entry.file.name} holds {entry.name} with shape "
@@ -151,7 +161,7 @@ def _check_fits(model: nn.Module, name: str, tensor: torch.Tensor, entries: Iter
             tensor=entry.name,
         )
     castable = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
+    if is_packed or tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
         return
     raise WeightsMismatchError(
         f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "

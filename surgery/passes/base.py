@@ -48,7 +48,7 @@ class Pass:
         """Look at `values` of a tensor, 1-D, from flat element `start` on, as they are before they are quantized.
 
         Each rank sees its part, piece by piece: `values` are in the checkpoint's dtype, on the CPU or the rank's
-        device, and only valid during the call.
+        device, and only valid during the call. Weights that the checkpoint has packed are not shown.
         """
 
     def see_tensor(self, buffer: ShardBuffer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 
@@ -81,14 +82,21 @@ class Exchange(BatchPass):
             buffer.statistics = None
         shapes = [buffer.target.logical for buffer in quantized if buffer.target.logical is not None]
         with self.loading.keeping_failure(self.name, quantized[0].target.module_fqn if quantized else ""):
-            states = self.loading.setting.format.states(
-                statistics, shapes, [buffer.target.precision for buffer in quantized]
-            )
+            states = self._states(quantized, statistics, shapes)
             for buffer, state in zip(quantized, states, strict=True):
                 buffer.state = state
 
+    def _states(
+        self, quantized: Sequence[ShardBuffer], statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Any]:
+        quant, read = self.loading.setting.format, self.loading.reader.read
+        stored = [buffer.target.stored for buffer in quantized if buffer.target.stored is not None]
+        if not stored:
+            return quant.states(statistics, shapes, [buffer.target.precision for buffer in quantized])
+        return [quant.stored_state(each, found, read) for each, found in zip(stored, statistics, strict=True)]
+
     def _statistics(self, quantized: Sequence[ShardBuffer]) -> list[torch.Tensor]:
-        """The statistics of all blocks of each weight, float32, in order."""
+        """The statistics of all blocks of each weight, float32 or as the checkpoint has them, in order."""
         mine = [buffer.statistics for buffer in quantized if buffer.statistics is not None]
         world_size, partition = self.loading.ranks.world_size, self.loading.buffers.partition
         if world_size == 1 or not mine:

@@ -29,10 +29,10 @@ from surgery.errors import ConfigError
 from surgery.passes.base import Batch, Naming, Pass, group_into_batches
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import ShardBuffers, Target
-from surgery.sharding.partition import Partition
+from surgery.sharding.partition import Partition, Slice
 from surgery.telemetry.report import Report
 
-__all__ = ["CHUNK_ELEMENTS", "LAYER_LIMIT", "Job", "Loading", "Staging", "cores", "loading", "requests"]
+__all__ = ["CHUNK_ELEMENTS", "LAYER_LIMIT", "Job", "Loading", "Staging", "cores", "loading", "requests", "wanted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,9 +187,19 @@ def requests(batches: Iterable[Batch], partition: Partition, rank: int) -> Itera
     """The ranges that `rank` reads of tensors that fill one target each, in the order in which it uses them."""
     for batch in batches:
         for target in batch.targets:
-            elements = partition.slice(target.form, rank).elements
-            if target.source is not None and elements:
-                yield Request(entry=target.source, start=elements.start, stop=elements.stop)
+            yield from wanted(target, partition.slice(target.form, rank))
+
+
+def wanted(target: Target, share: Slice) -> Iterator[Request]:
+    """The ranges that a rank reads of a tensor that fills `target` alone, of which it has `share`."""
+    if target.source is None or not share.elements:
+        return
+    if target.stored is None:
+        yield Request(entry=target.source, start=share.elements.start, stop=share.elements.stop)
+        return
+    yield Request(entry=target.source, start=share.reads.start, stop=share.reads.stop)
+    if share.blocks:
+        yield Request(entry=target.stored.absmax, start=share.blocks.start, stop=share.blocks.stop)
 
 
 def current_targets(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:

@@ -12,13 +12,13 @@ from torch import nn
 from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, WeightsMismatchError
 from surgery.model.consistency import same_model
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, sites, tied_parameters
 from surgery.model.weights import plan_weights
 from surgery.passes.base import Naming
-from surgery.passes.replace import Replace, precisions, quantizable
+from surgery.passes.replace import Replace, held_packed, precisions, quantizable
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target, find_targets
 from surgery.quantizers.base import QuantFormat
@@ -78,24 +78,43 @@ def match(
     Raises what would end the loading, adapting, sharding or saving of this model, as far as it is known; `model` is as
     it was then.
     """
+    setting = setting.reading(checkpoint)
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)
     weights = plan_weights(model, checkpoint, device=device, conversions=conversions)
-    chosen = _made_by_upstream(model, quant) if is_chosen else quantizable(model, quant)
     tied = tied_parameters(model)
+    if is_chosen:
+        chosen = _made_by_upstream(model, quant)
+    elif weights.packed:
+        chosen = held_packed(model, quant, weights.packed)
+    else:
+        chosen = quantizable(model, quant)
+    _require_alike(chosen, weights.packed, checkpoint)
     strategy.check_ties(tied)
     trained: tuple[Trained, ...] = ()
     if setting.lora is not None:
         quantized = [site.module for site in chosen]
         trained = rehearse(model, setting.lora, quantized=quantized, quant=quant, strategy=strategy)
-    transposed = frozenset(f"{site.fqn}.weight" for site in chosen if quant.is_transposed(site.module))
+    # A packed weight is stored as the module has it that was quantized, so that it is turned if it is not to be packed.
+    transposed = frozenset(
+        f"{site.fqn}.weight"
+        for site in sites(model)
+        if quant.is_transposed(site.module) and (site in chosen) != (f"{site.fqn}.weight" in weights.packed)
+    )
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):
         model = Replace(quant=quant, chosen=chosen, marks=not is_chosen).run(model)
     if not strategy.holds_whole:  # else PEFT makes them, of what it reads
         check_magnitudes(model, setting, [each.fqn for each in trained])
     targets = find_targets(
-        model, weights.assignments, checkpoint.index, quant, tied=tied, transposed=transposed, precisions=kept
+        model,
+        weights.assignments,
+        checkpoint.index,
+        quant,
+        tied=tied,
+        packed=checkpoint.packed,
+        transposed=transposed,
+        precisions=kept,
     )
     return Prepared(
         model=model,
@@ -123,6 +142,18 @@ def check_magnitudes(model: nn.Module, setting: Setting, trained: Iterable[str])
             f"lora.use_dora: bitsandbytes takes {lost[0]} ({len(lost)} in all) for another weight on this CPU, whose "
             "magnitudes would be others: apply the patch bitsandbytes.cpu-dequantize-flat for the whole process, leave "
             "it out of target_modules, or use placement='replicated', where they are as wrong as the weight"
+        )
+
+
+def _require_alike(chosen: Sequence[Site], packed: frozenset[str], checkpoint: Checkpoint) -> None:
+    """Refuse a packed checkpoint that has the weight of a quantized module in 16 bits, which forward would misread."""
+    plain = [f"{site.fqn}.weight" for site in chosen if packed and f"{site.fqn}.weight" not in packed]
+    if plain:
+        raise WeightsMismatchError(
+            f"{plain[0]} is quantized by config.json, and {checkpoint.path} holds it unpacked, beside packed weights: "
+            "name the module in llm_int8_skip_modules of quantization_config",
+            path=checkpoint.path,
+            tensor=plain[0],
         )
 
 

@@ -33,7 +33,8 @@ class Quantize(BatchPass):
     def take(self, buffer: ShardBuffer) -> None:
         """Quantize or copy the pieces of `buffer` in order."""
         for start, values in buffer.pieces:
-            self.loading.show(buffer.target, lambda watcher: watcher.see_values(buffer.target, start, values))  # noqa: B023  # called at once
+            if buffer.target.stored is None:
+                self.loading.show(buffer.target, lambda watcher: watcher.see_values(buffer.target, start, values))  # noqa: B023  # called at once
             self.loading.buffers.fill(buffer, start, values)
         buffer.pieces = ()
         self.loading.show(buffer.target, lambda watcher: watcher.see_tensor(buffer))

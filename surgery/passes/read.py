@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Chunk
+from surgery.checkpoint import Chunk, Request
 from surgery.errors import WeightsMismatchError
 from surgery.model.keys import Assignment
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
-from surgery.passes.loading import Loading
+from surgery.passes.loading import Loading, wanted
 from surgery.passes.tensors import ShardBuffer, Target
 
 __all__ = ["Read", "ReadAhead"]
@@ -55,16 +55,20 @@ class Read(BatchPass):
     def _buffers(self, targets: list[Target], assignment: Assignment) -> list[ShardBuffer]:
         found = [self.loading.buffers.begin(target) for target in targets]
         if targets[0].source is not None:
-            found[0].pieces = self._stream(found[0])
+            found[0].pieces = self._stream(found[0], wanted(targets[0], found[0].slice))
         elif self.loading.converter(targets) == self.loading.ranks.rank:
             self._convert(found, assignment)
         return found
 
-    def _stream(self, buffer: ShardBuffer) -> Iterator[tuple[int, torch.Tensor]]:
+    def _stream(self, buffer: ShardBuffer, requests: Iterable[Request]) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield `(start, values)` of what the rank reads of one tensor; each is valid until the next is asked for."""
+        for request in requests:
+            yield from self._chunks(buffer, request)
+
+    def _chunks(self, buffer: ShardBuffer, request: Request) -> Iterator[tuple[int, torch.Tensor]]:
         assert self.loading.prefetch is not None
-        position = buffer.slice.elements.start
-        while position < buffer.slice.elements.stop:
+        position = request.start
+        while position < request.stop:
             # Named here, since `quantize` asks for the pieces.
             with Naming(self.name, buffer.target.module_fqn):
                 chunk = self.loading.prefetch.next()
@@ -75,14 +79,21 @@ class Read(BatchPass):
             chunk.release(_recorded(self.loading.device))
 
     def _convert(self, buffers: list[ShardBuffer], assignment: Assignment) -> None:
-        reader, index = self.loading.reader, self.loading.checkpoint.index
-        tensors = assignment.convert({name: reader.read(index[name]) for name in assignment.sources})
+        tensors = assignment.convert({name: self._read(name) for name in assignment.sources})
         for name in assignment.duplicates:
-            if not _equal(reader.read(index[name]), tensors[assignment.targets[0]], buffers[0].target):
+            if not _equal(self._read(name), tensors[assignment.targets[0]], buffers[0].target):
                 raise _differ(name, assignment)
         for buffer in buffers:
             tensor = tensors[buffer.target.fqn]
             buffer.converted = (tensor.t() if buffer.target.is_transposed else tensor).reshape(-1)
+
+    def _read(self, name: str) -> torch.Tensor:
+        """A whole tensor of the checkpoint, dequantized if it is packed."""
+        checkpoint, reader = self.loading.checkpoint, self.loading.reader
+        if name not in checkpoint.packed:
+            return reader.read(checkpoint.index[name])
+        weight = checkpoint.packed[name]
+        return weight.dequantize(reader.read_range).view(weight.settings.shape)
 
     def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
         """Compare a tensor that is saved once more under a tied name: one of two would be lost without a word.

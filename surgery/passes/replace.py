@@ -16,7 +16,7 @@ from surgery.model.tree import Site, replace_module, sites
 from surgery.passes.base import Pass
 from surgery.quantizers.base import QuantFormat
 
-__all__ = ["Replace", "precisions", "quantizable"]
+__all__ = ["Replace", "held_packed", "precisions", "quantizable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,22 @@ def quantizable(model: nn.Module, quant: QuantFormat) -> tuple[Site, ...]:
     return chosen
 
 
+def held_packed(model: nn.Module, quant: QuantFormat, packed: frozenset[str]) -> tuple[Site, ...]:
+    """The sites of `model` that `quant` replaces where the parameters `packed` are packed in the checkpoint: theirs.
+
+    What it cannot take, and tied modules, are left; their weights are dequantized.
+    """
+    tied = _tied(model)
+    candidates = (site for site in sites(model) if f"{site.fqn}.weight" in packed and quant.takes(site.module))
+    return tuple(site for site in candidates if site.module not in tied)
+
+
 def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
     """FQNs of modules that transformers too leaves unquantized: the output head, modules with tied weights, and what
     the class of the model names (`_keep_in_fp32_modules`).
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
-    for site in sites(model):
-        for parameter in site.module.parameters(recurse=False):
-            owners[parameter].add(site.module)
-    tied = {module for modules in owners.values() if len(modules) > 1 for module in modules}
+    tied = _tied(model)
     found = {site.fqn for site in candidates if site.module in tied or site.module is head}
     if not is_pretrained(model):
         return found
@@ -98,6 +104,15 @@ def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
 
     patterns = not_converted(model)
     return found | {site.fqn for site in candidates if not should_convert_module(site.fqn, patterns)}
+
+
+def _tied(model: nn.Module) -> set[nn.Module]:
+    """Modules that share a parameter with another one."""
+    owners: dict[nn.Parameter, set[nn.Module]] = defaultdict(set)
+    for site in sites(model):
+        for parameter in site.module.parameters(recurse=False):
+            owners[parameter].add(site.module)
+    return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
 def precisions(model: nn.Module, chosen: Sequence[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:

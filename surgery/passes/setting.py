@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.adapters.options import check_adapter
+from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
 from surgery.quantizers.base import QuantFormat, format_for
 from surgery.sharding.base import ShardStrategy, strategy_for
@@ -59,6 +60,15 @@ class Setting:
         if self.lora is not None:
             check_adapter(self.lora)
             self.strategy.check_adapters(self.lora)
+
+    def reading(self, checkpoint: Checkpoint) -> Setting:
+        """The setting for weights that `checkpoint` may have packed, of whose kind the format is then.
+
+        Before `strategy` has met the others. Raises `ConfigError` for a format that cannot hold them.
+        """
+        packing = checkpoint.packing
+        quant = self.quant if packing is None else self.format.options_for(packing)
+        return self if quant == self.quant else replace(self, quant=quant)
 
     @cached_property
     def format(self) -> QuantFormat:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.checkpoint import Index, TensorEntry
+from surgery.checkpoint import Index, PackedWeight, TensorEntry
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment
 from surgery.quantizers.base import Layout, QuantFormat, check_layout, check_run
@@ -22,6 +22,7 @@ from surgery.sharding.partition import Form, Partition, Slice
 __all__ = ["ShardBuffer", "ShardBuffers", "Target", "find_targets"]
 
 NO_PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType({})
+NONE_PACKED: Mapping[str, PackedWeight] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,7 +33,9 @@ class Target:
     layout: how it is packed; both None for what is not quantized. precision: the dtype in which it is quantized; None
     for the model's.
     source: where the checkpoint has it, if one range of a file holds what one range of it is made of; None if
-    upstream's conversion merges or splits tensors for it, or the checkpoint holds it transposed.
+    upstream's conversion merges or splits tensors for it, or the checkpoint holds it transposed, or packed for a module
+    that is not quantized.
+    stored: the weight as the checkpoint has packed it, to be read and not quantized; else None.
     read_as: the dtype in which the checkpoint has it.
     places: the modules that hold it, and its name in each; several if it is tied.
     """
@@ -47,6 +50,7 @@ class Target:
     source: TensorEntry | None
     logical: torch.Size | None = None
     layout: Layout | None = None
+    stored: PackedWeight | None = None
     precision: torch.dtype | None = None
     is_transposed: bool = False
 
@@ -65,6 +69,13 @@ class Target:
         """Size of what is stored."""
         return self.shape.numel() * self.dtype.itemsize
 
+    @property
+    def stored_bytes(self) -> int:
+        """Size of what the checkpoint has of it."""
+        if self.stored is None:
+            return self.form.numel * self.read_as.itemsize
+        return self.nbytes + sum(entry.nbytes for entry in self.stored.side())
+
 
 def find_targets(
     model: nn.Module,
@@ -73,16 +84,20 @@ def find_targets(
     quant: QuantFormat,
     *,
     tied: Mapping[str, tuple[str, ...]],
+    packed: Mapping[str, PackedWeight] = NONE_PACKED,
     transposed: frozenset[str] = frozenset(),
     precisions: Mapping[str, torch.dtype] = NO_PRECISIONS,
 ) -> tuple[Target, ...]:
     """The targets of `assignments`, in their order.
 
-    tied: first FQN of every parameter and persistent buffer -> aliases. transposed: FQNs of weights that the checkpoint
-    has as `(in, out)`. precisions: FQN of a weight -> the dtype in which it is quantized, if not the model's.
+    tied: first FQN of every parameter and persistent buffer -> aliases. packed: weights that the checkpoint has packed,
+    by its names. transposed: FQNs of weights that it has as `(in, out)`. precisions: FQN of a weight -> the dtype in
+    which it is quantized, if not the model's.
     Raises QuantizerError for a weight that is stored in another layout than the format says.
     """
-    make = functools.partial(_target, model, index, quant, tied=tied, transposed=transposed, precisions=precisions)
+    make = functools.partial(
+        _target, model, index, quant, tied=tied, packed=packed, transposed=transposed, precisions=precisions
+    )
     return tuple(make(name, assignment) for assignment in assignments for name in assignment.targets)
 
 
@@ -94,6 +109,7 @@ def _target(
     assignment: Assignment,
     *,
     tied: Mapping[str, tuple[str, ...]],
+    packed: Mapping[str, PackedWeight],
     transposed: frozenset[str],
     precisions: Mapping[str, torch.dtype],
 ) -> Target:
@@ -108,7 +124,11 @@ def _target(
     numel = (logical or tensor.shape).numel()
     # Packed rows are of whole bytes, so that all but the last are full.
     row = layout.values_per_byte * tensor.dtype.itemsize if layout is not None else numel // max(rows, 1)
-    one_to_one = assignment.converter is None and name not in transposed
+    found = [packed[each] for each in assignment.sources if each in packed]
+    stored = found[0] if found and is_quantized and assignment.converter is None else None
+    # Where packed weights are not taken as they are, they are dequantized first.
+    one_to_one = assignment.converter is None and not found and name not in transposed
+    source = index[assignment.sources[0]] if one_to_one else None
     return Target(
         fqn=name,
         places=tuple((model.get_submodule(split(place)[0]), split(place)[1]) for place in (name, *tied.get(name, ()))),
@@ -120,12 +140,14 @@ def _target(
             numel=numel,
             blocksize=layout.blocksize if layout is not None else None,
             is_buffer=not isinstance(tensor, nn.Parameter),
+            is_packed=stored is not None,
         ),
         assignment=assignment,
-        read_as=assignment.dtypes[assignment.targets.index(name)],
-        source=index[assignment.sources[0]] if one_to_one else None,
+        read_as=assignment.dtypes[assignment.targets.index(name)] if stored is None else tensor.dtype,
+        source=source if stored is None else stored.stored_as(tensor.dtype),
         logical=logical,
         layout=layout,
+        stored=stored,
         precision=precisions.get(name),
         is_transposed=name in transposed,
     )
@@ -166,7 +188,8 @@ class ShardBuffer:
     @property
     def is_full(self) -> bool:
         """Whether all that this rank reads of it has been taken."""
-        return self.filled == len(self.slice.elements)
+        share, stored = self.slice, self.target.stored
+        return self.filled == (len(share.elements) if stored is None else len(share.reads) + len(share.blocks))
 
     @property
     def is_complete(self) -> bool:
@@ -218,7 +241,7 @@ class ShardBuffers:
     def begin(self, target: Target) -> ShardBuffer:
         """An empty buffer, on the device where it is filled."""
         buffer = ShardBuffer(target=target, slice=self.partition.slice(target.form, self.rank))
-        if not target.is_quantized or not buffer.slice.elements:
+        if not target.is_quantized or target.stored is not None or not buffer.slice.elements:
             self._make_room(buffer)
         return buffer
 
@@ -227,8 +250,8 @@ class ShardBuffers:
         target = buffer.target
         buffer.data = torch.empty(self._numel(target), dtype=target.dtype, device=self._made_on(target))
         if target.is_quantized:
-            device = self.devices.compute
-            buffer.statistics = torch.empty(len(buffer.slice.blocks), dtype=torch.float32, device=device)
+            dtype = torch.float32 if target.stored is None else target.stored.absmax.dtype
+            buffer.statistics = torch.empty(len(buffer.slice.blocks), dtype=dtype, device=self.devices.compute)
 
     def _numel(self, target: Target) -> int:
         return self.partition.capacity(target.form, self.rank) * target.shape[1:].numel()
@@ -243,14 +266,26 @@ class ShardBuffers:
         """Put the `values` of the checkpoint, 1-D, from element `start` of its tensor on, in their place.
 
         They may be on the CPU still (pinned, or not). For a quantized target they are whole blocks, come in order, and
-        are quantized as soon as a run of them is there.
+        are quantized as soon as a run of them is there; if it is `stored`, they are its packed rows from row `start`
+        on, and then its statistics from block `start` on.
         """
+        if buffer.target.stored is not None:
+            self._fill_stored(buffer, start, values)
+            return
         buffer.filled += values.numel()
         if buffer.target.is_quantized:
             self._fill_runs(buffer, start - buffer.slice.elements.start, values)
             return
         first = start - buffer.target.form.elements(buffer.slice.keeps).start
         buffer.data[first : first + values.numel()].copy_(values, non_blocking=True)
+
+    def _fill_stored(self, buffer: ShardBuffer, start: int, values: torch.Tensor) -> None:
+        share, is_data = buffer.slice, buffer.filled < len(buffer.slice.reads)
+        buffer.filled += values.numel()
+        out = buffer.data if is_data else buffer.statistics
+        first = start - (share.keeps.start if is_data else share.blocks.start)
+        assert out is not None
+        out[first : first + values.numel()].copy_(values, non_blocking=True)
 
     def _fill_runs(self, buffer: ShardBuffer, offset: int, values: torch.Tensor) -> None:
         """Quantize `values` run by run; `offset` counts from the first element that the rank reads, as runs do."""

@@ -145,8 +145,8 @@ def plan(
         optimizer="sgd" if optim == "sgd" else "adamw",
         checkpointing=gradient_checkpointing,
     )
-    inventory = take_inventory(prepare(checkpoint, setting))
-    show(make_plan(inventory, setting, training), model, memory, as_json=as_json)
+    prepared = prepare(checkpoint, setting)
+    show(make_plan(take_inventory(prepared), prepared.setting, training), model, memory, as_json=as_json)
 
 
 @contextmanager

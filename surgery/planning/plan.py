@@ -147,4 +147,5 @@ def plan(
         device=torch.device(device),
     )
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else peek(checkpoint)
-    return make_plan(take_inventory(prepare(opened, setting, build=model)), setting, training)
+    prepared = prepare(opened, setting, build=model)
+    return make_plan(take_inventory(prepared), prepared.setting, training)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from surgery.passes.loading import wanted
 from surgery.passes.setting import Setting
 from surgery.planning.inventory import Inventory
 from surgery.sharding.partition import Form, Partition, chunk
@@ -126,9 +127,10 @@ def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
     partition = setting.strategy.partition
     total = 0
     for target in inventory.targets:
-        if target.source is not None:
-            elements = len(partition.slice(target.form, rank).elements)
-            total += elements * target.source.dtype.itemsize * (1 + len(target.assignment.duplicates))
+        ranges = wanted(target, partition.slice(target.form, rank))
+        read = sum((each.stop - each.start) * each.entry.dtype.itemsize for each in ranges)
+        total += read * (1 + len(target.assignment.duplicates))
+        total += 0 if target.stored is None else target.stored.shared_bytes
     return total
 
 

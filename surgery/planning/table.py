@@ -57,7 +57,7 @@ def _print(made: MemoryPlan, model: str, memory: int | None, *, as_json: bool) -
 def headline(plan: MemoryPlan, source: str) -> str:
     """The model, its ranks and its format, in a line."""
     setting, inventory = plan.setting, plan.inventory
-    stored = sum(target.form.numel * target.read_as.itemsize for target in inventory.targets)
+    stored = sum(target.stored_bytes for target in inventory.targets)
     return (
         f"{source}: {inventory.parameters / 1e9:,.1f} B parameters, {say_size(stored)}; {setting.world_size} "
         f"rank{'s' if setting.world_size > 1 else ''}, {setting.strategy.label}, placement "

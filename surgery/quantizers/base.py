@@ -6,13 +6,14 @@ subclass, and one `register` line; ranks divide, read and exchange weights by wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from surgery.checkpoint import PackedSettings, PackedWeight, TensorEntry
 from surgery.errors import ConfigError, QuantizerError
 from surgery.model.fqn import join
 from surgery.model.tree import is_conv1d, is_linear_like
@@ -176,6 +177,25 @@ class QuantFormat:
         dtypes: in which each was quantized; None for the model's. Many weights at once are little more work than one.
         """
         return list(statistics)
+
+    def options_for(self, packing: PackedSettings) -> Any:
+        """The options of this format for weights that a checkpoint has packed so, and that are not quantized again.
+
+        Raises `ConfigError` where it cannot hold them.
+        """
+        raise ConfigError(
+            f"expected weights in 16 or 32 bits for {self.label}, found packed ones ({packing.kind}): "
+            "use surgery.Quant(), or write them in 16 bits first (surgery dequantize)"
+        )
+
+    def stored_state(
+        self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
+    ) -> Any:
+        """The state of a weight that the checkpoint has packed; `statistics` are its absmax, whole, on the device.
+
+        read: reads a whole tensor of the checkpoint to the CPU.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define stored_state, since it defines options_for")
 
     def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
         """The frozen parameter of a quantized `module` over `packed`; `state` is what `states` gave."""

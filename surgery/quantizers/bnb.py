@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.checkpoint import PackedSettings, PackedWeight, TensorEntry
 from surgery.config import Quant
+from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
@@ -132,6 +135,16 @@ def _dynamic_code(device: torch.device) -> torch.Tensor:
 
     code: torch.Tensor = create_dynamic_map().to(device)
     return code
+
+
+def _stored_code(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`values` on `device`; one tensor for all weights that have the same, as `_code`."""
+    return _code_of(values.view(-1).numpy().tobytes(), device)
+
+
+@functools.lru_cache(maxsize=16)
+def _code_of(values: bytes, device: torch.device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(values), dtype=torch.float32).to(device)
 
 
 def as_params4bit(
@@ -273,6 +286,58 @@ class Bnb4bit(QuantFormat):
         off first.
         """
         return _quant_states(statistics, shapes, [dtype or self.dtype for dtype in dtypes], self.options)
+
+    def options_for(self, packing: PackedSettings) -> Quant:
+        """The options with the type, the blocks and the double quantization that are stored.
+
+        Raises `ConfigError` where others were asked for than those or the defaults, and for `skip_modules`.
+        """
+        stored: dict[str, Any] = {
+            "quant_type": packing.quant_type,
+            "blocksize": packing.blocksize,
+            "double_quant": packing.double_quant,
+        }
+        default = Quant()
+        for name, value in stored.items():
+            asked = getattr(self.options, name)
+            if asked not in (value, getattr(default, name)):
+                raise ConfigError(
+                    f"quant: asked for {name}={asked!r}, and the checkpoint is packed already, with {value!r}: leave "
+                    "it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
+                )
+        if self.options.skip_modules:
+            raise ConfigError(
+                "quant: skip_modules is for weights that are quantized here, and the checkpoint is packed already: "
+                "leave it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
+            )
+        return replace(self.options, **stored)
+
+    def stored_state(
+        self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
+    ) -> QuantState:
+        """The `QuantState` that bitsandbytes makes of what is stored."""
+        from bitsandbytes.functional import QuantState
+
+        settings, device = stored.settings, statistics.device
+        offset, state2 = None, None
+        if stored.nested_absmax is not None and stored.nested_quant_map is not None:
+            offset = torch.tensor(settings.nested_offset).to(device)
+            state2 = QuantState(
+                read(stored.nested_absmax).view(-1).to(device),
+                code=_stored_code(read(stored.nested_quant_map), device),
+                blocksize=settings.nested_blocksize,
+                dtype=torch.float32,
+            )
+        return QuantState(
+            statistics,
+            shape=torch.Size(settings.shape),
+            code=_stored_code(read(stored.quant_map), device),
+            blocksize=settings.blocksize,
+            quant_type=settings.quant_type,
+            dtype=settings.dtype,
+            offset=offset,
+            state2=state2,
+        )
 
     def parameter(self, module: Any, packed: torch.Tensor, state: QuantState) -> nn.Parameter:
         """A `Params4bit`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from surgery.checkpoint import PackedSettings
 from surgery.quantizers.base import QuantFormat, register
 
 __all__ = ["Unquantized"]
@@ -18,6 +19,10 @@ class Unquantized(QuantFormat):
     def takes(self, module: nn.Module) -> bool:
         """False, of every module."""
         return False
+
+    def options_for(self, packing: PackedSettings) -> None:
+        """None: packed weights are dequantized as they are read."""
+        return
 
 
 register(type(None), Unquantized)

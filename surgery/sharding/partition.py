@@ -27,6 +27,7 @@ class Form:
     rows: the size of dimension 0 (1 for a scalar). row: elements of the checkpoint that make a row; two per byte of
     a packed weight. numel: elements in the checkpoint; the last row may lack some. blocksize: elements that share one
     statistic, or None if it is not quantized. is_buffer: buffers are never sharded.
+    is_packed: whether the checkpoint has rows as they are stored, so that no rank needs whole blocks.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Form:
     numel: int
     blocksize: int | None = None
     is_buffer: bool = False
+    is_packed: bool = False
 
     def elements(self, rows: range) -> range:
         """Elements of the checkpoint behind `rows`."""
@@ -51,8 +53,9 @@ class Slice:
 
     keeps: rows that the rank has once ranks that keep the same have exchanged what they read.
     reads: rows among them that this rank makes from the checkpoint, and no other rank.
-    elements: what it reads for that, in elements of the checkpoint: `reads`, rounded out to whole blocks.
-    blocks: statistics that it computes for all: of the blocks that begin in `reads`.
+    elements: what it reads for that, in elements of the checkpoint: `reads`, rounded out to whole blocks that are to be
+        quantized.
+    blocks: statistics that it computes, or reads, for all: of the blocks that begin in `reads`.
     """
 
     keeps: range
@@ -134,6 +137,6 @@ def _slice(partition: Partition, form: Form, rank: int) -> Slice:
         return Slice(keeps=keeps, reads=reads, elements=elements, blocks=range(0))
     size = form.blocksize
     first, last = elements.start // size, -(-elements.stop // size)
-    rounded_out = range(first * size, min(last * size, form.numel))
+    rounded_out = elements if form.is_packed else range(first * size, min(last * size, form.numel))
     begin_here = range(-(-elements.start // size), last)
     return Slice(keeps=keeps, reads=reads, elements=rounded_out, blocks=begin_here)

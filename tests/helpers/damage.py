@@ -198,12 +198,12 @@ def _all() -> Iterator[Damage]:
     yield Damage(
         name="quantized-by-config",
         apply=lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}),
-        says=("quantized already", "gptq"),
+        says=("quantized already", "GPTQ"),
     )
     yield Damage(
         name="quantized-by-name",
         apply=lambda folder: edit_tensors(folder, lambda t: t.update({f"{Q_PROJ}.absmax": torch.zeros(2)})),
-        says=("quantized already", f"{Q_PROJ}.absmax"),
+        says=("not complete", f"{Q_PROJ}.quant_state.bitsandbytes__nf4 or fp4, found none"),
     )
     yield Damage(
         name="torn-config",

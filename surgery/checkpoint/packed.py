@@ -1,0 +1,255 @@
+"""Weights that a checkpoint holds packed, in the 4-bit format of bitsandbytes: found by their names, and checked.
+
+Of a weight `W` there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and settings as JSON
+in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too, by
+`W.nested_absmax` and `W.nested_quant_map`. docs/formats.md has every key.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.checkpoint.header import TensorEntry, parse_json
+from surgery.checkpoint.index import Index
+from surgery.errors import CheckpointError
+
+__all__ = ["PackedSettings", "PackedWeight", "find_packed"]
+
+Read = Callable[[TensorEntry, int, int], torch.Tensor]
+
+STATE = "quant_state.bitsandbytes__"
+
+#: Names of the tensors beside a packed weight, behind its own and a dot.
+_SIDE = re.compile(
+    rf"(?P<weight>.+)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)", re.DOTALL
+)
+
+#: Elements of `quant_map` and of `nested_quant_map`.
+VALUES, NESTED_VALUES = 16, 256
+
+#: Bytes of settings; no weight of bitsandbytes has more than some 300.
+_MOST_SETTINGS = 1 << 16
+
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSettings:
+    """The settings of a packed weight.
+
+    dtype: in which it was quantized, and is dequantized. shape: the weight's own, `(out, in)`. blocksize: elements that
+    share one absmax; nested_blocksize: of absmax values that share one. nested_offset: added to every absmax.
+    """
+
+    quant_type: str
+    blocksize: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nested_blocksize: int | None = None
+    nested_offset: float | None = None
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether statistics are quantized too."""
+        return self.nested_blocksize is not None
+
+    @property
+    def kind(self) -> str:
+        """The settings that all weights of a model share, for people."""
+        nested = f", absmax in blocks of {self.nested_blocksize}" if self.double_quant else ""
+        return f"{self.quant_type} in blocks of {self.blocksize}{nested}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedWeight:
+    """One packed weight of a checkpoint, complete and checked: entries of its tensors, and its settings.
+
+    data: the packed bytes, in any dtype and shape. absmax: float32, or uint8 with double quantization; quant_map: 16
+    float32. nested_absmax, nested_quant_map: float32; None without double quantization. state: the settings' JSON.
+    """
+
+    data: TensorEntry
+    absmax: TensorEntry
+    quant_map: TensorEntry
+    state: TensorEntry
+    nested_absmax: TensorEntry | None = None
+    nested_quant_map: TensorEntry | None = None
+    settings: PackedSettings
+
+    @property
+    def name(self) -> str:
+        """The name of the weight."""
+        return self.data.name
+
+    @property
+    def logical(self) -> TensorEntry:
+        """The entry that it would have unpacked; only name, file, dtype and shape mean something."""
+        return replace(self.data, dtype=self.settings.dtype, shape=self.settings.shape)
+
+    def side(self) -> tuple[TensorEntry, ...]:
+        """The entries beside the packed bytes."""
+        found = (self.absmax, self.quant_map, self.nested_absmax, self.nested_quant_map, self.state)
+        return tuple(entry for entry in found if entry is not None)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes beside it that every rank reads; absmax is divided."""
+        return sum(each.nbytes for each in self.side() if each is not self.absmax and each is not self.state)
+
+    def stored_as(self, dtype: torch.dtype) -> TensorEntry:
+        """The entry of the packed bytes, seen as `(n, 1)` of `dtype`, whose size divides theirs."""
+        return replace(self.data, dtype=dtype, shape=(self.data.nbytes // dtype.itemsize, 1))
+
+    def dequantize(self, read: Read, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The elements `start` to `stop` of the flattened weight: 1-D, in its own dtype, on the CPU.
+
+        By a look-up in its own table, since the kernel of bitsandbytes for a CPU misreads rows of partial blocks. Reads
+        what these elements need.
+        """
+        stop = math.prod(self.settings.shape) if stop is None else stop
+        size = self.settings.blocksize
+        first, last = start // 2, -(-stop // 2)
+        packed = read(self.stored_as(torch.uint8), first, last)
+        nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[start - 2 * first : stop - 2 * first]
+        values = read(self.quant_map, 0, VALUES)[nibbles.int()]
+        absmax = self._absmax(read, start // size, -(-stop // size))
+        blocks = torch.arange(start, stop) // size - start // size
+        return (values * absmax[blocks]).to(self.settings.dtype)
+
+    def _absmax(self, read: Read, first: int, last: int) -> torch.Tensor:
+        """The statistics of the blocks `first` to `last`, float32."""
+        absmax = read(self.absmax, first, last)
+        if self.nested_absmax is None or self.nested_quant_map is None:
+            return absmax
+        size, offset = self.settings.nested_blocksize, self.settings.nested_offset
+        assert size is not None
+        assert offset is not None
+        nested = read(self.nested_absmax, first // size, -(-last // size))
+        blocks = torch.arange(first, last) // size - first // size
+        values = read(self.nested_quant_map, 0, NESTED_VALUES)[absmax.int()] * nested[blocks]
+        return values + torch.tensor(offset)
+
+
+def find_packed(index: Index, *, path: Path, read: Read, threads: int = 1) -> dict[str, PackedWeight]:
+    """The packed weights of `index` by name; settings are read by `read`, in so many threads.
+
+    Raises `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in
+    settings that no version of bitsandbytes writes.
+    """
+    sides: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in index.items():
+        found = _SIDE.fullmatch(name)
+        if found is not None:
+            sides.setdefault(found["weight"], {})[found["part"]] = entry
+    with ThreadPoolExecutor(threads, thread_name_prefix="surgery-packed") as pool:
+        made = pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items())
+        return {weight.name: weight for weight in made}
+
+
+def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Path, read: Read) -> PackedWeight:
+    states = {part: entry for part, entry in parts.items() if part.startswith(STATE)}
+    missing = [each for each in ("absmax", "quant_map") if each not in parts]
+    missing += [] if ("nested_absmax" in parts) == ("nested_quant_map" in parts) else ["nested_absmax or _quant_map"]
+    if name not in index:
+        raise _broken(path, name, f"there is {next(iter(parts.values())).name}, and no tensor {name}")
+    if len(states) != 1:
+        raise _broken(path, name, f"expected one {name}.{STATE}nf4 or fp4, found {', '.join(states) or 'none'}")
+    if missing:
+        raise _broken(path, name, f"{', '.join(f'{name}.{each}' for each in missing)} is missing")
+    part, state = next(iter(states.items()))
+    try:
+        settings = _parsed(state, part.removeprefix(STATE), read)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise _broken(path, name, f"{state.name} does not have the settings that bitsandbytes writes: {error}") from (
+            error
+        )
+    weight = PackedWeight(
+        data=index[name],
+        absmax=parts["absmax"],
+        quant_map=parts["quant_map"],
+        nested_absmax=parts.get("nested_absmax"),
+        nested_quant_map=parts.get("nested_quant_map"),
+        state=state,
+        settings=settings,
+    )
+    if settings.double_quant != (weight.nested_absmax is not None):
+        raise _broken(path, name, f"{state.name} and the tensors beside it differ in whether absmax is quantized too")
+    for entry, dtypes, count in _expected(weight):
+        if entry.dtype not in dtypes or entry.numel != count:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise _broken(
+                path,
+                name,
+                f"expected {entry.name} to have {count:,} elements of {kinds}, by its shape {settings.shape} and "
+                f"blocks of {settings.blocksize}, as its settings say; found {entry.numel:,} of "
+                f"{str(entry.dtype).removeprefix('torch.')}",
+            )
+    return weight
+
+
+def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.dtype, ...], int]]:
+    """Entries, with the dtypes that they may have, and their numbers of elements."""
+    settings, data, float32 = weight.settings, weight.data, (torch.float32,)
+    numel = math.prod(settings.shape)
+    blocks = -(-numel // settings.blocksize)
+    storages = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
+    yield data, storages, -(-numel // 2) // data.dtype.itemsize
+    yield replace(data, dtype=torch.uint8, shape=(data.nbytes,)), (torch.uint8,), -(-numel // 2)
+    yield weight.absmax, (torch.uint8,) if settings.double_quant else float32, blocks
+    yield weight.quant_map, float32, VALUES
+    if weight.nested_absmax is not None and weight.nested_quant_map is not None:
+        assert settings.nested_blocksize is not None
+        yield weight.nested_absmax, float32, -(-blocks // settings.nested_blocksize)
+        yield weight.nested_quant_map, float32, NESTED_VALUES
+
+
+def _parsed(entry: TensorEntry, quant_type: str, read: Read) -> PackedSettings:
+    """The settings in `entry`. Raises ValueError, TypeError or KeyError for what is none."""
+    if entry.dtype != torch.uint8 or not 0 < entry.nbytes <= _MOST_SETTINGS:
+        raise ValueError(f"expected at most {_MOST_SETTINGS:,} bytes, found {entry.numel:,} of {entry.dtype}")
+    content: Any = parse_json(read(entry, 0, entry.numel).numpy().tobytes())
+    if not isinstance(content, dict):
+        raise TypeError(f"expected a JSON object, found {type(content).__name__}")
+    if content["quant_type"] != quant_type or quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type {content['quant_type']!r:.40} under the name of {quant_type!r:.40}")
+    nested = content.get("nested_blocksize")
+    if nested is not None and content.get("nested_dtype", "float32") != "float32":
+        raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
+    return PackedSettings(
+        quant_type=quant_type,
+        blocksize=_natural(content, "blocksize"),
+        dtype=_DTYPES[content["dtype"]],
+        shape=tuple(_natural(dict(enumerate(content["shape"])), number) for number in range(len(content["shape"]))),
+        nested_blocksize=None if nested is None else _natural(content, "nested_blocksize"),
+        nested_offset=None if nested is None else _finite(content["nested_offset"]),
+    )
+
+
+def _natural(content: Mapping[Any, Any], key: Any) -> int:
+    value = content[key]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"expected {key} to be a number above 0, found {value!r:.40}")
+    return value
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(float(value)):
+        raise ValueError(f"nested_offset is {value!r:.40}")
+    return float(value)
+
+
+def _broken(path: Path, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"The packed weight {name} in {path} is not complete, or contradicts itself: {why}. Download the checkpoint "
+        "again, or make it again from 16-bit weights (surgery quantize).",
+        path=path,
+        tensor=name,
+    )
