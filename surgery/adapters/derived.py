@@ -29,7 +29,7 @@ class Derived:
     places: tuple[Place, ...]
 
     def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What a rank has found before it has looked at a weight of `shape` and `dtype`; to be added up over ranks."""
+        """Zeros, for what a rank finds in a weight of `shape` and `dtype`; to be added up over ranks."""
         raise NotImplementedError
 
     def look(self, found: torch.Tensor, values: torch.Tensor, start: int, shape: torch.Size) -> None:

@@ -68,5 +68,7 @@ def keep_initial_values(
         init = getattr(config, "init_lora_weights", True)
         if init not in (*RANDOM, "orthogonal", "eva"):  # the last of which comes later, by a call of its own
             raise NotFilledError(f"init_lora_weights={init!r} of LoRA")
-    with appearing_real(model, dora=any(getattr(config, "use_dora", False) for config in _instance.peft_config.values())):
+    with appearing_real(
+        model, dora=any(getattr(config, "use_dora", False) for config in _instance.peft_config.values())
+    ):
         return wrapped(*args, **kwargs)
