@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,15 @@ from surgery.quantizers.base import QuantFormat, format_of
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PLAIN", "adapted_by_peft", "appearing_real", "drawing_from", "draws_later", "needs_weights"]
+__all__ = [
+    "PLAIN",
+    "adapted_by_peft",
+    "appearing_real",
+    "drawing_from",
+    "draws_later",
+    "leaving_blank",
+    "needs_weights",
+]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
 PLAIN = frozenset({
@@ -63,19 +71,12 @@ def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def appearing_real(model: nn.Module, *, dora: bool = False) -> Iterator[None]:
+def appearing_real(model: nn.Module) -> Iterator[None]:
     """A block in which every parameter on meta looks as if it were on the CPU, and a sharded one whole, in no memory.
 
     PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost. What it takes
-    from base weights is NaN, for the pass `derive` to find. dora: whether magnitudes of DoRA may be asked for.
+    from base weights is NaN, for the pass `derive` to find; of packed weights if `leaving_blank`.
     """
-    if dora:
-        with (
-            patches.transaction("peft.dora-of-blank-weights", reason="a model is adapted before it has weights"),
-            appearing_real(model),
-        ):
-            yield
-        return
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         like = (format_of(module) or QuantFormat).like
@@ -97,6 +98,13 @@ def appearing_real(model: nn.Module, *, dora: bool = False) -> Iterator[None]:
                 if found is not None and found in originals:
                     originals[found].requires_grad = found.requires_grad
                     module._parameters[name] = originals[found]
+
+
+def leaving_blank(loras: Iterable[LoraConfig]) -> contextlib.AbstractContextManager[object]:
+    """A block in which magnitudes of DoRA are NaN where base weights have no values, if one of `loras` has any."""
+    if not any(getattr(lora, "use_dora", False) for lora in loras):
+        return contextlib.nullcontext()
+    return patches.transaction("peft.dora-of-blank-weights", reason="a model is adapted before it has weights")
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:

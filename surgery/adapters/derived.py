@@ -36,7 +36,7 @@ class Derived:
         """Note in `found` what there is in `values`, 1-D, from flat element `start` of a weight of `shape`."""
         raise NotImplementedError
 
-    def value(self, found: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def value(self, found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The value, whole, once `found` is that of all ranks; dtype: in which PEFT computes."""
         raise NotImplementedError
 
@@ -51,7 +51,7 @@ class Magnitude(Derived):
     transposed: bool
     delta: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def empty(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:  # noqa: ARG002
         """Sums of squares, float64: a row, as ranks divide packed weights, need not end where a part does."""
         return torch.zeros(shape[1 if self.transposed else 0], dtype=torch.float64, device=device)
 
@@ -78,7 +78,7 @@ class Magnitude(Derived):
         added = (left[first:last].to(values.device) @ right.to(values.device)).reshape(-1)
         return values + added[start - first * row :][: values.numel()]
 
-    def value(self, found: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def value(self, found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The norms."""
         return found.sqrt().float().to(dtype)
 
@@ -101,7 +101,7 @@ class Rows(Derived):
             if first <= index < first + rows.shape[0]:
                 found[place] = rows[index - first].to(found.device).view(torch.uint8)
 
-    def value(self, found: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    def value(self, found: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows, `(len(indices), columns)`."""
         return found.view(dtype)
 
@@ -109,6 +109,7 @@ class Rows(Derived):
 def find_derived(model: nn.Module) -> Iterator[Derived]:
     """Everything in `model`, which PEFT has adapted, that waits for values of base weights."""
     seen: set[int] = set()
+    module: Any
     for module in model.modules():
         for name, layer in dict(getattr(module, "lora_magnitude_vector", None) or {}).items():
             if is_blank(layer._parameters["weight"]):
@@ -124,12 +125,12 @@ def find_derived(model: nn.Module) -> Iterator[Derived]:
 
 def _magnitude(module: Any, name: str, layer: Any) -> Magnitude:
     is_embedding = name in module.lora_embedding_A
-    lora_A = module.lora_embedding_A[name] if is_embedding else module.lora_A[name].weight
-    lora_B = module.lora_embedding_B[name] if is_embedding else module.lora_B[name].weight
+    first = module.lora_embedding_A[name] if is_embedding else module.lora_A[name].weight
+    second = module.lora_embedding_B[name] if is_embedding else module.lora_B[name].weight
     delta = None
-    if lora_B.any():
-        rank = lora_B.shape[1]
-        left, right = lora_B.detach().view(-1, rank), lora_A.detach().view(rank, -1) * module.scaling[name]
+    if second.any():
+        rank = second.shape[1]
+        left, right = second.detach().view(-1, rank), first.detach().view(rank, -1) * module.scaling[name]
         delta = (right.t(), left.t()) if layer.fan_in_fan_out else (left, right)
     return Magnitude(
         base=module.get_base_layer(), places=((layer, "weight"),), transposed=layer.fan_in_fan_out, delta=delta

@@ -43,8 +43,7 @@ def check_adapter(lora: Any) -> None:
     _check_options(lora)
 
 
-def _check_options(lora: Any) -> None:
-    init = lora.init_lora_weights
+def _check_initialization(init: Any) -> None:
     known = init.lower() if isinstance(init, str) else init
     if isinstance(known, str) and known.startswith(CHANGING_BASE):
         raise ConfigError(
@@ -58,6 +57,10 @@ def _check_options(lora: Any) -> None:
             f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
             "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
         )
+
+
+def _check_options(lora: Any) -> None:
+    _check_initialization(lora.init_lora_weights)
     if isinstance(lora.modules_to_save, str):
         raise ConfigError(
             f"modules_to_save={lora.modules_to_save!r}: expected a list of names, found a text, whose letters PEFT "

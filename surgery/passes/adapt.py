@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later
+from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later, leaving_blank
 from surgery.adapters.deferred import Undrawn
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
@@ -40,7 +40,7 @@ class Adapt(Pass):
         if setting.format.needs_modules and not any(format_of(module) for module in model.modules()):
             raise ConfigError("no module is quantized yet: adapt comes after replace")
         if not draws_later(self.lora):
-            with drawing_from(self.loading.job.rng_state), appearing_real(model, dora=self.lora.use_dora):
+            with drawing_from(self.loading.job.rng_state), appearing_real(model), leaving_blank([self.lora]):
                 return adapted_by_peft(model, self.lora, setting.dtype)
         with appearing_real(model), Undrawn() as undrawn:
             adapted = adapted_by_peft(model, self.lora, setting.dtype)

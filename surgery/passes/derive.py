@@ -64,7 +64,7 @@ class Derive(BatchPass):
             add_up(found)
             rows = partial(self.loading.setting.strategy.adapter_rows, self.loading.ranks.rank)
             for (buffer, each), sums in zip(wanted, found, strict=True):
-                value = each.value(sums, _shape(buffer), self._dtype(buffer))
+                value = each.value(sums, self._dtype(buffer))
                 for place in each.places:
                     put(place, value, rows)
 

@@ -100,7 +100,8 @@ class _Sizes:
     on_host, made: of its parts, on rank 0's CPU and on the compute device. statistics: of this rank's blocks.
     filling: temporaries while parts are read and quantized. converting: on the CPU, of the rank that converts tensors.
     exchanging: statistics of all ranks, and what makes states of them. gathering: rows that ranks read for each other.
-    deriving: of what adapters are made of. state: quantization states. packed: quantized weights, whole. run: what is sent to rank 0 at a time.
+    deriving: values of weights that adapters are made of. state: quantization states. packed: quantized weights, whole.
+    run: what is sent to rank 0 at a time.
     """
 
     on_host: int

@@ -111,12 +111,13 @@ def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
 
 def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
     """The float32 statistics of `blocks`, which double quantization has made 8 bits of."""
-    found = state.absmax[blocks.start : blocks.stop]
+    found: torch.Tensor = state.absmax[blocks.start : blocks.stop]
     if state.state2 is None:
-        return found.contiguous()
+        return found
     nested = state.state2
     number = torch.arange(blocks.start, blocks.stop, device=found.device) // nested.blocksize
-    return nested.code[found.int()] * nested.absmax[number] + state.offset
+    values: torch.Tensor = nested.code[found.int()] * nested.absmax[number] + state.offset
+    return values
 
 
 @functools.cache

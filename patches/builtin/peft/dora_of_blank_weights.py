@@ -10,14 +10,15 @@ from ...registry import REGISTRY
 __all__ = ["leave_blank"]
 
 
-def _layer() -> Any:
-    """A linear layer whose weight is one element, shown as often as its shape says."""
+def _given() -> dict[str, Any]:
+    """What PEFT gives for a linear layer whose weight is one element, shown as often as its shape says."""
     import torch
     from torch import nn
 
     layer = nn.Linear(4, 2, bias=False, device="meta")
     layer.weight = nn.Parameter(torch.full((1,), torch.nan, device="cpu").expand(2, 4))
-    return layer
+    first, second = torch.ones(1, 4, device="cpu"), torch.zeros(2, 1, device="cpu")
+    return {"base_layer": layer, "lora_A": first, "lora_B": second, "scaling": 1.0}
 
 
 def blank_weight_is_read() -> bool:
@@ -25,9 +26,9 @@ def blank_weight_is_read() -> bool:
     import torch
     from peft.tuners.lora.dora import DoraLinearLayer
 
-    made = DoraLinearLayer(fan_in_fan_out=False)
-    lora_A, lora_B = torch.ones(1, 4, device="cpu"), torch.zeros(2, 1, device="cpu")
-    made.update_layer(base_layer=_layer(), lora_A=lora_A, lora_B=lora_B, scaling=1.0)
+    kind: Any = DoraLinearLayer  # Any: its constructor is not annotated
+    made = kind(fan_in_fan_out=False)
+    made.update_layer(**_given())
     return isinstance(made.weight, torch.nn.Parameter)
 
 
@@ -35,15 +36,12 @@ def check_leaves_blank() -> None:
     """Raise RuntimeError if the magnitudes of a weight without values are not blank, or it is read for them."""
     from types import SimpleNamespace
 
-    import torch
-
     made = SimpleNamespace(weight=None)
-    lora_A, lora_B = torch.ones(1, 4, device="cpu"), torch.zeros(2, 1, device="cpu")
 
     def read(**_options: Any) -> None:
         raise RuntimeError("expected magnitudes to be left blank, found that the weight is read")
 
-    leave_blank(read, made, (), {"base_layer": _layer(), "lora_A": lora_A, "lora_B": lora_B, "scaling": 1.0})
+    leave_blank(read, made, (), _given())
     weight: Any = made.weight
     if weight.shape != (2,) or not weight.isnan().all():
         raise RuntimeError(f"expected two blank magnitudes, found {weight}")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import RANDOM, appearing_real
+from surgery.adapters.attach import RANDOM, appearing_real, leaving_blank
 from surgery.errors import NotFilledError
 
 __all__ = ["adapted_specimen", "keep_initial_values"]
@@ -68,7 +68,5 @@ def keep_initial_values(
         init = getattr(config, "init_lora_weights", True)
         if init not in (*RANDOM, "orthogonal", "eva"):  # the last of which comes later, by a call of its own
             raise NotFilledError(f"init_lora_weights={init!r} of LoRA")
-    with appearing_real(
-        model, dora=any(getattr(config, "use_dora", False) for config in _instance.peft_config.values())
-    ):
+    with appearing_real(model), leaving_blank(_instance.peft_config.values()):
         return wrapped(*args, **kwargs)
