@@ -11,7 +11,7 @@ __all__ = ["leave_blank"]
 
 
 def _given() -> dict[str, Any]:
-    """What PEFT gives for a linear layer whose weight is one element, shown as often as its shape says."""
+    """Arguments of PEFT for a linear layer whose weight is one element, shown as often as its shape says."""
     import torch
     from torch import nn
 
