@@ -13,27 +13,32 @@ from surgery import errors
 
 if TYPE_CHECKING:
     from surgery.adapters.folder import reserve
+    from surgery.adapters.load import load_adapter
     from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
     from surgery.bound import Bound, bind, fill
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
-    from surgery.config import DDP, FSDP1, FSDP2, Quant
+    from surgery.config import DDP, FSDP1, FSDP2, Quant, Quant8
     from surgery.errors import (
         AdapterError,
         CheckpointError,
         ConfigError,
         DataError,
+        ExportError,
         NotFilledError,
         PassError,
         QuantizerError,
         SelectorError,
         ShadowedPatchesWarning,
+        StateError,
         SurgeryError,
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.merge import merge
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
+    from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
@@ -55,44 +61,57 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "MemoryPlan",
     "NotFilledError",
     "Pass",
     "PassError",
     "PeerError",
     "Quant",
+    "Quant8",
     "QuantizerError",
     "Report",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "Training",
+    "TrainingState",
     "WeightsMismatchError",
     "adapter_state",
     "attest",
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
+    "load_adapter",
+    "load_state",
     "low_memory",
+    "merge",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
+    "save_state",
     "trace",
 ]
 
 _MODULES: dict[str, Sequence[str]] = {
+    "surgery.adapters.load": ("load_adapter",),
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.merge": ("merge",),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant"),
+    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant", "Quant8"),
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),
@@ -100,6 +119,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),

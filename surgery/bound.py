@@ -19,6 +19,7 @@ import model_surgery_patches as patches
 from surgery.adapters.attach import needs_weights
 from surgery.adapters.derived import is_blank
 from surgery.adapters.folder import make_room
+from surgery.adapters.load import fill_waiting
 from surgery.adapters.metadata import name_base
 from surgery.checkpoint import Checkpoint
 from surgery.comm.background import return_freed_memory, undisturbed
@@ -148,6 +149,7 @@ class Bound:
                 self._spent = not set(untouched) <= set(self.model.parameters())
                 wait(self.model)  # so that nobody computes with half a model
                 raise
+            fill_waiting(model, ranks)
             if self._is_compared:
                 name_base(model, self.checkpoint)
             return model

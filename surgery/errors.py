@@ -10,11 +10,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "NotFilledError",
     "PassError",
     "QuantizerError",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "WeightsMismatchError",
@@ -83,6 +85,18 @@ class AdapterError(SurgeryError):
         super().__init__(message)
         self.missing = tuple(missing)
         self.not_finite = dict(not_finite or {})
+
+
+class StateError(SurgeryError):
+    """A training state that cannot be written, or not be read; `path` is its folder. Earlier ones are as they were."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
+
+
+class ExportError(SurgeryError):
+    """A checkpoint that cannot be written whole. What was in its place is as it was."""
 
 
 class PassError(SurgeryError, RuntimeError):

@@ -119,8 +119,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` for a block, against other processes by whatever path.
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Lock `folder` for a block, against other processes by whatever path. name: of the file of the lock.
 
     On a file system without locks two processes are not noticed. The file of the lock is removed at the end; one that a
     killed process has left is taken over.
@@ -128,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises `ConfigError` that names the process which has the lock, or says that the file is none of ours, and `OSError`
     if the folder cannot be written.
     """
-    file = folder / LOCK
+    file = folder / name
     descriptor = _take(file)
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -164,7 +164,7 @@ def _lock(descriptor: int, file: Path) -> None:
     except BlockingIOError as error:
         owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
         raise ConfigError(
-            f"{file.parent} is in use by {owner}; two jobs would replace each other's adapter: choose another output, "
+            f"{file.parent} is in use by {owner}; two jobs would replace each other's output: choose another output, "
             "or wait until that one has ended"
         ) from error
     except OSError as error:

@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
@@ -26,13 +33,17 @@ import model_surgery_patches as patches
 import surgery
 from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
+from surgery.adapters.saved import SavedAdapter
+from surgery.checkpoint import Checkpoint
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
 from surgery.comm.environment import launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
+from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.export.cache import packed_in
 from surgery.finetune.callbacks import Attesting, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
@@ -178,8 +189,6 @@ def _checkpointing(request: Request) -> str:
 
 def _drops_out(request: Request) -> bool:
     """Whether anything in the model or its adapters drops out; a configuration that cannot be read is refused later."""
-    from transformers import AutoConfig
-
     if request.model.lora_dropout:
         return True
     try:
@@ -270,6 +279,8 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
             seed=training.seed,
             text=request.values.get("dataset_text_field", "text"),
         )
+        if request.options.adapter is not None:
+            SavedAdapter.open(request.options.adapter)  # also where nothing is planned
         planned = _planned(request, training, ranks)
         tokenizer = _tokenizer(request)
     same_on_every_rank(ranks, "data", {"data": data.facts()}, device=device)
@@ -371,14 +382,33 @@ class _Job:
     def _model(self) -> Any:
         request, further = self.request, dict(self.training.model_init_kwargs or {})
         self.training.model_init_kwargs = None  # TRL warns where it is not the one who uses them
-        wanted = {
+        wanted: dict[str, Any] = {
             "revision": request.model.model_revision,
             "dtype": request.model.dtype,
             "attn_implementation": request.model.attn_implementation,
-            "quantization_config": get_quantization_config(request.model),
         }
         name = _absolute(request.name)
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
+        folder: str | Path = name
+        if request.options.packed_cache is not None:
+            folder, wanted["revision"] = self._packed(request.options.packed_cache), "main"
+        config = AutoConfig.from_pretrained(folder, revision=wanted["revision"], trust_remote_code=False)
+        if not hasattr(config, "quantization_config"):  # what is packed already says how
+            wanted["quantization_config"] = get_quantization_config(request.model)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        model.name_or_path = model.config._name_or_path = name  # the base model of adapters, wherever its weights are
+        return model
+
+    def _packed(self, cache: str) -> Path:
+        """The folder of the model's weights in the cache; quantizes them first where it has none."""
+        options = self.request.model
+        quant = Quant(options.bnb_4bit_quant_type, double_quant=options.use_bnb_nested_quant)  # type: ignore[arg-type]
+        dtype = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
+        revision = None if options.model_revision == "main" else options.model_revision
+        opened = Checkpoint.open(self.request.name, revision=revision)
+        packed, _ = packed_in(
+            cache, opened, quant=quant if options.load_in_4bit else None, dtype=dtype, device=self.training.device
+        )
+        return packed.index.files[0].parent
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
         """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""
@@ -394,6 +424,9 @@ class _Job:
             callbacks.append(attesting)
         if self.request.options.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
+        adapter = self.request.options.adapter
+        if adapter is not None:
+            model = surgery.load_adapter(model, adapter, trainable=True)
         try:
             trainer = kind(
                 model=model,
@@ -401,7 +434,7 @@ class _Job:
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
-                peft_config=get_peft_config(self.request.model),
+                peft_config=get_peft_config(self.request.model) if adapter is None else None,
                 callbacks=callbacks,
             )
         except (ValueError, KeyError) as error:
@@ -433,8 +466,8 @@ class _Job:
         )
         if self.data.unused:
             self._say(f"Not read: {', '.join(self.data.unused)}")
-        if self.resume is not None:
-            self._say(f"Going on from {self.resume}")
+        for source in filter(None, (self.request.options.adapter, self.resume)):
+            self._say(f"Going on from {source}")
 
     def _say(self, text: str) -> None:
         if self.console is not None:

@@ -59,6 +59,13 @@ class Options:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Evaluate on this fraction of --data, which is then not trained on."}
     )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this adapter of PEFT, a folder or a hub id, in place of a new one; its configuration "
+            "decides on --lora-r and the like."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
@@ -90,6 +97,13 @@ class Options:
         metadata={
             "help": "Plan the memory of every rank first: refuse what no GPU here can hold, print the plan and stop, "
             "or do not."
+        },
+    )
+    packed_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where the first run keeps the 4-bit weights that it has made, and others read them: a "
+            "quarter of the bytes, and no quantizing."
         },
     )
     attest: bool = field(

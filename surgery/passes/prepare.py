@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.adapters.metadata import Base
 from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError, WeightsMismatchError
-from surgery.model.consistency import same_model
+from surgery.model.consistency import same_adapter, same_model
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, sites, tied_parameters
 from surgery.model.weights import plan_weights
@@ -81,6 +82,8 @@ def match(
     setting = setting.reading(checkpoint)
     quant, strategy = setting.format, setting.strategy
     same_model(ranks, model, checkpoint)
+    if setting.adapter is not None:
+        same_adapter(ranks, setting.adapter.index)
     weights = plan_weights(model, checkpoint, device=device, conversions=conversions)
     tied = tied_parameters(model)
     if is_chosen:
@@ -94,17 +97,22 @@ def match(
     trained: tuple[Trained, ...] = ()
     if setting.lora is not None:
         quantized = [site.module for site in chosen]
-        trained = rehearse(model, setting.lora, quantized=quantized, quant=quant, strategy=strategy)
+        if setting.adapter is not None:
+            setting.adapter.check_base(Base.of(checkpoint))
+        trained = rehearse(
+            model, setting.lora, quantized=quantized, quant=quant, strategy=strategy, saved=setting.adapter
+        )
     # A packed weight is stored as the module has it that was quantized, so that it is turned if it is not to be packed.
+    to_pack = {site.module for site in chosen}
     transposed = frozenset(
         f"{site.fqn}.weight"
         for site in sites(model)
-        if quant.is_transposed(site.module) and (site in chosen) != (f"{site.fqn}.weight" in weights.packed)
+        if quant.is_transposed(site.module) and (site.module in to_pack) != (f"{site.fqn}.weight" in weights.packed)
     )
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):
         model = Replace(quant=quant, chosen=chosen, marks=not is_chosen).run(model)
-    if not strategy.holds_whole:  # else PEFT makes them, of what it reads
+    if not strategy.holds_whole and setting.adapter is None:  # else PEFT makes them, of what it reads, or they are read
         check_magnitudes(model, setting, [each.fqn for each in trained])
     targets = find_targets(
         model,

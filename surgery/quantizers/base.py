@@ -114,6 +114,9 @@ class QuantFormat:
 
     # Modules. --------------------------------------------------------------------------------------------------------
 
+    #: Whether it packs weights that are in 16 or 32 bits; else it loads only what a checkpoint has packed.
+    quantizes: ClassVar[bool] = True
+
     #: Whether a model without a module to quantize is refused.
     needs_modules: ClassVar[bool] = True
 
@@ -205,10 +208,26 @@ class QuantFormat:
         """Give `module` its state, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
 
+    def finish(self, model: nn.Module) -> None:
+        """Change the quantized modules of `model`, filled, whose parameters stay whole and as they are from here on."""
+
     @staticmethod
     def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
         """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+    # Files. ----------------------------------------------------------------------------------------------------------
+
+    def saved_shapes(self, numel: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """Dtype and shape of what a checkpoint has beside a packed weight of `numel` elements, by the ends of names.
+
+        None for a text, as bytes, whose length depends on values.
+        """
+        raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
+
+    def saved(self, state: Any) -> Mapping[str, torch.Tensor | str]:
+        """The tensors and texts of `saved_shapes`, of the state of one weight."""
+        raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
 
     # Attestation. ----------------------------------------------------------------------------------------------------
 

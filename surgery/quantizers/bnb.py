@@ -12,7 +12,8 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.checkpoint import PackedSettings, PackedWeight, TensorEntry
-from surgery.config import Quant
+from surgery.checkpoint.packed import INT8
+from surgery.config import Quant, Quant8
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
@@ -39,6 +40,9 @@ QUANTIZE_BYTES = {"cpu": 16.0, "cuda": 2.57}
 
 #: Bytes of a quant_state beside its statistics: tables of codes, offset, in blocks of the CUDA allocator.
 STATE_BYTES = 2048
+
+#: The name of the text in a checkpoint that says how to read the others, up to its 4-bit type.
+STATE = "quant_state.bitsandbytes__"
 
 #: The patch under which a CPU dequantizes right what it misreads.
 REMEDY = "bitsandbytes.cpu-dequantize-flat"
@@ -251,8 +255,15 @@ class Bnb4bit(QuantFormat):
         """Set what transformers sets on a model that it loads in 4 bits, and what PEFT chooses its LoRA layer by."""
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
         if is_pretrained(model):
-            compute_dtype = self.compute_dtype or self.dtype
-            mark_quantized(model, self.options, dtype=self.dtype, compute_dtype=compute_dtype)
+            mark_quantized(
+                model,
+                dtype=self.dtype,
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=self.compute_dtype or self.dtype,
+                bnb_4bit_quant_type=self.options.quant_type,
+                bnb_4bit_use_double_quant=self.options.double_quant,
+                bnb_4bit_quant_storage=self.storage,
+            )
 
     def run_elements(self, device: torch.device) -> int:
         """Fewer on a CPU, whose kernel takes 16 bytes of temporaries for each."""
@@ -288,11 +299,13 @@ class Bnb4bit(QuantFormat):
         """
         return _quant_states(statistics, shapes, [dtype or self.dtype for dtype in dtypes], self.options)
 
-    def options_for(self, packing: PackedSettings) -> Quant:
-        """The options with the type, the blocks and the double quantization that are stored.
+    def options_for(self, packing: PackedSettings) -> Quant | Quant8:
+        """The options with the type, the blocks and the double quantization that are stored; those of 8 bits for int8.
 
         Raises `ConfigError` where others were asked for than those or the defaults, and for `skip_modules`.
         """
+        if packing.quant_type == INT8:
+            return self._in_8_bits(packing)
         stored: dict[str, Any] = {
             "quant_type": packing.quant_type,
             "blocksize": packing.blocksize,
@@ -313,6 +326,15 @@ class Bnb4bit(QuantFormat):
             )
         return replace(self.options, **stored)
 
+    def _in_8_bits(self, packing: PackedSettings) -> Quant8:
+        storage = self.options.quant_storage
+        if self.options != Quant(quant_storage=storage):
+            raise ConfigError(
+                f"quant: asked for 4 bits ({self.options}), and the checkpoint is packed already, in {packing.kind}: "
+                "leave it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
+            )
+        return Quant8(threshold=packing.threshold, quant_storage=storage)
+
     def stored_state(
         self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
     ) -> QuantState:
@@ -320,6 +342,7 @@ class Bnb4bit(QuantFormat):
         from bitsandbytes.functional import QuantState
 
         settings, device = stored.settings, statistics.device
+        assert stored.quant_map is not None
         offset, state2 = None, None
         if stored.nested_absmax is not None and stored.nested_quant_map is not None:
             offset = torch.tensor(settings.nested_offset).to(device)
@@ -362,6 +385,26 @@ class Bnb4bit(QuantFormat):
             module=parameter.module,
             bnb_quantized=True,
         )
+
+    def saved_shapes(self, numel: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`."""
+        blocks = -(-numel // self.options.blocksize)
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
+            "absmax": (torch.uint8 if self.options.double_quant else torch.float32, (blocks,)),
+            "quant_map": (torch.float32, (16,)),
+        }
+        if self.options.double_quant:
+            found["nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCKSIZE),))
+            found["nested_quant_map"] = (torch.float32, (256,))
+        return {**found, f"{STATE}{self.options.quant_type}": None}
+
+    def saved(self, state: Any) -> dict[str, torch.Tensor | str]:
+        """The entries that bitsandbytes itself makes of `state`."""
+        entries: dict[str, torch.Tensor] = state.as_dict(packed=True)
+        return {
+            name: bytes(tensor.tolist()).decode() if name.startswith(STATE) else tensor
+            for name, tensor in entries.items()
+        }
 
     def state_of(self, module: Any) -> QuantState:
         """The `quant_state` of the parameter, or the module's own where sharding took that away."""

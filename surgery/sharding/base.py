@@ -6,7 +6,7 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from surgery.comm.environment import compute_device
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "READS_WEIGHTS",
     "Devices",
+    "Part",
     "Shard",
     "ShardStrategy",
+    "Span",
+    "Trained",
     "Unit",
     "chosen_parameters",
+    "device_of",
     "outermost",
     "register",
     "strategy_for",
@@ -72,6 +77,53 @@ class Shard:
 
     piece: Piece
     group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A rank's part of a parameter between uses: `data`, contiguous, from element `start` of the whole of `shape`."""
+
+    data: torch.Tensor
+    start: int = 0
+    shape: torch.Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The elements of a parameter that a rank has in its memory, in row-major order.
+
+    name: plain FQN; of a tied one the first. shape: of the whole parameter. start: the first element. numel: how many;
+    0 where this rank has none. offset: elements of the memory before them.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    numel: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """A trainable parameter as an optimizer has it on this rank.
+
+    parameter: what the optimizer is given: the model's, or a flat one of several. memory: this rank's part of it, and
+    of all that an optimizer keeps for each element. spans: the parameters, by plain FQN, that it has elements of.
+    """
+
+    parameter: nn.Parameter
+    memory: torch.Tensor
+    spans: tuple[Span, ...]
+
+    def like(self, memory: torch.Tensor) -> torch.Tensor:
+        """`memory`, of this rank's shape, as an optimizer keeps it for this parameter."""
+        whole = self.parameter
+        if not isinstance(whole, DTensor):
+            return memory
+        found: torch.Tensor = DTensor.from_local(
+            memory, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        return found
 
 
 class ShardStrategy:
@@ -123,6 +175,9 @@ class ShardStrategy:
 
     def check_adapters(self, lora: LoraConfig) -> None:
         """Refuse options of adapters that cannot be built or trained in this sharding."""
+
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that cannot be added to a model that is sharded so; frozen in `inference_mode`."""
 
     def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse tied parameters that cannot be kept tied; `tied` is first FQN -> aliases, of the whole model."""
@@ -208,12 +263,37 @@ class ShardStrategy:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
 
+    def settle(self, model: nn.Module) -> None:
+        """Free what is still gathered, as after an evaluation, so that parameters of `model` are those at rest.
+
+        What was written to gathered ones, or set on them, would be lost. Not to be called between a forward and its
+        backward.
+        """
+
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`; of a settled model.
+
+        One that is tied has each of its names.
+        """
+        named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+        chosen = ((name, parameter.shape, _own_part(parameter)) for name, parameter in named if wanted(name))
+        return {name: Part(data=data, start=start, shape=shape) for name, shape, (data, start, _) in chosen}
+
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
 
         One that is tied has each of its names. also: plain FQNs of parameters that are not trainable.
         """
         raise NotImplementedError
+
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """The trainable parameters as an optimizer has them on this rank, not gathered; each once, also if it is tied.
+
+        Not collective, and not to be called between a forward and its backward. Parameters on all ranks have the same
+        names, whether a rank has elements of them or not.
+        """
+        named = model.named_parameters()
+        return [_trained(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
 
     # The memory plan. ------------------------------------------------------------------------------------------------
 
@@ -268,20 +348,31 @@ def _own_shard(layer: nn.Module) -> Shard:
     """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    if not isinstance(weight, DTensor):
-        return Shard(piece=Piece(data=weight.detach()))
-    mesh, local = weight.device_mesh, weight.to_local()
-    sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    local, start, group = _own_part(weight)
+    return Shard(piece=Piece(data=local, start=start * weight.element_size()), group=group)
+
+
+def _own_part(whole: nn.Parameter) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
+    """`(part, elements before it, the ranks that have the others)` of a parameter on this rank."""
+    if not isinstance(whole, DTensor):
+        return whole.detach(), 0, None
+    mesh, local = whole.device_mesh, whole.to_local().detach()
+    sharded = [number for number, placement in enumerate(whole.placements) if not placement.is_replicate()]
     if not sharded:
-        return Shard(piece=Piece(data=local))
-    if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
+        return local, 0, None
+    if len(sharded) > 1 or not whole.placements[sharded[0]].is_shard(0):
         raise ConfigError(
-            f"expected packed weights to be sharded along dimension 0, over one dimension of a mesh, found "
-            f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
+            f"expected parameters to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"{whole.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
-    rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    start = rows.start * weight.shape[1:].numel() * weight.element_size()
-    return Shard(piece=Piece(data=local, start=start), group=mesh.get_group(sharded[0]))
+    rows = chunk(range(whole.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    return local, rows.start * whole.shape[1:].numel(), mesh.get_group(sharded[0])
+
+
+def _trained(name: str, parameter: nn.Parameter) -> Trained:
+    memory, start, _ = _own_part(parameter)
+    span = Span(name=name, shape=parameter.shape, start=start, numel=memory.numel())
+    return Trained(parameter=parameter, memory=memory, spans=(span,))
 
 
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}
@@ -310,4 +401,15 @@ def strategy_for(
 def strategy_of(model: nn.Module) -> ShardStrategy:
     """The strategy by which `model` is sharded, as found in its modules; it has no options."""
     kind = next((kind for kind in _STRATEGIES.values() if kind.made(model)), _STRATEGIES[type(None)])
-    return kind(None)
+    return kind(None, device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that ranks compute on, and meet on, with `model`; its shards may wait on the CPU."""
+    first: Any = next(model.parameters(), None)
+    if isinstance(first, DTensor):
+        return compute_device(torch.device(first.device_mesh.device_type))
+    if first is None or first.is_meta:
+        return compute_device()
+    named = (getattr(module, "compute_device", None) for module in model.modules())  # of FSDP1's
+    return next((found for found in named if isinstance(found, torch.device)), first.device)

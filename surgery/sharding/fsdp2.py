@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,10 @@ from surgery.errors import ConfigError
 from surgery.model.tree import Site, decoder_blocks, ends_of, sites
 from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
 from surgery.sharding.base import (
+    READS_WEIGHTS,
     Devices,
     Shard,
+    Trained,
     Unit,
     chosen_parameters,
     outermost,
@@ -29,6 +31,9 @@ from surgery.sharding.base import (
 )
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Partition
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 __all__ = ["SHARDS_INTEGERS", "Fsdp2", "check_groups", "shard"]
 
@@ -137,6 +142,15 @@ class Fsdp2(Fsdp):
             )
         super().check_format(quant, adapted=adapted)
 
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that read weights, or copy modules, while they are made."""
+        found = [name for name in (*READS_WEIGHTS, "modules_to_save") if getattr(lora, name, None)]
+        if found:
+            raise ConfigError(
+                f"{found[0]} is made from weights, of which each rank has a part once FSDP2 has sharded the model: "
+                "begin with it (surgery.qlora with lora= or adapter=)"
+            )
+
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
         kept = kept_parameters(model, quant.dtype).items()
@@ -221,12 +235,18 @@ class Fsdp2(Fsdp):
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
-        _reshard(model)
+        self.settle(model)
         return super().shards(model, layers)
+
+    def settle(self, model: nn.Module) -> None:
+        """Shard every group again."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
-        _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
+        self.settle(model)  # a forward without a backward, in evaluation, may have left it whole
         chosen = chosen_parameters(model, also)
         state: dict[nn.Parameter, torch.Tensor] = {}
         on_rank0 = dist.get_rank() == 0
@@ -234,6 +254,11 @@ class Fsdp2(Fsdp):
             whole = _whole(parameter.detach())
             state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
         return {name: state[parameter] for name, parameter in chosen.items()} if on_rank0 else {}
+
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """The local parts, once what is still gathered is freed."""
+        self.settle(model)
+        return super().trained(model)
 
     def _at_end(self, units: Sequence[Unit]) -> int:
         """The last norm and the head, as they were gathered and as parameters, and what the root has.
@@ -260,12 +285,6 @@ def _make_plain(model: nn.Module) -> None:
         if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

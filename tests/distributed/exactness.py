@@ -28,8 +28,8 @@ CPU = torch.device("cpu")
 class Case:
     """One variation. `quant` and `shard` are arguments of `surgery.Quant` and of `kind`.
 
-    placement: None is that sharding's own. accumulation: micro-batches that a rank makes of its part of a batch. stored:
-    whether the checkpoint is packed already.
+    placement: None is that sharding's own. accumulation: micro-batches that a rank makes of its part of a batch.
+    stored: whether the checkpoint is packed already.
     """
 
     name: str

@@ -16,7 +16,7 @@ from torch import nn
 import patches
 import surgery
 from families.compare import differences
-from tests.helpers.models import save_tiny, tiny_config
+from tests.helpers.models import save_in_8_bits, save_tiny, tiny_config
 
 STORAGES = (torch.bfloat16, torch.uint8, torch.float32)
 
@@ -133,8 +133,12 @@ class TestFilled:
         assert not model.model.norm.weight.requires_grad
         surgery.release(model)
 
-    def test_a_checkpoint_that_is_packed_already(self, folder: Path, tmp_path: Path) -> None:
-        load(folder, quantization_config=four_bits(torch.uint8)).save_pretrained(tmp_path / "packed")
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_a_checkpoint_that_is_packed_already(self, bits: int, folder: Path, tmp_path: Path) -> None:
+        if bits == 8:
+            save_in_8_bits(folder, tmp_path / "packed")
+        else:
+            load(folder, quantization_config=four_bits(torch.uint8)).save_pretrained(tmp_path / "packed")
         model = bound(tmp_path / "packed", quantization_config=None)
         assert all(parameter.is_meta for parameter in model.parameters())
         model = surgery.fill(model)
