@@ -6,7 +6,7 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from surgery.comm.environment import compute_device
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 __all__ = [
     "READS_WEIGHTS",
     "Devices",
+    "Part",
     "Shard",
     "ShardStrategy",
     "Span",
     "Trained",
     "Unit",
     "chosen_parameters",
+    "device_of",
     "outermost",
     "register",
     "strategy_for",
@@ -44,11 +47,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: Options of LoRA that read base weights while adapters are made, and what for.
-READS_WEIGHTS = {
-    "use_dora": "computes its magnitudes from the base weight",
-    "trainable_token_indices": "starts from rows of the embedding",
-}
+#: Options of LoRA under which adapters read base weights while they run.
+READS_WEIGHTS = ("use_dora", "trainable_token_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,15 @@ class Shard:
 
     piece: Piece
     group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """A rank's part of a parameter between uses: `data`, contiguous, from element `start` of the whole of `shape`."""
+
+    data: torch.Tensor
+    start: int = 0
+    shape: torch.Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +176,9 @@ class ShardStrategy:
     def check_adapters(self, lora: LoraConfig) -> None:
         """Refuse options of adapters that cannot be built or trained in this sharding."""
 
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that cannot be added to a model that is sharded so; frozen in `inference_mode`."""
+
     def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse tied parameters that cannot be kept tied; `tied` is first FQN -> aliases, of the whole model."""
 
@@ -179,6 +191,11 @@ class ShardStrategy:
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
         """Refuse adapters that cannot be sharded; `adapted` is a copy on meta, `blocks` its decoder blocks."""
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has whole weights once they are loaded, before the model is sharded."""
+        return self.placement == "replicated"
 
     # Who reads and who keeps what. -----------------------------------------------------------------------------------
 
@@ -245,6 +262,22 @@ class ShardStrategy:
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def settle(self, model: nn.Module) -> None:
+        """Free what is still gathered, as after an evaluation, so that parameters of `model` are those at rest.
+
+        What was written to gathered ones, or set on them, would be lost. Not to be called between a forward and its
+        backward.
+        """
+
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`; of a settled model.
+
+        One that is tied has each of its names.
+        """
+        named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
+        chosen = ((name, parameter.shape, _own_part(parameter)) for name, parameter in named if wanted(name))
+        return {name: Part(data=data, start=start, shape=shape) for name, shape, (data, start, _) in chosen}
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
@@ -368,4 +401,15 @@ def strategy_for(
 def strategy_of(model: nn.Module) -> ShardStrategy:
     """The strategy by which `model` is sharded, as found in its modules; it has no options."""
     kind = next((kind for kind in _STRATEGIES.values() if kind.made(model)), _STRATEGIES[type(None)])
-    return kind(None)
+    return kind(None, device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that ranks compute on, and meet on, with `model`; its shards may wait on the CPU."""
+    first: Any = next(model.parameters(), None)
+    if isinstance(first, DTensor):
+        return compute_device(torch.device(first.device_mesh.device_type))
+    if first is None or first.is_meta:
+        return compute_device()
+    named = (getattr(module, "compute_device", None) for module in model.modules())  # of FSDP1's
+    return next((found for found in named if isinstance(found, torch.device)), first.device)
