@@ -17,7 +17,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.errors import ConfigError
 from surgery.telemetry.report import Report
-from tests.helpers.models import save_tiny
+from tests.helpers.models import save_in_8_bits, save_tiny
 from tests.helpers.ranks import run_ranks
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -137,6 +137,16 @@ def test_a_job_that_was_stopped_goes_on_with_another_number_of_ranks(tmp_path: P
     assert sum(of[0] for of in read) < total == sum(of[1] for of in read)
 
 
+def test_8_bits_come_back_too(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "gpt2")
+    back = surgery.dequantize(save_in_8_bits(source, tmp_path / "packed"), tmp_path / "back")
+    before, after = tensors(source), tensors(back)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert (after[name].dtype, after[name].shape) == (values.dtype, values.shape)
+        assert (after[name].float() - values.float()).abs().max() <= values.float().abs().max() / 127
+
+
 class Failing(Report):
     """A report of a job that is told too late of what it has read."""
 
@@ -162,7 +172,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
         (["quantize", "source", "out"], "it is there"),
         (["quantize", "source", "source", "--overwrite"], "it is the folder that is read"),
         (["quantize", "out", "new"], "expected weights in 16 or 32 bits, found packed ones"),
-        (["dequantize", "source", "new"], "expected weights that are packed in 4 bits, found none"),
+        (["dequantize", "source", "new"], "expected weights that are packed in 4 or 8 bits, found none"),
         (["quantize", "source", "new", "--blocksize", "48"], "blocksize must be one of"),
         (["quantize", "source", "new", "--skip-modules", "nothing"], "nothing"),
         (["quantize", "source", "new", "--max-shard-size", "0GB"], "expected a size above 0"),
