@@ -17,6 +17,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.errors import ConfigError
 from surgery.telemetry.report import Report
+from tests.helpers.hub_server import HubServer
 from tests.helpers.models import save_in_8_bits, save_tiny
 from tests.helpers.ranks import run_ranks
 
@@ -144,6 +145,21 @@ def test_8_bits_come_back_too(tmp_path: Path) -> None:
     for name, values in before.items():
         assert (after[name].dtype, after[name].shape) == (values.dtype, values.shape)
         assert (after[name].float() - values.float()).abs().max() <= values.float().abs().max() / 127
+
+
+def test_the_folder_is_uploaded_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    with HubServer({}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        result = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "out"), "--upload", "me/packed"])
+    assert result.exit_code == 0, result.output
+    assert hub.uploaded == {f"me/packed/{name}": data for name, data in contents(tmp_path / "out").items()}
+    assert hub.private == {"me/packed"}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    result = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "new"), "--upload", "me/packed"])
+    assert (result.exit_code, "--upload: me/packed cannot be made" in result.output) == (2, True), result.output
+    assert not (tmp_path / "new").exists()
 
 
 class Failing(Report):
