@@ -180,7 +180,9 @@ def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, r
             sides.setdefault(found["weight"], {})[found["part"]] = entry
         elif found := _SIDE_8BIT.fullmatch(name):
             rows.setdefault(f"{found['module']}.weight", {})[found["part"]] = entry
-    of_model = {"dtype": _dtype(config or {}), "threshold": _threshold(config or {}, path=path)} if rows else {}
+    of_model: dict[str, Any] = (
+        {"dtype": _dtype(config or {}), "threshold": _threshold(config or {}, path=path)} if rows else {}
+    )
     with ThreadPoolExecutor(THREADS, thread_name_prefix="surgery-packed") as pool:
         made = [
             *pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items()),
