@@ -164,6 +164,14 @@ class QuantFormat:
         """
         raise NotImplementedError(_undefined(self))
 
+    def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
+        """The values, 1-D, that forward has of the bytes `packed`, which begin at flat element `start` of a weight.
+
+        packed: uint8, 1-D, on the device of `state`, which is that of the whole weight. For adapters that are made of
+        base weights; they are refused for a format that does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define dequantize")
+
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[Any]:

@@ -113,6 +113,17 @@ def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     return [tensor] if len(sizes) == 1 else [part.clone() for part in torch.split(tensor, list(sizes))]
 
 
+def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
+    """The float32 statistics of `blocks`, which double quantization has made 8 bits of."""
+    found: torch.Tensor = state.absmax[blocks.start : blocks.stop]
+    if state.state2 is None:
+        return found
+    nested = state.state2
+    number = torch.arange(blocks.start, blocks.stop, device=found.device) // nested.blocksize
+    values: torch.Tensor = nested.code[found.int()] * nested.absmax[number] + state.offset
+    return values
+
+
 @functools.cache
 def _code(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
@@ -263,6 +274,20 @@ class Bnb4bit(QuantFormat):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed bytes and absmax, by the kernel under `bitsandbytes.functional.quantize_4bit`."""
         return _quantize_blocks(run.to(dtype or self.dtype), self.options)
+
+    def dequantize(self, packed: torch.Tensor, start: int, state: QuantState) -> torch.Tensor:
+        """The values in the dtype of `state`, by the kernel under `dequantize_4bit`, given whole blocks."""
+        size = state.blocksize
+        blocks = range(start // size, -(-(start + 2 * packed.numel()) // size))
+        before = (start - blocks.start * size) // 2
+        whole = packed
+        if packed.numel() != len(blocks) * size // 2:
+            whole = packed.new_zeros(len(blocks) * size // 2)
+            whole[before : before + packed.numel()] = packed
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            whole, _absmax(state, blocks), size, state.quant_type, [2 * whole.numel()], state.dtype
+        )
+        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
@@ -420,11 +445,15 @@ class Bnb4bit(QuantFormat):
         names = [
             clean(join(name, "weight"))
             for name, module in model.named_modules()
-            if self.is_quantized(module) and _has_partial_blocks(module)
+            if self.is_quantized(module) and self._has_partial_blocks(module)
         ]
         if not names or any(receipt.id == REMEDY for receipt in patches.active()):
             return []
         return names if str(patches.verdict(REMEDY)) == "needed" else []
+
+    def _has_partial_blocks(self, layer: Any) -> bool:
+        blocksize = getattr(layer.quant_state, "blocksize", self.options.blocksize)  # of a shard, which does not say it
+        return bool(layer.in_features % blocksize) and layer.in_features % STEP == 0 and blocksize < BLOCKSIZE_LIMIT
 
     def state_bytes(self, blocks: int) -> int:
         """Bytes of the `quant_state` of a weight of so many blocks."""
@@ -448,12 +477,6 @@ class Bnb4bit(QuantFormat):
 
 def _is_packed(module: Any) -> bool:
     return bool(getattr(module.weight, "bnb_quantized", False))
-
-
-def _has_partial_blocks(layer: Any) -> bool:
-    state: Any = layer.quant_state  # of a shard, whose parameter says nothing of blocks
-    rows = layer.in_features
-    return bool(rows % state.blocksize) and rows % STEP == 0 and state.blocksize < BLOCKSIZE_LIMIT
 
 
 register(Quant, Bnb4bit)
