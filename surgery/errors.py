@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "ExportError",
     "NotFilledError",
     "PassError",
     "QuantizerError",
@@ -83,6 +84,10 @@ class AdapterError(SurgeryError):
         super().__init__(message)
         self.missing = tuple(missing)
         self.not_finite = dict(not_finite or {})
+
+
+class ExportError(SurgeryError):
+    """A checkpoint that cannot be written whole. What was in its place is as it was."""
 
 
 class PassError(SurgeryError, RuntimeError):

@@ -29,6 +29,7 @@ ROOMS = (
     "planning",
     "bound",
     "recipe",
+    "export",
     "integrations",
     "attestation",
     "tracing",

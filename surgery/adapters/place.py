@@ -164,7 +164,7 @@ def _lock(descriptor: int, file: Path) -> None:
     except BlockingIOError as error:
         owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
         raise ConfigError(
-            f"{file.parent} is in use by {owner}; two jobs would replace each other's adapter: choose another output, "
+            f"{file.parent} is in use by {owner}; two jobs would replace each other's output: choose another output, "
             "or wait until that one has ended"
         ) from error
     except OSError as error:

@@ -1,0 +1,1 @@
+"""Checkpoints written by streaming: quantized, dequantized, merged, exported; whole, or absent."""
