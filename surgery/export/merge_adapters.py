@@ -1,0 +1,248 @@
+"""Adapters as they are stored: opened, checked, and matched with the model that they are to be merged into."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.checkpoint import Checkpoint, Index, Reader
+from surgery.checkpoint.header import parse_json
+from surgery.checkpoint.hub import resolve
+from surgery.errors import CheckpointError, ConfigError, WeightsMismatchError
+from surgery.export.merging import MergeSite, adapter_keys
+from surgery.model.fqn import PEFT_PREFIX
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+__all__ = ["Matched", "StoredAdapter", "check_together", "match"]
+
+WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+
+#: Initial values of PEFT that take their part out of the base weights, or quantize them: with the base as it was, such
+#: an adapter is another one.
+MUTATING = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+
+#: Options of LoRA that change the modules that there are, beside PEFT's variants of LoRA, which look at the input or
+#: change the base.
+UNMERGEABLE = ("layer_replication", "megatron_config", "use_qalora")
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+#: Names that are listed of many.
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredAdapter:
+    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with."""
+
+    path: Path
+    config: LoraConfig = field(repr=False)
+    index: Index = field(repr=False)
+    weight: float = 1.0
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str], *, weight: float = 1.0) -> StoredAdapter:
+        """Open a folder or a hub id; headers alone are read.
+
+        For a hub id in a distributed job, every rank has to call it. Raises `CheckpointError` for what is no adapter in
+        safetensors, and `ConfigError` for one that cannot be merged, or not with this `weight`.
+        """
+        folder = resolve(source).path
+        config = _read_config(folder)
+        file = folder / WEIGHTS
+        if not file.is_file():
+            found = f"found {PICKLE}, a pickle, which can run any code" if (folder / PICKLE).is_file() else "found none"
+            raise CheckpointError(
+                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {found}. Load it with PEFT where you "
+                "trust it, and save it again: model.save_pretrained(folder)",
+                path=folder,
+            )
+        _check_weight(folder, config, weight)
+        return cls(path=folder, config=config, index=Index.open(file), weight=weight)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    file = folder / CONFIG
+    try:
+        content = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Cannot read the configuration of an adapter {file}: {error}. Expected the folder that PEFT, or "
+            "surgery finetune, has saved an adapter in",
+            path=file,
+        ) from error
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != "LORA":
+        raise ConfigError(f"{file}: expected an adapter of peft_type LORA, found {kind!r}: it cannot be merged here")
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+    except Exception as error:
+        raise ConfigError(f"{file}: PEFT cannot use this configuration: {type(error).__name__}: {error}") from error
+    if MUTATING.match(str(config.init_lora_weights)):
+        raise ConfigError(
+            f"{file}: init_lora_weights={config.init_lora_weights!r} has changed the base weights before training, so "
+            "that this adapter does not fit the base as it is: save it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
+        )
+    variants = [each.name for each in dataclasses.fields(config) if each.metadata.get("is_lora_variant")]
+    for name in {*variants, *UNMERGEABLE} - {"use_dora"}:
+        if getattr(config, name, None):
+            raise ConfigError(f"{file}: an adapter with {name} cannot be merged into weights: load it with PEFT")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ConfigError(
+            f"{file}: expected an adapter of a causal language model (task_type CAUSAL_LM), found {config.task_type}"
+        )
+    return config
+
+
+def _check_weight(folder: Path, config: Any, weight: float) -> None:
+    if not math.isfinite(weight):
+        raise ConfigError(f"weight: expected a finite number for {folder}, found {weight}")
+    names = ("use_dora", "modules_to_save", "trainable_token_indices")
+    whole = [name for name in names if getattr(config, name, None)] + ["bias"] * (config.bias != "none")
+    if whole and weight != 1:
+        raise ConfigError(
+            f"weight: expected 1 for {folder}, found {weight}: it has {', '.join(whole)}, which is no sum of the base "
+            "and a change, so that a part of it has no meaning"
+        )
+
+
+def check_together(adapters: Sequence[StoredAdapter], checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` for adapters that cannot be merged together, or that are of another revision of the base."""
+    with_bias = [each.path for each in adapters if each.config.bias != "none"]
+    if with_bias and len(adapters) > 1:
+        raise ConfigError(f"{with_bias[0]} has trained biases of the base, and can only be merged alone")
+    found = _commit(checkpoint)
+    for each in adapters:
+        expected, base = each.config.revision, each.config.base_model_name_or_path
+        recorded = re.search(r"/snapshots/([0-9a-f]{40})/?$", base or "")
+        expected = recorded.group(1) if recorded else expected
+        if expected and found and COMMIT.fullmatch(expected) and expected != found:
+            raise ConfigError(
+                f"{each.path}: expected the base of this adapter, {base} at revision {expected}, found "
+                f"{checkpoint.source} at {found}: give that revision (--model-revision {expected})"
+            )
+
+
+def _commit(checkpoint: Checkpoint) -> str | None:
+    """The commit of the base, if it is known: that of a hub id, or of a folder in the hub's cache."""
+    if checkpoint.revision is not None:
+        return checkpoint.revision
+    inside = checkpoint.path.parent.name == "snapshots" and COMMIT.fullmatch(checkpoint.path.name)
+    return checkpoint.path.name if inside else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matched:
+    """A stored adapter and its places in an adapted model on meta.
+
+    keys: the file's key of each parameter that it fills, by `id`. replaced: FQN of a parameter or buffer of the base
+    model -> key of the tensor that takes its place.
+    """
+
+    adapter: StoredAdapter
+    keys: Mapping[int, str]
+    replaced: Mapping[str, str]
+
+    def inputs(self, site: MergeSite, reader: Reader) -> dict[str, torch.Tensor]:
+        """The values of this adapter for `site`, read in float32, as PEFT has them."""
+        wanted = {name: self.keys[id(p)] for name, p in site.inputs.items() if id(p) in self.keys}
+        return {name: reader.read(self.adapter.index[key]).to(torch.float32) for name, key in wanted.items()}
+
+
+def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[str, torch.Tensor]) -> Matched:
+    """Match the file of `adapter` with `adapted`, to which PEFT has just added it as `name`; nothing is read.
+
+    base: parameters and persistent buffers of the base model, on meta, by FQN, before it was adapted. Raises
+    `WeightsMismatchError` for missing or unknown keys, and for other shapes.
+    """
+    try:
+        expected = adapter_keys(adapted, name)
+    except Exception as error:
+        raise ConfigError(f"{adapter.path}: PEFT cannot name its tensors: {type(error).__name__}: {error}") from error
+    expected |= _embeddings(adapter, adapted, expected)
+    missing, unknown = sorted(expected.keys() - adapter.index.keys()), sorted(adapter.index.keys() - expected.keys())
+    if missing or unknown:
+        raise _mismatch(adapter, missing, unknown)
+    for key, parameter in expected.items():
+        entry = adapter.index[key]
+        if tuple(parameter.shape) != entry.shape or not entry.dtype.is_floating_point:
+            raise WeightsMismatchError(
+                f"{adapter.path}: expected {key} of shape {tuple(parameter.shape)} for this base and the rank that "
+                f"adapter_config.json gives, found {entry.shape} of {entry.dtype}: it is the adapter of another base, "
+                "or its configuration is another's",
+                path=entry.file,
+                tensor=key,
+            )
+    return _placed(adapter, name, adapted, base, expected)
+
+
+def _embeddings(
+    adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of embedding and head that PEFT has saved beside the adapter, as it does where those are adapted."""
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    held = {id(p) for module in ends if module is not None for p in module.parameters()}
+    state = adapted.state_dict(keep_vars=True)
+    return {
+        key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held
+    }
+
+
+def _placed(
+    adapter: StoredAdapter,
+    name: str,
+    adapted: Any,
+    base: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+) -> Matched:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    keys = {id(parameter): key for key, parameter in expected.items()}
+    own = {
+        id(p)
+        for module in adapted.modules()
+        if isinstance(module, BaseTunerLayer)
+        for part, p in module.named_parameters()
+        if not part.startswith("base_layer.")
+    }
+    replaced = {}
+    for place, tensor in adapted.state_dict(keep_vars=True).items():
+        if id(tensor) not in keys or id(tensor) in own:
+            continue
+        fqn = place.removeprefix(PEFT_PREFIX).replace(f".modules_to_save.{name}", "").replace(".base_layer", "")
+        fqn = fqn.replace(".token_adapter", "")
+        if fqn not in base:
+            raise ConfigError(
+                f"{adapter.path}: {place} is adapted and saved whole at once, which cannot be merged here: merge it "
+                "with PEFT's merge_and_unload"
+            )
+        replaced[fqn] = keys[id(tensor)]
+    return Matched(adapter=adapter, keys=keys, replaced=replaced)
+
+
+def _mismatch(adapter: StoredAdapter, missing: Sequence[str], unknown: Sequence[str]) -> WeightsMismatchError:
+    parts = [
+        f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
+        for what, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
+    return WeightsMismatchError(
+        f"{adapter.path}: expected the tensors of an adapter of this base, as its adapter_config.json describes it; "
+        f"found {'; '.join(parts)}. Give the base that it was trained on",
+        missing=missing,
+        unexpected=unknown,
+        path=adapter.path,
+    )
