@@ -202,6 +202,15 @@ class QuantFormat:
         """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
+    # A model that exists. --------------------------------------------------------------------------------------------
+
+    def dequantize(self, packed: torch.Tensor, state: Any, start: int = 0) -> torch.Tensor:
+        """The values of a weight from its flat element `start` on, 1-D, exactly those that its forward multiplies with.
+
+        packed: whole bytes of it, 1-D uint8, of which the first begins with that element. state: of the whole weight.
+        """
+        raise ConfigError(f"{self.label} does not say how it is dequantized, so that it cannot be exported in 16 bits")
+
     # Attestation. ----------------------------------------------------------------------------------------------------
 
     def state_of(self, module: Any) -> Any:

@@ -338,6 +338,15 @@ class Bnb4bit(QuantFormat):
             bnb_quantized=True,
         )
 
+    def dequantize(self, packed: torch.Tensor, state: QuantState, start: int = 0) -> torch.Tensor:
+        """By a look-up in the tables of `state`: the kernel for a CPU misreads rows of partial blocks."""
+        stop = min(start + 2 * packed.numel(), state.shape.numel())
+        nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: stop - start].int()
+        first = start // state.blocksize
+        blocks = torch.arange(start, stop, device=packed.device) // state.blocksize - first
+        absmax = _absmax(state, first, -(-stop // state.blocksize))
+        return (state.code[nibbles] * absmax[blocks]).to(state.dtype)
+
     def state_of(self, module: Any) -> QuantState:
         """The `quant_state` of the parameter, or the module's own where sharding took that away."""
         state: QuantState | None = getattr(module._parameters.get("weight"), "quant_state", None)
@@ -401,6 +410,15 @@ class Bnb4bit(QuantFormat):
         """Bytes of the weight in 16 bits, and of its statistics in float32 if they are quantized too."""
         statistics = blocks * STATISTIC_BYTES if self.options.double_quant else 0
         return super().dequantized_bytes(numel, blocks) + statistics
+
+
+def _absmax(state: Any, first: int, last: int) -> torch.Tensor:
+    """The float32 statistics of the blocks `first` to `last`."""
+    absmax: torch.Tensor = state.absmax[first:last]
+    if state.state2 is None:
+        return absmax
+    blocks = torch.arange(first, last, device=absmax.device) // state.state2.blocksize
+    return state.state2.code[absmax.int()] * state.state2.absmax[blocks] + state.offset  # type: ignore[no-any-return]
 
 
 def _is_packed(module: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
-from surgery.model.tree import Site
+from surgery.model.tree import Site, own_tensors
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece
 from surgery.sharding.partition import Grid, Partition, chunk
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "READS_WEIGHTS",
     "Devices",
+    "Held",
     "Shard",
     "ShardStrategy",
     "Unit",
@@ -75,6 +76,14 @@ class Shard:
 
     piece: Piece
     group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """One parameter or persistent buffer of a sharded model: its whole shape, as it is stored, and this rank's part."""
+
+    shape: torch.Size
+    piece: Piece
 
 
 class ShardStrategy:
@@ -200,7 +209,24 @@ class ShardStrategy:
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
-        return {layer: _own_shard(layer) for layer in layers}
+        return {layer: _own_shard(layer.get_parameter("weight")) for layer in layers}
+
+    #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
+    ranks_agree: bool = True
+
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
+        """All parameters and persistent buffers by module and name, in the same order on all ranks.
+
+        What is tied is one object. Not to be called between a forward and its backward.
+        """
+        made: dict[int, Held] = {}
+        found = {}
+        for module in model.modules():
+            for leaf, tensor in own_tensors(module):
+                if id(tensor) not in made:
+                    made[id(tensor)] = Held(shape=tensor.shape, piece=_own_shard(tensor).piece)
+                found[module, leaf] = made[id(tensor)]
+        return found
 
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters."""
@@ -262,10 +288,8 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
-def _own_shard(layer: nn.Module) -> Shard:
-    """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
+def _own_shard(weight: torch.Tensor) -> Shard:
+    """The shard of a tensor of its own: whole, or a `DTensor`."""
     if not isinstance(weight, DTensor):
         return Shard(piece=Piece(data=weight.detach()))
     mesh, local = weight.device_mesh, weight.to_local()
@@ -274,7 +298,7 @@ def _own_shard(layer: nn.Module) -> Shard:
         return Shard(piece=Piece(data=local))
     if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
         raise ConfigError(
-            f"expected packed weights to be sharded along dimension 0, over one dimension of a mesh, found "
+            f"expected parameters to be sharded along dimension 0, over one dimension of a mesh, found "
             f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
     rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))

@@ -21,7 +21,7 @@ from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
-from surgery.sharding.base import READS_WEIGHTS, Devices, Shard, Unit, outermost, register
+from surgery.sharding.base import READS_WEIGHTS, Devices, Held, Shard, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
@@ -40,6 +40,9 @@ STRATEGIES = {
 
 #: What has to be the same for all parameters of one flat parameter.
 Kind = tuple[torch.dtype, bool | None]
+
+#: The name of a flat parameter in the module of its unit.
+FLAT = "_flat_param"
 
 #: Containers are never called, so FSDP would never gather what they hold.
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
@@ -397,9 +400,21 @@ class Fsdp1(Fsdp):
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """Ranges of flat parameters, and whole weights that are in none."""
-        layers, flat = list(layers), dict(_flat_shards(model))
+        flat = {module: shard for module, leaf, _, shard in _flat_shards(model) if leaf == "weight"}
+        layers = list(layers)
         whole = super().shards(model, [layer for layer in layers if layer not in flat])
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
+
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
+        """Ranges of flat parameters, and whole tensors that are in none."""
+        found = {place: held for place, held in super().held(model).items() if place[1] != FLAT}
+        for module, leaf, shape, shard in _flat_shards(model):
+            found[module, leaf] = Held(shape=shape, piece=shard.piece)
+        for unit in FullyShardedDataParallel.fsdp_modules(model):
+            tied = () if unit._handle is None else unit._handle.flat_param._shared_param_infos
+            for info in tied:
+                found[info.module, info.param_name] = found[info.prim_module, info.prim_param_name]
+        return found
 
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters, those in flat parameters too."""
@@ -462,8 +477,8 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
             yield from _own_parameters(child, join(prefix, name))
 
 
-def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
-    """The shards of layers whose weights are in flat parameters, by layer."""
+def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size, Shard]]:
+    """`(module, name, whole shape, shard)` of everything in flat parameters; what is tied once."""
     handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
     for handle in handles:
         if handle is None:
@@ -471,12 +486,12 @@ def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
         flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
         # Before the first forward, and where nothing is sharded, there is one tensor only.
         local = getattr(flat, "_local_shard", flat.data) if is_sharded else flat.data
-        for where, info in zip(flat._param_infos, flat._shard_param_infos, strict=True):
-            if where.param_name == "weight":
-                first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
-                data = local[first : first + numel] if info.in_shard else local[:0]
-                piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
-                yield where.module, Shard(piece=piece, group=handle.process_group if is_sharded else None)
+        for where, shape, info in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
+            first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
+            data = local[first : first + numel] if info.in_shard else local[:0]
+            piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
+            shard = Shard(piece=piece, group=handle.process_group if is_sharded else None)
+            yield where.module, where.param_name, shape, shard
 
 
 register(FSDP1, Fsdp1)

@@ -22,6 +22,7 @@ from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modu
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
+    Held,
     Shard,
     Unit,
     chosen_parameters,
@@ -236,6 +237,11 @@ class Fsdp2(Fsdp):
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
         _reshard(model)
         return super().shards(model, layers)
+
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
+        """The local parts, as in `shards`."""
+        _reshard(model)
+        return super().held(model)
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
