@@ -35,8 +35,9 @@ import torch
 from surgery.adapters.place import LOCK, allocate, locked
 from surgery.checkpoint.header import DTYPES, LENGTH_BYTES
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from surgery.comm.comparison import facts_of, same_on_every_rank
 from surgery.comm.failures import everyone
-from surgery.comm.ranks import Ranks
+from surgery.comm.ranks import Ranks, current_ranks
 from surgery.errors import ConfigError, ExportError
 from surgery.telemetry.atomic import sync, write_whole
 
@@ -193,6 +194,8 @@ def output(
         PeerError: on the other ranks.
     """
     target = Path(os.path.realpath(directory))
+    given = facts_of({"folder": target, "job": job, "overwrite": overwrite, "most bytes of a file": max_shard_bytes})
+    same_on_every_rank(current_ranks(), "output", {"output": given}, device=device)
     _check_planned(planned, max_shard_bytes, files)
     laid_out = _lay_out(planned, max_shard_bytes, metadata or {})
     hidden = _hidden(target)
@@ -278,6 +281,16 @@ class Output:
                     f"{name} is not as it was written, in {self._hidden / NEW / file.name}, near byte {place + done}: "
                     f"look after the disk, remove {self._hidden}, and run again"
                 )
+
+    def check_state(self, name: str, text: str) -> None:
+        """Compare `text` with what `write_state` was given, on any rank. Raises `ExportError`."""
+        if self._written.get(name) != text.encode():
+            raise ExportError(f"{name} is not as it was written: expected {text}, found {self._written.get(name)!r}")
+
+    @cached_property
+    def _written(self) -> dict[str, bytes]:
+        """The texts in the journals of all ranks, which are not read before all have left `flush`."""
+        return _read_journals(self._hidden, self._files)[1]
 
     def flush(self) -> None:
         """Bring what this rank has written to the disk, then say so in its journal."""

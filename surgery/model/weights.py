@@ -161,7 +161,7 @@ def _check_fits(
             tensor=entry.name,
         )
     castable = tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    if tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
+    if is_packed or tensor.dtype == wanted.dtype or (castable and wanted.dtype.is_floating_point):
         return
     raise WeightsMismatchError(
         f"{name} is {wanted.dtype} in the model, but {entry.file.name} holds {entry.name} as {tensor.dtype}: only "

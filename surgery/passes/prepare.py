@@ -96,10 +96,11 @@ def match(
         quantized = [site.module for site in chosen]
         trained = rehearse(model, setting.lora, quantized=quantized, quant=quant, strategy=strategy)
     # A packed weight is stored as the module has it that was quantized, so that it is turned if it is not to be packed.
+    to_pack = {site.module for site in chosen}
     transposed = frozenset(
         f"{site.fqn}.weight"
         for site in sites(model)
-        if quant.is_transposed(site.module) and (site in chosen) != (f"{site.fqn}.weight" in weights.packed)
+        if quant.is_transposed(site.module) and (site.module in to_pack) != (f"{site.fqn}.weight" in weights.packed)
     )
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):

@@ -202,7 +202,18 @@ class QuantFormat:
         """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
         return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
-    # A model that exists. --------------------------------------------------------------------------------------------
+    # Files. ----------------------------------------------------------------------------------------------------------
+
+    def saved_shapes(self, numel: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """Dtype and shape of what a checkpoint has beside a packed weight of `numel` elements, by the ends of names.
+
+        None for a text, as bytes, whose length depends on values.
+        """
+        raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
+
+    def saved(self, state: Any) -> Mapping[str, torch.Tensor | str]:
+        """The tensors and texts of `saved_shapes`, of the state of one weight."""
+        raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
 
     def dequantize(self, packed: torch.Tensor, state: Any, start: int = 0) -> torch.Tensor:
         """The values of a weight from its flat element `start` on, 1-D, exactly those that its forward multiplies with.

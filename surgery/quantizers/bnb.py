@@ -40,6 +40,9 @@ QUANTIZE_BYTES = {"cpu": 16.0, "cuda": 2.57}
 #: Bytes of a quant_state beside its statistics: tables of codes, offset, in blocks of the CUDA allocator.
 STATE_BYTES = 2048
 
+#: The name of the text in a checkpoint that says how to read the others, up to its 4-bit type.
+STATE = "quant_state.bitsandbytes__"
+
 #: The patch under which a CPU dequantizes right what it misreads.
 REMEDY = "bitsandbytes.cpu-dequantize-flat"
 
@@ -337,6 +340,26 @@ class Bnb4bit(QuantFormat):
             module=parameter.module,
             bnb_quantized=True,
         )
+
+    def saved_shapes(self, numel: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`."""
+        blocks = -(-numel // self.options.blocksize)
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
+            "absmax": (torch.uint8 if self.options.double_quant else torch.float32, (blocks,)),
+            "quant_map": (torch.float32, (16,)),
+        }
+        if self.options.double_quant:
+            found["nested_absmax"] = (torch.float32, (-(-blocks // NESTED_BLOCKSIZE),))
+            found["nested_quant_map"] = (torch.float32, (256,))
+        return {**found, f"{STATE}{self.options.quant_type}": None}
+
+    def saved(self, state: Any) -> dict[str, torch.Tensor | str]:
+        """The entries that bitsandbytes itself makes of `state`."""
+        entries: dict[str, torch.Tensor] = state.as_dict(packed=True)
+        return {
+            name: bytes(tensor.tolist()).decode() if name.startswith(STATE) else tensor
+            for name, tensor in entries.items()
+        }
 
     def dequantize(self, packed: torch.Tensor, state: QuantState, start: int = 0) -> torch.Tensor:
         """By a look-up in the tables of `state`: the kernel for a CPU misreads rows of partial blocks."""

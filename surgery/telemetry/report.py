@@ -39,6 +39,7 @@ class Report:
     """Measurements of one rank, from when it is made. Any thread may use it.
 
     show_progress: draw a bar for layer loops, and say on stderr what is ignored or read once per node: for rank 0.
+    verbs: what it says of layers in such a loop, and after it.
     phases: in the order in which they ended.
     predictions: what a plan expects, by the group of phases; see `predict`.
     history: memory over time, while `recording`; otherwise empty.
@@ -50,6 +51,7 @@ class Report:
     """
 
     show_progress: bool = False
+    verbs: tuple[str, str] = ("Loading", "Loaded")
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     phases: list[Phase] = field(default_factory=list)
     predictions: dict[str, Prediction] = field(default_factory=dict)
@@ -138,14 +140,14 @@ class Report:
                 yield item
                 show(count)
         read, seconds = say_size(self.bytes_read), self.seconds - began
-        sys.stderr.write(f"Loaded {total} layers: {read} read by this rank in {seconds:.1f} s\n")
+        sys.stderr.write(f"{self.verbs[1]} {total} layers: {read} read by this rank in {seconds:.1f} s\n")
 
     @contextlib.contextmanager
     def _bar(self, total: int) -> Iterator[Callable[[int], None]]:
         """Draw a bar in the width of the terminal, which is gone at the end of the block."""
         from tqdm.auto import tqdm
 
-        with tqdm(total=total, desc="Loading", unit=" layers", leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=total, desc=self.verbs[0], unit=" layers", leave=False, dynamic_ncols=True) as bar:
 
             def show(count: int) -> None:
                 bar.set_postfix_str(say_size(self.bytes_read), refresh=False)
@@ -163,7 +165,7 @@ class Report:
             if self.seconds - said < LINE_PERIOD:
                 return
             said = self.seconds
-            sys.stderr.write(f"Loading: {count} of {total} layers, {say_size(self.bytes_read)}\n")
+            sys.stderr.write(f"{self.verbs[0]}: {count} of {total} layers, {say_size(self.bytes_read)}\n")
 
         yield show
 

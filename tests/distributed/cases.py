@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from surgery.config import DDP, FSDP2
 from surgery.sharding.fsdp2 import SHARDS_INTEGERS
-from tests.distributed.exactness import Case
+from tests.distributed.exactness import Case, quantized, save_packed
 from tests.helpers.models import save_tiny
 
 __all__ = ["CASES", "OFFLOADED", "ON_FOUR", "ON_ONE", "ON_TWO", "save_models"]
@@ -133,10 +133,27 @@ DDP_ON_TWO = [
     Case(name="ddp-static-graph", kind=DDP, shard={"static_graph": True}),
 ]
 
+#: Checkpoints that are packed already; `quant` says how, but for the storage.
+STORED_CASES = [
+    Case(name="stored", stored=True),
+    Case(
+        name="stored-fp4-single-128",
+        stored=True,
+        quant={"quant_type": "fp4", "double_quant": False, "blocksize": 128},
+    ),
+    Case(name="stored-odd-storage-bf16", stored=True, model="odd", quant={"quant_storage": torch.bfloat16}),
+    Case(name="stored-tied-orig-params", stored=True, model="tied", shard={"use_orig_params": True}),
+    Case(name="fsdp2-stored-biased", stored=True, kind=FSDP2, model="biased"),
+    Case(name="fsdp2-stored-odd", stored=True, kind=FSDP2, model="odd"),
+    Case(name="fsdp2-stored-replicated-tied", stored=True, kind=FSDP2, model="tied", placement="replicated"),
+    Case(name="ddp-stored-odd", stored=True, kind=DDP, model="odd"),
+]
+
 CASES = [
     *FSDP1_CASES,
     *FSDP2_CASES,
     *DDP_CASES,
+    *STORED_CASES,
     *(INTEGER_CASES if Version(torch.__version__).release >= SHARDS_INTEGERS else ()),
 ]
 
@@ -166,6 +183,7 @@ ON_FOUR = [
     Case(name="fsdp2-hybrid-tied", kind=FSDP2, model="tied", shard={"mesh": (2, 2)}),
     Case(name="fsdp2-hybrid-replicated", kind=FSDP2, placement="replicated", shard={"mesh": (2, 2)}),
     Case(name="fsdp2-hybrid-accumulation", kind=FSDP2, shard={"mesh": (2, 2)}, accumulation=3),
+    Case(name="fsdp2-hybrid-stored-odd", stored=True, kind=FSDP2, model="odd", shard={"mesh": (2, 2)}),
     Case(name="fsdp2-resharded-to-two", kind=FSDP2, shard={"reshard_after_forward": 2}),
 ]
 
@@ -180,5 +198,12 @@ OFFLOADED = [
 
 
 def save_models(root: Path) -> dict[str, Path]:
-    """A checkpoint of each model that the cases name, in folders of `root`."""
-    return {name: save_tiny(root / name, kind, **changes) for name, (kind, changes) in MODELS.items()}
+    """Checkpoints that the cases name (`Case.folder`), in folders of `root`."""
+    found = {name: save_tiny(root / name, kind, **changes) for name, (kind, changes) in MODELS.items()}
+    for number, case in enumerate([*CASES, *ON_FOUR]):
+        if case.folder in found:
+            continue
+        folder = root / f"packed-{number}"
+        save_packed(quantized(found[case.model], case), folder, found[case.model] / "config.json")
+        found[case.folder] = folder
+    return found

@@ -29,6 +29,7 @@ class Case:
     """One variation. `quant` and `shard` are arguments of `surgery.Quant` and of `kind`.
 
     placement: None is that sharding's own. accumulation: micro-batches that a rank makes of its part of a batch.
+    stored: whether the checkpoint is packed already.
     """
 
     name: str
@@ -39,6 +40,12 @@ class Case:
     checkpointing: str | None = None
     placement: Placement | None = None
     accumulation: int = 1
+    stored: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name of its checkpoint."""
+        return self.base if self.stored else self.model
 
     @property
     def base(self) -> str:
@@ -80,8 +87,16 @@ def stock(checkpoint: Path, case: Case, device: torch.device = CPU, *, by_table:
     by_table: with plain linear layers, whose weights are looked up in the table of codes, so that no kernel of
     bitsandbytes multiplies or dequantizes.
     """
-    from bitsandbytes.nn import Linear4bit, Params4bit
     from peft import get_peft_model
+
+    model = quantized(checkpoint, case, device, by_table=by_table)
+    torch.manual_seed(0)
+    return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
+
+
+def quantized(checkpoint: Path, case: Case, device: torch.device = CPU, *, by_table: bool = False) -> Any:
+    """The base model of `stock`."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -114,8 +129,21 @@ def stock(checkpoint: Path, case: Case, device: torch.device = CPU, *, by_table:
         new = new.to(device)
         model.set_submodule(name, _looked_up(new, module.weight) if by_table else new)
     model.is_loaded_in_4bit = True
-    torch.manual_seed(0)
-    return get_peft_model(model.train(), lora(), autocast_adapter_dtype=False)
+    return model
+
+
+def save_packed(model: nn.Module, folder: Path, config: Path) -> None:
+    """Save a quantized `model` as bitsandbytes has its modules save themselves, bytes as bytes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    packed = [name.removesuffix(".absmax") for name in state if name.endswith("weight.absmax")]
+    state |= {name: state[name].view(torch.uint8) for name in packed if state[name].dtype == torch.float32}
+    if model.config.tie_word_embeddings:  # type: ignore[union-attr]  # of transformers
+        del state["lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes(config.read_bytes())
 
 
 def _looked_up(layer: Any, weight: torch.Tensor) -> nn.Module:
@@ -276,7 +304,7 @@ def run_cases(checkpoints: dict[str, Path], cases: list[Case], device: torch.dev
     """Every case on this rank, in one process: results by name."""
     results = {}
     for case in cases:
-        with ours(checkpoints[case.model], case, device) as model:
+        with ours(checkpoints[case.folder], case, device) as model:
             results[case.name] = train(model, device, accumulation=case.accumulation)
     return results
 

@@ -16,6 +16,7 @@ __all__ = ["Options", "add_arguments"]
 WAYS = (
     "read",
     "sharded",
+    "packed",
     "unsharded",
     "rank0-cpu",
     "replicated",
@@ -32,10 +33,12 @@ class Options:
 
     ways: in the order of their turns. repeats: turns of each way. steps: training steps after the last turn of each,
     with one sequence of `length` tokens per rank; 0 measures loading alone. memory_cap: GiB that torch may use of a
-    GPU, or None. seed_threads: threads that load and quantize in the way `seed`; None uses its authors' number.
+    GPU, or None. packed: folder of the same model, packed already, for the way `packed`. seed_threads: threads that
+    load and quantize in the way `seed`; None uses its authors' number.
     """
 
     checkpoint: Path
+    packed: Path | None = None
     ways: tuple[str, ...]
     repeats: int = 1
     steps: int = 8
@@ -50,6 +53,8 @@ class Options:
         unknown = [way for way in self.ways if way not in WAYS]
         if unknown or not self.ways:
             raise ValueError(f"expected some of {', '.join(WAYS)} as ways; found {', '.join(unknown) or 'none'}")
+        if "packed" in self.ways and self.packed is None:
+            raise ValueError("expected the folder of a packed checkpoint for the way packed: give --packed")
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Options:
@@ -63,7 +68,7 @@ class Options:
         words = ["--checkpoint", str(self.checkpoint), "--ways", ",".join(self.ways), "--device", self.device]
         words += ["--repeats", str(self.repeats), "--steps", str(self.steps), "--length", str(self.length)]
         words += ["--activation-checkpointing"] if self.activation_checkpointing else []
-        for name in ("memory_cap", "seed_threads", "profile"):
+        for name in ("packed", "memory_cap", "seed_threads", "profile"):
             value = getattr(self, name)
             words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         return words
@@ -71,14 +76,22 @@ class Options:
     def as_dict(self) -> dict[str, Any]:
         """Convert to JSON values, with only the last component of paths."""
         values = asdict(self)
-        return {**values, "checkpoint": self.checkpoint.name, "profile": self.profile and self.profile.name}
+        names = {name: path.name for name, path in values.items() if isinstance(path, Path)}
+        return {**values, **names}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of a benchmark."""
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, help="folder of a Llama in 16 bits (see make_checkpoint.py)")
-    add("--ways", type=_names, default=WAYS, metavar="A,B,...", help=f"some of {','.join(WAYS)}; default: all")
+    add("--packed", type=Path, help="the same, packed by `surgery quantize`, for the way `packed`")
+    add(
+        "--ways",
+        type=_names,
+        default=tuple(w for w in WAYS if w != "packed"),
+        metavar="A,B,...",
+        help=f"some of {','.join(WAYS)}; default: all that can run",
+    )
     add("--repeats", type=_at_least(1), default=1, help="turns of each way; medians are of these")
     add("--steps", type=_at_least(0), default=8, help="training steps after the last turn; 0: load only")
     add("--length", type=_at_least(2), default=1024, help="tokens of a sequence; a batch is one sequence a rank")

@@ -19,7 +19,7 @@ __all__ = ["load_ours"]
 DTYPE = torch.bfloat16
 
 
-def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) -> Trainee:
+def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None, packed: bool = False) -> Trainee:
     """Load like a user of `surgery.qlora`, to train in a loop of their own."""
     torch.manual_seed(SEED)
     if isinstance(shard, FSDP1):
@@ -27,7 +27,7 @@ def load_ours(case: Case, placement: Placement, *, shard: FSDP1 | FSDP2 | None) 
     if isinstance(shard, FSDP2):
         shard = replace(shard, mixed_precision=MixedPrecisionPolicy(reduce_dtype=torch.float32))
     model = surgery.qlora(
-        case.options.checkpoint,
+        (case.options.packed if packed else None) or case.options.checkpoint,
         lora=case.lora(),
         placement=placement,
         shard=shard,

@@ -19,6 +19,7 @@ __all__ = ["LOADERS"]
 LOADERS: Mapping[str, Callable[[Case], Trainee | None]] = {
     "read": read_bytes,
     "sharded": partial(load_ours, placement="sharded", shard=FSDP2()),
+    "packed": partial(load_ours, placement="sharded", shard=FSDP2(), packed=True),
     "unsharded": partial(load_ours, placement="replicated", shard=None),
     "rank0-cpu": partial(load_ours, placement="rank0-cpu", shard=FSDP1()),
     "replicated": partial(load_ours, placement="replicated", shard=FSDP1()),

@@ -11,6 +11,7 @@ from typing import Any
 
 import model_surgery_patches as patches
 from surgery.bound import LOADED
+from surgery.comm.environment import launched_world_size
 from surgery.errors import SurgeryError
 
 __all__ = ["bind_at_load", "load_reads_everything", "loaded_specimen"]
@@ -122,7 +123,6 @@ def _why_not(state_dict: Any, files: Sequence[str] | None, config: Any) -> str |
         f"{type(quantizer).__name__} is not a way to store weights here; BitsAndBytesConfig(load_in_4bit=True) is": (
             quantizer is not None and type(quantizer).__name__ != "Bnb4BitHfQuantizer"
         ),
-        "its checkpoint is quantized already": quantizer is not None and quantizer.pre_quantized,
         "ignore_mismatched_sizes=True may leave weights to be initialized": bool(config.ignore_mismatched_sizes),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
@@ -143,7 +143,7 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
         quant=quant,
         dtype=config.dtype,
         compute_dtype=compute_dtype,
-        conversions=config.weight_mapping or (),
+        conversions=[each for each in config.weight_mapping or () if not _makes_packed(each)],
     )
     leave_initialized(model)
     return LoadStateDictInfo(
@@ -156,6 +156,11 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
     )
 
 
+def _makes_packed(conversion: Any) -> bool:
+    """Whether a conversion of upstream puts together the tensors of a packed weight, which are known here as one."""
+    return any(type(each).__name__ == "Bnb4bitDeserialize" for each in getattr(conversion, "operations", ()))
+
+
 def _quantization(quantizer: Any) -> tuple[Any, Any]:
     """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits."""
     from surgery.config import Quant
@@ -163,9 +168,11 @@ def _quantization(quantizer: Any) -> tuple[Any, Any]:
     if quantizer is None:
         return None, None
     asked = quantizer.quantization_config
+    # What is packed already is mostly stored as bytes, which cannot be sharded together with the rest.
+    is_viewed = quantizer.pre_quantized and (launched_world_size() or 1) > 1
     quant = Quant(
         asked.bnb_4bit_quant_type,
         double_quant=asked.bnb_4bit_use_double_quant,
-        quant_storage=asked.bnb_4bit_quant_storage,
+        quant_storage=None if is_viewed else asked.bnb_4bit_quant_storage,
     )
     return quant, asked.bnb_4bit_compute_dtype

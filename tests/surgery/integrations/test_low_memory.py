@@ -133,6 +133,14 @@ class TestFilled:
         assert not model.model.norm.weight.requires_grad
         surgery.release(model)
 
+    def test_a_checkpoint_that_is_packed_already(self, folder: Path, tmp_path: Path) -> None:
+        load(folder, quantization_config=four_bits(torch.uint8)).save_pretrained(tmp_path / "packed")
+        model = bound(tmp_path / "packed", quantization_config=None)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        model = surgery.fill(model)
+        assert list(differences(model, load(tmp_path / "packed", quantization_config=None))) == []
+        surgery.release(model)
+
     def test_two_at_once_each_with_its_own_weights(self, folder: Path, tmp_path: Path) -> None:
         other = save_tiny(tmp_path / "other", seed=1)
         with surgery.low_memory():
@@ -168,10 +176,6 @@ class TestLoadedAsWithout:
             model = load(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
         assert not any(parameter.is_meta for parameter in model.parameters())
         assert "Bnb8BitHfQuantizer is not a way to store weights here" in caplog.text
-
-    def test_quantized_already(self, caplog: pytest.LogCaptureFixture, folder: Path, tmp_path: Path) -> None:
-        load(folder, quantization_config=four_bits(torch.uint8)).save_pretrained(tmp_path / "packed")
-        self.check(caplog, "quantized already", tmp_path / "packed", quantization_config=None)
 
     def test_with_a_weight_that_is_not_there(self, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
         path = save_tiny(tmp_path / "less", shard_size="1GB", tie_word_embeddings=False)
