@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
+    from surgery.export.merge import merge
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -78,6 +79,7 @@ __all__ = [
     "checkpoint_activations",
     "fill",
     "low_memory",
+    "merge",
     "plan",
     "qlora",
     "release",
@@ -90,6 +92,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
+    "surgery.export.merge": ("merge",),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),

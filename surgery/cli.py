@@ -21,6 +21,8 @@ from model_surgery_patches import PatchError
 from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
 from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
+from surgery.export.merge_command import EPILOG as MERGE_EPILOG
+from surgery.export.merge_command import merge
 from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.generate.command import EPILOG as GENERATE_EPILOG
 from surgery.generate.command import generate
@@ -152,6 +154,7 @@ app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune)
 app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
 app.command(name="doctor", cls=_Command, epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
 app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG, context_settings=SPELLING)(reports_errors(generate))
+app.command(name="merge", cls=_Command, epilog=MERGE_EPILOG, context_settings=SPELLING)(reports_errors(merge))
 app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG, context_settings=SPELLING)(reports_errors(plan))
 app.command(name="run", cls=_Command, epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
 app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))

@@ -43,12 +43,22 @@ SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with."""
+    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with.
+
+    revision: the commit, for a hub id.
+    """
 
     path: Path
     config: LoraConfig = field(repr=False)
     index: Index = field(repr=False)
     weight: float = 1.0
+    revision: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """Text that another content of the file does not have: the commit, or size and time, and the header."""
+        stamps = self.index.stamps.values()
+        return repr([(stamp.header, stamp.size, self.revision or stamp.modified) for stamp in stamps])
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], *, weight: float = 1.0) -> StoredAdapter:
@@ -57,18 +67,20 @@ class StoredAdapter:
         For a hub id in a distributed job, every rank has to call it. Raises `CheckpointError` for what is no adapter in
         safetensors, and `ConfigError` for one that cannot be merged, or not with this `weight`.
         """
-        folder = resolve(source).path
+        found = resolve(source)
+        folder = found.path
         config = _read_config(folder)
         file = folder / WEIGHTS
         if not file.is_file():
-            found = f"found {PICKLE}, a pickle, which can run any code" if (folder / PICKLE).is_file() else "found none"
+            is_pickle = (folder / PICKLE).is_file()
+            instead = f"found {PICKLE}, a pickle, which can run any code" if is_pickle else "found none"
             raise CheckpointError(
-                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {found}. Load it with PEFT where you "
+                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {instead}. Load it with PEFT where you "
                 "trust it, and save it again: model.save_pretrained(folder)",
                 path=folder,
             )
         _check_weight(folder, config, weight)
-        return cls(path=folder, config=config, index=Index.open(file), weight=weight)
+        return cls(path=folder, config=config, index=Index.open(file), weight=weight, revision=found.revision)
 
 
 def _read_config(folder: Path) -> LoraConfig:
@@ -104,7 +116,8 @@ def _read_config(folder: Path) -> LoraConfig:
         raise ConfigError(
             f"{file}: expected an adapter of a causal language model (task_type CAUSAL_LM), found {config.task_type}"
         )
-    return config
+    checked: LoraConfig = config
+    return checked
 
 
 def _check_weight(folder: Path, config: Any, weight: float) -> None:
@@ -149,7 +162,7 @@ class Matched:
     """A stored adapter and its places in an adapted model on meta.
 
     keys: the file's key of each parameter that it fills, by `id`. replaced: FQN of a parameter or buffer of the base
-    model -> key of the tensor that takes its place.
+    model -> key of the tensor that takes its place. Two FQNs have one key if PEFT ties them.
     """
 
     adapter: StoredAdapter
@@ -189,16 +202,12 @@ def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[s
     return _placed(adapter, name, adapted, base, expected)
 
 
-def _embeddings(
-    adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of embedding and head that PEFT has saved beside the adapter, as it does where those are adapted."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     held = {id(p) for module in ends if module is not None for p in module.parameters()}
     state = adapted.state_dict(keep_vars=True)
-    return {
-        key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held
-    }
+    return {key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held}
 
 
 def _placed(
@@ -211,13 +220,9 @@ def _placed(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     keys = {id(parameter): key for key, parameter in expected.items()}
-    own = {
-        id(p)
-        for module in adapted.modules()
-        if isinstance(module, BaseTunerLayer)
-        for part, p in module.named_parameters()
-        if not part.startswith("base_layer.")
-    }
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    inside = (named for layer in layers for named in layer.named_parameters())
+    own = {id(p) for part, p in inside if not part.startswith("base_layer.")}
     replaced = {}
     for place, tensor in adapted.state_dict(keep_vars=True).items():
         if id(tensor) not in keys or id(tensor) in own:

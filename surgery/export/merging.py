@@ -29,7 +29,7 @@ __all__ = ["MergeSite", "adapt", "adapter_keys", "chunks", "find_sites"]
 CHUNK = 1 << 21
 
 #: Rows of a chunk, at least. A matrix of few rows has kernels of its own, which add in another order.
-ROWS = 256
+ROWS = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,16 +52,19 @@ class MergeSite:
     def merge(
         self, base: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor], rows: range | None = None
     ) -> dict[str, torch.Tensor]:
-        """The parameters `changes` after the merge, in the dtypes of `base`, whose memory may be used for it.
+        """The parameters of `base` after the merge, in their dtypes; its memory may be used for it.
 
-        base: values of `changes`, all or, with `rows`, those of dimension 0. inputs: all values of each of `inputs`;
-        PEFT has them in float32 whatever the file has. A site that is not divisible takes no `rows`.
+        base: values of some of `changes`, all or, with `rows`, those of dimension 0. inputs: all values of each of
+        `inputs`; PEFT has them in float32 whatever the file has. A site that is not divisible takes no `rows`.
         """
         given, settings = (inputs, {}) if rows is None else _part(self.layer, inputs, rows)
-        with _lent(self.layer.get_base_layer(), base) as module, _lent(self.layer, given), _set(self.layer, settings):
+        lent = dict(base)
+        if self.changes != tuple(base):
+            given = _stand_in(self.layer, self.changes, lent, dict(given))
+        with _lent(self.layer.get_base_layer(), lent) as module, _lent(self.layer, given), _set(self.layer, settings):
             try:
                 self.layer.merge(safe_merge=False, adapter_names=list(self.adapters))
-                return {name: module._parameters[name].data for name in self.changes}
+                return {name: module._parameters[name].data for name in base}
             finally:
                 self.layer.merged_adapters.clear()
                 getattr(self.layer, "_caches", {}).clear()
@@ -142,14 +145,13 @@ def _site(name: str, layer: Any, modules: Mapping[nn.Module, str], names: Sequen
         )
     own = layer.adapter_layer_names[0]
     held = layer.lora_embedding_A if isinstance(layer, Embedding) else getattr(layer, own)
-    changes = (layer.parameter_name,) if isinstance(layer, ParamWrapper) else ("weight",)
-    if any(getattr(layer, "lora_bias", {}).values()):
-        changes = ("weight", "bias")
+    weight = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    with_bias = any(getattr(layer, "lora_bias", {}).values())
     return MergeSite(
         fqn=modules[base],
         layer=layer,
         adapters=tuple(each for each in names if each in held),
-        changes=changes,
+        changes=(weight, "bias") if with_bias else (weight,),
         inputs={key: p for key, p in layer.named_parameters() if not key.startswith("base_layer.")},
         is_divisible=_is_divisible(layer),
     )
@@ -185,9 +187,9 @@ def _part(
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         number = layer.num_experts
         return {
-            key: value.unflatten(0, (number, -1))[part].flatten(0, 1)
+            key: value.view(number, -1, value.shape[1])[part].flatten(0, 1)
             if key.startswith("lora_A.")
-            else value.unflatten(1, (-1, number))[..., part].flatten(1)
+            else value.view(len(value), -1, number)[..., part].flatten(1)
             for key, value in inputs.items()
         }, {"num_experts": len(rows)}
     if isinstance(layer, Embedding) or layer.fan_in_fan_out:
@@ -195,6 +197,19 @@ def _part(
         across = ("lora_A.", "lora_embedding_A.")
         return {key: value[:, part] if key.startswith(across) else value for key, value in inputs.items()}, {}
     return {key: value if key.startswith("lora_A.") else value[part] for key, value in inputs.items()}, {}
+
+
+def _stand_in(
+    layer: Any, changes: Sequence[str], lent: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Lend zeros for a weight, of one column, or a bias that is not asked for: PEFT merges both at once."""
+    if "bias" not in lent and "bias" in changes:
+        lent["bias"] = torch.zeros(lent["weight"].shape[1 if layer.fan_in_fan_out else 0])
+    if "weight" not in lent:
+        shape = (1, len(lent["bias"])) if layer.fan_in_fan_out else (len(lent["bias"]), 1)
+        lent["weight"] = torch.zeros(shape)
+        inputs = {key: value[:, :1] if key.startswith("lora_A.") else value for key, value in inputs.items()}
+    return inputs
 
 
 def _tokens(

@@ -1,0 +1,516 @@
+"""What a merge makes of every tensor of a checkpoint, known before one is read: copied, merged, or taken apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
+from surgery.errors import ConfigError, ExportError
+from surgery.export.merge_adapters import Matched
+from surgery.export.merging import MergeSite, chunks
+from surgery.export.output import Output, Planned
+from surgery.model.fqn import join, split
+from surgery.model.keys import Assignment, group_keys
+from surgery.model.tree import is_conv1d, tied_parameters
+from surgery.model.weights import WeightPlan
+from surgery.quantizers.base import QuantFormat, check_run
+from surgery.telemetry.report import Report
+
+__all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
+
+#: Elements that are unpacked at a time, each with some 30 bytes of temporaries.
+UNPACKED = 1 << 19
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What adapters make of one parameter: another one in its place, layers of PEFT that change it, or both.
+
+    leaf: its name in its module. tie: equal for two names of a tied parameter that change alike.
+    """
+
+    leaf: str = ""
+    replaced: tuple[Matched, str] | None = None
+    sites: tuple[MergeSite, ...] = ()
+    tie: object = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Base:
+    """The base model, on meta, before it was adapted.
+
+    tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: modules by any
+    of theirs. tied: first FQN of every tensor -> one FQN for each module that holds it. keys: of tied tensors, by FQN,
+    in a checkpoint where they are not. ends: FQNs of embedding and head. conversions: with which transformers names and
+    shapes a checkpoint.
+    """
+
+    model: Any
+    tensors: Mapping[str, torch.Tensor]
+    modules: Mapping[nn.Module, str]
+    owners: Mapping[str, nn.Module]
+    tied: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
+    ends: tuple[str | None, ...]
+    weights: WeightPlan
+    conversions: Sequence[Any]
+
+    def owner(self, fqn: str) -> nn.Module:
+        """The module of the base model that holds the tensor `fqn`."""
+        return self.owners[split(fqn)[0]]
+
+    @classmethod
+    def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
+        """The view of `model`, which is to be adapted in place."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        modules = {module: name for name, module in model.named_modules()}
+        tied = {
+            first: tuple(dict.fromkeys(_canonical(model, modules, name) for name in (first, *others)))
+            for first, others in tied_parameters(model).items()
+        }
+        return cls(
+            model=model,
+            tensors=dict(model.state_dict(keep_vars=True)),
+            modules=modules,
+            owners=dict(model.named_modules(remove_duplicate=False)),
+            tied=tied,
+            keys=_tied_keys(model, checkpoint, [names for names in tied.values() if len(names) > 1]),
+            ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
+            weights=weights,
+            conversions=get_model_conversion_mapping(model),
+        )
+
+
+def _canonical(model: nn.Module, modules: Mapping[nn.Module, str], name: str) -> str:
+    path, leaf = split(name)
+    return join(modules[model.get_submodule(path)], leaf)
+
+
+def _tied_keys(model: nn.Module, checkpoint: Checkpoint, tied: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The key of each tied tensor: its own in `checkpoint`, or that of another, changed in the same way.
+
+    What transformers would not read back has none.
+    """
+    if not tied:
+        return {}
+    groups = group_keys(model, checkpoint.weights())[0]
+    found: dict[str, str] = {}
+    for first, *others in tied:
+        stored = next((groups[name].sources[0] for name in (first, *others) if name in groups), first)
+        for name in (first, *others):
+            own = groups[name].sources if name in groups else ()
+            candidates = (*own, stored.replace(first, name), name)
+            key = next((key for key in candidates if name in group_keys(model, [key])[0]), None)
+            found |= {} if key is None else {name: key}
+    return found
+
+
+class Readers:
+    """Readers of the base and of all adapters, to be used as a context manager; and the memory that is read into."""
+
+    def __init__(self, checkpoint: Checkpoint, matched: Sequence[Matched], report: Report) -> None:
+        self._stack = ExitStack()
+        self._checkpoint = checkpoint
+        self.base = self._stack.enter_context(checkpoint.reader(on_read=report.count_bytes))
+        self._adapters = {
+            id(each): self._stack.enter_context(Reader(each.adapter.index, on_read=report.count_bytes))
+            for each in matched
+        }
+        self.matched = tuple(matched)
+
+    def of(self, matched: Matched) -> Reader:
+        """The reader of that adapter."""
+        return self._adapters[id(matched)]
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A tensor of the base, unpacked."""
+        entry = self._checkpoint.logical(name)
+        return _read(self.base, entry, self._checkpoint.packed.get(name), 0, entry.numel).view(entry.shape)
+
+    def inputs(self, site: MergeSite) -> dict[str, torch.Tensor]:
+        """The values of all adapters for `site`."""
+        return {name: value for each in self.matched for name, value in each.inputs(site, self.of(each)).items()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """Tensors of the output that one rank makes together. made: what they are called and stored as."""
+
+    made: tuple[Planned, ...]
+
+    @property
+    def cost(self) -> int:
+        """Bytes that it moves, roughly: by which work is divided."""
+        return sum(planned.nbytes for planned in self.made)
+
+    def run(self, readers: Readers, out: Output) -> None:
+        """Read, merge, write. Raises `ExportError` for values that are not finite."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Merged(Work):
+    """One tensor that is copied, cast, or merged, by ranges of its first dimension.
+
+    source: where the base has it. stored: the same if it is packed there, and is to be unpacked. dtype: in which it is
+    merged. is_turned: whether a packed weight has the dimensions of this one, a `Conv1D`'s, the other way round.
+    quant: in which format it is written; None for none.
+    """
+
+    source: TensorEntry
+    dtype: torch.dtype
+    change: Change | None = None
+    stored: PackedWeight | None = None
+    is_turned: bool = False
+    quant: QuantFormat | None = None
+
+    @property
+    def cost(self) -> int:
+        """Its bytes, or several times those if they are computed with."""
+        is_copied = self.change is None and self.stored is None and self.quant is None
+        return self.source.numel * self.dtype.itemsize * (1 if is_copied else 4)
+
+    def run(self, readers: Readers, out: Output) -> None:
+        """Hold a few MiB of it, or all if it cannot be divided."""
+        change = self.change or Change()
+        entry, read = self.source, partial(_read, readers.base, self.source, self.stored)
+        if change.replaced is not None:
+            matched, key = change.replaced
+            entry = matched.adapter.index[key]
+            read = partial(readers.of(matched).read_range, entry)
+        unpacks = self.is_turned and self.stored is not None and change.replaced is None
+        packs = self.is_turned and self.quant is not None
+        divisible = not unpacks and not packs and all(site.is_divisible for site in change.sites)
+        sink: Callable[[torch.Tensor, int], None] = partial(out.write, self.made[0].name)
+        if self.quant is not None:
+            shape = entry.shape[::-1] if packs and not unpacks else entry.shape
+            sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
+        given = [(site, readers.inputs(site)) for site in change.sites]
+        row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
+        for rows in chunks(entry.shape) if divisible else [range(size)]:
+            part = read(rows.start * row, rows.stop * row).to(self.dtype).view(len(rows), *entry.shape[1:])
+            part = part.t().contiguous() if unpacks else part
+            for site, inputs in given:
+                part = _merged(site, inputs, change.leaf, part, rows if divisible else None)
+            part = part.t() if packs else part
+            sink(part if self.quant is not None else part.to(self.made[0].dtype), rows.start * row)
+            del part
+
+
+def _read(reader: Reader, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int) -> torch.Tensor:
+    """Elements of a tensor of the base, unpacked: 1-D."""
+    if stored is None:
+        return reader.read_range(entry, start, stop)
+    out = torch.empty(stop - start, dtype=stored.settings.dtype)
+    for first in range(start, stop, UNPACKED):
+        last = min(first + UNPACKED, stop)
+        out[first - start : last - start] = stored.dequantize(reader.read_range, first, last)
+    return out
+
+
+class _Packer:
+    """The quantization of one weight, which comes in parts. made: the tensors that it becomes, the packed one first."""
+
+    def __init__(self, quant: QuantFormat, shape: torch.Size, made: Sequence[Planned], out: Output) -> None:
+        self._quant, self._shape, self._made, self._out = quant, shape, made, out
+        self._layout = quant.layout(None)
+        self._left = torch.empty(0)
+        self._statistics: list[torch.Tensor] = []
+        self._done = 0
+
+    def add(self, part: torch.Tensor, start: int) -> None:
+        """Quantize the elements from `start` on, which follow those before, as far as they are whole blocks."""
+        flat = part.reshape(-1)
+        flat = torch.cat([self._left.to(flat.dtype), flat]) if self._left.numel() else flat
+        is_last = start + part.numel() == self._shape.numel()
+        size = flat.numel() if is_last else flat.numel() // self._layout.blocksize * self._layout.blocksize
+        step = self._layout.whole_blocks(self._quant.run_elements(flat.device))
+        for first in range(0, size, step):
+            self._quantize(flat[first : min(first + step, size)], flat.dtype)
+        self._left = flat[size:].clone()
+        if is_last:
+            self._finish(flat.dtype)
+
+    def _quantize(self, run: torch.Tensor, dtype: torch.dtype) -> None:
+        packed, statistics = self._quant.quantize(run, self._layout, dtype)
+        check_run(self._quant, self._made[0].name, run.numel(), (packed, statistics), self._layout)
+        self._statistics.append(statistics)
+        self._out.write(self._made[0].name, packed.view(self._made[0].dtype), self._done)
+        self._done += packed.numel() // self._made[0].dtype.itemsize
+
+    def _finish(self, dtype: torch.dtype) -> None:
+        (state,) = self._quant.states([torch.cat(self._statistics)], [self._shape], [dtype])
+        for end, value in self._quant.saved(state).items():
+            name = f"{self._made[0].name}.{end}"
+            if isinstance(value, torch.Tensor):
+                self._out.write(name, value)
+            else:
+                self._out.write_state(name, value)
+
+
+def _merged(
+    site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, part: torch.Tensor, rows: range | None
+) -> torch.Tensor:
+    """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
+    merged = site.merge({leaf: part}, inputs, rows)[leaf]
+    if bool(torch.isfinite(merged).all()):
+        return merged
+    bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
+    raise ExportError(
+        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that "
+        f"are NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
+        "output was not made; merge in another dtype, or with another weight"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fused(Work):
+    """Tensors that transformers makes one parameter of (experts, say): made into it, merged, and taken apart again.
+
+    changes: by FQN of what `assignment` makes. base: whose conversions are turned around.
+    """
+
+    assignment: Assignment = field(repr=False)
+    changes: Mapping[str, Change]
+    base: Base = field(repr=False)
+
+    @property
+    def cost(self) -> int:
+        """Four times its bytes."""
+        return 4 * super().cost
+
+    def run(self, readers: Readers, out: Output) -> None:
+        """Hold all of it: what is read, and what is made of it."""
+        read = {name: readers.whole(name) for name in self.assignment.sources}
+        tensors = self.assignment.convert(read)
+        read.clear()
+        tensors = {fqn: tensor.to(self.base.tensors[fqn].dtype) for fqn, tensor in tensors.items()}
+        for fqn, change in self.changes.items():
+            if change.replaced is not None:
+                matched, key = change.replaced
+                tensors[fqn] = readers.of(matched).read(key).to(tensors[fqn].dtype)
+            for site in change.sites:
+                _merge_in_place(site, readers.inputs(site), split(fqn)[1], tensors, fqn)
+        parts = _taken_apart(self.base, self.assignment, tensors)
+        tensors.clear()
+        for planned in self.made:
+            out.write(planned.name, parts.pop(planned.name).to(planned.dtype))
+
+
+def _merge_in_place(
+    site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, tensors: dict[str, torch.Tensor], fqn: str
+) -> None:
+    if not site.is_divisible:
+        tensors[fqn] = _merged(site, inputs, leaf, tensors[fqn], None)
+        return
+    for rows in chunks(tensors[fqn].shape):
+        part = tensors[fqn][rows.start : rows.stop]
+        part.copy_(_merged(site, inputs, leaf, part, rows))
+
+
+def _taken_apart(base: Base, assignment: Assignment, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sources of `assignment` as transformers saves them, of what it makes of them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    view: Any = SimpleNamespace(
+        config=base.model.config,
+        get_parameter=assignment.logical.get_parameter if assignment.logical is not None else None,
+        _weight_conversions=list(base.conversions),
+    )
+    found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
+    return found
+
+
+def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoint) -> None:
+    """Raise `ConfigError` unless, on meta, the names and shapes of the base come out."""
+    meta = {name: torch.empty(checkpoint.logical(name).shape, device="meta") for name in assignment.sources}
+    try:
+        found = {name: tuple(t.shape) for name, t in _taken_apart(base, assignment, assignment.convert(meta)).items()}
+        problem = f"found {len(found)} others" if found != {n: tuple(t.shape) for n, t in meta.items()} else None
+    except Exception as error:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
+        problem = f"found {type(error).__name__}: {error}"
+    if problem is not None:
+        raise ConfigError(
+            f"{', '.join(assignment.targets)}: transformers makes it of {len(assignment.sources)} tensors of this base "
+            f"({assignment.sources[0]}, ...), expected it to make those of it again, {problem}: merge with PEFT's "
+            "merge_and_unload"
+        )
+
+
+def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
+    """What changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
+    found: dict[str, Change] = {}
+    for each in matched:
+        for fqn, key in each.replaced.items():
+            if fqn in found:
+                raise ConfigError(
+                    f"{fqn} is saved whole in {found[fqn].replaced[0].adapter.path} and in {each.adapter.path}: merge "  # type: ignore[index]
+                    "one of them"
+                )
+            found[fqn] = Change(leaf=split(fqn)[1], replaced=(each, key), tie=key)
+    ends = [site for site in sites if site.fqn in base.ends]
+    alike = len(ends) == 2 and _are_alike(ends, matched)
+    for site in sites:
+        _check_tokens(site)
+        tie = "ends" if alike and site in ends else frozenset(map(id, site.inputs.values()))
+        for leaf in site.changes:
+            before = found.get(join(site.fqn, leaf), Change(leaf=leaf))
+            found[join(site.fqn, leaf)] = replace(before, sites=(*before.sites, site), tie=(before.tie, tie))
+    return found
+
+
+def _are_alike(ends: Sequence[MergeSite], matched: Sequence[Matched]) -> bool:
+    """Whether the adapters of embedding and head are each other's transposed, as `ensure_weight_tying` makes them.
+
+    Their values are compared: PEFT unties them when it casts adapters (peft 0.21.2).
+    """
+    with ExitStack() as stack:
+        readers = [(each, stack.enter_context(Reader(each.adapter.index))) for each in matched]
+        found = [{k: v for each, reader in readers for k, v in each.inputs(site, reader).items()} for site in ends]
+    embedding, head = sorted(found, key=lambda inputs: not any(key.startswith("lora_embedding") for key in inputs))
+    pairs = {
+        key.replace("lora_embedding_A", "lora_B") + ".weight"
+        if key.startswith("lora_embedding_A.")
+        else key.replace("lora_embedding_B", "lora_A") + ".weight": value.t()
+        for key, value in embedding.items()
+        if key.startswith("lora_embedding")
+    }
+    scalings = [site.layer.scaling for site in ends if hasattr(site.layer, "scaling")]
+    same = pairs.keys() == head.keys() and len(pairs) == len(embedding) and scalings[:1] == scalings[1:]
+    return same and all(torch.equal(value, head[key]) for key, value in pairs.items())
+
+
+def _check_tokens(site: MergeSite) -> None:
+    """Refuse two adapters that have trained the same token."""
+    indices = [set(site.layer.token_indices[name]) for name in site.adapters if hasattr(site.layer, "token_indices")]
+    for number, one in enumerate(indices):
+        for other in indices[:number]:
+            if one & other:
+                raise ConfigError(
+                    f"{site.fqn}: expected adapters that have trained different tokens, found token {min(one & other)} "
+                    "in two of them: merge one of them"
+                )
+
+
+def plan_work(
+    base: Base,
+    checkpoint: Checkpoint,
+    changes: Mapping[str, Change],
+    *,
+    cast: bool,
+    quant: QuantFormat | None,
+    quantized: frozenset[str],
+) -> tuple[tuple[Work, ...], bool]:
+    """The work on all tensors of `checkpoint`, in the order of its files; and whether embedding and head are untied.
+
+    cast: whether tensors that nothing changes take the dtype of the model; they stay as they are otherwise. quantized:
+    FQNs of weights that are to be in the format `quant`; those that are packed and stay as they are, are copied. A tied
+    tensor of which one name changes, or both differently, is written for each of them.
+    """
+    works: dict[str, list[Work]] = {name: [] for name in checkpoint.index}
+    one = partial(_one, base, checkpoint, cast=cast)
+    untied = False
+    for assignment in base.weights.assignments:
+        fqn = assignment.targets[0]
+        names = base.tied.get(fqn, ())
+        mine = {name: changes.get(name) for name in (*names, *assignment.targets)}
+        sources = (*assignment.sources, *assignment.duplicates)
+        form = quant if not quantized.isdisjoint(assignment.targets) else None
+        if form is not None and assignment.converter is not None:
+            raise ConfigError(
+                f"{fqn} is to be quantized, and transformers makes it of {len(sources)} tensors of this base: merge it "
+                "into 16 bits (--dtype bf16), and quantize that (surgery quantize)"
+            )
+        if assignment.converter is not None and any(mine.values()):
+            _check_taken_apart(base, assignment, checkpoint)
+            tensor = base.tensors[fqn]
+            made = tuple(_planned(n, checkpoint.logical(n), tensor.dtype) for n in assignment.sources)
+            changed = {name: change for name, change in mine.items() if change is not None}
+            works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base)]
+        elif len({change.tie if change is not None else None for change in mine.values()}) == 1:
+            change = next(iter(mine.values()))
+            works |= {name: one(fqn, name, change, quant=form) for name in sources}
+        else:
+            untied = True
+            works[sources[0]] = [
+                work
+                for name, change in mine.items()
+                for work in one(fqn, sources[0], change, quant=form, key=_untied_key(base, name))
+            ]
+    rest = [name for name in base.weights.ignored if name in checkpoint.index]
+    works |= {name: [_copied(checkpoint.entry(name))] for name in rest}
+    return tuple(work for each in works.values() for work in each), untied
+
+
+def _untied_key(base: Base, name: str) -> str:
+    """The key of an embedding or a head that is no longer tied. Raises `ConfigError` where another tensor is."""
+    if name in base.keys and split(name)[0] in base.ends:
+        return base.keys[name]
+    raise ConfigError(
+        f"{name} is tied in this base, and the adapter changes one place of it and not the other: expected that of an "
+        "embedding and a head, which can be untied. Merge with PEFT's merge_and_unload"
+    )
+
+
+def _one(
+    base: Base,
+    checkpoint: Checkpoint,
+    fqn: str,
+    source: str,
+    change: Change | None,
+    *,
+    quant: QuantFormat | None,
+    cast: bool,
+    key: str | None = None,
+) -> list[Work]:
+    """The work on the tensor `source` of the base, which fills `fqn`, and on what is beside a packed one."""
+    stored, entry, tensor = checkpoint.packed.get(source), checkpoint.logical(source), base.tensors[fqn]
+    if change is None and stored is not None and quant is not None:
+        return [_copied(each) for each in (stored.data, *stored.side())]
+    is_made = cast or change is not None or stored is not None or quant is not None
+    is_float = entry.unknown is None and entry.dtype.is_floating_point
+    dtype = tensor.dtype if is_made and is_float else entry.dtype
+    is_conv = split(fqn)[1] == "weight" and is_conv1d(base.owner(fqn))
+    name, shape = key or source, entry.shape[:: -1 if is_conv and stored is not None else 1]
+    made = [Planned(name=name, dtype=dtype, shape=shape)]
+    if quant is not None:
+        storage = stored.data.dtype if stored is not None else quant.storage
+        made = [Planned(name=name, dtype=storage, shape=quant.layout(None).packed_shape(shape, storage))]
+        for end, of in quant.saved_shapes(math.prod(shape)).items():
+            known = {} if of is None else {"dtype": of[0]}
+            made.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+    return [
+        Merged(
+            made=tuple(made),
+            source=entry,
+            dtype=dtype,
+            change=change,
+            stored=stored,
+            is_turned=is_conv,
+            quant=quant,
+        )
+    ]
+
+
+def _copied(entry: TensorEntry) -> Merged:
+    return Merged(made=(_planned(entry.name, entry, entry.dtype),), source=entry, dtype=entry.dtype)
+
+
+def _planned(name: str, entry: TensorEntry, dtype: torch.dtype) -> Planned:
+    return Planned(name=name, dtype=dtype, shape=entry.shape)
