@@ -164,12 +164,18 @@ def _checked(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> _A
     quant: Any = setting.quant if dtype is None else dtype
     if isinstance(dtype, str):
         if dtype not in PACKED:
-            raise ConfigError(f"dtype: expected a dtype of torch, a surgery.Quant, or {' or '.join(PACKED)}; found {dtype!r:.40}")
+            raise ConfigError(
+                f"dtype: expected a dtype of torch, a surgery.Quant, or {' or '.join(PACKED)}; found {dtype!r:.40}"
+            )
         quant = setting.quant if getattr(setting.quant, "quant_type", None) == dtype else Quant(dtype)  # type: ignore[arg-type]
     if dtype is not None and not isinstance(quant, Quant):
-        raise ConfigError(f"dtype: expected a dtype of torch, a surgery.Quant, or {' or '.join(PACKED)}; found {dtype!r:.80}")
+        raise ConfigError(
+            f"dtype: expected a dtype of torch, a surgery.Quant, or {' or '.join(PACKED)}; found {dtype!r:.80}"
+        )
     if isinstance(dtype, Quant) and dtype.quant_storage not in (None, torch.uint8):
-        raise ConfigError(f"dtype: packed weights are written as uint8, found quant_storage={dtype.quant_storage}: leave it out")
+        raise ConfigError(
+            f"dtype: packed weights are written as uint8, found quant_storage={dtype.quant_storage}: leave it out"
+        )
     if isinstance(quant, Quant):
         quant = replace(quant, quant_storage=torch.uint8)
     packed = format_for(quant, dtype=setting.dtype)
@@ -386,9 +392,7 @@ class _Planner:
             known = {} if of is None else {"dtype": of[0]}
             found.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return _Part(
-            tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same
-        )
+        return _Part(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
 
     def _fused(self, group: Sequence[Loaded], values: tuple[_Value, ...]) -> _Part:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""
@@ -507,7 +511,9 @@ class _Writing:
         for rows in chunks(value.shape) if is_divisible else [range(value.shape[0])]:
             piece = value.rows(got[value.held], rows)
             for site, given in zip(value.sites, inputs, strict=True):
-                others = {each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes}
+                others = {
+                    each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes
+                }
                 piece = site.merge({value.leaf: piece, **others}, given, rows if is_divisible else None)[value.leaf]
             yield rows, _finite(piece, name)
 
