@@ -195,18 +195,24 @@ def _meta(shape: torch.Size) -> nn.Parameter:
 def _make_plain(twin: Any, parameters: Mapping[str, nn.Parameter], unpacked: Collection[nn.Module]) -> None:
     """Give the twin of a module the class and the parameters that it has unsharded, above a base that is not packed."""
     from peft.tuners.lora.layer import Linear, LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for leaf in parameters:
         vars(twin).pop(leaf, None)  # FSDP1 leaves views here, which would hide the parameter
     if twin in unpacked:
         twin._parameters.update(parameters)
         return
-    mro = type(twin).__mro__
-    twin.__class__ = next(each for each in mro if not each.__module__.startswith("torch.distributed."))
+    if not isinstance(twin, BaseTunerLayer):
+        return
     if isinstance(twin, LoraLayer) and twin.get_base_layer() in unpacked:
         # PEFT's layers for packed bases differ in that they pack what they have merged.
-        twin.__class__ = Linear  # type: ignore[assignment]
-        twin.is_target_conv_1d_layer = False
+        twin.__class__ = Linear
+        vars(twin)["is_target_conv_1d_layer"] = False
+        return
+    # FSDP2 has extended the class of what it was called for, such as an adapted embedding.
+    kinds = type(twin).__mro__
+    behind = [number + 1 for number, kind in enumerate(kinds) if kind.__module__.startswith("torch.distributed")]
+    twin.__class__ = kinds[max(behind, default=0)]
 
 
 def _places(loaded: Loaded) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,159 @@
+"""Exporting a model on one rank, by every way of sharing it, also where a rank fails."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import surgery
+from surgery.export.export import export
+from surgery.config import DDP, FSDP1, FSDP2, Placement, Quant
+
+__all__ = ["ADAPTERS", "FORMS", "Case", "Done", "adapter_of", "digests", "export_all", "fail_and_go_on"]
+
+SEED = 5
+IDS = torch.arange(3, 51).view(4, 12)
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": "all-linear"},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "saved": {"target_modules": ["v_proj", "up_proj"], "modules_to_save": ["lm_head", "norm"]},
+    "conv1d": {"target_modules": ["c_attn", "c_fc"], "use_rslora": True},
+    "experts": {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "embedding": {"target_modules": ["embed_tokens", "k_proj"]},
+}
+
+#: What is exported, by the name of the folder.
+FORMS: dict[str, dict[str, Any]] = {
+    "merged": {},
+    "merged-nf4": {"dtype": "nf4"},
+    "base": {"merged": False},
+    "base-fp32": {"merged": False, "dtype": torch.float32},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One model: its checkpoint's folder in the test's, its adapter, how it is shared and packed, what is exported."""
+
+    base: str = "llama"
+    adapter: str = "linear"
+    shard: DDP | FSDP1 | FSDP2 | None = None
+    placement: Placement | None = None
+    quant: Quant | None = field(default_factory=Quant)
+    forms: Sequence[str] = tuple(FORMS)
+
+
+@dataclass(kw_only=True)
+class Done:
+    """What one rank has found: digests of the files by form, and losses before the exports and after them."""
+
+    files: dict[str, dict[str, str]]
+    losses: tuple[float, float]
+    logits: torch.Tensor
+
+
+def adapter_of(name: str) -> Any:
+    """One of `ADAPTERS`; B is drawn too."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **ADAPTERS[name])
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digests of what an export has written, by file name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+@contextmanager
+def built(folder: Path, case: Case) -> Iterator[Any]:
+    """The adapted model of a case, in evaluation mode."""
+    torch.manual_seed(SEED)
+    with surgery.qlora(
+        folder / case.base,
+        quant=case.quant,
+        lora=adapter_of(case.adapter),
+        shard=case.shard,
+        placement=case.placement,
+        report=surgery.Report(),
+    ) as model:
+        yield model.eval()
+
+
+def loss_of(model: Any) -> tuple[float, torch.Tensor]:
+    """The loss, and the logits."""
+    with torch.no_grad():
+        found = model(input_ids=IDS, labels=IDS)
+    return float(found.loss), found.logits.float()
+
+
+def export_all(folder: Path, cases: dict[str, Case]) -> dict[str, Done]:
+    """Every case on this rank, one after the other; exports are in `folder / name / form`."""
+    return {name: export_one(folder, name, case) for name, case in cases.items()}
+
+
+def export_one(folder: Path, name: str, case: Case) -> Done:
+    """One case, exported, and trained for one step after that."""
+    with built(folder, case) as model:
+        before, logits = loss_of(model)
+        for form in case.forms:
+            export(model, folder / name / form, **FORMS[form])
+        surgery.save_adapter(model, folder / name / "adapter")
+        after, _ = loss_of(model)
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    files = {form: digests(folder / name / form) for form in case.forms}
+    return Done(files=files, losses=(before, after), logits=logits)
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """A block in which this process can write no file beyond `limit` bytes, as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def fail_and_go_on(folder: Path, case: Case) -> tuple[list[str], tuple[float, float], dict[str, str]]:
+    """Errors on this rank: of a full disk on the last rank, of a value that is not finite, of an output that is there.
+
+    Then losses before and after, and the digests of an export that goes on where the first one failed.
+    """
+    found = []
+    with built(folder, case) as model:
+        before, _ = loss_of(model)
+        is_last = dist.get_rank() == dist.get_world_size() - 1
+        with small_files(30_000 if is_last else resource.RLIM_INFINITY):
+            found.append(error_of(model, folder / "failed"))
+        assert not (folder / "failed").exists()
+        dist.barrier()
+        export(model, folder / "failed")
+        found.append(error_of(model, folder / "failed"))
+        after, _ = loss_of(model)
+        poisoned = next(p for name, p in model.named_parameters() if "1.self_attn.k_proj.lora_B" in name)
+        poisoned.data.fill_(float("nan"))
+        found.append(error_of(model, folder / "poisoned"))
+    return found, (before, after), digests(folder / "failed")
+
+
+def error_of(model: Any, directory: Path) -> str:
+    """The kind and the message of what an export raises."""
+    try:
+        export(model, directory)
+    except surgery.SurgeryError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
