@@ -18,7 +18,7 @@ import surgery
 from surgery.export.export import export
 from surgery.config import DDP, FSDP1, FSDP2, Placement, Quant
 
-__all__ = ["ADAPTERS", "FORMS", "Case", "Done", "adapter_of", "digests", "export_all", "fail_and_go_on"]
+__all__ = ["ADAPTERS", "IDS", "Case", "Done", "Failed", "all_and_failing", "built", "export_all", "loss_of"]
 
 SEED = 5
 IDS = torch.arange(3, 51).view(4, 12)
@@ -37,13 +37,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "merged": {},
     "merged-nf4": {"dtype": "nf4"},
     "base": {"merged": False},
-    "base-fp32": {"merged": False, "dtype": torch.float32},
+    "base-fp32": {"merged": False, "dtype": torch.float32, "max_shard_bytes": 50_000},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One model: its checkpoint's folder in the test's, its adapter, how it is shared and packed, what is exported."""
+    """One model: the name of its checkpoint, its adapter, how it is shared and packed, and what is exported."""
 
     base: str = "llama"
     adapter: str = "linear"
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(kw_only=True)
 class Done:
-    """What one rank has found: digests of the files by form, and losses before the exports and after them."""
+    """What one rank has: digests of files by form, losses before the exports and after them, and logits before."""
 
     files: dict[str, dict[str, str]]
     losses: tuple[float, float]
@@ -96,22 +96,22 @@ def loss_of(model: Any) -> tuple[float, torch.Tensor]:
     return float(found.loss), found.logits.float()
 
 
-def export_all(folder: Path, cases: dict[str, Case]) -> dict[str, Done]:
-    """Every case on this rank, one after the other; exports are in `folder / name / form`."""
-    return {name: export_one(folder, name, case) for name, case in cases.items()}
+def export_all(folder: Path, out: Path, cases: dict[str, Case]) -> dict[str, Done]:
+    """Every case on this rank, one after the other; exports are in `out / name / form`. folder: of the checkpoints."""
+    return {name: export_one(folder, out / name, case) for name, case in cases.items()}
 
 
-def export_one(folder: Path, name: str, case: Case) -> Done:
-    """One case, exported, and trained for one step after that."""
+def export_one(folder: Path, out: Path, case: Case) -> Done:
+    """One case, exported, and trained after that."""
     with built(folder, case) as model:
         before, logits = loss_of(model)
         for form in case.forms:
-            export(model, folder / name / form, **FORMS[form])
-        surgery.save_adapter(model, folder / name / "adapter")
+            export(model, out / form, **FORMS[form])
+        surgery.save_adapter(model, out / "adapter")
         after, _ = loss_of(model)
         model.train()
         model(input_ids=IDS, labels=IDS).loss.backward()
-    files = {form: digests(folder / name / form) for form in case.forms}
+    files = {form: digests(out / form) for form in case.forms}
     return Done(files=files, losses=(before, after), logits=logits)
 
 
@@ -128,26 +128,40 @@ def small_files(limit: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def fail_and_go_on(folder: Path, case: Case) -> tuple[list[str], tuple[float, float], dict[str, str]]:
-    """Errors on this rank: of a full disk on the last rank, of a value that is not finite, of an output that is there.
+@dataclass(kw_only=True)
+class Failed:
+    """What one rank has found where exports fail: what each has raised, losses before and after, and the last files."""
 
-    Then losses before and after, and the digests of an export that goes on where the first one failed.
+    errors: list[str]
+    losses: tuple[float, float]
+    files: dict[str, str]
+
+
+def all_and_failing(folder: Path, out: Path, cases: dict[str, Case], failing: Case) -> tuple[dict[str, Done], Failed]:
+    """Both of what this rank does."""
+    return export_all(folder, out, cases), fail_and_go_on(folder, out, failing)
+
+
+def fail_and_go_on(folder: Path, out: Path, case: Case) -> Failed:
+    """Exports that fail: on the last rank's full disk, since one has a value that is not finite, where one is already.
+
+    The second one goes on where the first has stopped.
     """
-    found = []
+    errors = []
     with built(folder, case) as model:
         before, _ = loss_of(model)
         is_last = dist.get_rank() == dist.get_world_size() - 1
         with small_files(30_000 if is_last else resource.RLIM_INFINITY):
-            found.append(error_of(model, folder / "failed"))
-        assert not (folder / "failed").exists()
+            errors.append(error_of(model, out / "failed"))
+        assert not (out / "failed").exists()
         dist.barrier()
-        export(model, folder / "failed")
-        found.append(error_of(model, folder / "failed"))
+        export(model, out / "failed")
+        errors.append(error_of(model, out / "failed"))
         after, _ = loss_of(model)
-        poisoned = next(p for name, p in model.named_parameters() if "1.self_attn.k_proj.lora_B" in name)
-        poisoned.data.fill_(float("nan"))
-        found.append(error_of(model, folder / "poisoned"))
-    return found, (before, after), digests(folder / "failed")
+        name = "layers.1.self_attn.k_proj.lora_B"
+        next(p for each, p in model.named_parameters() if name in each).data.fill_(float("nan"))
+        errors.append(error_of(model, out / "poisoned"))
+    return Failed(errors=errors, losses=(before, after), files=digests(out / "failed"))
 
 
 def error_of(model: Any, directory: Path) -> str:
