@@ -401,7 +401,8 @@ class _Planner:
             for loaded, value in zip(group, values, strict=True)
         }
         try:
-            found = self.taken_apart(group[0], meta)
+            made = self.taken_apart(group[0], meta)
+            found = {name: made.pop(name) for name in group[0].assignment.sources if name in made} | made
         except Exception as error:
             raise ConfigError(
                 f"{group[0].names[0]}: transformers makes it of {len(group[0].assignment.sources)} tensors "
@@ -496,9 +497,14 @@ class _Writing:
                 self.out.write(name, piece, rows.start * row)
 
     def _whole(self, value: _Value, got: Mapping[Held, Any], name: str) -> torch.Tensor:
-        whole = torch.empty(value.shape, dtype=value.dtype, device=self.tensors.device)
+        """All of a value, in the memory that it was gathered to if it fits, since experts may be large."""
+        flat = got[value.held]
+        is_plain = value.quant is None and flat.dtype == value.dtype
+        whole = flat.view(value.shape) if is_plain else torch.empty(value.shape, dtype=value.dtype, device=flat.device)
         for rows, piece in self._pieces(value, got, name):
-            whole[rows.start : rows.stop] = piece
+            place = whole[rows.start : rows.stop]
+            if place.data_ptr() != piece.data_ptr():
+                place.copy_(piece)
         return whole
 
     def _pieces(self, value: _Value, got: Mapping[Held, Any], name: str) -> Iterator[tuple[range, torch.Tensor]]:

@@ -86,7 +86,7 @@ def test_any_number_of_ranks_writes_the_same_files_and_trains_on(
         else:
             assert full.startswith(f"PeerError: rank {world_size - 1} failed: ExportError")
         assert "it is there, and" in there
-        assert "layers.1.self_attn.k_proj.weight: expected finite numbers, found" in not_finite
+        assert "layers.0.self_attn.q_proj.weight: expected finite numbers, found" in not_finite
         assert failed.files == alone["linear"].files["merged"]
         assert failed.losses[0] == failed.losses[1]
     assert not (folder / str(world_size) / "poisoned").exists()
@@ -101,7 +101,7 @@ def test_an_export_is_what_merging_the_saved_adapter_gives(folder: Path, alone: 
             merge(base, exported / "adapter", folder / f"{name}-{form}", quant=quant)
             same_tensors(exported / form, folder / f"{name}-{form}")
     model: Any = AutoModelForCausalLM.from_pretrained(exported / "merged")
-    torch.testing.assert_close(model(input_ids=IDS).logits.float(), alone[name].logits, atol=0.02, rtol=0)
+    torch.testing.assert_close(model(input_ids=IDS).logits.float(), alone[name].logits, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["linear", "conv1d"])
@@ -126,13 +126,15 @@ def test_a_base_in_16_bits_is_as_it_was_and_merged_as_peft_does(folder: Path, al
 
 def test_an_embedding_and_a_head_that_adapters_tear_apart_are_two(folder: Path) -> None:
     save_tiny(folder / "tied", tie_word_embeddings=True)
-    with built(folder, Case(base="tied", adapter="embedding", quant=None)) as model:
+    with pytest.warns(UserWarning, match="tie_word_embeddings"), built(
+        folder, Case(base="tied", adapter="embedding", quant=None)
+    ) as model:
         logits = model(input_ids=IDS).logits.float()
         export(model, folder / "untied")
         export(model, folder / "still-tied", merged=False)
     found: Any = AutoModelForCausalLM.from_pretrained(folder / "untied")
     assert not found.config.tie_word_embeddings
-    torch.testing.assert_close(found(input_ids=IDS).logits.float(), logits, atol=0.02, rtol=0)
+    torch.testing.assert_close(found(input_ids=IDS).logits.float(), logits, atol=0.05, rtol=0)
     assert "lm_head.weight" not in load(folder / "still-tied")
 
 
