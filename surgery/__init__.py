@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         QuantizerError,
         SelectorError,
         ShadowedPatchesWarning,
+        StateError,
         SurgeryError,
         TraceError,
         WeightsMismatchError,
     )
     from surgery.export.merge import merge
+    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
+    from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
 
@@ -68,23 +71,29 @@ __all__ = [
     "Report",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "Training",
+    "TrainingState",
     "WeightsMismatchError",
     "adapter_state",
     "attest",
     "attesting",
     "bind",
     "checkpoint_activations",
+    "dequantize",
     "fill",
+    "load_state",
     "low_memory",
     "merge",
     "plan",
     "qlora",
+    "quantize",
     "release",
     "reserve",
     "save_adapter",
+    "save_state",
     "trace",
 ]
 
@@ -93,6 +102,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
     "surgery.export.merge": ("merge",),
+    "surgery.export.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
@@ -105,6 +115,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),
     "surgery.tracing.recorder": ("trace",),

@@ -21,8 +21,10 @@ from model_surgery_patches import PatchError
 from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
 from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
-from surgery.export.merge_command import EPILOG as MERGE_EPILOG
-from surgery.export.merge_command import merge
+from surgery.export.command import DEQUANTIZE as DEQUANTIZE_EPILOG
+from surgery.export.command import MERGE as MERGE_EPILOG
+from surgery.export.command import QUANTIZE as QUANTIZE_EPILOG
+from surgery.export.command import dequantize, merge, quantize
 from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.generate.command import EPILOG as GENERATE_EPILOG
 from surgery.generate.command import generate
@@ -152,10 +154,12 @@ def _say(message: str) -> None:
 
 app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
 app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
+app.command(name="dequantize", cls=_Command, epilog=DEQUANTIZE_EPILOG)(reports_errors(dequantize))
 app.command(name="doctor", cls=_Command, epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
 app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG, context_settings=SPELLING)(reports_errors(generate))
 app.command(name="merge", cls=_Command, epilog=MERGE_EPILOG, context_settings=SPELLING)(reports_errors(merge))
 app.command(name="plan", cls=_Command, epilog=PLAN_EPILOG, context_settings=SPELLING)(reports_errors(plan))
+app.command(name="quantize", cls=_Command, epilog=QUANTIZE_EPILOG)(reports_errors(quantize))
 app.command(name="run", cls=_Command, epilog=RUN_EPILOG, context_settings=SCRIPT)(reports_errors(run))
 app.command(name="trace", cls=_Command, epilog=TRACE_EPILOG)(reports_errors(trace))
 

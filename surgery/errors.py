@@ -16,6 +16,7 @@ __all__ = [
     "QuantizerError",
     "SelectorError",
     "ShadowedPatchesWarning",
+    "StateError",
     "SurgeryError",
     "TraceError",
     "WeightsMismatchError",
@@ -84,6 +85,14 @@ class AdapterError(SurgeryError):
         super().__init__(message)
         self.missing = tuple(missing)
         self.not_finite = dict(not_finite or {})
+
+
+class StateError(SurgeryError):
+    """A training state that cannot be written, or not be read; `path` is its folder. Earlier ones are as they were."""
+
+    def __init__(self, message: str, *, path: Path | str | None = None) -> None:
+        super().__init__(message)
+        self.path = None if path is None else Path(path)
 
 
 class ExportError(SurgeryError):

@@ -25,6 +25,7 @@ ROOMS = (
     "quantizers",
     "sharding",
     "adapters",
+    "state",
     "passes",
     "planning",
     "bound",

@@ -119,8 +119,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock `folder` for a block, against other processes by whatever path.
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Lock `folder` for a block, against other processes by whatever path. name: of the file of the lock.
 
     On a file system without locks two processes are not noticed. The file of the lock is removed at the end; one that a
     killed process has left is taken over.
@@ -128,7 +128,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises `ConfigError` that names the process which has the lock, or says that the file is none of ours, and `OSError`
     if the folder cannot be written.
     """
-    file = folder / LOCK
+    file = folder / name
     descriptor = _take(file)
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S %z")

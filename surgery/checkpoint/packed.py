@@ -35,6 +35,9 @@ _SIDE = re.compile(
 #: Elements of `quant_map` and of `nested_quant_map`.
 VALUES, NESTED_VALUES = 16, 256
 
+#: Settings that are read at a time: a file over a network answers after a millisecond.
+THREADS = 8
+
 #: Bytes of settings; no weight of bitsandbytes has more than some 300.
 _MOST_SETTINGS = 1 << 16
 
@@ -138,8 +141,8 @@ class PackedWeight:
         return values + torch.tensor(offset)
 
 
-def find_packed(index: Index, *, path: Path, read: Read, threads: int = 1) -> dict[str, PackedWeight]:
-    """The packed weights of `index` by name; settings are read by `read`, in so many threads.
+def find_packed(index: Index, *, path: Path, read: Read) -> dict[str, PackedWeight]:
+    """The packed weights of `index` by name; settings are read by `read`, in threads.
 
     Raises `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in
     settings that no version of bitsandbytes writes.
@@ -149,7 +152,7 @@ def find_packed(index: Index, *, path: Path, read: Read, threads: int = 1) -> di
         found = _SIDE.fullmatch(name)
         if found is not None:
             sides.setdefault(found["weight"], {})[found["part"]] = entry
-    with ThreadPoolExecutor(threads, thread_name_prefix="surgery-packed") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="surgery-packed") as pool:
         made = pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items())
         return {weight.name: weight for weight in made}
 

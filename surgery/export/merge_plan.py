@@ -30,6 +30,9 @@ __all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
 #: Elements that are unpacked at a time, each with some 30 bytes of temporaries.
 UNPACKED = 1 << 19
 
+#: Bytes that are read into again and again, since pages that are new each time cost as much as reading.
+ROOM = 16 << 20
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -121,6 +124,7 @@ class Readers:
     def __init__(self, checkpoint: Checkpoint, matched: Sequence[Matched], report: Report) -> None:
         self._stack = ExitStack()
         self._checkpoint = checkpoint
+        self._memory = torch.empty(ROOM, dtype=torch.uint8)
         self.base = self._stack.enter_context(checkpoint.reader(on_read=report.count_bytes))
         self._adapters = {
             id(each): self._stack.enter_context(Reader(each.adapter.index, on_read=report.count_bytes))
@@ -132,10 +136,30 @@ class Readers:
         """The reader of that adapter."""
         return self._adapters[id(matched)]
 
+    def read(self, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int) -> torch.Tensor:
+        """Elements of a tensor of the base, unpacked: 1-D, in memory that the next call may use for others."""
+        if stored is None:
+            out = self._room(stop - start, entry.dtype)
+            self.base.read_into(entry, out, start=start)
+            return out
+        out = self._room(stop - start, stored.settings.dtype)
+        for first in range(start, stop, UNPACKED):
+            last = min(first + UNPACKED, stop)
+            out[first - start : last - start] = stored.dequantize(self.base.read_range, first, last)
+        return out
+
     def whole(self, name: str) -> torch.Tensor:
-        """A tensor of the base, unpacked."""
+        """A tensor of the base, unpacked, in memory of its own."""
         entry = self._checkpoint.logical(name)
-        return _read(self.base, entry, self._checkpoint.packed.get(name), 0, entry.numel).view(entry.shape)
+        if name not in self._checkpoint.packed:
+            return self.base.read(entry)
+        return self.read(entry, self._checkpoint.packed[name], 0, entry.numel).clone().view(entry.shape)
+
+    def _room(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        size = numel * dtype.itemsize
+        if size > ROOM:
+            return torch.empty(numel, dtype=dtype)
+        return self._memory[:size].view(dtype)
 
     def inputs(self, site: MergeSite) -> dict[str, torch.Tensor]:
         """The values of all adapters for `site`."""
@@ -189,7 +213,7 @@ class Merged(Work):
     def run(self, readers: Readers, out: Output) -> None:
         """Hold a few MiB of it, or all if it cannot be divided."""
         change = self.change or Change()
-        entry, read = self.source, partial(_read, readers.base, self.source, self.stored)
+        entry, read = self.source, partial(readers.read, self.source, self.stored)
         if change.replaced is not None:
             matched, key = change.replaced
             entry = matched.adapter.index[key]
@@ -211,17 +235,6 @@ class Merged(Work):
             part = part.t() if packs else part
             sink(part if self.quant is not None else part.to(self.made[0].dtype), rows.start * row)
             del part
-
-
-def _read(reader: Reader, entry: TensorEntry, stored: PackedWeight | None, start: int, stop: int) -> torch.Tensor:
-    """Elements of a tensor of the base, unpacked: 1-D."""
-    if stored is None:
-        return reader.read_range(entry, start, stop)
-    out = torch.empty(stop - start, dtype=stored.settings.dtype)
-    for first in range(start, stop, UNPACKED):
-        last = min(first + UNPACKED, stop)
-        out[first - start : last - start] = stored.dequantize(reader.read_range, first, last)
-    return out
 
 
 class _Packer:
@@ -269,7 +282,8 @@ def _merged(
 ) -> torch.Tensor:
     """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
     merged = site.merge({leaf: part}, inputs, rows)[leaf]
-    if bool(torch.isfinite(merged).all()):
+    # One pass: whatever is not finite makes the sum so.
+    if bool(merged.sum(dtype=torch.float32).isfinite()) or bool(merged.isfinite().all()):
         return merged
     bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
     raise ExportError(

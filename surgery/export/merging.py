@@ -70,12 +70,12 @@ class MergeSite:
                 getattr(self.layer, "_caches", {}).clear()
 
 
-def chunks(shape: Sequence[int], *, elements: int = CHUNK) -> Iterator[range]:
+def chunks(shape: Sequence[int]) -> Iterator[range]:
     """Ranges of dimension 0 of a tensor of `shape` with about so many elements each; the last one is never shorter."""
     total = shape[0] if shape else 1
     row = max(torch.Size(shape).numel() // max(total, 1), 1)
     least = ROWS if len(shape) < 3 else 2
-    step, start = max(elements // row // least * least, least), 0
+    step, start = max(CHUNK // row // least * least, least), 0
     while start < total:
         stop = start + step if total - start >= 2 * step else total
         yield range(start, stop)

@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOTrainer, SFTTrainer, get_peft_config, get_quantization_config
 from trl.chat_template_utils import get_training_chat_template
@@ -178,8 +185,6 @@ def _checkpointing(request: Request) -> str:
 
 def _drops_out(request: Request) -> bool:
     """Whether anything in the model or its adapters drops out; a configuration that cannot be read is refused later."""
-    from transformers import AutoConfig
-
     if request.model.lora_dropout:
         return True
     try:
@@ -371,13 +376,15 @@ class _Job:
     def _model(self) -> Any:
         request, further = self.request, dict(self.training.model_init_kwargs or {})
         self.training.model_init_kwargs = None  # TRL warns where it is not the one who uses them
-        wanted = {
+        wanted: dict[str, Any] = {
             "revision": request.model.model_revision,
             "dtype": request.model.dtype,
             "attn_implementation": request.model.attn_implementation,
-            "quantization_config": get_quantization_config(request.model),
         }
         name = _absolute(request.name)
+        config = AutoConfig.from_pretrained(name, revision=request.model.model_revision, trust_remote_code=False)
+        if not hasattr(config, "quantization_config"):  # what is packed already says how
+            wanted["quantization_config"] = get_quantization_config(request.model)
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:

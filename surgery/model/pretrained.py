@@ -165,18 +165,22 @@ def mark_quantized(model: Any, quant: Quant, *, dtype: torch.dtype, compute_dtyp
     from transformers import BitsAndBytesConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     left = [fqn for fqn, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
+    skipped = not_converted(model)
+    if any(should_convert_module(fqn, skipped) for fqn in left):
+        skipped = left
     config = BitsAndBytesConfig(
         load_in_4bit=True,
-        llm_int8_skip_modules=left if quant.skip_modules else None,
+        llm_int8_skip_modules=left if skipped is left else None,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_quant_storage=quant.storage_for(dtype),
     )
     quantizer: Any = Bnb4BitHfQuantizer(config, pre_quantized=False)
-    quantizer.modules_to_not_convert = left if quant.skip_modules else not_converted(model)
+    quantizer.modules_to_not_convert = skipped
     # It would replace the modules.
     quantizer._process_model_before_weight_loading = lambda *_args, **_options: None
     quantizer.preprocess_model(model, dtype=dtype)

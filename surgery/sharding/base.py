@@ -33,6 +33,8 @@ __all__ = [
     "Held",
     "Shard",
     "ShardStrategy",
+    "Span",
+    "Trained",
     "Unit",
     "chosen_parameters",
     "outermost",
@@ -84,6 +86,44 @@ class Held:
 
     shape: torch.Size
     piece: Piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """The elements of a parameter that a rank has in its memory, in row-major order.
+
+    name: plain FQN; of a tied one the first. shape: of the whole parameter. start: the first element. numel: how many;
+    0 where this rank has none. offset: elements of the memory before them.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    numel: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """A trainable parameter as an optimizer has it on this rank.
+
+    parameter: what the optimizer is given: the model's, or a flat one of several. memory: this rank's part of it, and
+    of all that an optimizer keeps for each element. spans: the parameters, by plain FQN, that it has elements of.
+    """
+
+    parameter: nn.Parameter
+    memory: torch.Tensor
+    spans: tuple[Span, ...]
+
+    def like(self, memory: torch.Tensor) -> torch.Tensor:
+        """`memory`, of this rank's shape, as an optimizer keeps it for this parameter."""
+        whole = self.parameter
+        if not isinstance(whole, DTensor):
+            return memory
+        found: torch.Tensor = DTensor.from_local(
+            memory, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        return found
 
 
 class ShardStrategy:
@@ -239,6 +279,15 @@ class ShardStrategy:
         """
         raise NotImplementedError
 
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """The trainable parameters as an optimizer has them on this rank, not gathered; each once, also if it is tied.
+
+        Not collective, and not to be called between a forward and its backward. Parameters on all ranks have the same
+        names, whether a rank has elements of them or not.
+        """
+        named = model.named_parameters()
+        return [_trained(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
+
     # The memory plan. ------------------------------------------------------------------------------------------------
 
     #: Whether shards wait on the CPU between uses.
@@ -290,20 +339,31 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
 
 def _own_shard(weight: torch.Tensor) -> Shard:
     """The shard of a tensor of its own: whole, or a `DTensor`."""
-    if not isinstance(weight, DTensor):
-        return Shard(piece=Piece(data=weight.detach()))
-    mesh, local = weight.device_mesh, weight.to_local()
-    sharded = [number for number, placement in enumerate(weight.placements) if not placement.is_replicate()]
+    local, start, group = _own_part(weight)
+    return Shard(piece=Piece(data=local, start=start * weight.element_size()), group=group)
+
+
+def _own_part(whole: torch.Tensor) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
+    """`(part, elements before it, the ranks that have the others)` of a tensor on this rank."""
+    if not isinstance(whole, DTensor):
+        return whole.detach(), 0, None
+    mesh, local = whole.device_mesh, whole.to_local().detach()
+    sharded = [number for number, placement in enumerate(whole.placements) if not placement.is_replicate()]
     if not sharded:
-        return Shard(piece=Piece(data=local))
-    if len(sharded) > 1 or not weight.placements[sharded[0]].is_shard(0):
+        return local, 0, None
+    if len(sharded) > 1 or not whole.placements[sharded[0]].is_shard(0):
         raise ConfigError(
             f"expected parameters to be sharded along dimension 0, over one dimension of a mesh, found "
-            f"{weight.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
+            f"{whole.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
-    rows = chunk(range(weight.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    start = rows.start * weight.shape[1:].numel() * weight.element_size()
-    return Shard(piece=Piece(data=local, start=start), group=mesh.get_group(sharded[0]))
+    rows = chunk(range(whole.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    return local, rows.start * whole.shape[1:].numel(), mesh.get_group(sharded[0])
+
+
+def _trained(name: str, parameter: nn.Parameter) -> Trained:
+    memory, start, _ = _own_part(parameter)
+    span = Span(name=name, shape=parameter.shape, start=start, numel=memory.numel())
+    return Trained(parameter=parameter, memory=memory, spans=(span,))
 
 
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,7 +12,7 @@ from surgery.config import DDP
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.quantizers.base import QuantFormat
-from surgery.sharding.base import outermost, register
+from surgery.sharding.base import Trained, outermost, register
 from surgery.sharding.unsharded import Unsharded
 
 __all__ = ["Ddp"]
@@ -61,9 +63,24 @@ class Ddp(Unsharded):
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, by names without the wrapper."""
-        name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
-        state = super().trainable_state(root.module, also)
-        return {clean(join(name, inner)): tensor for inner, tensor in state.items()}
+        name, inner = _inside(model)
+        state = super().trainable_state(inner, also)
+        return {clean(join(name, each)): tensor for each, tensor in state.items()}
+
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """Whole parameters, by names without the wrapper."""
+        name, inner = _inside(model)
+        found = []
+        for each in super().trained(inner):
+            spans = tuple(replace(span, name=clean(join(name, span.name))) for span in each.spans)
+            found.append(replace(each, spans=spans))
+        return found
+
+
+def _inside(model: nn.Module) -> tuple[str, nn.Module]:
+    """The FQN of the wrapper in `model`, and what is in it."""
+    name, root = next((n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel))
+    return name, root.module
 
 
 register(DDP, Ddp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.comm.ranks import broadcast_from_rank0
@@ -21,7 +23,7 @@ from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
-from surgery.sharding.base import READS_WEIGHTS, Devices, Held, Shard, Unit, outermost, register
+from surgery.sharding.base import READS_WEIGHTS, Devices, Held, Shard, Span, Trained, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
@@ -434,6 +436,15 @@ class Fsdp1(Fsdp):
                 state |= copies(_chosen(unit, prefix, also)) if dist.get_rank() == 0 else {}
         return state
 
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """Shards of flat parameters, or the ranges in them of the original ones, once what is gathered is freed."""
+        found, flat = [], set[nn.Parameter]()
+        for prefix, unit in list(model.named_modules()):
+            if isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+                found += _trained(unit, prefix)
+                flat.update((unit._handle.flat_param, *(unit._handle.flat_param._params or ())))
+        return found + [each for each in super().trained(model) if each.parameter not in flat]
+
     def _at_end(self, units: Sequence[Unit]) -> int:
         """The root unit, which has all but the blocks."""
         return sum(unit.whole for unit in units if unit.kind != "block")
@@ -477,19 +488,49 @@ def _own_parameters(unit: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
             yield from _own_parameters(child, join(prefix, name))
 
 
+def _trained(unit: Any, prefix: str) -> list[Trained]:
+    """The parameters that an optimizer is given of `unit`, whose own FQN is `prefix`."""
+    handle = unit._handle
+    flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
+    # A forward without a backward, in evaluation, leaves the root gathered. Before the first one nothing is.
+    if is_sharded and hasattr(flat, "_local_shard"):
+        _reshard(unit, handle, free_unsharded_flat_param=True)
+    memory, spans = _local_flat(handle), []
+    for name, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True):
+        # Where this rank has nothing of it there is None.
+        start, numel, offset = info.intra_param_start_idx or 0, info.numel_in_shard or 0, info.offset_in_shard or 0
+        plain = clean(join(prefix, name))
+        spans.append(Span(name=plain, shape=torch.Size(shape), start=start, numel=numel, offset=offset))
+    if flat._params is None:
+        return [Trained(parameter=flat, memory=memory, spans=tuple(spans))] if flat.requires_grad else []
+    found = []
+    for parameter, span in zip(flat._params, spans, strict=True):
+        mine = memory[span.offset : span.offset + span.numel]
+        if parameter.requires_grad:
+            shaped = mine if is_sharded else mine.view(span.shape)
+            found.append(Trained(parameter=parameter, memory=shaped, spans=(replace(span, offset=0),)))
+    return found
+
+
+def _local_flat(handle: Any) -> torch.Tensor:
+    """This rank's shard of a flat parameter."""
+    flat = handle.flat_param
+    # Before the first forward, and where nothing is sharded, there is one tensor only.
+    local: torch.Tensor = getattr(flat, "_local_shard", flat.data) if handle.uses_sharded_strategy else flat.data
+    return local.detach()
+
+
 def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size, Shard]]:
     """`(module, name, whole shape, shard)` of everything in flat parameters; what is tied once."""
     handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
     for handle in handles:
         if handle is None:
             continue
-        flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
-        # Before the first forward, and where nothing is sharded, there is one tensor only.
-        local = getattr(flat, "_local_shard", flat.data) if is_sharded else flat.data
+        flat, is_sharded, local = handle.flat_param, handle.uses_sharded_strategy, _local_flat(handle)
         for where, shape, info in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
             first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
             data = local[first : first + numel] if info.in_shard else local[:0]
-            piece = Piece(data=data.detach(), start=start * flat.element_size() if info.in_shard else 0)
+            piece = Piece(data=data, start=start * flat.element_size() if info.in_shard else 0)
             shard = Shard(piece=piece, group=handle.process_group if is_sharded else None)
             yield where.module, where.param_name, shape, shard
 

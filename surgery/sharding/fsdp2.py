@@ -24,6 +24,7 @@ from surgery.sharding.base import (
     Devices,
     Held,
     Shard,
+    Trained,
     Unit,
     chosen_parameters,
     outermost,
@@ -253,6 +254,11 @@ class Fsdp2(Fsdp):
             whole = _whole(parameter.detach())
             state[parameter] = whole.cpu().clone() if on_rank0 else whole.new_empty(0)
         return {name: state[parameter] for name, parameter in chosen.items()} if on_rank0 else {}
+
+    def trained(self, model: nn.Module) -> list[Trained]:
+        """The local parts, once what is still gathered is freed."""
+        _reshard(model)
+        return super().trained(model)
 
     def _at_end(self, units: Sequence[Unit]) -> int:
         """The last norm and the head, as they were gathered and as parameters, and what the root has.

@@ -190,7 +190,7 @@ _TEXTS: Mapping[Notice, tuple[str, str, str]] = {
     "read_once_per_node": (
         "tensor is",
         "tensors are",
-        "merged, split or transposed for the model, so read once per node, by one rank for the others",
+        "merged, split, transposed or unpacked for the model, so read once per node, by one rank for the others",
     ),
     "ignored": ("name", "names", "in the checkpoint with no place in this model, ignored as transformers does"),
     "initialized": ("buffer is", "buffers are", "not in the checkpoint; what transformers initializes is used"),

@@ -16,7 +16,13 @@ import pytest
 from patches.builtin import BUILTIN
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("patches-from-outside.md", "fsdp2-exactness.md", "writing-a-pass.md", "writing-an-integration.md")
+PAGES = (
+    "patches-from-outside.md",
+    "fsdp2-exactness.md",
+    "writing-a-pass.md",
+    "writing-an-integration.md",
+    "training-state.md",
+)
 
 BLOCK = re.compile(
     r"(?:<!-- file: (?P<file>\S+) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
