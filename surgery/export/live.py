@@ -147,18 +147,8 @@ def adapted_by(model: nn.Module, origin: Origin, held: Mapping[Place, Held]) -> 
     configs = tuple(peft.peft_config[name] for name in names)
     for name, config in zip(names, configs, strict=True):
         _check_mergeable(name, config)
-    quantized = set(quantized_modules(peft))
-    lent: dict[Held, nn.Parameter] = {}
-    by_module: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
-    for (module, leaf), one in held.items():
-        if leaf not in module._buffers:
-            is_packed = module in quantized and leaf == "weight"
-            shape = origin.setting.format.logical(module) if is_packed else one.shape
-            by_module[module][leaf] = lent.setdefault(one, _meta(shape))
-    twins = twin_of(peft, lambda _fqn, module: by_module[module], hollow=quantized)
-    unpacked = {twins[module] for module in quantized}
-    for module, twin in twins.items():
-        _make_plain(twin, by_module[module], unpacked)
+    lent = {one: _meta(shape) for one, shape in _shapes(origin, held).items()}
+    twins = _twins(peft, {place: lent[one] for place, one in held.items()})
     fqns = {module: name.rpartition(".")[0] for each in origin.tensors for name, module in _places(each)}
     bases = {twins[module]: fqn for module, fqn in fqns.items() if module in twins}
     originals = {twin: module for module, twin in twins.items()}
@@ -186,6 +176,29 @@ def _check_mergeable(name: str, config: Any) -> None:
     for option in {*variants, *UNMERGEABLE} - {"use_dora"}:
         if getattr(config, option, None):
             raise ConfigError(f"adapter {name}: one with {option} cannot be merged into weights: use merged=False")
+
+
+def _shapes(origin: Origin, held: Mapping[Place, Held]) -> dict[Held, torch.Size]:
+    """The shapes of all tensors, unpacked."""
+    quant = origin.setting.format
+    return {
+        one: quant.logical(module) if leaf == "weight" and quant.is_quantized(module) else one.shape
+        for (module, leaf), one in held.items()
+    }
+
+
+def _twins(model: nn.Module, parameters: Mapping[Place, nn.Parameter]) -> dict[nn.Module, nn.Module]:
+    """Modules of `model` and their twins, unsharded and not packed, with these parameters."""
+    by_module: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
+    for (module, leaf), parameter in parameters.items():
+        if leaf not in module._buffers:
+            by_module[module][leaf] = parameter
+    quantized = quantized_modules(model)
+    twins = twin_of(model, lambda _fqn, module: by_module[module], hollow=quantized)
+    unpacked = {twins[module] for module in quantized}
+    for module, twin in twins.items():
+        _make_plain(twin, by_module[module], unpacked)
+    return twins
 
 
 def _meta(shape: torch.Size) -> nn.Parameter:

@@ -368,7 +368,8 @@ class Bnb4bit(QuantFormat):
         first = start // state.blocksize
         blocks = torch.arange(start, stop, device=packed.device) // state.blocksize - first
         absmax = _absmax(state, first, -(-stop // state.blocksize))
-        return (state.code[nibbles] * absmax[blocks]).to(state.dtype)
+        values: torch.Tensor = (state.code[nibbles] * absmax[blocks]).to(state.dtype)
+        return values
 
     def state_of(self, module: Any) -> QuantState:
         """The `quant_state` of the parameter, or the module's own where sharding took that away."""
@@ -441,7 +442,8 @@ def _absmax(state: Any, first: int, last: int) -> torch.Tensor:
     if state.state2 is None:
         return absmax
     blocks = torch.arange(first, last, device=absmax.device) // state.state2.blocksize
-    return state.state2.code[absmax.int()] * state.state2.absmax[blocks] + state.offset  # type: ignore[no-any-return]
+    nested: torch.Tensor = state.state2.code[absmax.int()] * state.state2.absmax[blocks]
+    return nested + state.offset
 
 
 def _is_packed(module: Any) -> bool:
