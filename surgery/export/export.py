@@ -121,8 +121,10 @@ def export(
                     writing.write_share(part, has_state=number % writers == ranks.rank)
             gathered = [part for part in left if part.is_gathered]
             rounds = [gathered[first : first + writers] for first in range(0, len(gathered), writers)]
-            for each in report.track(rounds, names=lambda of_round: [split(part.names[0])[0] for part in of_round]):
-                writing.write_gathered(each)
+            # Nothing but these takes long.
+            tracked = report.track(rounds, names=lambda of_round: [split(part.names[0])[0] for part in of_round])
+            for each in tracked if rounds else ():
+                report.count_bytes(writing.write_gathered(each))
         return_freed_memory()
         return out.target
 
@@ -153,16 +155,19 @@ class _Writing:
             piece = value.elements(data, start * many, first, min(first + CHUNK, last))
             self.out.write(name, _finite(piece, name), first)
 
-    def write_gathered(self, parts: Sequence[Part]) -> None:
-        """Gather, make and write parts, one by each of the first ranks; collective."""
+    def write_gathered(self, parts: Sequence[Part]) -> int:
+        """Gather, make and write parts, one by each of the first ranks; collective. Returns bytes that were gathered."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
             got = {held: self.tensors.gather(held, rank) for held in dict.fromkeys(self._needed(part))}
             if rank == ranks.rank:
-                mine = (part, got)
+                mine = (part, {held: tensor for held, tensor in got.items() if tensor is not None})
         with everyone(ranks, device=self.tensors.device):
-            if mine is not None:
-                self._write_whole(*mine)
+            if mine is None:
+                return 0
+            size = sum(tensor.nbytes for tensor in mine[1].values())
+            self._write_whole(*mine)
+            return size
 
     def _needed(self, part: Part) -> Iterator[Held]:
         for value in part.values:
@@ -170,7 +175,7 @@ class _Writing:
             for site in value.sites:
                 yield from self.planner.adapted.inputs_of(site).values()
 
-    def _write_whole(self, part: Part, got: Mapping[Held, Any]) -> None:
+    def _write_whole(self, part: Part, got: Mapping[Held, torch.Tensor]) -> None:
         name, value = part.tensors[0].name, part.values[0]
         if part.loaded:
             made = {
@@ -191,7 +196,7 @@ class _Writing:
             for rows, piece in self._pieces(value, got, name):
                 self.out.write(name, piece, rows.start * row)
 
-    def _whole(self, value: Value, got: Mapping[Held, Any], name: str) -> torch.Tensor:
+    def _whole(self, value: Value, got: Mapping[Held, torch.Tensor], name: str) -> torch.Tensor:
         """All of a value, in the memory that it was gathered to if it fits, since experts may be large."""
         flat = got[value.held]
         is_plain = value.quant is None and flat.dtype == value.dtype
@@ -202,7 +207,9 @@ class _Writing:
                 place.copy_(piece)
         return whole
 
-    def _pieces(self, value: Value, got: Mapping[Held, Any], name: str) -> Iterator[tuple[range, torch.Tensor]]:
+    def _pieces(
+        self, value: Value, got: Mapping[Held, torch.Tensor], name: str
+    ) -> Iterator[tuple[range, torch.Tensor]]:
         """Ranges of dimension 0, merged."""
         inputs = [
             {key: got[held].view(held.shape).float() for key, held in self.planner.adapted.inputs_of(site).items()}
