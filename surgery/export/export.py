@@ -156,7 +156,7 @@ class _Writing:
             self.out.write(name, _finite(piece, name), first)
 
     def write_gathered(self, parts: Sequence[Part]) -> int:
-        """Gather, make and write parts, one by each of the first ranks; collective. Returns bytes that were gathered."""
+        """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
             got = {held: self.tensors.gather(held, rank) for held in dict.fromkeys(self._needed(part))}
