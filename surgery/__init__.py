@@ -13,13 +13,14 @@ from surgery import errors
 
 if TYPE_CHECKING:
     from surgery.adapters.folder import reserve
+    from surgery.adapters.load import load_adapter
     from surgery.adapters.save import adapter_state, save_adapter
     from surgery.attestation.attest import attest, attesting
     from surgery.attestation.differences import AttestationError
     from surgery.bound import Bound, bind, fill
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
-    from surgery.config import DDP, FSDP1, FSDP2, Quant
+    from surgery.config import DDP, FSDP1, FSDP2, Quant, Quant8
     from surgery.errors import (
         AdapterError,
         CheckpointError,
@@ -67,6 +68,7 @@ __all__ = [
     "PassError",
     "PeerError",
     "Quant",
+    "Quant8",
     "QuantizerError",
     "Report",
     "SelectorError",
@@ -84,6 +86,7 @@ __all__ = [
     "checkpoint_activations",
     "dequantize",
     "fill",
+    "load_adapter",
     "load_state",
     "low_memory",
     "merge",
@@ -98,6 +101,7 @@ __all__ = [
 ]
 
 _MODULES: dict[str, Sequence[str]] = {
+    "surgery.adapters.load": ("load_adapter",),
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
@@ -107,7 +111,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant"),
+    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant", "Quant8"),
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),

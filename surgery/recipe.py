@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from surgery.adapters.load import fill_adapter, open_adapter
 from surgery.adapters.metadata import name_base
 from surgery.bound import agree, building, complete, foresee, set_up
 from surgery.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ def qlora(
     *,
     quant: Any = Quant(),  # noqa: B008  # frozen
     lora: LoraConfig | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     placement: str | None = None,
     shard: Any = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -54,6 +56,8 @@ def qlora(
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
         quant: how linear weights are quantized (https://arxiv.org/abs/2305.14314).
         lora: the adapters; None adds none.
+        adapter: a saved adapter to go on from, in place of `lora`: a folder in PEFT's format, or a hub id. Its
+            configuration decides; its values are cast to `dtype`, and each rank reads those that it keeps.
         placement: `sharded` (FSDP2's default) keeps on every rank its shard and nothing else; `rank0-cpu` (FSDP1's)
             keeps weights on rank 0's CPU, and on meta elsewhere, until FSDP1 broadcasts them; `replicated` keeps all of
             them on every rank's device, and is what a model without `shard` has.
@@ -71,7 +75,7 @@ def qlora(
 
     Raises:
         ConfigError: options that cannot work together, before anything is read.
-        CheckpointError: a checkpoint that is broken, or not of this model, before any weight is read.
+        CheckpointError: a checkpoint, or an adapter, that is broken, or not of this model, before any weight is read.
         PassError: a pass failed; names the pass and the FQN.
         PeerError: it did on another rank.
     """
@@ -79,7 +83,10 @@ def qlora(
     if packed_cache is not None:
         checkpoint, quant = packed_in(packed_cache, checkpoint, quant=quant, dtype=dtype, device=device)
     with building(device) as ranks:
+        saved = None if adapter is None else open_adapter(adapter, ranks, device=device, lora=lora)
+        lora = lora if saved is None else saved.config
         asked = {"quant": quant, "shard": shard, "lora": lora, "placement": placement, "device": device}
+        asked |= {"adapter": saved}
         asked |= {"dtype": dtype, "compute_dtype": compute_dtype or dtype}
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
@@ -94,4 +101,7 @@ def qlora(
             foresee(prepared, opened, ranks, report)
         adapted = complete(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
         name_base(adapted, opened)
+        if saved is not None:
+            with report.phase("adapter"):
+                fill_adapter(adapted, saved, ranks)
         return adapted

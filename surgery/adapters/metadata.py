@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
+import re
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import nn
 
 from surgery.checkpoint import Checkpoint
+from surgery.errors import ConfigError
 from surgery.model.consistency import LIBRARIES
 
 if TYPE_CHECKING:
@@ -20,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TOKENIZER_FILES",
+    "Base",
     "base_folder",
+    "base_of",
     "config_to_save",
     "name_base",
     "read_tokenizer",
@@ -30,32 +37,110 @@ __all__ = [
 ]
 
 
+#: A folder of the hub's cache, and a commit, whole or abbreviated.
+_SNAPSHOT = re.compile(r".*/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A base model: a hub id, or a folder by its absolute path; and its revision, None where it is not known."""
+
+    name: str | None
+    revision: str | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        """A folder by its absolute path; what is on the hub by its id, and the commit as `revision`."""
+        return cls(
+            name=checkpoint.source if checkpoint.revision else str(checkpoint.path), revision=checkpoint.revision
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}{'' if self.revision is None else f' at {self.revision}'}"
+
+    def is_named_like(self, other: Base) -> bool:
+        """Whether both are one repository, or one folder."""
+        mine, its = self._on_the_hub().name, other._on_the_hub().name
+        return mine == its or (mine is not None and its is not None and os.path.realpath(mine) == os.path.realpath(its))
+
+    def check_revision(self, given: Base, file: Path) -> None:
+        """Raise `ConfigError` if `given` is the same repository at another commit than this, which `file` names."""
+        mine, its = self._on_the_hub(), given._on_the_hub()
+        if mine.revision is None or its.revision is None or not mine.is_named_like(its):
+            return
+        commit = mine._commit()
+        if commit is not None and its.revision.startswith(commit):
+            return
+        known = ", and nothing here says which commit that is" if commit is None else f" (commit {commit})"
+        known = "" if commit == mine.revision else known
+        raise ConfigError(
+            f"{file}: expected {mine.name} at revision {mine.revision}{known}, on which the adapter was trained, found "
+            f"commit {its.revision}: open the model with revision={mine.revision!r} (--model-revision), or, if both "
+            "have the same weights, change revision there"
+        )
+
+    def _on_the_hub(self) -> Base:
+        """The id and the commit, for a folder of the hub's cache; else itself."""
+        found = _SNAPSHOT.fullmatch(self.name or "")
+        return self if found is None else Base(name=found["name"].replace("--", "/"), revision=found["commit"])
+
+    def _commit(self) -> str | None:
+        """The commit, maybe abbreviated, that `revision` is; None where the hub's cache does not know it."""
+        if self.revision is None or _COMMIT.fullmatch(self.revision):
+            return self.revision
+        folder = _cached(self.name, self.revision)
+        return None if folder is None else folder.name
+
+
+_bases: weakref.WeakKeyDictionary[nn.Module, Base] = weakref.WeakKeyDictionary()
+
+
 def name_base(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Name `checkpoint` in the configurations of the adapters of `model`, if it has any.
+    """Remember `checkpoint` as the base of `model`, and name it in the configurations of its adapters, if it has any.
 
     A folder by its absolute path; what is on the hub by its id, and the commit as `revision`.
     """
     from peft import PeftModel
 
-    if not isinstance(model, PeftModel):
-        return
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = checkpoint.source if checkpoint.revision else str(checkpoint.path)
-        config.revision = checkpoint.revision or config.revision
+    base = _bases[model] = Base.of(checkpoint)
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        config.base_model_name_or_path, config.revision = base.name, base.revision or config.revision
+
+
+def base_of(model: nn.Module) -> Base | None:
+    """The base model of `model`, or of one in it: as it was remembered, or as transformers has it."""
+    remembered = next((_bases[module] for module in model.modules() if module in _bases), None)
+    if remembered is not None:
+        return remembered
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    for config in configs:
+        name = getattr(config, "_name_or_path", None)
+        if isinstance(name, str) and name:
+            return Base(
+                name=str(Path(name).absolute()) if Path(name).is_dir() else name,
+                revision=getattr(config, "_commit_hash", None),
+            )
+    return None
 
 
 def base_folder(config: PeftConfig) -> Path | None:
     """The folder of the base model on this machine, hub cache included; None if it has none. Nothing is downloaded."""
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     name = config.base_model_name_or_path
     if not name:
         return None
     try:
-        cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+        return _cached(name, config.revision)
     except HFValidationError:  # no id, so it is a path
         return Path(name) if Path(name).is_dir() else None
+
+
+def _cached(name: str | None, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name or "", "config.json", revision=revision)
     return Path(cached).parent if isinstance(cached, str) else None
 
 

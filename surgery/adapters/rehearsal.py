@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ from surgery.sharding.base import ShardStrategy
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["Trained", "rehearse"]
+    from surgery.adapters.saved import SavedAdapter
+
+__all__ = ["Trained", "check_quantized", "rehearse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +48,16 @@ def rehearse(
     quantized: Collection[nn.Module],
     quant: QuantFormat,
     strategy: ShardStrategy,
+    saved: SavedAdapter | None = None,
 ) -> tuple[Trained, ...]:
     """Parameters that PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
-    quantized: its modules that will be in the format `quant`, whose dtype adapters have.
+    quantized: its modules that will be in the format `quant`, whose dtype adapters have. saved: what they will be read
+    from.
 
     Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained as
-    `strategy` shards it, or not saved. Of decoder blocks that get the same adapters one stands for all.
+    `strategy` shards it, or not saved; and `WeightsMismatchError` where `saved` has other tensors. Of decoder blocks
+    that get the same adapters one stands for all.
     """
     check_modules(model, lora)
     unknown = unknown_targets(model, lora)
@@ -66,10 +71,12 @@ def rehearse(
     if not trained:
         raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
     packed = {made[module] for module in quantized if module in made}
-    _check_quantized(adapted, packed)
+    check_quantized(adapted, packed, dequantizes=type(quant).dequantize is not QuantFormat.dequantize)
     tried = [Site(fqn=PEFT_PREFIX + site.fqn, module=made[site.module]) for site in blocks if site not in alike]
     strategy.check_adapted(adapted, tried, _kept(adapted, packed, quant.dtype))
-    _check_saving(adapted)
+    shapes = _check_saving(adapted)
+    if saved is not None:
+        saved.check_tensors({**shapes, **dict(_repeated_keys(shapes, alike))})
     own = [
         Trained(
             fqn=base.get(parameter) or name.removeprefix(PEFT_PREFIX), shape=parameter.shape, is_base=parameter in base
@@ -91,11 +98,12 @@ def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dty
         raise ConfigError(f"lora: PEFT cannot build these adapters: {type(error).__name__}: {error}") from error
 
 
-def _check_saving(adapted: PeftModel) -> None:
-    """Refuse adapters that `save_adapter` could not save."""
+def _check_saving(adapted: PeftModel) -> dict[str, torch.Size]:
+    """The shapes of what `save_adapter` would save, by key. Refuses adapters that it could not."""
     every = adapted.named_parameters(remove_duplicate=False)
     try:
-        by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
+        found = by_peft_key(adapted, {name: parameter for name, parameter in every if parameter.requires_grad})
+        return {key: tensor.shape for key, tensor in found.items()}
     except Exception as error:
         raise ConfigError(
             f"lora: these adapters could be trained, and not be saved: {type(error).__name__}: {error}"
@@ -158,14 +166,35 @@ def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Train
                 yield Trained(fqn=join(site.fqn, each.fqn.removeprefix(start)), shape=each.shape, is_base=each.is_base)
 
 
-def _check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
-    """Refuse copies of 4-bit weights and adapters of their packed form: bits would be trained as numbers."""
+def _repeated_keys(shapes: Mapping[str, torch.Size], alike: dict[Site, Site]) -> Iterator[tuple[str, torch.Size]]:
+    for site, other in alike.items():
+        start = f"{PEFT_PREFIX}{other.fqn}."
+        for key, shape in shapes.items():
+            if key.startswith(start):
+                yield f"{PEFT_PREFIX}{site.fqn}.{key.removeprefix(start)}", shape
+
+
+def check_quantized(adapted: PeftModel, packed: set[nn.Module], *, dequantizes: bool = True) -> None:
+    """Refuse copies of packed weights and adapters of their packed form: bits would be trained as numbers.
+
+    And magnitudes of weights in a format that cannot say what their values are. dequantizes: whether it can.
+    """
     for name, module in adapted.named_modules():
         fqn = name.removeprefix(PEFT_PREFIX)
         if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):
             raise ConfigError(
                 f"lora.modules_to_save: {fqn} is, or has in it, a layer that goes to 4 bits, which can neither be "
                 "trained nor saved: leave it out, or keep it in 16 bits with skip_modules"
+            )
+        if isinstance(getattr(module, "token_indices", None), dict) and module.get_base_layer() in packed:
+            raise ConfigError(
+                f"lora.trainable_token_indices: {fqn.removesuffix('.token_adapter')} goes to 4 bits, and rows of its "
+                "packed form would be trained: leave it out, or keep it in 16 bits with skip_modules"
+            )
+        if getattr(module, "lora_magnitude_vector", None) and module.get_base_layer() in packed and not dequantizes:
+            raise ConfigError(
+                f"lora.use_dora: magnitudes of {fqn} are norms of its values, and its format does not define "
+                "dequantize: use use_dora=False, or define it"
             )
         if "parameter_name" in vars(module) and module.get_base_layer() in packed:
             raise ConfigError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,20 @@ from surgery.comm.ranks import current_ranks
 from surgery.errors import AdapterError, ConfigError
 from surgery.model.fqn import PEFT_PREFIX, clean, split
 from surgery.model.twin import twin_of
-from surgery.sharding.base import strategy_of
+from surgery.sharding.base import Part, ShardStrategy, device_of, strategy_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-__all__ = ["adapter_state", "by_peft_key", "save_adapter"]
+__all__ = [
+    "adapter_parts",
+    "adapter_state",
+    "belongs_to",
+    "by_peft_key",
+    "find_peft_model",
+    "save_adapter",
+    "search_peft_model",
+]
 
 
 @together()
@@ -55,10 +64,10 @@ def save_adapter(
     """
     ranks = current_ranks()
     with ExitStack() as stack:
-        with everyone(ranks, device=_device(model)):
+        with everyone(ranks, device=device_of(model)):
             folder = stack.enter_context(hold(directory)) if ranks.rank == 0 else None
         state = peft_state(model)
-        with everyone(ranks, device=_device(model)):
+        with everyone(ranks, device=device_of(model)):
             if folder is not None:
                 _write(find_peft_model(model)[1], state, folder, training or {})
 
@@ -72,7 +81,7 @@ def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     ranks = current_ranks()
     state = adapter_state(model)
-    with everyone(ranks, device=_device(model)):
+    with everyone(ranks, device=device_of(model)):
         if ranks.rank != 0:
             return {}
         prefix, adapted = find_peft_model(model)
@@ -85,13 +94,49 @@ def peft_state(model: nn.Module) -> dict[str, torch.Tensor]:
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Call it on all ranks alike.
 
-    One that is tied has each of its names.
+    Those of an active adapter that is frozen are among them. One that is tied has each of its names.
     """
-    return strategy_of(model).trainable_state(model)
+    strategy = strategy_of(model)
+    return strategy.trainable_state(model, frozenset(filter(_of_active(model), strategy.parameter_names(model))))
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(parameter.device for parameter in model.parameters())
+def _of_active(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a plain FQN is one of an active adapter's parameters."""
+    prefix, adapted = search_peft_model(model)
+    if adapted is None:
+        return lambda _fqn: False
+    each = [belongs_to(adapted.peft_config[name], name, prefix) for name in adapted.active_adapters]
+    return lambda fqn: any(belongs(fqn) for belongs in each)
+
+
+def belongs_to(config: PeftConfig, adapter: str, prefix: str) -> Callable[[str], bool]:
+    """Whether a plain FQN is one of the parameters of `adapter`, in a `PeftModel` whose own is `prefix`."""
+    name = re.escape(adapter)
+    patterns = [rf"(.*\.)?(lora_\w+|modules_to_save|trainable_tokens_\w+)\.{name}(\..*)?"]
+    bias = getattr(config, "bias", "none")
+    if bias == "lora_only":
+        patterns.append(r".*\.base_layer\.bias")
+    if bias == "all":
+        patterns.append(r"(?!.*(lora_|modules_to_save)).*bias.*")
+    pattern, start = re.compile("|".join(patterns)), f"{prefix}." if prefix else ""
+    return lambda fqn: fqn.startswith(start) and pattern.fullmatch(fqn.removeprefix(start)) is not None
+
+
+def adapter_parts(model: nn.Module, adapter: str, strategy: ShardStrategy | None = None) -> dict[str, Part]:
+    """This rank's part of each tensor of `adapter`, by the key of PEFT's file. Nothing is sent.
+
+    strategy: of `model`, where that cannot be found in it.
+    """
+    prefix, adapted = find_peft_model(model)
+    start = f"{prefix}." if prefix else ""
+    strategy = strategy or strategy_of(model)
+    found = strategy.parts(model, belongs_to(adapted.peft_config[adapter], adapter, prefix))
+    parts = {name.removeprefix(start): part for name, part in found.items()}
+    buffers = _buffers(adapted, adapter)
+    parts |= {name: Part(data=buffer, shape=buffer.shape) for name, buffer in buffers.items()}
+    stands = {name: torch.empty(part.shape, dtype=part.data.dtype, device="meta") for name, part in parts.items()}
+    name_of = {id(tensor): name for name, tensor in stands.items()}
+    return {key: parts[name_of[id(tensor)]] for key, tensor in by_peft_key(adapted, stands, adapter).items()}
 
 
 def _write(
@@ -111,12 +156,18 @@ def _write(
 
 def find_peft_model(model: nn.Module) -> tuple[str, PeftModel]:
     """The `PeftModel` that is `model`, or is inside of it, and its FQN without wrappers."""
+    prefix, adapted = search_peft_model(model)
+    if adapted is None:
+        raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
+    return prefix, adapted
+
+
+def search_peft_model(model: nn.Module) -> tuple[str, PeftModel | None]:
+    """The `PeftModel` that is `model`, or is inside of it, and its FQN; None where there is none."""
     from peft import PeftModel
 
-    for name, module in model.named_modules():
-        if isinstance(module, PeftModel):
-            return clean(name), module
-    raise ConfigError(f"{type(model).__name__} has no adapter to save: it was built with lora=None")
+    found = ((clean(name), module) for name, module in model.named_modules() if isinstance(module, PeftModel))
+    return next(found, ("", None))
 
 
 def active_adapter(model: PeftModel) -> str:
@@ -130,8 +181,10 @@ def active_adapter(model: PeftModel) -> str:
     )
 
 
-def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename `state`, whole tensors by FQN, to the keys of PEFT's file for the active adapter of `model`.
+def by_peft_key(
+    model: PeftModel, state: Mapping[str, torch.Tensor], adapter: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Rename `state`, whole tensors by FQN, to the keys of PEFT's file for an adapter of `model`; None: the active one.
 
     Buffers of modules that are saved whole are added.
 
@@ -143,8 +196,8 @@ def by_peft_key(model: PeftModel, state: Mapping[str, torch.Tensor]) -> dict[str
     """
     from peft import get_peft_model_state_dict
 
-    adapter = active_adapter(model)
-    state = {**state, **_buffers(model, adapter)}
+    adapter = active_adapter(model) if adapter is None else adapter
+    state = {**_buffers(model, adapter), **state}
     held: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         parent, leaf = split(name)

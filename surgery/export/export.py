@@ -21,7 +21,7 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
 from surgery.config import Quant
 from surgery.errors import ExportError, NotFilledError
-from surgery.export.export_plan import Part, Planner, Value, form_of
+from surgery.export.export_plan import Planner, Value, Work, form_of
 from surgery.export.live import Adapted, Tensors, adapted_by
 from surgery.export.merging import chunks
 from surgery.export.output import MAX_SHARD_BYTES, Output, check_output, output
@@ -30,7 +30,7 @@ from surgery.model.fqn import split
 from surgery.passes.lifetime import waiting_in
 from surgery.passes.origin import origin_of
 from surgery.quantizers.base import QuantFormat
-from surgery.sharding.base import Held, strategy_of
+from surgery.sharding.base import Part, strategy_of
 from surgery.telemetry.report import Report
 
 __all__ = ["export"]
@@ -94,10 +94,11 @@ def export(
         same_on_every_rank(ranks, "export", {"options of export": facts}, device=device)
         with everyone(ranks, device=device):
             strategy = strategy_of(model)
+            strategy.settle(model)
             held = strategy.held(model)
             adapted = adapted_by(model, origin, held) if merged else Adapted()
             planner = Planner(base=base, origin=origin, held=held, adapted=adapted, form=form)
-            parts = tuple(planner.parts())
+            parts = tuple(planner.works())
             files = _files(planner)
         writers = ranks.world_size if strategy.ranks_agree else 1
         tensors = Tensors.of(held, ranks, device, writers=writers)
@@ -137,7 +138,7 @@ class _Writing:
     planner: Planner
     out: Output
 
-    def write_share(self, part: Part, *, has_state: bool) -> None:
+    def write_share(self, part: Work, *, has_state: bool) -> None:
         """Write this rank's share of a part that nobody has to have whole."""
         (value,) = part.values
         name = part.tensors[0].name
@@ -155,7 +156,7 @@ class _Writing:
             piece = value.elements(data, start * many, first, min(first + CHUNK, last))
             self.out.write(name, _finite(piece, name), first)
 
-    def write_gathered(self, parts: Sequence[Part]) -> int:
+    def write_gathered(self, parts: Sequence[Work]) -> int:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
@@ -169,13 +170,13 @@ class _Writing:
             self._write_whole(*mine)
             return size
 
-    def _needed(self, part: Part) -> Iterator[Held]:
+    def _needed(self, part: Work) -> Iterator[Part]:
         for value in part.values:
             yield from (value.held, *(other.held for other in value.beside))
             for site in value.sites:
                 yield from self.planner.adapted.inputs_of(site).values()
 
-    def _write_whole(self, part: Part, got: Mapping[Held, torch.Tensor]) -> None:
+    def _write_whole(self, part: Work, got: Mapping[Part, torch.Tensor]) -> None:
         name, value = part.tensors[0].name, part.values[0]
         if part.loaded:
             made = {
@@ -196,7 +197,7 @@ class _Writing:
             for rows, piece in self._pieces(value, got, name):
                 self.out.write(name, piece, rows.start * row)
 
-    def _whole(self, value: Value, got: Mapping[Held, torch.Tensor], name: str) -> torch.Tensor:
+    def _whole(self, value: Value, got: Mapping[Part, torch.Tensor], name: str) -> torch.Tensor:
         """All of a value, in the memory that it was gathered to if it fits, since experts may be large."""
         flat = got[value.held]
         is_plain = value.quant is None and flat.dtype == value.dtype
@@ -208,7 +209,7 @@ class _Writing:
         return whole
 
     def _pieces(
-        self, value: Value, got: Mapping[Held, torch.Tensor], name: str
+        self, value: Value, got: Mapping[Part, torch.Tensor], name: str
     ) -> Iterator[tuple[range, torch.Tensor]]:
         """Ranges of dimension 0, merged."""
         inputs = [

@@ -21,9 +21,9 @@ from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.passes.origin import Loaded, Origin
 from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for, format_of
-from surgery.sharding.base import Held
+from surgery.sharding.base import Part
 
-__all__ = ["Form", "Part", "Planner", "Value", "form_of"]
+__all__ = ["Form", "Planner", "Value", "Work", "form_of"]
 
 #: The types of packed weights that can be asked for by name.
 PACKED = ("nf4", "fp4")
@@ -52,6 +52,12 @@ class Form:
 def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Form:
     """The form that `dtype` asks for, as `surgery.export` takes it. Raises `ConfigError`."""
     is_packed = any(format_of(module) is not None for module in base.modules())
+    held = origin.setting.format
+    if is_packed and type(held).dequantize is QuantFormat.dequantize:
+        raise ConfigError(
+            f"a model of {held.label} cannot be exported, since the format does not say how it is dequantized: save the "
+            "adapter, and merge it into the checkpoint (surgery merge)"
+        )
     if dtype is None and (merged or not is_packed):
         return Form()
     if isinstance(dtype, torch.dtype):
@@ -111,7 +117,7 @@ class Value:
     module that these change with it.
     """
 
-    held: Held
+    held: Part
     leaf: str
     quant: QuantFormat | None
     state: Any
@@ -143,11 +149,11 @@ class Value:
             return stored[start - offset : stop - offset].to(self.dtype)
         size = self.values_per_byte
         packed = stored.view(torch.uint8)[(start - offset) // size : -(-(stop - offset) // size)]
-        return self.quant.dequantize(packed, self.state, start)[: stop - start].to(self.dtype)
+        return self.quant.dequantize(packed, start, self.state)[: stop - start].to(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class Work:
     """Tensors of the output that are made together. is_gathered: whether one rank has to have all of `values`.
 
     packed: the format in which what is made of the one value is written, if it is. loaded: what is taken apart again
@@ -172,13 +178,13 @@ class Planner:
 
     base: Any
     origin: Origin
-    held: Mapping[Place, Held]
+    held: Mapping[Place, Part]
     adapted: Adapted
     form: Form
     untied: bool = field(default=False, init=False)
 
-    def parts(self) -> Iterator[Part]:
-        """All parts, in the order of the model."""
+    def works(self) -> Iterator[Work]:
+        """All work, in the order of the model."""
         groups: dict[Any, list[Loaded]] = {}
         for loaded in self.origin.tensors:
             groups.setdefault(loaded.assignment, []).append(loaded)
@@ -265,7 +271,7 @@ class Planner:
         chosen = self.form.chosen
         return value.quant is not None if chosen is None else split(loaded.names[0])[0] in chosen
 
-    def _part(self, loaded: Loaded, value: Value, number: int) -> Part:
+    def _part(self, loaded: Loaded, value: Value, number: int) -> Work:
         """The part of one value. number: among those of its tensor."""
         if self._is_packed(loaded, value):
             return self._packed(loaded, value)
@@ -275,9 +281,9 @@ class Planner:
             name = loaded.names[number] if name == loaded.assignment.sources[0] else name
         turned = value.is_turned and value.quant is not None
         planned = Planned(name=name, dtype=value.dtype, shape=tuple(value.shape[:: -1 if turned else 1]))
-        return Part(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
+        return Work(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
 
-    def _packed(self, loaded: Loaded, value: Value) -> Part:
+    def _packed(self, loaded: Loaded, value: Value) -> Work:
         packed = self.form.packed
         assert packed is not None
         source = loaded.assignment.sources[0]
@@ -290,9 +296,9 @@ class Planner:
             known = {} if of is None else {"dtype": of[0]}
             found.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return Part(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+        return Work(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
 
-    def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Part:
+    def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Work:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""
         meta = {
             loaded.names[0]: torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -308,7 +314,7 @@ class Planner:
                 "adapter, and merge it with PEFT's merge_and_unload"
             ) from error
         planned = tuple(Planned(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in found.items())
-        return Part(tensors=planned, values=values, loaded=tuple(group), is_gathered=True)
+        return Work(tensors=planned, values=values, loaded=tuple(group), is_gathered=True)
 
     def taken_apart(self, loaded: Loaded, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, as transformers makes them of parameters by FQN."""

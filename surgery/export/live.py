@@ -22,7 +22,7 @@ from surgery.model.twin import twin_of
 from surgery.passes.origin import Loaded, Origin
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.digest import Piece, page_count, page_sums
-from surgery.sharding.base import Held
+from surgery.sharding.base import Part
 from surgery.sharding.partition import chunk
 
 __all__ = ["Adapted", "Place", "Tensors", "adapted_by"]
@@ -39,15 +39,15 @@ class Tensors:
     that every element is one rank's.
     """
 
-    held: Mapping[Place, Held]
+    held: Mapping[Place, Part]
     ranks: Ranks
     device: torch.device
     writers: int
-    spans: Mapping[Held, Sequence[range]] = field(repr=False)
-    shares: Mapping[Held, Sequence[range]] = field(repr=False)
+    spans: Mapping[Part, Sequence[range]] = field(repr=False)
+    shares: Mapping[Part, Sequence[range]] = field(repr=False)
 
     @classmethod
-    def of(cls, held: Mapping[Place, Held], ranks: Ranks, device: torch.device, *, writers: int) -> Self:
+    def of(cls, held: Mapping[Place, Part], ranks: Ranks, device: torch.device, *, writers: int) -> Self:
         """The tensors that `held` has on this rank, the same ones on all; collective."""
         each = list(dict.fromkeys(held.values()))
         by_rank = gather_objects([_span(one) for one in each])
@@ -55,17 +55,17 @@ class Tensors:
         shares = {one: _divided(of_ranks, writers, one.shape.numel()) for one, of_ranks in spans.items()}
         return cls(held=held, ranks=ranks, device=device, writers=writers, spans=spans, shares=shares)
 
-    def mine(self, held: Held) -> tuple[int, torch.Tensor]:
+    def mine(self, held: Part) -> tuple[int, torch.Tensor]:
         """This rank's share: where it begins, and its elements, 1-D."""
-        share, data = self.shares[held][self.ranks.rank], held.piece.data.detach().reshape(-1)
-        first = share.start - held.piece.start // data.element_size() if share else 0
+        share, data = self.shares[held][self.ranks.rank], held.data.reshape(-1)
+        first = share.start - held.start if share else 0
         return share.start, data[first : first + len(share)]
 
-    def gather(self, held: Held, rank: int) -> torch.Tensor | None:
+    def gather(self, held: Part, rank: int) -> torch.Tensor | None:
         """All elements, 1-D, on `rank`, in memory that may be changed; None on the others. Collective."""
         numel, is_here = held.shape.numel(), rank == self.ranks.rank
         if len(self.spans[held][rank]) == numel:  # it has them already
-            return held.piece.data.detach().reshape(-1).to(self.device, copy=True) if is_here else None
+            return held.data.reshape(-1).to(self.device, copy=True) if is_here else None
         mine = self.mine(held)[1].to(self.device)
         out = mine.new_empty(numel) if is_here else None
         gather_to(mine, self.shares[held], out=out, rank=rank)
@@ -91,9 +91,8 @@ class Tensors:
         return digest.hexdigest()
 
 
-def _span(held: Held) -> range:
-    size = held.piece.data.element_size()
-    return range(held.piece.start // size, held.piece.stop // size)
+def _span(held: Part) -> range:
+    return range(held.start, held.start + held.data.numel())
 
 
 def _divided(spans: Sequence[range], writers: int, numel: int) -> tuple[range, ...]:
@@ -125,9 +124,9 @@ class Adapted:
     configs: tuple[Any, ...] = ()
     copies: Mapping[nn.Module, nn.Module] = field(default_factory=dict)
     sites: Mapping[Place, Sequence[MergeSite]] = field(default_factory=dict)
-    inputs: Mapping[int, Held] = field(default_factory=dict)
+    inputs: Mapping[int, Part] = field(default_factory=dict)
 
-    def inputs_of(self, site: MergeSite) -> dict[str, Held]:
+    def inputs_of(self, site: MergeSite) -> dict[str, Part]:
         """What the model holds for the inputs of `site` that its adapters have, by their names in it."""
         return {
             name: self.inputs[id(parameter)]
@@ -136,7 +135,7 @@ class Adapted:
         }
 
 
-def adapted_by(model: nn.Module, origin: Origin, held: Mapping[Place, Held]) -> Adapted:
+def adapted_by(model: nn.Module, origin: Origin, held: Mapping[Place, Part]) -> Adapted:
     """The active adapters of `model`. Raises `ConfigError` for what cannot be merged."""
     from peft import PeftModel
 
@@ -178,7 +177,7 @@ def _check_mergeable(name: str, config: Any) -> None:
             raise ConfigError(f"adapter {name}: one with {option} cannot be merged into weights: use merged=False")
 
 
-def _shapes(origin: Origin, held: Mapping[Place, Held]) -> dict[Held, torch.Size]:
+def _shapes(origin: Origin, held: Mapping[Place, Part]) -> dict[Part, torch.Size]:
     """The shapes of all tensors, unpacked."""
     quant = origin.setting.format
     return {

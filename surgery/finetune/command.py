@@ -44,6 +44,11 @@ Examples:
     data: [train.jsonl, {path: org/name, split: train_sft}]
     learning_rate: 1e-4
 
+  From an adapter that was trained before, on other data:
+
+    surgery finetune ./model --adapter ./adapter --data more.jsonl \\
+      --output ./adapter-2
+
 Data has the columns "messages" (and "tools"), "prompt" and "completion", or
 "text". Completions and assistant turns are learnt; prompts are only read.
 
@@ -55,7 +60,8 @@ Usage: surgery dpo MODEL --data DATA [OPTIONS]
 
 Teach MODEL what is preferred, with QLoRA: 4-bit weights, LoRA adapters, TRL's
 DPOTrainer, sharded by FSDP under torchrun. The reference is the same base model
-without its adapters, so that nothing is held twice.
+without its adapters, or with the one of --adapter as it was saved, so that no
+base model is held twice.
 
 Example:
 

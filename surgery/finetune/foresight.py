@@ -30,6 +30,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         raise ConfigError(
             "4-bit weights cannot be trained without adapters: use --use-peft true, or --load-in-4bit false"
         )
+    adapter = request.options.adapter
     revision = None if model.model_revision == "main" else model.model_revision
     checkpoint = peek(request.name, revision=revision)
     dtype = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype or "float32")
@@ -48,7 +49,8 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
             double_quant=model.use_bnb_nested_quant,
             quant_storage=getattr(torch, model.bnb_4bit_quant_storage or "uint8"),
         ),
-        lora=get_peft_config(model),  # type: ignore[arg-type]
+        lora=get_peft_config(model) if adapter is None else None,  # type: ignore[arg-type]
+        adapter=adapter,
         shard=_shard(request) if world_size > 1 else None,
         dtype=dtype,
         device=device,

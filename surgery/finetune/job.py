@@ -33,6 +33,7 @@ import model_surgery_patches as patches
 import surgery
 from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
+from surgery.adapters.saved import SavedAdapter
 from surgery.checkpoint import Checkpoint
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
@@ -278,6 +279,8 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
             seed=training.seed,
             text=request.values.get("dataset_text_field", "text"),
         )
+        if request.options.adapter is not None:
+            SavedAdapter.open(request.options.adapter)  # also where nothing is planned
         planned = _planned(request, training, ranks)
         tokenizer = _tokenizer(request)
     same_on_every_rank(ranks, "data", {"data": data.facts()}, device=device)
@@ -421,6 +424,9 @@ class _Job:
             callbacks.append(attesting)
         if self.request.options.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
+        adapter = self.request.options.adapter
+        if adapter is not None:
+            model = surgery.load_adapter(model, adapter, trainable=True)
         try:
             trainer = kind(
                 model=model,
@@ -428,7 +434,7 @@ class _Job:
                 train_dataset=train,
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
-                peft_config=get_peft_config(self.request.model),
+                peft_config=get_peft_config(self.request.model) if adapter is None else None,
                 callbacks=callbacks,
             )
         except (ValueError, KeyError) as error:
@@ -460,8 +466,8 @@ class _Job:
         )
         if self.data.unused:
             self._say(f"Not read: {', '.join(self.data.unused)}")
-        if self.resume is not None:
-            self._say(f"Going on from {self.resume}")
+        for source in filter(None, (self.request.options.adapter, self.resume)):
+            self._say(f"Going on from {source}")
 
     def _say(self, text: str) -> None:
         if self.console is not None:

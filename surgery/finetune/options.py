@@ -59,6 +59,13 @@ class Options:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Evaluate on this fraction of --data, which is then not trained on."}
     )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this adapter of PEFT, a folder or a hub id, in place of a new one; its configuration "
+            "decides on --lora-r and the like."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={

@@ -8,7 +8,7 @@ import json
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,12 +85,28 @@ def parse(arguments: Sequence[str], *, preferences: bool = False) -> Request:
     if values["bnb_4bit_quant_storage"] is None:
         # What FSDP can flatten together with the rest, and casts to nothing else.
         values["bnb_4bit_quant_storage"] = values["dtype"] if values["dtype"] != "auto" else "bfloat16"
+    if values["adapter"] is not None:
+        _refuse_lora(values, DPO_DEFAULTS if preferences else DEFAULTS)
     return Request(
         kind=DPOConfig if preferences else SFTConfig,
         model=_build(ModelConfig, values),
         options=_build(Options, values),
         values=values,
     )
+
+
+def _refuse_lora(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for options of a new adapter, since that of `--adapter` has its own."""
+    of_trl = {each.name: each for each in fields(ModelConfig) if each.name.startswith(("lora_", "use_rslora", "use_d"))}
+    for name, each in of_trl.items():
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if values[name] != defaults.get(name, default):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"expected --adapter without {option}, since its own configuration decides; leave out one"
+            )
+    if not values["use_peft"]:
+        raise ConfigError("expected --adapter with --use-peft true, found --use-peft false")
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
+from surgery.adapters.metadata import Base
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.header import read_header
 from surgery.checkpoint.hub import can_be_hub_id, exists, find_cached
@@ -54,6 +55,8 @@ def find_base(model: str | None, *, revision: str | None = None, adapter: Path |
         )
     base = Checkpoint.open(chosen, revision=revision or (config.get("revision") if chosen == named else None))
     if adapter is not None:
+        says = Base(name=named, revision=config.get("revision"))
+        says.check_revision(Base.of(base), adapter / CONFIG)
         _refuse_other_shapes(base, adapter)
     return base
 

@@ -23,7 +23,7 @@ from surgery.comm.ranks import Ranks
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["LIBRARIES", "adapter_facts", "environment", "same_model", "source_facts"]
+__all__ = ["LIBRARIES", "adapter_facts", "environment", "same_adapter", "same_model", "source_facts"]
 
 LIBRARIES = ("model-surgery", "model-surgery-patches", "torch", "bitsandbytes", "peft", "transformers")
 
@@ -71,18 +71,24 @@ def same_model(ranks: Ranks, model: nn.Module, checkpoint: Checkpoint) -> None:
     topics = {
         "configuration": dict(_configuration(model)),
         "model": dict(_structure(model)),
-        "checkpoint": _contents(ranks, checkpoint.index),
+        "checkpoint": _contents(ranks, checkpoint.index, "files"),
     }
     same_on_every_rank(ranks, "model", topics)
 
 
-def _contents(ranks: Ranks, index: Index) -> Facts:
+def same_adapter(ranks: Ranks, index: Index) -> None:
+    """Raise `ConfigError` on every rank unless the file of an adapter is the same on all; as `same_model`."""
+    if ranks.world_size > 1:
+        same_on_every_rank(ranks, "adapter", {"adapter": _contents(ranks, index, "adapter's file")})
+
+
+def _contents(ranks: Ranks, index: Index, name: str) -> Facts:
     tensors = {name: f"{_short(entry.dtype)} {tuple(entry.shape)}" for name, entry in index.items()}
-    key = f"{ranks.prefix}/seed"
+    key = f"{ranks.prefix}/{name}/seed"
     with noticing_ends():
         if ranks.rank == 0:  # other places in each run, so that none is never looked at
             ranks.store.set(key, os.urandom(16))
-    if all_alike(ranks, "files", _identity(index)):
+    if all_alike(ranks, name, _identity(index)):
         return tensors
     with noticing_ends():
         seed = ranks.store.get(key)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later
+from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later, leaving_blank
 from surgery.adapters.deferred import Undrawn
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
@@ -26,7 +28,7 @@ class Adapt(Pass):
 
     Adapters live on the device of their base weight, or on the CPU where that is on meta. Initial values are drawn from
     rank 0's generator, so that they are the same on all ranks: at once, or in a thread while the adapters are on meta,
-    if nothing that PEFT builds depends on them.
+    if nothing that PEFT builds depends on them. Those that will be read get none, and no generator goes on.
     """
 
     name = "adapt"
@@ -40,9 +42,11 @@ class Adapt(Pass):
         if setting.format.needs_modules and not any(format_of(module) for module in model.modules()):
             raise ConfigError("no module is quantized yet: adapt comes after replace")
         if not draws_later(self.lora):
-            with drawing_from(self.loading.job.rng_state), appearing_real(model):
+            own = torch.random.fork_rng(devices=()) if setting.adapter is not None else contextlib.nullcontext()
+            with own, drawing_from(self.loading.job.rng_state), appearing_real(model), leaving_blank([self.lora]):
                 return adapted_by_peft(model, self.lora, setting.dtype)
         with appearing_real(model), Undrawn() as undrawn:
             adapted = adapted_by_peft(model, self.lora, setting.dtype)
-        self.loading.draw(undrawn.take(adapted))
+        values = undrawn.take(adapted)
+        self.loading.draw(values if setting.adapter is None else replace(values, steps=()))
         return adapted

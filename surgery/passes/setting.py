@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.adapters.options import check_adapter
+from surgery.adapters.saved import SavedAdapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
 from surgery.quantizers.base import QuantFormat, format_for
@@ -37,9 +38,9 @@ class Setting:
     """Every choice that a model is built by. Raises `ConfigError` for what cannot work together.
 
     quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
-    placement: where weights wait until the model is complete; None is the strategy's default. dtype: of what is not
-    quantized. compute_dtype: in which quantized layers multiply. device: that ranks compute on, this rank's where there
-    is a job. world_size: number of ranks.
+    adapter: what their values are read from; None draws them. placement: where weights wait until the model is
+    complete; None is the strategy's default. dtype: of what is not quantized. compute_dtype: in which quantized layers
+    multiply. device: that ranks compute on, this rank's where there is a job. world_size: number of ranks.
     """
 
     quant: Any
@@ -50,6 +51,7 @@ class Setting:
     compute_dtype: torch.dtype
     device: torch.device
     world_size: int = 1
+    adapter: SavedAdapter | None = None
 
     def __post_init__(self) -> None:
         at_least_one(world_size=self.world_size)
@@ -67,6 +69,11 @@ class Setting:
         Before `strategy` has met the others. Raises `ConfigError` for a format that cannot hold them.
         """
         packing = checkpoint.packing
+        if packing is None and not self.format.quantizes:
+            raise ConfigError(
+                f"quant: {type(self.quant).__name__} is for checkpoints whose weights are packed already, and "
+                f"{checkpoint.source} has them in 16 or 32 bits: use surgery.Quant(), or None"
+            )
         quant = self.quant if packing is None else self.format.options_for(packing)
         return self if quant == self.quant else replace(self, quant=quant)
 

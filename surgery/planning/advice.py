@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,6 @@ from surgery.passes.setting import Setting
 from surgery.planning.plan import MemoryPlan, make_plan
 from surgery.planning.training import Training
 from surgery.sharding.advice import Proposal, offloaded, on_ranks, options_of, shards_alone
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 __all__ = ["Advice", "advise", "advise_all", "command"]
 
@@ -49,7 +45,7 @@ def command(plan: MemoryPlan, model: str) -> str:
     """The command line that fine-tunes `model` as planned, once DATA is filled in; what is a default is left out."""
     setting, ranks = plan.setting, plan.setting.world_size
     launched = f"torchrun --nproc-per-node {ranks} -m surgery" if ranks > 1 else "surgery"
-    options = [*_trained(plan.training), *_adapters(setting.lora), *_stored(setting), *options_of(setting.strategy)]
+    options = [*_trained(plan.training), *_adapters(setting), *_stored(setting), *options_of(setting.strategy)]
     return " ".join([f"{launched} finetune {shlex.quote(model)} --data DATA", *options])
 
 
@@ -66,7 +62,11 @@ def _trained(training: Training | None) -> Iterator[str]:
         yield "--no-gradient-checkpointing"
 
 
-def _adapters(lora: LoraConfig | None) -> Iterator[str]:
+def _adapters(setting: Setting) -> Iterator[str]:
+    lora = setting.lora
+    if setting.adapter is not None:
+        yield f"--adapter {shlex.quote(setting.adapter.source)}"
+        return
     if lora is None:
         return
     if lora.r != USUAL_RANK:

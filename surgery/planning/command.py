@@ -28,6 +28,10 @@ With activations kept, where they are recomputed by default as in training:
 
   surgery plan meta-llama/Llama-3.1-8B --no-gradient-checkpointing
 
+Going on from an adapter that was trained before:
+
+  surgery plan ./model --adapter ./adapter --world 2
+
 FSDP1 in its low-memory mode, and what rank 0's host must have for it:
 
   surgery plan ./model --world 8 --fsdp 1 --placement rank0-cpu
@@ -78,7 +82,11 @@ def plan(
     ] = 1,
     optim: Annotated[str, _of_training(help="sgd keeps nothing; every other is counted as AdamW.")] = "adamw",
     gradient_checkpointing: Annotated[bool, _of_training(help="Recompute activations in backward.")] = True,
-    lora_r: Annotated[int, _of_adapter(help="Rank of the adapters.")] = 16,
+    adapter: Annotated[
+        str | None,
+        _of_adapter(help="Go on from this adapter, a folder or a hub id.", metavar="DIR", show_default=False),
+    ] = None,
+    lora_r: Annotated[int | None, _of_adapter(help="Rank of the adapters.", show_default="16")] = None,
     lora_target_modules: Annotated[
         list[str] | None,
         _of_adapter(
@@ -102,6 +110,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Plan the memory of fine-tuning MODEL. It says what every rank would read, hold and peak at; nothing is loaded."""
+    if adapter is not None and (lora_r, lora_target_modules) != (None, None):
+        raise ConfigError("expected --adapter without --lora-r and --lora-target-modules: its configuration decides")
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     offloads, sizes = _offloads(fsdp_config), parse_mesh(mesh)
     with _not_collecting():
@@ -114,6 +124,7 @@ def plan(
     shard = _sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads)
     checkpoint = peek(model, revision=model_revision)
     with _not_collecting():
+        from surgery.adapters.saved import SavedAdapter
         from surgery.passes.prepare import prepare
         from surgery.passes.setting import Setting
         from surgery.planning.inventory import take_inventory
@@ -121,7 +132,12 @@ def plan(
         from surgery.planning.table import show
         from surgery.planning.training import Training
 
-        lora = parse_lora(lora_r, ",".join(lora_target_modules or ["all-linear"]))
+        saved = None if adapter is None else SavedAdapter.open(adapter)
+        lora = (
+            saved.config
+            if saved
+            else parse_lora(16 if lora_r is None else lora_r, ",".join(lora_target_modules or ["all-linear"]))
+        )
     of_name: dict[str, torch.dtype] = {
         name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "uint8")
     }
@@ -135,6 +151,7 @@ def plan(
             quant_storage=of_name[bnb_4bit_quant_storage or dtype],
         ),
         lora=lora,
+        adapter=saved,
         dtype=of_name[dtype],
         compute_dtype=of_name[dtype],
         device=torch.device(device),

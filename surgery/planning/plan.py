@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from surgery.adapters.saved import SavedAdapter
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.peek import peek
 from surgery.config import Quant
+from surgery.errors import ConfigError
 from surgery.passes.base import group_into_batches
 from surgery.passes.loading import Staging
 from surgery.passes.prepare import prepare
@@ -106,6 +108,7 @@ def plan(
     world_size: int,
     quant: Any = Quant(),  # noqa: B008  # frozen
     lora: LoraConfig | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     placement: str | None = None,
     shard: Any = None,
     dtype: torch.dtype = torch.bfloat16,
@@ -124,6 +127,7 @@ def plan(
         world_size: number of ranks.
         quant: as in `surgery.qlora`, like `lora`, `placement`, `dtype`, `compute_dtype` and `model`.
         lora: the adapters; None plans without any.
+        adapter: a saved adapter in place of `lora`, as in `surgery.qlora`.
         placement: None means the default of `shard`.
         shard: None means FSDP2 on several ranks.
         dtype: of everything unquantized.
@@ -136,12 +140,16 @@ def plan(
         ConfigError: options that cannot work together.
         CheckpointError: a checkpoint that is broken, or not of this model.
     """
+    saved = None if adapter is None else SavedAdapter.open(adapter)
+    if saved is not None and lora is not None:
+        raise ConfigError("expected lora= or adapter=, found both: the configuration of the adapter decides")
     setting = Setting(
         world_size=world_size,
         placement=placement,
         shard=default_options(world_size) if shard is None else shard,
         quant=quant,
-        lora=lora,
+        lora=lora if saved is None else saved.config,
+        adapter=saved,
         dtype=dtype,
         compute_dtype=compute_dtype or dtype,
         device=torch.device(device),

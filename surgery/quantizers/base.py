@@ -114,6 +114,9 @@ class QuantFormat:
 
     # Modules. --------------------------------------------------------------------------------------------------------
 
+    #: Whether it packs weights that are in 16 or 32 bits; else it loads only what a checkpoint has packed.
+    quantizes: ClassVar[bool] = True
+
     #: Whether a model without a module to quantize is refused.
     needs_modules: ClassVar[bool] = True
 
@@ -161,6 +164,14 @@ class QuantFormat:
         """
         raise NotImplementedError(_undefined(self))
 
+    def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
+        """The values, 1-D, that forward has of the bytes `packed`, which begin at flat element `start` of a weight.
+
+        packed: uint8, 1-D, on the device of `state`, which is that of the whole weight. For adapters that are made of
+        base weights; they are refused for a format that does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define dequantize")
+
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[Any]:
@@ -197,6 +208,9 @@ class QuantFormat:
         """Give `module` its state, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
 
+    def finish(self, model: nn.Module) -> None:
+        """Change the quantized modules of `model`, filled, whose parameters stay whole and as they are from here on."""
+
     @staticmethod
     def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
         """A parameter of the same kind as `parameter`, of any module, with the same state, over `data`."""
@@ -214,13 +228,6 @@ class QuantFormat:
     def saved(self, state: Any) -> Mapping[str, torch.Tensor | str]:
         """The tensors and texts of `saved_shapes`, of the state of one weight."""
         raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
-
-    def dequantize(self, packed: torch.Tensor, state: Any, start: int = 0) -> torch.Tensor:
-        """The values of a weight from its flat element `start` on, 1-D, exactly those that its forward multiplies with.
-
-        packed: whole bytes of it, 1-D uint8, of which the first begins with that element. state: of the whole weight.
-        """
-        raise ConfigError(f"{self.label} does not say how it is dequantized, so that it cannot be exported in 16 bits")
 
     # Attestation. ----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from surgery.comm.environment import compute_device
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
-from surgery.model.fqn import clean
+from surgery.model.fqn import clean, join
 from surgery.model.tree import Site, own_tensors
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
 __all__ = [
     "READS_WEIGHTS",
     "Devices",
-    "Held",
+    "Part",
     "Shard",
     "ShardStrategy",
     "Span",
     "Trained",
     "Unit",
     "chosen_parameters",
+    "device_of",
     "outermost",
     "register",
     "strategy_for",
@@ -45,11 +48,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: Options of LoRA that read base weights while adapters are made, and what for.
-READS_WEIGHTS = {
-    "use_dora": "computes its magnitudes from the base weight",
-    "trainable_token_indices": "starts from rows of the embedding",
-}
+#: Options of LoRA under which adapters read base weights while they run.
+READS_WEIGHTS = ("use_dora", "trainable_token_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,12 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Held:
-    """One parameter or persistent buffer of a sharded model: its whole shape, as it is stored, and this rank's part."""
+class Part:
+    """A rank's part of a parameter between uses: `data`, contiguous, from element `start` of the whole of `shape`."""
 
+    data: torch.Tensor
+    start: int = 0
     shape: torch.Size
-    piece: Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +177,9 @@ class ShardStrategy:
     def check_adapters(self, lora: LoraConfig) -> None:
         """Refuse options of adapters that cannot be built or trained in this sharding."""
 
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that cannot be added to a model that is sharded so; frozen in `inference_mode`."""
+
     def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse tied parameters that cannot be kept tied; `tied` is first FQN -> aliases, of the whole model."""
 
@@ -188,6 +192,11 @@ class ShardStrategy:
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
         """Refuse adapters that cannot be sharded; `adapted` is a copy on meta, `blocks` its decoder blocks."""
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has whole weights once they are loaded, before the model is sharded."""
+        return self.placement == "replicated"
 
     # Who reads and who keeps what. -----------------------------------------------------------------------------------
 
@@ -254,23 +263,47 @@ class ShardStrategy:
     #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
     ranks_agree: bool = True
 
-    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
-        """All parameters and persistent buffers by module and name, in the same order on all ranks.
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
+        """This rank's part of every parameter and persistent buffer, by module and name; of a settled model.
 
-        What is tied is one object. Not to be called between a forward and its backward.
+        In the same order on all ranks. What is tied is one object.
         """
-        made: dict[int, Held] = {}
+        made: dict[int, Part] = {}
         found = {}
         for module in model.modules():
             for leaf, tensor in own_tensors(module):
                 if id(tensor) not in made:
-                    made[id(tensor)] = Held(shape=tensor.shape, piece=_own_shard(tensor).piece)
+                    data, start, _ = _own_part(tensor)
+                    made[id(tensor)] = Part(data=data, start=start, shape=tensor.shape)
                 found[module, leaf] = made[id(tensor)]
         return found
 
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters."""
         return {clean(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def settle(self, model: nn.Module) -> None:
+        """Free what is still gathered, as after an evaluation, so that parameters of `model` are those at rest.
+
+        What was written to gathered ones, or set on them, would be lost. Not to be called between a forward and its
+        backward.
+        """
+
+    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
+        """This rank's part, to be written to, of every parameter whose plain FQN is `wanted`; of a settled model.
+
+        One that is tied has each of its names.
+        """
+        by_module: dict[nn.Module, dict[str, Part]] = defaultdict(dict)
+        for (module, leaf), part in self.held(model).items():
+            if leaf not in module._buffers:
+                by_module[module][leaf] = part
+        return {
+            name: part
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for leaf, part in by_module[module].items()
+            if wanted(name := clean(join(prefix, leaf)))
+        }
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
@@ -392,4 +425,15 @@ def strategy_for(
 def strategy_of(model: nn.Module) -> ShardStrategy:
     """The strategy by which `model` is sharded, as found in its modules; it has no options."""
     kind = next((kind for kind in _STRATEGIES.values() if kind.made(model)), _STRATEGIES[type(None)])
-    return kind(None)
+    return kind(None, device=device_of(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that ranks compute on, and meet on, with `model`; its shards may wait on the CPU."""
+    first: Any = next(model.parameters(), None)
+    if isinstance(first, DTensor):
+        return compute_device(torch.device(first.device_mesh.device_type))
+    if first is None or first.is_meta:
+        return compute_device()
+    named = (getattr(module, "compute_device", None) for module in model.modules())  # of FSDP1's
+    return next((found for found in named if isinstance(found, torch.device)), first.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from surgery.model.fqn import clean, join
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Trained, outermost, register
 from surgery.sharding.unsharded import Unsharded
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 __all__ = ["Ddp"]
 
@@ -39,6 +43,15 @@ class Ddp(Unsharded):
         if not adapted:
             raise ConfigError(
                 "DDP averages gradients, but without lora nothing is trained: pass lora=, or leave shard out"
+            )
+
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse to train what DDP does not know of."""
+        if not lora.inference_mode:
+            raise ConfigError(
+                "DDP averages the gradients of the parameters that it was built around, and waits for those: an "
+                "adapter that is added later can be evaluated, not trained. Begin from it (surgery.qlora(adapter=...))"
+                ", load it in the place of the one that is trained, by its name, or use shard=FSDP2()"
             )
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> DistributedDataParallel:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp._runtime_utils import _reshard
+from torch.distributed.fsdp._runtime_utils import _lazy_init, _reshard  # private in torch 2.13
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from surgery.comm.ranks import broadcast_from_rank0
@@ -23,7 +23,7 @@ from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
-from surgery.sharding.base import READS_WEIGHTS, Devices, Held, Shard, Span, Trained, Unit, outermost, register
+from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Shard, Span, Trained, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
@@ -40,11 +40,11 @@ STRATEGIES = {
     "no-shard": ShardingStrategy.NO_SHARD,
 }
 
+#: The name of the flat parameter in its unit.
+FLAT = "_flat_param"
+
 #: What has to be the same for all parameters of one flat parameter.
 Kind = tuple[torch.dtype, bool | None]
-
-#: The name of a flat parameter in the module of its unit.
-FLAT = "_flat_param"
 
 #: Containers are never called, so FSDP would never gather what they hold.
 CONTAINERS = (nn.ParameterDict, nn.ParameterList, nn.ModuleDict, nn.ModuleList)
@@ -295,15 +295,10 @@ class Fsdp1(Fsdp):
             )
 
     def check_adapters(self, lora: LoraConfig) -> None:
-        """Refuse adapters that read base weights where these are on meta, or freed by then.
+        """Refuse adapters that read base weights while they run if these are freed by then.
 
-        Without `use_orig_params` adapters are units of their own, and base weights are freed when these run.
+        Without `use_orig_params` adapters are units of their own.
         """
-        if lora.use_dora and self.waits_on_rank0 and self.world_size > 1:
-            raise ConfigError(
-                "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta "
-                "under placement rank0-cpu: use placement='replicated', or use_dora=False"
-            )
         for name in () if self.chosen.use_orig_params else READS_WEIGHTS:
             if getattr(lora, name, None):
                 raise ConfigError(
@@ -311,6 +306,14 @@ class Fsdp1(Fsdp):
                     "FSDP1 units of their own, and the weight is freed by then: use use_orig_params=True, or leave "
                     f"{name} out"
                 )
+
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse all: parameters are flattened once."""
+        raise ConfigError(
+            "FSDP1 flattens the parameters of a model when it is wrapped: an adapter that is added later is in no flat "
+            "parameter, and neither sharded nor trained. Begin from it (surgery.qlora(adapter=...)), load it in the "
+            "place of an adapter that the model has, by its name, or use shard=FSDP2()"
+        )
 
     def check_ties(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse ties where FSDP1 keeps parameters and shards nothing: it loses them from the second forward on.
@@ -402,20 +405,20 @@ class Fsdp1(Fsdp):
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """Ranges of flat parameters, and whole weights that are in none."""
-        flat = {module: shard for module, leaf, _, shard in _flat_shards(model) if leaf == "weight"}
-        layers = list(layers)
+        layers, flat = list(layers), dict(_flat_shards(model))
         whole = super().shards(model, [layer for layer in layers if layer not in flat])
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
-    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
         """Ranges of flat parameters, and whole tensors that are in none."""
-        found = {place: held for place, held in super().held(model).items() if place[1] != FLAT}
-        for module, leaf, shape, shard in _flat_shards(model):
-            found[module, leaf] = Held(shape=shape, piece=shard.piece)
-        for unit in FullyShardedDataParallel.fsdp_modules(model):
-            tied = () if unit._handle is None else unit._handle.flat_param._shared_param_infos
-            for info in tied:
-                found[info.module, info.param_name] = found[info.prim_module, info.prim_param_name]
+        found = {place: part for place, part in super().held(model).items() if place[1] != FLAT}
+        units: list[Any] = [*FullyShardedDataParallel.fsdp_modules(model)]
+        for handle in (unit._handle for unit in units if unit._handle is not None):
+            flat = handle.flat_param
+            for where, shape, (data, start) in zip(flat._param_infos, flat._shapes, _ranges(handle), strict=True):
+                found[where.module, where.param_name] = Part(data=data, start=start, shape=shape)
+            for alias in flat._shared_param_infos:
+                found[alias.module, alias.param_name] = found[alias.prim_module, alias.prim_param_name]
         return found
 
     def parameter_names(self, model: nn.Module) -> set[str]:
@@ -423,9 +426,16 @@ class Fsdp1(Fsdp):
         units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
         return super().parameter_names(model).union(*(_names_in(unit, prefix) for prefix, unit in units))
 
+    def settle(self, model: nn.Module) -> None:
+        """Shard every unit again; it is gathered anew by the next that needs it."""
+        for unit in FullyShardedDataParallel.fsdp_modules(model):
+            _settle(unit)
+
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one unit at a time whole on the device."""
         state: dict[str, torch.Tensor] = {}
+        root: Any = outermost(model, FullyShardedDataParallel)
+        _lazy_init(root, root)  # or before the first forward each unit would take itself for the root
         for prefix, unit in list(model.named_modules()):
             if not isinstance(unit, FullyShardedDataParallel):
                 continue
@@ -492,9 +502,7 @@ def _trained(unit: Any, prefix: str) -> list[Trained]:
     """The parameters that an optimizer is given of `unit`, whose own FQN is `prefix`."""
     handle = unit._handle
     flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
-    # A forward without a backward, in evaluation, leaves the root gathered. Before the first one nothing is.
-    if is_sharded and hasattr(flat, "_local_shard"):
-        _reshard(unit, handle, free_unsharded_flat_param=True)
+    _settle(unit)
     memory, spans = _local_flat(handle), []
     for name, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True):
         # Where this rank has nothing of it there is None.
@@ -512,6 +520,13 @@ def _trained(unit: Any, prefix: str) -> list[Trained]:
     return found
 
 
+def _settle(unit: Any) -> None:
+    """Free what is gathered. A forward without a backward leaves the root so; before the first one nothing is."""
+    handle = unit._handle
+    if handle is not None and handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
+        _reshard(unit, handle, free_unsharded_flat_param=True)
+
+
 def _local_flat(handle: Any) -> torch.Tensor:
     """This rank's shard of a flat parameter."""
     flat = handle.flat_param
@@ -520,19 +535,26 @@ def _local_flat(handle: Any) -> torch.Tensor:
     return local.detach()
 
 
-def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Size, Shard]]:
-    """`(module, name, whole shape, shard)` of everything in flat parameters; what is tied once."""
+def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
+    """The shards of layers whose weights are in flat parameters, by layer."""
     handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
     for handle in handles:
         if handle is None:
             continue
-        flat, is_sharded, local = handle.flat_param, handle.uses_sharded_strategy, _local_flat(handle)
-        for where, shape, info in zip(flat._param_infos, flat._shapes, flat._shard_param_infos, strict=True):
-            first, start, numel = (info.offset_in_shard, info.intra_param_start_idx, info.numel_in_shard)
-            data = local[first : first + numel] if info.in_shard else local[:0]
-            piece = Piece(data=data, start=start * flat.element_size() if info.in_shard else 0)
-            shard = Shard(piece=piece, group=handle.process_group if is_sharded else None)
-            yield where.module, where.param_name, shape, shard
+        is_sharded = handle.uses_sharded_strategy
+        for where, (data, start) in zip(handle.flat_param._param_infos, _ranges(handle), strict=True):
+            if where.param_name == "weight":
+                piece = Piece(data=data, start=start * data.element_size())
+                yield where.module, Shard(piece=piece, group=handle.process_group if is_sharded else None)
+
+
+def _ranges(handle: Any) -> Iterator[tuple[torch.Tensor, int]]:
+    """This rank's range of each parameter in a flat one, and the first of its elements; empty where it has none."""
+    local = _local_flat(handle)
+    for info in handle.flat_param._shard_param_infos:
+        first, numel = info.offset_in_shard, info.numel_in_shard
+        data = local[first : first + numel] if info.in_shard else local[:0]
+        yield data, info.intra_param_start_idx if info.in_shard else 0
 
 
 register(FSDP1, Fsdp1)

@@ -22,7 +22,6 @@ from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modu
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
-    Held,
     Shard,
     Trained,
     Unit,
@@ -143,14 +142,14 @@ class Fsdp2(Fsdp):
             )
         super().check_format(quant, adapted=adapted)
 
-    def check_adapters(self, lora: LoraConfig) -> None:
-        """Refuse adapters that read base weights if no rank ever has a whole one."""
-        for name, what in READS_WEIGHTS.items() if self.shards_on_meta else ():
-            if getattr(lora, name, None):
-                raise ConfigError(
-                    f"{name} {what}, but with placement sharded no rank holds a whole weight: use "
-                    f"placement='replicated', or leave {name} out"
-                )
+    def check_added(self, lora: LoraConfig) -> None:
+        """Refuse adapters that read weights, or copy modules, while they are made."""
+        found = [name for name in (*READS_WEIGHTS, "modules_to_save") if getattr(lora, name, None)]
+        if found:
+            raise ConfigError(
+                f"{found[0]} is made from weights, of which each rank has a part once FSDP2 has sharded the model: "
+                "begin with it (surgery.qlora with lora= or adapter=)"
+            )
 
     def check_model(self, model: nn.Module, quant: QuantFormat) -> frozenset[str]:
         """No FQNs: everything is sharded. Refuses to cast what upstream keeps in another dtype."""
@@ -236,17 +235,18 @@ class Fsdp2(Fsdp):
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
-        _reshard(model)
+        self.settle(model)
         return super().shards(model, layers)
 
-    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Held]:
-        """The local parts, as in `shards`."""
-        _reshard(model)
-        return super().held(model)
+    def settle(self, model: nn.Module) -> None:
+        """Shard every group again."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
-        _reshard(model)  # a forward without a backward, in evaluation, may have left it whole
+        self.settle(model)  # a forward without a backward, in evaluation, may have left it whole
         chosen = chosen_parameters(model, also)
         state: dict[nn.Parameter, torch.Tensor] = {}
         on_rank0 = dist.get_rank() == 0
@@ -257,7 +257,7 @@ class Fsdp2(Fsdp):
 
     def trained(self, model: nn.Module) -> list[Trained]:
         """The local parts, once what is still gathered is freed."""
-        _reshard(model)
+        self.settle(model)
         return super().trained(model)
 
     def _at_end(self, units: Sequence[Unit]) -> int:
@@ -285,12 +285,6 @@ def _make_plain(model: nn.Module) -> None:
         if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
-
-
-def _reshard(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import appearing_real, needs_weights
+from surgery.adapters.attach import appearing_real
 from surgery.comm.ranks import broadcast_from_rank0
-from surgery.errors import ConfigError
 from surgery.integrations.peft.adapters_of_meta import adapted_specimen
 from surgery.model.tree import convert
 from surgery.sharding.base import ShardStrategy, strategy_of
@@ -65,7 +64,8 @@ def replicate(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...],
     strategy = strategy_of(model)
     if strategy.label == ShardStrategy.label:
         return wrapped(*args, **kwargs)
-    _check(strategy, instance.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]])
+    strategy.check_added(instance.peft_config[args[1] if len(args) > 1 else kwargs["adapter_name"]])
+    strategy.settle(model)  # or PEFT would freeze parameters that are gathered, and these are shards again later
     before = set(model.parameters())
     with appearing_real(model):
         result = wrapped(*args, **kwargs)
@@ -92,19 +92,6 @@ def _average_gradients(model: nn.Module, names: frozenset[str]) -> None:
                 parameter.requires_grad = is_trained
 
     handle = model.register_forward_pre_hook(begin)
-
-
-def _check(strategy: ShardStrategy, config: Any) -> None:
-    if strategy.label != "FSDP2":
-        raise ConfigError(
-            f"expected adapters before the model is under {strategy.label}, which would not train them: give lora= to "
-            "surgery.qlora, or use shard=FSDP2()"
-        )
-    if needs_weights(config):
-        raise ConfigError(
-            "use_dora, modules_to_save and trainable_token_indices read weights, of which each rank has a part of a "
-            "sharded model: give lora= to surgery.qlora"
-        )
 
 
 def _average(parameter: torch.Tensor) -> None:

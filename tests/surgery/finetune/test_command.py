@@ -91,6 +91,8 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "patience": (["--early-stopping-patience", 1], "add --load-best-model-at-end"),
     "deepspeed": (["--deepspeed", "x.json"], "--deepspeed shards in another way"),
     "both bits": (["--load-in-4bit", "true", "--load-in-8bit"], "can't use 8 bit and 4 bit"),
+    "adapter and rank": (["--adapter", "x", "--lora-r", 8], "expected --adapter without --lora-r"),
+    "adapter": (["--adapter", "{data}"], "expected the folder of an adapter, with"),
     "no adapter": (["--use-peft", "false"], "4-bit weights cannot be trained without adapters"),
     "target": (["--lora-target-modules", "nowhere"], "'nowhere' matches no module"),
     "eval": (["--eval-strategy", "steps", "--load-best-model-at-end"], "SFTTrainer refuses"),

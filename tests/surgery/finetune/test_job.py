@@ -97,11 +97,17 @@ def everything(checkpoint: Path, data: Path, folder: Path) -> dict[str, Any]:
     resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint", *cached)
     pairs = folder / "pairs.jsonl"
     preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, *cached, preferences=True)
+    # Nothing is learnt, so that what is saved is what was loaded.
+    still = ("--lora-r", 16, "--learning-rate", 0, "--max-steps", 1, "--adapter")
+    finetune(checkpoint, data, folder / "whole", "--max-steps", 1, "--lora-modules-to-save", "lm_head")
+    finetune(checkpoint, data, folder / "whole-again", *still, folder / "whole")
+    begun, _ = finetune(checkpoint, pairs, folder / "dpo-again", *still, folder / "straight", preferences=True)
     return {
         "straight": straight,
         "said": said,
         "resumed": resumed,
         "preferred": preferred,
+        "begun": begun,
         "stock": stock(checkpoint, data, folder / "stock"),
     }
 
@@ -131,6 +137,14 @@ def test_jobs(checkpoint: Path, data: Path, tmp_path: Path) -> None:
 
     assert found["preferred"].losses[1] == pytest.approx(0.6931, abs=0.003)
     assert len(load_file(tmp_path / "dpo" / "adapter_model.safetensors")) == len(adapter)
+
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert "base_model.model.lm_head.weight" in whole
+    for folder, expected in (("whole-again", whole), ("dpo-again", adapter)):
+        again = load_file(tmp_path / folder / "adapter_model.safetensors")
+        assert again.keys() == expected.keys()
+        assert all(torch.equal(again[key], tensor) for key, tensor in expected.items()), folder
+    assert found["begun"].losses[1] == pytest.approx(0.6931, abs=0.003)  # the reference is what was loaded
 
     assert straight.attestation is not None
     assert [(check.when, check.where, check.layers) for check in straight.attestation.checks] == [
