@@ -55,8 +55,8 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> For
     held = origin.setting.format
     if is_packed and type(held).dequantize is QuantFormat.dequantize:
         raise ConfigError(
-            f"a model of {held.label} cannot be exported, since the format does not say how it is dequantized: save the "
-            "adapter, and merge it into the checkpoint (surgery merge)"
+            f"a model of {held.label} cannot be exported, since its format does not say how it is dequantized: save its "
+            "adapter, and merge that into the checkpoint (surgery merge)"
         )
     if dtype is None and (merged or not is_packed):
         return Form()
