@@ -17,10 +17,10 @@ from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.cache import packed_in
 from surgery.passes.base import Pass
 from surgery.passes.prepare import prepare
 from surgery.telemetry.report import Report
+from surgery.writing.cache import packed_in
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 import surgery
 from surgery.config import DDP, FSDP1, FSDP2, Placement, Quant
-from surgery.export.export import export
 from tests.helpers.whole_blocks import right_kernels
 
 __all__ = ["ADAPTERS", "IDS", "Case", "Done", "Failed", "all_and_failing", "built", "export_all", "loss_of"]
@@ -107,7 +106,7 @@ def export_one(folder: Path, out: Path, case: Case) -> Done:
     with built(folder, case) as model:
         before, logits = loss_of(model)
         for form in case.forms:
-            export(model, out / form, **FORMS[form])
+            surgery.export(model, out / form, **FORMS[form])
         surgery.save_adapter(model, out / "adapter")
         after, _ = loss_of(model)
         model.train()
@@ -156,7 +155,7 @@ def fail_and_go_on(folder: Path, out: Path, case: Case) -> Failed:
             errors.append(error_of(model, out / "failed"))
         assert not (out / "failed").exists()
         dist.barrier()
-        export(model, out / "failed")
+        surgery.export(model, out / "failed")
         errors.append(error_of(model, out / "failed"))
         after, _ = loss_of(model)
         next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
@@ -167,7 +166,7 @@ def fail_and_go_on(folder: Path, out: Path, case: Case) -> Failed:
 def error_of(model: Any, directory: Path) -> str:
     """The kind and the message of what an export raises."""
     try:
-        export(model, directory)
+        surgery.export(model, directory)
     except surgery.SurgeryError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was raised"

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import surgery
 from surgery.config import DDP, FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
-from surgery.export.export import export
-from surgery.export.merge import merge
-from surgery.export.quantize import quantize
+from surgery.writing.merge import merge
+from surgery.writing.quantize import quantize
 from tests.distributed.exporting import IDS, Case, Done, all_and_failing, built, export_all
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
@@ -129,8 +129,8 @@ def test_an_embedding_and_a_head_that_adapters_tear_apart_are_two(folder: Path) 
     save_tiny(folder / "tied", tie_word_embeddings=True)
     with built(folder, Case(base="tied", adapter="embedding", quant=None)) as model:
         logits = model(input_ids=IDS).logits.float()
-        export(model, folder / "untied")
-        export(model, folder / "still-tied", merged=False)
+        surgery.export(model, folder / "untied")
+        surgery.export(model, folder / "still-tied", merged=False)
     found: Any = AutoModelForCausalLM.from_pretrained(folder / "untied")
     assert not found.config.tie_word_embeddings
     torch.testing.assert_close(found(input_ids=IDS).logits.float(), logits, atol=0.05, rtol=0)
@@ -140,7 +140,7 @@ def test_an_embedding_and_a_head_that_adapters_tear_apart_are_two(folder: Path) 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
     def refused(model: nn.Module, words: str, **options: Any) -> None:
         with pytest.raises(ConfigError, match=words):
-            export(model, tmp_path / "out", **options)
+            surgery.export(model, tmp_path / "out", **options)
         assert list(tmp_path.iterdir()) == []
 
     refused(nn.Linear(2, 2), "whose checkpoint is not known")
@@ -149,7 +149,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(folder: P
         refused(model, "nf4 or fp4; found 'int8'", dtype="int8")
         refused(model, "written as uint8", dtype=Quant(quant_storage=torch.bfloat16))
         with pytest.raises(ConfigError, match="the folder that is read"):
-            export(model, folder / "llama", overwrite=True)
+            surgery.export(model, folder / "llama", overwrite=True)
 
 
 def load(directory: Path) -> dict[str, torch.Tensor]:

@@ -15,8 +15,6 @@ from torch import nn
 from surgery.comm.collectives import gather_objects, gather_to
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
-from surgery.export.merge_adapters import UNMERGEABLE
-from surgery.export.merging import MergeSite, find_sites
 from surgery.model.fqn import clean
 from surgery.model.twin import twin_of
 from surgery.passes.origin import Loaded, Origin
@@ -24,6 +22,8 @@ from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.digest import Piece, page_count, page_sums
 from surgery.sharding.base import Part
 from surgery.sharding.partition import chunk
+from surgery.writing.merge_adapters import UNMERGEABLE
+from surgery.writing.merging import MergeSite, find_sites
 
 __all__ = ["Adapted", "Place", "Tensors", "adapted_by"]
 

@@ -21,17 +21,17 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
 from surgery.config import Quant
 from surgery.errors import ExportError, NotFilledError
-from surgery.export.export_plan import Planner, Value, Work, form_of
-from surgery.export.live import Adapted, Tensors, adapted_by
-from surgery.export.merging import chunks
-from surgery.export.output import MAX_SHARD_BYTES, Output, check_output, output
-from surgery.export.sidecars import sidecars
 from surgery.model.fqn import split
 from surgery.passes.lifetime import waiting_in
 from surgery.passes.origin import origin_of
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Part, strategy_of
 from surgery.telemetry.report import Report
+from surgery.writing.export_plan import Planner, Value, Work, form_of
+from surgery.writing.live import Adapted, Tensors, adapted_by
+from surgery.writing.merging import chunks
+from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
+from surgery.writing.sidecars import sidecars
 
 __all__ = ["export"]
 

@@ -12,9 +12,6 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.live import Adapted, Place
-from surgery.export.merging import MergeSite
-from surgery.export.output import Planned
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import is_conv1d, was_conv1d
@@ -22,6 +19,9 @@ from surgery.passes.origin import Loaded, Origin
 from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for, format_of
 from surgery.sharding.base import Part
+from surgery.writing.live import Adapted, Place
+from surgery.writing.merging import MergeSite
+from surgery.writing.output import Planned
 
 __all__ = ["Form", "Planner", "Value", "Work", "form_of"]
 
@@ -55,8 +55,8 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> For
     held = origin.setting.format
     if is_packed and type(held).dequantize is QuantFormat.dequantize:
         raise ConfigError(
-            f"a model of {held.label} cannot be exported, since its format does not say how it is dequantized: save its "
-            "adapter, and merge that into the checkpoint (surgery merge)"
+            f"a model of {held.label} cannot be exported, since its format does not say how it is dequantized: save "
+            "the adapter, and merge it into the checkpoint (surgery merge)"
         )
     if dtype is None and (merged or not is_packed):
         return Form()
