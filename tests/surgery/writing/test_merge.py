@@ -20,13 +20,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from surgery.writing import merging, output
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app
 from surgery.errors import ConfigError, ExportError
-from surgery.export import merging, output
 from surgery.telemetry.measurements import Sampler, anonymous_memory
 from surgery.telemetry.numbers import say_size
 from tests.helpers.models import save_tiny, tiny_config
