@@ -17,10 +17,10 @@ from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.cache import packed_in
 from surgery.passes.base import Pass
 from surgery.passes.prepare import prepare
 from surgery.telemetry.report import Report
+from surgery.writing.cache import packed_in
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -94,6 +94,7 @@ def qlora(
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         with everyone(ranks, device=device):
+            setting.strategy.check_group()
             # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             setting = setting.reading(opened)

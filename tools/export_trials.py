@@ -36,7 +36,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 PERIOD = 0.002
 
 #: Imported once, so that a process starts in milliseconds.
-PRELOAD = ["surgery.cli", "surgery.export.quantize", "surgery.export.merge", "bitsandbytes", "peft", "transformers"]
+PRELOAD = ["surgery.cli", "surgery.writing.quantize", "surgery.writing.merge", "bitsandbytes", "peft", "transformers"]
 
 #: Bytes that a rank may hold beside two of the largest tensors.
 ALLOWANCE = 128 << 20

@@ -24,8 +24,6 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError, WeightsMismatchError
-from surgery.export.output import MAX_SHARD_BYTES, Planned, check_output, output
-from surgery.export.sidecars import sidecars
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.exchange import Exchange
 from surgery.passes.loading import CHUNK_ELEMENTS, Job, Loading, loading
@@ -37,6 +35,8 @@ from surgery.passes.tensors import Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
+from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
+from surgery.writing.sidecars import sidecars
 
 __all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
 
