@@ -17,6 +17,7 @@ from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
 from surgery.passes.base import Pass
+from surgery.passes.lifetime import release
 from surgery.passes.prepare import prepare
 from surgery.telemetry.report import Report
 
@@ -96,6 +97,10 @@ def qlora(
         adapted = complete(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
         name_base(adapted, opened)
         if saved is not None:
-            with report.phase("adapter"):
-                fill_adapter(adapted, saved, ranks)
+            try:
+                with report.phase("adapter"):
+                    fill_adapter(adapted, saved, ranks)
+            except BaseException:
+                release(adapted)  # which nobody else has
+                raise
         return adapted
