@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surgery.bound import Bound, bind, fill
     from surgery.checkpoint import Checkpoint
     from surgery.comm.ranks import PeerError
-    from surgery.config import DDP, FSDP1, FSDP2, Quant
+    from surgery.config import DDP, FSDP1, FSDP2, Quant, Quant8
     from surgery.errors import (
         AdapterError,
         CheckpointError,
@@ -68,6 +68,7 @@ __all__ = [
     "PassError",
     "PeerError",
     "Quant",
+    "Quant8",
     "QuantizerError",
     "Report",
     "SelectorError",
@@ -110,7 +111,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),
     "surgery.checkpoint": ("Checkpoint",),
-    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant"),
+    "surgery.config": ("DDP", "FSDP1", "FSDP2", "Quant", "Quant8"),
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),

@@ -17,6 +17,7 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.adapters.attach import needs_weights
+from surgery.adapters.derived import is_blank
 from surgery.adapters.folder import make_room
 from surgery.adapters.load import fill_waiting
 from surgery.adapters.metadata import name_base
@@ -35,12 +36,13 @@ from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
+from surgery.passes.derive import Await, Derive
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
 from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
-from surgery.passes.prepare import Prepared, match
+from surgery.passes.prepare import Prepared, check_magnitudes, match
 from surgery.passes.quantize import Quantize
 from surgery.passes.read import Read, ReadAhead
 from surgery.passes.record import Record
@@ -131,6 +133,8 @@ class Bound:
                 whole = {p for name, p in self.model.named_parameters() if name in unsharded}
                 setting.strategy.check_adapted(outer, decoder_blocks(outer), whole)
                 trained = {n: p for n, p in outer.named_parameters() if p.requires_grad and not p.is_meta}
+                blank = [clean(name) for name, parameter in self.model.named_parameters() if is_blank(parameter)]
+                check_magnitudes(self.model, setting, blank)
                 facts = {clean(name): f"{p.dtype} {tuple(p.shape)}" for name, p in trained.items()}
                 same_on_every_rank(ranks, "trained", {"trained parameters": facts})
                 stop_waiting(self.model)
@@ -441,7 +445,7 @@ def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
 def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) -> Iterator[Pass]:
     """All passes of a fill. Weights are read ahead as soon as no pass can change any more what is to be read."""
     strategy = shared.setting.strategy
-    early = lora is not None and (strategy.shards_on_meta or not needs_weights(lora))
+    early = lora is not None and not (strategy.holds_whole and needs_weights(lora))
     adapt = [] if lora is None else [Adapt(loading=shared, lora=lora), *placed(passes, "adapt")]
     quantize = Quantize(loading=shared)
     yield from placed(passes, "replace")
@@ -452,12 +456,14 @@ def _in_order(shared: Loading, lora: LoraConfig | None, passes: Sequence[Pass]) 
     else:
         yield ReadAhead(loading=shared)
         yield from adapt if early else ()
+    yield Await(loading=shared)
     if strategy.shards_on_meta:
         yield ShardOnMeta(loading=shared)
     yield Read(loading=shared)
     yield quantize
     yield Exchange(loading=shared, quantize=quantize)
     yield Record(loading=shared)
+    yield Derive(loading=shared)
     yield Relocate(loading=shared)
     yield Install(loading=shared)
     yield from adapt if not early else ()

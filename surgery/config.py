@@ -17,6 +17,7 @@ __all__ = [
     "FSDP2",
     "Placement",
     "Quant",
+    "Quant8",
     "parse_placement",
 ]
 
@@ -67,6 +68,30 @@ class Quant:
         _one_of("quant_storage", self.quant_storage, (None, *STORAGE_DTYPES))
         for pattern in self.skip_modules:
             _compile(pattern)
+
+    def storage_for(self, dtype: torch.dtype) -> torch.dtype:
+        """The packed tensor's dtype in a model of `dtype`."""
+        return dtype if self.quant_storage is None else self.quant_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quant8:
+    """Linear weights in 8 bits of bitsandbytes (LLM.int8, https://arxiv.org/abs/2208.07339), as a checkpoint has them.
+
+    Nothing is quantized to 8 bits: of weights in 16 bits `Quant` makes 4. A checkpoint in 8 bits needs no option.
+
+    threshold: columns of activations with a larger value are multiplied in 16 bits, as `llm_int8_threshold` of
+        transformers; 0 for none. None takes that of the checkpoint's config.json.
+    quant_storage: dtype of the packed tensor, `(out * in / itemsize, 1)`. None takes the dtype of the model.
+    """
+
+    threshold: float | None = None
+    quant_storage: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("quant_storage", self.quant_storage, (None, torch.int8, *STORAGE_DTYPES))
+        if self.threshold is not None and not 0 <= self.threshold < float("inf"):
+            raise ConfigError(f"threshold must be a number of 0 or more; got {self.threshold!r}")
 
     def storage_for(self, dtype: torch.dtype) -> torch.dtype:
         """The packed tensor's dtype in a model of `dtype`."""

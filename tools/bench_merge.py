@@ -31,7 +31,8 @@ def make_adapter(base: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        described = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
         config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=32, target_modules="all-linear")
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(0)
@@ -50,7 +51,7 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, trust_remote_code=False)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
 
 

@@ -1,11 +1,11 @@
-"""Fine-tune a real model on two CPU ranks with `surgery finetune`, kill it, resume it, and use what it has learnt.
+"""Quantize a real model, fine-tune it on two CPU ranks, kill and resume that, merge the adapter, and use the result.
 
     python tools/demo.py MODEL TRAIN.jsonl HELD_OUT.jsonl OUTPUT
 
-All processes are killed once the first checkpoint is there; the same command with one more word goes on from it. The
-adapter is then evaluated in a process that uses PEFT alone, and answers a question. Exits with 1 unless the held-out
-loss falls, no patch is left active, and the reloaded adapter does as well on the plain model as on the 4-bit model
-that it was trained on.
+All processes of the training are killed once the first checkpoint is there; the same command with one more word goes on
+from it. The adapter is then evaluated in a process that uses PEFT alone, and merged into the 16-bit model, which
+answers a question. Exits with 1 unless the held-out loss falls, no patch is left active, and adapter and merged model
+do as well as the 4-bit model that was trained on.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ TOLERANCE = 0.15
 #: Tolerance of the losses on weights rounded to 4 bits, against those in training.
 ROUNDED_TOLERANCE = 0.01
 
+#: Tolerance of the merged model's loss, whose weights are bfloat16, against the adapter's beside the same weights.
+MERGED_TOLERANCE = 0.02
+
 RELOAD = Path(__file__).with_name("demo_reload.py")
 
 
@@ -69,6 +72,12 @@ class Losses:
 
     def __str__(self) -> str:
         return f"{self.base:.4f} without the adapter, {self.adapter:.4f} with it"
+
+
+def _run(*words: str) -> None:
+    """Run a command of `surgery` as a user would type it."""
+    typer.echo(f"$ surgery {shlex.join(words)}")
+    subprocess.run([sys.executable, "-m", "surgery", *words], env=_environment(processes=1), check=True)
 
 
 def _command(model: Path, train: Path, held_out: Path, output: Path) -> list[str]:
@@ -113,23 +122,18 @@ def _environment(*, processes: int) -> dict[str, str]:
     }
 
 
-def _answer(model: Path, adapter: Path, held_out: Path) -> None:
-    """Show what the model says to the first held-out question, and what it was taught to say to such."""
-    turns = json.loads(held_out.read_text(encoding="utf-8").splitlines()[0])["messages"]
-    typer.echo(f"\nQuestion: {turns[0]['content']}")
-    generate = [sys.executable, "-m", "surgery", "generate", str(model), "--adapter", str(adapter)]
-    words = ["--prompt", turns[0]["content"], "--max-new-tokens", "48"]
-    subprocess.run([*generate, *words], env=_environment(processes=1), check=True)
+def _reload(model: Path, adapter: Path, merged: Path, held_out: Path) -> tuple[Losses, Losses, float]:
+    """Evaluate in a fresh process with plain transformers and PEFT; returns losses `(plain, rounded, merged)`.
 
-
-def _reload(model: Path, adapter: Path, held_out: Path) -> tuple[Losses, Losses]:
-    """Evaluate in a fresh process with plain transformers and PEFT; returns the losses `(plain, rounded)`."""
-    arguments = [str(model), str(adapter), str(held_out), "--max-length", str(MAX_LENGTH)]
+    Shows what the merged model says to the first held-out question.
+    """
+    arguments = [str(model), str(adapter), str(merged), str(held_out), "--max-length", str(MAX_LENGTH)]
     command = [sys.executable, str(RELOAD), *arguments]
     environment = _environment(processes=1)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    return Losses(**found["plain"]), Losses(**found["rounded"])
+    typer.echo(f"\nQuestion: {found['question']}\nAnswer of the merged model: {found['answer']}")
+    return Losses(**found["plain"]), Losses(**found["rounded"]), found["merged"]
 
 
 def failures(summary: dict[str, Any], trained: Losses, plain: Losses, rounded: Losses) -> Iterator[str]:
@@ -156,25 +160,31 @@ def main(
     held_out: Annotated[Path, typer.Argument(help="JSONL file to evaluate on.")],
     output: Annotated[Path, typer.Argument(help="Folder for the adapter.")],
 ) -> None:
-    """Fine-tune a real model on two CPU ranks, killed and resumed, and use what was saved."""
+    """Quantize, fine-tune on two CPU ranks, killed and resumed, merge, and use what was saved."""
     begin = time.monotonic()
-    command = _command(model, train, held_out, output)
+    packed, merged = output.with_name("packed"), output.with_name("merged")
+    _run("quantize", str(model), str(packed), "--overwrite")
+    command = _command(packed, train, held_out, output)
     shutil.rmtree(output, ignore_errors=True)
     typer.echo(f"$ torchrun {shlex.join(command[3:])}")
     _kill_after_checkpoint(command)
     typer.echo("\nKilled. The same command with --resume-from-checkpoint goes on")
     summary = _resume(command, output)
     trained = Losses.of(summary["evaluations"])
-    typer.echo("\nReloading the adapter with plain transformers and PEFT, in a fresh process")
-    plain, rounded = _reload(model, output, held_out)
-    _answer(model, output, held_out)
+    _run("merge", str(model), str(output), str(merged), "--overwrite")
+    typer.echo("\nReloading adapter and merged model with plain transformers and PEFT, in a fresh process")
+    plain, rounded, loss = _reload(model, output, merged, held_out)
 
     typer.echo("\nMean loss on the held-out text")
     typer.echo(f"  in training, 4 bits, {RANKS} ranks           {trained}")
     typer.echo(f"  reloaded, weights rounded to 4 bits   {rounded} (at most {ROUNDED_TOLERANCE} apart)")
     typer.echo(f"  reloaded, weights as they were        {plain} (at most {TOLERANCE} with the adapter)")
+    typer.echo(f"  merged, in bfloat16                   {loss:.4f} (at most {MERGED_TOLERANCE} from the line above)")
     typer.echo(f"{time.monotonic() - begin:.0f} seconds in all")
-    if found := list(failures(summary, trained, plain, rounded)):
+    found = list(failures(summary, trained, plain, rounded))
+    if not abs(loss - plain.adapter) <= MERGED_TOLERANCE:
+        found.append(f"merged, more than {MERGED_TOLERANCE} away from {plain.adapter:.4f}: {loss:.4f}")
+    if found:
         typer.echo("\n".join(f"FAILED: {failure}" for failure in found), err=True)
         raise typer.Exit(1)
 

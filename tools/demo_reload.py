@@ -1,10 +1,11 @@
-"""Evaluate a saved adapter with transformers and PEFT alone, like anyone who downloads it.
+"""Evaluate a saved adapter, and the merged model, with transformers and PEFT alone, like anyone who downloads them.
 
-    python tools/demo_reload.py MODEL ADAPTER DATA.jsonl --max-length 256
+    python tools/demo_reload.py MODEL ADAPTER MERGED DATA.jsonl --max-length 256
 
 Nothing of this project is imported. Prints the mean loss on the assistant's tokens as JSON, without and with the
 adapter: on the model as it is (`plain`), and with the weights of its adapted layers rounded to 4 bits, as they were
-in training (`rounded`), computed in bfloat16 as there.
+in training (`rounded`), computed in bfloat16 as there; that of the merged model (`merged`), and its `answer` to the
+first `question`.
 """
 
 from __future__ import annotations
@@ -63,13 +64,24 @@ def _round_adapted(model: PeftModel) -> None:
             parameter.copy_(dequantize_4bit(packed, state))
 
 
+@torch.inference_mode()
+def _answer(model: Any, tokenizer: Any, question: str) -> str:
+    """The answer of `model` to `question`, at most 48 tokens."""
+    turns = [{"role": "user", "content": question}]
+    given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**given, max_new_tokens=48, do_sample=False)
+    text: str = tokenizer.decode(said[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
 def main(
     model: Annotated[Path, typer.Argument(help="Folder of the base model.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    merged: Annotated[Path, typer.Argument(help="Folder of the base model with the adapter merged into it.")],
     data: Annotated[Path, typer.Argument(help='JSONL file of {"messages"} that end with the assistant.')],
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a conversation; the rest is cut off.")] = 256,
 ) -> None:
-    """Evaluate a saved adapter with transformers and PEFT alone."""
+    """Evaluate a saved adapter, and the merged model, with transformers and PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
     adapted = PeftModel.from_pretrained(base, adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -78,7 +90,12 @@ def main(
     _round_adapted(adapted)
     # As in training, where a small adapter's part is rounded away when it is added: 0.02 of the loss after few steps.
     adapted.to(torch.bfloat16)
-    typer.echo(json.dumps({"plain": plain, "rounded": _losses(adapted, examples)}))
+    found: dict[str, Any] = {"plain": plain, "rounded": _losses(adapted, examples)}
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, trust_remote_code=False).eval()
+    found["merged"] = _mean_loss(whole, examples)
+    found["question"] = json.loads(data.read_text(encoding="utf-8").splitlines()[0])["messages"][0]["content"]
+    found["answer"] = _answer(whole, AutoTokenizer.from_pretrained(merged, trust_remote_code=False), found["question"])
+    typer.echo(json.dumps(found))
 
 
 if __name__ == "__main__":

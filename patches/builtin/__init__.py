@@ -22,6 +22,7 @@ _IDS: Final = (
     "bitsandbytes.params4bit-to-meta",
     "bitsandbytes.quant-state-to-noop",
     "peft.adapter-keys-under-wrappers",
+    "peft.dora-of-blank-weights",
     "torch.fsdp1-raw-reads",
     "torch.fsdp1-sync-on-cpu",
     "torch.fsdp2-bit-exact-gather",

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import model_surgery_patches as patches
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat, format_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-__all__ = ["PLAIN", "adapted_by_peft", "appearing_real", "drawing_from", "draws_later", "needs_weights"]
+__all__ = [
+    "PLAIN",
+    "adapted_by_peft",
+    "appearing_real",
+    "drawing_from",
+    "draws_later",
+    "leaving_blank",
+    "needs_weights",
+]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.
 PLAIN = frozenset({
@@ -65,7 +74,8 @@ def drawing_from(rng_state: torch.Tensor) -> Iterator[None]:
 def appearing_real(model: nn.Module) -> Iterator[None]:
     """A block in which every parameter on meta looks as if it were on the CPU, and a sharded one whole, in no memory.
 
-    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost.
+    PEFT moves a new adapter to the device of its base weight; on meta its initial values would be lost. What it takes
+    from base weights is NaN, for the pass `derive` to find; of packed weights if `leaving_blank`.
     """
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
@@ -75,7 +85,8 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
                 if parameter not in stand_ins:
                     device = "cpu" if parameter.is_meta else parameter.device
                     # One element in memory, shown as often as the shape says.
-                    element = torch.empty(1, dtype=parameter.dtype, device=device)
+                    blank = torch.nan if parameter.is_floating_point() else 0
+                    element = torch.full((1,), blank, dtype=parameter.dtype, device=device)
                     stand_ins[parameter] = like(parameter, element.expand(parameter.shape))
                 module._parameters[name] = stand_ins[parameter]
     originals = {stand_in: parameter for parameter, stand_in in stand_ins.items()}
@@ -87,6 +98,13 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
                 if found is not None and found in originals:
                     originals[found].requires_grad = found.requires_grad
                     module._parameters[name] = originals[found]
+
+
+def leaving_blank(loras: Iterable[LoraConfig]) -> contextlib.AbstractContextManager[object]:
+    """A block in which magnitudes of DoRA are NaN where base weights have no values, if one of `loras` has any."""
+    if not any(getattr(lora, "use_dora", False) for lora in loras):
+        return contextlib.nullcontext()
+    return patches.transaction("peft.dora-of-blank-weights", reason="a model is adapted before it has weights")
 
 
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:

@@ -26,7 +26,7 @@ from surgery.model.fqn import clean
 from surgery.model.tree import convert
 from surgery.model.twin import twin_of
 from surgery.quantizers.base import quantized_modules
-from surgery.sharding.base import READS_WEIGHTS, Part, ShardStrategy, device_of, strategy_of
+from surgery.sharding.base import Part, ShardStrategy, device_of, strategy_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -153,12 +153,6 @@ def _check_new(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, 
     if not name or "." in name or name in "lora_":
         raise ConfigError(f"expected a name for the adapter that PEFT can tell from its own, found {name!r:.80}")
     strategy_of(model).check_added(config)
-    found = [each for each in READS_WEIGHTS if getattr(config, each, None)]
-    if found and _is_on_meta(model):
-        raise ConfigError(
-            f"{saved.path}: {found[0]} {READS_WEIGHTS[found[0]]}, and this model has no weights yet: load the adapter "
-            "when it is filled, or begin from it (surgery.qlora(adapter=...))"
-        )
     target = model if adapted is None else adapted
     made = twin_of(target, _on_meta)
     twin = next(iter(made.values()))

@@ -20,6 +20,9 @@ __all__ = ["OPTIONS", "check_adapter", "check_built", "check_modules", "unknown_
 #: Values of `init_lora_weights` that do not look at the base weight in full precision, which 4 bits do not hold.
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
+#: Beginnings of those that take out of the base weight what they put into the adapter.
+CHANGING_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
 #: Options of `LoraConfig` that may differ from their default.
 OPTIONS = PLAIN | {
     "_custom_modules", "alora_invocation_tokens", "ensure_weight_tying", "modules_to_save", "target_parameters",
@@ -40,14 +43,24 @@ def check_adapter(lora: Any) -> None:
     _check_options(lora)
 
 
-def _check_options(lora: Any) -> None:
-    init = lora.init_lora_weights
+def _check_initialization(init: Any) -> None:
     known = init.lower() if isinstance(init, str) else init
+    if isinstance(known, str) and known.startswith(CHANGING_BASE):
+        raise ConfigError(
+            f"init_lora_weights={init!r} takes out of the unquantized base weight what it puts into the adapter, which "
+            "then fits that base alone, saved nowhere, and not the checkpoint's: let PEFT initialize the 16-bit model, "
+            "save what its unload() returns, and train that checkpoint with the adapter that was made; or use "
+            "init_lora_weights=True or 'gaussian'"
+        )
     if known not in INITIALIZATIONS:
         raise ConfigError(
             f"init_lora_weights={init!r} derives the adapter from the unquantized base weight, which is not kept: "
             "initialize from the 16-bit model first, or use init_lora_weights=True or 'gaussian'"
         )
+
+
+def _check_options(lora: Any) -> None:
+    _check_initialization(lora.init_lora_weights)
     if isinstance(lora.modules_to_save, str):
         raise ConfigError(
             f"modules_to_save={lora.modules_to_save!r}: expected a list of names, found a text, whose letters PEFT "

@@ -71,7 +71,7 @@ def rehearse(
     if not trained:
         raise ConfigError("lora: these adapters have nothing to train; look at target_modules and inference_mode")
     packed = {made[module] for module in quantized if module in made}
-    check_quantized(adapted, packed)
+    check_quantized(adapted, packed, dequantizes=type(quant).dequantize is not QuantFormat.dequantize)
     tried = [Site(fqn=PEFT_PREFIX + site.fqn, module=made[site.module]) for site in blocks if site not in alike]
     strategy.check_adapted(adapted, tried, _kept(adapted, packed, quant.dtype))
     shapes = _check_saving(adapted)
@@ -174,14 +174,27 @@ def _repeated_keys(shapes: Mapping[str, torch.Size], alike: dict[Site, Site]) ->
                 yield f"{PEFT_PREFIX}{site.fqn}.{key.removeprefix(start)}", shape
 
 
-def check_quantized(adapted: PeftModel, packed: set[nn.Module]) -> None:
-    """Refuse copies of 4-bit weights and adapters of their packed form: bits would be trained as numbers."""
+def check_quantized(adapted: PeftModel, packed: set[nn.Module], *, dequantizes: bool = True) -> None:
+    """Refuse copies of packed weights and adapters of their packed form: bits would be trained as numbers.
+
+    And magnitudes of weights in a format that cannot say what their values are. dequantizes: whether it can.
+    """
     for name, module in adapted.named_modules():
         fqn = name.removeprefix(PEFT_PREFIX)
         if "modules_to_save" in module._modules and not packed.isdisjoint(module.original_module.modules()):
             raise ConfigError(
                 f"lora.modules_to_save: {fqn} is, or has in it, a layer that goes to 4 bits, which can neither be "
                 "trained nor saved: leave it out, or keep it in 16 bits with skip_modules"
+            )
+        if isinstance(getattr(module, "token_indices", None), dict) and module.get_base_layer() in packed:
+            raise ConfigError(
+                f"lora.trainable_token_indices: {fqn.removesuffix('.token_adapter')} goes to 4 bits, and rows of its "
+                "packed form would be trained: leave it out, or keep it in 16 bits with skip_modules"
+            )
+        if getattr(module, "lora_magnitude_vector", None) and module.get_base_layer() in packed and not dequantizes:
+            raise ConfigError(
+                f"lora.use_dora: magnitudes of {fqn} are norms of its values, and its format does not define "
+                "dequantize: use use_dora=False, or define it"
             )
         if "parameter_name" in vars(module) and module.get_base_layer() in packed:
             raise ConfigError(

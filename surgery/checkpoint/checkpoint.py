@@ -25,7 +25,7 @@ __all__ = ["Checkpoint", "read_config"]
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Checkpoint:
-    """A safetensors checkpoint that can be read: in 16 or 32 bits, or with packed 4-bit weights of bitsandbytes.
+    """A safetensors checkpoint that can be read: in 16 or 32 bits, or with packed weights of bitsandbytes.
 
     `source` is what the user gave; `path` the folder it is in; `revision` the commit, for a hub id, else
     None; `config` the content of `config.json`, None if there is none; `packed` the packed weights by name. `fetch`
@@ -111,7 +111,7 @@ class Checkpoint:
 
 def _packed(index: Index, config: dict[str, Any] | None, folder: Path) -> dict[str, PackedWeight]:
     with Reader(index) as reader:
-        packed = find_packed(index, path=folder, read=reader.read_range)
+        packed = find_packed(index, config, path=folder, read=reader.read_range)
     require_usable(index, config, packed, path=folder)
     return packed
 

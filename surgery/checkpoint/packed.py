@@ -1,8 +1,10 @@
-"""Weights that a checkpoint holds packed, in the 4-bit format of bitsandbytes: found by their names, and checked.
+"""Weights that a checkpoint holds packed, in a format of bitsandbytes: found by their names, and checked.
 
-Of a weight `W` there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and settings as JSON
-in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too, by
-`W.nested_absmax` and `W.nested_quant_map`. docs/formats.md has every key.
+Of a weight `W` in 4 bits there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and
+settings as JSON in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too,
+by `W.nested_absmax` and `W.nested_quant_map`. Of one in 8 bits, `X.weight`, there are the int8 values themselves, the
+largest absolute value of each row in `X.SCB`, and maybe how rows lie in `X.weight_format`. docs/formats.md has every
+key.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from surgery.checkpoint.header import TensorEntry, parse_json
 from surgery.checkpoint.index import Index
 from surgery.errors import CheckpointError
 
-__all__ = ["PackedSettings", "PackedWeight", "find_packed"]
+__all__ = ["INT8", "PackedSettings", "PackedWeight", "configuration", "find_packed"]
 
 Read = Callable[[TensorEntry, int, int], torch.Tensor]
 
@@ -31,6 +33,15 @@ STATE = "quant_state.bitsandbytes__"
 _SIDE = re.compile(
     rf"(?P<weight>.+)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)", re.DOTALL
 )
+
+#: Names of the tensors beside a weight in 8 bits, behind its module's and a dot.
+_SIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<part>SCB|weight_format)", re.DOTALL)
+
+#: What bitsandbytes calls its 8-bit format (LLM.int8), and the threshold of outliers that transformers' config means.
+INT8, THRESHOLD = "int8", 6.0
+
+#: One in 127, as float32 has it: what bitsandbytes multiplies by.
+_STEP = 7.874015748031496e-3
 
 #: Elements of `quant_map` and of `nested_quant_map`.
 VALUES, NESTED_VALUES = 16, 256
@@ -48,8 +59,10 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class PackedSettings:
     """The settings of a packed weight.
 
-    dtype: in which it was quantized, and is dequantized. shape: the weight's own, `(out, in)`. blocksize: elements that
-    share one absmax; nested_blocksize: of absmax values that share one. nested_offset: added to every absmax.
+    quant_type: `nf4`, `fp4` or `int8`. dtype: in which it is dequantized; in 4 bits that in which it was quantized.
+    shape: the weight's own, `(out, in)`. blocksize: elements that share one absmax, a row of int8. nested_blocksize: of
+    absmax values that share one. nested_offset: added to every absmax. threshold: of activations of int8 layers, above
+    which a column is an outlier; of config.json.
     """
 
     quant_type: str
@@ -58,6 +71,12 @@ class PackedSettings:
     shape: tuple[int, ...]
     nested_blocksize: int | None = None
     nested_offset: float | None = None
+    threshold: float = THRESHOLD
+
+    @property
+    def values_per_byte(self) -> int:
+        """Elements that a byte holds."""
+        return 1 if self.quant_type == INT8 else 2
 
     @property
     def double_quant(self) -> bool:
@@ -67,6 +86,8 @@ class PackedSettings:
     @property
     def kind(self) -> str:
         """The settings that all weights of a model share, for people."""
+        if self.quant_type == INT8:
+            return "8 bits of bitsandbytes"
         nested = f", absmax in blocks of {self.nested_blocksize}" if self.double_quant else ""
         return f"{self.quant_type} in blocks of {self.blocksize}{nested}"
 
@@ -76,13 +97,14 @@ class PackedWeight:
     """One packed weight of a checkpoint, complete and checked: entries of its tensors, and its settings.
 
     data: the packed bytes, in any dtype and shape. absmax: float32, or uint8 with double quantization; quant_map: 16
-    float32. nested_absmax, nested_quant_map: float32; None without double quantization. state: the settings' JSON.
+    float32; None in 8 bits. nested_absmax, nested_quant_map: float32; None without double quantization. state: the
+    settings' JSON; in 8 bits `weight_format`, or None.
     """
 
     data: TensorEntry
     absmax: TensorEntry
-    quant_map: TensorEntry
-    state: TensorEntry
+    quant_map: TensorEntry | None = None
+    state: TensorEntry | None = None
     nested_absmax: TensorEntry | None = None
     nested_quant_map: TensorEntry | None = None
     settings: PackedSettings
@@ -114,17 +136,19 @@ class PackedWeight:
     def dequantize(self, read: Read, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The elements `start` to `stop` of the flattened weight: 1-D, in its own dtype, on the CPU.
 
-        By a look-up in its own table, since the kernel of bitsandbytes for a CPU misreads rows of partial blocks. Reads
-        what these elements need.
+        By a look-up in its own table, since the kernel of bitsandbytes for a CPU misreads rows of partial blocks; in 8
+        bits as its `int8_vectorwise_dequant`. Reads what these elements need.
         """
         stop = math.prod(self.settings.shape) if stop is None else stop
         size = self.settings.blocksize
+        absmax = self._absmax(read, start // size, -(-stop // size))
+        blocks = torch.arange(start, stop) // size - start // size
+        if self.quant_map is None:
+            return read(self.stored_as(torch.int8), start, stop) * absmax[blocks] * _STEP
         first, last = start // 2, -(-stop // 2)
         packed = read(self.stored_as(torch.uint8), first, last)
         nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[start - 2 * first : stop - 2 * first]
         values = read(self.quant_map, 0, VALUES)[nibbles.int()]
-        absmax = self._absmax(read, start // size, -(-stop // size))
-        blocks = torch.arange(start, stop) // size - start // size
         return (values * absmax[blocks]).to(self.settings.dtype)
 
     def _absmax(self, read: Read, first: int, last: int) -> torch.Tensor:
@@ -141,20 +165,83 @@ class PackedWeight:
         return values + torch.tensor(offset)
 
 
-def find_packed(index: Index, *, path: Path, read: Read) -> dict[str, PackedWeight]:
+def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, read: Read) -> dict[str, PackedWeight]:
     """The packed weights of `index` by name; settings are read by `read`, in threads.
 
-    Raises `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in
-    settings that no version of bitsandbytes writes.
+    config: the content of config.json, whose quantization_config has the threshold of layers in 8 bits. Raises
+    `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in settings
+    that no version of bitsandbytes writes.
     """
     sides: dict[str, dict[str, TensorEntry]] = {}
+    rows: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in index.items():
-        found = _SIDE.fullmatch(name)
-        if found is not None:
+        if found := _SIDE.fullmatch(name):
             sides.setdefault(found["weight"], {})[found["part"]] = entry
+        elif found := _SIDE_8BIT.fullmatch(name):
+            rows.setdefault(f"{found['module']}.weight", {})[found["part"]] = entry
+    threshold = _threshold(config or {}, path=path) if rows else THRESHOLD
     with ThreadPoolExecutor(THREADS, thread_name_prefix="surgery-packed") as pool:
-        made = pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items())
-        return {weight.name: weight for weight in made}
+        made = [
+            *pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items()),
+            *pool.map(lambda item: _made_8bit(index, *item, path=path, read=read, threshold=threshold), rows.items()),
+        ]
+    return {weight.name: weight for weight in made}
+
+
+def _made_8bit(
+    index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Path, read: Read, threshold: float
+) -> PackedWeight:
+    data, absmax, state = index.get(name), parts.get("SCB"), parts.get("weight_format")
+    if data is None or absmax is None:
+        missing = name if data is None else f"{name.removesuffix('weight')}SCB"
+        raise _broken(path, name, f"there is {next(iter(parts.values())).name}, and no tensor {missing}")
+    if data.dtype != torch.int8 or len(data.shape) != 2 or not data.numel:
+        raise _broken(path, name, f"expected int8 of shape (out, in) beside {absmax.name}, found {_described(data)}")
+    if absmax.dtype != torch.float32 or absmax.numel != data.shape[0]:
+        raise _broken(
+            path,
+            name,
+            f"expected {absmax.name} to be float32, one for each of {data.shape[0]} rows of {name}, found "
+            f"{_described(absmax)}",
+        )
+    if state is not None and (state.dtype != torch.uint8 or state.numel != 1 or read(state, 0, 1).item() != 0):
+        raise CheckpointError(
+            f"{state.name} in {path} says that {name} is not stored row by row, but in an order for one kind of GPU "
+            "(col32, col_turing or col_ampere), which bitsandbytes reads no more: use the checkpoint in 16 bits that "
+            "it was made from.",
+            path=path,
+            tensor=state.name,
+        )
+    settings = PackedSettings(
+        quant_type=INT8, blocksize=data.shape[1], dtype=torch.float32, shape=tuple(data.shape), threshold=threshold
+    )
+    return PackedWeight(data=data, absmax=absmax, state=state, settings=settings)
+
+
+def _described(entry: TensorEntry) -> str:
+    return f"{str(entry.dtype).removeprefix('torch.')} of shape {tuple(entry.shape)}"
+
+
+def _threshold(config: Mapping[str, Any], *, path: Path) -> float:
+    """The threshold of outliers in 8-bit layers."""
+    found = configuration(config)
+    value = THRESHOLD if found is None else found.get("llm_int8_threshold", THRESHOLD)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise CheckpointError(
+            f"{path}: expected llm_int8_threshold in quantization_config of config.json to be a number of 0 or more, "
+            f"found {value!r:.40}",
+            path=path,
+        )
+    return float(value)
+
+
+def configuration(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization_config of a model config, or of the text part of a multimodal one."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if found:
+            return found if isinstance(found, Mapping) else {}
+    return None
 
 
 def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Path, read: Read) -> PackedWeight:
@@ -207,6 +294,7 @@ def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.d
     yield data, storages, -(-numel // 2) // data.dtype.itemsize
     yield replace(data, dtype=torch.uint8, shape=(data.nbytes,)), (torch.uint8,), -(-numel // 2)
     yield weight.absmax, (torch.uint8,) if settings.double_quant else float32, blocks
+    assert weight.quant_map is not None
     yield weight.quant_map, float32, VALUES
     if weight.nested_absmax is not None and weight.nested_quant_map is not None:
         assert settings.nested_blocksize is not None

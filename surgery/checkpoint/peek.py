@@ -119,7 +119,7 @@ class _Repository:
             headers = dict(zip(layout.files, pool.map(self._header, layout.files), strict=True))
         index = Index.join(layout, headers)
         content = read_config(folder) if config is not None else None
-        packed = find_packed(index, path=folder, read=self._fetch)
+        packed = find_packed(index, content, path=folder, read=self._fetch)
         require_usable(index, content, packed, path=folder)
         return Checkpoint(
             source=self.repo_id,

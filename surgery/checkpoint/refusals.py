@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint.index import Index
-from surgery.checkpoint.packed import PackedWeight
+from surgery.checkpoint.packed import PackedWeight, configuration
 from surgery.errors import CheckpointError, WeightsMismatchError
 
 __all__ = ["contradiction", "require_usable"]
 
 #: What tells that weights are stored in a way that is not read here: the end of a tensor's name.
 _SUFFIXES = {
-    ".SCB": "8 bits of bitsandbytes",
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
@@ -32,7 +31,6 @@ _METHODS = {
     "fbgemm_fp8": "fp8 (FBGEMM)",
     "mxfp4": "MXFP4",
     "compressed-tensors": "compressed-tensors",
-    "bitsandbytes": "8 bits of bitsandbytes",
 }
 
 
@@ -48,14 +46,20 @@ def require_usable(
     method = _METHODS.get(declared or "", declared)
     sign = f"its config.json has a quantization_config ({declared})"
     name = None
-    if not packed and declared == "bitsandbytes" and _is_4bit(config or {}):
+    bits = _bits(config or {})
+    held = next((8 // weight.settings.values_per_byte for weight in packed.values()), None)
+    if bits is not None and bits != held:
+        sign, names = (
+            ("SCB", "*.SCB") if bits == 8 else ("quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
+        )
+        found = f"none of its tensors has a {sign}" if held is None else f"its tensors are packed in {held}"
         raise CheckpointError(
-            f"The checkpoint at {path} is declared to be in 4 bits of bitsandbytes by its config.json, and none of its "
-            "tensors has a quant_state. Expected tensors named *.weight.quant_state.bitsandbytes__nf4 or fp4: get "
-            "config.json and the weights from the same place, or remove quantization_config from config.json.",
+            f"The checkpoint at {path} is declared to be in {bits} bits of bitsandbytes by its config.json, and "
+            f"{found}. Expected tensors named {names}: get config.json and the weights from the same place, or remove "
+            "quantization_config from config.json.",
             path=path,
         )
-    if packed and (declared is None or _is_4bit(config or {})):
+    if packed and (declared is None or bits is not None):
         _require_agreement(index, config or {}, path=path)
         return
     if declared is None:
@@ -65,7 +69,7 @@ def require_usable(
     if method is not None:
         raise CheckpointError(
             f"The checkpoint at {path} is quantized already, in {method}: {sign}. Expected 16- or 32-bit weights, or "
-            f"packed 4-bit weights of bitsandbytes: {_remedy(method)}.",
+            f"packed weights of bitsandbytes: {_remedy(method)}.",
             path=path,
             tensor=name,
         )
@@ -102,27 +106,21 @@ def _require_one_kind(packed: Mapping[str, PackedWeight], *, path: Path) -> None
         )
 
 
-def _configuration(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization_config of a model config, or of the text part of a multimodal one."""
-    for part in (config, config.get("text_config")):
-        found = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if found:
-            return found if isinstance(found, Mapping) else {}
-    return None
-
-
 def _declared(config: Mapping[str, Any]) -> str | None:
     """Name of the quantization method that a config declares; bitsandbytes' early ones lack it."""
-    found = _configuration(config)
+    found = configuration(config)
     if found is None:
         return None
     is_bitsandbytes = found.get("load_in_4bit") or found.get("load_in_8bit")
     return str(found.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "of unknown method"))
 
 
-def _is_4bit(config: Mapping[str, Any]) -> bool:
-    found = _configuration(config) or {}
-    return _declared(config) == "bitsandbytes" and bool(found.get("load_in_4bit", found.get("_load_in_4bit")))
+def _bits(config: Mapping[str, Any]) -> int | None:
+    """The bits of bitsandbytes that a config declares; None for another method, or none."""
+    found = configuration(config) or {}
+    if _declared(config) != "bitsandbytes":
+        return None
+    return 4 if found.get("load_in_4bit", found.get("_load_in_4bit")) else 8
 
 
 #: Names under which configurations of transformers have a number of layers, and a width that a weight has too.

@@ -19,6 +19,7 @@ from surgery.comm.failures import noticing_ends
 __all__ = [
     "THREADS",
     "HostCopies",
+    "add_up",
     "all_gather_flat",
     "all_gather_single",
     "gather_objects",
@@ -57,6 +58,19 @@ def all_gather_flat(
     with noticing_ends():
         all_gather_single(_bytes(out), _bytes(padded), group=group)
     return out.view(len(sizes), longest)
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> None:
+    """Make each of `tensors`, in place, the sum of those of all ranks; one collective for all of a dtype."""
+    if not dist.is_initialized():
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        mine = [tensor for tensor in tensors if tensor.dtype == dtype]
+        together = torch.cat([tensor.reshape(-1) for tensor in mine])
+        with noticing_ends():
+            dist.all_reduce(together)
+        for tensor, whole in zip(mine, torch.split(together, [tensor.numel() for tensor in mine]), strict=True):
+            tensor.copy_(whole.view(tensor.shape))
 
 
 def gather_parts(

@@ -27,7 +27,7 @@ from surgery.export.merging import adapt, find_sites
 from surgery.export.output import MAX_SHARD_BYTES, Output, Planned, output
 from surgery.export.quantize import identity, stored_dtype
 from surgery.export.sidecars import sidecars
-from surgery.model.consistency import same_model
+from surgery.model.consistency import adapter_facts, same_model
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
@@ -264,5 +264,5 @@ def _described(adapter: StoredAdapter) -> str:
 
 def _identity(job: _Job, adapters: Sequence[StoredAdapter]) -> str:
     """All that the values depend on, as text."""
-    options = [[each.identity, repr(each.config), each.weight] for each in adapters]
+    options = [[each.identity, sorted(adapter_facts(each.config).items()), each.weight] for each in adapters]
     return json.dumps(["merge", identity(job.checkpoint), options, str(job.dtype), str(job.quantization), versions()])

@@ -1,4 +1,4 @@
-"""What a merge makes of every tensor of a checkpoint, known before one is read: copied, merged, or taken apart."""
+"""Plan of a merge: what becomes of every tensor, known before one is read: copied, merged, or taken apart."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOM = 16 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What adapters make of one parameter: another one in its place, layers of PEFT that change it, or both.
+    """Everything that adapters make of one parameter: another one in its place, layers of PEFT that change it, or both.
 
     leaf: its name in its module. tie: equal for two names of a tied parameter that change alike.
     """
@@ -368,7 +368,7 @@ def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoin
 
 
 def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
-    """What changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
+    """Changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
     found: dict[str, Change] = {}
     for each in matched:
         for fqn, key in each.replaced.items():

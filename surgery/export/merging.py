@@ -63,7 +63,9 @@ class MergeSite:
             given = _stand_in(self.layer, self.changes, lent, dict(given))
         with _lent(self.layer.get_base_layer(), lent) as module, _lent(self.layer, given), _set(self.layer, settings):
             try:
-                self.layer.merge(safe_merge=False, adapter_names=list(self.adapters))
+                # PEFT cannot merge no tokens.
+                some = [name for name in self.adapters if settings.get("token_indices", {name: True})[name]]
+                self.layer.merge(safe_merge=False, adapter_names=some)
                 return {name: module._parameters[name].data for name in base}
             finally:
                 self.layer.merged_adapters.clear()

@@ -34,13 +34,16 @@ import surgery
 from surgery import release, reserve, save_adapter, trace
 from surgery.adapters.metadata import versions
 from surgery.adapters.saved import SavedAdapter
+from surgery.checkpoint import Checkpoint
 from surgery.comm.collectives import gather_objects
 from surgery.comm.comparison import facts_of, same_on_every_rank
 from surgery.comm.environment import launched_world_size
 from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
+from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.export.cache import packed_in
 from surgery.finetune.callbacks import Attesting, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
@@ -385,10 +388,27 @@ class _Job:
             "attn_implementation": request.model.attn_implementation,
         }
         name = _absolute(request.name)
-        config = AutoConfig.from_pretrained(name, revision=request.model.model_revision, trust_remote_code=False)
+        folder: str | Path = name
+        if request.options.packed_cache is not None:
+            folder, wanted["revision"] = self._packed(request.options.packed_cache), "main"
+        config = AutoConfig.from_pretrained(folder, revision=wanted["revision"], trust_remote_code=False)
         if not hasattr(config, "quantization_config"):  # what is packed already says how
             wanted["quantization_config"] = get_quantization_config(request.model)
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **{**wanted, **further})
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        model.name_or_path = model.config._name_or_path = name  # the base model of adapters, wherever its weights are
+        return model
+
+    def _packed(self, cache: str) -> Path:
+        """The folder of the model's weights in the cache; quantizes them first where it has none."""
+        options = self.request.model
+        quant = Quant(options.bnb_4bit_quant_type, double_quant=options.use_bnb_nested_quant)  # type: ignore[arg-type]
+        dtype = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
+        revision = None if options.model_revision == "main" else options.model_revision
+        opened = Checkpoint.open(self.request.name, revision=revision)
+        packed, _ = packed_in(
+            cache, opened, quant=quant if options.load_in_4bit else None, dtype=dtype, device=self.training.device
+        )
+        return packed.index.files[0].parent
 
     def _trainer(self, model: Any, phases: Phases, attesting: Attesting | None) -> Any:
         """TRL's trainer. Raises `ConfigError` for options and data that it refuses."""

@@ -99,6 +99,13 @@ class Options:
             "or do not."
         },
     )
+    packed_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where the first run keeps the 4-bit weights that it has made, and others read them: a "
+            "quarter of the bytes, and no quantizing."
+        },
+    )
     attest: bool = field(
         default=False,
         metadata={"help": "Check that the base model stays, bit for bit, what was quantized; stop where it does not."},

@@ -1,4 +1,4 @@
-"""Properties that transformers gives a model of its own that it loads in 4 bits, set by its own code."""
+"""Properties that transformers gives a model of its own that it loads in 4 or 8 bits, set by its own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.config import Quant
 from surgery.model.fqn import join
 from surgery.model.tree import own_tensors
 
@@ -157,29 +156,24 @@ def not_converted(model: Any) -> list[str]:
     return sorted(patterns)
 
 
-def mark_quantized(model: Any, quant: Quant, *, dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+def mark_quantized(model: Any, *, dtype: torch.dtype, **options: Any) -> None:
     """Set on a transformers `model`, its linear modules replaced already, and on its config, what its quantizer sets.
 
-    Trainers, PEFT and models' own code ask for it.
+    Trainers, PEFT and models' own code ask for it. options: of its `BitsAndBytesConfig`.
     """
     from transformers import BitsAndBytesConfig
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     left = [fqn for fqn, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     skipped = not_converted(model)
     if any(should_convert_module(fqn, skipped) for fqn in left):
         skipped = left
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        llm_int8_skip_modules=left if skipped is left else None,
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_quant_storage=quant.storage_for(dtype),
-    )
-    quantizer: Any = Bnb4BitHfQuantizer(config, pre_quantized=False)
+    config = BitsAndBytesConfig(llm_int8_skip_modules=left if skipped is left else None, **options)
+    kind: Any = Bnb4BitHfQuantizer if config.load_in_4bit else Bnb8BitHfQuantizer
+    quantizer: Any = kind(config, pre_quantized=False)
     quantizer.modules_to_not_convert = skipped
     # It would replace the modules.
     quantizer._process_model_before_weight_loading = lambda *_args, **_options: None

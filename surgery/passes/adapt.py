@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later
+from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later, leaving_blank
 from surgery.adapters.deferred import Undrawn
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
@@ -43,7 +43,7 @@ class Adapt(Pass):
             raise ConfigError("no module is quantized yet: adapt comes after replace")
         if not draws_later(self.lora):
             own = torch.random.fork_rng(devices=()) if setting.adapter is not None else contextlib.nullcontext()
-            with own, drawing_from(self.loading.job.rng_state), appearing_real(model):
+            with own, drawing_from(self.loading.job.rng_state), appearing_real(model), leaving_blank([self.lora]):
                 return adapted_by_peft(model, self.lora, setting.dtype)
         with appearing_real(model), Undrawn() as undrawn:
             adapted = adapted_by_peft(model, self.lora, setting.dtype)

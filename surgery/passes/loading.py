@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from surgery.adapters.deferred import DeferredValues, Drawing
+from surgery.adapters.derived import Derived
 from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request
 from surgery.comm.background import Background, in_background
 from surgery.comm.collectives import HostCopies
@@ -47,6 +48,7 @@ class Job:
 class Loading:
     """The state of one fill, of this rank. batches: what is read, in order, once `read_ahead` was called.
 
+    derived: what adapters wait for, by the module whose weight it is made of.
     watchers: passes of third parties that see values and tensors. failure: the first of theirs, or of the format where
     ranks count on each other, until it is raised where no rank waits for this one. stop: set when the work of its
     threads is not wanted any more.
@@ -65,6 +67,7 @@ class Loading:
     prefetch: Prefetch | None = None
     batches: list[Batch] = field(default_factory=list)
     drawings: list[tuple[Drawing, Background]] = field(default_factory=list)
+    derived: dict[nn.Module, list[Derived]] = field(default_factory=dict)
     failure: Exception | None = None
     _stack: contextlib.ExitStack = field(repr=False)
 

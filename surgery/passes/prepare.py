@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from surgery.adapters.metadata import Base
 from surgery.adapters.rehearsal import Trained, rehearse
 from surgery.checkpoint import Checkpoint
 from surgery.comm.ranks import Ranks
-from surgery.errors import WeightsMismatchError
+from surgery.errors import ConfigError, WeightsMismatchError
 from surgery.model.consistency import same_adapter, same_model
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, sites, tied_parameters
@@ -24,7 +24,7 @@ from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target, find_targets
 from surgery.quantizers.base import QuantFormat
 
-__all__ = ["Prepared", "match", "prepare"]
+__all__ = ["Prepared", "check_magnitudes", "match", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,6 +112,8 @@ def match(
     kept = precisions(model, chosen, setting.dtype)
     with Naming(Replace.name, "the model"):
         model = Replace(quant=quant, chosen=chosen, marks=not is_chosen).run(model)
+    if not strategy.holds_whole and setting.adapter is None:  # else PEFT makes them, of what it reads, or they are read
+        check_magnitudes(model, setting, [each.fqn for each in trained])
     targets = find_targets(
         model,
         weights.assignments,
@@ -131,6 +133,24 @@ def match(
         ignored=weights.ignored,
         initialized=weights.initialized,
     )
+
+
+def check_magnitudes(model: nn.Module, setting: Setting, trained: Iterable[str]) -> None:
+    """Refuse magnitudes of DoRA, among the FQNs `trained`, that are not those of the weights that forward will read.
+
+    model: its modules are replaced.
+    """
+    adapted = [name.partition(".lora_magnitude_vector.")[0] for name in trained if ".lora_magnitude_vector." in name]
+    if not adapted or not setting.on_cpu:
+        return
+    misread = {name.replace(".base_layer.", ".") for name in setting.format.misread(model)}
+    lost = [f"{name}.weight" for name in adapted if f"{name}.weight" in misread]
+    if lost:
+        raise ConfigError(
+            f"lora.use_dora: bitsandbytes takes {lost[0]} ({len(lost)} in all) for another weight on this CPU, whose "
+            "magnitudes would be others: apply the patch bitsandbytes.cpu-dequantize-flat for the whole process, leave "
+            "it out of target_modules, or use placement='replicated', where they are as wrong as the weight"
+        )
 
 
 def _require_alike(chosen: Sequence[Site], packed: frozenset[str], checkpoint: Checkpoint) -> None:

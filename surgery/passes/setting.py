@@ -69,6 +69,11 @@ class Setting:
         Before `strategy` has met the others. Raises `ConfigError` for a format that cannot hold them.
         """
         packing = checkpoint.packing
+        if packing is None and not self.format.quantizes:
+            raise ConfigError(
+                f"quant: {type(self.quant).__name__} is for checkpoints whose weights are packed already, and "
+                f"{checkpoint.source} has them in 16 or 32 bits: use surgery.Quant(), or None"
+            )
         quant = self.quant if packing is None else self.format.options_for(packing)
         return self if quant == self.quant else replace(self, quant=quant)
 

@@ -34,19 +34,24 @@ __all__ = [
 
 BLOCK, EMBEDDING, TAIL, ROOT = "block", "embedding", "tail", "root"
 
+#: Copies of a layer's output that DoRA keeps for backward: the base's, and that of its adapter, which it scales apart.
+DORA_COPIES = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTensors:
     """The tensors of a unit, by their rows, along which they are divided.
 
     kind: as of a `Unit`. weights: rows, and bytes of a row, of each frozen tensor. adapters: rows, and elements of a
-    row. features: elements a token that the linear layers of a block take and give; 0 for other kinds.
+    row. features: elements a token that the linear layers of a block take and give, and what DoRA keeps of them; 0 for
+    other kinds. dora: `(in, out)` of each layer with DoRA.
     """
 
     kind: str
     weights: tuple[tuple[int, int], ...]
     adapters: tuple[tuple[int, int], ...]
     features: int = 0
+    dora: tuple[tuple[int, int], ...] = ()
 
     def weight_bytes(self, shards: int = 1) -> int:
         """Bytes of the weights, or of one of `shards` parts, padded to the largest one."""
@@ -131,8 +136,15 @@ def take_inventory(prepared: Prepared) -> Inventory:
             name = unit_of.get(target.places[0][0], ROOT)
             weights.setdefault(name, []).append((target.form.rows, row_bytes(target)))
     unit_at = {name: unit_of[module] for name, module in model.named_modules() if module in unit_of}
+    dora: dict[str, list[tuple[int, int]]] = {}
+    shapes = {each.fqn: each.shape for each in prepared.trained}
     for each in prepared.trained:
-        adapters.setdefault(_unit_at(each.fqn, unit_at), []).append((each.shape[0], each.shape[1:].numel()))
+        unit = _unit_at(each.fqn, unit_at)
+        adapters.setdefault(unit, []).append((each.shape[0], each.shape[1:].numel()))
+        layer, _, name = each.fqn.partition(".lora_magnitude_vector.")
+        if name:
+            first = shapes.get(f"{layer}.lora_A.{name}") or shapes[f"{layer}.lora_embedding_A.{split(name)[0]}"]
+            dora.setdefault(unit, []).append((first[1:].numel(), each.shape.numel()))
     quant = prepared.setting.format
     features = {block.fqn: sum(_features(each, quant) for each in block.module.modules()) for block in blocks}
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -143,7 +155,8 @@ def take_inventory(prepared: Prepared) -> Inventory:
                 kind=BLOCK if name in features else name,
                 weights=tuple(weights.get(name, ())),
                 adapters=tuple(adapters.get(name, ())),
-                features=features.get(name, 0),
+                features=features.get(name, 0) + DORA_COPIES * sum(size for _, size in dora.get(name, ())),
+                dora=tuple(dora.get(name, ())),
             )
             for name in (*features, EMBEDDING, TAIL, ROOT)
             if name in weights or name in adapters

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from surgery.comm.collectives import RUN_BYTES, THREADS
 from surgery.passes.base import Batch
+from surgery.passes.derive import run_elements
 from surgery.passes.loading import Staging
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target
@@ -25,6 +26,9 @@ from surgery.planning.ranks import Memory, Peaks
 from surgery.quantizers.base import STATISTIC_BYTES
 
 __all__ = ["plan_load"]
+
+#: Temporary bytes for each element of which norms are taken: its value, what LoRA adds to it, and the sum.
+DERIVING_BYTES = 12
 
 #: Temporaries of a digest on a GPU: 16 MiB of packed bytes put together, and their products in 64 bits.
 DIGEST_BYTES = 48 << 20
@@ -96,7 +100,8 @@ class _Sizes:
     on_host, made: of its parts, on rank 0's CPU and on the compute device. statistics: of this rank's blocks.
     filling: temporaries while parts are read and quantized. converting: on the CPU, of the rank that converts tensors.
     exchanging: statistics of all ranks, and what makes states of them. gathering: rows that ranks read for each other.
-    state: quantization states. packed: quantized weights, whole. run: what is sent to rank 0 at a time.
+    deriving: values of weights that adapters are made of. state: quantization states. packed: quantized weights, whole.
+    run: what is sent to rank 0 at a time.
     """
 
     on_host: int
@@ -106,6 +111,7 @@ class _Sizes:
     converting: int
     exchanging: int
     gathering: int
+    deriving: int
     state: int
     packed: int
     run: int
@@ -134,6 +140,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
         exchanging=_exchanging(quantized, setting, mine=statistics),
         # NCCL needs nothing; gloo copies what goes out and comes in.
         gathering=max((size + size // n for size, n in replicas if n > 1), default=0) if setting.on_cpu else 0,
+        deriving=_deriving(batch, setting, rank),
         state=state_bytes(quantized, setting),
         packed=sum(target.nbytes for target in quantized),
         run=min(
@@ -152,6 +159,15 @@ def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> 
     partition = setting.strategy.partition
     longest = sum(len(partition.slice(target.form, 0).blocks) for target in quantized) * STATISTIC_BYTES
     return max(mine + setting.world_size * longest + max(mine + longest, everyones), finishing)
+
+
+def _deriving(batch: Batch, setting: Setting, rank: int) -> int:
+    """Temporary bytes of norms for DoRA, where PEFT does not compute them: some values and what LoRA adds to them."""
+    if setting.lora is None or not setting.lora.use_dora or setting.strategy.holds_whole:
+        return 0
+    slices = [setting.strategy.partition.slice(target.form, rank) for target in batch.targets]
+    most = max((len(each.elements) for each in slices), default=0)
+    return min(most, run_elements(setting.device)) * DERIVING_BYTES
 
 
 def _converting(targets: Iterable[Target]) -> int:
@@ -205,6 +221,7 @@ class _Held:
         loaded = beside + sizes.made
         self.note(device_more=loaded + sizes.exchanging)
         self.note(device_more=loaded + sizes.gathering)
+        self.note(device_more=loaded + sizes.state + sizes.deriving)
         self.state += sizes.state
         if sizes.state and not self.setting.on_cpu:
             self.note(device_more=loaded + DIGEST_BYTES)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.passes.setting import Setting, at_least_one
-from surgery.planning.inventory import Inventory, adapters_held, fixed_bytes, state_bytes, weights_held
+from surgery.planning.inventory import Inventory, UnitTensors, adapters_held, fixed_bytes, state_bytes, weights_held
 from surgery.planning.ranks import Step
 
 __all__ = ["Training", "plan_step"]
@@ -100,6 +100,9 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
     inputs = len(blocks) * inventory.hidden * setting.dtype.itemsize
     kept = training.tokens * (inputs if training.checkpointing else sum(blocks))
     recomputed = training.tokens * max(blocks, default=0) if training.checkpointing else 0
+    weights = [_kept_by_dora(unit, setting) for unit in inventory.units]
+    kept += 0 if training.checkpointing else sum(weights)
+    recomputed += max(weights, default=0) if training.checkpointing else 0
     logit = LOSS_COPIES * FLOAT32_BYTES + setting.compute_dtype.itemsize
     units = inventory.whole_units(setting.dtype)
     loss = _Moment(
@@ -111,7 +114,7 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
     backward = _Moment(
         name="backward",
         gathered=setting.strategy.gathered_in_backward(units) + _reduced(inventory, setting),
-        dequantized=_dequantized(inventory, setting),
+        dequantized=max(_dequantized(inventory, setting), _of_dora(inventory, setting)),
         activations=kept + recomputed,
     )
     return loss, backward
@@ -123,6 +126,19 @@ def _reduced(inventory: Inventory, setting: Setting) -> int:
         return 0
     elements = max((unit.adapter_elements() for unit in inventory.blocks), default=0)
     return elements * (setting.dtype.itemsize + FLOAT32_BYTES)
+
+
+def _kept_by_dora(unit: UnitTensors, setting: Setting) -> int:
+    """Bytes of weights that DoRA multiplies by itself, where there is dropout, and keeps for backward."""
+    if setting.lora is None or not setting.lora.lora_dropout:
+        return 0
+    return sum(rows * columns for rows, columns in unit.dora) * setting.compute_dtype.itemsize
+
+
+def _of_dora(inventory: Inventory, setting: Setting) -> int:
+    """Temporary bytes of the largest layer with DoRA: an identity, the weight, what LoRA adds, that scaled, the sum."""
+    sizes = [columns * (columns + 4 * rows) for unit in inventory.units for columns, rows in unit.dora]
+    return max(sizes, default=0) * setting.compute_dtype.itemsize
 
 
 def _dequantized(inventory: Inventory, setting: Setting) -> int:

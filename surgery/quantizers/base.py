@@ -114,6 +114,9 @@ class QuantFormat:
 
     # Modules. --------------------------------------------------------------------------------------------------------
 
+    #: Whether it packs weights that are in 16 or 32 bits; else it loads only what a checkpoint has packed.
+    quantizes: ClassVar[bool] = True
+
     #: Whether a model without a module to quantize is refused.
     needs_modules: ClassVar[bool] = True
 
@@ -161,6 +164,14 @@ class QuantFormat:
         """
         raise NotImplementedError(_undefined(self))
 
+    def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
+        """The values, 1-D, that forward has of the bytes `packed`, which begin at flat element `start` of a weight.
+
+        packed: uint8, 1-D, on the device of `state`, which is that of the whole weight. For adapters that are made of
+        base weights; they are refused for a format that does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define dequantize")
+
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[Any]:
@@ -196,6 +207,9 @@ class QuantFormat:
     def set_state(self, module: Any, state: Any) -> None:
         """Give `module` its state, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
+
+    def finish(self, model: nn.Module) -> None:
+        """Change the quantized modules of `model`, filled, whose parameters stay whole and as they are from here on."""
 
     @staticmethod
     def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:

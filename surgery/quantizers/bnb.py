@@ -12,7 +12,8 @@ from torch import nn
 
 import model_surgery_patches as patches
 from surgery.checkpoint import PackedSettings, PackedWeight, TensorEntry
-from surgery.config import Quant
+from surgery.checkpoint.packed import INT8
+from surgery.config import Quant, Quant8
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
@@ -110,6 +111,17 @@ def _quantize_together(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.T
 def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     """ShardBuffers of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
     return [tensor] if len(sizes) == 1 else [part.clone() for part in torch.split(tensor, list(sizes))]
+
+
+def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
+    """The float32 statistics of `blocks`, which double quantization has made 8 bits of."""
+    found: torch.Tensor = state.absmax[blocks.start : blocks.stop]
+    if state.state2 is None:
+        return found
+    nested = state.state2
+    number = torch.arange(blocks.start, blocks.stop, device=found.device) // nested.blocksize
+    values: torch.Tensor = nested.code[found.int()] * nested.absmax[number] + state.offset
+    return values
 
 
 @functools.cache
@@ -243,8 +255,15 @@ class Bnb4bit(QuantFormat):
         """Set what transformers sets on a model that it loads in 4 bits, and what PEFT chooses its LoRA layer by."""
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
         if is_pretrained(model):
-            compute_dtype = self.compute_dtype or self.dtype
-            mark_quantized(model, self.options, dtype=self.dtype, compute_dtype=compute_dtype)
+            mark_quantized(
+                model,
+                dtype=self.dtype,
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=self.compute_dtype or self.dtype,
+                bnb_4bit_quant_type=self.options.quant_type,
+                bnb_4bit_use_double_quant=self.options.double_quant,
+                bnb_4bit_quant_storage=self.storage,
+            )
 
     def run_elements(self, device: torch.device) -> int:
         """Fewer on a CPU, whose kernel takes 16 bytes of temporaries for each."""
@@ -256,6 +275,20 @@ class Bnb4bit(QuantFormat):
         """Packed bytes and absmax, by the kernel under `bitsandbytes.functional.quantize_4bit`."""
         return _quantize_blocks(run.to(dtype or self.dtype), self.options)
 
+    def dequantize(self, packed: torch.Tensor, start: int, state: QuantState) -> torch.Tensor:
+        """The values in the dtype of `state`, by the kernel under `dequantize_4bit`, given whole blocks."""
+        size = state.blocksize
+        blocks = range(start // size, -(-(start + 2 * packed.numel()) // size))
+        before = (start - blocks.start * size) // 2
+        whole = packed
+        if packed.numel() != len(blocks) * size // 2:
+            whole = packed.new_zeros(len(blocks) * size // 2)
+            whole[before : before + packed.numel()] = packed
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            whole, _absmax(state, blocks), size, state.quant_type, [2 * whole.numel()], state.dtype
+        )
+        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
+
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[QuantState]:
@@ -266,11 +299,13 @@ class Bnb4bit(QuantFormat):
         """
         return _quant_states(statistics, shapes, [dtype or self.dtype for dtype in dtypes], self.options)
 
-    def options_for(self, packing: PackedSettings) -> Quant:
-        """The options with the type, the blocks and the double quantization that are stored.
+    def options_for(self, packing: PackedSettings) -> Quant | Quant8:
+        """The options with the type, the blocks and the double quantization that are stored; those of 8 bits for int8.
 
         Raises `ConfigError` where others were asked for than those or the defaults, and for `skip_modules`.
         """
+        if packing.quant_type == INT8:
+            return self._in_8_bits(packing)
         stored: dict[str, Any] = {
             "quant_type": packing.quant_type,
             "blocksize": packing.blocksize,
@@ -291,6 +326,15 @@ class Bnb4bit(QuantFormat):
             )
         return replace(self.options, **stored)
 
+    def _in_8_bits(self, packing: PackedSettings) -> Quant8:
+        storage = self.options.quant_storage
+        if self.options != Quant(quant_storage=storage):
+            raise ConfigError(
+                f"quant: asked for 4 bits ({self.options}), and the checkpoint is packed already, in {packing.kind}: "
+                "leave it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
+            )
+        return Quant8(threshold=packing.threshold, quant_storage=storage)
+
     def stored_state(
         self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
     ) -> QuantState:
@@ -298,6 +342,7 @@ class Bnb4bit(QuantFormat):
         from bitsandbytes.functional import QuantState
 
         settings, device = stored.settings, statistics.device
+        assert stored.quant_map is not None
         offset, state2 = None, None
         if stored.nested_absmax is not None and stored.nested_quant_map is not None:
             offset = torch.tensor(settings.nested_offset).to(device)
@@ -400,11 +445,15 @@ class Bnb4bit(QuantFormat):
         names = [
             clean(join(name, "weight"))
             for name, module in model.named_modules()
-            if self.is_quantized(module) and _has_partial_blocks(module)
+            if self.is_quantized(module) and self._has_partial_blocks(module)
         ]
         if not names or any(receipt.id == REMEDY for receipt in patches.active()):
             return []
         return names if str(patches.verdict(REMEDY)) == "needed" else []
+
+    def _has_partial_blocks(self, layer: Any) -> bool:
+        blocksize = getattr(layer.quant_state, "blocksize", self.options.blocksize)  # of a shard, which does not say it
+        return bool(layer.in_features % blocksize) and layer.in_features % STEP == 0 and blocksize < BLOCKSIZE_LIMIT
 
     def state_bytes(self, blocks: int) -> int:
         """Bytes of the `quant_state` of a weight of so many blocks."""
@@ -428,12 +477,6 @@ class Bnb4bit(QuantFormat):
 
 def _is_packed(module: Any) -> bool:
     return bool(getattr(module.weight, "bnb_quantized", False))
-
-
-def _has_partial_blocks(layer: Any) -> bool:
-    state: Any = layer.quant_state  # of a shard, whose parameter says nothing of blocks
-    rows = layer.in_features
-    return bool(rows % state.blocksize) and rows % STEP == 0 and state.blocksize < BLOCKSIZE_LIMIT
 
 
 register(Quant, Bnb4bit)

@@ -47,11 +47,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: Options of LoRA that read base weights while adapters are made, and what for.
-READS_WEIGHTS = {
-    "use_dora": "computes its magnitudes from the base weight",
-    "trainable_token_indices": "starts from rows of the embedding",
-}
+#: Options of LoRA under which adapters read base weights while they run.
+READS_WEIGHTS = ("use_dora", "trainable_token_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +191,11 @@ class ShardStrategy:
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
         """Refuse adapters that cannot be sharded; `adapted` is a copy on meta, `blocks` its decoder blocks."""
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has whole weights once they are loaded, before the model is sharded."""
+        return self.placement == "replicated"
 
     # Who reads and who keeps what. -----------------------------------------------------------------------------------
 

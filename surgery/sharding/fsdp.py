@@ -56,8 +56,8 @@ class Fsdp(ShardStrategy):
             return
         raise ConfigError(
             f"mixed_precision.param_dtype={cast} with quant_storage={quant.storage}: {self.label} would cast packed "
-            "4-bit data as if it were numbers, and training would go on with garbage. Use param_dtype=None, or "
-            f"quant_storage={cast}"
+            f"data ({quant.label}) as if it were numbers, and training would go on with garbage. Use "
+            f"param_dtype=None, or quant_storage={cast}"
         )
 
     def _check_kept(self, model: nn.Module, kept: Sequence[str], dtype: torch.dtype) -> None:

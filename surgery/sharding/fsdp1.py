@@ -295,15 +295,10 @@ class Fsdp1(Fsdp):
             )
 
     def check_adapters(self, lora: LoraConfig) -> None:
-        """Refuse adapters that read base weights where these are on meta, or freed by then.
+        """Refuse adapters that read base weights while they run if these are freed by then.
 
-        Without `use_orig_params` adapters are units of their own, and base weights are freed when these run.
+        Without `use_orig_params` adapters are units of their own.
         """
-        if lora.use_dora and self.waits_on_rank0 and self.world_size > 1:
-            raise ConfigError(
-                "use_dora=True computes its magnitudes from the base weight, which ranks other than 0 hold on meta "
-                "under placement rank0-cpu: use placement='replicated', or use_dora=False"
-            )
         for name in () if self.chosen.use_orig_params else READS_WEIGHTS:
             if getattr(lora, name, None):
                 raise ConfigError(

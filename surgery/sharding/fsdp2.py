@@ -142,15 +142,6 @@ class Fsdp2(Fsdp):
             )
         super().check_format(quant, adapted=adapted)
 
-    def check_adapters(self, lora: LoraConfig) -> None:
-        """Refuse adapters that read base weights if no rank ever has a whole one."""
-        for name, what in READS_WEIGHTS.items() if self.shards_on_meta else ():
-            if getattr(lora, name, None):
-                raise ConfigError(
-                    f"{name} {what}, but with placement sharded no rank holds a whole weight: use "
-                    f"placement='replicated', or leave {name} out"
-                )
-
     def check_added(self, lora: LoraConfig) -> None:
         """Refuse adapters that read weights, or copy modules, while they are made."""
         found = [name for name in (*READS_WEIGHTS, "modules_to_save") if getattr(lora, name, None)]

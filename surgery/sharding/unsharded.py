@@ -34,6 +34,7 @@ class Unsharded(ShardStrategy):
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
         """`model` itself, its adapters on the device, with rank 0's values."""
+        quant.finish(model)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         convert(trainable, device=self.device)
         if self.world_size > 1:

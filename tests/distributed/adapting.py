@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.distributed.loads import Setup, whole_tensors
 
-__all__ = ["SEED", "Adapted", "adapt", "adapt_all", "lora_of"]
+__all__ = ["READING", "SEED", "Adapted", "adapt", "adapt_all", "lora_of"]
 
 #: Of rank 0; rank i has this plus i.
 SEED = 17
@@ -23,7 +23,12 @@ LORAS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
     "embedding": {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
     "saved": {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]},
+    "dora": {"target_modules": ["embed_tokens", "q_proj", "up_proj"], "use_dora": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [0, 50, 95]},
 }
+
+#: Those that read base weights while they run, which FSDP1 does not have then, unless it keeps original parameters.
+READING = ("dora", "tokens")
 
 
 @dataclass(kw_only=True)
@@ -69,7 +74,7 @@ def adapt(checkpoint: Path, name: str, setup: Setup) -> Adapted:
         before = whole_tensors(model)
         train(model)
         after = whole_tensors(model)
-        trainable = {name for name in after if "lora_" in name or "modules_to_save" in name}
+        trainable = {name for name in after if any(each in name for each in ("lora_", "modules_to_save", "_delta"))}
     return Adapted(before=before, after=after, trainable=trainable, is_rng_untouched=is_rng_untouched)
 
 

@@ -110,19 +110,17 @@ REFUSALS = (
         says=("norms", "bfloat16", "float32", "units='auto'"),
     ),
     Refusal(name="trainable-among-frozen", shard=FSDP1(units="block"), says=("adapters", "use_orig_params=True")),
-    Refusal(name="dora", lora={"use_dora": True}, says=("use_dora", "meta", "replicated")),
     Refusal(
         name="dora-in-its-own-unit",
         lora={"use_dora": True},
         options={"placement": "replicated"},
         says=("use_dora", "use_orig_params=True"),
     ),
-    Refusal(name="dora-of-shards", shard=FSDP2(), lora={"use_dora": True}, says=("use_dora", "'replicated'")),
     Refusal(
-        name="token-indices-of-shards",
+        name="tokens-in-4-bits",
         shard=FSDP2(),
-        lora={"trainable_token_indices": [3]},
-        says=("trainable_token_indices", "'replicated'"),
+        lora={"target_modules": ["q_proj"], "trainable_token_indices": {"up_proj": [3]}},
+        says=("trainable_token_indices", "model.layers.0.mlp.up_proj", "4 bits", "skip_modules"),
     ),
     Refusal(
         name="token-indices-in-their-own-unit",

@@ -48,3 +48,13 @@ def save_tiny(
                 parameter.normal_(std=0.1)
     model.save_pretrained(directory, max_shard_size=shard_size)
     return directory
+
+
+def save_in_8_bits(checkpoint: Path, directory: Path, *, threshold: float = 6.0) -> Path:
+    """The model of `checkpoint`, quantized to int8 and saved by transformers and bitsandbytes."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", quantization_config=config)
+    model.save_pretrained(directory)
+    return directory

@@ -295,11 +295,30 @@ def test_a_pass_after_adapters_sees_those_that_were_there(checkpoint: Path) -> N
         assert isinstance(after.model, PeftModel)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"trainable_token_indices": [3]}], ids=["dora", "tokens"])
-def test_adapters_that_read_weights_are_refused(options: dict[str, Any], checkpoint: Path) -> None:
+def test_adapters_that_are_made_of_weights(checkpoint: Path) -> None:
+    """Magnitudes and rows are those that PEFT takes from a model that has its weights."""
+    options = LoraConfig(target_modules=["q_proj", "up_proj"], use_dora=True, trainable_token_indices=[3, 95])
     bound = bind(checkpoint)
-    with pytest.raises(surgery.NotFilledError, match=next(iter(options))):
-        get_peft_model(bound.model, LoraConfig(target_modules=["q_proj"], **options))
+    adapted = get_peft_model(bound.model, options)
+    with bound.fill(adapted) as filled, bind(checkpoint).fill() as stock:
+        expected = dict(get_peft_model(stock, options).named_parameters())
+        found = {name: parameter for name, parameter in filled.named_parameters() if name.count("lora_mag")}
+        found |= {name: parameter for name, parameter in filled.named_parameters() if name.count("tokens_delta")}
+        assert len(found) == 5
+        assert all(torch.equal(parameter, expected[name]) for name, parameter in found.items())
+        (original,) = (buffer for name, buffer in filled.named_buffers() if name.count("tokens_original"))
+        assert torch.equal(original, filled.get_input_embeddings().token_adapter.base_layer.weight[[3, 95]])
+
+
+def test_magnitudes_that_were_loaded_stay(checkpoint: Path, tmp_path: Path) -> None:
+    with bind(checkpoint).fill() as stock:
+        adapted = get_peft_model(stock, LoraConfig(target_modules=["q_proj"], use_dora=True))
+        adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"].weight.data.fill_(3)
+        adapted.save_pretrained(tmp_path)
+    bound = bind(checkpoint)
+    with bound.fill(PeftModel.from_pretrained(bound.model, str(tmp_path))) as filled:
+        layers = filled.base_model.model.model.layers
+        assert (layers[0].self_attn.q_proj.lora_magnitude_vector["default"].weight == 3).all()
 
 
 class FailingLate(surgery.Pass):
@@ -355,7 +374,7 @@ def _shared_by_dora(checkpoint: Path) -> str:
     adapted = get_peft_model(bound.model, LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]))
     adapted.peft_config["default"].use_dora = True
     try:
-        bound.fill(adapted, shard=surgery.FSDP2())
+        bound.fill(adapted, shard=surgery.FSDP1())
     except surgery.ConfigError as error:
         adapted.peft_config["default"].use_dora = False
         with bound.fill(adapted, shard=surgery.FSDP2()) as filled:

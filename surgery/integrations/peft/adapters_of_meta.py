@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import RANDOM, appearing_real
+from surgery.adapters.attach import RANDOM, appearing_real, leaving_blank
 from surgery.errors import NotFilledError
 
 __all__ = ["adapted_specimen", "keep_initial_values"]
@@ -68,8 +68,5 @@ def keep_initial_values(
         init = getattr(config, "init_lora_weights", True)
         if init not in (*RANDOM, "orthogonal", "eva"):  # the last of which comes later, by a call of its own
             raise NotFilledError(f"init_lora_weights={init!r} of LoRA")
-        for name in ("use_dora", "trainable_token_indices"):
-            if getattr(config, name, None):
-                raise NotFilledError(f"{name} of LoRA")
-    with appearing_real(model):
+    with appearing_real(model), leaving_blank(_instance.peft_config.values()):
         return wrapped(*args, **kwargs)

@@ -121,11 +121,16 @@ def _why_not(state_dict: Any, files: Sequence[str] | None, config: Any) -> str |
         f"device_map spreads it over {', '.join(map(str, sorted(map(str, places))))}": len(places) > 1
         or "disk" in places,
         f"{type(quantizer).__name__} is not a way to store weights here; BitsAndBytesConfig(load_in_4bit=True) is": (
-            quantizer is not None and type(quantizer).__name__ != "Bnb4BitHfQuantizer"
+            quantizer is not None and type(quantizer).__name__ != "Bnb4BitHfQuantizer" and not _is_in_8_bits(quantizer)
         ),
         "ignore_mismatched_sizes=True may leave weights to be initialized": bool(config.ignore_mismatched_sizes),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def _is_in_8_bits(quantizer: Any) -> bool:
+    """Whether its checkpoint is in 8 bits already: nothing is quantized to that here."""
+    return type(quantizer).__name__ == "Bnb8BitHfQuantizer" and bool(quantizer.pre_quantized)
 
 
 def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
@@ -158,16 +163,19 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
 
 def _makes_packed(conversion: Any) -> bool:
     """Whether a conversion of upstream puts together the tensors of a packed weight, which are known here as one."""
-    return any(type(each).__name__ == "Bnb4bitDeserialize" for each in getattr(conversion, "operations", ()))
+    makers = ("Bnb4bitDeserialize", "Bnb8bitDeserialize")
+    return any(type(each).__name__ in makers for each in getattr(conversion, "operations", ()))
 
 
 def _quantization(quantizer: Any) -> tuple[Any, Any]:
     """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits."""
-    from surgery.config import Quant
+    from surgery.config import Quant, Quant8
 
     if quantizer is None:
         return None, None
     asked = quantizer.quantization_config
+    if _is_in_8_bits(quantizer):
+        return Quant8(threshold=asked.llm_int8_threshold), None
     # What is packed already is mostly stored as bytes, which cannot be sharded together with the rest.
     is_viewed = quantizer.pre_quantized and (launched_world_size() or 1) > 1
     quant = Quant(

@@ -92,10 +92,11 @@ def everything(checkpoint: Path, data: Path, folder: Path) -> dict[str, Any]:
     """What this rank has seen of jobs, one after another."""
     evaluation = ("--eval-data", data, "--attest", "--trace", folder / "trace")
     straight, said = finetune(checkpoint, data, folder / "straight", *evaluation)
-    interrupt(checkpoint, data, folder / "resumed")
-    resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint")
+    cached = ("--packed-cache", folder / "cache")
+    interrupt(checkpoint, data, folder / "resumed", *cached)
+    resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint", *cached)
     pairs = folder / "pairs.jsonl"
-    preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, preferences=True)
+    preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, *cached, preferences=True)
     # Nothing is learnt, so that what is saved is what was loaded.
     still = ("--lora-r", 16, "--learning-rate", 0, "--max-steps", 1, "--adapter")
     finetune(checkpoint, data, folder / "whole", "--max-steps", 1, "--lora-modules-to-save", "lm_head")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shlex
 
+import pytest
 import torch
 from peft import LoraConfig
 
-from surgery.config import FSDP1, Quant
+from surgery.config import DDP, FSDP1, Quant
 from surgery.finetune.parser import parse
 from surgery.planning.advice import advise, advise_all, command
 from surgery.planning.inventory import Inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.training import Training
+from surgery.sharding import fsdp2
 from tests.surgery.planning.conftest import setting
 
 GIB = 1 << 30
@@ -56,14 +58,16 @@ def test_there_may_be_nothing_to_say(inventory: Inventory) -> None:
     assert advise(make_plan(inventory, setting(), Training()), GIB // 2) is None
 
 
-def test_what_would_be_refused_is_no_advice(inventory: Inventory) -> None:
-    """DoRA reads whole base weights, which placement sharded has nowhere."""
-    lora = LoraConfig(target_modules=["q_proj"], use_dora=True)
-    whole = setting(shard=None, placement="replicated", world_size=1, lora=lora)
-    spread = setting(shard=FSDP1(use_orig_params=True), placement="replicated", lora=lora)
-    for each in (whole, spread):
-        options = [advice.options[0] for advice in advise_all(make_plan(inventory, each, Training()), 60 * GIB)]
-        assert "--fsdp 2 --placement sharded" not in options
+def test_what_would_be_refused_is_no_advice(inventory: Inventory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older torch cannot shard integers."""
+    whole = setting(shard=DDP(), placement="replicated", quant=Quant(quant_storage=torch.uint8))
+
+    def options() -> list[str]:
+        return [advice.options[0] for advice in advise_all(make_plan(inventory, whole, Training()), 60 * GIB)]
+
+    assert "--fsdp 2 --placement sharded" in options()
+    monkeypatch.setattr(fsdp2, "SHARDS_INTEGERS", (99,))
+    assert "--fsdp 2 --placement sharded" not in options()
 
 
 def test_commands_can_be_pasted(inventory: Inventory) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Quant
@@ -58,6 +60,21 @@ def test_adamw_keeps_two_states_and_sgd_none(inventory: Inventory) -> None:
 def test_recomputed_activations_take_less(inventory: Inventory) -> None:
     kept, recomputed = step(inventory), step(inventory, Training(checkpointing=True))
     assert recomputed.activations < kept.activations / 5
+
+
+def test_dora_takes_whole_weights(folder_70b: Path) -> None:
+    """In forward an identity as wide as the input, and four matrices; with dropout it keeps one for backward."""
+    of = {"target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+
+    def found(**options: Any) -> Step:
+        lora = LoraConfig(r=16, **of, **options)
+        return step(take_inventory(prepare(Checkpoint.open(folder_70b), setting(lora=lora))), lora=lora)
+
+    plain, dora, dropping = found(), found(use_dora=True), found(use_dora=True, lora_dropout=0.1)
+    assert dora.dequantized == 28672 * (28672 + 4 * 8192) * 2 > plain.dequantized
+    assert dora.adapters - plain.adapters == 80 * 8192 * 2 // 2
+    assert dora.activations - plain.activations == 80 * 1024 * 2 * 8192 * 2
+    assert dropping.activations - dora.activations == 80 * 28672 * 8192 * 2
 
 
 def test_double_quantization_takes_a_quarter_of_the_statistics(inventory: Inventory) -> None:

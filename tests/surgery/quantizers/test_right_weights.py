@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import patches
 import surgery
 from surgery.telemetry.measurements import group_names
 from tests.helpers.lookup import look_up, require_looked_up
@@ -59,6 +60,22 @@ def test_logits_in_training_and_evaluation(odd: Path, quant: surgery.Quant, dtyp
         with torch.no_grad():
             assert torch.equal(run(model.eval()), expected)
     assert report.misread == {}
+
+
+def test_magnitudes_of_misread_weights_are_refused(odd: Path) -> None:
+    """Those of the right weights are not what forward divides by, unless it reads the right ones."""
+    lora = LoraConfig(r=2, target_modules=["down_proj"], use_dora=True)
+
+    def build() -> nn.Module:
+        return surgery.qlora(odd, lora=lora, placement="rank0-cpu", dtype=torch.float32, report=surgery.Report())
+
+    if str(patches.verdict("bitsandbytes.cpu-dequantize-flat")) == "needed":
+        with pytest.raises(surgery.ConfigError, match=r"use_dora: .*down_proj\.weight \(2 in all\) for another weight"):
+            build()
+    with right_kernels(), build() as model:
+        layer: Any = next(module for name, module in model.named_modules() if name.endswith("down_proj"))
+        norms = look_up(layer.base_layer.weight, layer.base_layer.quant_state).norm(dim=1)
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms, rtol=1e-6)
 
 
 def test_gradients_and_merging(odd: Path) -> None:

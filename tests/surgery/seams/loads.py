@@ -70,9 +70,9 @@ def _mean(value: torch.Tensor, world_size: int) -> float:
     return value.item() / world_size
 
 
-def trained_each(checkpoint: Path, cases: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+def trained_each(cases: dict[str, tuple[Path, Any, Any]]) -> dict[str, Any]:
     """`trained` for every case."""
-    return {name: trained(checkpoint, shard, quant) for name, (shard, quant) in cases.items()}
+    return {name: trained(*case) for name, case in cases.items()}
 
 
 class StatelessOnRank1(OneByteFormat):

@@ -14,7 +14,7 @@ import surgery
 from surgery.quantizers import base
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import strategy_for
-from tests.helpers.models import save_tiny
+from tests.helpers.models import save_in_8_bits, save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.seams.everywhere import Everywhere
 from tests.surgery.seams.loads import failing_states, norms, trained, trained_each
@@ -45,17 +45,19 @@ def test_a_format_of_one_byte_a_value_is_right_in_every_sharding(
             assert (layers, digest) == (LAYERS, of_one), name
 
 
-def test_the_shardings_train_as_one_process(checkpoint: Path) -> None:
-    quants: dict[str, Any] = {"nf4": surgery.Quant(), "none": None}
+def test_the_shardings_train_as_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    int8 = save_in_8_bits(checkpoint, tmp_path / "int8")
+    stored = {"nf4": (checkpoint, surgery.Quant()), "none": (checkpoint, None), "int8": (int8, surgery.Quant())}
     shards: dict[str, Any] = {"DDP": surgery.DDP(), "FSDP1": surgery.FSDP1(), "FSDP2": surgery.FSDP2()}
-    cases = {f"{s}, {q}": (shard, quant) for s, shard in shards.items() for q, quant in quants.items()}
-    cases["everywhere, nf4"] = Everywhere(), surgery.Quant()
-    alone = {q: trained(checkpoint, None, quant) for q, quant in quants.items()}
-    first, second = run_ranks(trained_each, 2, checkpoint, cases)
+    cases = {f"{s}, {q}": (path, shard, quant) for s, shard in shards.items() for q, (path, quant) in stored.items()}
+    cases["everywhere, nf4"] = checkpoint, Everywhere(), surgery.Quant()
+    cases["everywhere, int8"] = int8, Everywhere(), surgery.Quant()
+    alone = {q: trained(path, None, quant) for q, (path, quant) in stored.items()}
+    first, second = run_ranks(trained_each, 2, cases)
     for name, (losses, adapters) in first.items():
         wanted, wanted_adapters = alone[name.rpartition(", ")[2]]
         assert len(set(wanted)) == 4, "nothing was learned"
-        assert losses == pytest.approx(wanted, abs=2e-5), name
+        assert losses == pytest.approx(wanted, abs=1e-6 if name.endswith("int8") else 2e-5), name
         assert second[name][0] == losses
         assert second[name][1] == {}
         assert adapters.keys() == wanted_adapters.keys(), name

@@ -25,8 +25,8 @@ def test_names_that_differ_otherwise_are_not_joined() -> None:
 
 def test_the_line_names_groups_with_counts() -> None:
     assert say("read_once_per_node", {"h.*.c_attn.weight": 1200, "head.weight": 1}) == (
-        "1,201 tensors are merged, split, transposed or unpacked for the model, so read once per node, by one rank for the "
-        "others: h.*.c_attn.weight (1,200), head.weight."
+        "1,201 tensors are merged, split, transposed or unpacked for the model, so read once per node, by one rank for "
+        "the others: h.*.c_attn.weight (1,200), head.weight."
     )
     assert say("read_once_per_node", {"head.weight": 1}).startswith("1 tensor is merged")
 

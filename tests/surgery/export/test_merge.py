@@ -1,0 +1,350 @@
+"""Adapters merged on disk: PEFT's `merge_and_unload`, from any number of ranks; whole, absent or resumed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import surgery
+from surgery.cli import app
+from surgery.errors import ConfigError, ExportError
+from surgery.export import merging, output
+from surgery.telemetry.measurements import Sampler, anonymous_memory
+from surgery.telemetry.numbers import say_size
+from tests.helpers.models import save_tiny, tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
+
+TOKENS = torch.arange(5, 25)[None]
+EXPERTS = {"num_experts": 6, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+EVERYTHING = ["q_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"]
+
+#: name -> family, changes of it, adapters, and their weights.
+CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], list[float]]] = {
+    "biases": ("llama", {"attention_bias": True}, [{"target_modules": EVERYTHING, "bias": "all"}], []),
+    "lora_bias": ("qwen2", {}, [{"target_modules": ["q_proj"], "lora_bias": True, "bias": "lora_only"}], []),
+    "dora": ("llama", {}, [{"target_modules": EVERYTHING, "use_dora": True, "use_rslora": True}], []),
+    "conv1d": ("gpt2", {}, [{"target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 4}}], []),
+    "conv1d dora": ("gpt2", {}, [{"target_modules": ["c_attn", "c_proj"], "use_dora": True}], []),
+    "two": ("llama", {}, [{"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"], "r": 4}], [0.5, -2]),
+    "two doras": ("llama", {}, [{"target_modules": ["q_proj"], "use_dora": True}] * 2, []),
+    "whole": ("llama", {}, [{"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}], []),
+    "tokens": ("qwen2", {"tie_word_embeddings": True}, [{"trainable_token_indices": [3, 7, 95], "r": 2}], []),
+    "experts": ("qwen2_moe", EXPERTS, [{"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}], []),
+    "tied, whole head": ("qwen2", {"tie_word_embeddings": True}, [{"modules_to_save": ["lm_head"]}], []),
+}  # fmt: skip
+
+
+def make_adapter(base: Path, folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Path:
+    """An adapter with random values in all that is trained."""
+    options = {"target_modules": ["q_proj"], "r": 8, "lora_alpha": 16, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05 * parameter.requires_grad)
+        adapted.save_pretrained(folder)
+    return folder
+
+
+def by_peft(base: Path, adapters: Sequence[Path], weights: Sequence[float] = ()) -> Any:
+    """A model with all `adapters` active, not merged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        adapted = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+        for number, adapter in enumerate(adapters[1:], start=1):
+            adapted.load_adapter(adapter, adapter_name=str(number))
+        if len(adapters) > 1:
+            adapted.base_model.set_adapter([*map(str, range(len(adapters)))])
+    layers = [module for module in adapted.modules() if hasattr(module, "set_scale")]
+    for layer in layers:
+        for number, weight in enumerate(weights):
+            layer.set_scale(str(number), weight)
+    return adapted
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
+
+
+def different(one: Path, other: Path) -> list[str]:
+    left, right = tensors(one), tensors(other)
+    common = left.keys() & right.keys()
+    unequal = (n for n in common if left[n].dtype != right[n].dtype or not torch.equal(left[n], right[n]))
+    return sorted({*(left.keys() ^ right.keys()), *unequal})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several ranges of rows even in a tiny weight."""
+    monkeypatch.setattr(merging, "CHUNK", 32 * 64)
+    monkeypatch.setattr(merging, "ROWS", 32)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("case", CASES)
+def test_merged_as_peft_does_and_named_as_the_base(case: str, tmp_path: Path) -> None:
+    family, changes, options, weights = CASES[case]
+    base = save_tiny(tmp_path / "base", family, **changes)
+    adapters = [make_adapter(base, tmp_path / f"a{n}", n, **each) for n, each in enumerate(options)]
+    expected = by_peft(base, adapters, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected.merge_and_unload().save_pretrained(tmp_path / "peft")
+    surgery.merge(base, adapters, tmp_path / "out", weights=weights)
+    assert different(tmp_path / "out", tmp_path / "peft") == []
+    tied = config_of(tmp_path / "peft")["tie_word_embeddings"]
+    assert config_of(tmp_path / "out").get("tie_word_embeddings", True) == tied
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "is_tied"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, torch.bfloat16, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, torch.bfloat16, False),
+        ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, torch.float32, True),
+    ],
+)
+def test_a_tied_head_becomes_a_tensor_of_its_own_where_it_has_to(
+    options: dict[str, Any], dtype: torch.dtype, is_tied: bool, tmp_path: Path
+) -> None:
+    """PEFT merges into the one tensor that both are, so that the model is another one; here it computes as before."""
+    base = save_tiny(tmp_path / "base", "qwen2", dtype=dtype, tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", 1, dtype, **options)
+    surgery.merge(base, adapter, tmp_path / "out")
+    assert ("lm_head.weight" in tensors(tmp_path / "out")) is not is_tied
+    assert config_of(tmp_path / "out")["tie_word_embeddings"] is is_tied
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    assert (logits(merged) - logits(by_peft(base, [adapter]))).abs().max() < 0.02
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer, in several shards."""
+    return save_with_tokenizer(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all linear modules of `base`."""
+    return make_adapter(base, tmp_path_factory.mktemp("adapter"), 1, target_modules="all-linear")
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two, merged by the command line."""
+    out = tmp_path_factory.mktemp("merged") / "out"
+    done = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(out), "--max-shard-size", "80KB"])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_the_folder_is_a_whole_checkpoint(base: Path, merged: Path) -> None:
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == tensors(base).keys()
+    assert AutoTokenizer.from_pretrained(merged)("a")["input_ids"]
+    assert (merged / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert "adapter 1" in (merged / "README.md").read_text()
+    assert "rank 8" in (merged / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.generate(TOKENS, max_new_tokens=4, do_sample=False).shape[1] > TOKENS.shape[1]
+
+
+def test_packed_bases_and_packed_results(base: Path, adapter: Path, merged: Path, tmp_path: Path) -> None:
+    quantized = surgery.quantize(merged, tmp_path / "quantized")
+    surgery.merge(base, adapter, tmp_path / "packed", quant=surgery.Quant("nf4"))
+    assert different(tmp_path / "packed", quantized) == []
+    assert config_of(tmp_path / "packed")["quantization_config"] == config_of(quantized)["quantization_config"]
+
+    # A base that is packed is merged like the one in 16 bits that it stands for.
+    small = make_adapter(base, tmp_path / "small", 2, target_modules=["q_proj"])
+    base4 = surgery.quantize(base, tmp_path / "base4")
+    base16 = surgery.dequantize(base4, tmp_path / "base16")
+    surgery.merge(base4, small, tmp_path / "from4")
+    surgery.merge(base16, small, tmp_path / "from16")
+    assert different(tmp_path / "from4", tmp_path / "from16") == []
+    assert "quantization_config" not in config_of(tmp_path / "from4")
+    # Packed again, what did not change is as it was.
+    surgery.merge(base4, small, tmp_path / "again4", quant=surgery.Quant("nf4"))
+    changed = different(tmp_path / "again4", base4)
+    assert changed
+    assert all("q_proj.weight" in name for name in changed)
+    with pytest.raises(ConfigError, match=r"packed already, with 'nf4'"):
+        surgery.merge(base4, small, tmp_path / "other", quant=surgery.Quant("fp4"))
+
+
+def test_another_dtype_is_that_of_every_tensor(base: Path, adapter: Path, tmp_path: Path) -> None:
+    surgery.merge(base, adapter, tmp_path / "out", dtype=torch.float32)
+    assert {each.dtype for each in tensors(tmp_path / "out").values()} == {torch.float32}
+    assert config_of(tmp_path / "out")["dtype"] == "float32"
+
+
+def merge_on_a_rank(base: Path, adapter: Path, out: Path, most: int) -> None:
+    surgery.merge(base, adapter, out, max_shard_bytes=most)
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def merge_until_killed(base: Path, adapter: Path, out: Path, moments: Connection) -> None:
+    """Merge in 20 processes, each killed at a random moment, and a last time; say what each has left."""
+    output.FLUSH_BYTES = 0  # all that is written goes to the journal at once
+    draw, journal = random.Random(0), out.with_name(f".{out.name}.surgery") / "journal.0"
+    for number in range(20):
+        before, child, has_ended = size_of(journal), os.fork(), False
+        if child == 0:
+            merge_on_a_rank(base, adapter, out, 80_000)
+            os._exit(0)
+        # Every second time from when something is written.
+        while number % 2 and not has_ended and size_of(journal) == before:
+            has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
+        time.sleep(draw.uniform(0, 0.1 if number % 2 else 0.4))
+        if not has_ended:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        moments.send((contents(out) if out.exists() else None, size_of(journal) > 0))
+        if out.exists():
+            shutil.rmtree(out)
+    merge_on_a_rank(base, adapter, out, 80_000)
+    moments.send((contents(out), False))
+
+
+def test_any_number_of_ranks_and_any_kill_give_the_same_bytes(
+    base: Path, adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    run_ranks(merge_on_a_rank, 2, base, adapter, tmp_path / "two", 80_000)
+    assert contents(tmp_path / "two") == contents(merged)
+
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=merge_until_killed, args=(base, adapter, tmp_path / "killed", sender))
+    process.start()
+    moments = [receiver.recv() for _ in range(21)]
+    process.join()
+    assert all(found in (None, contents(merged)) for found, _ in moments)
+    assert moments[-1][0] is not None
+    assert any(has_begun for _, has_begun in moments), "none was killed in the middle"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_only_a_part_of_a_weight_is_in_memory(tmp_path: Path) -> None:
+    """PEFT takes five times the bytes of a weight for its merge, here 160 MiB, beside the model."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_hidden_layers": 2}
+    config = tiny_config(num_key_value_heads=4, head_dim=128, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    config.save_pretrained(base)
+    values = {name: torch.full(each.shape, 0.5, dtype=each.dtype) for name, each in model.state_dict().items()}
+    save_file(values, base / "model.safetensors")
+    total = sum(each.nbytes for each in values.values())
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["up_proj", "down_proj"])
+    ((_, adapted),) = merging.adapt(model, {"default": lora})
+    keys = merging.adapter_keys(adapted, "default")
+    lora.save_pretrained(str(adapter))
+    save_file({key: torch.full(each.shape, 0.01) for key, each in keys.items()}, adapter / "adapter_model.safetensors")
+    del values, model, adapted, keys
+    gc.collect()
+    before, seen = anonymous_memory(), [0]
+    with Sampler(0.002).calling(lambda: seen.append(anonymous_memory())):
+        surgery.merge(base, adapter, tmp_path / "out", report=surgery.Report())
+    assert max(seen) - before < 112 << 20 < total // 2, say_size(max(seen) - before)
+
+
+def refused(tmp_path: Path, base: Path, *arguments: str) -> str:
+    """What the command says; nothing is written."""
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["merge", str(base), *arguments[:1], str(out), *arguments[1:]])
+    assert done.exit_code == 2, done.output
+    assert not out.exists()
+    assert [path for path in tmp_path.iterdir() if path.name.endswith(".surgery")] == []
+    return " ".join(done.output.split())
+
+
+def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
+    base: Path, adapter: Path, reads: list[str], tmp_path: Path
+) -> None:
+    def changed(name: str, **settings: Any) -> Path:
+        folder = Path(shutil.copytree(adapter, tmp_path / name))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+        return folder
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    first = next(name for name in weights if "q_proj.lora_A" in name)
+    lacking, more, pickle, text = (changed(name) for name in ("lacking", "more", "pickle", "text"))
+    save_file({n: t for n, t in weights.items() if n != first}, lacking / "adapter_model.safetensors")
+    save_file({**weights, "base_model.model.other.lora_A.weight": torch.ones(2, 2)}, more / "adapter_model.safetensors")
+    (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
+    (text / "adapter_config.json").write_text("{")
+    wide = save_tiny(tmp_path / "wide", hidden_size=128)
+    old, new = "a" * 40, "b" * 40
+    cached = Path(shutil.copytree(base, tmp_path / "hub" / "snapshots" / old))
+    cases = [
+        (base, [str(changed("rank", r=4))], f"expected {first} of shape (4, 64)"),
+        (wide, [str(adapter)], "found (8, 64)"),
+        (base, [str(lacking)], f"found 1 missing: {first}"),
+        (base, [str(more)], "found 1 unknown: base_model.model.other.lora_A.weight"),
+        (base, [str(pickle)], "found adapter_model.bin, a pickle"),
+        (base, [str(text)], "Cannot read the configuration of an adapter"),
+        (base, [str(changed("kind", peft_type="LOHA"))], "expected an adapter of peft_type LORA, found 'LOHA'"),
+        (base, [str(changed("task", task_type="SEQ_CLS"))], "expected an adapter of a causal language model"),
+        (base, [str(changed("init", init_lora_weights="pissa"))], "has changed the base weights before training"),
+        (base, [str(changed("arrow", use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}))], "with use_bdlora"),
+        (base, [str(changed("names", target_modules=["nothing"]))], "PEFT cannot put the adapter"),
+        (cached, [str(changed("revision", revision=new))], f"at revision {new}, found {cached} at {old}"),
+        (base, [str(adapter), "--weight", "1", "--weight", "2"], "one for each of 1 adapters, found 2"),
+        (base, [str(adapter), "--weight", "nan"], "expected a finite number"),
+        (base, [str(changed("dora", use_dora=True)), "--weight", "0.5"], "it has use_dora"),
+        (base, [str(tmp_path / "none")], "There is no checkpoint at"),
+    ]
+    for source, arguments, expected in cases:
+        assert expected in refused(tmp_path, source, *arguments)
+    assert reads == []
+
+
+def test_values_that_are_not_finite_are_named(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter, tmp_path / "broken"))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(each for each in weights if "1.mlp.up_proj.lora_B" in each)
+    weights[name][7, 0] = float("inf")
+    save_file(weights, folder / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match=r"model.layers.1.mlp.up_proj.weight: expected finite numbers.*found 64 of"):
+        surgery.merge(base, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
