@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -131,6 +132,27 @@ def test_merged_as_peft_does_and_named_as_the_base(case: str, tmp_path: Path) ->
     assert different(tmp_path / "out", tmp_path / "peft") == []
     tied = config_of(tmp_path / "peft")["tie_word_embeddings"]
     assert config_of(tmp_path / "out").get("tie_word_embeddings", True) == tied
+
+
+def test_adapters_of_experts_one_by_one_as_transformers_4_had_them(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "mixtral", num_local_experts=3)
+    adapter = make_adapter(base, tmp_path / "adapter", 1, target_modules=["q_proj"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    sizes = {"w1": (64, 112), "w2": (112, 64), "w3": (64, 112)}
+    found = load_file(adapter / WEIGHTS)
+    for layer, expert, (name, (width, height)) in itertools.product(range(2), range(3), sizes.items()):
+        module = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+        found[f"{module}.lora_A.weight"] = torch.randn(8, width) * 0.1
+        found[f"{module}.lora_B.weight"] = torch.randn(height, 8) * 0.1
+    save_file(found, adapter / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_peft(base, [adapter]).merge_and_unload().save_pretrained(tmp_path / "peft")
+    surgery.merge(base, adapter, tmp_path / "out")
+    assert different(tmp_path / "out", tmp_path / "peft") == []
+    assert any("experts.2.w1.weight" in name for name in different(tmp_path / "out", base))
 
 
 @pytest.mark.parametrize(
