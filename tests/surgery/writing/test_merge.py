@@ -20,7 +20,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from surgery.writing import merging, output
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -29,6 +28,7 @@ from surgery.cli import app
 from surgery.errors import ConfigError, ExportError
 from surgery.telemetry.measurements import Sampler, anonymous_memory
 from surgery.telemetry.numbers import say_size
+from surgery.writing import merging, output
 from tests.helpers.models import save_tiny, tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import save_with_tokenizer
