@@ -37,8 +37,6 @@ if TYPE_CHECKING:
         TraceError,
         WeightsMismatchError,
     )
-    from surgery.export.merge import merge
-    from surgery.export.quantize import dequantize, quantize
     from surgery.integrations.low_memory import low_memory
     from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
@@ -49,6 +47,9 @@ if TYPE_CHECKING:
     from surgery.state.state import TrainingState, load_state, save_state
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
+    from surgery.writing.export import export
+    from surgery.writing.merge import merge
+    from surgery.writing.quantize import dequantize, quantize
 
 __all__ = [
     "DDP",
@@ -85,6 +86,7 @@ __all__ = [
     "bind",
     "checkpoint_activations",
     "dequantize",
+    "export",
     "fill",
     "load_adapter",
     "load_state",
@@ -105,8 +107,9 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.adapters.save": ("adapter_state", "save_adapter"),
     "surgery.attestation.attest": ("attest", "attesting"),
     "surgery.bound": ("Bound", "bind", "fill"),
-    "surgery.export.merge": ("merge",),
-    "surgery.export.quantize": ("dequantize", "quantize"),
+    "surgery.writing.export": ("export",),
+    "surgery.writing.merge": ("merge",),
+    "surgery.writing.quantize": ("dequantize", "quantize"),
     "surgery.integrations.low_memory": ("low_memory",),
     "surgery.passes.base": ("Pass",),
     "surgery.attestation.differences": ("AttestationError",),

@@ -41,6 +41,7 @@ from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
 from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
 from surgery.passes.loading import Job, Loading, loading
+from surgery.passes.origin import remember
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, check_magnitudes, match
 from surgery.passes.quantize import Quantize
@@ -412,6 +413,7 @@ def complete(
     setting = prepared.setting
     with loading(checkpoint, prepared.targets, setting, job, report, watchers=passes) as shared:
         model = Pipeline(passes=tuple(_in_order(shared, lora, passes)), loading=shared).run(model)
+    remember(prepared, checkpoint)
     return_freed_memory()
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))

@@ -21,10 +21,6 @@ from model_surgery_patches import PatchError
 from surgery.doctor.command import EPILOG as DOCTOR_EPILOG
 from surgery.doctor.command import doctor
 from surgery.errors import SurgeryError
-from surgery.export.command import DEQUANTIZE as DEQUANTIZE_EPILOG
-from surgery.export.command import MERGE as MERGE_EPILOG
-from surgery.export.command import QUANTIZE as QUANTIZE_EPILOG
-from surgery.export.command import dequantize, merge, quantize
 from surgery.finetune.command import SETTINGS, dpo, finetune
 from surgery.generate.command import EPILOG as GENERATE_EPILOG
 from surgery.generate.command import generate
@@ -34,6 +30,10 @@ from surgery.run import EPILOG as RUN_EPILOG
 from surgery.run import SCRIPT, run
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
 from surgery.tracing.command import trace
+from surgery.writing.command import DEQUANTIZE as DEQUANTIZE_EPILOG
+from surgery.writing.command import MERGE as MERGE_EPILOG
+from surgery.writing.command import QUANTIZE as QUANTIZE_EPILOG
+from surgery.writing.command import dequantize, merge, quantize
 
 __all__ = ["app", "main"]
 

@@ -16,10 +16,11 @@ from surgery.checkpoint import Checkpoint
 from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
-from surgery.export.cache import packed_in
+from surgery.errors import ConfigError
 from surgery.passes.base import Pass
 from surgery.passes.prepare import prepare
 from surgery.telemetry.report import Report
+from surgery.writing.cache import packed_in
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -80,6 +81,8 @@ def qlora(
         PeerError: it did on another rank.
     """
     device = compute_device(device)
+    if packed_cache is not None and model is not None:
+        raise ConfigError("packed_cache: expected the model that config.json describes, found model= as well: give one")
     if packed_cache is not None:
         checkpoint, quant = packed_in(packed_cache, checkpoint, quant=quant, dtype=dtype, device=device)
     with building(device) as ranks:

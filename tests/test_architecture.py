@@ -29,7 +29,7 @@ ROOMS = (
     "passes",
     "planning",
     "bound",
-    "export",
+    "writing",
     "recipe",
     "integrations",
     "attestation",

@@ -57,7 +57,7 @@ def by_peft(base: Path, adapter: Path, out: Path) -> None:
 
 def by_surgery(base: Path, adapter: Path, out: Path) -> None:
     """Merge as `surgery merge` does."""
-    from surgery.export.merge import merge
+    from surgery.writing.merge import merge
 
     merge(base, adapter, out)
 
@@ -70,7 +70,7 @@ def measured(way: str, base: Path, adapter: Path, out: Path) -> dict[str, float]
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
-    import surgery.export.merge  # noqa: F401
+    import surgery.writing.merge  # noqa: F401
 
     before = peak = anonymous_memory()
 

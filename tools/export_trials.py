@@ -11,6 +11,7 @@ The command is given without its last argument, the output, which is removed bef
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shlex
@@ -23,6 +24,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +34,9 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 
 #: Seconds between two looks at a process.
 PERIOD = 0.002
+
+#: Imported once, so that a process starts in milliseconds.
+PRELOAD = ["surgery.cli", "surgery.writing.quantize", "surgery.writing.merge", "bitsandbytes", "peft", "transformers"]
 
 #: Bytes that a rank may hold beside two of the largest tensors.
 ALLOWANCE = 128 << 20
@@ -144,14 +149,14 @@ def refusals(command: Command, out: Out) -> None:
 
     first = Job.start(command, out, 1)
     first.wait(until=0)
-    first.ranks[0].process.send_signal(signal.SIGSTOP)  # so that it is not done before the second begins
+    os.kill(first.ranks[0].process.pid or 0, signal.SIGSTOP)  # so that it is not done before the second begins
     second = Job.start(command, out, 1)
     code = second.wait()
     if code != 2:
         first.kill(None)
     require(code == 2 and "in use by" in second.said(), f"a second job was not refused ({code}): {second.said()}")
     typer.echo(f"two jobs: {second.said()}")
-    first.ranks[0].process.send_signal(signal.SIGCONT)
+    os.kill(first.ranks[0].process.pid or 0, signal.SIGCONT)
     require(first.wait() == 0 and contents(out) == expected, f"the first job was disturbed: {first.said()}")
     remove(out)
 
@@ -179,7 +184,7 @@ def on_disk(command: str, out: Path, previous: Path, what: str, *, size: int, mo
 class Rank:
     """One process, and what is known of it: bytes of memory at its peak, read and written, since the work began."""
 
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     log: Path
     before: tuple[int, int, int] | None = None
     now: tuple[int, int, int] = (0, 0, 0)
@@ -225,24 +230,20 @@ class Job:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         started = []
         out.parent.mkdir(parents=True, exist_ok=True)
         for rank in range(ranks):
             log = out.with_name(f"{out.name}.rank{rank}.log")
-            with log.open("wb") as file:
-                process = subprocess.Popen(
-                    argv(command, out),
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else dict(os.environ),
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                )
+            process = context.Process(target=run, args=(argv(command, out)[3:], log, rank, (ranks, port)))
+            process.start()
             started.append(Rank(process=process, log=log))
         return cls(ranks=started, out=out, earlier=_written(out))
 
     def wait(self, *, until: float | None = None) -> int | None:
         """The highest exit code once all have ended; None if they still run `until` seconds after the work began."""
-        while any(rank.process.poll() is None for rank in self.ranks):
+        while any(rank.process.is_alive() for rank in self.ranks):
             if self.began is None and _written(self.out) != self.earlier:
                 self.began = time.monotonic()
             for rank in self.ranks:
@@ -251,23 +252,37 @@ class Job:
                 return None
             time.sleep(PERIOD)
         self.seconds = time.monotonic() - (self.began or time.monotonic())
-        return max(abs(int(rank.process.returncode)) for rank in self.ranks)
+        return max(abs(rank.process.exitcode or 0) for rank in self.ranks)
 
     def kill(self, number: int | None) -> None:
         """Kill one rank, and the others once they have noticed, or all."""
         for rank in self.ranks if number is None else [self.ranks[number]]:
             rank.process.kill()
         for rank in self.ranks:
-            with suppress(subprocess.TimeoutExpired):
-                rank.process.wait(60)
+            rank.process.join(60)
             rank.process.kill()
-            rank.process.wait()
+            rank.process.join()
 
     def said(self) -> str:
         """The error that the ranks have printed, or the end of what they have."""
         texts = [rank.log.read_text(errors="replace") for rank in self.ranks]
         errors = [line for text in texts for line in text.splitlines() if "error" in line.lower()]
         return errors[0] if errors else texts[0][-2000:]
+
+
+def run(words: list[str], log: Path, rank: int, world: tuple[int, int]) -> None:
+    """Run the command as one rank of `world`: how many there are, and the port where they meet."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    size, port = world
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = ["surgery", *words]
+    from surgery.cli import main
+
+    main()
 
 
 def argv(command: str, out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints in safetensors: find, check, read whole tensors or ranges of them, write."""
+"""Checkpoints in safetensors: find, check, read whole tensors or ranges of them."""
 
 from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.header import TensorEntry
@@ -6,7 +6,6 @@ from surgery.checkpoint.index import Index
 from surgery.checkpoint.packed import PackedSettings, PackedWeight
 from surgery.checkpoint.prefetch import Chunk, Prefetch, Request
 from surgery.checkpoint.reader import Reader
-from surgery.checkpoint.writer import write_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -18,5 +17,4 @@ __all__ = [
     "Reader",
     "Request",
     "TensorEntry",
-    "write_checkpoint",
 ]

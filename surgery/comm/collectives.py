@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
 
@@ -24,7 +24,7 @@ __all__ = [
     "all_gather_single",
     "gather_objects",
     "gather_parts",
-    "gather_to_rank0",
+    "gather_to",
     "scatter_parts",
 ]
 
@@ -89,12 +89,17 @@ def gather_parts(
         all_gather_single(_bytes(everything), _bytes(sent), group=group)
 
 
-def gather_to_rank0(
-    mine: torch.Tensor, parts: Sequence[range], *, out: torch.Tensor | None, copies: HostCopies
+def gather_to(
+    mine: torch.Tensor,
+    parts: Sequence[range],
+    *,
+    out: torch.Tensor | None,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
+    rank: int = 0,
 ) -> None:
-    """Fill `out[parts[i]]` with the `mine` of every rank i, on rank 0, which alone passes `out` (1-D, on the CPU).
+    """Fill `out[parts[i]]` with the `mine` of every rank i, on `rank`, which alone passes `out` (1-D).
 
-    A bounded run at a time. `out` is full once `copies` have been waited for.
+    A bounded run at a time, each brought to its place by `copy(place, run)`.
     """
     run = RUN_BYTES.get(mine.device.type, RUN_BYTES["cuda"]) // mine.element_size()
     longest = max(len(part) for part in parts)
@@ -105,12 +110,12 @@ def gather_to_rank0(
         padded[: piece.numel()] = piece
         received = None if out is None else [torch.empty_like(padded) for _ in parts]
         with noticing_ends():
-            dist.gather(_bytes(padded), None if received is None else [_bytes(tensor) for tensor in received], dst=0)
+            dist.gather(_bytes(padded), None if received is None else [_bytes(tensor) for tensor in received], dst=rank)
         if out is None or received is None:
             continue
         for part, tensor in zip(parts, received, strict=True):
             wanted = part[start : start + length]
-            copies.copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
+            copy(out[wanted.start : wanted.stop], tensor[: len(wanted)])
 
 
 def scatter_parts(

@@ -43,7 +43,6 @@ from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.cache import packed_in
 from surgery.finetune.callbacks import Attesting, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
@@ -56,6 +55,7 @@ from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
+from surgery.writing.cache import packed_in
 
 __all__ = ["plan_alone", "run"]
 

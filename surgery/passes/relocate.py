@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.comm.collectives import gather_to_rank0
+from surgery.comm.collectives import gather_to
 from surgery.comm.failures import collective
 from surgery.errors import ConfigError
 from surgery.passes.base import Batch, BatchPass, Naming
@@ -54,7 +54,7 @@ class Relocate(BatchPass):
             whole = torch.empty(numel, dtype=target.dtype) if keeps else None
             # A row of a packed weight is one element.
             rows = [share.reads for share in self.loading.buffers.partition.slices(target.form)]
-            gather_to_rank0(buffer.read_rows(), rows, out=whole, copies=self.loading.host_copies)
+            gather_to(buffer.read_rows(), rows, out=whole, copy=self.loading.host_copies.copy)
         else:
             whole = buffer.data if keeps else None
         buffer.data = torch.empty(numel, dtype=target.dtype, device="meta") if whole is None else whole

@@ -37,10 +37,11 @@ class Target:
     that is not quantized.
     stored: the weight as the checkpoint has packed it, to be read and not quantized; else None.
     read_as: the dtype in which the checkpoint has it.
-    places: the modules that hold it, and its name in each; several if it is tied.
+    places: the modules that hold it, and its name in each; several if it is tied. names: its FQNs at these places.
     """
 
     fqn: str
+    names: tuple[str, ...]
     places: tuple[tuple[nn.Module, str], ...]
     shape: torch.Size
     dtype: torch.dtype
@@ -131,6 +132,7 @@ def _target(
     source = index[assignment.sources[0]] if one_to_one else None
     return Target(
         fqn=name,
+        names=(name, *tied.get(name, ())),
         places=tuple((model.get_submodule(split(place)[0]), split(place)[1]) for place in (name, *tied.get(name, ()))),
         shape=tensor.shape,
         dtype=tensor.dtype,

@@ -6,6 +6,7 @@ subclass, and one `register` line; nothing else asks which strategy it has to do
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from surgery.comm.environment import compute_device
 from surgery.config import Placement, parse_placement
 from surgery.errors import ConfigError
-from surgery.model.fqn import clean
-from surgery.model.tree import Site
+from surgery.model.fqn import clean, join
+from surgery.model.tree import Site, own_tensors
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece
 from surgery.sharding.partition import Grid, Partition, chunk
@@ -257,7 +258,25 @@ class ShardStrategy:
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
         """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
-        return {layer: _own_shard(layer) for layer in layers}
+        return {layer: _own_shard(layer.get_parameter("weight")) for layer in layers}
+
+    #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
+    ranks_agree: bool = True
+
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
+        """This rank's part of every parameter and persistent buffer, by module and name; of a settled model.
+
+        In the same order on all ranks. What is tied is one object.
+        """
+        made: dict[int, Part] = {}
+        found = {}
+        for module in model.modules():
+            for leaf, tensor in own_tensors(module):
+                if id(tensor) not in made:
+                    data, start, _ = _own_part(tensor)
+                    made[id(tensor)] = Part(data=data, start=start, shape=tensor.shape)
+                found[module, leaf] = made[id(tensor)]
+        return found
 
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters."""
@@ -275,9 +294,16 @@ class ShardStrategy:
 
         One that is tied has each of its names.
         """
-        named = ((clean(name), parameter) for name, parameter in model.named_parameters(remove_duplicate=False))
-        chosen = ((name, parameter.shape, _own_part(parameter)) for name, parameter in named if wanted(name))
-        return {name: Part(data=data, start=start, shape=shape) for name, shape, (data, start, _) in chosen}
+        by_module: dict[nn.Module, dict[str, Part]] = defaultdict(dict)
+        for (module, leaf), part in self.held(model).items():
+            if leaf not in module._buffers:
+                by_module[module][leaf] = part
+        return {
+            name: part
+            for prefix, module in model.named_modules(remove_duplicate=False)
+            for leaf, part in by_module[module].items()
+            if wanted(name := clean(join(prefix, leaf)))
+        }
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Whole trainable parameters by plain FQN, on rank 0's CPU; empty on the others. Collective.
@@ -344,16 +370,14 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
-def _own_shard(layer: nn.Module) -> Shard:
-    """The shard of a layer whose weight is a parameter of its own: whole, or a `DTensor`."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
+def _own_shard(weight: torch.Tensor) -> Shard:
+    """The shard of a tensor of its own: whole, or a `DTensor`."""
     local, start, group = _own_part(weight)
     return Shard(piece=Piece(data=local, start=start * weight.element_size()), group=group)
 
 
-def _own_part(whole: nn.Parameter) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
-    """`(part, elements before it, the ranks that have the others)` of a parameter on this rank."""
+def _own_part(whole: torch.Tensor) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
+    """`(part, elements before it, the ranks that have the others)` of a tensor on this rank."""
     if not isinstance(whole, DTensor):
         return whole.detach(), 0, None
     mesh, local = whole.device_mesh, whole.to_local().detach()

@@ -27,6 +27,7 @@ class Ddp(Unsharded):
 
     label = "DDP"
     placements = ("replicated",)
+    ranks_agree = True
     options: DDP | None
 
     def check(self) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP1, Units
 from surgery.errors import ConfigError
-from surgery.model.fqn import PEFT_PREFIX, clean, join, split
+from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Piece
@@ -409,6 +409,18 @@ class Fsdp1(Fsdp):
         whole = super().shards(model, [layer for layer in layers if layer not in flat])
         return {layer: flat.get(layer) or whole[layer] for layer in layers}
 
+    def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
+        """Ranges of flat parameters, and whole tensors that are in none."""
+        found = {place: part for place, part in super().held(model).items() if place[1] != FLAT}
+        units: list[Any] = [*FullyShardedDataParallel.fsdp_modules(model)]
+        for handle in (unit._handle for unit in units if unit._handle is not None):
+            flat = handle.flat_param
+            for where, shape, (data, start) in zip(flat._param_infos, flat._shapes, _ranges(handle), strict=True):
+                found[where.module, where.param_name] = Part(data=data, start=start, shape=shape)
+            for alias in flat._shared_param_infos:
+                found[alias.module, alias.param_name] = found[alias.prim_module, alias.prim_param_name]
+        return found
+
     def parameter_names(self, model: nn.Module) -> set[str]:
         """The plain FQNs of all parameters, those in flat parameters too."""
         units = ((prefix, unit) for prefix, unit in model.named_modules() if isinstance(unit, FullyShardedDataParallel))
@@ -418,16 +430,6 @@ class Fsdp1(Fsdp):
         """Shard every unit again; it is gathered anew by the next that needs it."""
         for unit in FullyShardedDataParallel.fsdp_modules(model):
             _settle(unit)
-
-    def parts(self, model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Part]:
-        """Ranges of flat parameters, and whole parameters that are in none."""
-        parts = {name: part for name, part in super().parts(model, wanted).items() if split(name)[1] != FLAT}
-        for prefix, unit in model.named_modules():
-            handle: Any = unit._handle if isinstance(unit, FullyShardedDataParallel) else None
-            for name, part in _flat_parts(handle) if handle is not None else ():
-                fqn = clean(join(prefix, name))
-                parts |= {fqn: part} if wanted(fqn) else {}
-        return parts
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one unit at a time whole on the device."""
@@ -553,19 +555,6 @@ def _ranges(handle: Any) -> Iterator[tuple[torch.Tensor, int]]:
         first, numel = info.offset_in_shard, info.numel_in_shard
         data = local[first : first + numel] if info.in_shard else local[:0]
         yield data, info.intra_param_start_idx if info.in_shard else 0
-
-
-def _flat_parts(handle: Any) -> Iterator[tuple[str, Part]]:
-    """This rank's part of each parameter in a flat one, by each of its names in the unit."""
-    flat = handle.flat_param
-    found: dict[tuple[Any, str], Part] = {}
-    for where, fqn, shape, (data, start) in zip(
-        flat._param_infos, flat._fqns, flat._shapes, _ranges(handle), strict=True
-    ):
-        part = found[where.module, where.param_name] = Part(data=data, start=start, shape=shape)
-        yield fqn, part
-    for alias in flat._shared_param_infos:
-        yield join(alias.module_name, alias.param_name), found[alias.prim_module, alias.prim_param_name]
 
 
 register(FSDP1, Fsdp1)

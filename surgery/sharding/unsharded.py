@@ -18,6 +18,8 @@ __all__ = ["Unsharded", "copies"]
 class Unsharded(ShardStrategy):
     """The strategy of `shard=None`. On several ranks adapters begin alike; nothing is exchanged after that."""
 
+    ranks_agree = False
+
     def check(self) -> None:
         """Refuse placements that wait for a sharding."""
         if self.placement == "sharded":

@@ -23,8 +23,6 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError, WeightsMismatchError
-from surgery.export.output import MAX_SHARD_BYTES, Planned, check_output, output
-from surgery.export.sidecars import sidecars
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.exchange import Exchange
 from surgery.passes.loading import CHUNK_ELEMENTS, Job, Loading, loading
@@ -36,6 +34,8 @@ from surgery.passes.tensors import Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
+from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
+from surgery.writing.sidecars import sidecars
 
 __all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
 
@@ -180,7 +180,9 @@ def _check_source(checkpoint: Checkpoint, quant: Quant | None) -> None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json names, or that of most of the weights."""
+    """The dtype in which weights are packed; or that config.json names; or that of most of the weights."""
+    if checkpoint.packing is not None:
+        return checkpoint.packing.dtype
     config = checkpoint.config or {}
     named = config.get("dtype") or config.get("torch_dtype")
     if isinstance(named, str) and isinstance(found := getattr(torch, named, None), torch.dtype):
@@ -192,15 +194,14 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A digest that another content of the files does not have: the commit, or sizes, times and headers of the files.
+    """A digest of the content of the files: of config.json, of headers, and of the commit, or else of sizes and times.
 
-    Of config.json the text.
+    The time of the last change counts, which is not for programs to set, unlike that of the last write.
     """
-    stamps = [
-        [stamp.header, stamp.size, None if checkpoint.revision else stamp.modified]
-        for stamp in checkpoint.index.stamps.values()
-    ]
-    what = json.dumps([checkpoint.revision, stamps, checkpoint.config], sort_keys=True)
+    index = checkpoint.index
+    headers = [[stamp.header, stamp.size] for stamp in index.stamps.values()]
+    times = [file.stat().st_ctime_ns for file in index.files] if checkpoint.revision is None else []
+    what = json.dumps([checkpoint.revision, headers, times, checkpoint.config], sort_keys=True)
     return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from surgery.comm.ranks import current_ranks
 from surgery.errors import ConfigError, ExportError
-from surgery.export.output import Output, Planned, output
+from surgery.writing.output import Output, Planned, output
 from tests.helpers.ranks import run_ranks
 
 TENSORS = {

@@ -125,7 +125,7 @@ def quantize(
 
         from surgery.checkpoint import Checkpoint
         from surgery.config import Quant
-        from surgery.export.output import check_output
+        from surgery.writing.output import check_output
 
         quant = Quant(
             quant_type,
@@ -136,7 +136,7 @@ def quantize(
         )
         check_output(out, overwrite=overwrite)
         checkpoint = Checkpoint.open(model, revision=model_revision)
-        from surgery.export.quantize import quantize as write
+        from surgery.writing.quantize import quantize as write
 
         write(
             checkpoint,
@@ -168,11 +168,11 @@ def dequantize(
         import torch
 
         from surgery.checkpoint import Checkpoint
-        from surgery.export.output import check_output
+        from surgery.writing.output import check_output
 
         check_output(out, overwrite=overwrite)
         checkpoint = Checkpoint.open(model, revision=model_revision)
-        from surgery.export.quantize import dequantize as write
+        from surgery.writing.quantize import dequantize as write
 
         write(
             checkpoint,
@@ -212,11 +212,11 @@ def merge(
     most = parse_size(max_shard_size)
     with in_process_group(), uploading(upload, out):
         from surgery.config import Quant
-        from surgery.export.output import check_output
+        from surgery.writing.output import check_output
 
         check_output(out, overwrite=overwrite)
-        from surgery.export.merge import DTYPES
-        from surgery.export.merge import merge as write
+        from surgery.writing.merge import DTYPES
+        from surgery.writing.merge import merge as write
 
         write(
             base,

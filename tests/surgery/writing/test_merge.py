@@ -27,9 +27,9 @@ from typer.testing import CliRunner
 import surgery
 from surgery.cli import app
 from surgery.errors import ConfigError, ExportError
-from surgery.export import merging, output
 from surgery.telemetry.measurements import Sampler, anonymous_memory
 from surgery.telemetry.numbers import say_size
+from surgery.writing import merging, output
 from tests.helpers.models import save_tiny, tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import save_with_tokenizer

@@ -25,8 +25,8 @@ from surgery.comm.environment import compute_device
 from surgery.comm.failures import everyone
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.quantize import identity, quantize, stored_dtype
 from surgery.telemetry.atomic import write_whole
+from surgery.writing.quantize import identity, quantize, stored_dtype
 
 __all__ = ["packed_in"]
 

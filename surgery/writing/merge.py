@@ -21,12 +21,6 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.export.merge_adapters import Matched, StoredAdapter, check_together, match
-from surgery.export.merge_plan import Base, Readers, Work, changes_of, plan_work
-from surgery.export.merging import adapt, find_sites
-from surgery.export.output import MAX_SHARD_BYTES, Output, Planned, output
-from surgery.export.quantize import identity, stored_dtype
-from surgery.export.sidecars import sidecars
 from surgery.model.consistency import adapter_facts, same_model
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
@@ -34,6 +28,12 @@ from surgery.model.weights import plan_weights
 from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for
 from surgery.telemetry.report import Report
+from surgery.writing.merge_adapters import Matched, StoredAdapter, check_together, match
+from surgery.writing.merge_plan import Base, Readers, Work, changes_of, plan_work
+from surgery.writing.merging import adapt, find_sites
+from surgery.writing.output import MAX_SHARD_BYTES, Output, Planned, output
+from surgery.writing.quantize import identity, stored_dtype
+from surgery.writing.sidecars import sidecars
 
 __all__ = ["DTYPES", "merge"]
 

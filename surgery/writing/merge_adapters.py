@@ -18,8 +18,8 @@ from surgery.checkpoint import Checkpoint, Index, Reader
 from surgery.checkpoint.header import parse_json
 from surgery.checkpoint.hub import resolve
 from surgery.errors import AdapterError, CheckpointError, ConfigError, WeightsMismatchError
-from surgery.export.merging import MergeSite, adapter_keys
 from surgery.model.fqn import PEFT_PREFIX
+from surgery.writing.merging import MergeSite, adapter_keys
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

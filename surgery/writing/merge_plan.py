@@ -15,15 +15,15 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
 from surgery.errors import ConfigError, ExportError
-from surgery.export.merge_adapters import Matched
-from surgery.export.merging import MergeSite, chunks
-from surgery.export.output import Output, Planned
 from surgery.model.fqn import join, split
 from surgery.model.keys import Assignment, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
 from surgery.quantizers.base import QuantFormat, check_run
 from surgery.telemetry.report import Report
+from surgery.writing.merge_adapters import Matched
+from surgery.writing.merging import MergeSite, chunks
+from surgery.writing.output import Output, Planned
 
 __all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
 

@@ -1,0 +1,291 @@
+"""Export of a model that is sharded: what ranks hold, into a checkpoint, one module at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.adapters.metadata import versions
+from surgery.comm.background import return_freed_memory
+from surgery.comm.comparison import facts_of, same_on_every_rank
+from surgery.comm.environment import compute_device, launched_world_size
+from surgery.comm.failures import collective, everyone
+from surgery.comm.heartbeat import beating
+from surgery.comm.ranks import current_ranks
+from surgery.config import Quant
+from surgery.errors import ExportError, NotFilledError
+from surgery.model.fqn import split
+from surgery.passes.lifetime import waiting_in
+from surgery.passes.origin import origin_of
+from surgery.quantizers.base import QuantFormat
+from surgery.sharding.base import Part, strategy_of
+from surgery.telemetry.report import Report
+from surgery.writing.export_plan import Planner, Value, Work, form_of
+from surgery.writing.live import Adapted, Tensors, adapted_by
+from surgery.writing.merging import chunks
+from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
+from surgery.writing.sidecars import sidecars
+
+__all__ = ["export"]
+
+#: Elements that are written at a time where nothing has to be whole.
+CHUNK = 1 << 20
+
+
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    merged: bool = True,
+    dtype: torch.dtype | Quant | str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    report: Report | None = None,
+) -> Path:
+    """Write `model` as a checkpoint, with its active adapters merged into it; to be called on all ranks alike.
+
+    A module that an adapter changes is gathered by one rank, the ranks taking turns; PEFT's own layers merge it. All
+    else is written by the ranks that hold it. `model` is as it was afterwards, also if this fails. A call that was
+    killed goes on where it stopped, on any number of ranks, if it is called with the same values.
+
+    Args:
+        model: what `surgery.qlora` or `surgery.fill` has returned, or a trainer that was given such a model; sharded or
+            not, between steps.
+        directory: the new folder.
+        merged: whether the active adapters are merged. If not, the base is written as the model holds it, without
+            adapters; `surgery.save_adapter` writes these.
+        dtype: of the result. None is the dtype of the model with `merged`, and otherwise whatever it holds, packed
+            weights as they are. A dtype of torch is for 16 or 32 bits; `surgery.Quant(...)`, "nf4" or "fp4" for packed
+            weights: those that the model has packed, or in a model of 16 bits those that `surgery.qlora` would pack.
+            What is packed already in this way, and not changed by an adapter, keeps its bytes.
+        overwrite: whether a checkpoint in `directory` may be replaced, with all that is in the folder.
+        max_shard_bytes: most bytes of a file.
+        report: filled with seconds and memory; None makes one that shows progress on rank 0.
+
+    Returns:
+        The path of the new folder.
+
+    Raises:
+        ConfigError: a model whose checkpoint is not known, adapters that cannot be merged, a `directory` that cannot be
+            written; before anything is gathered.
+        ExportError: values that are not finite, with the name of the tensor; a full disk.
+        PeerError: on the other ranks.
+    """
+    ranks = current_ranks(launched_world_size())
+    report = report or Report(show_progress=ranks.rank == 0, verbs=("Exporting", "Exported"))
+    device = compute_device(next((p.device for p in model.parameters() if p.device.type != "cpu"), None))
+    with beating(ranks), collective(ranks), torch.no_grad():
+        with everyone(ranks, device=device):
+            if waiting_in(model) is not None:
+                raise NotFilledError("export()")
+            base, origin = origin_of(model)
+            form = form_of(base, origin, dtype, merged=merged)
+            if ranks.rank == 0:
+                check_output(directory, overwrite=overwrite, source=origin.checkpoint.path)
+            facts = facts_of({"dtype": dtype, "merged": merged, "overwrite": overwrite, "shards": max_shard_bytes})
+            facts["directory"] = os.path.realpath(directory)
+        same_on_every_rank(ranks, "export", {"options of export": facts}, device=device)
+        with everyone(ranks, device=device):
+            strategy = strategy_of(model)
+            strategy.settle(model)
+            held = strategy.held(model)
+            adapted = adapted_by(model, origin, held) if merged else Adapted()
+            planner = Planner(base=base, origin=origin, held=held, adapted=adapted, form=form)
+            parts = tuple(planner.works())
+            files = _files(planner)
+        writers = ranks.world_size if strategy.ranks_agree else 1
+        tensors = Tensors.of(held, ranks, device, writers=writers)
+        values = tensors.digest(value.state_tensors() for part in parts for value in part.values)
+        with output(
+            directory,
+            [planned for part in parts for planned in part.tensors],
+            job=json.dumps(["export", values, form.facts, merged, device.type, versions()]),
+            ranks=ranks,
+            device=device,
+            files=files,
+            overwrite=overwrite,
+            source=origin.checkpoint.path,
+            max_shard_bytes=max_shard_bytes,
+        ) as out:
+            left = [part for part in parts if not out.is_done(*part.names)]
+            writing = _Writing(tensors=tensors, planner=planner, out=out)
+            with everyone(ranks, device=device):
+                for number, part in enumerate(part for part in left if not part.is_gathered):
+                    ranks.raise_peer_failure()
+                    writing.write_share(part, has_state=number % writers == ranks.rank)
+            gathered = [part for part in left if part.is_gathered]
+            rounds = [gathered[first : first + writers] for first in range(0, len(gathered), writers)]
+            # Nothing but these takes long.
+            tracked = report.track(rounds, names=lambda of_round: [split(part.names[0])[0] for part in of_round])
+            for each in tracked if rounds else ():
+                report.count_bytes(writing.write_gathered(each))
+        return_freed_memory()
+        return out.target
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Writing:
+    """Makes parts, and writes them."""
+
+    tensors: Tensors
+    planner: Planner
+    out: Output
+
+    def write_share(self, part: Work, *, has_state: bool) -> None:
+        """Write this rank's share of a part that nobody has to have whole."""
+        (value,) = part.values
+        name = part.tensors[0].name
+        start, data = self.tensors.mine(value.held)
+        size = data.element_size()
+        if part.packed is not None:
+            self.out.write(name, data.view(torch.uint8), start * size)
+            if has_state:
+                self._write_state(name, part.packed.saved(value.state))
+            return
+        # Elements of the weight in each that is stored.
+        many = 1 if value.quant is None else size * value.values_per_byte
+        last = min((start + data.numel()) * many, value.shape.numel())
+        for first in range(start * many, last, CHUNK):
+            piece = value.elements(data, start * many, first, min(first + CHUNK, last))
+            self.out.write(name, _finite(piece, name), first)
+
+    def write_gathered(self, parts: Sequence[Work]) -> int:
+        """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
+        ranks, mine = self.tensors.ranks, None
+        for rank, part in enumerate(parts):
+            got = {held: self.tensors.gather(held, rank) for held in dict.fromkeys(self._needed(part))}
+            if rank == ranks.rank:
+                mine = (part, {held: tensor for held, tensor in got.items() if tensor is not None})
+        with everyone(ranks, device=self.tensors.device):
+            if mine is None:
+                return 0
+            size = sum(tensor.nbytes for tensor in mine[1].values())
+            self._write_whole(*mine)
+            return size
+
+    def _needed(self, part: Work) -> Iterator[Part]:
+        for value in part.values:
+            yield from (value.held, *(other.held for other in value.beside))
+            for site in value.sites:
+                yield from self.planner.adapted.inputs_of(site).values()
+
+    def _write_whole(self, part: Work, got: Mapping[Part, torch.Tensor]) -> None:
+        name, value = part.tensors[0].name, part.values[0]
+        if part.loaded:
+            made = {
+                loaded.names[0]: self._whole(each, got, loaded.names[0])
+                for loaded, each in zip(part.loaded, part.values, strict=True)
+            }
+            apart = self.planner.taken_apart(part.loaded[0], made)
+            made.clear()
+            for planned in part.tensors:
+                self.out.write(planned.name, apart.pop(planned.name))
+        elif part.packed is not None:
+            whole = self._whole(value, got, name)
+            self._pack(name, whole.t() if value.is_turned and value.quant is None else whole, part.packed, value)
+        elif value.is_turned and value.quant is not None:
+            self.out.write(name, self._whole(value, got, name).t())
+        else:
+            row = value.shape[1:].numel()
+            for rows, piece in self._pieces(value, got, name):
+                self.out.write(name, piece, rows.start * row)
+
+    def _whole(self, value: Value, got: Mapping[Part, torch.Tensor], name: str) -> torch.Tensor:
+        """All of a value, in the memory that it was gathered to if it fits, since experts may be large."""
+        flat = got[value.held]
+        is_plain = value.quant is None and flat.dtype == value.dtype
+        whole = flat.view(value.shape) if is_plain else torch.empty(value.shape, dtype=value.dtype, device=flat.device)
+        for rows, piece in self._pieces(value, got, name):
+            place = whole[rows.start : rows.stop]
+            if place.data_ptr() != piece.data_ptr():
+                place.copy_(piece)
+        return whole
+
+    def _pieces(
+        self, value: Value, got: Mapping[Part, torch.Tensor], name: str
+    ) -> Iterator[tuple[range, torch.Tensor]]:
+        """Ranges of dimension 0, merged."""
+        inputs = [
+            {key: got[held].view(held.shape).float() for key, held in self.planner.adapted.inputs_of(site).items()}
+            for site in value.sites
+        ]
+        is_divisible = all(site.is_divisible for site in value.sites) and not value.beside
+        for rows in chunks(value.shape) if is_divisible else [range(value.shape[0])]:
+            piece = value.rows(got[value.held], rows)
+            for site, given in zip(value.sites, inputs, strict=True):
+                others = {
+                    each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes
+                }
+                piece = site.merge({value.leaf: piece, **others}, given, rows if is_divisible else None)[value.leaf]
+            yield rows, _finite(piece, name)
+
+    def _pack(self, name: str, whole: torch.Tensor, packed: QuantFormat, value: Value) -> None:
+        layout, flat = packed.layout(None), whole.reshape(-1)
+        size = layout.whole_blocks(packed.run_elements(flat.device))
+        statistics = []
+        for start in range(0, flat.numel(), size):
+            data, of_run = packed.quantize(flat[start : start + size], layout, value.dtype)
+            self.out.write(name, data, start // layout.values_per_byte)
+            statistics.append(of_run)
+        (state,) = packed.states([torch.cat(statistics)], [whole.shape], [value.dtype])
+        self._write_state(name, packed.saved(state))
+
+    def _write_state(self, name: str, saved: Mapping[str, torch.Tensor | str]) -> None:
+        for end, entry in saved.items():
+            if isinstance(entry, str):
+                self.out.write_state(f"{name}.{end}", entry)
+            else:
+                self.out.write(f"{name}.{end}", _finite(entry, name))
+
+
+def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """`tensor` itself. Raises `ExportError` for values that are not finite."""
+    if not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor).all()):
+        return tensor
+    bad = int((~torch.isfinite(tensor)).sum())
+    raise ExportError(
+        f"{name}: expected finite numbers, found {bad:,} that are NaN or infinite: the base "
+        f"has such values, or training has diverged, or the sum is beyond what {tensor.dtype} holds. The output was "
+        "not made"
+    )
+
+
+def _files(planner: Planner) -> dict[str, bytes | Path]:
+    """Files beside the weights."""
+    form, adapted = planner.form, planner.adapted
+    rows: dict[str, object] = {
+        f"adapter {name}": f"LoRA, rank {each.r}, alpha {each.lora_alpha}"
+        for name, each in zip(adapted.names, adapted.configs, strict=True)
+    }
+    if form.packed is not None:
+        rows["quantization"] = f"{form.packed.label}, {form.packed.description}"
+    title = "Base model with merged adapters" if adapted.names else "Base model"
+    relation = "merge" if adapted.names else "quantized" if form.packed is not None else "finetune"
+    return sidecars(planner.origin.checkpoint, _config(planner), title=title, relation=relation, settings=rows)
+
+
+def _config(planner: Planner) -> dict[str, Any]:
+    """The checkpoint's config.json with what has changed."""
+    form, live = planner.form, getattr(planner.base, "config", None)
+    config = dict(planner.origin.checkpoint.config or {})
+    if live is not None and config.get("model_type") != live.model_type:  # the text model of a composite one
+        config = json.loads(live.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    parts = [config]
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = dict(config["text_config"])
+        parts.append(config["text_config"])
+    config.setdefault("dtype")
+    dtype = str(form.dtype or planner.origin.setting.dtype).removeprefix("torch.")
+    for part in parts:
+        part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
+        if planner.untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return config | ({"quantization_config": dict(form.config)} if form.packed is not None else {})

@@ -1,0 +1,336 @@
+"""The plan of an export, made before a tensor is gathered: which are cast, merged, packed, taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.config import Quant
+from surgery.errors import ConfigError
+from surgery.model.fqn import split
+from surgery.model.skeleton import build_on_meta, causal_lm
+from surgery.model.tree import is_conv1d, was_conv1d
+from surgery.passes.origin import Loaded, Origin
+from surgery.passes.replace import Replace, quantizable
+from surgery.quantizers.base import QuantFormat, format_for, format_of
+from surgery.sharding.base import Part
+from surgery.writing.live import Adapted, Place
+from surgery.writing.merging import MergeSite
+from surgery.writing.output import Planned
+
+__all__ = ["Form", "Planner", "Value", "Work", "form_of"]
+
+#: The types of packed weights that can be asked for by name.
+PACKED = ("nf4", "fp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The form of the result. dtype: of what is not packed; None for that of each tensor.
+
+    quant: options of the weights that are packed; None for none. packed: their format. chosen: FQNs of the modules that
+    have them; None for those that the model has packed.
+    """
+
+    dtype: torch.dtype | None = None
+    quant: Any = None
+    packed: QuantFormat | None = None
+    chosen: frozenset[str] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> list[str]:
+        """The form as text."""
+        return [str(self.dtype), str(self.quant)]
+
+
+def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Form:
+    """The form that `dtype` asks for, as `surgery.export` takes it. Raises `ConfigError`."""
+    is_packed = any(format_of(module) is not None for module in base.modules())
+    held = origin.setting.format
+    if is_packed and type(held).dequantize is QuantFormat.dequantize:
+        raise ConfigError(
+            f"a model of {held.label} cannot be exported, since its format does not say how it is dequantized: save "
+            "the adapter, and merge it into the checkpoint (surgery merge)"
+        )
+    if dtype is None and (merged or not is_packed):
+        return Form()
+    if isinstance(dtype, torch.dtype):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"dtype: expected float32, bfloat16 or float16, found {dtype}")
+        return Form(dtype=dtype)
+    quant = _options(origin.setting.quant, dtype)
+    packed = format_for(quant, dtype=origin.setting.dtype)
+    packed.saved_shapes(1)  # raises where there is no form on disk
+    if is_packed:
+        return Form(quant=quant, packed=packed, config=_quantization_config(base, origin, quant))
+    skeleton: Any = build_on_meta(
+        causal_lm(origin.checkpoint, origin.setting.dtype), dtype=origin.setting.dtype, device=torch.device("cpu")
+    )
+    chosen = quantizable(skeleton, packed)
+    Replace(quant=packed, chosen=chosen).run(skeleton)
+    names = frozenset(site.fqn for site in chosen)
+    return Form(quant=quant, packed=packed, chosen=names, config=skeleton.config.quantization_config.to_dict())
+
+
+def _options(held: Any, asked: Any) -> Any:
+    """The options of packed weights: those that the model has, or the ones that are `asked` for."""
+    if isinstance(asked, str) and asked in PACKED:
+        found: Any = held if getattr(held, "quant_type", None) == asked else Quant(asked)  # type: ignore[arg-type]
+    elif asked is None or isinstance(asked, Quant):
+        found = held if asked is None else asked
+    else:
+        expected = f"a dtype of torch, a surgery.Quant, or {' or '.join(PACKED)}"
+        raise ConfigError(f"dtype: expected {expected}; found {asked!r:.80}")
+    if isinstance(asked, Quant) and asked.quant_storage not in (None, torch.uint8):
+        raise ConfigError(
+            f"dtype: packed weights are written as uint8, found quant_storage={asked.quant_storage}: leave it out"
+        )
+    return replace(found, quant_storage=torch.uint8) if isinstance(found, Quant) else found
+
+
+def _quantization_config(base: Any, origin: Origin, quant: Any) -> dict[str, Any]:
+    """The entry of config.json: as the checkpoint has it, or as the model was marked, with the settings of `quant`."""
+    live = getattr(getattr(base, "config", None), "quantization_config", None)
+    stored = (origin.checkpoint.config or {}).get("quantization_config")
+    found = dict(stored or (live.to_dict() if live is not None else {}))
+    if isinstance(quant, Quant):
+        found |= {
+            "bnb_4bit_quant_type": quant.quant_type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Value:
+    """One tensor of the model, and what is made of it.
+
+    quant, state: of a packed weight, else None. shape: its own one, unpacked, as the module has it. dtype: in which it
+    is merged, and written unless it is packed. sites: layers of PEFT that change it. beside: other tensors of its
+    module that these change with it.
+    """
+
+    held: Part
+    leaf: str
+    quant: QuantFormat | None
+    state: Any
+    shape: torch.Size
+    dtype: torch.dtype
+    is_turned: bool
+    sites: tuple[MergeSite, ...] = ()
+    beside: tuple[Value, ...] = ()
+
+    def state_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors of its state."""
+        return {} if self.quant is None else self.quant.state_tensors(self.state)
+
+    @property
+    def values_per_byte(self) -> int:
+        """Elements in a byte of a packed weight."""
+        assert self.quant is not None
+        return self.quant.layout(None).values_per_byte
+
+    def rows(self, flat: torch.Tensor, rows: range) -> torch.Tensor:
+        """A range of dimension 0, of all that is stored of it."""
+        row = self.shape[1:].numel()
+        part = self.elements(flat, 0, rows.start * row, rows.stop * row)
+        return part.view(len(rows), *self.shape[1:]) if self.shape else part.view(())
+
+    def elements(self, stored: torch.Tensor, offset: int, start: int, stop: int) -> torch.Tensor:
+        """The elements `start` to `stop`, 1-D, of what is `stored` from element `offset` on."""
+        if self.quant is None:
+            return stored[start - offset : stop - offset].to(self.dtype)
+        size = self.values_per_byte
+        packed = stored.view(torch.uint8)[(start - offset) // size : -(-(stop - offset) // size)]
+        return self.quant.dequantize(packed, start, self.state)[: stop - start].to(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Work:
+    """Tensors of the output that are made together. is_gathered: whether one rank has to have all of `values`.
+
+    packed: the format in which what is made of the one value is written, if it is. loaded: what is taken apart again
+    for the output, where transformers makes parameters of several tensors of a checkpoint.
+    """
+
+    tensors: tuple[Planned, ...]
+    values: tuple[Value, ...]
+    is_gathered: bool
+    packed: QuantFormat | None = None
+    loaded: tuple[Loaded, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors of the output."""
+        return tuple(planned.name for planned in self.tensors)
+
+
+@dataclass(kw_only=True, eq=False)
+class Planner:
+    """Finds for every tensor that was loaded what is to be written, and how."""
+
+    base: Any
+    origin: Origin
+    held: Mapping[Place, Part]
+    adapted: Adapted
+    form: Form
+    untied: bool = field(default=False, init=False)
+
+    def works(self) -> Iterator[Work]:
+        """All work, in the order of the model."""
+        groups: dict[Any, list[Loaded]] = {}
+        for loaded in self.origin.tensors:
+            groups.setdefault(loaded.assignment, []).append(loaded)
+        for assignment, group in groups.items():
+            found = [(loaded, self._values(loaded)) for loaded in group]
+            is_packed = any(self._is_packed(loaded, value) for loaded, values in found for value in values[:1])
+            if assignment.converter is not None and not is_packed:
+                yield self._fused(group, tuple(self._only(loaded, values) for loaded, values in found))
+                continue
+            for loaded, values in found:
+                yield from (self._part(loaded, value, number) for number, value in enumerate(values))
+
+    def _only(self, loaded: Loaded, values: Sequence[Value]) -> Value:
+        if len(values) > 1:
+            raise self._tied(loaded)
+        return values[0]
+
+    def _tied(self, loaded: Loaded) -> ConfigError:
+        return ConfigError(
+            f"{' and '.join(loaded.names)} are tied in this base, and adapters change one and not the other: expected "
+            "that of an embedding and a head, which can be untied. Export with merged=False"
+        )
+
+    def _values(self, loaded: Loaded) -> list[Value]:
+        """The values of a tensor: one, or more where adapters have changed its names differently."""
+        found: dict[object, Value] = {}
+        modules = []
+        for (reference, leaf), name in zip(loaded.places, loaded.names, strict=True):
+            module = reference()
+            if module is None or (module, leaf) not in self.held:
+                raise ConfigError(
+                    f"{name} is not in the model any more, or not as it was loaded: expected the modules that "
+                    "surgery.qlora or surgery.fill has filled"
+                )
+            value = self._value(loaded, module, leaf)
+            found.setdefault((value.held, frozenset(id(site) for site in value.sites)), value)
+            modules.append(module)
+        if len(found) > 1:
+            if len(found) != len(modules) or not any(isinstance(module, nn.Embedding) for module in modules):
+                raise self._tied(loaded)
+            self.untied = True
+        return list(found.values())
+
+    def _value(self, loaded: Loaded, module: Any, leaf: str) -> Value:
+        source = self.adapted.copies.get(module, module)
+        sites = tuple(self.adapted.sites.get((module, leaf), ()))
+        value = self._plain(loaded, source, leaf)
+        others = {other for site in sites for other in site.changes if other != leaf}
+        beside = tuple(self._plain(self._loaded_at(module, other), module, other) for other in sorted(others))
+        return replace(value, sites=sites, beside=beside)
+
+    def _loaded_at(self, module: nn.Module, leaf: str) -> Loaded:
+        return next(
+            each
+            for each in self.origin.tensors
+            if any(reference() is module and name == leaf for reference, name in each.places)
+        )
+
+    def _plain(self, loaded: Loaded, module: Any, leaf: str) -> Value:
+        """The value without adapters."""
+        held = self.held[module, leaf]
+        if held.shape != loaded.shape:
+            raise ConfigError(
+                f"{loaded.names[0]}: expected the shape with which it was loaded, {tuple(loaded.shape)}, found "
+                f"{tuple(held.shape)}: a model that was resized cannot be exported"
+            )
+        quant = self.origin.setting.format if leaf == "weight" and format_of(module) is not None else None
+        is_cast = self.form.dtype is not None and loaded.dtype == self.origin.setting.dtype
+        dtype = self.form.dtype if is_cast else loaded.dtype
+        return Value(
+            held=held,
+            leaf=leaf,
+            quant=quant,
+            state=None if quant is None else quant.state_of(module),
+            shape=held.shape if quant is None else quant.logical(module),
+            dtype=dtype or loaded.dtype,
+            is_turned=leaf == "weight" and (was_conv1d(module) if quant is not None else is_conv1d(module)),
+        )
+
+    def _is_packed(self, loaded: Loaded, value: Value) -> bool:
+        """Whether the tensor is to be packed."""
+        if self.form.packed is None or value.leaf != "weight":
+            return False
+        chosen = self.form.chosen
+        return value.quant is not None if chosen is None else split(loaded.names[0])[0] in chosen
+
+    def _part(self, loaded: Loaded, value: Value, number: int) -> Work:
+        """The part of one value. number: among those of its tensor."""
+        if self._is_packed(loaded, value):
+            return self._packed(loaded, value)
+        name = loaded.assignment.sources[0] if loaded.assignment.converter is None else loaded.names[0]
+        if number:  # the second of an embedding and a head, which the checkpoint has under the name of the first
+            name = name.replace(loaded.names[0], loaded.names[number])
+            name = loaded.names[number] if name == loaded.assignment.sources[0] else name
+        turned = value.is_turned and value.quant is not None
+        planned = Planned(name=name, dtype=value.dtype, shape=tuple(value.shape[:: -1 if turned else 1]))
+        return Work(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
+
+    def _packed(self, loaded: Loaded, value: Value) -> Work:
+        packed = self.form.packed
+        assert packed is not None
+        source = loaded.assignment.sources[0]
+        is_its_own = loaded.assignment.converter is None and split(source)[1] == value.leaf
+        name = source if is_its_own else loaded.names[0]
+        shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
+        rows = packed.layout(None).packed_shape(shape, packed.storage)
+        found = [Planned(name=name, dtype=packed.storage, shape=rows)]
+        for end, of in packed.saved_shapes(shape.numel()).items():
+            known = {} if of is None else {"dtype": of[0]}
+            found.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+        is_same = value.quant is not None and _alike(value.quant.options, packed.options)
+        return Work(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+
+    def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Work:
+        """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""
+        meta = {
+            loaded.names[0]: torch.empty(value.shape, dtype=value.dtype, device="meta")
+            for loaded, value in zip(group, values, strict=True)
+        }
+        try:
+            made = self.taken_apart(group[0], meta)
+            found = {name: made.pop(name) for name in group[0].assignment.sources if name in made} | made
+        except Exception as error:
+            raise ConfigError(
+                f"{group[0].names[0]}: transformers makes it of {len(group[0].assignment.sources)} tensors "
+                f"({group[0].assignment.sources[0]}, ...), and cannot make those of it again: {error}. Save the "
+                "adapter, and merge it with PEFT's merge_and_unload"
+            ) from error
+        planned = tuple(Planned(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in found.items())
+        return Work(tensors=planned, values=values, loaded=tuple(group), is_gathered=True)
+
+    def taken_apart(self, loaded: Loaded, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of a checkpoint, as transformers makes them of parameters by FQN."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        logical = loaded.assignment.logical
+        view: Any = SimpleNamespace(
+            config=self.base.config,
+            get_parameter=None if logical is None else logical.get_parameter,
+            _weight_conversions=list(self.origin.conversions),
+        )
+        found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
+        return found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two options pack a weight into the same bytes."""
+    names = ("quant_type", "blocksize", "double_quant")
+    return type(one) is type(other) and all(getattr(one, n, None) == getattr(other, n, None) for n in names)
