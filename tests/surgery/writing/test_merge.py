@@ -13,6 +13,7 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,9 @@ def merge_on_a_rank(base: Path, adapter: Path, out: Path, most: int) -> None:
 
 
 def size_of(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
+    with suppress(FileNotFoundError):
+        return file.stat().st_size
+    return 0
 
 
 def merge_until_killed(base: Path, adapter: Path, out: Path, moments: Connection) -> None:
@@ -278,6 +281,7 @@ def test_any_number_of_ranks_and_any_kill_give_the_same_bytes(
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=merge_until_killed, args=(base, adapter, tmp_path / "killed", sender))
     process.start()
+    sender.close()  # so that its end is noticed
     moments = [receiver.recv() for _ in range(21)]
     process.join()
     assert all(found in (None, contents(merged)) for found, _ in moments)
@@ -392,7 +396,7 @@ def test_a_base_in_8_bits_is_merged_like_what_it_stands_for(base: Path, adapter:
     config = BitsAndBytesConfig(load_in_8bit=True)
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float16)
     model.save_pretrained(tmp_path / "base8")
-    base16 = surgery.dequantize(tmp_path / "base8", tmp_path / "base16")
+    base16 = surgery.dequantize(tmp_path / "base8", tmp_path / "base16", dtype=torch.float16)
     surgery.merge(tmp_path / "base8", adapter, tmp_path / "from8")
     surgery.merge(base16, adapter, tmp_path / "from16")
     assert different(tmp_path / "from8", tmp_path / "from16") == []
