@@ -1,4 +1,4 @@
-"""What an export makes of each tensor of a model, known before one is gathered: cast, merged, packed, taken apart."""
+"""The plan of an export, made before a tensor is gathered: which are cast, merged, packed, taken apart."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class Planner:
         )
 
     def _values(self, loaded: Loaded) -> list[Value]:
-        """What the names of a tensor have become: one value, or more where adapters have changed them differently."""
+        """The values of a tensor: one, or more where adapters have changed its names differently."""
         found: dict[object, Value] = {}
         modules = []
         for (reference, leaf), name in zip(loaded.places, loaded.names, strict=True):

@@ -114,7 +114,7 @@ def _divided(spans: Sequence[range], writers: int, numel: int) -> tuple[range, .
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapted:
-    """What the active adapters of a model make of its base: nothing, where there are none.
+    """The active adapters of a model, and the places of its base that they change; none by default.
 
     copies: modules -> trained copies that take their place. sites: layers of PEFT, on meta, by the place that they
     change. inputs: what the model holds for each parameter of these layers, by `id`.
@@ -127,7 +127,7 @@ class Adapted:
     inputs: Mapping[int, Part] = field(default_factory=dict)
 
     def inputs_of(self, site: MergeSite) -> dict[str, Part]:
-        """What the model holds for the inputs of `site` that its adapters have, by their names in it."""
+        """The tensors of the model for those inputs of `site` that its adapters have, by their names in it."""
         return {
             name: self.inputs[id(parameter)]
             for name, parameter in site.inputs.items()

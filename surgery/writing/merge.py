@@ -162,9 +162,7 @@ def _prepare(
 ) -> _Job:
     """Build the model and its adapters on meta, and match them with their files; nothing is read."""
     cpu = torch.device("cpu")
-    packing, own = checkpoint.packing, dtype or stored_dtype(checkpoint)
-    if own not in DTYPES.values():  # packed bytes, or 64 bits
-        own = packing.dtype if packing is not None else torch.float32
+    packing, own = checkpoint.packing, dtype or _dtype_of(checkpoint)
     model = build_on_meta(causal_lm(checkpoint, own), dtype=own, device=cpu)
     same_model(ranks, model, checkpoint)
     base = Base.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
@@ -191,6 +189,14 @@ def _prepare(
         dtype=own if dtype is not None or packing is not None else None,
         quantization=quantization,
     )
+
+
+def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of a model: what config.json says, also of packed weights, or else that of most of the weights."""
+    config = checkpoint.config or {}
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    found = named if named in DTYPES.values() else stored_dtype(checkpoint)
+    return found if found in DTYPES.values() else torch.float32
 
 
 def _quantization(

@@ -6,10 +6,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -34,6 +35,8 @@ MUTATING = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 #: Options of LoRA that change the modules that there are, beside PEFT's variants of LoRA, which look at the input or
 #: change the base.
 UNMERGEABLE = ("layer_replication", "megatron_config", "use_qalora")
+
+Convert: TypeAlias = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -178,17 +181,27 @@ class Matched:
     """A stored adapter and its places in an adapted model on meta.
 
     keys: the file's key of each parameter that it fills, by `id`. replaced: FQN of a parameter or buffer of the base
-    model -> key of the tensor that takes its place. Two FQNs have one key if PEFT ties them.
+    model -> key of the tensor that takes its place. Two FQNs have one key if PEFT ties them. convert: makes the tensors
+    of these keys of those in the file, which has the names of an older layout of the model; None where they are it.
     """
 
     adapter: StoredAdapter
     keys: Mapping[int, str]
     replaced: Mapping[str, str]
+    convert: Convert | None = None
+
+    @cached_property
+    def _converted(self) -> dict[str, torch.Tensor]:
+        """All tensors of the file, converted; in memory from then on."""
+        assert self.convert is not None
+        with Reader(self.adapter.index) as reader:
+            return self.convert({name: reader.read(name) for name in self.adapter.index})
 
     def inputs(self, site: MergeSite, reader: Reader) -> dict[str, torch.Tensor]:
         """The values of this adapter for `site`, read in float32, as PEFT has them."""
         wanted = {name: self.keys[id(p)] for name, p in site.inputs.items() if id(p) in self.keys}
-        return {name: reader.read(self.adapter.index[key]).to(torch.float32) for name, key in wanted.items()}
+        read = reader.read if self.convert is None else self._converted.__getitem__
+        return {name: read(key).to(torch.float32) for name, key in wanted.items()}
 
 
 def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[str, torch.Tensor]) -> Matched:
@@ -202,20 +215,43 @@ def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[s
     except Exception as error:
         raise ConfigError(f"{adapter.path}: PEFT cannot name its tensors: {type(error).__name__}: {error}") from error
     expected |= _embeddings(adapter, adapted, expected)
-    missing, unknown = sorted(expected.keys() - adapter.index.keys()), sorted(adapter.index.keys() - expected.keys())
+    found = {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in adapter.index.items()}
+    convert = None if found.keys() == expected.keys() else _conversion(name, adapted)
+    if convert is not None and convert(found).keys() == expected.keys():
+        found = convert(found)
+    else:
+        convert = None
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise _mismatch(adapter, missing, unknown)
     for key, parameter in expected.items():
-        entry = adapter.index[key]
-        if tuple(parameter.shape) != entry.shape or not entry.dtype.is_floating_point:
+        if parameter.shape != found[key].shape or not found[key].dtype.is_floating_point:
             raise WeightsMismatchError(
                 f"{adapter.path}: expected {key} of shape {tuple(parameter.shape)} for this base and the rank that "
-                f"adapter_config.json gives, found {entry.shape} of {entry.dtype}: it is the adapter of another base, "
-                "or its configuration is another's",
-                path=entry.file,
+                f"adapter_config.json gives, found {tuple(found[key].shape)} of {found[key].dtype}: it is the adapter "
+                "of another base, or its configuration is another's",
+                path=adapter.path / WEIGHTS,
                 tensor=key,
             )
-    return _placed(adapter, name, adapted, base, expected)
+    keys = {id(parameter): key for key, parameter in expected.items()}
+    replaced = dict(_replaced(adapter, name, adapted, base, keys))
+    return Matched(adapter=adapter, keys=keys, replaced=replaced, convert=convert)
+
+
+def _conversion(name: str, adapted: PeftModel) -> Convert | None:
+    """PEFT's conversion of the tensors of an adapter from an older layout of the model; None if it has none."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # older releases take a file's keys as they are
+        return None
+
+    def convert(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = convert_peft_adapter_state_dict_for_transformers(
+            adapted, adapted.peft_config[name], dict(tensors), name
+        )
+        return made
+
+    return convert
 
 
 def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,20 +262,15 @@ def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, tor
     return {key: state[key] for key in adapter.index if key not in expected and key in state and id(state[key]) in held}
 
 
-def _placed(
-    adapter: StoredAdapter,
-    name: str,
-    adapted: Any,
-    base: Mapping[str, torch.Tensor],
-    expected: Mapping[str, torch.Tensor],
-) -> Matched:
+def _replaced(
+    adapter: StoredAdapter, name: str, adapted: Any, base: Mapping[str, torch.Tensor], keys: Mapping[int, str]
+) -> Iterator[tuple[str, str]]:
+    """FQNs in the base model of what the adapter has whole, and the keys of those tensors."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    keys = {id(parameter): key for key, parameter in expected.items()}
     layers: list[Any] = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
     inside = (named for layer in layers for named in layer.named_parameters())
     own = {id(p) for part, p in inside if not part.startswith("base_layer.")}
-    replaced = {}
     for place, tensor in adapted.state_dict(keep_vars=True).items():
         if id(tensor) not in keys or id(tensor) in own:
             continue
@@ -250,8 +281,7 @@ def _placed(
                 f"{adapter.path}: {place} is adapted and saved whole at once, which cannot be merged here: merge it "
                 "with PEFT's merge_and_unload"
             )
-        replaced[fqn] = keys[id(tensor)]
-    return Matched(adapter=adapter, keys=keys, replaced=replaced)
+        yield fqn, keys[id(tensor)]
 
 
 def _mismatch(adapter: StoredAdapter, missing: Sequence[str], unknown: Sequence[str]) -> WeightsMismatchError:
