@@ -53,7 +53,8 @@ check: venv
 
 # One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. The tests that
 # use one core run two at a time, unless PYTEST_ARGS names files; code 5 means that it selects none of them.
-SURGERY_ALONE := adapters attestation doctor model passes planning quantizers tracing test_generate.py
+SURGERY_ALONE := adapters attestation checkpoint comm doctor lifetime model passes planning quantizers sharding telemetry \
+	tracing test_bound.py test_cli.py test_generate.py test_guards.py test_help.py
 ONE_CORE := tests/docs tests/packaging tests/patches tests/tools $(addprefix tests/surgery/,$(SURGERY_ALONE))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 

@@ -94,6 +94,7 @@ def qlora(
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         with everyone(ranks, device=device):
+            setting.strategy.check_group()
             # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             setting = setting.reading(opened)

@@ -59,7 +59,7 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 class PackedSettings:
     """The settings of a packed weight.
 
-    quant_type: `nf4`, `fp4` or `int8`. dtype: in which it is dequantized; in 4 bits that in which it was quantized.
+    quant_type: `nf4`, `fp4` or `int8`. dtype: in which it was quantized, and is dequantized; of int8 the model's.
     shape: the weight's own, `(out, in)`. blocksize: elements that share one absmax, a row of int8. nested_blocksize: of
     absmax values that share one. nested_offset: added to every absmax. threshold: of activations of int8 layers, above
     which a column is an outlier; of config.json.
@@ -144,7 +144,8 @@ class PackedWeight:
         absmax = self._absmax(read, start // size, -(-stop // size))
         blocks = torch.arange(start, stop) // size - start // size
         if self.quant_map is None:
-            return read(self.stored_as(torch.int8), start, stop) * absmax[blocks] * _STEP
+            values = read(self.stored_as(torch.int8), start, stop) * absmax[blocks] * _STEP
+            return values.to(self.settings.dtype)
         first, last = start // 2, -(-stop // 2)
         packed = read(self.stored_as(torch.uint8), first, last)
         nibbles = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[start - 2 * first : stop - 2 * first]
@@ -168,9 +169,9 @@ class PackedWeight:
 def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, read: Read) -> dict[str, PackedWeight]:
     """The packed weights of `index` by name; settings are read by `read`, in threads.
 
-    config: the content of config.json, whose quantization_config has the threshold of layers in 8 bits. Raises
-    `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in settings
-    that no version of bitsandbytes writes.
+    config: the content of config.json, which has the dtype of weights in 8 bits, and the threshold of their layers.
+    Raises `CheckpointError` for a weight of which a tensor is missing, of another size than its settings say, or in
+    settings that no version of bitsandbytes writes.
     """
     sides: dict[str, dict[str, TensorEntry]] = {}
     rows: dict[str, dict[str, TensorEntry]] = {}
@@ -179,17 +180,19 @@ def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, r
             sides.setdefault(found["weight"], {})[found["part"]] = entry
         elif found := _SIDE_8BIT.fullmatch(name):
             rows.setdefault(f"{found['module']}.weight", {})[found["part"]] = entry
-    threshold = _threshold(config or {}, path=path) if rows else THRESHOLD
+    of_model: dict[str, Any] = (
+        {"dtype": _dtype(config or {}), "threshold": _threshold(config or {}, path=path)} if rows else {}
+    )
     with ThreadPoolExecutor(THREADS, thread_name_prefix="surgery-packed") as pool:
         made = [
             *pool.map(lambda item: _made(index, *item, path=path, read=read), sides.items()),
-            *pool.map(lambda item: _made_8bit(index, *item, path=path, read=read, threshold=threshold), rows.items()),
+            *pool.map(lambda item: _made_8bit(index, *item, path=path, read=read, **of_model), rows.items()),
         ]
     return {weight.name: weight for weight in made}
 
 
 def _made_8bit(
-    index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Path, read: Read, threshold: float
+    index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Path, read: Read, **of_model: Any
 ) -> PackedWeight:
     data, absmax, state = index.get(name), parts.get("SCB"), parts.get("weight_format")
     if data is None or absmax is None:
@@ -212,14 +215,21 @@ def _made_8bit(
             path=path,
             tensor=state.name,
         )
-    settings = PackedSettings(
-        quant_type=INT8, blocksize=data.shape[1], dtype=torch.float32, shape=tuple(data.shape), threshold=threshold
-    )
+    settings = PackedSettings(quant_type=INT8, blocksize=data.shape[1], shape=tuple(data.shape), **of_model)
     return PackedWeight(data=data, absmax=absmax, state=state, settings=settings)
 
 
 def _described(entry: TensorEntry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')} of shape {tuple(entry.shape)}"
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the model; float16, from which LLM.int8 quantizes, if `config` has none."""
+    for part in (config, config.get("text_config")):
+        name = (part.get("dtype") or part.get("torch_dtype")) if isinstance(part, Mapping) else None
+        if isinstance(name, str) and name in _DTYPES:
+            return _DTYPES[name]
+    return torch.float16
 
 
 def _threshold(config: Mapping[str, Any], *, path: Path) -> float:

@@ -138,6 +138,15 @@ class Bnb8bit(QuantFormat):
         """`SCB`, the largest absolute values of rows, `(out,)` float32."""
         return statistics
 
+    @staticmethod
+    def like(parameter: Any, data: torch.Tensor) -> nn.Parameter:
+        """An `Int8Params` with the same statistics, or a plain parameter, as `parameter` is."""
+        from bitsandbytes.nn import Int8Params
+
+        if not isinstance(parameter, Int8Params):
+            return QuantFormat.like(parameter, data)
+        return Int8Params(data, requires_grad=False, CB=None if parameter.CB is None else data, SCB=parameter.SCB)
+
     def state_of(self, module: Any) -> torch.Tensor:
         """`SCB`: of a whole layer that of the state, or of the parameter until a forward has moved it."""
         found: torch.Tensor | None = vars(module).get("quant_state", module.state.SCB)

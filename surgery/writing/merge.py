@@ -70,7 +70,7 @@ def merge(
         adapters: folders, or hub ids, of LoRA adapters as PEFT saves them, in the order in which they are merged.
         directory: for the output, which is there whole or not at all.
         weights: with which each adapter is merged; none is 1 for all.
-        dtype: of the output; None is that of the base, for a packed one that in which it was quantized.
+        dtype: of the output; None is that of the base, as its config.json says.
         quant: how linear weights of the output are quantized; None leaves all in 16 or 32 bits. What is packed in the
             base, in the same way, and stays as it is, is copied.
         revision: of a hub id; None is the one that the adapters were trained on, if they say so of this base.
@@ -104,6 +104,8 @@ def merge(
             checkpoint = base if isinstance(base, Checkpoint) else _open_base(base, stored, revision)
             check_together(stored, checkpoint)
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
+            for adapter in stored[ranks.rank :: ranks.world_size]:
+                adapter.check_finite()
             files = _files(job, stored)
             text = _identity(job, stored)
         with (
@@ -160,8 +162,9 @@ def _prepare(
 ) -> _Job:
     """Build the model and its adapters on meta, and match them with their files; nothing is read."""
     cpu = torch.device("cpu")
-    packing = checkpoint.packing
-    own = dtype or (packing.dtype if packing is not None else stored_dtype(checkpoint))
+    packing, own = checkpoint.packing, dtype or stored_dtype(checkpoint)
+    if own not in DTYPES.values():  # packed bytes, or 64 bits
+        own = packing.dtype if packing is not None else torch.float32
     model = build_on_meta(causal_lm(checkpoint, own), dtype=own, device=cpu)
     same_model(ranks, model, checkpoint)
     base = Base.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
@@ -229,24 +232,11 @@ def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:
 
 def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Path]:
     """Files beside the weights; the tokenizer is that of the last adapter that has one."""
-    config = dict(job.checkpoint.config or {})
-    parts = [config]
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = dict(config["text_config"])
-        parts.append(config["text_config"])
-    config.pop("quantization_config", None)
-    if job.quantization is not None:
-        config["quantization_config"] = dict(job.quantization)
-    for part in parts:
-        if job.dtype is not None and (part is config or {"dtype", "torch_dtype"} & part.keys()):
-            part.pop("torch_dtype", None)
-            part["dtype"] = str(job.dtype).removeprefix("torch.")
-        if job.untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
     rows = {
         f"adapter {number}": f"{each.path.name}: {_described(each)}" for number, each in enumerate(adapters, start=1)
     }
-    files = sidecars(job.checkpoint, config, title="Base model with merged adapters", relation="merge", settings=rows)
+    config, title = _config(job), "Base model with merged adapters"
+    files = sidecars(job.checkpoint, config, title=title, relation="merge", settings=rows)
     for each in adapters:
         own: dict[str, bytes | Path] = {
             name: each.path / name for name in TOKENIZER_FILES if (each.path / name).is_file()
@@ -254,6 +244,20 @@ def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Pa
         if own:
             files = {name: file for name, file in files.items() if name not in TOKENIZER_FILES} | own
     return files
+
+
+def _config(job: _Job) -> dict[str, Any]:
+    """The config.json of the output: the base's, with its dtype, quantization and ties as they are now."""
+    config = copy.deepcopy(job.checkpoint.config or {})
+    text = config.get("text_config")
+    for part in (config, text) if isinstance(text, dict) else (config,):
+        part.pop("quantization_config", None)
+        if job.dtype is not None and (part is config or not {"dtype", "torch_dtype"}.isdisjoint(part)):
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(job.dtype).removeprefix("torch.")
+        if job.untied and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return config if job.quantization is None else {**config, "quantization_config": dict(job.quantization)}
 
 
 def _described(adapter: StoredAdapter) -> str:

@@ -16,7 +16,7 @@ import torch
 from surgery.checkpoint import Checkpoint, Index, Reader
 from surgery.checkpoint.header import parse_json
 from surgery.checkpoint.hub import resolve
-from surgery.errors import CheckpointError, ConfigError, WeightsMismatchError
+from surgery.errors import AdapterError, CheckpointError, ConfigError, WeightsMismatchError
 from surgery.model.fqn import PEFT_PREFIX
 from surgery.writing.merging import MergeSite, adapter_keys
 
@@ -81,6 +81,22 @@ class StoredAdapter:
             )
         _check_weight(folder, config, weight)
         return cls(path=folder, config=config, index=Index.open(file), weight=weight, revision=found.revision)
+
+    def check_finite(self) -> None:
+        """Read all of it, a tensor at a time; raise `AdapterError` for values that are NaN or infinite."""
+        counts = {}
+        with Reader(self.index) as reader:
+            for name in self.index:
+                tensor = reader.read(name)
+                counts[name] = tensor.numel() - int(tensor.isfinite().sum())
+        bad = {name: count for name, count in counts.items() if count}
+        if bad:
+            raise AdapterError(
+                f"{self.path}: expected finite numbers, found NaN or infinity in {len(bad)} of {len(counts)} tensors: "
+                f"{', '.join([*bad][:SHOWN])}{', ...' if len(bad) > SHOWN else ''}. Nothing was written; take an "
+                "earlier checkpoint of the training",
+                not_finite=bad,
+            )
 
 
 def _read_config(folder: Path) -> LoraConfig:

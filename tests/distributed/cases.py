@@ -14,7 +14,7 @@ from surgery.sharding.fsdp2 import SHARDS_INTEGERS
 from tests.distributed.exactness import Case, quantized, save_packed
 from tests.helpers.models import save_tiny
 
-__all__ = ["CASES", "OFFLOADED", "ON_FOUR", "ON_ONE", "ON_TWO", "save_models"]
+__all__ = ["CASES", "OFFLOADED", "ON_FOUR", "ON_ONE", "ON_THREE", "ON_TWO", "save_models"]
 
 #: Dimensions that neither two nor three ranks divide: heads of 14, an inner size of 102.
 ODD: dict[str, Any] = {"hidden_size": 56, "intermediate_size": 102, "head_dim": 14, "vocab_size": 97}
@@ -156,6 +156,11 @@ CASES = [
     *STORED_CASES,
     *(INTEGER_CASES if Version(torch.__version__).release >= SHARDS_INTEGERS else ()),
 ]
+
+#: What is the same on two ranks and on three: how units are made, freed and recomputed, not what a rank keeps.
+_ON_TWO_ALONE = ("checkpointing", "shard-grad-op", "no-shard", "block-units", "accumulation", "kept", "mixed-precision")
+
+ON_THREE = [case for case in CASES if not any(name in case.name for name in _ON_TWO_ALONE)]
 
 #: Also on one rank, where a process group gathers from nobody.
 ON_ONE = [case for case in [*CASES, *DDP_ON_TWO] if case.kind in (FSDP2, DDP) and case.model in ("tied", "odd")]

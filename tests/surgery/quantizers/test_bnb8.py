@@ -153,12 +153,16 @@ def save(tensors: Tensors, folder: Path, **config: Any) -> Path:
 def test_dequantized_by_ranges_as_bitsandbytes(tmp_path: Path) -> None:
     tensors = packed()
     del tensors[FORMAT]  # as early versions saved
-    checkpoint = Checkpoint.open(save(tensors, tmp_path))
-    wanted = int8_vectorwise_dequant(tensors[W], tensors[SCB]).view(-1)
-    with checkpoint.reader() as reader:
-        for start, stop in ((0, 60), (7, 33), (59, 60)):
-            found = checkpoint.packed[W].dequantize(reader.read_range, start, stop)
-            assert torch.equal(found, wanted[start:stop])
+    save(tensors, tmp_path)
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16, "": torch.float16}.items():
+        (tmp_path / "config.json").write_text(json.dumps({"dtype": name}))
+        checkpoint = Checkpoint.open(tmp_path)
+        wanted = int8_vectorwise_dequant(tensors[W], tensors[SCB]).view(-1).to(dtype)
+        with checkpoint.reader() as reader:
+            for start, stop in ((0, 60), (7, 33), (59, 60)):
+                found = checkpoint.packed[W].dequantize(reader.read_range, start, stop)
+                assert torch.equal(found, wanted[start:stop])
+                assert found.dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 import surgery
@@ -33,6 +33,7 @@ from tests.helpers.models import save_tiny, tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
+WEIGHTS = "adapter_model.safetensors"
 TOKENS = torch.arange(5, 25)[None]
 EXPERTS = {"num_experts": 6, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
 EVERYTHING = ["q_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"]
@@ -278,7 +279,7 @@ def test_only_a_part_of_a_weight_is_in_memory(tmp_path: Path) -> None:
     ((_, adapted),) = merging.adapt(model, {"default": lora})
     keys = merging.adapter_keys(adapted, "default")
     lora.save_pretrained(str(adapter))
-    save_file({key: torch.full(each.shape, 0.01) for key, each in keys.items()}, adapter / "adapter_model.safetensors")
+    save_file({key: torch.full(each.shape, 0.01) for key, each in keys.items()}, adapter / WEIGHTS)
     del values, model, adapted, keys
     gc.collect()
     before, seen = anonymous_memory(), [0]
@@ -306,12 +307,12 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
         (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
         return folder
 
-    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = load_file(adapter / WEIGHTS)
     first = next(name for name in weights if "q_proj.lora_A" in name)
     lacking, more, pickle, text = (changed(name) for name in ("lacking", "more", "pickle", "text"))
-    save_file({n: t for n, t in weights.items() if n != first}, lacking / "adapter_model.safetensors")
-    save_file({**weights, "base_model.model.other.lora_A.weight": torch.ones(2, 2)}, more / "adapter_model.safetensors")
-    (pickle / "adapter_model.safetensors").rename(pickle / "adapter_model.bin")
+    save_file({n: t for n, t in weights.items() if n != first}, lacking / WEIGHTS)
+    save_file({**weights, "base_model.model.other.lora_A.weight": torch.ones(2, 2)}, more / WEIGHTS)
+    (pickle / WEIGHTS).rename(pickle / "adapter_model.bin")
     (text / "adapter_config.json").write_text("{")
     wide = save_tiny(tmp_path / "wide", hidden_size=128)
     old, new = "a" * 40, "b" * 40
@@ -340,11 +341,36 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
 
 
 def test_values_that_are_not_finite_are_named(base: Path, adapter: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(adapter, tmp_path / "broken"))
-    weights = load_file(adapter / "adapter_model.safetensors")
+    """Of an adapter before anything is written; and where a sum is beyond the dtype."""
+    folder, weights = Path(shutil.copytree(adapter, tmp_path / "broken")), load_file(adapter / WEIGHTS)
     name = next(each for each in weights if "1.mlp.up_proj.lora_B" in each)
-    weights[name][7, 0] = float("inf")
-    save_file(weights, folder / "adapter_model.safetensors")
-    with pytest.raises(ExportError, match=r"model.layers.1.mlp.up_proj.weight: expected finite numbers.*found 64 of"):
-        surgery.merge(base, folder, tmp_path / "out")
+    save_file({**weights, name: torch.full_like(weights[name], float("inf"))}, folder / WEIGHTS)
+    said = refused(tmp_path, base, str(folder))
+    assert f"found NaN or infinity in 1 of {len(weights)} tensors: {name}." in said
+    save_file({**weights, name: torch.full_like(weights[name], 1e7)}, folder / WEIGHTS)
+    with pytest.raises(ExportError, match=r"model.layers.1.mlp.up_proj.weight: expected finite numbers.*float16 holds"):
+        surgery.merge(base, folder, tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_that_is_stored_too_keeps_its_name(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "qwen2", shard_size="1GB", tie_word_embeddings=True)
+    adapter = make_adapter(base, tmp_path / "adapter", 1, target_modules=["lm_head"])
+    found = tensors(base)
+    embedding = found["model.embed_tokens.weight"]
+    save_file({**found, "lm_head.weight": embedding.clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    surgery.merge(base, adapter, tmp_path / "out")
+    merged = tensors(tmp_path / "out")
+    assert merged.keys() == {*found, "lm_head.weight"}
+    assert torch.equal(merged["model.embed_tokens.weight"], embedding)
+    assert not torch.equal(merged["lm_head.weight"], embedding)
+
+
+def test_a_base_in_8_bits_is_merged_like_what_it_stands_for(base: Path, adapter: Path, tmp_path: Path) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float16)
+    model.save_pretrained(tmp_path / "base8")
+    base16 = surgery.dequantize(tmp_path / "base8", tmp_path / "base16")
+    surgery.merge(tmp_path / "base8", adapter, tmp_path / "from8")
+    surgery.merge(base16, adapter, tmp_path / "from16")
+    assert different(tmp_path / "from8", tmp_path / "from16") == []
