@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,3 +141,17 @@ class Assignment:
         assert self.logical is not None
         converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def revert(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, conversions: Sequence[Any]
+    ) -> dict[str, torch.Tensor]:
+        """`{source: tensor}` from `{target: tensor}`, as `save_pretrained` makes it by all `conversions` of a model."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        view: Any = SimpleNamespace(
+            config=config,
+            get_parameter=None if self.logical is None else self.logical.get_parameter,
+            _weight_conversions=list(conversions),
+        )
+        found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
+        return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from surgery.sharding.base import Part
 from surgery.writing.live import Adapted, Place
 from surgery.writing.merging import MergeSite
 from surgery.writing.output import Planned
+from surgery.writing.packing import planned_beside
 
 __all__ = ["Form", "Planner", "Value", "Work", "form_of"]
 
@@ -291,12 +291,10 @@ class Planner:
         name = source if is_its_own else loaded.names[0]
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
         rows = packed.layout(None).packed_shape(shape, packed.storage)
-        found = [Planned(name=name, dtype=packed.storage, shape=rows)]
-        for end, of in packed.saved_shapes(shape.numel()).items():
-            known = {} if of is None else {"dtype": of[0]}
-            found.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+        beside = planned_beside(name, packed, shape.numel())
+        found = (Planned(name=name, dtype=packed.storage, shape=rows), *beside)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return Work(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+        return Work(tensors=found, values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
 
     def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Work:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""
@@ -318,16 +316,7 @@ class Planner:
 
     def taken_apart(self, loaded: Loaded, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, as transformers makes them of parameters by FQN."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        logical = loaded.assignment.logical
-        view: Any = SimpleNamespace(
-            config=self.base.config,
-            get_parameter=None if logical is None else logical.get_parameter,
-            _weight_conversions=list(self.origin.conversions),
-        )
-        found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
-        return found
+        return loaded.assignment.revert(tensors, self.base.config, self.origin.conversions)
 
 
 def _alike(one: Any, other: Any) -> bool:

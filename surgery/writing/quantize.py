@@ -36,6 +36,7 @@ from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
 from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
+from surgery.writing.packing import planned_beside
 from surgery.writing.sidecars import sidecars
 
 __all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
@@ -271,11 +272,8 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
 def _entries(prepared: Prepared, target: Target) -> Iterator[Planned]:
     name = _name(target)
     yield Planned(name=name, dtype=target.dtype, shape=tuple(target.shape))
-    if target.logical is None:
-        return
-    for end, of in prepared.setting.format.saved_shapes(target.logical.numel()).items():
-        known = {} if of is None else {"dtype": of[0]}
-        yield Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known)
+    if target.logical is not None:
+        yield from planned_beside(name, prepared.setting.format, target.logical.numel())
 
 
 def _name(target: Target) -> str:
