@@ -28,7 +28,7 @@ from surgery.model.weights import plan_weights
 from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for
 from surgery.telemetry.report import Report
-from surgery.writing.merge_adapters import Matched, StoredAdapter, check_together, match
+from surgery.writing.merge_adapters import Matched, MergeAdapter, check_together, match
 from surgery.writing.merge_plan import Base, Readers, Work, changes_of, plan_work
 from surgery.writing.merging import adapt, find_sites
 from surgery.writing.output import MAX_SHARD_BYTES, Output, Planned, output
@@ -98,9 +98,11 @@ def merge(
                     else "expected at least one adapter to merge, found none"
                 )
             stored = [
-                StoredAdapter.open(source, weight=weight)
+                replace(MergeAdapter.open(source), weight=weight)
                 for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True)
             ]
+            for adapter in stored:
+                adapter.check()
             checkpoint = base if isinstance(base, Checkpoint) else _open_base(base, stored, revision)
             check_together(stored, checkpoint)
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
@@ -145,9 +147,9 @@ class _Job:
         return (planned for work in self.works for planned in work.made)
 
 
-def _open_base(base: Source, adapters: Sequence[StoredAdapter], revision: str | None) -> Checkpoint:
+def _open_base(base: Source, adapters: Sequence[MergeAdapter], revision: str | None) -> Checkpoint:
     """The base, at the revision that an adapter was trained on if none is given."""
-    recorded = {each.config.revision for each in adapters if each.config.base_model_name_or_path == os.fspath(base)}
+    recorded = {each.base.revision for each in adapters if each.base.name == os.fspath(base)}
     if revision is None and len(recorded) == 1 and not Path(base).exists():
         (revision,) = recorded
     return Checkpoint.open(base, revision=revision)
@@ -155,7 +157,7 @@ def _open_base(base: Source, adapters: Sequence[StoredAdapter], revision: str | 
 
 def _prepare(
     checkpoint: Checkpoint,
-    adapters: Sequence[StoredAdapter],
+    adapters: Sequence[MergeAdapter],
     dtype: torch.dtype | None,
     quant: Quant | None,
     ranks: Ranks,
@@ -194,8 +196,8 @@ def _prepare(
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of a model: what config.json says, also of packed weights, or else that of most of the weights."""
     config = checkpoint.config or {}
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    found = named if named in DTYPES.values() else stored_dtype(checkpoint)
+    named: Any = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    found: torch.dtype = named if named in DTYPES.values() else stored_dtype(checkpoint)
     return found if found in DTYPES.values() else torch.float32
 
 
@@ -236,7 +238,7 @@ def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:
         readers.base.check_unchanged()
 
 
-def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Path]:
+def _files(job: _Job, adapters: Sequence[MergeAdapter]) -> dict[str, bytes | Path]:
     """Files beside the weights; the tokenizer is that of the last adapter that has one."""
     rows = {
         f"adapter {number}": f"{each.path.name}: {_described(each)}" for number, each in enumerate(adapters, start=1)
@@ -266,13 +268,13 @@ def _config(job: _Job) -> dict[str, Any]:
     return config if job.quantization is None else {**config, "quantization_config": dict(job.quantization)}
 
 
-def _described(adapter: StoredAdapter) -> str:
+def _described(adapter: MergeAdapter) -> str:
     config = adapter.config
     kinds = ["DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA", f"rank {config.r}"]
     return ", ".join([*kinds, f"alpha {config.lora_alpha}", f"weight {adapter.weight:g}"])
 
 
-def _identity(job: _Job, adapters: Sequence[StoredAdapter]) -> str:
+def _identity(job: _Job, adapters: Sequence[MergeAdapter]) -> str:
     """All that the values depend on, as text."""
     options = [[each.identity, sorted(adapter_facts(each.config).items()), each.weight] for each in adapters]
     return json.dumps(["merge", identity(job.checkpoint), options, str(job.dtype), str(job.quantization), versions()])

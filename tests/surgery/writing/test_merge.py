@@ -342,24 +342,25 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
     (text / "adapter_config.json").write_text("{")
     wide = save_tiny(tmp_path / "wide", hidden_size=128)
     old, new = "a" * 40, "b" * 40
-    cached = Path(shutil.copytree(base, tmp_path / "hub" / "snapshots" / old))
+    cached = Path(shutil.copytree(base, tmp_path / "models--team--tiny" / "snapshots" / old))
     cases = [
-        (base, [str(changed("rank", r=4))], f"expected {first} of shape (4, 64)"),
-        (wide, [str(adapter)], "found (8, 64)"),
-        (base, [str(lacking)], f"found 1 missing: {first}"),
-        (base, [str(more)], "found 1 unknown: base_model.model.other.lora_A.weight"),
+        (base, [str(changed("rank", r=4))], f"expected {min(weights)} of shape (4, 112)"),
+        (wide, [str(adapter)], "found (64, 8)"),
+        (base, [str(lacking)], f"expected 1 tensors more: {first}"),
+        (base, [str(more)], "found 1 that belong nowhere: base_model.model.other.lora_A.weight"),
         (base, [str(pickle)], "found adapter_model.bin, a pickle"),
-        (base, [str(text)], "Cannot read the configuration of an adapter"),
-        (base, [str(changed("kind", peft_type="LOHA"))], "expected an adapter of peft_type LORA, found 'LOHA'"),
+        (base, [str(text)], "adapter_config.json cannot be read"),
+        (base, [str(changed("kind", peft_type="LOHA"))], "expected peft_type LORA, found 'LOHA'"),
         (base, [str(changed("task", task_type="SEQ_CLS"))], "expected an adapter of a causal language model"),
-        (base, [str(changed("init", init_lora_weights="pissa"))], "has changed the base weights before training"),
-        (base, [str(changed("arrow", use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}))], "with use_bdlora"),
+        (base, [str(changed("init", init_lora_weights="pissa"))], "belongs to base weights that PEFT changed"),
+        (base, [str(changed("arrow", use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}))], "use_bdlora="),
+        (base, [str(changed("tokens", alora_invocation_tokens=[1]))], "with alora_invocation_tokens"),
         (base, [str(changed("names", target_modules=["nothing"]))], "PEFT cannot put the adapter"),
-        (cached, [str(changed("revision", revision=new))], f"at revision {new}, found {cached} at {old}"),
+        (cached, [str(changed("revision", revision=new, base_model_name_or_path="team/tiny"))], f"found commit {old}"),
         (base, [str(adapter), "--weight", "1", "--weight", "2"], "one for each of 1 adapters, found 2"),
         (base, [str(adapter), "--weight", "nan"], "expected a finite number"),
         (base, [str(changed("dora", use_dora=True)), "--weight", "0.5"], "it has use_dora"),
-        (base, [str(tmp_path / "none")], "There is no checkpoint at"),
+        (base, [str(tmp_path / "none")], "found nothing at"),
     ]
     for source, arguments, expected in cases:
         assert expected in refused(tmp_path, source, *arguments)
