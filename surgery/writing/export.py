@@ -26,12 +26,12 @@ from surgery.passes.lifetime import waiting_in
 from surgery.passes.origin import origin_of
 from surgery.sharding.base import Part, strategy_of
 from surgery.telemetry.report import Report
-from surgery.writing.export_plan import Planner, Value, Work, form_of
+from surgery.writing.export_plan import Planner, Product, Value, form_of
 from surgery.writing.live import Adapted, Tensors, adapted_by
 from surgery.writing.merging import chunks
 from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
 from surgery.writing.packing import Packer, finite, write_state
-from surgery.writing.sidecars import sidecars
+from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["export"]
 
@@ -138,7 +138,7 @@ class _Writing:
     planner: Planner
     out: Output
 
-    def write_share(self, part: Work, *, has_state: bool) -> None:
+    def write_share(self, part: Product, *, has_state: bool) -> None:
         """Write this rank's share of a part that nobody has to have whole."""
         (value,) = part.values
         name = part.tensors[0].name
@@ -156,7 +156,7 @@ class _Writing:
             piece = value.elements(data, start * many, first, min(first + CHUNK, last))
             self.out.write(name, finite(piece, name), first)
 
-    def write_gathered(self, parts: Sequence[Work]) -> int:
+    def write_gathered(self, parts: Sequence[Product]) -> int:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
@@ -170,13 +170,13 @@ class _Writing:
             self._write_whole(*mine)
             return size
 
-    def _needed(self, part: Work) -> Iterator[Part]:
+    def _needed(self, part: Product) -> Iterator[Part]:
         for value in part.values:
             yield from (value.held, *(other.held for other in value.beside))
             for site in value.sites:
                 yield from self.planner.adapted.inputs_of(site).values()
 
-    def _write_whole(self, part: Work, got: Mapping[Part, torch.Tensor]) -> None:
+    def _write_whole(self, part: Product, got: Mapping[Part, torch.Tensor]) -> None:
         name, value = part.tensors[0].name, part.values[0]
         if part.loaded:
             made = {
@@ -245,18 +245,12 @@ def _files(planner: Planner) -> dict[str, bytes | Path]:
 def _config(planner: Planner) -> dict[str, Any]:
     """The checkpoint's config.json with what has changed."""
     form, live = planner.form, getattr(planner.base, "config", None)
-    config = dict(planner.origin.checkpoint.config or {})
+    config = planner.origin.checkpoint.config or {}
     if live is not None and config.get("model_type") != live.model_type:  # the text model of a composite one
         config = json.loads(live.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
-    parts = [config]
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = dict(config["text_config"])
-        parts.append(config["text_config"])
-    config.setdefault("dtype")
-    dtype = str(form.dtype or planner.origin.setting.dtype).removeprefix("torch.")
-    for part in parts:
-        part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
-        if planner.untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    return config | ({"quantization_config": dict(form.config)} if form.packed is not None else {})
+    return changed_config(
+        config,
+        dtype=form.dtype or planner.origin.setting.dtype,
+        untied=planner.untied,
+        quantization=None if form.packed is None else form.config,
+    )

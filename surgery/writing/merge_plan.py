@@ -25,7 +25,7 @@ from surgery.writing.merging import MergeSite, chunks
 from surgery.writing.output import Output, Planned
 from surgery.writing.packing import Packer, finite, planned_beside
 
-__all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
+__all__ = ["BaseModel", "Change", "Readers", "Work", "changes_of", "plan_work"]
 
 #: Elements that are unpacked at a time, each with some 30 bytes of temporaries.
 UNPACKED = 1 << 19
@@ -48,7 +48,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Base:
+class BaseModel:
     """The base model, on meta, before it was adapted.
 
     tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: modules by any
@@ -254,7 +254,7 @@ class Fused(Work):
 
     assignment: Assignment = field(repr=False)
     changes: Mapping[str, Change]
-    base: Base = field(repr=False)
+    base: BaseModel = field(repr=False)
 
     @property
     def cost(self) -> int:
@@ -290,7 +290,7 @@ def _merge_in_place(
         part.copy_(_merged(site, inputs, leaf, part, rows))
 
 
-def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoint) -> None:
+def _check_taken_apart(base: BaseModel, assignment: Assignment, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` unless, on meta, the names and shapes of the base come out."""
     meta = {name: torch.empty(checkpoint.logical(name).shape, device="meta") for name in assignment.sources}
     try:
@@ -307,7 +307,7 @@ def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoin
         )
 
 
-def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
+def changes_of(base: BaseModel, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
     """Changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
     found: dict[str, Change] = {}
     for each in matched:
@@ -363,7 +363,7 @@ def _check_tokens(site: MergeSite) -> None:
 
 
 def plan_work(
-    base: Base,
+    base: BaseModel,
     checkpoint: Checkpoint,
     changes: Mapping[str, Change],
     *,
@@ -412,7 +412,7 @@ def plan_work(
     return tuple(work for each in works.values() for work in each), untied
 
 
-def _untied_key(base: Base, name: str) -> str:
+def _untied_key(base: BaseModel, name: str) -> str:
     """The key of an embedding or a head that is no longer tied. Raises `ConfigError` where another tensor is."""
     if name in base.keys and split(name)[0] in base.ends:
         return base.keys[name]
@@ -423,7 +423,7 @@ def _untied_key(base: Base, name: str) -> str:
 
 
 def _one(
-    base: Base,
+    base: BaseModel,
     checkpoint: Checkpoint,
     fqn: str,
     source: str,

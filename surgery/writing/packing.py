@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from surgery.errors import ExportError
+from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, check_run
 from surgery.writing.output import Output, Planned
 
-__all__ = ["Packer", "finite", "planned_beside", "write_state"]
+__all__ = ["Packer", "finite", "planned_beside", "quantized_in", "write_state"]
 
 
 def planned_beside(name: str, quant: QuantFormat, numel: int) -> Iterator[Planned]:
@@ -18,6 +20,16 @@ def planned_beside(name: str, quant: QuantFormat, numel: int) -> Iterator[Planne
     for end, of in quant.saved_shapes(numel).items():
         known = {} if of is None else {"dtype": of[0]}
         yield Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known)
+
+
+def quantized_in(model: Any, quant: QuantFormat) -> tuple[frozenset[str], dict[str, Any]]:
+    """FQNs of the modules of `model`, on meta, that are quantized, and its `quantization_config` then.
+
+    `model` is changed.
+    """
+    chosen = quantizable(model, quant)
+    Replace(quant=quant, chosen=chosen).run(model)
+    return frozenset(site.fqn for site in chosen), model.config.quantization_config.to_dict()
 
 
 def finite(tensor: torch.Tensor, name: str, place: str = "") -> torch.Tensor:

@@ -37,7 +37,7 @@ from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
 from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
 from surgery.writing.packing import planned_beside
-from surgery.writing.sidecars import sidecars
+from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
 
@@ -285,26 +285,20 @@ def _name(target: Target) -> str:
 
 def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
     setting, model = prepared.setting, prepared.model
-    dtype = _short(setting.dtype)
-    config = {name: value for name, value in (checkpoint.config or {}).items() if name != "quantization_config"}
-    # Both names, where an older release of transformers has written the checkpoint and may read this one.
-    config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config or name == "dtype"}
+    written: Any = getattr(model, "config", None)
+    quantization = None if setting.quant is None else written.quantization_config.to_dict()
+    config = changed_config(checkpoint.config, dtype=setting.dtype, quantization=quantization)
+    dtype = config["dtype"]
     name = Path(checkpoint.source).name or checkpoint.path.name
     if setting.quant is None:
         settings = {"dequantized from": checkpoint.packing.kind if checkpoint.packing else None, "dtype": dtype}
         return sidecars(checkpoint, config, title=f"{name}, dequantized", relation="finetune", settings=settings)
-    written: Any = model.config
-    config["quantization_config"] = written.quantization_config.to_dict()
     settings = {
         "quantization": f"{setting.format.label}, {setting.format.description}",
         "double quantization": setting.quant.double_quant,
         "quantized in": dtype,
     }
     return sidecars(checkpoint, config, title=f"{name} in 4 bits", relation="quantized", settings=settings)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _stream(
