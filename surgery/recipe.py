@@ -18,6 +18,7 @@ from surgery.comm.failures import everyone
 from surgery.config import Quant
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
+from surgery.passes.lifetime import release
 from surgery.passes.prepare import prepare
 from surgery.telemetry.report import Report
 from surgery.writing.cache import packed_in
@@ -94,7 +95,7 @@ def qlora(
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
         with everyone(ranks, device=device):
-            setting.strategy.check_group()
+            setting.strategy.check_group()  # which needs no checkpoint
             # Collective for a hub id, but then it fails on all ranks or on none, so that they meet all the same.
             opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
             setting = setting.reading(opened)
@@ -106,6 +107,10 @@ def qlora(
         adapted = complete(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
         name_base(adapted, opened)
         if saved is not None:
-            with report.phase("adapter"):
-                fill_adapter(adapted, saved, ranks)
+            try:
+                with report.phase("adapter"):
+                    fill_adapter(adapted, saved, ranks)
+            except BaseException:
+                release(adapted)  # which nobody else has
+                raise
         return adapted

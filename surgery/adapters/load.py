@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.adapters.attach import PLAIN
+from surgery.adapters.attach import PLAIN, needs_weights
 from surgery.adapters.metadata import base_of
 from surgery.adapters.rehearsal import check_quantized
 from surgery.adapters.save import adapter_parts, belongs_to, find_peft_model, search_peft_model
@@ -105,14 +105,14 @@ def load_adapter(
     model = _added(model, adapted, config, name)
     with everyone(ranks, device=device):
         _write(adapter_parts(model, name), values)
-    if config.modules_to_save and _is_on_meta(model):
+    if needs_weights(config) and _is_on_meta(model):
         _later.setdefault(model, []).append((saved, name))
     if base is not None:
         config.base_model_name_or_path, config.revision = base.name, base.revision or saved.base.revision
     return _activated(model, name, trainable=trainable)
 
 
-#: By the model that waits for its weights: adapters with copies of modules, which are filled like these modules.
+#: By the model that waits for its weights: adapters with parameters that are made of weights when it is filled.
 _later: weakref.WeakKeyDictionary[nn.Module, list[tuple[SavedAdapter, str]]] = weakref.WeakKeyDictionary()
 
 

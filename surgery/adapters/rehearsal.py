@@ -194,7 +194,7 @@ def check_quantized(adapted: PeftModel, packed: set[nn.Module], *, dequantizes: 
         if getattr(module, "lora_magnitude_vector", None) and module.get_base_layer() in packed and not dequantizes:
             raise ConfigError(
                 f"lora.use_dora: magnitudes of {fqn} are norms of its values, and its format does not define "
-                "dequantize: use use_dora=False, or define it"
+                "dequantize: use use_dora=False, or weights in 4 or 16 bits"
             )
         if "parameter_name" in vars(module) and module.get_base_layer() in packed:
             raise ConfigError(

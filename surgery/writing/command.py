@@ -41,7 +41,7 @@ Example
 
   surgery dequantize ./llama-4bit ./llama-16bit
 
-The weights are those that 4-bit layers multiply with: what quantizing has lost stays lost. OUT appears when it is
+The weights are those that quantized layers multiply with: what quantizing has lost stays lost. OUT appears when it is
 whole. If the command is stopped, the same command goes on where it was.
 
 Exit codes: 0 done; 2 refused, or not written (the message says what to change); 130 interrupted; 143 terminated.
@@ -162,7 +162,7 @@ def dequantize(
     upload: Upload = None,
     model_revision: Revision = None,
 ) -> None:
-    """Write MODEL, which is packed in 4 bits, to OUT in 16 bits."""
+    """Write MODEL, which is packed in 4 or 8 bits, to OUT in 16 bits."""
     most = parse_size(max_shard_size)
     with in_process_group(), uploading(upload, out):
         import torch

@@ -384,7 +384,10 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, source: 
     Raises `ConfigError` if there is something that may not be replaced.
     """
     target = Path(os.path.realpath(directory))
-    problem = "its path is empty" if not os.fspath(directory) else _problem(target, overwrite=overwrite, source=source)
+    try:
+        problem = _problem(target, overwrite=overwrite, source=source) if os.fspath(directory) else "its path is empty"
+    except OSError as error:
+        problem = error.strerror or str(error)
     if problem is not None:
         raise ConfigError(f"the output {target} cannot be written: {problem}; choose another output")
     return target

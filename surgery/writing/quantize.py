@@ -16,6 +16,7 @@ from torch import nn
 from surgery.adapters.metadata import versions
 from surgery.bound import agree, building, set_up
 from surgery.checkpoint import Checkpoint, PackedWeight, TensorEntry
+from surgery.checkpoint.packed import INT8
 from surgery.comm.background import return_freed_memory
 from surgery.comm.environment import compute_device, launched_world_size
 from surgery.comm.failures import collective, everyone
@@ -103,10 +104,11 @@ def dequantize(
     verify: bool = False,
     report: Report | None = None,
 ) -> Path:
-    """Write `checkpoint`, which is packed in 4 bits, to `directory` in 16 bits; to be called on all ranks alike.
+    """Write `checkpoint`, which is packed in 4 or 8 bits, to `directory` in 16; to be called on all ranks alike.
 
-    The values are those that a 4-bit layer multiplies with. What quantizing has lost stays lost. Arguments, result and
-    errors are those of `quantize`; dtype: of all weights, None is that in which they were quantized.
+    The values are those that a quantized layer multiplies with. What quantizing has lost stays lost. Arguments, result
+    and errors are those of `quantize`; dtype: of all weights, None is that in which they were quantized to 4 bits, or
+    the one in config.json.
     """
     options = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
     device = torch.device("cpu")
@@ -176,12 +178,12 @@ def _check_source(checkpoint: Checkpoint, quant: Quant | None) -> None:
             "it can be used as it is, or written in 16 bits (surgery dequantize)"
         )
     if quant is None and checkpoint.packing is None:
-        raise ConfigError(f"expected weights that are packed in 4 bits, found none in {checkpoint.source}")
+        raise ConfigError(f"expected weights that are packed in 4 or 8 bits, found none in {checkpoint.source}")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype in which weights are packed; or that config.json names; or that of most of the weights."""
-    if checkpoint.packing is not None:
+    """The dtype of weights before they were packed in 4 bits; or that config.json names; or that most weights have."""
+    if checkpoint.packing is not None and checkpoint.packing.quant_type != INT8:
         return checkpoint.packing.dtype
     config = checkpoint.config or {}
     named = config.get("dtype") or config.get("torch_dtype")

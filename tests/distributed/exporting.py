@@ -18,7 +18,7 @@ import surgery
 from surgery.config import DDP, FSDP1, FSDP2, Placement, Quant
 from tests.helpers.whole_blocks import right_kernels
 
-__all__ = ["ADAPTERS", "IDS", "Case", "Done", "Failed", "all_and_failing", "built", "export_all", "loss_of"]
+__all__ = ["ADAPTERS", "IDS", "Case", "Done", "Failed", "built", "export_all", "fail_and_go_on", "loss_of"]
 
 SEED = 5
 IDS = torch.arange(3, 51).view(4, 12)
@@ -135,11 +135,6 @@ class Failed:
     errors: list[str]
     losses: tuple[float, float]
     files: dict[str, str]
-
-
-def all_and_failing(folder: Path, out: Path, cases: dict[str, Case], failing: Case) -> tuple[dict[str, Done], Failed]:
-    """Both of what this rank does."""
-    return export_all(folder, out, cases), fail_and_go_on(folder, out, failing)
 
 
 def fail_and_go_on(folder: Path, out: Path, case: Case) -> Failed:

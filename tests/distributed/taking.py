@@ -38,12 +38,13 @@ WAYS: dict[int, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """Folders: a model, an adapter with a whole module, two without, the first one truncated, and a place to work."""
+    """Folders: a model; adapters with a whole module, without, and made of weights; one truncated; a place to work."""
 
     model: Path
     adapter: Path
     plain: Path
     second: Path
+    derived: Path
     truncated: Path
     work: Path
 
@@ -199,6 +200,8 @@ def add(files: Files) -> Added:
     with built(files.model, adapter=files.second, shard=FSDP2()) as model:
         train(model, range(2))
         states["second, begun from"] = peft_state(model)
+    with built(files.model, adapter=files.derived, shard=FSDP2()) as model:
+        found["derived"], states["derived"] = logits(model), peft_state(model)
     with built(files.model, adapter=files.second, shard=DDP()) as model:
         surgery.load_adapter(model, files.plain, name="first")
         found["plain under DDP"] = logits(model)
@@ -207,9 +210,7 @@ def add(files: Files) -> Added:
     with surgery.low_memory():
         quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.float32)
         bound = AutoModelForCausalLM.from_pretrained(files.model, dtype=torch.float32, quantization_config=quantized)
-    model = surgery.load_adapter(bound, files.plain, trainable=True)
+    model = surgery.load_adapter(bound, files.derived, trainable=True)
     with surgery.fill(model, shard=FSDP2()) as filled:
-        states["plain, filled"] = peft_state(filled)
-        surgery.load_adapter(filled, files.second, trainable=True)
-        states["second, in place"] = peft_state(filled)
+        states["derived, filled"] = peft_state(filled)
     return Added(logits=found, states=states, refused=refused)

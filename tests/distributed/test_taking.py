@@ -32,6 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     make_adapter(model, root / "adapter", target_modules="all-linear", modules_to_save=["lm_head"])
     make_adapter(model, root / "plain", target_modules="all-linear")
     make_adapter(model, root / "second", target_modules="all-linear", seed=1)
+    make_adapter(model, root / "derived", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[1, 70])
     truncated = shutil.copytree(root / "adapter", root / "truncated")
     (truncated / WEIGHTS).write_bytes((truncated / WEIGHTS).read_bytes()[:-100])
     work = root / "work"
@@ -41,6 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         adapter=root / "adapter",
         plain=root / "plain",
         second=root / "second",
+        derived=root / "derived",
         truncated=truncated,
         work=work,
     )
@@ -50,6 +52,9 @@ def make_adapter(model: Path, folder: Path, *, seed: int = 0, **options: Any) ->
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, init_lora_weights=False, **options)
     with surgery.qlora(model, lora=lora, dtype=torch.float32, report=surgery.Report()) as adapted:
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                parameter.add_(0.01) if parameter.requires_grad else None
         surgery.save_adapter(adapted, folder)
 
 
@@ -57,7 +62,7 @@ def make_adapter(model: Path, folder: Path, *, seed: int = 0, **options: Any) ->
 def expected(files: Files) -> dict[str, torch.Tensor]:
     """Logits with each adapter as plain PEFT loads it."""
     found = {}
-    for name in ("adapter", "plain", "second"):
+    for name in ("adapter", "plain", "second", "derived"):
         with surgery.qlora(files.model, dtype=torch.float32, report=surgery.Report()) as model:
             found["none"] = logits(model)
             found[name] = logits(PeftModel.from_pretrained(model, getattr(files, name)).eval())
@@ -132,12 +137,12 @@ def test_adapters_are_added_and_switched(added: list[Added], expected: dict[str,
         for what, found in rank.logits.items():
             torch.testing.assert_close(found, expected[names.get(what, what)], rtol=1e-5, atol=1e-6, msg=what)
     states = added[0].states
-    plain, second = (load_file(folder / WEIGHTS) for folder in (files.plain, files.second))
+    plain, derived = (load_file(each / WEIGHTS) for each in (files.plain, files.derived))
     wanted = {
         "plain": plain,
         "plain in bfloat16": {key: tensor.bfloat16() for key, tensor in plain.items()},
-        "plain, filled": plain,
-        "second, in place": second,
+        "derived": derived,
+        "derived, filled": derived,
     }
     for what, state in wanted.items():
         assert states[what].keys() == state.keys()

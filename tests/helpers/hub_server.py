@@ -7,11 +7,19 @@ It serves what `huggingface_hub` asks for when it downloads a snapshot:
     HEAD /<id>/resolve/<commit>/<file>           ETag, size and commit of a file
     GET  /<id>/resolve/<commit>/<file>           the file, or the range of it that is asked for
 
+and takes what it uploads, every file in its commit:
+
+    POST /api/repos/create                       a repository
+    POST /api/validate-yaml                      the model card
+    POST /api/models/<id>/preupload/<revision>   how files are to be sent
+    POST /api/models/<id>/commit/<revision>      files, as lines of JSON
+
 `huggingface_hub` takes `HF_ENDPOINT` from the environment when it is imported: use it in another process.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -77,6 +85,10 @@ class HubServer:
         self._lock = threading.Lock()
         self._requests: list[tuple[str, str]] = []
         self._served: Counter[str] = Counter()
+        self.uploaded: dict[str, bytes] = {}
+        """Content of every file that was uploaded, by repository and name."""
+        self.private: set[str] = set()
+        """Repositories that were made, and are private."""
         self.downloading = threading.Event()
         """Set once a file is asked for."""
         hub = self
@@ -88,6 +100,9 @@ class HubServer:
                 hub._answer(self)
 
             do_HEAD = do_GET  # noqa: N815  # the name that http.server looks for
+
+            def do_POST(self) -> None:
+                hub._take(self)
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its name upstream
                 pass
@@ -154,6 +169,31 @@ class HubServer:
             if "/resolve/" in path:
                 with self._lock:
                     self._served[path.split("/resolve/")[1].partition("/")[2]] += len(reply.body)
+
+    def _take(self, request: BaseHTTPRequestHandler) -> None:
+        """Answer to an upload."""
+        body, path = _body(request), unquote(urlsplit(request.path).path)
+        repo_id = path.removeprefix("/api/models/").rpartition("/")[0].rpartition("/")[0]
+        reply: dict[str, object] = {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo_id = f"{asked['organization']}/{asked['name']}"
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.private.add(repo_id)
+            reply = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
+        elif "/preupload/" in path:
+            files = [{**each, "uploadMode": "regular", "shouldIgnore": False} for each in json.loads(body)["files"]]
+            reply = {"files": files}
+        elif "/commit/" in path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            for value in (line["value"] for line in lines if line["key"] == "file"):
+                self.uploaded[f"{repo_id}/{value['path']}"] = base64.b64decode(value["content"])
+            reply = {"success": True, "commitUrl": f"{self.endpoint}/{repo_id}/commit/1", "commitOid": "1"}
+        content = json.dumps(reply).encode()
+        request.send_response(HTTPStatus.OK)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
 
     def _wait(self) -> None:
         self.downloading.set()
@@ -224,3 +264,15 @@ def _error(status: HTTPStatus, code: str, message: str) -> _Reply:
         headers={"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"},
         body=json.dumps({"error": message}).encode(),
     )
+
+
+def _body(request: BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, which may come in chunks."""
+    if request.headers.get("transfer-encoding") != "chunked":
+        return request.rfile.read(int(request.headers.get("content-length", 0)))
+    chunks = []
+    while size := int(request.rfile.readline(), 16):
+        chunks.append(request.rfile.read(size))
+        request.rfile.readline()
+    request.rfile.readline()
+    return b"".join(chunks)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import surgery
 from surgery.adapters.derived import Magnitude, Rows
 from surgery.config import Quant
 from surgery.quantizers.base import format_for
+from tests.helpers.models import save_tiny
 
 
 @given(
@@ -56,3 +60,22 @@ def test_any_bytes_are_dequantized_as_forward_does(*, start: int, count: int, do
     quant = format_for(Quant(double_quant=double), dtype=weight.dtype)
     found = quant.dequantize(part, 2 * start, state)
     assert torch.equal(found, dequantize_4bit(packed, state).view(-1)[2 * start : 2 * (start + part.numel())])
+
+
+def test_magnitudes_of_what_is_packed_already(tmp_path: Path) -> None:
+    """The same as of what is quantized while it is loaded, and norms of what PEFT dequantizes."""
+    from peft import LoraConfig
+    from peft.utils.integrations import dequantize_module_weight
+
+    base = save_tiny(tmp_path / "base", intermediate_size=128)
+    surgery.quantize(base, tmp_path / "packed", report=surgery.Report())
+    lora, found = LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True), []
+    for folder in (base, tmp_path / "packed"):
+        with surgery.qlora(folder, lora=lora, placement="rank0-cpu", report=surgery.Report()) as model:
+            layers: list[Any] = [module for module in model.modules() if getattr(module, "lora_magnitude_vector", None)]
+            for layer in layers:
+                norms = torch.linalg.norm(dequantize_module_weight(layer.get_base_layer()), dim=1)
+                found.append(layer.lora_magnitude_vector["default"].weight.detach())
+                assert torch.equal(found[-1], norms)
+    assert len(found) == 8
+    assert all(torch.equal(*pair) for pair in zip(found[:4], found[4:], strict=True))

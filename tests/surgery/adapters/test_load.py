@@ -21,6 +21,7 @@ from surgery.adapters.metadata import Base
 from surgery.adapters.save import peft_state
 from surgery.cli import app
 from surgery.errors import CheckpointError, ConfigError, SurgeryError
+from surgery.planning.advice import command
 from tests.helpers.models import save_tiny
 from tests.helpers.reads import count_reads
 
@@ -184,8 +185,8 @@ def test_an_adapter_of_another_revision_is_refused(base: Path, adapter: Path, tm
     say(revision=COMMIT[:8])(folder)
     with qlora(cached, adapter=folder):
         pass
-    found = CliRunner().invoke(app, ["plan", str(cached), "--adapter", str(folder), "--gpu-memory", "1GiB"])
-    assert f"surgery finetune {cached} --data DATA --adapter {folder}" in found.output
+    made = surgery.plan(cached, world_size=1, adapter=folder)
+    assert command(made, "m").endswith(f" --adapter {folder}")
     both = CliRunner().invoke(app, ["plan", str(cached), "--adapter", str(folder), "--lora-r", "8"])
     assert (both.exit_code, "expected --adapter without --lora-r" in both.output) == (2, True)
 

@@ -156,6 +156,8 @@ def test_what_may_not_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest
         ("source", "it is the folder that is read"),
         ("taken", "cannot be written: File exists"),
         ("file/out", "cannot be written: Not a directory"),
+        ("x" * 300, "cannot be written: File name too long"),
+        ("x" * 250, "cannot be written: File name too long"),
     ):
         with pytest.raises(ConfigError, match=message):
             write(tmp_path / name, overwrite=True, source=tmp_path / "source")

@@ -17,16 +17,16 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.errors import ConfigError
 from surgery.telemetry.report import Report
-from tests.helpers.models import save_tiny
+from tests.helpers.hub_server import HubServer
+from tests.helpers.models import save_in_8_bits, save_tiny
 from tests.helpers.ranks import run_ranks
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama tied": {"tie_word_embeddings": True},
-    "gpt2": {},  # Conv1D, tied
+    "gpt2": {"hidden_size": 63, "num_attention_heads": 3},  # Conv1D, tied, odd numbers of elements
     "qwen2": {},  # biases
     "phi": {},  # biases everywhere, of the head too
-    "gemma2": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},  # tied
     "mixtral": {},  # experts, merged by transformers
     "gpt_neox": {},
     "opt": {},
@@ -73,7 +73,7 @@ def require_same(source: Path, folder: Path, model: Any, *, without: tuple[str, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_files_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source", family.partition(" ")[0], **FAMILIES[family])
+    source = save_tiny(tmp_path / "source", family, **FAMILIES[family])
     folder = surgery.quantize(source, tmp_path / "out")
     require_same(source, folder, stock(source))
 
@@ -124,7 +124,7 @@ def test_what_is_quantized_from_16_bits_comes_back_within_half_a_step(tmp_path: 
 
 
 def test_a_job_that_was_stopped_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
-    source = save_tiny(tmp_path / "source", "gpt2")
+    source = save_tiny(tmp_path / "source", "gpt2", **FAMILIES["gpt2"])
     expected = contents(surgery.quantize(source, tmp_path / "whole", max_shard_bytes=40_000))
     with pytest.raises(surgery.PassError, match="a disk that fails"):
         surgery.quantize(source, tmp_path / "out", max_shard_bytes=40_000, report=Failing())
@@ -135,6 +135,31 @@ def test_a_job_that_was_stopped_goes_on_with_another_number_of_ranks(tmp_path: P
     assert contents(tmp_path / "out") == contents(tmp_path / "by three") == expected
     total = Checkpoint.open(source).index.total_bytes
     assert sum(of[0] for of in read) < total == sum(of[1] for of in read)
+
+
+def test_8_bits_come_back_too(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "gpt2")
+    back = surgery.dequantize(save_in_8_bits(source, tmp_path / "packed"), tmp_path / "back")
+    before, after = tensors(source), tensors(back)
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert (after[name].dtype, after[name].shape) == (values.dtype, values.shape)
+        assert (after[name].float() - values.float()).abs().max() <= values.float().abs().max() / 127
+
+
+def test_the_folder_is_uploaded_to_a_private_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "source")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    with HubServer({}) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        result = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "out"), "--upload", "me/packed"])
+    assert result.exit_code == 0, result.output
+    assert hub.uploaded == {f"me/packed/{name}": data for name, data in contents(tmp_path / "out").items()}
+    assert hub.private == {"me/packed"}
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    result = CliRunner().invoke(app, ["quantize", str(source), str(tmp_path / "new"), "--upload", "me/packed"])
+    assert (result.exit_code, "--upload: me/packed cannot be made" in result.output) == (2, True), result.output
+    assert not (tmp_path / "new").exists()
 
 
 class Failing(Report):
@@ -162,7 +187,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path) -> No
         (["quantize", "source", "out"], "it is there"),
         (["quantize", "source", "source", "--overwrite"], "it is the folder that is read"),
         (["quantize", "out", "new"], "expected weights in 16 or 32 bits, found packed ones"),
-        (["dequantize", "source", "new"], "expected weights that are packed in 4 bits, found none"),
+        (["dequantize", "source", "new"], "expected weights that are packed in 4 or 8 bits, found none"),
         (["quantize", "source", "new", "--blocksize", "48"], "blocksize must be one of"),
         (["quantize", "source", "new", "--skip-modules", "nothing"], "nothing"),
         (["quantize", "source", "new", "--max-shard-size", "0GB"], "expected a size above 0"),
