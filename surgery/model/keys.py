@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from surgery.errors import WeightsMismatchError
+from surgery.model.fqn import split
 
 __all__ = ["Assignment", "Group", "Logical", "group_keys"]
 
@@ -130,6 +131,11 @@ class Assignment:
     logical: Logical | None = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+
+    def key_of(self, fqn: str) -> str:
+        """The name of the target `fqn` in a checkpoint that has it alone: its own one, or where it has none, `fqn`."""
+        source = self.sources[0]
+        return source if self.converter is None and split(source)[1] == split(fqn)[1] else fqn
 
     def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`{target: tensor}` from `{source: tensor}`; meta tensors give the targets' shapes."""

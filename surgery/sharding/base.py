@@ -40,6 +40,7 @@ __all__ = [
     "chosen_parameters",
     "device_of",
     "outermost",
+    "own_part",
     "register",
     "strategy_for",
     "strategy_of",
@@ -255,7 +256,7 @@ class ShardStrategy:
 
     def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
         """This rank's part of the weight of each of `layers`; not to be called between a forward and its backward."""
-        return {layer: _own_part(layer.get_parameter("weight")) for layer in layers}
+        return {layer: own_part(layer.get_parameter("weight")) for layer in layers}
 
     #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
     ranks_agree: bool = True
@@ -270,7 +271,7 @@ class ShardStrategy:
         for module in model.modules():
             for leaf, tensor in own_tensors(module):
                 if id(tensor) not in made:
-                    made[id(tensor)] = _own_part(tensor)
+                    made[id(tensor)] = own_part(tensor)
                 found[module, leaf] = made[id(tensor)]
         return found
 
@@ -366,7 +367,7 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
-def _own_part(whole: torch.Tensor) -> Part:
+def own_part(whole: torch.Tensor) -> Part:
     """This rank's part of a tensor that is whole, or a `DTensor`."""
     if not isinstance(whole, DTensor):
         return Part(data=whole.detach(), shape=whole.shape)
@@ -385,7 +386,7 @@ def _own_part(whole: torch.Tensor) -> Part:
 
 
 def _trained(name: str, parameter: nn.Parameter) -> Trained:
-    part = _own_part(parameter)
+    part = own_part(parameter)
     span = Span(name=name, shape=part.shape, start=part.start, numel=part.data.numel())
     return Trained(parameter=parameter, memory=part.data, spans=(span,))
 

@@ -283,9 +283,7 @@ class Planner:
     def _packed(self, loaded: Loaded, value: Value) -> Product:
         packed = self.form.packed
         assert packed is not None
-        source = loaded.assignment.sources[0]
-        is_its_own = loaded.assignment.converter is None and split(source)[1] == value.leaf
-        name = source if is_its_own else loaded.names[0]
+        name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
         rows = packed.layout(None).packed_shape(shape, packed.storage)
         beside = planned_beside(name, packed, shape.numel())

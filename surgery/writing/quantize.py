@@ -270,17 +270,10 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
 
 
 def _entries(prepared: Prepared, target: Target) -> Iterator[Planned]:
-    name = _name(target)
+    name = target.assignment.key_of(target.fqn)
     yield Planned(name=name, dtype=target.dtype, shape=tuple(target.shape))
     if target.logical is not None:
         yield from planned_beside(name, prepared.setting.format, target.logical.numel())
-
-
-def _name(target: Target) -> str:
-    """The name that the checkpoint has, or the model's, where it has none of that tensor alone."""
-    source = target.assignment.sources[0]
-    is_its_own = target.assignment.converter is None and source.rpartition(".")[2] == target.fqn.rpartition(".")[2]
-    return source if is_its_own else target.fqn
 
 
 def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
@@ -396,7 +389,7 @@ class _Write(BatchPass):
         """Give away the buffers of `batch`."""
         ranks = self.loading.ranks
         for number, buffer in enumerate(batch.buffers):
-            name = _name(buffer.target)
+            name = buffer.target.assignment.key_of(buffer.target.fqn)
             with Naming(self.name, name):
                 self.sink[0](name, buffer.read_rows(), buffer.slice.reads.start * buffer.row)
                 # Every rank has the state; they take turns.
