@@ -20,7 +20,7 @@ from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
 from surgery.config import Quant
-from surgery.errors import ExportError, NotFilledError
+from surgery.errors import NotFilledError
 from surgery.model.fqn import split
 from surgery.passes.lifetime import waiting_in
 from surgery.passes.origin import origin_of
@@ -30,7 +30,7 @@ from surgery.telemetry.report import Report
 from surgery.writing.export_plan import Planner, Value, Work, form_of
 from surgery.writing.live import Adapted, Tensors, adapted_by
 from surgery.writing.merging import chunks
-from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
+from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, finite, output
 from surgery.writing.sidecars import sidecars
 
 __all__ = ["export"]
@@ -88,7 +88,7 @@ def export(
             base, origin = origin_of(model)
             form = form_of(base, origin, dtype, merged=merged)
             if ranks.rank == 0:
-                check_output(directory, overwrite=overwrite, source=origin.checkpoint.path)
+                check_output(directory, overwrite=overwrite, sources=origin.checkpoint.places)
             facts = facts_of({"dtype": dtype, "merged": merged, "overwrite": overwrite, "shards": max_shard_bytes})
             facts["directory"] = os.path.realpath(directory)
         same_on_every_rank(ranks, "export", {"options of export": facts}, device=device)
@@ -111,7 +111,7 @@ def export(
             device=device,
             files=files,
             overwrite=overwrite,
-            source=origin.checkpoint.path,
+            sources=origin.checkpoint.places,
             max_shard_bytes=max_shard_bytes,
         ) as out:
             left = [part for part in parts if not out.is_done(*part.names)]
@@ -154,7 +154,7 @@ class _Writing:
         last = min((start + data.numel()) * many, value.shape.numel())
         for first in range(start * many, last, CHUNK):
             piece = value.elements(data, start * many, first, min(first + CHUNK, last))
-            self.out.write(name, _finite(piece, name), first)
+            self.out.write(name, finite(piece, name), first)
 
     def write_gathered(self, parts: Sequence[Work]) -> int:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
@@ -224,7 +224,7 @@ class _Writing:
                     each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes
                 }
                 piece = site.merge({value.leaf: piece, **others}, given, rows if is_divisible else None)[value.leaf]
-            yield rows, _finite(piece, name)
+            yield rows, finite(piece, name)
 
     def _pack(self, name: str, whole: torch.Tensor, packed: QuantFormat, value: Value) -> None:
         layout, flat = packed.layout(None), whole.reshape(-1)
@@ -242,19 +242,7 @@ class _Writing:
             if isinstance(entry, str):
                 self.out.write_state(f"{name}.{end}", entry)
             else:
-                self.out.write(f"{name}.{end}", _finite(entry, name))
-
-
-def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """`tensor` itself. Raises `ExportError` for values that are not finite."""
-    if not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor).all()):
-        return tensor
-    bad = int((~torch.isfinite(tensor)).sum())
-    raise ExportError(
-        f"{name}: expected finite numbers, found {bad:,} that are NaN or infinite: the base "
-        f"has such values, or training has diverged, or the sum is beyond what {tensor.dtype} holds. The output was "
-        "not made"
-    )
+                self.out.write(f"{name}.{end}", finite(entry, name))
 
 
 def _files(planner: Planner) -> dict[str, bytes | Path]:

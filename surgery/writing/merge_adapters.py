@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from surgery.adapters.saved import check_options
 from surgery.checkpoint import Checkpoint, Index, Reader
 from surgery.checkpoint.header import parse_json
 from surgery.checkpoint.hub import resolve
@@ -90,7 +91,7 @@ class StoredAdapter:
         counts = {}
         with Reader(self.index) as reader:
             for name in self.index:
-                tensor = reader.read(name)
+                tensor = reader.read(name).float()  # in 8 bits there is no such question
                 counts[name] = tensor.numel() - int(tensor.isfinite().sum())
         bad = {name: count for name, count in counts.items() if count}
         if bad:
@@ -117,6 +118,7 @@ def _read_config(folder: Path) -> LoraConfig:
     kind = content.get("peft_type") if isinstance(content, dict) else None
     if kind != "LORA":
         raise ConfigError(f"{file}: expected an adapter of peft_type LORA, found {kind!r}: it cannot be merged here")
+    check_options(content, file)
     try:
         config: Any = LoraConfig.from_pretrained(str(folder))
     except Exception as error:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
-from surgery.errors import ConfigError, ExportError
+from surgery.errors import ConfigError
 from surgery.model.fqn import join, split
 from surgery.model.keys import Assignment, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
@@ -23,7 +23,7 @@ from surgery.quantizers.base import QuantFormat, check_run
 from surgery.telemetry.report import Report
 from surgery.writing.merge_adapters import Matched
 from surgery.writing.merging import MergeSite, chunks
-from surgery.writing.output import Output, Planned
+from surgery.writing.output import Output, Planned, finite
 
 __all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
 
@@ -226,6 +226,8 @@ class Merged(Work):
             shape = entry.shape[::-1] if packs and not unpacks else entry.shape
             sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
         given = [(site, readers.inputs(site)) for site in change.sites]
+        # What is not computed with is the base's own affair, such as a mask.
+        is_copy = self.change is None and self.stored is None and entry.dtype == self.made[0].dtype == self.dtype
         row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
         for rows in chunks(entry.shape) if divisible else [range(size)]:
             part = read(rows.start * row, rows.stop * row).to(self.dtype).view(len(rows), *entry.shape[1:])
@@ -233,7 +235,8 @@ class Merged(Work):
             for site, inputs in given:
                 part = _merged(site, inputs, change.leaf, part, rows if divisible else None)
             part = part.t() if packs else part
-            sink(part if self.quant is not None else part.to(self.made[0].dtype), rows.start * row)
+            part = part if self.quant is not None else part.to(self.made[0].dtype)
+            sink(part if is_copy else finite(part, self.made[0].name, rows if divisible else None), rows.start * row)
             del part
 
 
@@ -281,16 +284,7 @@ def _merged(
     site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, part: torch.Tensor, rows: range | None
 ) -> torch.Tensor:
     """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
-    merged = site.merge({leaf: part}, inputs, rows)[leaf]
-    # One pass: whatever is not finite makes the sum so.
-    if bool(merged.sum(dtype=torch.float32).isfinite()) or bool(merged.isfinite().all()):
-        return merged
-    bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
-    raise ExportError(
-        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that "
-        f"are NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
-        "output was not made; merge in another dtype, or with another weight"
-    )
+    return finite(site.merge({leaf: part}, inputs, rows)[leaf], join(site.fqn, leaf), rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -324,7 +318,7 @@ class Fused(Work):
         parts = _taken_apart(self.base, self.assignment, tensors)
         tensors.clear()
         for planned in self.made:
-            out.write(planned.name, parts.pop(planned.name).to(planned.dtype))
+            out.write(planned.name, finite(parts.pop(planned.name).to(planned.dtype), planned.name))
 
 
 def _merge_in_place(

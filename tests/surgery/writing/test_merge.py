@@ -343,6 +343,8 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
     wide = save_tiny(tmp_path / "wide", hidden_size=128)
     old, new = "a" * 40, "b" * 40
     cached = Path(shutil.copytree(base, tmp_path / "hub" / "snapshots" / old))
+    itself = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(adapter), "--overwrite"])
+    assert (itself.exit_code, "it is the folder that is read" in " ".join(itself.output.split())) == (2, True)
     cases = [
         (base, [str(changed("rank", r=4))], f"expected {first} of shape (4, 64)"),
         (wide, [str(adapter)], "found (8, 64)"),
@@ -354,6 +356,8 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
         (base, [str(changed("task", task_type="SEQ_CLS"))], "expected an adapter of a causal language model"),
         (base, [str(changed("init", init_lora_weights="pissa"))], "has changed the base weights before training"),
         (base, [str(changed("arrow", use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}))], "with use_bdlora"),
+        (base, [str(changed("future", use_xlora=True))], "found use_xlora, which the installed PEFT does not know"),
+        (base, [str(changed("number", base_model_name_or_path=5))], "expected a text, or null, in base_model_name_or"),
         (base, [str(changed("names", target_modules=["nothing"]))], "PEFT cannot put the adapter"),
         (cached, [str(changed("revision", revision=new))], f"at revision {new}, found {cached} at {old}"),
         (base, [str(adapter), "--weight", "1", "--weight", "2"], "one for each of 1 adapters, found 2"),
