@@ -197,9 +197,8 @@ def _prepare(
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of a model: what config.json says, also of packed weights, or else that of most of the weights."""
     config = checkpoint.config or {}
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    found: torch.dtype = named if named in DTYPES.values() else stored_dtype(checkpoint)
-    return found if found in DTYPES.values() else torch.float32
+    named: Any = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return next((each for each in (named, stored_dtype(checkpoint)) if each in DTYPES.values()), torch.float32)
 
 
 def _quantization(

@@ -238,6 +238,10 @@ def test_another_dtype_is_that_of_every_tensor(base: Path, adapter: Path, tmp_pa
     assert config_of(tmp_path / "out")["dtype"] == "float32"
 
 
+#: Processes that are killed; `tools/export_trials.py kills` has 20.
+KILLS = 6
+
+
 def merge_on_a_rank(base: Path, adapter: Path, out: Path, most: int) -> None:
     surgery.merge(base, adapter, out, max_shard_bytes=most)
 
@@ -249,10 +253,10 @@ def size_of(file: Path) -> int:
 
 
 def merge_until_killed(base: Path, adapter: Path, out: Path, moments: Connection) -> None:
-    """Merge in 20 processes, each killed at a random moment, and a last time; say what each has left."""
+    """Merge in `KILLS` processes, each killed at a random moment, and a last time; say what each has left."""
     output.FLUSH_BYTES = 0  # all that is written goes to the journal at once
     draw, journal = random.Random(0), out.with_name(f".{out.name}.surgery") / "journal.0"
-    for number in range(20):
+    for number in range(KILLS):
         before, child, has_ended = size_of(journal), os.fork(), False
         if child == 0:
             merge_on_a_rank(base, adapter, out, 80_000)
@@ -260,6 +264,7 @@ def merge_until_killed(base: Path, adapter: Path, out: Path, moments: Connection
         # Every second time from when something is written.
         while number % 2 and not has_ended and size_of(journal) == before:
             has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
+            time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.1 if number % 2 else 0.4))
         if not has_ended:
             os.kill(child, signal.SIGKILL)
@@ -282,7 +287,10 @@ def test_any_number_of_ranks_and_any_kill_give_the_same_bytes(
     process = context.Process(target=merge_until_killed, args=(base, adapter, tmp_path / "killed", sender))
     process.start()
     sender.close()  # so that its end is noticed
-    moments = [receiver.recv() for _ in range(21)]
+    moments = []
+    for _ in range(KILLS + 1):
+        assert receiver.poll(60), f"killed {len(moments)} times, and nothing more"
+        moments.append(receiver.recv())
     process.join()
     assert all(found in (None, contents(merged)) for found, _ in moments)
     assert moments[-1][0] is not None
