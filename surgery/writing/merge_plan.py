@@ -227,7 +227,8 @@ class Merged(Work):
             sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
         given = [(site, readers.inputs(site)) for site in change.sites]
         # What is not computed with is the base's own affair, such as a mask.
-        is_copy = self.change is None and self.stored is None and entry.dtype == self.made[0].dtype == self.dtype
+        is_plain = self.change is None and self.stored is None and self.quant is None
+        is_copy = is_plain and entry.dtype == self.made[0].dtype == self.dtype
         row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
         for rows in chunks(entry.shape) if divisible else [range(size)]:
             part = read(rows.start * row, rows.stop * row).to(self.dtype).view(len(rows), *entry.shape[1:])
