@@ -27,7 +27,7 @@ from surgery.errors import CheckpointError, ConfigError, WeightsMismatchError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["SavedAdapter"]
+__all__ = ["SavedAdapter", "check_options"]
 
 logger = logging.getLogger("surgery")
 
@@ -191,6 +191,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_options(found: Mapping[str, Any], file: Path) -> None:
+    """Raise `ConfigError` for options in `file` that PEFT would leave out, and for names of a base that are no text."""
+    from peft import LoraConfig
+
+    known = {each.name for each in fields(LoraConfig) if each.init}
+    options = sorted(name for name, value in found.items() if name not in known and value)
+    if options:
+        raise ConfigError(
+            f"{file}: expected options of LoraConfig, found {_some(options)}, which the installed PEFT does not know "
+            "and would leave out: install the release that has saved it (peft_version "
+            f"{found.get('peft_version', 'is not given')})"
+        )
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(found.get(name), (str, type(None))):
+            raise ConfigError(f"{file}: expected a text, or null, in {name}, found {found[name]!r:.80}")
+
+
 def _lora(found: Mapping[str, Any], file: Path) -> LoraConfig:
     """The configuration in `file`, for training on from it. Raises `ConfigError` where it cannot be."""
     from peft import LoraConfig
@@ -200,14 +217,8 @@ def _lora(found: Mapping[str, Any], file: Path) -> LoraConfig:
             f"{file}: expected peft_type LORA, found {found.get('peft_type')!r:.80}: other methods of PEFT are "
             "neither sharded nor merged here; load it with PEFT into a model in one process"
         )
+    check_options(found, file)
     known = {each.name for each in fields(LoraConfig) if each.init}
-    options = sorted(name for name, value in found.items() if name not in known and value)
-    if options:
-        raise ConfigError(
-            f"{file}: expected options of LoraConfig, found {_some(options)}, which the installed PEFT does not know "
-            "and would leave out: install the release that has saved it (peft_version "
-            f"{found.get('peft_version', 'is not given')})"
-        )
     try:
         config = LoraConfig(**{name: value for name, value in found.items() if name in known})
         config.inference_mode = False

@@ -71,6 +71,11 @@ class Checkpoint:
         packed = _packed(index, config, folder)
         return cls(source=source, path=folder, revision=None, index=index, config=config, packed=packed)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Its folder, and its files, which may be links to other folders."""
+        return (self.path, *self.index.files)
+
     def names(self) -> tuple[str, ...]:
         """The names of all tensors, in the order of the files."""
         return self.index.names()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.comm.ranks import PeerError, StoppedError
-from surgery.errors import ConfigError, PassError
+from surgery.errors import ConfigError, ExportError, PassError
 from surgery.passes.tensors import ShardBuffer, Target
 
 __all__ = ["GROUP", "PLACES", "Batch", "BatchPass", "Naming", "Pass", "find_passes", "group_into_batches", "placed"]
@@ -106,7 +106,7 @@ class Naming:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (PassError, PeerError, StoppedError)):
+        if isinstance(error, Exception) and not isinstance(error, (ExportError, PassError, PeerError, StoppedError)):
             raise PassError(
                 f"pass {self.pass_name} failed at {self.fqn}: {type(error).__name__}: {error}",
                 pass_name=self.pass_name,

@@ -46,6 +46,8 @@ def packed_in(
     """
     if not isinstance(quant, Quant):
         raise ConfigError(f"packed_cache: expected weights in 4 bits, quant=surgery.Quant(...), found {quant!r:.80}")
+    if not os.fspath(directory):
+        raise ConfigError("packed_cache: expected a folder, found an empty path")
     device = compute_device(device)
     with building(device) as ranks:
         with everyone(ranks, device=device):

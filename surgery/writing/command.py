@@ -50,13 +50,18 @@ Exit codes: 0 done; 2 refused, or not written (the message says what to change);
 MERGE = """
 Examples
 
-An adapter merged into the model that it was trained on, in 16 bits:
+An adapter merged into the 4-bit weights that it was trained on, which gives a model in 16 bits that answers as the
+adapter did:
+
+  surgery quantize meta-llama/Llama-3.1-8B ./llama-4bit
+
+  surgery merge ./llama-4bit ./adapter ./merged
+
+Into the weights in 16 bits; packed again, which rounds what the adapter has learnt:
 
   surgery merge meta-llama/Llama-3.1-8B ./adapter ./merged
 
-Trained on packed weights, merged into the 16-bit ones that those were made of, and packed again:
-
-  surgery merge meta-llama/Llama-3.1-8B ./adapter ./merged --dtype nf4
+  surgery merge meta-llama/Llama-3.1-8B ./adapter ./merged-4bit --dtype nf4
 
 Half of one adapter, and the whole of another:
 
@@ -67,7 +72,8 @@ On 4 processes of one host, which share the tensors:
   torchrun --nproc-per-node 4 -m surgery merge ./model ./adapter ./merged
 
 The values are those of PEFT's merge_and_unload. A few MiB are in memory at a time; what no adapter changes is copied.
-The output is there whole or not at all, and has the names of the base's tensors. Stopped, the same command goes on.
+OUT appears when it is whole, with the names of the base's tensors, and the tokenizer of the last adapter that has one.
+If the command is stopped, the same command goes on where it was.
 
 Exit codes: 0 done; 2 refused, or not written (the message says what to change); 130 interrupted; 143 terminated.
 """

@@ -29,8 +29,8 @@ from surgery.telemetry.report import Report
 from surgery.writing.export_plan import Planner, Product, Value, form_of
 from surgery.writing.live import Adapted, Tensors, adapted_by
 from surgery.writing.merging import chunks
-from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
-from surgery.writing.packing import Packer, finite, write_state
+from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, finite, output
+from surgery.writing.packing import Packer, write_state
 from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["export"]
@@ -88,7 +88,7 @@ def export(
             base, origin = origin_of(model)
             form = form_of(base, origin, dtype, merged=merged)
             if ranks.rank == 0:
-                check_output(directory, overwrite=overwrite, source=origin.checkpoint.path)
+                check_output(directory, overwrite=overwrite, sources=origin.checkpoint.places)
             facts = facts_of({"dtype": dtype, "merged": merged, "overwrite": overwrite, "shards": max_shard_bytes})
             facts["directory"] = os.path.realpath(directory)
         same_on_every_rank(ranks, "export", {"options of export": facts}, device=device)
@@ -111,7 +111,7 @@ def export(
             device=device,
             files=files,
             overwrite=overwrite,
-            source=origin.checkpoint.path,
+            sources=origin.checkpoint.places,
             max_shard_bytes=max_shard_bytes,
         ) as out:
             left = [part for part in parts if not out.is_done(*part.names)]

@@ -217,7 +217,9 @@ class Planner:
                     "surgery.qlora or surgery.fill has filled"
                 )
             value = self._value(loaded, module, leaf)
-            found.setdefault((value.held, frozenset(id(site) for site in value.sites)), value)
+            # An embedding and a head may share what changes them too, such as the rows of trained tokens.
+            inputs = (part for site in value.sites for part in self.adapted.inputs_of(site).values())
+            found.setdefault((value.held, frozenset(map(id, inputs))), value)
             modules.append(module)
         if len(found) > 1:
             if len(found) != len(modules) or not any(isinstance(module, nn.Embedding) for module in modules):

@@ -30,7 +30,7 @@ from surgery.telemetry.report import Report
 from surgery.writing.merge_adapters import Matched, MergeAdapter, check_together, match
 from surgery.writing.merge_plan import BaseModel, Readers, Work, changes_of, plan_work
 from surgery.writing.merging import adapt, find_sites
-from surgery.writing.output import MAX_SHARD_BYTES, Output, Planned, output
+from surgery.writing.output import MAX_SHARD_BYTES, Output, Planned, check_output, output
 from surgery.writing.packing import quantized_in
 from surgery.writing.quantize import identity, stored_dtype
 from surgery.writing.sidecars import changed_config, sidecars
@@ -88,6 +88,7 @@ def merge(
     device = compute_device(device)
     sources = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     ranks = current_ranks(launched_world_size())
+    options: dict[str, Any] = {"overwrite": overwrite}
     report = report or Report(show_progress=ranks.rank == 0, verbs=("Merging", "Merged"))
     with beating(ranks), collective(ranks):
         with everyone(ranks, device=device):
@@ -104,6 +105,9 @@ def merge(
             for adapter in stored:
                 adapter.check()
             checkpoint = base if isinstance(base, Checkpoint) else _open_base(base, stored, revision)
+            options["sources"] = [*checkpoint.places, *(each.path for each in stored)]
+            if ranks.rank == 0:
+                check_output(directory, **options)
             check_together(stored, checkpoint)
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
             for adapter in stored[ranks.rank :: ranks.world_size]:
@@ -118,9 +122,8 @@ def merge(
                 ranks=ranks,
                 device=device,
                 files=files,
-                overwrite=overwrite,
-                source=checkpoint.path,
                 max_shard_bytes=max_shard_bytes,
+                **options,
             ) as out,
             everyone(ranks, device=device),
         ):

@@ -62,7 +62,7 @@ class MergeAdapter(SavedAdapter):
         counts = {}
         with Reader(self.index) as reader:
             for name in self.index:
-                tensor = reader.read(name)
+                tensor = reader.read(name).float()  # in 8 bits there is no such question
                 counts[name] = tensor.numel() - int(tensor.isfinite().sum())
         bad = {name: count for name, count in counts.items() if count}
         if bad:

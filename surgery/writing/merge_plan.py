@@ -22,8 +22,8 @@ from surgery.quantizers.base import QuantFormat
 from surgery.telemetry.report import Report
 from surgery.writing.merge_adapters import Matched
 from surgery.writing.merging import MergeSite, chunks
-from surgery.writing.output import Output, Planned
-from surgery.writing.packing import Packer, finite, planned_beside
+from surgery.writing.output import Output, Planned, finite
+from surgery.writing.packing import Packer, planned_beside
 
 __all__ = ["BaseModel", "Change", "Readers", "Work", "changes_of", "plan_work"]
 
@@ -226,6 +226,9 @@ class Merged(Work):
             shape = entry.shape[::-1] if packs and not unpacks else entry.shape
             sink = Packer(self.quant, torch.Size(shape), self.made, out).add
         given = [(site, readers.inputs(site)) for site in change.sites]
+        # What is not computed with is the base's own affair, such as a mask.
+        is_plain = self.change is None and self.stored is None and self.quant is None
+        is_copy = is_plain and entry.dtype == self.made[0].dtype == self.dtype
         row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
         for rows in chunks(entry.shape) if divisible else [range(size)]:
             part = read(rows.start * row, rows.stop * row).to(self.dtype).view(len(rows), *entry.shape[1:])
@@ -233,7 +236,8 @@ class Merged(Work):
             for site, inputs in given:
                 part = _merged(site, inputs, change.leaf, part, rows if divisible else None)
             part = part.t() if packs else part
-            sink(part if self.quant is not None else part.to(self.made[0].dtype), rows.start * row)
+            part = part if self.quant is not None else part.to(self.made[0].dtype)
+            sink(part if is_copy else finite(part, self.made[0].name, rows if divisible else None), rows.start * row)
             del part
 
 
@@ -241,8 +245,7 @@ def _merged(
     site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, part: torch.Tensor, rows: range | None
 ) -> torch.Tensor:
     """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
-    merged = site.merge({leaf: part}, inputs, rows)[leaf]
-    return finite(merged, join(site.fqn, leaf), "" if rows is None else f", in rows {rows.start} to {rows.stop}")
+    return finite(site.merge({leaf: part}, inputs, rows)[leaf], join(site.fqn, leaf), rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -276,7 +279,7 @@ class Fused(Work):
         parts = self.assignment.revert(tensors, self.base.model.config, self.base.conversions)
         tensors.clear()
         for planned in self.made:
-            out.write(planned.name, parts.pop(planned.name).to(planned.dtype))
+            out.write(planned.name, finite(parts.pop(planned.name).to(planned.dtype), planned.name))
 
 
 def _merge_in_place(

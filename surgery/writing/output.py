@@ -41,7 +41,7 @@ from surgery.comm.ranks import Ranks, current_ranks
 from surgery.errors import ConfigError, ExportError
 from surgery.telemetry.atomic import sync, write_whole
 
-__all__ = ["MAX_SHARD_BYTES", "STATE_BYTES", "Output", "Planned", "check_output", "output"]
+__all__ = ["MAX_SHARD_BYTES", "STATE_BYTES", "Output", "Planned", "check_output", "finite", "output"]
 
 #: Bytes of a file: the default of `save_pretrained`, and the Hub's recommendation.
 MAX_SHARD_BYTES = 5_000_000_000
@@ -163,7 +163,7 @@ def output(
     device: torch.device,
     files: Mapping[str, bytes | Path],
     overwrite: bool = False,
-    source: Path | None = None,
+    sources: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Iterator[Output]:
     """Write a checkpoint to `directory` in a block, to be entered on all ranks alike; at its end it is there, whole.
@@ -180,7 +180,7 @@ def output(
         device: what their process group speaks.
         files: what else is in the folder, by names that may have a folder before them; a path is copied.
         overwrite: whether a folder of a checkpoint that is there may be replaced, with all that is in it.
-        source: a folder that is read, which may not be replaced.
+        sources: files and folders that are read, and may not be replaced.
         max_shard_bytes: most bytes of a file, if no single tensor is larger.
 
     Raises:
@@ -198,8 +198,8 @@ def output(
     with ExitStack() as stack:
         with everyone(ranks, device=device):
             if ranks.rank == 0:
-                check_output(directory, overwrite=overwrite, source=source)
-                stack.enter_context(_held(target, overwrite=overwrite, source=source))
+                check_output(directory, overwrite=overwrite, sources=sources)
+                stack.enter_context(_held(target, overwrite=overwrite, sources=sources))
                 _begin(hidden, laid_out, job)
         with everyone(ranks, device=device):
             out = stack.enter_context(Output(target=target, files=laid_out, rank=ranks.rank))
@@ -371,14 +371,16 @@ class Output:
             os.close(descriptor)
 
 
-def check_output(directory: str | os.PathLike[str], *, overwrite: bool, source: Path | None = None) -> Path:
+def check_output(directory: str | os.PathLike[str], *, overwrite: bool, sources: Sequence[Path] = ()) -> Path:
     """The real path of an output, that nothing keeps from being written as far as can be seen without writing.
 
     Raises `ConfigError` if there is something that may not be replaced.
     """
     target = Path(os.path.realpath(directory))
     try:
-        problem = _problem(target, overwrite=overwrite, source=source) if os.fspath(directory) else "its path is empty"
+        problem = (
+            _problem(target, overwrite=overwrite, sources=sources) if os.fspath(directory) else "its path is empty"
+        )
     except OSError as error:
         problem = error.strerror or str(error)
     if problem is not None:
@@ -386,10 +388,13 @@ def check_output(directory: str | os.PathLike[str], *, overwrite: bool, source: 
     return target
 
 
-def _problem(target: Path, *, overwrite: bool, source: Path | None) -> str | None:
+def _problem(target: Path, *, overwrite: bool, sources: Sequence[Path]) -> str | None:
     """The reason why `target` may not be made, or replaced; None if it may."""
-    if source is not None and target == Path(os.path.realpath(source)):
-        return "it is the folder that is read"
+    read = next((each for each in sources if Path(os.path.realpath(each)).is_relative_to(target)), None)
+    if read is not None:
+        return f"it is the folder that is read, or around it: {read}"
+    if target.is_symlink():
+        return "it is a link that leads nowhere"
     if target.exists() and not target.is_dir():
         return "it is a file"
     there = sorted(target.iterdir()) if target.exists() else []
@@ -412,12 +417,25 @@ def _why_no_checkpoint(there: Sequence[Path]) -> str | None:
 _REPLACED = ("additional_chat_templates", ".cache")
 
 
+def finite(tensor: torch.Tensor, name: str, rows: range | None = None) -> torch.Tensor:
+    """`tensor` itself, some `rows` of `name` or all. Raises `ExportError` for values that are not finite."""
+    # One pass: whatever is not finite makes the sum so.
+    if not tensor.is_floating_point() or bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all()):
+        return tensor
+    bad, at = int((~tensor.isfinite()).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
+    raise ExportError(
+        f"{name}: expected finite numbers, found {bad:,} of {tensor.numel():,} that are NaN or infinite{at}: what is "
+        f"read has such values, or they are beyond what {tensor.dtype} holds. The output was not made: take another "
+        "dtype, or another weight of an adapter; the hidden folder .OUT.surgery beside it can be removed"
+    )
+
+
 def _hidden(target: Path) -> Path:
     return target.with_name(f".{target.name}.surgery")
 
 
 @contextmanager
-def _held(target: Path, *, overwrite: bool, source: Path | None) -> Iterator[None]:
+def _held(target: Path, *, overwrite: bool, sources: Sequence[Path]) -> Iterator[None]:
     """Hold the output for a block, against other jobs. Raises `ConfigError`."""
     hidden = _hidden(target)
     with ExitStack() as stack:
@@ -432,7 +450,7 @@ def _held(target: Path, *, overwrite: bool, source: Path | None) -> Iterator[Non
                 "or mend that"
             ) from error
         # Once more: another job may have written it since.
-        check_output(target, overwrite=overwrite, source=source)
+        check_output(target, overwrite=overwrite, sources=sources)
         yield
         if not (hidden / NEW).exists():
             _clear(hidden)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from surgery.errors import ExportError
 from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, check_run
-from surgery.writing.output import Output, Planned
+from surgery.writing.output import Output, Planned, finite
 
-__all__ = ["Packer", "finite", "planned_beside", "quantized_in", "write_state"]
+__all__ = ["Packer", "planned_beside", "quantized_in", "write_state"]
 
 
 def planned_beside(name: str, quant: QuantFormat, numel: int) -> Iterator[Planned]:
@@ -30,21 +29,6 @@ def quantized_in(model: Any, quant: QuantFormat) -> tuple[frozenset[str], dict[s
     chosen = quantizable(model, quant)
     Replace(quant=quant, chosen=chosen).run(model)
     return frozenset(site.fqn for site in chosen), model.config.quantization_config.to_dict()
-
-
-def finite(tensor: torch.Tensor, name: str, place: str = "") -> torch.Tensor:
-    """`tensor` itself. Raises `ExportError` for values that are not finite; place: in which part of `name`."""
-    # One pass: whatever is not finite makes the sum so.
-    if not tensor.dtype.is_floating_point or bool(tensor.sum(dtype=torch.float32).isfinite()):
-        return tensor
-    bad = int((~tensor.isfinite()).sum())
-    if not bad:
-        return tensor
-    raise ExportError(
-        f"{name}: expected finite numbers, found {bad:,} of {tensor.numel():,} that are NaN or infinite{place}: the "
-        f"base has such values, or training has diverged, or the sum is beyond what {tensor.dtype} holds. The output "
-        "was not made; write another dtype, or merge with another weight"
-    )
 
 
 def write_state(out: Output, name: str, saved: Mapping[str, torch.Tensor | str]) -> None:

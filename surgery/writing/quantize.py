@@ -35,7 +35,7 @@ from surgery.passes.tensors import Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
-from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
+from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, finite, output
 from surgery.writing.packing import planned_beside
 from surgery.writing.sidecars import changed_config, sidecars
 
@@ -154,7 +154,7 @@ def _convert(
             ranks=ranks,
             device=device,
             files=_files(opened, prepared),
-            source=opened.path,
+            sources=opened.places,
             **options,
         ) as out:
             left = [part for part in plan if not out.is_done(*(tensor.name for tensor in part.tensors))]
@@ -299,7 +299,8 @@ def _stream(
 ) -> None:
     """Make `parts`, each rank its own, and give them to `sink`."""
     targets = [part.target for part in parts if part.target is not None]
-    with loading(checkpoint, targets, prepared.setting, job, report) as shared:
+    watchers = [_Finite(dtype=prepared.setting.dtype)]
+    with loading(checkpoint, targets, prepared.setting, job, report, watchers=watchers) as shared:
         quantize = Quantize(loading=shared)
         passes = (
             _Copy(loading=shared, parts=[part for part in parts if part.target is None], sink=sink, shows=not targets),
@@ -312,6 +313,22 @@ def _stream(
         Pipeline(passes=passes if targets else passes[:1], loading=shared).run(prepared.model)
         shared.settle()
     return_freed_memory()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finite(Pass):
+    """Refuse weights to be quantized that have NaN or infinity, which 4 bits do not show any more.
+
+    dtype: in which most are quantized.
+    """
+
+    name = "check"
+
+    dtype: torch.dtype
+
+    def see_values(self, target: Target, start: int, values: torch.Tensor) -> None:  # noqa: ARG002  # of Pass
+        """Look at `values` in the dtype in which they are quantized. Raises `ExportError`."""
+        finite(values.to((target.precision or self.dtype) if target.is_quantized else target.dtype), target.fqn)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +364,10 @@ class _Copy(Pass):
         else:
             mine, size = chunk(whole, ranks.world_size, ranks.rank), CHUNK_ELEMENTS["cpu"]
         for start in range(mine.start, mine.stop, size):
-            piece = self._read(part, start, min(start + size, mine.stop)).to(planned.dtype)
+            piece = self._read(part, start, min(start + size, mine.stop))
+            # What is not computed with is the source's own affair, such as a mask.
+            is_copy = part.packed is None and piece.dtype == planned.dtype
+            piece = piece if is_copy else finite(piece.to(planned.dtype), planned.name)
             for name in part.duplicates:
                 self._check_same(name, part, piece, start)
             self.sink[0](planned.name, piece, start)

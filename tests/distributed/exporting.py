@@ -26,6 +26,7 @@ IDS = torch.arange(3, 51).view(4, 12)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
     "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "tokens": {"target_modules": ["v_proj"], "trainable_token_indices": {"embed_tokens": [0, 3]}},
     "saved": {"target_modules": ["v_proj", "up_proj"], "modules_to_save": ["lm_head", "norm"]},
     "conv1d": {"target_modules": ["c_attn", "c_fc"], "use_rslora": True},
     "experts": {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},

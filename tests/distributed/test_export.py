@@ -134,6 +134,12 @@ def test_an_embedding_and_a_head_that_adapters_tear_apart_are_two(folder: Path) 
         logits = model(input_ids=IDS).logits.float()
         surgery.export(model, folder / "untied")
         surgery.export(model, folder / "still-tied", merged=False)
+    with built(folder, Case(base="tied", adapter="tokens", quant=None)) as model:
+        surgery.export(model, folder / "alike")  # both have the same trained tokens
+        surgery.save_adapter(model, folder / "tokens")
+    merge(folder / "tied", folder / "tokens", folder / "alike-merged")
+    same_tensors(folder / "alike", folder / "alike-merged")
+    assert "lm_head.weight" not in load(folder / "alike")
     found: Any = AutoModelForCausalLM.from_pretrained(folder / "untied")
     assert not found.config.tie_word_embeddings
     torch.testing.assert_close(found(input_ids=IDS).logits.float(), logits, atol=0.05, rtol=0)

@@ -239,7 +239,7 @@ def test_another_dtype_is_that_of_every_tensor(base: Path, adapter: Path, tmp_pa
 
 
 #: Processes that are killed; `tools/export_trials.py kills` has 20.
-KILLS = 6
+KILLS = 8
 
 
 def merge_on_a_rank(base: Path, adapter: Path, out: Path, most: int) -> None:
@@ -264,8 +264,8 @@ def merge_until_killed(base: Path, adapter: Path, out: Path, moments: Connection
         # Every second time from when something is written.
         while number % 2 and not has_ended and size_of(journal) == before:
             has_ended = os.waitpid(child, os.WNOHANG)[0] != 0
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.1 if number % 2 else 0.4))
+            time.sleep(0.0001)
+        time.sleep(draw.uniform(0, 0.01 if number % 2 else 0.4))
         if not has_ended:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -351,6 +351,8 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
     wide = save_tiny(tmp_path / "wide", hidden_size=128)
     old, new = "a" * 40, "b" * 40
     cached = Path(shutil.copytree(base, tmp_path / "models--team--tiny" / "snapshots" / old))
+    itself = CliRunner().invoke(app, ["merge", str(base), str(adapter), str(adapter), "--overwrite"])
+    assert (itself.exit_code, "it is the folder that is read" in " ".join(itself.output.split())) == (2, True)
     cases = [
         (base, [str(changed("rank", r=4))], f"expected {min(weights)} of shape (4, 112)"),
         (wide, [str(adapter)], "found (64, 8)"),
@@ -363,6 +365,8 @@ def test_what_is_no_adapter_of_this_base_is_refused_before_reading(
         (base, [str(changed("init", init_lora_weights="pissa"))], "belongs to base weights that PEFT changed"),
         (base, [str(changed("arrow", use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2}))], "use_bdlora="),
         (base, [str(changed("tokens", alora_invocation_tokens=[1]))], "with alora_invocation_tokens"),
+        (base, [str(changed("future", use_xlora=True))], "use_xlora"),
+        (base, [str(changed("number", base_model_name_or_path=5))], "base_model_name_or_path"),
         (base, [str(changed("names", target_modules=["nothing"]))], "PEFT cannot put the adapter"),
         (cached, [str(changed("revision", revision=new, base_model_name_or_path="team/tiny"))], f"found commit {old}"),
         (base, [str(adapter), "--weight", "1", "--weight", "2"], "one for each of 1 adapters, found 2"),

@@ -147,6 +147,9 @@ def test_what_may_not_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest
         (tmp_path / name / inside).touch()
     (tmp_path / "code" / "model.safetensors").touch()
     (tmp_path / ".taken.surgery").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "around" / ".cache").mkdir(parents=True)
+    read = [tmp_path / "source", tmp_path / "around" / ".cache"]
     monkeypatch.chdir(tmp_path / "here")
     for name, message in (
         ("file", "it is a file"),
@@ -154,10 +157,12 @@ def test_what_may_not_be_replaced_is_refused(tmp_path: Path, monkeypatch: pytest
         ("code", "the folder src is in it"),
         ("here", "the current folder"),
         ("source", "it is the folder that is read"),
+        ("around", "it is the folder that is read, or around it: .*cache"),
+        ("loop", "a link that leads nowhere"),
         ("taken", "cannot be written: File exists"),
         ("file/out", "cannot be written: Not a directory"),
         ("x" * 300, "cannot be written: File name too long"),
         ("x" * 250, "cannot be written: File name too long"),
     ):
         with pytest.raises(ConfigError, match=message):
-            write(tmp_path / name, overwrite=True, source=tmp_path / "source")
+            write(tmp_path / name, overwrite=True, sources=read)

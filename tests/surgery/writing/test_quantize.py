@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
 import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.cli import app
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, ExportError
 from surgery.telemetry.report import Report
 from tests.helpers.hub_server import HubServer
 from tests.helpers.models import save_in_8_bits, save_tiny
@@ -99,6 +99,21 @@ def test_options_are_those_of_transformers(
     source = save_tiny(tmp_path / "source", "gpt2")
     folder = surgery.quantize(source, tmp_path / "out", quant=quant, dtype=dtype, verify=True)
     require_same(source, folder, stock(source, dtype, **of_stock), without=("llm_int8_skip_modules",))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_values_that_are_not_finite_are_named(name: str, tmp_path: Path) -> None:
+    """Those that the source has, and those beyond the dtype; quantized or not, and on the way back."""
+    source = save_tiny(tmp_path / "source", shard_size="1GB")
+    found = tensors(source)
+    found[name].view(-1)[5] = 1e6
+    save_file(found, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=f"{name}: expected finite numbers, found 1 of .*float16 holds"):
+        surgery.quantize(source, tmp_path / "out", dtype=torch.float16)
+    packed = surgery.quantize(source, tmp_path / "packed")
+    with pytest.raises(ExportError, match=f"{name}: expected finite numbers"):
+        surgery.dequantize(packed, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_quantized_from_16_bits_comes_back_within_half_a_step(tmp_path: Path) -> None:
