@@ -327,25 +327,29 @@ def _parsed(entry: TensorEntry, quant_type: str, read: Read) -> PackedSettings:
         raise ValueError(f"it has no {', '.join(absent)}")
     if content["quant_type"] != quant_type or quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type {content['quant_type']!r:.40} under the name of {quant_type!r:.40}")
-    nested = content.get("nested_blocksize")
-    if nested is not None and content.get("nested_dtype", "float32") != "float32":
-        raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
-    dtype, shape, offset = content["dtype"], content["shape"], content.get("nested_offset")
-    if dtype not in _DTYPES.keys():
+    dtype, shape = content["dtype"], content["shape"]
+    if str(dtype) not in _DTYPES:
         raise ValueError(f"expected dtype to be {' or '.join(_DTYPES)}, found {dtype!r:.40}")
     if not isinstance(shape, list) or not shape or any(type(size) is not int or size < 1 for size in shape):
         raise ValueError(f"expected shape to be numbers above 0, found {shape!r:.40}")
-    # Quantized values are in float32, and the offset is added to them.
-    if nested is not None and (type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max):
-        raise ValueError(f"expected nested_offset to be a number that is finite in float32, found {offset!r:.40}")
     return PackedSettings(
         quant_type=quant_type,
         blocksize=_blocksize(content, "blocksize"),
         dtype=_DTYPES[dtype],
         shape=tuple(shape),
-        nested_blocksize=None if nested is None else _blocksize(content, "nested_blocksize"),
-        nested_offset=None if nested is None else float(offset),
+        **({} if content.get("nested_blocksize") is None else _nested(content)),
     )
+
+
+def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of absmax that is quantized too."""
+    if content.get("nested_dtype", "float32") != "float32":
+        raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
+    offset: Any = content.get("nested_offset")
+    # It is added to values in float32.
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"expected nested_offset to be a number that is finite in float32, found {offset!r:.40}")
+    return {"nested_blocksize": _blocksize(content, "nested_blocksize"), "nested_offset": float(offset)}
 
 
 def _blocksize(content: Mapping[str, Any], key: str) -> int:

@@ -49,13 +49,13 @@ def require_usable(
     bits = _bits(config or {})
     held = next((8 // weight.settings.values_per_byte for weight in packed.values()), None)
     if declared == "bitsandbytes" and (held is None or bits not in (None, held)):
-        signs = {4: "*.weight.quant_state.bitsandbytes__nf4 or fp4", 8: "*.SCB"}
-        names = signs[bits] if bits else " or ".join(signs.values())
+        ends = {4: "*.weight.quant_state.bitsandbytes__nf4 or fp4", 8: "*.SCB"}
+        names = ends[bits] if bits else " or ".join(ends.values())
         found = "none of its tensors is" if held is None else f"its tensors are packed in {held}"
         raise CheckpointError(
-            f"The checkpoint at {path} is declared to be in {bits or '4 or 8'} bits of bitsandbytes by its config.json, "
-            f"and {found}. Expected tensors named {names}: get config.json and the weights from the same place, or "
-            "remove quantization_config from config.json.",
+            f"The checkpoint at {path} is declared to be in {bits or '4 or 8'} bits of bitsandbytes by its "
+            f"config.json, and {found}. Expected tensors named {names}: get config.json and the weights from the same "
+            "place, or remove quantization_config from config.json.",
             path=path,
         )
     if packed and declared in (None, "bitsandbytes"):

@@ -131,7 +131,7 @@ def test_a_config_that_says_packed_and_weights_that_are_not(tmp_path: Path) -> N
         Checkpoint.open(save({W: torch.ones(2, 2)}, tmp_path))
     del content["quantization_config"]["load_in_4bit"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="in 4 or 8 bits of .* none of its tensors is"):
+    with pytest.raises(CheckpointError, match=r"in 4 or 8 bits of .* none of its tensors is"):
         Checkpoint.open(tmp_path)
     assert Checkpoint.open(save(packed()[0], tmp_path)).packed.keys() == {W}
 
