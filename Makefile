@@ -51,11 +51,9 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. The tests that
-# use one core run two at a time, unless PYTEST_ARGS names files; code 5 means that it selects none of them.
-SURGERY_ALONE := adapters attestation checkpoint comm doctor lifetime model passes planning quantizers sharding telemetry \
-	tracing test_bound.py test_cli.py test_generate.py test_guards.py test_help.py
-ONE_CORE := tests/docs tests/packaging tests/patches tests/tools $(addprefix tests/surgery/,$(SURGERY_ALONE))
+# One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. All but those
+# that are about ranks run two at a time, unless PYTEST_ARGS names files; code 5 means that it selects none of them.
+ONE_CORE := tests/docs tests/packaging tests/patches tests/surgery tests/tools $(wildcard tests/test_*.py)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test: check

@@ -7,13 +7,14 @@ a value is the sum, over all ranks, of what each finds in the part of the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from surgery.sharding.base import own_part
 
 __all__ = ["Derived", "Magnitude", "Rows", "find_derived", "is_blank", "put"]
 
@@ -148,12 +149,7 @@ def is_blank(tensor: torch.Tensor) -> bool:
     return not tensor.is_meta and bool(tensor.isnan().all())
 
 
-def put(place: Place, value: torch.Tensor, rows: Callable[[int], range]) -> None:
-    """Fill what is at `place` with `value`, which is whole; of a shard the `rows` of so many that this rank keeps."""
-    held = _tensor(place)
-    with torch.no_grad():
-        if isinstance(held, DTensor):
-            kept = rows(held.shape[0])
-            held.to_local().copy_(value.view(held.shape)[kept.start : kept.stop])
-        else:
-            held.copy_(value.view(held.shape))
+def put(place: Place, value: torch.Tensor) -> None:
+    """Fill what this rank has at `place` with its part of `value`, which is whole."""
+    part = own_part(_tensor(place))
+    part.data.copy_(value.reshape(-1)[part.start : part.start + part.data.numel()].view(part.data.shape))

@@ -20,7 +20,7 @@ from surgery.adapters.metadata import Base
 from surgery.adapters.options import check_adapter
 from surgery.checkpoint import Index, Reader
 from surgery.checkpoint.header import parse_json, read_header
-from surgery.checkpoint.hub import can_be_hub_id, exists, resolve
+from surgery.checkpoint.hub import Resolved, can_be_hub_id, exists, resolve
 from surgery.checkpoint.layout import Layout
 from surgery.errors import CheckpointError, ConfigError, WeightsMismatchError
 
@@ -47,7 +47,7 @@ class SavedAdapter:
 
     source: as the user gave it. path: its folder. config: as `surgery.qlora(lora=...)` takes it, to train on, without
     the name of a base model. base: the model that it was trained on, as far as its files say. index: its tensors, by
-    PEFT's keys.
+    PEFT's keys. revision: the commit, for a hub id.
     """
 
     source: str
@@ -55,6 +55,7 @@ class SavedAdapter:
     config: LoraConfig
     base: Base
     index: Index = field(repr=False)
+    revision: str | None = None
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
@@ -63,7 +64,8 @@ class SavedAdapter:
         Raises `ConfigError` for what is no LoRA adapter in safetensors, or one that cannot be loaded in any sharding,
         and `CheckpointError` for a file that is truncated or malformed.
         """
-        folder = _folder(source, revision)
+        resolved = _resolved(source, revision)
+        folder = resolved.path
         found = _read_config(folder)
         weights = _weights(folder)
         config = _lora(found, folder / CONFIG)
@@ -78,7 +80,9 @@ class SavedAdapter:
                 )
         base = Base(name=config.base_model_name_or_path or None, revision=config.revision or None)
         config.base_model_name_or_path = config.revision = None  # PEFT warns where it names what is given another name
-        return cls(source=os.fspath(source), path=folder, config=config, base=base, index=index)
+        return cls(
+            source=os.fspath(source), path=folder, config=config, base=base, index=index, revision=resolved.revision
+        )
 
     def fresh_config(self, *, trainable: bool) -> LoraConfig:
         """A copy of the configuration, for a model to have."""
@@ -97,10 +101,16 @@ class SavedAdapter:
         if not self.base.is_named_like(base) and os.environ.get("RANK", "0") == "0":
             logger.warning("surgery: the adapter in %s was trained on %s, not on %s", self.path, self.base, base)
 
-    def check_tensors(self, expected: Mapping[str, Sequence[int]]) -> None:
-        """Raise `WeightsMismatchError` unless the file has the tensors `expected`, key -> shape, and no others."""
-        missing = sorted(expected.keys() - self.index.keys())
-        unexpected = sorted(self.index.keys() - expected.keys())
+    def check_tensors(
+        self, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Raise `WeightsMismatchError` unless the file has the tensors `expected`, key -> shape, and no others.
+
+        found: what is made of the file, if it is not taken as it is.
+        """
+        found = {key: entry.shape for key, entry in self.index.items()} if found is None else found
+        missing = sorted(expected.keys() - found.keys())
+        unexpected = sorted(found.keys() - expected.keys())
         if missing or unexpected:
             lines = [f"{self.path / WEIGHTS} does not fit this model and {CONFIG}"]
             lines += [f"expected {len(missing)} tensors more: {_some(missing)}"] if missing else []
@@ -111,12 +121,12 @@ class SavedAdapter:
                 unexpected=unexpected,
                 path=self.path / WEIGHTS,
             )
-        other = [key for key, shape in expected.items() if tuple(shape) != self.index[key].shape]
+        other = [key for key, shape in expected.items() if tuple(shape) != tuple(found[key])]
         if other:
             key = min(other)
             raise WeightsMismatchError(
                 f"{self.path / WEIGHTS} does not fit this model and {CONFIG}: expected {key} of shape "
-                f"{tuple(expected[key])}, found {self.index[key].shape} ({len(other)} of {len(expected)} tensors "
+                f"{tuple(expected[key])}, found {tuple(found[key])} ({len(other)} of {len(expected)} tensors "
                 "differ). Give the model that it was trained on, and the configuration that was saved with it",
                 path=self.path / WEIGHTS,
                 tensor=key,
@@ -144,14 +154,14 @@ class _Values:
         return values
 
 
-def _folder(source: str | os.PathLike[str], revision: str | None) -> Path:
+def _resolved(source: str | os.PathLike[str], revision: str | None) -> Resolved:
     name = os.fspath(source)
     if not name or not (exists(Path(name)) or can_be_hub_id(name)):
         raise ConfigError(f"expected the folder of an adapter, or a hub id, found nothing at {name!r}")
-    path = resolve(source, revision=revision).path
-    if not path.is_dir():
-        raise ConfigError(f"expected the folder of an adapter, with {CONFIG} and {WEIGHTS}, found a file: {path}")
-    return path
+    found = resolve(source, revision=revision)
+    if not found.path.is_dir():
+        raise ConfigError(f"expected the folder of an adapter, with {CONFIG} and {WEIGHTS}, found a file: {found.path}")
+    return found
 
 
 def _weights(folder: Path) -> Path:
@@ -187,8 +197,8 @@ def _lora(found: Mapping[str, Any], file: Path) -> LoraConfig:
 
     if found.get("peft_type") != "LORA":
         raise ConfigError(
-            f"{file}: expected peft_type LORA, found {found.get('peft_type')!r:.80}: other methods of PEFT are not "
-            "sharded here; load it with PEFT into a model in one process"
+            f"{file}: expected peft_type LORA, found {found.get('peft_type')!r:.80}: other methods of PEFT are "
+            "neither sharded nor merged here; load it with PEFT into a model in one process"
         )
     known = {each.name for each in fields(LoraConfig) if each.init}
     options = sorted(name for name, value in found.items() if name not in known and value)
@@ -219,7 +229,8 @@ def _forget_initialization(config: LoraConfig) -> None:
             "and not to those of the checkpoint. Convert it to plain LoRA first: save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...) of PEFT"
         )
-    config.init_lora_weights, config.eva_config = True, None
+    config.init_lora_weights, config.loftq_config = True, {}
+    config.corda_config = config.eva_config = config.lora_ga_config = None
 
 
 def _some(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from surgery.attestation.differences import Difference
 from surgery.comm.collectives import all_gather_flat, gather_objects
 from surgery.quantizers.digest import Piece, Record, Records, Sums, cut, on_cpu, page_count, page_sums, pages_between
-from surgery.sharding.base import Shard
+from surgery.sharding.base import Part
 
 __all__ = [
     "complete",
@@ -91,7 +91,7 @@ def fingerprint(records: Sequence[Record]) -> str:
     return _hash(part.encode() for each in records for part in (each.fqn, each.digest))
 
 
-def gather_whole(shard: Shard, nbytes: int, *, device: torch.device) -> torch.Tensor:
+def gather_whole(shard: Part, nbytes: int, *, device: torch.device) -> torch.Tensor:
     """The whole packed weight of `shard`, `(nbytes,)` uint8 on the CPU, gathered as bytes."""
     mine = shard.piece.data.detach().reshape(-1).view(torch.uint8)
     if shard.group is None:
@@ -155,7 +155,7 @@ class _Held:
     """Part of one layer on this rank. is_known: these are the bytes that it has vouched for, or none at all."""
 
     record: Record
-    shard: Shard
+    shard: Part
     sums: Sums
     is_known: bool
 
@@ -164,7 +164,7 @@ class _Held:
         return _differing(self.sums.pages, self.record.own.pages) if self.sums.pages.numel() else []
 
 
-def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> list[Difference]:
+def shard_differences(records: Records, shards: Mapping[nn.Module, Part]) -> list[Difference]:
     """Differences of packed weights on this rank from what they were; collective. `records` are complete.
 
     A rank that holds the bytes that it has vouched for compares them by itself. Where the sharding has cut elsewhere,
@@ -179,7 +179,7 @@ def shard_differences(records: Records, shards: Mapping[nn.Module, Shard]) -> li
     return _shared_differences(held, own)
 
 
-def _held(record: Record, shard: Shard, pages: torch.Tensor) -> _Held:
+def _held(record: Record, shard: Part, pages: torch.Tensor) -> _Held:
     piece = shard.piece
     return _Held(
         record=record,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from surgery.errors import WeightsMismatchError
+from surgery.model.fqn import split
 
 __all__ = ["Assignment", "Group", "Logical", "group_keys"]
 
@@ -130,6 +132,11 @@ class Assignment:
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
 
+    def key_of(self, fqn: str) -> str:
+        """The name of the target `fqn` in a checkpoint that has it alone: its own one, or where it has none, `fqn`."""
+        source = self.sources[0]
+        return source if self.converter is None and split(source)[1] == split(fqn)[1] else fqn
+
     def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`{target: tensor}` from `{source: tensor}`; meta tensors give the targets' shapes."""
         if self.converter is None:
@@ -140,3 +147,17 @@ class Assignment:
         assert self.logical is not None
         converted = converter.convert(self.targets[0], model=self.logical, config=self.logical.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def revert(
+        self, tensors: Mapping[str, torch.Tensor], config: Any, conversions: Sequence[Any]
+    ) -> dict[str, torch.Tensor]:
+        """`{source: tensor}` from `{target: tensor}`, as `save_pretrained` makes it by all `conversions` of a model."""
+        from transformers.core_model_loading import revert_weight_conversion
+
+        view: Any = SimpleNamespace(
+            config=config,
+            get_parameter=None if self.logical is None else self.logical.get_parameter,
+            _weight_conversions=list(conversions),
+        )
+        found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
+        return found

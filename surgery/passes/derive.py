@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -62,11 +61,10 @@ class Derive(BatchPass):
         with collective(self.loading.ranks), Naming(self.name, batch.fqn):
             found = [self._find(buffer, each) for buffer, each in wanted]
             add_up(found)
-            rows = partial(self.loading.setting.strategy.adapter_rows, self.loading.ranks.rank)
             for (buffer, each), sums in zip(wanted, found, strict=True):
                 value = each.value(sums, self._dtype(buffer))
                 for place in each.places:
-                    put(place, value, rows)
+                    put(place, value)
 
     def _wanted(self, buffer: ShardBuffer) -> Iterator[Derived]:
         for module, leaf in buffer.target.places:

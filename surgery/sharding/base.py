@@ -33,7 +33,6 @@ __all__ = [
     "READS_WEIGHTS",
     "Devices",
     "Part",
-    "Shard",
     "ShardStrategy",
     "Span",
     "Trained",
@@ -41,6 +40,7 @@ __all__ = [
     "chosen_parameters",
     "device_of",
     "outermost",
+    "own_part",
     "register",
     "strategy_for",
     "strategy_of",
@@ -70,23 +70,21 @@ class Devices:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shard:
-    """A rank's part of a packed weight between uses.
-
-    group: the ranks that hold the whole weight among them, each byte once; None where this rank holds all of it.
-    """
-
-    piece: Piece
-    group: dist.ProcessGroup | None = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """A rank's part of a parameter between uses: `data`, contiguous, from element `start` of the whole of `shape`."""
+    """A rank's part of a tensor between uses: `data`, contiguous, from element `start` of the whole of `shape`.
+
+    group: the ranks that hold the whole among them, each element once; None where this rank holds all of it.
+    """
 
     data: torch.Tensor
     start: int = 0
     shape: torch.Size
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def piece(self) -> Piece:
+        """The part as bytes."""
+        return Piece(data=self.data, start=self.start * self.data.element_size())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,9 +254,9 @@ class ShardStrategy:
         """Whether `model` is sharded by this strategy; the methods from here on serve a model for which it is."""
         return False
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
-        """This rank's shard of the weight of each of `layers`; not to be called between a forward and its backward."""
-        return {layer: _own_shard(layer.get_parameter("weight")) for layer in layers}
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
+        """This rank's part of the weight of each of `layers`; not to be called between a forward and its backward."""
+        return {layer: own_part(layer.get_parameter("weight")) for layer in layers}
 
     #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
     ranks_agree: bool = True
@@ -273,8 +271,7 @@ class ShardStrategy:
         for module in model.modules():
             for leaf, tensor in own_tensors(module):
                 if id(tensor) not in made:
-                    data, start, _ = _own_part(tensor)
-                    made[id(tensor)] = Part(data=data, start=start, shape=tensor.shape)
+                    made[id(tensor)] = own_part(tensor)
                 found[module, leaf] = made[id(tensor)]
         return found
 
@@ -370,33 +367,28 @@ def chosen_parameters(model: nn.Module, also: frozenset[str]) -> dict[str, nn.Pa
     return {name: parameter for name, parameter in named if parameter.requires_grad or name in also}
 
 
-def _own_shard(weight: torch.Tensor) -> Shard:
-    """The shard of a tensor of its own: whole, or a `DTensor`."""
-    local, start, group = _own_part(weight)
-    return Shard(piece=Piece(data=local, start=start * weight.element_size()), group=group)
-
-
-def _own_part(whole: torch.Tensor) -> tuple[torch.Tensor, int, dist.ProcessGroup | None]:
-    """`(part, elements before it, the ranks that have the others)` of a tensor on this rank."""
+def own_part(whole: torch.Tensor) -> Part:
+    """This rank's part of a tensor that is whole, or a `DTensor`."""
     if not isinstance(whole, DTensor):
-        return whole.detach(), 0, None
+        return Part(data=whole.detach(), shape=whole.shape)
     mesh, local = whole.device_mesh, whole.to_local().detach()
     sharded = [number for number, placement in enumerate(whole.placements) if not placement.is_replicate()]
     if not sharded:
-        return local, 0, None
+        return Part(data=local, shape=whole.shape)
     if len(sharded) > 1 or not whole.placements[sharded[0]].is_shard(0):
         raise ConfigError(
             f"expected parameters to be sharded along dimension 0, over one dimension of a mesh, found "
             f"{whole.placements}: shard the model with surgery.FSDP1 or surgery.FSDP2"
         )
     rows = chunk(range(whole.shape[0]), mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
-    return local, rows.start * whole.shape[1:].numel(), mesh.get_group(sharded[0])
+    start = rows.start * whole.shape[1:].numel()
+    return Part(data=local, start=start, shape=whole.shape, group=mesh.get_group(sharded[0]))
 
 
 def _trained(name: str, parameter: nn.Parameter) -> Trained:
-    memory, start, _ = _own_part(parameter)
-    span = Span(name=name, shape=parameter.shape, start=start, numel=memory.numel())
-    return Trained(parameter=parameter, memory=memory, spans=(span,))
+    part = own_part(parameter)
+    span = Span(name=name, shape=part.shape, start=part.start, numel=part.data.numel())
+    return Trained(parameter=parameter, memory=part.data, spans=(span,))
 
 
 _STRATEGIES: dict[type, type[ShardStrategy]] = {}

@@ -22,8 +22,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
-from surgery.quantizers.digest import Piece
-from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Shard, Span, Trained, Unit, outermost, register
+from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Span, Trained, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
@@ -403,11 +402,10 @@ class Fsdp1(Fsdp):
         """Whether `model` is, or has in it, a `FullyShardedDataParallel`."""
         return outermost(model, FullyShardedDataParallel) is not None
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
         """Ranges of flat parameters, and whole weights that are in none."""
-        layers, flat = list(layers), dict(_flat_shards(model))
-        whole = super().shards(model, [layer for layer in layers if layer not in flat])
-        return {layer: flat.get(layer) or whole[layer] for layer in layers}
+        held = self.held(model)
+        return {layer: held[layer, "weight"] for layer in layers}
 
     def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
         """Ranges of flat parameters, and whole tensors that are in none."""
@@ -415,8 +413,8 @@ class Fsdp1(Fsdp):
         units: list[Any] = [*FullyShardedDataParallel.fsdp_modules(model)]
         for handle in (unit._handle for unit in units if unit._handle is not None):
             flat = handle.flat_param
-            for where, shape, (data, start) in zip(flat._param_infos, flat._shapes, _ranges(handle), strict=True):
-                found[where.module, where.param_name] = Part(data=data, start=start, shape=shape)
+            for where, part in zip(flat._param_infos, _parts(handle), strict=True):
+                found[where.module, where.param_name] = part
             for alias in flat._shared_param_infos:
                 found[alias.module, alias.param_name] = found[alias.prim_module, alias.prim_param_name]
         return found
@@ -503,21 +501,28 @@ def _trained(unit: Any, prefix: str) -> list[Trained]:
     handle = unit._handle
     flat, is_sharded = handle.flat_param, handle.uses_sharded_strategy
     _settle(unit)
-    memory, spans = _local_flat(handle), []
-    for name, shape, info in zip(flat._fqns, flat._shapes, flat._shard_param_infos, strict=True):
-        # Where this rank has nothing of it there is None.
-        start, numel, offset = info.intra_param_start_idx or 0, info.numel_in_shard or 0, info.offset_in_shard or 0
-        plain = clean(join(prefix, name))
-        spans.append(Span(name=plain, shape=torch.Size(shape), start=start, numel=numel, offset=offset))
+    memory, parts = _local_flat(handle), [*_parts(handle)]
+    spans = [
+        Span(
+            name=clean(join(prefix, name)),
+            shape=part.shape,
+            start=part.start,
+            numel=part.data.numel(),
+            offset=int(part.data.storage_offset() - memory.storage_offset()),
+        )
+        for name, part in zip(flat._fqns, parts, strict=True)
+    ]
     if flat._params is None:
         return [Trained(parameter=flat, memory=memory, spans=tuple(spans))] if flat.requires_grad else []
-    found = []
-    for parameter, span in zip(flat._params, spans, strict=True):
-        mine = memory[span.offset : span.offset + span.numel]
-        if parameter.requires_grad:
-            shaped = mine if is_sharded else mine.view(span.shape)
-            found.append(Trained(parameter=parameter, memory=shaped, spans=(replace(span, offset=0),)))
-    return found
+    return [
+        Trained(
+            parameter=parameter,
+            memory=part.data if is_sharded else part.data.view(part.shape),
+            spans=(replace(span, offset=0),),
+        )
+        for parameter, part, span in zip(flat._params, parts, spans, strict=True)
+        if parameter.requires_grad
+    ]
 
 
 def _settle(unit: Any) -> None:
@@ -535,26 +540,14 @@ def _local_flat(handle: Any) -> torch.Tensor:
     return local.detach()
 
 
-def _flat_shards(model: nn.Module) -> Iterator[tuple[nn.Module, Shard]]:
-    """The shards of layers whose weights are in flat parameters, by layer."""
-    handles: list[Any] = [unit._handle for unit in FullyShardedDataParallel.fsdp_modules(model)]
-    for handle in handles:
-        if handle is None:
-            continue
-        is_sharded = handle.uses_sharded_strategy
-        for where, (data, start) in zip(handle.flat_param._param_infos, _ranges(handle), strict=True):
-            if where.param_name == "weight":
-                piece = Piece(data=data, start=start * data.element_size())
-                yield where.module, Shard(piece=piece, group=handle.process_group if is_sharded else None)
-
-
-def _ranges(handle: Any) -> Iterator[tuple[torch.Tensor, int]]:
-    """This rank's range of each parameter in a flat one, and the first of its elements; empty where it has none."""
-    local = _local_flat(handle)
-    for info in handle.flat_param._shard_param_infos:
-        first, numel = info.offset_in_shard, info.numel_in_shard
-        data = local[first : first + numel] if info.in_shard else local[:0]
-        yield data, info.intra_param_start_idx if info.in_shard else 0
+def _parts(handle: Any) -> Iterator[Part]:
+    """This rank's range of each parameter in a flat one; empty where it has none."""
+    local, flat = _local_flat(handle), handle.flat_param
+    group = handle.process_group if handle.uses_sharded_strategy else None
+    for shape, info in zip(flat._shapes, flat._shard_param_infos, strict=True):
+        # Where this rank has nothing of it there is None.
+        start, numel, offset = info.intra_param_start_idx or 0, info.numel_in_shard or 0, info.offset_in_shard or 0
+        yield Part(data=local[offset : offset + numel], start=start, shape=shape, group=group)
 
 
 register(FSDP1, Fsdp1)

@@ -22,7 +22,7 @@ from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modu
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
-    Shard,
+    Part,
     Trained,
     Unit,
     chosen_parameters,
@@ -233,7 +233,7 @@ class Fsdp2(Fsdp):
         """Whether `model` is, or has in it, an `FSDPModule`."""
         return outermost(model, FSDPModule) is not None
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Shard]:
+    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
         self.settle(model)
         return super().shards(model, layers)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from surgery.errors import ConfigError
 from surgery.sharding.base import Trained
-from surgery.state.pieces import Piece
+from surgery.state.pieces import SavedPiece
 
 __all__ = ["Kept", "check_groups", "groups_of", "kept_of", "merge", "restore", "room_for"]
 
@@ -26,7 +26,7 @@ class Kept:
     rest that is one value, by parameter and key. opaque: all else, which no other sharding can divide, by `_layout`.
     """
 
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[SavedPiece] = field(default_factory=list)
     dtypes: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     opaque: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ def kept_of(optimizer: Optimizer, trained: Iterable[Trained]) -> Kept:
             local = value.to_local() if isinstance(value, DTensor) else value
             if isinstance(local, torch.Tensor) and local.shape == each.memory.shape:
                 flat = local.detach().reshape(-1)
-                kept.pieces.extend(Piece(path=_path(span.name, key), span=span, memory=flat) for span in spans)
+                kept.pieces.extend(SavedPiece(path=_path(span.name, key), span=span, memory=flat) for span in spans)
                 for span in spans:
                     kept.dtypes.setdefault(span.name, {})[key] = local.dtype
             elif isinstance(local, (int, float, bool)) or (isinstance(local, torch.Tensor) and local.dim() == 0):
@@ -97,7 +97,7 @@ def check_groups(found: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str
             )
 
 
-def room_for(trained: Sequence[Trained], saved: Kept) -> tuple[list[dict[str, Any]], list[Piece]]:
+def room_for(trained: Sequence[Trained], saved: Kept) -> tuple[list[dict[str, Any]], list[SavedPiece]]:
     """The optimizer's state of each of `trained`, and the pieces of it that are still to be read.
 
     Raises `ConfigError` if what belongs together here has been trained apart, or the other way round.
@@ -109,7 +109,7 @@ def room_for(trained: Sequence[Trained], saved: Kept) -> tuple[list[dict[str, An
             key: torch.zeros(each.memory.shape, dtype=dtype, device=each.memory.device) for key, dtype in dtypes.items()
         }
         pieces += [
-            Piece(path=_path(span.name, key), span=span, memory=tensor.view(-1))
+            SavedPiece(path=_path(span.name, key), span=span, memory=tensor.view(-1))
             for key, tensor in tensors.items()
             for span in each.spans
         ]

@@ -28,14 +28,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from surgery.errors import StateError
 from surgery.sharding.base import Span
 
-__all__ = ["Piece", "read_pieces", "write_pieces"]
+__all__ = ["SavedPiece", "read_pieces", "write_pieces"]
 
 #: `(offsets, sizes, elements before it in the range)`
 Box = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class SavedPiece:
     """This rank's elements of a tensor. path: its keys in the state dict. memory: 1-D, with the elements of `span`."""
 
     path: tuple[str, ...]
@@ -77,7 +77,7 @@ def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             yield (number, *offsets), (1, *sizes), low - start + before
 
 
-def write_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+def write_pieces(folder: Path, pieces: Sequence[SavedPiece]) -> None:
     """Write the pieces of all ranks to `folder`, and bring them to the disk; the lowest rank's where several have one.
 
     Collective. Raises `StateError` on all ranks where one fails.
@@ -86,7 +86,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
     _on_all_ranks(folder, "written", save, storage_writer=FileSystemWriter(folder), planner=planner)
 
 
-def read_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
+def read_pieces(folder: Path, pieces: Sequence[SavedPiece]) -> None:
     """Fill the memory of this rank's pieces from `folder`; on other ranks there may be others.
 
     Collective. Raises `StateError` on all ranks where one fails.
@@ -115,7 +115,7 @@ def _on_all_ranks(folder: Path, what: str, run: Any, **options: Any) -> None:
 class _SavePlanner(DefaultSavePlanner):
     """A plan to write pieces. Of replicas the lowest rank's is taken, so that all of them are of one model."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[SavedPiece]) -> None:
         super().__init__(dedup_save_to_lowest_rank=True)
         self._pieces = pieces
         self._boxes: dict[MetadataIndex, torch.Tensor] = {}
@@ -140,7 +140,7 @@ class _SavePlanner(DefaultSavePlanner):
 class _LoadPlanner(DefaultLoadPlanner):
     """A plan to read pieces."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[SavedPiece]) -> None:
         super().__init__()
         self._pieces = pieces
         self._boxes: dict[MetadataIndex, torch.Tensor] = {}

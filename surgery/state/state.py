@@ -29,7 +29,7 @@ from surgery.errors import ConfigError, StateError
 from surgery.sharding.base import Trained, strategy_of
 from surgery.state.folder import STAGED, StateFolder, checksum, hold, read_manifest, states, why_not_whole
 from surgery.state.optimizer import Kept, check_groups, groups_of, kept_of, merge, restore, room_for
-from surgery.state.pieces import Piece, read_pieces, write_pieces
+from surgery.state.pieces import SavedPiece, read_pieces, write_pieces
 from surgery.telemetry.atomic import sync
 
 __all__ = ["TrainingState", "load_state", "save_state"]
@@ -235,11 +235,11 @@ def _state_of(value: Any) -> Any:
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _parameter_pieces(trained: list[Trained], memories: list[torch.Tensor] | None = None) -> list[Piece]:
+def _parameter_pieces(trained: list[Trained], memories: list[torch.Tensor] | None = None) -> list[SavedPiece]:
     """The pieces of the parameters; in `memories` instead of their own, if given."""
     memories = [each.memory for each in trained] if memories is None else memories
     return [
-        Piece(path=("model", span.name), span=span, memory=memory.reshape(-1))
+        SavedPiece(path=("model", span.name), span=span, memory=memory.reshape(-1))
         for each, memory in zip(trained, memories, strict=True)
         for span in each.spans
     ]

@@ -20,18 +20,18 @@ from surgery.comm.failures import collective, everyone
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
 from surgery.config import Quant
-from surgery.errors import ExportError, NotFilledError
+from surgery.errors import NotFilledError
 from surgery.model.fqn import split
 from surgery.passes.lifetime import waiting_in
 from surgery.passes.origin import origin_of
-from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Part, strategy_of
 from surgery.telemetry.report import Report
-from surgery.writing.export_plan import Planner, Value, Work, form_of
+from surgery.writing.export_plan import Planner, Product, Value, form_of
 from surgery.writing.live import Adapted, Tensors, adapted_by
 from surgery.writing.merging import chunks
 from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, output
-from surgery.writing.sidecars import sidecars
+from surgery.writing.packing import Packer, finite, write_state
+from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["export"]
 
@@ -138,7 +138,7 @@ class _Writing:
     planner: Planner
     out: Output
 
-    def write_share(self, part: Work, *, has_state: bool) -> None:
+    def write_share(self, part: Product, *, has_state: bool) -> None:
         """Write this rank's share of a part that nobody has to have whole."""
         (value,) = part.values
         name = part.tensors[0].name
@@ -147,16 +147,16 @@ class _Writing:
         if part.packed is not None:
             self.out.write(name, data.view(torch.uint8), start * size)
             if has_state:
-                self._write_state(name, part.packed.saved(value.state))
+                write_state(self.out, name, part.packed.saved(value.state))
             return
         # Elements of the weight in each that is stored.
         many = 1 if value.quant is None else size * value.values_per_byte
         last = min((start + data.numel()) * many, value.shape.numel())
         for first in range(start * many, last, CHUNK):
             piece = value.elements(data, start * many, first, min(first + CHUNK, last))
-            self.out.write(name, _finite(piece, name), first)
+            self.out.write(name, finite(piece, name), first)
 
-    def write_gathered(self, parts: Sequence[Work]) -> int:
+    def write_gathered(self, parts: Sequence[Product]) -> int:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
@@ -170,13 +170,13 @@ class _Writing:
             self._write_whole(*mine)
             return size
 
-    def _needed(self, part: Work) -> Iterator[Part]:
+    def _needed(self, part: Product) -> Iterator[Part]:
         for value in part.values:
             yield from (value.held, *(other.held for other in value.beside))
             for site in value.sites:
                 yield from self.planner.adapted.inputs_of(site).values()
 
-    def _write_whole(self, part: Work, got: Mapping[Part, torch.Tensor]) -> None:
+    def _write_whole(self, part: Product, got: Mapping[Part, torch.Tensor]) -> None:
         name, value = part.tensors[0].name, part.values[0]
         if part.loaded:
             made = {
@@ -189,7 +189,8 @@ class _Writing:
                 self.out.write(planned.name, apart.pop(planned.name))
         elif part.packed is not None:
             whole = self._whole(value, got, name)
-            self._pack(name, whole.t() if value.is_turned and value.quant is None else whole, part.packed, value)
+            whole = whole.t() if value.is_turned and value.quant is None else whole
+            Packer(part.packed, whole.shape, part.tensors, self.out).add(whole, 0)
         elif value.is_turned and value.quant is not None:
             self.out.write(name, self._whole(value, got, name).t())
         else:
@@ -224,37 +225,7 @@ class _Writing:
                     each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes
                 }
                 piece = site.merge({value.leaf: piece, **others}, given, rows if is_divisible else None)[value.leaf]
-            yield rows, _finite(piece, name)
-
-    def _pack(self, name: str, whole: torch.Tensor, packed: QuantFormat, value: Value) -> None:
-        layout, flat = packed.layout(None), whole.reshape(-1)
-        size = layout.whole_blocks(packed.run_elements(flat.device))
-        statistics = []
-        for start in range(0, flat.numel(), size):
-            data, of_run = packed.quantize(flat[start : start + size], layout, value.dtype)
-            self.out.write(name, data, start // layout.values_per_byte)
-            statistics.append(of_run)
-        (state,) = packed.states([torch.cat(statistics)], [whole.shape], [value.dtype])
-        self._write_state(name, packed.saved(state))
-
-    def _write_state(self, name: str, saved: Mapping[str, torch.Tensor | str]) -> None:
-        for end, entry in saved.items():
-            if isinstance(entry, str):
-                self.out.write_state(f"{name}.{end}", entry)
-            else:
-                self.out.write(f"{name}.{end}", _finite(entry, name))
-
-
-def _finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """`tensor` itself. Raises `ExportError` for values that are not finite."""
-    if not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor).all()):
-        return tensor
-    bad = int((~torch.isfinite(tensor)).sum())
-    raise ExportError(
-        f"{name}: expected finite numbers, found {bad:,} that are NaN or infinite: the base "
-        f"has such values, or training has diverged, or the sum is beyond what {tensor.dtype} holds. The output was "
-        "not made"
-    )
+            yield rows, finite(piece, name)
 
 
 def _files(planner: Planner) -> dict[str, bytes | Path]:
@@ -274,18 +245,12 @@ def _files(planner: Planner) -> dict[str, bytes | Path]:
 def _config(planner: Planner) -> dict[str, Any]:
     """The checkpoint's config.json with what has changed."""
     form, live = planner.form, getattr(planner.base, "config", None)
-    config = dict(planner.origin.checkpoint.config or {})
+    config = planner.origin.checkpoint.config or {}
     if live is not None and config.get("model_type") != live.model_type:  # the text model of a composite one
         config = json.loads(live.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
-    parts = [config]
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"] = dict(config["text_config"])
-        parts.append(config["text_config"])
-    config.setdefault("dtype")
-    dtype = str(form.dtype or planner.origin.setting.dtype).removeprefix("torch.")
-    for part in parts:
-        part |= {name: dtype for name in ("dtype", "torch_dtype") if name in part}
-        if planner.untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    return config | ({"quantization_config": dict(form.config)} if form.packed is not None else {})
+    return changed_config(
+        config,
+        dtype=form.dtype or planner.origin.setting.dtype,
+        untied=planner.untied,
+        quantization=None if form.packed is None else form.config,
+    )

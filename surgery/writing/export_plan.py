@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,21 +15,21 @@ from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.passes.origin import Loaded, Origin
-from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for, format_of
 from surgery.sharding.base import Part
 from surgery.writing.live import Adapted, Place
 from surgery.writing.merging import MergeSite
 from surgery.writing.output import Planned
+from surgery.writing.packing import planned_beside, quantized_in
 
-__all__ = ["Form", "Planner", "Value", "Work", "form_of"]
+__all__ = ["OutputForm", "Planner", "Product", "Value", "form_of"]
 
 #: The types of packed weights that can be asked for by name.
 PACKED = ("nf4", "fp4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class OutputForm:
     """The form of the result. dtype: of what is not packed; None for that of each tensor.
 
     quant: options of the weights that are packed; None for none. packed: their format. chosen: FQNs of the modules that
@@ -49,7 +48,7 @@ class Form:
         return [str(self.dtype), str(self.quant)]
 
 
-def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Form:
+def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> OutputForm:
     """The form that `dtype` asks for, as `surgery.export` takes it. Raises `ConfigError`."""
     is_packed = any(format_of(module) is not None for module in base.modules())
     held = origin.setting.format
@@ -59,23 +58,21 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> For
             "the adapter, and merge it into the checkpoint (surgery merge)"
         )
     if dtype is None and (merged or not is_packed):
-        return Form()
+        return OutputForm()
     if isinstance(dtype, torch.dtype):
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"dtype: expected float32, bfloat16 or float16, found {dtype}")
-        return Form(dtype=dtype)
+        return OutputForm(dtype=dtype)
     quant = _options(origin.setting.quant, dtype)
     packed = format_for(quant, dtype=origin.setting.dtype)
     packed.saved_shapes(1)  # raises where there is no form on disk
     if is_packed:
-        return Form(quant=quant, packed=packed, config=_quantization_config(base, origin, quant))
-    skeleton: Any = build_on_meta(
+        return OutputForm(quant=quant, packed=packed, config=_quantization_config(base, origin, quant))
+    skeleton = build_on_meta(
         causal_lm(origin.checkpoint, origin.setting.dtype), dtype=origin.setting.dtype, device=torch.device("cpu")
     )
-    chosen = quantizable(skeleton, packed)
-    Replace(quant=packed, chosen=chosen).run(skeleton)
-    names = frozenset(site.fqn for site in chosen)
-    return Form(quant=quant, packed=packed, chosen=names, config=skeleton.config.quantization_config.to_dict())
+    chosen, config = quantized_in(skeleton, packed)
+    return OutputForm(quant=quant, packed=packed, chosen=chosen, config=config)
 
 
 def _options(held: Any, asked: Any) -> Any:
@@ -153,7 +150,7 @@ class Value:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Work:
+class Product:
     """Tensors of the output that are made together. is_gathered: whether one rank has to have all of `values`.
 
     packed: the format in which what is made of the one value is written, if it is. loaded: what is taken apart again
@@ -180,10 +177,10 @@ class Planner:
     origin: Origin
     held: Mapping[Place, Part]
     adapted: Adapted
-    form: Form
+    form: OutputForm
     untied: bool = field(default=False, init=False)
 
-    def works(self) -> Iterator[Work]:
+    def works(self) -> Iterator[Product]:
         """All work, in the order of the model."""
         groups: dict[Any, list[Loaded]] = {}
         for loaded in self.origin.tensors:
@@ -271,7 +268,7 @@ class Planner:
         chosen = self.form.chosen
         return value.quant is not None if chosen is None else split(loaded.names[0])[0] in chosen
 
-    def _part(self, loaded: Loaded, value: Value, number: int) -> Work:
+    def _part(self, loaded: Loaded, value: Value, number: int) -> Product:
         """The part of one value. number: among those of its tensor."""
         if self._is_packed(loaded, value):
             return self._packed(loaded, value)
@@ -281,24 +278,20 @@ class Planner:
             name = loaded.names[number] if name == loaded.assignment.sources[0] else name
         turned = value.is_turned and value.quant is not None
         planned = Planned(name=name, dtype=value.dtype, shape=tuple(value.shape[:: -1 if turned else 1]))
-        return Work(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
+        return Product(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
 
-    def _packed(self, loaded: Loaded, value: Value) -> Work:
+    def _packed(self, loaded: Loaded, value: Value) -> Product:
         packed = self.form.packed
         assert packed is not None
-        source = loaded.assignment.sources[0]
-        is_its_own = loaded.assignment.converter is None and split(source)[1] == value.leaf
-        name = source if is_its_own else loaded.names[0]
+        name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
         rows = packed.layout(None).packed_shape(shape, packed.storage)
-        found = [Planned(name=name, dtype=packed.storage, shape=rows)]
-        for end, of in packed.saved_shapes(shape.numel()).items():
-            known = {} if of is None else {"dtype": of[0]}
-            found.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+        beside = planned_beside(name, packed, shape.numel())
+        found = (Planned(name=name, dtype=packed.storage, shape=rows), *beside)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return Work(tensors=tuple(found), values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+        return Product(tensors=found, values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
 
-    def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Work:
+    def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Product:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""
         meta = {
             loaded.names[0]: torch.empty(value.shape, dtype=value.dtype, device="meta")
@@ -314,20 +307,11 @@ class Planner:
                 "adapter, and merge it with PEFT's merge_and_unload"
             ) from error
         planned = tuple(Planned(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in found.items())
-        return Work(tensors=planned, values=values, loaded=tuple(group), is_gathered=True)
+        return Product(tensors=planned, values=values, loaded=tuple(group), is_gathered=True)
 
     def taken_apart(self, loaded: Loaded, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, as transformers makes them of parameters by FQN."""
-        from transformers.core_model_loading import revert_weight_conversion
-
-        logical = loaded.assignment.logical
-        view: Any = SimpleNamespace(
-            config=self.base.config,
-            get_parameter=None if logical is None else logical.get_parameter,
-            _weight_conversions=list(self.origin.conversions),
-        )
-        found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
-        return found
+        return loaded.assignment.revert(tensors, self.base.config, self.origin.conversions)
 
 
 def _alike(one: Any, other: Any) -> bool:

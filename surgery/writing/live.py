@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -22,7 +22,7 @@ from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.digest import Piece, page_count, page_sums
 from surgery.sharding.base import Part
 from surgery.sharding.partition import chunk
-from surgery.writing.merge_adapters import UNMERGEABLE
+from surgery.writing.merge_adapters import check_mergeable
 from surgery.writing.merging import MergeSite, find_sites
 
 __all__ = ["Adapted", "Place", "Tensors", "adapted_by"]
@@ -171,10 +171,7 @@ def _check_mergeable(name: str, config: Any) -> None:
     kind = str(config.peft_type).removeprefix("PeftType.")
     if kind != "LORA":
         raise ConfigError(f"adapter {name}: expected one of LoRA, found {kind}: it cannot be merged here")
-    variants = [each.name for each in fields(config) if each.metadata.get("is_lora_variant")]
-    for option in {*variants, *UNMERGEABLE} - {"use_dora"}:
-        if getattr(config, option, None):
-            raise ConfigError(f"adapter {name}: one with {option} cannot be merged into weights: use merged=False")
+    check_mergeable(f"adapter {name}", config)
 
 
 def _shapes(origin: Origin, held: Mapping[Place, Part]) -> dict[Part, torch.Size]:

@@ -25,15 +25,15 @@ from surgery.model.consistency import adapter_facts, same_model
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
-from surgery.passes.replace import Replace, quantizable
 from surgery.quantizers.base import QuantFormat, format_for
 from surgery.telemetry.report import Report
-from surgery.writing.merge_adapters import Matched, StoredAdapter, check_together, match
-from surgery.writing.merge_plan import Base, Readers, Work, changes_of, plan_work
+from surgery.writing.merge_adapters import Matched, MergeAdapter, check_together, match
+from surgery.writing.merge_plan import BaseModel, Readers, Work, changes_of, plan_work
 from surgery.writing.merging import adapt, find_sites
 from surgery.writing.output import MAX_SHARD_BYTES, Output, Planned, output
+from surgery.writing.packing import quantized_in
 from surgery.writing.quantize import identity, stored_dtype
-from surgery.writing.sidecars import sidecars
+from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["DTYPES", "merge"]
 
@@ -98,9 +98,11 @@ def merge(
                     else "expected at least one adapter to merge, found none"
                 )
             stored = [
-                StoredAdapter.open(source, weight=weight)
+                replace(MergeAdapter.open(source), weight=weight)
                 for source, weight in zip(sources, weights or [1.0] * len(sources), strict=True)
             ]
+            for adapter in stored:
+                adapter.check()
             checkpoint = base if isinstance(base, Checkpoint) else _open_base(base, stored, revision)
             check_together(stored, checkpoint)
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
@@ -145,9 +147,9 @@ class _Job:
         return (planned for work in self.works for planned in work.made)
 
 
-def _open_base(base: Source, adapters: Sequence[StoredAdapter], revision: str | None) -> Checkpoint:
+def _open_base(base: Source, adapters: Sequence[MergeAdapter], revision: str | None) -> Checkpoint:
     """The base, at the revision that an adapter was trained on if none is given."""
-    recorded = {each.config.revision for each in adapters if each.config.base_model_name_or_path == os.fspath(base)}
+    recorded = {each.base.revision for each in adapters if each.base.name == os.fspath(base)}
     if revision is None and len(recorded) == 1 and not Path(base).exists():
         (revision,) = recorded
     return Checkpoint.open(base, revision=revision)
@@ -155,7 +157,7 @@ def _open_base(base: Source, adapters: Sequence[StoredAdapter], revision: str | 
 
 def _prepare(
     checkpoint: Checkpoint,
-    adapters: Sequence[StoredAdapter],
+    adapters: Sequence[MergeAdapter],
     dtype: torch.dtype | None,
     quant: Quant | None,
     ranks: Ranks,
@@ -165,7 +167,7 @@ def _prepare(
     packing, own = checkpoint.packing, dtype or _dtype_of(checkpoint)
     model = build_on_meta(causal_lm(checkpoint, own), dtype=own, device=cpu)
     same_model(ranks, model, checkpoint)
-    base = Base.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
+    base = BaseModel.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
     form, quantized, quantization = None, frozenset[str](), None
     if quant is not None:
         form, quantized, quantization = _quantization(model, base, checkpoint, quant, own)
@@ -194,13 +196,12 @@ def _prepare(
 def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of a model: what config.json says, also of packed weights, or else that of most of the weights."""
     config = checkpoint.config or {}
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    found = named if named in DTYPES.values() else stored_dtype(checkpoint)
-    return found if found in DTYPES.values() else torch.float32
+    named: Any = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return next((each for each in (named, stored_dtype(checkpoint)) if each in DTYPES.values()), torch.float32)
 
 
 def _quantization(
-    model: nn.Module, base: Base, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype
+    model: nn.Module, base: BaseModel, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype
 ) -> tuple[QuantFormat, frozenset[str], Mapping[str, object]]:
     """The format of the output, the FQNs of weights that are in it, and its `quantization_config`."""
     packing, config = checkpoint.packing, checkpoint.config or {}
@@ -210,11 +211,8 @@ def _quantization(
         form = format_for(form.options_for(packing), dtype=dtype, compute_dtype=dtype)
         return form, base.weights.packed, config["quantization_config"]
     # On a copy, since adapters are merged into modules as they are.
-    twin: Any = copy.deepcopy(model)
-    chosen = quantizable(twin, form)
-    Replace(quant=form, chosen=chosen).run(twin)
-    found = frozenset(f"{site.fqn}.weight" for site in chosen)
-    return form, found, twin.config.quantization_config.to_dict()
+    chosen, quantization = quantized_in(copy.deepcopy(model), form)
+    return form, frozenset(f"{fqn}.weight" for fqn in chosen), quantization
 
 
 def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:
@@ -236,12 +234,13 @@ def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:
         readers.base.check_unchanged()
 
 
-def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Path]:
+def _files(job: _Job, adapters: Sequence[MergeAdapter]) -> dict[str, bytes | Path]:
     """Files beside the weights; the tokenizer is that of the last adapter that has one."""
     rows = {
         f"adapter {number}": f"{each.path.name}: {_described(each)}" for number, each in enumerate(adapters, start=1)
     }
-    config, title = _config(job), "Base model with merged adapters"
+    config = changed_config(job.checkpoint.config, dtype=job.dtype, untied=job.untied, quantization=job.quantization)
+    title = "Base model with merged adapters"
     files = sidecars(job.checkpoint, config, title=title, relation="merge", settings=rows)
     for each in adapters:
         own: dict[str, bytes | Path] = {
@@ -252,27 +251,13 @@ def _files(job: _Job, adapters: Sequence[StoredAdapter]) -> dict[str, bytes | Pa
     return files
 
 
-def _config(job: _Job) -> dict[str, Any]:
-    """The config.json of the output: the base's, with its dtype, quantization and ties as they are now."""
-    config = copy.deepcopy(job.checkpoint.config or {})
-    text = config.get("text_config")
-    for part in (config, text) if isinstance(text, dict) else (config,):
-        part.pop("quantization_config", None)
-        if job.dtype is not None and (part is config or not {"dtype", "torch_dtype"}.isdisjoint(part)):
-            part.pop("torch_dtype", None)
-            part["dtype"] = str(job.dtype).removeprefix("torch.")
-        if job.untied and (part is config or "tie_word_embeddings" in part):
-            part["tie_word_embeddings"] = False
-    return config if job.quantization is None else {**config, "quantization_config": dict(job.quantization)}
-
-
-def _described(adapter: StoredAdapter) -> str:
+def _described(adapter: MergeAdapter) -> str:
     config = adapter.config
     kinds = ["DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA", f"rank {config.r}"]
     return ", ".join([*kinds, f"alpha {config.lora_alpha}", f"weight {adapter.weight:g}"])
 
 
-def _identity(job: _Job, adapters: Sequence[StoredAdapter]) -> str:
+def _identity(job: _Job, adapters: Sequence[MergeAdapter]) -> str:
     """All that the values depend on, as text."""
     options = [[each.identity, sorted(adapter_facts(each.config).items()), each.weight] for each in adapters]
     return json.dumps(["merge", identity(job.checkpoint), options, str(job.dtype), str(job.quantization), versions()])

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from surgery.checkpoint import Checkpoint, Index, Reader
-from surgery.checkpoint.header import parse_json
-from surgery.checkpoint.hub import resolve
-from surgery.errors import AdapterError, CheckpointError, ConfigError, WeightsMismatchError
+from surgery.adapters.folder import CONFIG
+from surgery.adapters.metadata import Base
+from surgery.adapters.saved import SavedAdapter
+from surgery.checkpoint import Checkpoint, Reader
+from surgery.errors import AdapterError, ConfigError
 from surgery.model.fqn import PEFT_PREFIX
 from surgery.writing.merging import MergeSite, adapter_keys
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
-__all__ = ["Matched", "StoredAdapter", "check_together", "match"]
-
-WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
-
-#: Initial values of PEFT that take their part out of the base weights, or quantize them: with the base as it was, such
-#: an adapter is another one.
-MUTATING = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+__all__ = ["Matched", "MergeAdapter", "check_mergeable", "check_together", "match"]
 
 #: Options of LoRA that change the modules that there are, beside PEFT's variants of LoRA, which look at the input or
 #: change the base.
@@ -38,24 +31,15 @@ UNMERGEABLE = ("layer_replication", "megatron_config", "use_qalora")
 
 Convert: TypeAlias = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
 #: Names that are listed of many.
 SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class StoredAdapter:
-    """A LoRA adapter in a folder: its configuration and the tensors of its file. weight: that it is merged with.
+class MergeAdapter(SavedAdapter):
+    """A saved adapter that is merged. weight: with which it is."""
 
-    revision: the commit, for a hub id.
-    """
-
-    path: Path
-    config: LoraConfig = field(repr=False)
-    index: Index = field(repr=False)
     weight: float = 1.0
-    revision: str | None = None
 
     @property
     def identity(self) -> str:
@@ -63,27 +47,15 @@ class StoredAdapter:
         stamps = self.index.stamps.values()
         return repr([(stamp.header, stamp.size, self.revision or stamp.modified) for stamp in stamps])
 
-    @classmethod
-    def open(cls, source: str | os.PathLike[str], *, weight: float = 1.0) -> StoredAdapter:
-        """Open a folder or a hub id; headers alone are read.
-
-        For a hub id in a distributed job, every rank has to call it. Raises `CheckpointError` for what is no adapter in
-        safetensors, and `ConfigError` for one that cannot be merged, or not with this `weight`.
-        """
-        found = resolve(source)
-        folder = found.path
-        config = _read_config(folder)
-        file = folder / WEIGHTS
-        if not file.is_file():
-            is_pickle = (folder / PICKLE).is_file()
-            instead = f"found {PICKLE}, a pickle, which can run any code" if is_pickle else "found none"
-            raise CheckpointError(
-                f"{folder}: expected the weights of the adapter in {WEIGHTS}, {instead}. Load it with PEFT where you "
-                "trust it, and save it again: model.save_pretrained(folder)",
-                path=folder,
+    def check(self) -> None:
+        """Raise `ConfigError` if it cannot be merged, or not with this weight."""
+        check_mergeable(str(self.path), self.config)
+        if self.config.task_type not in (None, "CAUSAL_LM"):
+            raise ConfigError(
+                f"{self.path / CONFIG}: expected an adapter of a causal language model (task_type CAUSAL_LM), found "
+                f"{self.config.task_type}"
             )
-        _check_weight(folder, config, weight)
-        return cls(path=folder, config=config, index=Index.open(file), weight=weight, revision=found.revision)
+        _check_weight(self.path, self.config, self.weight)
 
     def check_finite(self) -> None:
         """Read all of it, a tensor at a time; raise `AdapterError` for values that are NaN or infinite."""
@@ -102,41 +74,12 @@ class StoredAdapter:
             )
 
 
-def _read_config(folder: Path) -> LoraConfig:
-    from peft import LoraConfig
-
-    file = folder / CONFIG
-    try:
-        content = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Cannot read the configuration of an adapter {file}: {error}. Expected the folder that PEFT, or "
-            "surgery finetune, has saved an adapter in",
-            path=file,
-        ) from error
-    kind = content.get("peft_type") if isinstance(content, dict) else None
-    if kind != "LORA":
-        raise ConfigError(f"{file}: expected an adapter of peft_type LORA, found {kind!r}: it cannot be merged here")
-    try:
-        config: Any = LoraConfig.from_pretrained(str(folder))
-    except Exception as error:
-        raise ConfigError(f"{file}: PEFT cannot use this configuration: {type(error).__name__}: {error}") from error
-    if MUTATING.match(str(config.init_lora_weights)):
-        raise ConfigError(
-            f"{file}: init_lora_weights={config.init_lora_weights!r} has changed the base weights before training, so "
-            "that this adapter does not fit the base as it is: save it with PEFT's "
-            "save_pretrained(path_initial_model_for_weight_conversion=...), which makes a plain LoRA of it"
-        )
+def check_mergeable(adapter: str, config: Any) -> None:
+    """Raise `ConfigError` for options of LoRA that cannot be merged into weights."""
     variants = [each.name for each in dataclasses.fields(config) if each.metadata.get("is_lora_variant")]
     for name in {*variants, *UNMERGEABLE} - {"use_dora"}:
         if getattr(config, name, None):
-            raise ConfigError(f"{file}: an adapter with {name} cannot be merged into weights: load it with PEFT")
-    if config.task_type not in (None, "CAUSAL_LM"):
-        raise ConfigError(
-            f"{file}: expected an adapter of a causal language model (task_type CAUSAL_LM), found {config.task_type}"
-        )
-    checked: LoraConfig = config
-    return checked
+            raise ConfigError(f"{adapter}: one with {name} cannot be merged into weights: load it with PEFT")
 
 
 def _check_weight(folder: Path, config: Any, weight: float) -> None:
@@ -151,29 +94,13 @@ def _check_weight(folder: Path, config: Any, weight: float) -> None:
         )
 
 
-def check_together(adapters: Sequence[StoredAdapter], checkpoint: Checkpoint) -> None:
+def check_together(adapters: Sequence[MergeAdapter], checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` for adapters that cannot be merged together, or that are of another revision of the base."""
     with_bias = [each.path for each in adapters if each.config.bias != "none"]
     if with_bias and len(adapters) > 1:
         raise ConfigError(f"{with_bias[0]} has trained biases of the base, and can only be merged alone")
-    found = _commit(checkpoint)
     for each in adapters:
-        expected, base = each.config.revision, each.config.base_model_name_or_path
-        recorded = re.search(r"/snapshots/([0-9a-f]{40})/?$", base or "")
-        expected = recorded.group(1) if recorded else expected
-        if expected and found and COMMIT.fullmatch(expected) and expected != found:
-            raise ConfigError(
-                f"{each.path}: expected the base of this adapter, {base} at revision {expected}, found "
-                f"{checkpoint.source} at {found}: give that revision (--model-revision {expected})"
-            )
-
-
-def _commit(checkpoint: Checkpoint) -> str | None:
-    """The commit of the base, if it is known: that of a hub id, or of a folder in the hub's cache."""
-    if checkpoint.revision is not None:
-        return checkpoint.revision
-    inside = checkpoint.path.parent.name == "snapshots" and COMMIT.fullmatch(checkpoint.path.name)
-    return checkpoint.path.name if inside else None
+        each.base.check_revision(Base.of(checkpoint), each.path / CONFIG)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +112,7 @@ class Matched:
     of these keys of those in the file, which has the names of an older layout of the model; None where they are it.
     """
 
-    adapter: StoredAdapter
+    adapter: MergeAdapter
     keys: Mapping[int, str]
     replaced: Mapping[str, str]
     convert: Convert | None = None
@@ -204,7 +131,7 @@ class Matched:
         return {name: read(key).to(torch.float32) for name, key in wanted.items()}
 
 
-def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[str, torch.Tensor]) -> Matched:
+def match(adapter: MergeAdapter, name: str, adapted: PeftModel, base: Mapping[str, torch.Tensor]) -> Matched:
     """Match the file of `adapter` with `adapted`, to which PEFT has just added it as `name`; nothing is read.
 
     base: parameters and persistent buffers of the base model, on meta, by FQN, before it was adapted. Raises
@@ -221,18 +148,8 @@ def match(adapter: StoredAdapter, name: str, adapted: PeftModel, base: Mapping[s
         found = convert(found)
     else:
         convert = None
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        raise _mismatch(adapter, missing, unknown)
-    for key, parameter in expected.items():
-        if parameter.shape != found[key].shape or not found[key].dtype.is_floating_point:
-            raise WeightsMismatchError(
-                f"{adapter.path}: expected {key} of shape {tuple(parameter.shape)} for this base and the rank that "
-                f"adapter_config.json gives, found {tuple(found[key].shape)} of {found[key].dtype}: it is the adapter "
-                "of another base, or its configuration is another's",
-                path=adapter.path / WEIGHTS,
-                tensor=key,
-            )
+    shapes = {key: parameter.shape for key, parameter in expected.items()}
+    adapter.check_tensors(shapes, {key: tensor.shape for key, tensor in found.items()})
     keys = {id(parameter): key for key, parameter in expected.items()}
     replaced = dict(_replaced(adapter, name, adapted, base, keys))
     return Matched(adapter=adapter, keys=keys, replaced=replaced, convert=convert)
@@ -254,7 +171,7 @@ def _conversion(name: str, adapted: PeftModel) -> Convert | None:
     return convert
 
 
-def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _embeddings(adapter: MergeAdapter, adapted: Any, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights of embedding and head that PEFT has saved beside the adapter, as it does where those are adapted."""
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     held = {id(p) for module in ends if module is not None for p in module.parameters()}
@@ -263,7 +180,7 @@ def _embeddings(adapter: StoredAdapter, adapted: Any, expected: Mapping[str, tor
 
 
 def _replaced(
-    adapter: StoredAdapter, name: str, adapted: Any, base: Mapping[str, torch.Tensor], keys: Mapping[int, str]
+    adapter: MergeAdapter, name: str, adapted: Any, base: Mapping[str, torch.Tensor], keys: Mapping[int, str]
 ) -> Iterator[tuple[str, str]]:
     """FQNs in the base model of what the adapter has whole, and the keys of those tensors."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -282,18 +199,3 @@ def _replaced(
                 "with PEFT's merge_and_unload"
             )
         yield fqn, keys[id(tensor)]
-
-
-def _mismatch(adapter: StoredAdapter, missing: Sequence[str], unknown: Sequence[str]) -> WeightsMismatchError:
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unknown", unknown))
-        if keys
-    ]
-    return WeightsMismatchError(
-        f"{adapter.path}: expected the tensors of an adapter of this base, as its adapter_config.json describes it; "
-        f"found {'; '.join(parts)}. Give the base that it was trained on",
-        missing=missing,
-        unexpected=unknown,
-        path=adapter.path,
-    )

@@ -7,25 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
 from torch import nn
 
 from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
-from surgery.errors import ConfigError, ExportError
+from surgery.errors import ConfigError
 from surgery.model.fqn import join, split
 from surgery.model.keys import Assignment, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
-from surgery.quantizers.base import QuantFormat, check_run
+from surgery.quantizers.base import QuantFormat
 from surgery.telemetry.report import Report
 from surgery.writing.merge_adapters import Matched
 from surgery.writing.merging import MergeSite, chunks
 from surgery.writing.output import Output, Planned
+from surgery.writing.packing import Packer, finite, planned_beside
 
-__all__ = ["Base", "Change", "Readers", "Work", "changes_of", "plan_work"]
+__all__ = ["BaseModel", "Change", "Readers", "Work", "changes_of", "plan_work"]
 
 #: Elements that are unpacked at a time, each with some 30 bytes of temporaries.
 UNPACKED = 1 << 19
@@ -48,7 +48,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Base:
+class BaseModel:
     """The base model, on meta, before it was adapted.
 
     tensors: parameters and persistent buffers by FQN. modules: FQNs, the first of each module; owners: modules by any
@@ -224,7 +224,7 @@ class Merged(Work):
         sink: Callable[[torch.Tensor, int], None] = partial(out.write, self.made[0].name)
         if self.quant is not None:
             shape = entry.shape[::-1] if packs and not unpacks else entry.shape
-            sink = _Packer(self.quant, torch.Size(shape), self.made, out).add
+            sink = Packer(self.quant, torch.Size(shape), self.made, out).add
         given = [(site, readers.inputs(site)) for site in change.sites]
         row, size = math.prod(entry.shape[1:]), entry.shape[0] if entry.shape else 1
         for rows in chunks(entry.shape) if divisible else [range(size)]:
@@ -237,60 +237,12 @@ class Merged(Work):
             del part
 
 
-class _Packer:
-    """The quantization of one weight, which comes in parts. made: the tensors that it becomes, the packed one first."""
-
-    def __init__(self, quant: QuantFormat, shape: torch.Size, made: Sequence[Planned], out: Output) -> None:
-        self._quant, self._shape, self._made, self._out = quant, shape, made, out
-        self._layout = quant.layout(None)
-        self._left = torch.empty(0)
-        self._statistics: list[torch.Tensor] = []
-        self._done = 0
-
-    def add(self, part: torch.Tensor, start: int) -> None:
-        """Quantize the elements from `start` on, which follow those before, as far as they are whole blocks."""
-        flat = part.reshape(-1)
-        flat = torch.cat([self._left.to(flat.dtype), flat]) if self._left.numel() else flat
-        is_last = start + part.numel() == self._shape.numel()
-        size = flat.numel() if is_last else flat.numel() // self._layout.blocksize * self._layout.blocksize
-        step = self._layout.whole_blocks(self._quant.run_elements(flat.device))
-        for first in range(0, size, step):
-            self._quantize(flat[first : min(first + step, size)], flat.dtype)
-        self._left = flat[size:].clone()
-        if is_last:
-            self._finish(flat.dtype)
-
-    def _quantize(self, run: torch.Tensor, dtype: torch.dtype) -> None:
-        packed, statistics = self._quant.quantize(run, self._layout, dtype)
-        check_run(self._quant, self._made[0].name, run.numel(), (packed, statistics), self._layout)
-        self._statistics.append(statistics)
-        self._out.write(self._made[0].name, packed.view(self._made[0].dtype), self._done)
-        self._done += packed.numel() // self._made[0].dtype.itemsize
-
-    def _finish(self, dtype: torch.dtype) -> None:
-        (state,) = self._quant.states([torch.cat(self._statistics)], [self._shape], [dtype])
-        for end, value in self._quant.saved(state).items():
-            name = f"{self._made[0].name}.{end}"
-            if isinstance(value, torch.Tensor):
-                self._out.write(name, value)
-            else:
-                self._out.write_state(name, value)
-
-
 def _merged(
     site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, part: torch.Tensor, rows: range | None
 ) -> torch.Tensor:
     """The parameter `leaf` after the merge. Raises `ExportError` for values that are not finite."""
     merged = site.merge({leaf: part}, inputs, rows)[leaf]
-    # One pass: whatever is not finite makes the sum so.
-    if bool(merged.sum(dtype=torch.float32).isfinite()) or bool(merged.isfinite().all()):
-        return merged
-    bad, at = int((~torch.isfinite(merged)).sum()), "" if rows is None else f", in rows {rows.start} to {rows.stop}"
-    raise ExportError(
-        f"{join(site.fqn, leaf)}: expected finite numbers after the merge, found {bad:,} of {merged.numel():,} that "
-        f"are NaN or infinite{at}: the base has such values there, or the sum is beyond what {merged.dtype} holds. The "
-        "output was not made; merge in another dtype, or with another weight"
-    )
+    return finite(merged, join(site.fqn, leaf), "" if rows is None else f", in rows {rows.start} to {rows.stop}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -302,7 +254,7 @@ class Fused(Work):
 
     assignment: Assignment = field(repr=False)
     changes: Mapping[str, Change]
-    base: Base = field(repr=False)
+    base: BaseModel = field(repr=False)
 
     @property
     def cost(self) -> int:
@@ -321,7 +273,7 @@ class Fused(Work):
                 tensors[fqn] = readers.of(matched).read(key).to(tensors[fqn].dtype)
             for site in change.sites:
                 _merge_in_place(site, readers.inputs(site), split(fqn)[1], tensors, fqn)
-        parts = _taken_apart(self.base, self.assignment, tensors)
+        parts = self.assignment.revert(tensors, self.base.model.config, self.base.conversions)
         tensors.clear()
         for planned in self.made:
             out.write(planned.name, parts.pop(planned.name).to(planned.dtype))
@@ -338,24 +290,12 @@ def _merge_in_place(
         part.copy_(_merged(site, inputs, leaf, part, rows))
 
 
-def _taken_apart(base: Base, assignment: Assignment, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The sources of `assignment` as transformers saves them, of what it makes of them."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    view: Any = SimpleNamespace(
-        config=base.model.config,
-        get_parameter=assignment.logical.get_parameter if assignment.logical is not None else None,
-        _weight_conversions=list(base.conversions),
-    )
-    found: dict[str, torch.Tensor] = revert_weight_conversion(view, dict(tensors))
-    return found
-
-
-def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoint) -> None:
+def _check_taken_apart(base: BaseModel, assignment: Assignment, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` unless, on meta, the names and shapes of the base come out."""
     meta = {name: torch.empty(checkpoint.logical(name).shape, device="meta") for name in assignment.sources}
     try:
-        found = {name: tuple(t.shape) for name, t in _taken_apart(base, assignment, assignment.convert(meta)).items()}
+        made = assignment.revert(assignment.convert(meta), base.model.config, base.conversions)
+        found = {name: tuple(tensor.shape) for name, tensor in made.items()}
         problem = f"found {len(found)} others" if found != {n: tuple(t.shape) for n, t in meta.items()} else None
     except Exception as error:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
         problem = f"found {type(error).__name__}: {error}"
@@ -367,7 +307,7 @@ def _check_taken_apart(base: Base, assignment: Assignment, checkpoint: Checkpoin
         )
 
 
-def changes_of(base: Base, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
+def changes_of(base: BaseModel, matched: Sequence[Matched], sites: Sequence[MergeSite]) -> dict[str, Change]:
     """Changes in the base, by FQN. Raises `ConfigError` where two adapters cannot be brought together."""
     found: dict[str, Change] = {}
     for each in matched:
@@ -423,7 +363,7 @@ def _check_tokens(site: MergeSite) -> None:
 
 
 def plan_work(
-    base: Base,
+    base: BaseModel,
     checkpoint: Checkpoint,
     changes: Mapping[str, Change],
     *,
@@ -472,7 +412,7 @@ def plan_work(
     return tuple(work for each in works.values() for work in each), untied
 
 
-def _untied_key(base: Base, name: str) -> str:
+def _untied_key(base: BaseModel, name: str) -> str:
     """The key of an embedding or a head that is no longer tied. Raises `ConfigError` where another tensor is."""
     if name in base.keys and split(name)[0] in base.ends:
         return base.keys[name]
@@ -483,7 +423,7 @@ def _untied_key(base: Base, name: str) -> str:
 
 
 def _one(
-    base: Base,
+    base: BaseModel,
     checkpoint: Checkpoint,
     fqn: str,
     source: str,
@@ -506,9 +446,7 @@ def _one(
     if quant is not None:
         storage = stored.data.dtype if stored is not None else quant.storage
         made = [Planned(name=name, dtype=storage, shape=quant.layout(None).packed_shape(shape, storage))]
-        for end, of in quant.saved_shapes(math.prod(shape)).items():
-            known = {} if of is None else {"dtype": of[0]}
-            made.append(Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known))
+        made += planned_beside(name, quant, math.prod(shape))
     return [
         Merged(
             made=tuple(made),

@@ -87,7 +87,6 @@ class _File:
     """One file of the output: its tensors in the order of their bytes, texts last."""
 
     name: str
-    metadata: Mapping[str, str] = field(repr=False)
     tensors: tuple[Planned, ...] = field(repr=False)
 
     @cached_property
@@ -123,7 +122,7 @@ class _File:
             }
             for number, planned in enumerate(self.tensors)
         }
-        return json.dumps({"__metadata__": dict(self.metadata), **described}, separators=(",", ":")).encode()
+        return json.dumps({"__metadata__": {"format": "pt"}, **described}, separators=(",", ":")).encode()
 
     def header(self, sizes: Mapping[str, int]) -> bytes:
         """The header with its length before it, and spaces up to where tensors begin."""
@@ -132,7 +131,7 @@ class _File:
         )
 
 
-def _lay_out(planned: Iterable[Planned], max_shard_bytes: int, metadata: Mapping[str, str]) -> tuple[_File, ...]:
+def _lay_out(planned: Iterable[Planned], max_shard_bytes: int) -> tuple[_File, ...]:
     """The files of the output: as many tensors to each as fit, in their order; one that is larger has its own."""
     shards: list[list[Planned]] = [[]]
     size = 0
@@ -148,7 +147,6 @@ def _lay_out(planned: Iterable[Planned], max_shard_bytes: int, metadata: Mapping
     return tuple(
         _File(
             name=name,
-            metadata={"format": "pt", **metadata},
             tensors=tuple(sorted(shard, key=lambda each: (each.shape is None, -each.dtype.itemsize))),
         )
         for name, shard in zip(names, shards, strict=True)
@@ -167,7 +165,6 @@ def output(
     overwrite: bool = False,
     source: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[Output]:
     """Write a checkpoint to `directory` in a block, to be entered on all ranks alike; at its end it is there, whole.
 
@@ -185,7 +182,6 @@ def output(
         overwrite: whether a folder of a checkpoint that is there may be replaced, with all that is in it.
         source: a folder that is read, which may not be replaced.
         max_shard_bytes: most bytes of a file, if no single tensor is larger.
-        metadata: of the headers, beside `format`.
 
     Raises:
         ConfigError: the folder cannot be written, another job writes it, or there is something that may not be
@@ -197,7 +193,7 @@ def output(
     given = facts_of({"folder": target, "job": job, "overwrite": overwrite, "most bytes of a file": max_shard_bytes})
     same_on_every_rank(current_ranks(), "output", {"output": given}, device=device)
     _check_planned(planned, max_shard_bytes, files)
-    laid_out = _lay_out(planned, max_shard_bytes, metadata or {})
+    laid_out = _lay_out(planned, max_shard_bytes)
     hidden = _hidden(target)
     with ExitStack() as stack:
         with everyone(ranks, device=device):
@@ -221,8 +217,6 @@ class Output:
     def __init__(self, *, target: Path, files: Sequence[_File], rank: int) -> None:
         self.target = target
         self.rank = rank
-        #: Bytes of tensors that this rank has written.
-        self.bytes_written = 0
         self._hidden = _hidden(target)
         self._files = files
         self._planned = {planned.name: (file, planned) for file in files for planned in file.tensors}
@@ -254,7 +248,6 @@ class Output:
         data = _bytes(tensor)
         with self._naming_failure():
             _pwrite(self._descriptor(file), data, file.places[name] + start * planned.dtype.itemsize)
-        self.bytes_written += len(data)
         self._note(name, start, stop)
         self._pending_bytes += len(data)
         if self._pending_bytes > FLUSH_BYTES or time.monotonic() - self._flushed > FLUSH_SECONDS:

@@ -36,7 +36,8 @@ from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
 from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, output
-from surgery.writing.sidecars import sidecars
+from surgery.writing.packing import planned_beside
+from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["dequantize", "identity", "quantize", "stored_dtype"]
 
@@ -269,44 +270,28 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
 
 
 def _entries(prepared: Prepared, target: Target) -> Iterator[Planned]:
-    name = _name(target)
+    name = target.assignment.key_of(target.fqn)
     yield Planned(name=name, dtype=target.dtype, shape=tuple(target.shape))
-    if target.logical is None:
-        return
-    for end, of in prepared.setting.format.saved_shapes(target.logical.numel()).items():
-        known = {} if of is None else {"dtype": of[0]}
-        yield Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known)
-
-
-def _name(target: Target) -> str:
-    """The name that the checkpoint has, or the model's, where it has none of that tensor alone."""
-    source = target.assignment.sources[0]
-    is_its_own = target.assignment.converter is None and source.rpartition(".")[2] == target.fqn.rpartition(".")[2]
-    return source if is_its_own else target.fqn
+    if target.logical is not None:
+        yield from planned_beside(name, prepared.setting.format, target.logical.numel())
 
 
 def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
     setting, model = prepared.setting, prepared.model
-    dtype = _short(setting.dtype)
-    config = {name: value for name, value in (checkpoint.config or {}).items() if name != "quantization_config"}
-    # Both names, where an older release of transformers has written the checkpoint and may read this one.
-    config |= {name: dtype for name in ("dtype", "torch_dtype") if name in config or name == "dtype"}
+    written: Any = getattr(model, "config", None)
+    quantization = None if setting.quant is None else written.quantization_config.to_dict()
+    config = changed_config(checkpoint.config, dtype=setting.dtype, quantization=quantization)
+    dtype = config["dtype"]
     name = Path(checkpoint.source).name or checkpoint.path.name
     if setting.quant is None:
         settings = {"dequantized from": checkpoint.packing.kind if checkpoint.packing else None, "dtype": dtype}
         return sidecars(checkpoint, config, title=f"{name}, dequantized", relation="finetune", settings=settings)
-    written: Any = model.config
-    config["quantization_config"] = written.quantization_config.to_dict()
     settings = {
         "quantization": f"{setting.format.label}, {setting.format.description}",
         "double quantization": setting.quant.double_quant,
         "quantized in": dtype,
     }
     return sidecars(checkpoint, config, title=f"{name} in 4 bits", relation="quantized", settings=settings)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _stream(
@@ -404,7 +389,7 @@ class _Write(BatchPass):
         """Give away the buffers of `batch`."""
         ranks = self.loading.ranks
         for number, buffer in enumerate(batch.buffers):
-            name = _name(buffer.target)
+            name = buffer.target.assignment.key_of(buffer.target.fqn)
             with Naming(self.name, name):
                 self.sink[0](name, buffer.read_rows(), buffer.slice.reads.start * buffer.row)
                 # Every rank has the state; they take turns.

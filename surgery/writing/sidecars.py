@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from surgery.adapters.metadata import versions
 from surgery.checkpoint import Checkpoint
 
-__all__ = ["sidecars"]
+__all__ = ["changed_config", "sidecars"]
 
 #: Files of a model that are taken along; weights, their index, and states of a training are not.
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".bpe", ".codes", ".py")
@@ -19,6 +22,31 @@ _LEFT_OUT = ("config.json", "adapter_config.json", "trainer_state.json", "all_re
 
 #: Where transformers keeps further templates.
 _TEMPLATES = "additional_chat_templates"
+
+
+def changed_config(
+    config: Mapping[str, Any] | None,
+    *,
+    dtype: torch.dtype | None,
+    untied: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A copy of the content of config.json for another output, also in the part of a multimodal model's text.
+
+    dtype: of what is not packed; None leaves what is said of it. untied: whether embedding and head are two tensors
+    now. quantization: `quantization_config`; None for none.
+    """
+    found = copy.deepcopy(dict(config or {}))
+    text = found.get("text_config")
+    if dtype is not None:
+        found.setdefault("dtype")
+    for part in (found, text) if isinstance(text, dict) else (found,):
+        part.pop("quantization_config", None)
+        if dtype is not None:  # both names, of which older releases of transformers write, and read, the second
+            part |= {name: str(dtype).removeprefix("torch.") for name in ("dtype", "torch_dtype") if name in part}
+        if untied and (part is found or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    return found if quantization is None else {**found, "quantization_config": dict(quantization)}
 
 
 def sidecars(
