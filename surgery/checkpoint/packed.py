@@ -52,6 +52,9 @@ THREADS = 8
 #: Bytes of settings; no weight of bitsandbytes has more than some 300.
 _MOST_SETTINGS = 1 << 16
 
+#: What the kernels of bitsandbytes take.
+_BLOCKSIZES = tuple(1 << power for power in range(5, 13))
+
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -315,36 +318,45 @@ def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.d
 def _parsed(entry: TensorEntry, quant_type: str, read: Read) -> PackedSettings:
     """The settings in `entry`. Raises ValueError, TypeError or KeyError for what is none."""
     if entry.dtype != torch.uint8 or not 0 < entry.nbytes <= _MOST_SETTINGS:
-        raise ValueError(f"expected at most {_MOST_SETTINGS:,} bytes, found {entry.numel:,} of {entry.dtype}")
+        raise ValueError(f"expected 1 to {_MOST_SETTINGS:,} elements of uint8, found {_described(entry)}")
     content: Any = parse_json(read(entry, 0, entry.numel).numpy().tobytes())
     if not isinstance(content, dict):
         raise TypeError(f"expected a JSON object, found {type(content).__name__}")
+    absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if key not in content]
+    if absent:
+        raise ValueError(f"it has no {', '.join(absent)}")
     if content["quant_type"] != quant_type or quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type {content['quant_type']!r:.40} under the name of {quant_type!r:.40}")
-    nested = content.get("nested_blocksize")
-    if nested is not None and content.get("nested_dtype", "float32") != "float32":
-        raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
+    dtype, shape = content["dtype"], content["shape"]
+    if str(dtype) not in _DTYPES:
+        raise ValueError(f"expected dtype to be {' or '.join(_DTYPES)}, found {dtype!r:.40}")
+    if not isinstance(shape, list) or not shape or any(type(size) is not int or size < 1 for size in shape):
+        raise ValueError(f"expected shape to be numbers above 0, found {shape!r:.40}")
     return PackedSettings(
         quant_type=quant_type,
-        blocksize=_natural(content, "blocksize"),
-        dtype=_DTYPES[content["dtype"]],
-        shape=tuple(_natural(dict(enumerate(content["shape"])), number) for number in range(len(content["shape"]))),
-        nested_blocksize=None if nested is None else _natural(content, "nested_blocksize"),
-        nested_offset=None if nested is None else _finite(content["nested_offset"]),
+        blocksize=_blocksize(content, "blocksize"),
+        dtype=_DTYPES[dtype],
+        shape=tuple(shape),
+        **({} if content.get("nested_blocksize") is None else _nested(content)),
     )
 
 
-def _natural(content: Mapping[Any, Any], key: Any) -> int:
+def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of absmax that is quantized too."""
+    if content.get("nested_dtype", "float32") != "float32":
+        raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
+    offset: Any = content.get("nested_offset")
+    # It is added to values in float32.
+    if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"expected nested_offset to be a number that is finite in float32, found {offset!r:.40}")
+    return {"nested_blocksize": _blocksize(content, "nested_blocksize"), "nested_offset": float(offset)}
+
+
+def _blocksize(content: Mapping[str, Any], key: str) -> int:
     value = content[key]
-    if type(value) is not int or value < 1:
-        raise ValueError(f"expected {key} to be a number above 0, found {value!r:.40}")
+    if type(value) is not int or value not in _BLOCKSIZES:
+        raise ValueError(f"expected {key} to be one of {', '.join(map(str, _BLOCKSIZES))}, found {value!r:.40}")
     return value
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(float(value)):
-        raise ValueError(f"nested_offset is {value!r:.40}")
-    return float(value)
 
 
 def _broken(path: Path, name: str, why: str) -> CheckpointError:

@@ -48,18 +48,17 @@ def require_usable(
     name = None
     bits = _bits(config or {})
     held = next((8 // weight.settings.values_per_byte for weight in packed.values()), None)
-    if bits is not None and bits != held:
-        sign, names = (
-            ("SCB", "*.SCB") if bits == 8 else ("quant_state", "*.weight.quant_state.bitsandbytes__nf4 or fp4")
-        )
-        found = f"none of its tensors has a {sign}" if held is None else f"its tensors are packed in {held}"
+    if declared == "bitsandbytes" and (held is None or bits not in (None, held)):
+        ends = {4: "*.weight.quant_state.bitsandbytes__nf4 or fp4", 8: "*.SCB"}
+        names = ends[bits] if bits else " or ".join(ends.values())
+        found = "none of its tensors is" if held is None else f"its tensors are packed in {held}"
         raise CheckpointError(
-            f"The checkpoint at {path} is declared to be in {bits} bits of bitsandbytes by its config.json, and "
-            f"{found}. Expected tensors named {names}: get config.json and the weights from the same place, or remove "
-            "quantization_config from config.json.",
+            f"The checkpoint at {path} is declared to be in {bits or '4 or 8'} bits of bitsandbytes by its "
+            f"config.json, and {found}. Expected tensors named {names}: get config.json and the weights from the same "
+            "place, or remove quantization_config from config.json.",
             path=path,
         )
-    if packed and (declared is None or bits is not None):
+    if packed and declared in (None, "bitsandbytes"):
         _require_agreement(index, config or {}, path=path)
         return
     if declared is None:
@@ -111,16 +110,17 @@ def _declared(config: Mapping[str, Any]) -> str | None:
     found = configuration(config)
     if found is None:
         return None
-    is_bitsandbytes = found.get("load_in_4bit") or found.get("load_in_8bit")
-    return str(found.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "of unknown method"))
+    is_bitsandbytes = any(found.get(f"{lead}load_in_{bits}bit") for lead in ("", "_") for bits in (4, 8))
+    return str(found.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "a method without a name"))
 
 
 def _bits(config: Mapping[str, Any]) -> int | None:
-    """The bits of bitsandbytes that a config declares; None for another method, or none."""
+    """The bits of bitsandbytes that a config declares; None for another method, or where it leaves that open."""
     found = configuration(config) or {}
     if _declared(config) != "bitsandbytes":
         return None
-    return 4 if found.get("load_in_4bit", found.get("_load_in_4bit")) else 8
+    said = (bits for bits in (4, 8) if found.get(f"load_in_{bits}bit", found.get(f"_load_in_{bits}bit")))
+    return next(said, None)
 
 
 #: Names under which configurations of transformers have a number of layers, and a width that a weight has too.

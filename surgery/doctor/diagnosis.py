@@ -148,12 +148,16 @@ def _cast(job: Job) -> Iterator[Finding]:
         return
     same = WIDTHS.get(storage) == WIDTHS[precision]
     effect = "without an error: every 4-bit weight is garbage" if same else "which fails, since the sizes differ"
-    yield Finding(
-        id="packed-weights-cast",
-        what=f"mixed precision in {precision} casts 4-bit weights packed as {storage}, {effect}",
-        because=job.settings.say("bf16", "fp16", "mixed_precision", "bnb_4bit_quant_storage"),
-        line=f"bnb_4bit_quant_storage=torch.{precision} in BitsAndBytesConfig(...)",
-    )
+    what = f"mixed precision in {precision} casts 4-bit weights packed as {storage}, {effect}"
+    yield _of_storage(job, "packed-weights-cast", what, precision, "bf16", "fp16", "mixed_precision")
+
+
+def _of_storage(job: Job, id_: str, what: str, storage: str, *because: str) -> Finding:
+    """A finding that another storage remedies; of a packed model that is `surgery.low_memory`'s, a view."""
+    if job.settings.is_packed:
+        return job.finding(id_, what, *because, "bnb_4bit_quant_storage")
+    line = f"bnb_4bit_quant_storage=torch.{storage} in BitsAndBytesConfig(...)"
+    return Finding(id=id_, what=what, because=job.settings.say(*because, "bnb_4bit_quant_storage"), line=line)
 
 
 def _uint8(job: Job) -> Iterator[Finding]:
@@ -162,12 +166,12 @@ def _uint8(job: Job) -> Iterator[Finding]:
     because = ("fsdp", "fsdp.version", "load_in_4bit", "bnb_4bit_quant_storage")
     if job.fsdp == 1:
         what = "FSDP1 cannot flatten 4-bit weights packed as uint8, bitsandbytes' default, and fails"
-        line = f"bnb_4bit_quant_storage=torch.{job.settings.precision or 'bfloat16'} in BitsAndBytesConfig(...)"
-        yield Finding(id="storage-cannot-be-flattened", what=what, because=job.settings.say(*because), line=line)
+        storage = job.settings.precision or "bfloat16"
+        yield _of_storage(job, "storage-cannot-be-flattened", what, storage, *because[:-1])
         return
     what = "accelerate leaves 4-bit weights packed as uint8, bitsandbytes' default, out of FSDP2: every rank keeps all"
     finding = job.finding("replicated-weights", what, *because)
-    if job.has("torch", "2.13"):
+    if job.has("torch", "2.13") or job.settings.is_packed:
         yield finding
     else:  # FSDP2 cannot shard integers before
         line = f"bnb_4bit_quant_storage=torch.bfloat16 in BitsAndBytesConfig(...), and {job.low_memory_line}"

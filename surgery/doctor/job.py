@@ -135,11 +135,13 @@ def _common(settings: Settings, device: str) -> dict[str, Any]:
 
     targets = settings.get("lora_target_modules") or "all-linear"
     modules = targets if isinstance(targets, list) or targets == "all-linear" else [targets]
-    quant = None
+    quant: Any = None
     if settings.storage:
         kind: Any = settings.word("bnb_4bit_quant_type") or "fp4"  # bitsandbytes' default
         double = settings.is_on("use_bnb_nested_quant")
         quant = surgery.Quant(kind, double_quant=double, quant_storage=_dtype(settings.storage))
+    elif settings.is_packed:
+        quant = surgery.Quant8(quant_storage=torch.int8)
     return {
         "checkpoint": str(settings.get("model")),
         "quant": quant,

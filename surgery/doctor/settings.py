@@ -10,7 +10,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from surgery.errors import ConfigError
+from surgery.checkpoint.checkpoint import read_config
+from surgery.checkpoint.packed import configuration
+from surgery.errors import CheckpointError, ConfigError
 from surgery.telemetry.numbers import whole_number
 
 __all__ = ["DEFAULT", "Found", "Settings", "read_settings"]
@@ -94,6 +96,11 @@ ENVIRONMENT = {
 CALLS = ("Accelerator", "BitsAndBytesConfig", "FullyShardedDataParallelPlugin", "LoraConfig", "from_pretrained")
 TRAINERS = ("DPOConfig", "ModelConfig", "SFTConfig", "TrainingArguments")
 
+#: Settings of bitsandbytes that a packed model has; where it says so, and as the source of what it decides.
+PACKED = ("load_in_4bit", "load_in_8bit")
+BY_MODEL = (*PACKED, "bnb_4bit_quant_type", "bnb_4bit_quant_storage", "bnb_4bit_use_double_quant")
+STORED = "the model's config.json"
+
 #: The source of what nobody has chosen begins so.
 DEFAULT = "default"
 
@@ -127,6 +134,11 @@ class Settings:
         if not self.is_on("fsdp"):
             return 0
         return self.number("fsdp.version") or (1 if _is_accelerates(self.found["fsdp"].source) else 2)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model is packed already, in 4 or 8 bits, so that no `BitsAndBytesConfig` decides."""
+        return any(name in self.found and self.found[name].source == STORED for name in PACKED)
 
     @property
     def storage(self) -> str:
@@ -176,6 +188,8 @@ def read_settings(
         merged |= _expanded({SYNONYMS.get(name, name): found for name, found in layer.items()})
     if "lora_r" in merged or "lora_target_modules" in merged:
         merged.setdefault("use_peft", Found(value=True, source=merged[min(merged.keys() & _LORA)].source))
+    if "model" in merged:
+        merged |= {SYNONYMS.get(name, name): found for name, found in _of_model(str(merged["model"].value)).items()}
     return Settings(found={name: merged[name] for name in NAMES if name in merged})
 
 
@@ -235,6 +249,26 @@ def _of_file(path: Path) -> Layer:
     values = {**mesh, **plain, "fsdp_config": config.get("fsdp_config") or {}}
     values["fsdp"] = config.get("distributed_type") == "FSDP"
     return {name: Found(value=value, source=f"accelerate's {path.name}") for name, value in values.items()}
+
+
+def _of_model(name: str) -> Layer:
+    """The settings of a model that is packed already, from which transformers does not depart whatever is asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except ValueError:  # no name of a repository
+            return {}
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    try:
+        stored = configuration(read_config(folder) or {}) or {}
+    except CheckpointError:  # which planning says
+        return {}
+    if not any(stored.get(name) for name in PACKED):
+        return {}
+    return {name: Found(value=value, source=STORED) for name, value in stored.items() if name in BY_MODEL}
 
 
 def _of_yaml(path: Path) -> Layer:

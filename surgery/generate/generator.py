@@ -94,7 +94,7 @@ def _refuse_other_shapes(base: Checkpoint, adapter: Path) -> None:
     """Refuse LoRA matrices of other sizes than the weights of their names, as far as `base` has these names."""
     for entry in read_header(adapter / WEIGHTS).entries:
         name, _, leaf = entry.name.removeprefix("base_model.model.").partition(".lora_")
-        weight = base.index.get(f"{name}.weight")
+        weight = base.logical(f"{name}.weight") if f"{name}.weight" in base else None
         if weight is None or leaf not in ("A.weight", "B.weight") or len(weight.shape) != 2 or len(entry.shape) != 2:
             continue
         features = entry.shape[1] if leaf == "A.weight" else entry.shape[0]

@@ -37,6 +37,9 @@ def _sharded_linear() -> Any:
 
         quant_state: torch.Tensor | None = None
 
+        #: PEFT asks this before the weight, whose dtype is that of the storage, in which adapters would be rounded.
+        compute_dtype = torch.int8
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             """`x @ weight.T + bias`, as `Linear8bitLt`."""
             state = copy.copy(self.state)

@@ -93,16 +93,20 @@ def cut(name: str) -> Callable[[Tensors], Tensors]:
             lambda t: {**t, NF4.replace("nf4", "fp4"): t[NF4].clone()},
             "expected one .* found .*nf4.*,.*fp4|found .*fp4, .*nf4",
         ),
-        (lambda t: settings(t, blocksize=0), "blocksize to be a number above 0"),
-        (lambda t: settings(t, blocksize=...), "blocksize"),
+        (lambda t: settings(t, blocksize=0), "blocksize to be one of 32, .*, 4096, found 0"),
+        (lambda t: settings(t, blocksize=63), "blocksize to be one of 32, .*, 4096, found 63"),
+        (lambda t: settings(t, nested_blocksize=255), "nested_blocksize to be one of .* found 255"),
+        (lambda t: settings(t, blocksize=..., dtype=...), "it has no blocksize, dtype"),
         (lambda t: settings(t, blocksize=128), "absmax to have 4 elements"),
         (lambda t: settings(t, shape=[9, 51]), "expected layer.weight to have 230 elements"),
-        (lambda t: settings(t, shape=None), "NoneType"),
-        (lambda t: settings(t, shape=[True, 450]), "above 0, found True"),
-        (lambda t: settings(t, dtype="int8"), "int8"),
+        (lambda t: settings(t, shape=None), "shape to be numbers above 0, found None"),
+        (lambda t: settings(t, shape=[True, 450]), r"above 0, found \[True, 450\]"),
+        (lambda t: settings(t, dtype="int8"), "dtype to be float16 or .*, found 'int8'"),
         (lambda t: settings(t, quant_type="fp4"), "quant_type 'fp4' under the name of 'nf4'"),
         (lambda t: settings(t, nested_blocksize=...), "differ in whether absmax is quantized too"),
-        (lambda t: settings(t, nested_offset=float("nan")), "nested_offset is nan"),
+        (lambda t: settings(t, nested_offset=float("nan")), "finite in float32, found nan"),
+        (lambda t: settings(t, nested_offset=1e300), r"finite in float32, found 1e\+300"),
+        (lambda t: settings(t, nested_offset="0.5"), "finite in float32, found '0.5'"),
         (lambda t: settings(t, nested_dtype="float16"), "nested_dtype 'float16'"),
     ],
 )
@@ -121,10 +125,15 @@ def test_two_kinds_in_one_checkpoint_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_config_that_says_packed_and_weights_that_are_not(tmp_path: Path) -> None:
-    content = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    content: dict[str, dict[str, Any]] = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="none of its tensors has a quant_state"):
+    with pytest.raises(CheckpointError, match=r"in 4 bits of .* none of its tensors is.*quant_state"):
         Checkpoint.open(save({W: torch.ones(2, 2)}, tmp_path))
+    del content["quantization_config"]["load_in_4bit"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"in 4 or 8 bits of .* none of its tensors is"):
+        Checkpoint.open(tmp_path)
+    assert Checkpoint.open(save(packed()[0], tmp_path)).packed.keys() == {W}
 
 
 @pytest.mark.parametrize(

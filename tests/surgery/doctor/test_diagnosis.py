@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ def test_each_finding_says_where_its_settings_are_and_what_to_add() -> None:
     assert reads.what.startswith("each of 2 ranks reads and holds the whole checkpoint")
     (on_cpu, *_) = diagnose(job(f"{QLORA} bfloat16", device="cpu"))
     assert "--apply accelerate.fsdp-on-cpu" in on_cpu.line
+
+
+def test_a_model_that_is_packed_decides_how(tmp_path: Path) -> None:
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "uint8"}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": stored}))
+    words = f"--fsdp --model {tmp_path} --bnb_4bit_quant_storage bfloat16"
+    assert found(words) == ["replicated-weights", READS]
+    (finding,) = [each for each in diagnose(job(f"{words} --fsdp_config {V1}")) if "flatten" in each.id]
+    assert "bnb_4bit_quant_storage=uint8 (the model's config.json)" in finding.because
+    assert finding.line.startswith("with surgery.low_memory()")
 
 
 def test_memory_is_diagnosed_by_plans(tmp_path: Path) -> None:
