@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import patches
 import surgery
 from surgery.cli import app
+from surgery.writing.quantize import quantize
 from tests.helpers.models import save_tiny
 from tests.helpers.tiny_tokenizer import VOCABULARY, save_with_tokenizer
 
@@ -90,11 +91,15 @@ def test_text_is_gone_on_with_and_streamed(base: Path, adapter: Path) -> None:
     assert run(*options, stdin=PROMPTS[1]).stdout == f"{wanted[1]}\n"
 
 
-def test_four_bits_are_those_of_stock(base: Path, adapter: Path) -> None:
+def test_four_bits_are_those_of_stock(base: Path, adapter: Path, tmp_path: Path) -> None:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     with patches.transaction("bitsandbytes.keep-packing", reason="stock repacks, and is then another model"):
         wanted = stock(base, adapter, quantization_config=quantization)
     assert answers("--adapter", adapter, "--dtype", "float32", *given()) == wanted
+    packed = quantize(base, tmp_path / "packed", dtype=torch.float32, report=surgery.Report())
+    file = shutil.copytree(adapter, tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(packed)}))
+    assert answers("--adapter", file.parent, "--dtype", "float32", *given()) == wanted
 
 
 def test_what_is_drawn_depends_on_the_seed_alone(base: Path) -> None:
