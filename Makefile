@@ -24,7 +24,7 @@ help:
 	@echo "make check    lint, formatting and types"
 	@echo "make test     make check, then every test"
 	@echo "make format   rewrite the files as make check wants them"
-	@echo "make demo     fine-tune a real model on two CPU ranks, and reload what was saved (3 to 8 minutes)"
+	@echo "make demo     quantize a real model, fine-tune it on two CPU ranks, merge and reload (4 to 8 minutes)"
 	@echo "make clean    remove what make demo built"
 
 # A virtual environment -----------------------------------------------------------------------------------------------
