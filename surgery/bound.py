@@ -34,6 +34,7 @@ from surgery.model.consistency import adapter_facts, environment, same_model, so
 from surgery.model.fqn import clean
 from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
+from surgery.origin import remember
 from surgery.passes.adapt import Adapt
 from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.derive import Await, Derive
@@ -41,7 +42,6 @@ from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
 from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
 from surgery.passes.loading import Job, Loading, loading
-from surgery.passes.origin import remember
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, check_magnitudes, match
 from surgery.passes.quantize import Quantize

@@ -27,6 +27,7 @@ ROOMS = (
     "adapters",
     "state",
     "passes",
+    "origin",
     "planning",
     "bound",
     "writing",

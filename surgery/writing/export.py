@@ -22,8 +22,8 @@ from surgery.comm.ranks import current_ranks
 from surgery.config import Quant
 from surgery.errors import NotFilledError
 from surgery.model.fqn import split
+from surgery.origin import origin_of
 from surgery.passes.lifetime import waiting_in
-from surgery.passes.origin import origin_of
 from surgery.sharding.base import Part, strategy_of
 from surgery.telemetry.report import Report
 from surgery.writing.export_plan import Planner, Product, Value, form_of

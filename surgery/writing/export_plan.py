@@ -14,7 +14,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import is_conv1d, was_conv1d
-from surgery.passes.origin import Loaded, Origin
+from surgery.origin import Loaded, Origin
 from surgery.quantizers.base import QuantFormat, format_for, format_of
 from surgery.sharding.base import Part
 from surgery.writing.live import Adapted, Place

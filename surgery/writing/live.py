@@ -17,7 +17,7 @@ from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean
 from surgery.model.twin import twin_of
-from surgery.passes.origin import Loaded, Origin
+from surgery.origin import Loaded, Origin
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.digest import Piece, page_count, page_sums
 from surgery.sharding.base import Part

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import tqdm.std
+from huggingface_hub.utils import enable_progress_bars
 from huggingface_hub.utils import tqdm as hub_tqdm
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm as auto_tqdm
@@ -302,6 +303,7 @@ def bar(**options: Any) -> Any:
 
 
 def test_progress_is_that_of_the_files() -> None:
+    enable_progress_bars()  # which other tests may have turned off
     with tqdm_downloads.Download() as download:
         files = bar(total=2)
         assert download.progress == 0

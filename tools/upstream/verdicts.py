@@ -61,7 +61,7 @@ def check(
     broken = {name: error for name, error in broken.items() if error}
     ran = _run(["-m", "patches", "check", *ids, "--json"], variables, python)
     if ran.returncode not in (0, 1):  # 1: some verdict cannot be trusted, which is a valid result here
-        failure = f"exit code {ran.returncode}: {ran.stderr.strip()[-1000:]}"
+        failure = f"exit code {ran.returncode}: {ran.stderr.strip()[-2000:]}"
         return Outcome(releases=tuple(releases), not_importable=broken, failure=failure)
     return Outcome(releases=tuple(releases), not_importable=broken, verdicts=_by_id(ran.stdout))
 

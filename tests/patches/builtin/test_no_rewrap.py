@@ -67,7 +67,7 @@ def test_layer_without_quant_state_gets_the_stock_complaint(caplog: pytest.LogCa
     layer.quant_state = None
     with (
         patches.transaction(ID, reason="test"),
-        caplog.at_level(logging.WARNING),
+        caplog.at_level(logging.WARNING, logger="bitsandbytes"),
         pytest.raises((AttributeError, ValueError)),
     ):
         layer(torch.ones(1, 64))
