@@ -65,11 +65,15 @@ def silent_ranks(ranks: Ranks) -> list[int]:
     return [rank for rank in others if after[rank] == before[rank] < LEFT]
 
 
-def wait_for_the_others(ranks: Ranks) -> None:
-    """Wait until all ranks have left `beating`, for `MISSED` beats at most, so that they can read why a rank failed."""
+def wait_for_the_others(ranks: Ranks, *, ended: int | None = None) -> None:
+    """Wait until all ranks but the one that has `ended` have left `beating`, so that they can read why a rank failed.
+
+    For three times `MISSED` beats at most, since another one may be gone too.
+    """
+    others = [rank for rank in range(ranks.world_size) if rank != ended]
     with contextlib.suppress(RuntimeError):
-        for _ in range(10 * MISSED):
-            if min(_counts(ranks, range(ranks.world_size)).values()) >= LEFT:
+        for _ in range(30 * MISSED):
+            if min(_counts(ranks, others).values()) >= LEFT:
                 return
             time.sleep(BEAT / 10)
 
