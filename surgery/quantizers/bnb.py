@@ -18,7 +18,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
-from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat, register
+from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -153,7 +153,7 @@ def _code_of(values: bytes, device: torch.device) -> torch.Tensor:
 
 
 def as_params4bit(
-    data: torch.Tensor, module: Linear4bit, quant: Quant, quant_state: QuantState | None = None
+    data: torch.Tensor, module: nn.Module, quant: Quant, quant_state: QuantState | None = None
 ) -> nn.Parameter:
     """A frozen `Params4bit` over `data` (packed shape, any device), belonging to `module`; it counts as quantized."""
     from bitsandbytes.nn import Params4bit
@@ -165,7 +165,7 @@ def as_params4bit(
         blocksize=quant.blocksize,
         compress_statistics=quant.double_quant,
         quant_type=quant.quant_type,
-        quant_storage=module.quant_storage,
+        quant_storage=data.dtype,
         module=module,
         bnb_quantized=True,
     )
@@ -206,7 +206,7 @@ class Bnb4bit(QuantFormat):
         Its bias takes the dtype of the storage, unless it is kept in another one than the model's.
         """
         new = module if self.is_quantized(module) else self._linear4bit(module)
-        packed = self.layout(new).packed_shape(self.logical(new), self.storage)
+        packed = self.layout(new, "weight").packed_shape(self.logical(new, "weight"), self.storage)
         new.weight = as_params4bit(torch.empty(packed, dtype=self.storage, device="meta"), new, self.options)
         bias = getattr(module, "bias", None)
         if bias is not None:
@@ -247,7 +247,7 @@ class Bnb4bit(QuantFormat):
         """Whether `module` is transformers' `Conv1D`, or the `Linear4bit` that upstream has made of one."""
         return super().is_transposed(module) or was_conv1d(module)
 
-    def layout(self, module: Any) -> Layout:
+    def layout(self, module: Any, name: str) -> Layout:
         """Two elements a byte, in blocks of `blocksize`."""
         return Layout(values_per_byte=2, blocksize=self.options.blocksize)
 
@@ -406,7 +406,7 @@ class Bnb4bit(QuantFormat):
             for name, tensor in entries.items()
         }
 
-    def state_of(self, module: Any) -> QuantState:
+    def state_of(self, module: Any, name: str) -> QuantState:
         """The `quant_state` of the parameter, or the module's own where sharding took that away."""
         state: QuantState | None = getattr(module._parameters.get("weight"), "quant_state", None)
         own: QuantState = module.quant_state
@@ -477,6 +477,3 @@ class Bnb4bit(QuantFormat):
 
 def _is_packed(module: Any) -> bool:
     return bool(getattr(module.weight, "bnb_quantized", False))
-
-
-register(Quant, Bnb4bit)
