@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
+__all__ = ["NESTED_BLOCKSIZE", "REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits", "nested_values"]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -119,9 +119,28 @@ def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
     if state.state2 is None:
         return found
     nested = state.state2
-    number = torch.arange(blocks.start, blocks.stop, device=found.device) // nested.blocksize
-    values: torch.Tensor = nested.code[found.int()] * nested.absmax[number] + state.offset
-    return values
+    return nested_values(
+        found, nested.absmax, state.offset, blocks=blocks, code=nested.code, blocksize=nested.blocksize
+    )
+
+
+def nested_values(
+    quantized: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    blocks: range,
+    code: torch.Tensor | None = None,
+    blocksize: int = NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """Float32 statistics from double-quantized ones, as bitsandbytes computes them.
+
+    quantized: uint8 `(..., len(blocks))`. absmax: float32 `(..., all)`, which `blocks` counts in. offset: float32,
+    which broadcasts. code: the 256 values of the bytes, if not those that bitsandbytes has.
+    """
+    code = _dynamic_code(quantized.device) if code is None else code
+    number = torch.arange(blocks.start, blocks.stop, device=quantized.device) // blocksize
+    return code[quantized.int()] * absmax[..., number] + offset
 
 
 @functools.cache
