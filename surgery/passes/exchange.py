@@ -43,7 +43,7 @@ class Exchange(BatchPass):
     def _complete(self, batch: Batch) -> None:
         for _, group in groupby(batch.buffers, lambda buffer: buffer.target.assignment):
             buffers = list(group)
-            if buffers[0].target.source is None:
+            if not buffers[0].target.segments:
                 self._hand_out(buffers)
         if any(buffer.pieces or not buffer.is_full for buffer in batch.buffers):
             raise ConfigError("a tensor of this batch is not complete on this rank: exchange comes after quantize")
