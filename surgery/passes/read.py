@@ -56,10 +56,10 @@ class Read(BatchPass):
     def _buffers(self, targets: list[Target], assignment: Assignment) -> list[ShardBuffer]:
         found = [self.loading.buffers.begin(target) for target in targets]
         if targets[0].segments:
-            for buffer in found:
+            for buffer in [each for each in found if each.target.segments]:
                 buffer.pieces = self._stream(buffer, wanted(buffer.target, buffer.slice))
         elif self.loading.converter(targets) == self.loading.ranks.rank:
-            self._convert(found, assignment)
+            self._convert([buffer for buffer in found if buffer.target.statistics_of is None], assignment)
         return found
 
     def _stream(self, buffer: ShardBuffer, requests: Iterable[Request]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -136,8 +136,8 @@ def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
 
 def read_once_per_node(inventory: Inventory) -> tuple[str, ...]:
     """Checkpoint keys that upstream's conversion splits or permutes, or that are held transposed, in order."""
-    found = (key for target in inventory.targets if not target.segments for key in target.assignment.sources)
-    return tuple(dict.fromkeys(found))
+    converted = [each for each in inventory.targets if not each.segments and each.statistics_of is None]
+    return tuple(dict.fromkeys(key for target in converted for key in target.assignment.sources))
 
 
 @dataclass(kw_only=True)
