@@ -28,7 +28,7 @@ def check_finds_each() -> None:
     found, other = _find(IMPLEMENTATION), _find("eager")
     if (found, other) != (experts_forward, forward_is_unknown):
         raise RuntimeError(
-            f"expected the forward of experts in 4 bits and the one of the class, found {found}, {other}"
+            f"expected the forward of experts in 4 bits and that of the class, found {found}, {other}"
         )
 
 
