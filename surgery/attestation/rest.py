@@ -12,11 +12,21 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from surgery.attestation.differences import Difference
 from surgery.comm.collectives import all_gather_flat, gather_objects
-from surgery.quantizers.digest import Piece, Place, Record, Records, Sums, cut, on_cpu, page_count, page_sums, pages_between
+from surgery.quantizers.digest import (
+    Piece,
+    Place,
+    Record,
+    Records,
+    Sums,
+    cut,
+    on_cpu,
+    page_count,
+    page_sums,
+    pages_between,
+)
 from surgery.sharding.base import Part
 
 __all__ = [

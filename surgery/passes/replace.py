@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from surgery.model.tree import Site, replace_module, sites
 from surgery.passes.base import Pass
 from surgery.quantizers.base import QuantFormat
 
-__all__ = ["Replace", "held_packed", "precisions", "quantizable"]
+__all__ = ["Replace", "held_packed", "precisions", "quantizable", "weights_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,23 +123,23 @@ def _tied(model: nn.Module) -> set[nn.Module]:
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
-def precisions(
-    model: nn.Module, chosen: Mapping[QuantFormat, Sequence[Site]], dtype: torch.dtype
-) -> dict[str, torch.dtype]:
-    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's.
+def precisions(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """FQN -> dtype of those weights of `names` that upstream quantizes from another dtype than `dtype`, the model's.
 
-    model: its modules are replaced. So upstream does where the class wants one in float32; what a constructor has made
-    in float32 by itself is cast first.
+    So it does where the class wants one in float32; what a constructor has made in float32 by itself is cast first.
     """
     if not is_pretrained(model):
         return {}
     planned = planned_dtypes(model, dtype)
-    found = {name: planned(name) for name in weights_of(chosen)}
+    found = {name: planned(name) for name in names}
     return {name: wanted for name, wanted in found.items() if wanted is not None and wanted != dtype}
 
 
 def weights_of(chosen: Mapping[QuantFormat, Sequence[Site]]) -> list[str]:
-    """FQNs of the weights of the `chosen` modules, which are replaced, that are packed."""
+    """FQNs of the packed weights of the `chosen` modules, which are replaced."""
     return [
-        join(site.fqn, name) for quant, found in chosen.items() for site in found for name in _names(quant, site)
+        join(site.fqn, name)
+        for quant, found in chosen.items()
+        for site in found
+        for name in quant.weight_names(site.module)
     ]

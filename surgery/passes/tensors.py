@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -102,9 +102,9 @@ def find_targets(
 ) -> tuple[Target, ...]:
     """The targets of `assignments`, in their order; behind a packed weight its statistics, where its module holds them.
 
-    formats: of quantized modules. tied: first FQN of every parameter and persistent buffer -> aliases. packed: weights that the checkpoint has packed,
-    by its names. transposed: FQNs of weights that it has as `(in, out)`. precisions: FQN of a weight -> the dtype in
-    which it is quantized, if not the model's.
+    formats: of quantized modules. tied: first FQN of every parameter and persistent buffer -> aliases. packed: weights
+    that the checkpoint has packed, by its names. transposed: FQNs of weights that it has as `(in, out)`. precisions:
+    FQN of a weight -> the dtype in which it is quantized, if not the model's.
     Raises QuantizerError for a weight that is stored in another layout than the format says.
     """
     make = functools.partial(

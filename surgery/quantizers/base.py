@@ -135,6 +135,12 @@ class QuantFormat:
         """A frozen quantized module in the place of `module`, on meta, its weight `(n, 1)` in `storage`."""
         raise NotImplementedError(_undefined(self))
 
+    def rehearse(self, module: Any) -> None:
+        """Have `module`, a copy on meta of one that it takes, with weights in their own shapes, be known to be packed.
+
+        For formats whose adapters depend on it; PEFT is tried on such a copy.
+        """
+
     @classmethod
     def is_quantized(cls, module: nn.Module) -> bool:
         """Whether `module` is one of this format's, and its weights are packed."""
@@ -206,8 +212,8 @@ class QuantFormat:
     def split_state(self, module: Any, name: str, state: Any) -> tuple[torch.Tensor, Any]:
         """The state of the weight `name` of `module` as bytes, uint8 and 1-D, and what of it is no tensor.
 
-        For a module that has a parameter `<name>_statistics`, `(n, 1)`, on meta, by `replacement`: the bytes are sharded
-        with the weight. Of another module every rank keeps the state whole (`set_state`).
+        For a module that has a parameter `<name>_statistics`, `(n, 1)`, on meta, by `replacement`: the bytes are
+        sharded with the weight. Of another module every rank keeps the state whole (`set_state`).
         """
         raise NotImplementedError(f"{type(self).__name__} must define split_state, since it has such parameters")
 

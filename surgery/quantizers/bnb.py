@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -185,7 +185,7 @@ def as_params4bit(
         compress_statistics=quant.double_quant,
         quant_type=quant.quant_type,
         quant_storage=data.dtype,
-        module=module,
+        module=module,  # type: ignore[arg-type]  # only asked for what it is called
         bnb_quantized=True,
     )
 
@@ -201,7 +201,7 @@ class Bnb4bit(QuantFormat):
     """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on a CPU)."""
 
     label = "bitsandbytes 4-bit"
-    resident_patches = ("linear4bit-resident",)
+    resident_patches: ClassVar[tuple[str, ...]] = ("linear4bit-resident",)
 
     options: Quant
 

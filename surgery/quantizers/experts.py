@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Experts4bit(Bnb4bit):
 
     label = "experts in 4 bits"
     needs_modules = False
-    resident_patches = ("experts4bit-resident",)
+    resident_patches: ClassVar[tuple[str, ...]] = ()
 
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is one of transformers' fused experts, with a weight that can be packed.
@@ -137,7 +138,7 @@ class Experts4bit(Bnb4bit):
 
     def state_settings(self, state: Any) -> dict[str, str]:
         """The fields of the layout."""
-        return {name: repr(value) for name, value in vars(state).items()}
+        return {each.name: repr(getattr(state, each.name)) for each in dataclasses.fields(state)}
 
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]

@@ -255,7 +255,7 @@ class ShardStrategy:
         return False
 
     def shards(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, Part]:
-        """This rank's part of each of the parameters at `places`; not to be called between a forward and its backward."""
+        """This rank's parts of the parameters at `places`; not to be called between a forward and its backward."""
         return {(layer, name): own_part(layer.get_parameter(name)) for layer, name in places}
 
     #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.

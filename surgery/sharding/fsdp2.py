@@ -281,7 +281,8 @@ def _make_plain(model: nn.Module) -> None:
     """Give quantized layers on meta plain parameters, which FSDP2 makes of theirs anyway: for each operation on one of
     its own class bitsandbytes goes through Python.
     """
-    for layer, name in ((layer, name) for layer in quantized_modules(model) for name in packed_names(layer)):
+    places = [(layer, name) for layer in quantized_modules(model) for name in packed_names(layer)]
+    for layer, name in places:
         weight = layer._parameters[name]
         if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
