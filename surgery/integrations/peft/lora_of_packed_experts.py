@@ -70,7 +70,7 @@ def _base(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/layer.py",
     requires={"peft": ">=0.19,<0.22"},
     signature="(target, adapter_name, config, parameter_name=None, **kwargs)",
-    fingerprint="",
+    fingerprint="49ab14e3a04a2976",
     subject=_base,
     probe=adapters_are_of_bytes,
     verify=check_has_experts,

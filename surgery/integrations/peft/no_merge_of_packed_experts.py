@@ -52,7 +52,7 @@ def check_refuses() -> None:
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/tuners/lora/model.py",
     requires={"peft": ">=0.19,<0.22"},
     signature="(self)",
-    fingerprint="",
+    fingerprint="157489e67e870dfe",
     probe=nothing_is_said,
     verify=check_refuses,
     subject=lambda instance, _args, _kwargs: instance.model,
