@@ -36,6 +36,7 @@ class Experts4bit(Bnb4bit):
     label = "experts in 4 bits"
     needs_modules = False
     resident_patches: ClassVar[tuple[str, ...]] = ()
+    lookup_patches = ("transformers.experts-4bit",)
 
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is one of transformers' fused experts, with a weight that can be packed.
