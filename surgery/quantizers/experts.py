@@ -168,6 +168,10 @@ class Experts4bit(Bnb4bit):
         """0: statistics are a parameter."""
         return 0
 
+    def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
+        """None: statistics are a parameter, which moves with the weight."""
+        return ()
+
     def misread(self, model: nn.Module) -> list[str]:
         """None: experts are dequantized flat, which every kernel does right."""
         return []
