@@ -125,6 +125,10 @@ class Experts4bit(Bnb4bit):
     def mark(self, model: nn.Module) -> None:
         """Nothing: transformers has no word for it."""
 
+    def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
+        """A `Params4bit`, which others leave in its dtype, without a state, which it would move with itself."""
+        return as_params4bit(packed, module, self.options)
+
     def split_state(self, module: Any, name: str, state: torch.Tensor) -> tuple[torch.Tensor, PackedStack]:
         """The bytes of the statistics of all experts, and how to read them."""
         return state, stacks_of(module)[name]
