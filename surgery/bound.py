@@ -54,6 +54,7 @@ from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
 from surgery.telemetry.report import Report
 
@@ -265,7 +266,8 @@ def bind_alone(
     """
     device = compute_device()
     setting = Setting(
-        quant=quant if quantized_modules(model) else None,  # some models have linear layers of a class of their own
+        # Some models have linear layers of a class of their own.
+        quant=quant if quantized_modules(model) or (getattr(quant, "experts", False) and has_experts(model)) else None,
         shard=None,
         lora=None,
         placement=None,
