@@ -19,32 +19,18 @@ from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, Layout, QuantFormat
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dynamic_code, nested_values
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-    from surgery.quantizers.stack import PackedStack
-
-__all__ = [
-    "NESTED_BLOCKSIZE",
-    "REMEDY",
-    "Bnb4bit",
-    "as_params4bit",
-    "code_of",
-    "dynamic_code",
-    "is_params4bit",
-    "linear4bits",
-    "nested_values",
-]
+__all__ = ["REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
 #: and on a GPU 128 MiB of a 16-bit weight, so that most parts are one run.
 RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
-
-#: Statistics that share one statistic of their own, with double quantization; as in upstream's `quantize_4bit`.
-NESTED_BLOCKSIZE = 256
 
 #: Temporary bytes for each element that is being quantized: on a GPU the element itself, in 16 bits, its packed half
 #: byte and its share of a statistic; on a CPU what bitsandbytes' kernel was seen to take.
@@ -136,43 +122,6 @@ def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
     )
 
 
-def nested_values(
-    quantized: torch.Tensor,
-    absmax: torch.Tensor,
-    offset: torch.Tensor,
-    *,
-    blocks: range,
-    code: torch.Tensor | None = None,
-    blocksize: int = NESTED_BLOCKSIZE,
-) -> torch.Tensor:
-    """Float32 statistics from double-quantized ones, as bitsandbytes computes them.
-
-    quantized: uint8 `(..., len(blocks))`. absmax: float32 `(..., all)`, which `blocks` counts in. offset: float32,
-    which broadcasts. code: the 256 values of the bytes, if not those that bitsandbytes has.
-    """
-    code = dynamic_code(quantized.device) if code is None else code
-    number = torch.arange(blocks.start, blocks.stop, device=quantized.device) // blocksize
-    return code[quantized.int()] * absmax[..., number] + offset
-
-
-@functools.cache
-def code_of(quant_type: str, device: torch.device) -> torch.Tensor:
-    """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
-    from bitsandbytes.functional import get_4bit_type
-
-    code: torch.Tensor = get_4bit_type(quant_type, device=device)
-    return code
-
-
-@functools.cache
-def dynamic_code(device: torch.device) -> torch.Tensor:
-    """The 256 values that statistics are quantized to; one tensor for all, as `code_of`."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    code: torch.Tensor = create_dynamic_map().to(device)
-    return code
-
-
 def _stored_code(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """`values` on `device`; one tensor for all weights that have the same, as `code_of`."""
     return _code_of(values.view(-1).numpy().tobytes(), device)
@@ -261,8 +210,6 @@ class Bnb4bit(QuantFormat):
 
     def _stack(self, module: Any, dtype: torch.dtype | None = None) -> PackedStack:
         """The layout of the weight of `module`, quantized in `dtype`, and of its statistics, as of one expert."""
-        from surgery.quantizers.stack import PackedStack
-
         return PackedStack(
             experts=1,
             shape=(module.out_features, module.in_features),

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.quantizers.base import STATISTICS
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dynamic_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
-
-    from surgery.quantizers.stack import PackedStack
 
 __all__ = ["assembled", "held_state", "is_held"]
 
@@ -42,8 +41,6 @@ def is_held(state: Any) -> bool:
 @functools.cache
 def _kind() -> Any:
     from bitsandbytes.functional import QuantState
-
-    from surgery.quantizers.bnb import NESTED_BLOCKSIZE, code_of, dynamic_code
 
     class HeldState(QuantState):
         """Statistics of a weight as views of a parameter."""

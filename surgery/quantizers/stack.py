@@ -10,9 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from surgery.quantizers.bnb import NESTED_BLOCKSIZE, nested_values
+__all__ = [
+    "NESTED_BLOCKSIZE",
+    "PackedStack",
+    "Section",
+    "as_bytes",
+    "code_of",
+    "dynamic_code",
+    "nested_values",
+    "stacks_of",
+]
 
-__all__ = ["PackedStack", "Section", "as_bytes", "stacks_of"]
+#: Statistics that share one statistic of their own, with double quantization; as in upstream's `quantize_4bit`.
+NESTED_BLOCKSIZE = 256
 
 #: Bytes that a section of the statistics begins at a multiple of, and that all of them are a multiple of: no dtype that
 #: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
@@ -125,6 +135,8 @@ class PackedStack:
 
         packed, statistics: of all experts, in any dtype and shape.
         """
+        import bitsandbytes  # noqa: F401 - it has the operator
+
         if len(experts) > 1 and len(experts) * self.numel > MOST_ELEMENTS:
             middle = len(experts) // 2
             halves = experts[:middle], experts[middle:]
@@ -153,6 +165,43 @@ def stacks_of(module: nn.Module) -> Mapping[str, PackedStack]:
     """The stacks of weights in 4 bits that `module` holds, by the names of its parameters; empty for most modules."""
     found: Mapping[str, PackedStack] = vars(module).get("packed_stacks", {})
     return found
+
+
+def nested_values(
+    quantized: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    blocks: range,
+    code: torch.Tensor | None = None,
+    blocksize: int = NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """Float32 statistics from double-quantized ones, as bitsandbytes computes them.
+
+    quantized: uint8 `(..., len(blocks))`. absmax: float32 `(..., all)`, which `blocks` counts in. offset: float32,
+    which broadcasts. code: the 256 values of the bytes, if not those that bitsandbytes has.
+    """
+    code = dynamic_code(quantized.device) if code is None else code
+    number = torch.arange(blocks.start, blocks.stop, device=quantized.device) // blocksize
+    return code[quantized.int()] * absmax[..., number] + offset
+
+
+@functools.cache
+def code_of(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code: torch.Tensor = get_4bit_type(quant_type, device=device)
+    return code
+
+
+@functools.cache
+def dynamic_code(device: torch.device) -> torch.Tensor:
+    """The 256 values that statistics are quantized to; one tensor for all, as `code_of`."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    code: torch.Tensor = create_dynamic_map().to(device)
+    return code
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
