@@ -60,7 +60,7 @@ def check_leaves_router() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = converted(lambda *args: spell_out(lambda *_args: None, None, args, {}))
-    if found.target_modules != {"block.q_proj"} or found.target_parameters != {"experts.down_proj"}:
+    if found.target_modules != {"q_proj"} or found.target_parameters != {"experts.down_proj"}:
         raise RuntimeError(f"expected q_proj and down_proj to be adapted, found {found}")
 
 
@@ -115,9 +115,11 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     held = [fqn for fqn in experts if is_asked(fqn)]
     prefixes = held if len(held) < len(experts) else {fqn.rpartition(".")[2] for fqn in held}
     names = {f"{prefix}.{name}" for prefix in prefixes for fqn in held for name in stacks_of(experts[fqn])}
-    config.target_modules = linear - routers - taken
+    chosen = linear - routers - taken
+    others = {fqn.rpartition(".")[2] for fqn, _ in model.named_modules() if fqn not in chosen}
+    config.target_modules = {fqn if (leaf := fqn.rpartition(".")[2]) in others else leaf for fqn in chosen}
     config.target_parameters = {*(config.target_parameters or ()), *names}
-    leaves = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    leaves = sorted({name.rpartition(".")[2] for name in chosen})
     left = f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts." if taken else ""
     return (
         f"all-linear adapts linear layers ({', '.join(leaves)}) and experts ({', '.join(sorted(names))}), all at rank "
