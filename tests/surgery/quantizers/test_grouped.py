@@ -130,6 +130,17 @@ def test_a_parameter_that_is_not_packed_is_used_as_it_is() -> None:
     assert same(computed(packed, inputs), computed(stock, inputs))
 
 
+def test_they_find_their_forward_for_as_long_as_one_model_needs_it() -> None:
+    packed, stock = packed_experts(experts_module("olmoe", torch.float32))
+    inputs = routed(torch.float32)
+    with patches.transaction(ID, reason="another model"):
+        assert same(computed(packed, inputs), computed(stock, inputs))
+    assert packed(*inputs).equal(stock(*inputs))
+    patches.revert(ID)
+    with pytest.raises(KeyError, match="surgery_4bit"):
+        packed(*inputs)
+
+
 def test_it_runs_where_stock_runs() -> None:
     packed, stock = packed_experts(experts_module("qwen3_moe", torch.bfloat16), storage=torch.bfloat16)
     float32 = routed(torch.float32)
