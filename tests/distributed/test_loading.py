@@ -136,7 +136,7 @@ def stock(job: Job) -> Loaded:
             options = {field: getattr(job.quant, field) for field in ("quant_type", "blocksize", "double_quant")}
             _, packed, statistics = packed_stack(tensors[name], **options)
             storage = job.quant.storage_for(job.dtype)
-            tensors[name], tensors[name + STATISTICS] = (each.view(storage).view(-1, 1) for each in (packed, statistics))
+            tensors[name], tensors[name + STATISTICS] = (t.view(storage).view(-1, 1) for t in (packed, statistics))
     return found
 
 
