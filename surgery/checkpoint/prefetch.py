@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,10 +20,19 @@ __all__ = ["Chunk", "Prefetch", "Request", "Segment"]
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """The flattened tensor `entry`, which is the elements from `start` on of one that is put together of several."""
+    """The flattened tensor `entry`, which is the elements from `start` on of one that is put together of several.
+
+    is_turned: whether each matrix of `entry`, which is 3-D, is transposed in the other.
+    """
 
     entry: TensorEntry
     start: int = 0
+    is_turned: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Elements that can only be read together: 1, or those of a matrix that is transposed."""
+        return math.prod(self.entry.shape[1:]) if self.is_turned else 1
 
     @property
     def stop(self) -> int:
@@ -34,7 +44,7 @@ class Segment:
 class Request:
     """Elements `start` to `stop` (exclusive) of what `segments` are, one behind the other, flat; at least one.
 
-    All segments are of one dtype.
+    All segments are of one dtype. `start` and `stop` are multiples of `unit`.
     """
 
     segments: tuple[Segment, ...] = field(repr=False)
@@ -45,6 +55,11 @@ class Request:
     def dtype(self) -> torch.dtype:
         """The dtype of its elements."""
         return self.segments[0].entry.dtype
+
+    @property
+    def unit(self) -> int:
+        """Elements that can only be read together."""
+        return self.segments[0].unit
 
     @property
     def nbytes(self) -> int:
@@ -124,13 +139,15 @@ class Prefetch:
     def _read(self, request: Request, buffer: _Buffer, until: torch.cuda.Event | None) -> Chunk:
         if until is not None:
             until.synchronize()
-        buffer.make(self._chunk_elements * request.dtype.itemsize, pin=self._pin)
+        buffer.make(max(self._chunk_elements, request.unit) * request.dtype.itemsize, pin=self._pin)
         done = 0
         for entry, start, stop in request.parts():
             size = (stop - start) * request.dtype.itemsize
             self._reader.read_bytes(entry, buffer.memory[done : done + size], start=start)
             done += size
         data = buffer.tensor[:done].view(request.dtype)
+        if request.segments[0].is_turned:
+            data = data.view(-1, *request.segments[0].entry.shape[1:]).mT.reshape(-1)
 
         def release(until: torch.cuda.Event | None = None) -> None:
             self._read_next(buffer, until)
@@ -159,5 +176,6 @@ class _Buffer:
 
 def _chunks(requests: Iterable[Request], size: int) -> Iterator[Request]:
     for request in requests:
-        for start in range(request.start, request.stop, size):
-            yield Request(segments=request.segments, start=start, stop=min(start + size, request.stop))
+        step = max(size // request.unit, 1) * request.unit
+        for start in range(request.start, request.stop, step):
+            yield Request(segments=request.segments, start=start, stop=min(start + step, request.stop))

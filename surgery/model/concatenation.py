@@ -83,3 +83,11 @@ class Watched(TorchDispatchMode):
             found.append(name)
             done += len(whole)
         return tuple(found)
+
+    def is_turned(self, result: torch.Tensor) -> bool:
+        """Whether `result` is the only source, 3-D, each of whose matrices is transposed."""
+        if not self._is_known or len(self._sources) != 1 or result.dim() != 3:
+            return False
+        (source,) = self._sources.values()
+        twins = [self._twins[id(each)][1] for each in (source, result) if id(each) in self._twins]
+        return len(twins) == 2 and torch.equal(twins[0].mT, twins[1])

@@ -123,6 +123,7 @@ class Assignment:
     logical: the model as converters know it; None without one.
     dtypes: of the targets as the checkpoint has them.
     orders: for each target the sources that it is, one whole one behind the other; empty where `converter` does more.
+    is_turned: whether `converter` transposes each matrix of one 3-D source, and does no more.
     """
 
     targets: tuple[str, ...]
@@ -133,6 +134,7 @@ class Assignment:
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
     orders: tuple[tuple[str, ...], ...] = ()
+    is_turned: bool = False
 
     def key_of(self, fqn: str) -> str:
         """The name of the target `fqn` in a checkpoint that has it alone: its own one, or where it has none, `fqn`."""

@@ -139,6 +139,7 @@ def _finish(model: nn.Module, checkpoint: Checkpoint, group: Group, logical: Log
         targets=tuple(dry),
         dtypes=tuple(tensor.dtype for tensor in dry.values()),
         orders=orders if all(orders) else (),
+        is_turned=len(dry) == 1 and watched.is_turned(next(iter(dry.values()))),
     )
 
 

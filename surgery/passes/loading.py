@@ -193,7 +193,9 @@ def wanted(target: Target, share: Slice) -> Iterator[Request]:
     if not target.segments or not share.elements:
         return
     if target.stored is None:
-        yield Request(segments=target.segments, start=share.elements.start, stop=share.elements.stop)
+        unit, elements = target.segments[0].unit, share.elements
+        stop = -(-elements.stop // unit) * unit
+        yield Request(segments=target.segments, start=elements.start // unit * unit, stop=stop)
         return
     yield Request(segments=target.segments, start=share.reads.start, stop=share.reads.stop)
     if share.blocks:

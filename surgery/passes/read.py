@@ -76,7 +76,7 @@ class Read(BatchPass):
                 chunk = self.loading.prefetch.next()
                 for duplicate in buffer.target.assignment.duplicates:
                     self._check_same(chunk, duplicate, buffer.target)
-            yield chunk.start, chunk.data
+            yield _within(chunk, buffer) if request.unit > 1 else (chunk.start, chunk.data)
             position = chunk.start + chunk.data.numel()
             chunk.release(_recorded(self.loading.device))
 
@@ -106,6 +106,14 @@ class Read(BatchPass):
         other = self.loading.reader.read_range(entry, chunk.start, chunk.start + chunk.data.numel())
         if not _equal(other, chunk.data, target):
             raise _differ(name, target.assignment)
+
+
+def _within(chunk: Chunk, buffer: ShardBuffer) -> tuple[int, torch.Tensor]:
+    """`(start, values)`: those of `chunk`, of whole matrices, that the rank needs."""
+    start, stop = chunk.start, chunk.start + chunk.data.numel()
+    elements = buffer.slice.elements
+    first = max(start, elements.start)
+    return first, chunk.data[first - start : min(stop, elements.stop) - start]
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor, target: Target) -> bool:

@@ -33,9 +33,10 @@ class Target:
     shape, dtype: as stored, so packed for a weight that is quantized. logical: that weight's own shape, `(out, in)`;
     layout: how it is packed; both None for what is not quantized. precision: the dtype in which it is quantized; None
     for the model's.
-    segments: where the checkpoint has it: whole tensors, one behind the other, are its flat elements; none if
-    upstream's conversion splits or permutes tensors for it, or the checkpoint holds it transposed, or packed for a
-    module that is not quantized. All weights of an assignment have segments, or none.
+    segments: where the checkpoint has it: whole tensors, one behind the other, are its flat elements; or one is, of
+    matrices that are transposed one by one. None if upstream's conversion does more, or the checkpoint holds it
+    transposed as a whole, or packed for a module that is not quantized. All weights of an assignment have segments, or
+    none.
     stored: the weight as the checkpoint has packed it, to be read and not quantized; else None.
     read_as: the dtype in which the checkpoint has it.
     places: the modules that hold it, and its name in each; several if it is tied. names: its FQNs at these places.
@@ -196,7 +197,11 @@ def _segments(assignment: Assignment, name: str, index: Index) -> tuple[Segment,
     """The whole tensors that `name` is, one behind the other; none if it is not."""
     if assignment.converter is None:
         return (Segment(entry=index[assignment.sources[0]]),)
-    if not assignment.orders or assignment.duplicates:
+    if assignment.duplicates:
+        return ()
+    if assignment.is_turned:
+        return (Segment(entry=index[assignment.sources[0]], is_turned=True),)
+    if not assignment.orders:
         return ()
     entries = [index[source] for source in assignment.orders[assignment.targets.index(name)]]
     starts = accumulate((entry.numel for entry in entries), initial=0)

@@ -66,7 +66,9 @@ def plan_load(
 def _staging_bytes(inventory: Inventory, staging: Staging) -> int:
     """Bytes of all buffers that are read into, in the widest dtype."""
     widest = max((target.read_as.itemsize for target in inventory.targets), default=0)
-    return staging.buffers * staging.elements * widest
+    # What is transposed is read by whole matrices, and has a copy then.
+    unit = max((target.segments[0].unit for target in inventory.targets if target.segments), default=1)
+    return staging.buffers * max(staging.elements, unit) * (1 if unit == 1 else 2) * widest
 
 
 def _landing_bytes(setting: Setting, rank: int) -> int:

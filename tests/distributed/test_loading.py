@@ -14,8 +14,10 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP1, FSDP2, Quant
+from surgery.quantizers.base import STATISTICS
 from tests.distributed.loads import Job, Loaded, Setup, load, load_all
 from tests.helpers.damage import edit_tensors
+from tests.helpers.experts import packed_stack
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
@@ -90,6 +92,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     root = tmp_path_factory.mktemp("models")
     fp4 = Quant("fp4", blocksize=128, double_quant=False, quant_storage=torch.bfloat16)
     gpt2 = {"n_embd": 56, "n_layer": 2, "n_head": 4}
+    # 9,216 values an expert, of which a share ends within one.
+    mixtral = save_tiny(root / "mixtral", "mixtral", num_local_experts=3, intermediate_size=48)
     return {
         "llama": Job(folder=save_tiny(root / "llama"), dtype=torch.bfloat16),
         "odd": Job(folder=save_tiny(root / "odd", dtype=torch.float32, **ODD), dtype=torch.bfloat16),
@@ -98,7 +102,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         "twice": Job(folder=save_twice(root / "twice"), dtype=torch.float16),
         "untied": Job(folder=save_twice(root / "untied", differing=True), dtype=torch.bfloat16),
         "gpt2": Job(folder=save_tiny(root / "gpt2", "gpt2", dtype=torch.float32, **gpt2), dtype=torch.float32),
-        "mixtral": Job(folder=save_tiny(root / "mixtral", "mixtral", num_local_experts=4), dtype=torch.bfloat16),
+        "mixtral": Job(folder=mixtral, dtype=torch.bfloat16, quant=Quant(experts=False)),
+        "experts": Job(folder=mixtral, dtype=torch.bfloat16),
         "plain": Job(folder=save_plain(root / "plain"), dtype=torch.bfloat16, build=Plain),
     }
 
@@ -126,6 +131,12 @@ def stock(job: Job) -> Loaded:
         storage = job.quant.storage_for(job.dtype)
         if f"{name}.bias" in tensors and storage.is_floating_point:
             tensors[f"{name}.bias"] = tensors[f"{name}.bias"].to(storage)
+    if job.quant.experts:
+        for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            options = {field: getattr(job.quant, field) for field in ("quant_type", "blocksize", "double_quant")}
+            _, packed, statistics = packed_stack(tensors[name], **options)
+            storage = job.quant.storage_for(job.dtype)
+            tensors[name], tensors[name + STATISTICS] = (t.view(storage).view(-1, 1) for t in (packed, statistics))
     return found
 
 
@@ -162,7 +173,9 @@ def require_same(found: Loaded, expected: Loaded) -> None:
     assert found.plain.keys() == expected.plain.keys()
     for name, tensor in expected.plain.items():
         assert found.plain[name].dtype == tensor.dtype, name
-        assert torch.equal(found.plain[name], tensor), name
+        # Bytes, since those of packed experts are no numbers.
+        assert found.plain[name].shape == tensor.shape, name
+        assert torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (found.plain[name], tensor))), name
     assert found.threads == []
 
 
@@ -190,7 +203,7 @@ def require_read_once(by_rank: list[Loaded], job: Job, *, converted: tuple[str, 
             assert ranges == [(0, entry.numel)] * nodes, name
             continue
         assert covered(ranges) == set(range(entry.numel)), name
-        is_quantized = name.removesuffix(".weight") in by_rank[0].packed
+        is_quantized = name.removesuffix(".weight") in by_rank[0].packed or ".experts." in name
         beyond = 2 * job.quant.blocksize * len(by_rank) * entry.dtype.itemsize if is_quantized else 0
         assert entry.nbytes <= total <= entry.nbytes + beyond, name
 
@@ -247,7 +260,7 @@ def test_replicas_of_shards(
 def test_what_is_converted_is_read_once_on_each_node(
     jobs: dict[str, Job], expected: dict[str, Loaded], way: str
 ) -> None:
-    chosen = {name: jobs[name] for name in ("llama", "mixtral", *CONVERTED)}
+    chosen = {name: jobs[name] for name in ("llama", "experts", *CONVERTED)}
     by_rank = run_ranks(load_all, 4, chosen, replace(WAYS[way], local_world_size=2))
     require_all(by_rank, chosen, expected)
     for name, job in chosen.items():

@@ -7,6 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import psutil
@@ -113,6 +115,52 @@ def test_chunks_come_in_order_and_make_up_the_ranges(
         with pytest.raises(IndexError):
             prefetch.next()
         assert reader.total_bytes_read == sum(r.nbytes for r in requests)
+
+
+@settings(deadline=None)
+@given(data=st.data(), chunk_elements=st.integers(40, 1200))
+def test_segments_are_read_as_one_tensor(index: Index, data: st.DataObject, chunk_elements: int) -> None:
+    names = data.draw(st.lists(st.sampled_from(["BF16", "again"]), min_size=1, max_size=5))
+    entry = replace(index["BF16"], end=index["BF16"].start + 2 * 7, shape=(7,))
+    entries = [entry if name == "again" else index["BF16"] for name in names]
+    starts = list(accumulate((each.numel for each in entries), initial=0))
+    segments = tuple(Segment(entry=each, start=start) for each, start in zip(entries, starts, strict=False))
+    start, stop = sorted(data.draw(st.lists(st.integers(0, starts[-1]), min_size=2, max_size=2, unique=True)))
+    whole = torch.cat([TENSORS["BF16"].flatten()[: each.numel] for each in entries])
+    with (
+        Reader(index) as reader,
+        Prefetch(
+            reader,
+            [Request(segments=segments, start=start, stop=stop)],
+            chunk_elements=chunk_elements,
+            buffers=2,
+            threads=2,
+        ) as prefetch,
+    ):
+        for position in range(start, stop, chunk_elements):
+            chunk = prefetch.next()
+            expected = whole[position : min(position + chunk_elements, stop)]
+            assert (chunk.start, bits(chunk.data)) == (position, bits(expected))
+            chunk.release()
+        assert reader.total_bytes_read == 2 * (stop - start)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 12, 30])
+def test_matrices_that_are_turned_are_read_whole(index: Index, chunk_elements: int) -> None:
+    entry = replace(index["BF16"], end=index["BF16"].start + 2 * 60, shape=(5, 3, 4))
+    turned = TENSORS["BF16"].flatten()[:60].view(5, 3, 4).mT
+    request = Request(segments=(Segment(entry=entry, is_turned=True),), start=12, stop=48)
+    with (
+        Reader(index) as reader,
+        Prefetch(reader, [request], chunk_elements=chunk_elements, buffers=2, threads=1) as prefetch,
+    ):
+        found = []
+        while not found or found[-1][0] + len(found[-1][1]) < 48:
+            chunk = prefetch.next()
+            found.append((chunk.start, chunk.data.clone()))
+            chunk.release()
+    assert bits(torch.cat([data for _, data in found])) == bits(turned[1:4].reshape(-1))
+    assert [start for start, _ in found] == list(range(12, 48, max(chunk_elements // 12, 1) * 12))
 
 
 def test_no_more_is_read_than_there_are_buffers(index: Index) -> None:
