@@ -149,7 +149,6 @@ def test_drawing_stops_where_it_is_not_wanted_any_more() -> None:
         {"modules_to_save": ["second"]},
         {"init_lora_weights": "orthogonal"},
         {"trainable_token_indices": [1]},
-        {"target_parameters": ["first.weight"]},
         {"layer_replication": [(0, 1)]},
     ],
     ids=lambda options: next(iter(options)),
