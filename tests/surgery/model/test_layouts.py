@@ -472,6 +472,6 @@ def test_a_layout_is_loaded_as_stock_loads_it_or_refused(
     said = capsys.readouterr().err
     assert ("ignored as transformers does" in said) == bool(case.ignored)
     assert ("not in the checkpoint" in said) == bool(case.initialized)
-    planned = plan(folder, world_size=1, device="cpu").inventory
+    planned = plan(folder, world_size=1, device="cpu", quant=AS_STOCK).inventory
     assert len(planned.ignored) == sum(report.ignored.values())
     assert len(planned.initialized) == sum(report.initialized.values())
