@@ -38,7 +38,8 @@ MAX_PROCESSES = 8
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
-SHAPES = {**llama.SHAPES, **experts.SHAPES}
+Shape = llama.LlamaShape | experts.ExpertsShape
+SHAPES: dict[str, Shape] = {**llama.SHAPES, **experts.SHAPES}
 ShapeName = Literal[
     "llama-tiny",
     "llama-1gb",
@@ -119,7 +120,7 @@ def synthetic(
     console.print(f"wrote {out}")
 
 
-def _resized(name: ShapeName, sizes: dict[str, Any]) -> llama.LlamaShape | experts.ExpertsShape:
+def _resized(name: ShapeName, sizes: dict[str, Any]) -> Shape:
     shape = SHAPES[name]
     given = {size: value for size, value in sizes.items() if value is not None}
     if unknown := given.keys() - vars(shape).keys():

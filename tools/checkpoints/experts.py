@@ -171,7 +171,7 @@ _TINY = {
     "layers": 2,
     "hidden": 64,
     "intermediate": 128,
-    "expert": 32,
+    "expert": 64,
     "experts": 8,
     "active": 2,
     "heads": 4,
