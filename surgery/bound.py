@@ -418,7 +418,8 @@ def complete(
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
-    needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
+    needed = [name for each in setting.formats if any(map(each.is_quantized, layers)) for name in each.resident_patches]
+    needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:
         _hand_on(model, resident)
         keep(model, resident.receipts)

@@ -53,6 +53,8 @@ class Quant:
         which is what FSDP1 needs to flatten it together with the rest.
     skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The output
         head and modules with tied weights are always skipped, as transformers does.
+    experts: quantize fused experts too, which transformers leaves in 16 bits; each by itself, so that blocks straddle
+        none. False leaves them in 16 bits.
     """
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -61,6 +63,7 @@ class Quant:
     double_quant: bool = True
     quant_storage: torch.dtype | None = None
     skip_modules: tuple[str, ...] = ()
+    experts: bool = True
 
     def __post_init__(self) -> None:
         _one_of("quant_type", self.quant_type, ("nf4", "fp4"))

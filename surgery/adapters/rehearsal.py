@@ -45,15 +45,15 @@ def rehearse(
     model: nn.Module,
     lora: LoraConfig,
     *,
-    quantized: Collection[nn.Module],
+    quantized: Mapping[nn.Module, QuantFormat],
     quant: QuantFormat,
     strategy: ShardStrategy,
     saved: SavedAdapter | None = None,
 ) -> tuple[Trained, ...]:
     """Parameters that PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
-    quantized: its modules that will be in the format `quant`, whose dtype adapters have. saved: what they will be read
-    from.
+    quantized: its modules that will be packed, and the format of each. quant: the first, whose dtype adapters have.
+    saved: what they will be read from.
 
     Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained as
     `strategy` shards it, or not saved; and `WeightsMismatchError` where `saved` has other tensors. Of decoder blocks
@@ -64,6 +64,9 @@ def rehearse(
     blocks = decoder_blocks(model)
     alike = _alike(blocks) if _is_uniform(lora) else {}
     made = twin_of(model, _parameters_of(quantized, quant.storage), hollow=[block.module for block in alike])
+    for module, kind in quantized.items():
+        if module in made:
+            kind.rehearse(made[module])
     base = {parameter: name for name, parameter in made[model].named_parameters()}
     adapted = _built(model, made[model], lora, quant.dtype, unknown)
     check_built(model, lora, adapted, unknown)

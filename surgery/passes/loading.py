@@ -164,9 +164,7 @@ def loading(
 ) -> Iterator[Loading]:
     """A block in which a model is filled. At its end nothing is read or drawn any more, whatever happened."""
     rank, strategy = job.ranks.rank, setting.strategy
-    buffers = ShardBuffers(
-        quant=setting.format, partition=strategy.partition, devices=strategy.devices(rank), rank=rank
-    )
+    buffers = ShardBuffers(partition=strategy.partition, devices=strategy.devices(rank), rank=rank)
     with contextlib.ExitStack() as stack:
         yield Loading(
             checkpoint=checkpoint,
@@ -235,7 +233,7 @@ def _merged(target: Target, places: tuple[tuple[nn.Module, str], ...]) -> Target
 
 
 def _as_held(target: Target, places: tuple[tuple[nn.Module, str], ...], held: torch.Tensor) -> Target:
-    if target.is_quantized and (held.dtype, held.shape) != (target.dtype, target.shape):
+    if target.is_packed and (held.dtype, held.shape) != (target.dtype, target.shape):
         raise ConfigError(
             f"{target.fqn} was bound as {target.dtype} {tuple(target.shape)}, packed, and is {held.dtype} "
             f"{tuple(held.shape)} by now: packed weights can be neither cast nor reshaped before fill()"

@@ -57,7 +57,7 @@ class Read(BatchPass):
         if targets[0].source is not None:
             found[0].pieces = self._stream(found[0], wanted(targets[0], found[0].slice))
         elif self.loading.converter(targets) == self.loading.ranks.rank:
-            self._convert(found, assignment)
+            self._convert([buffer for buffer in found if buffer.target.statistics_of is None], assignment)
         return found
 
     def _stream(self, buffer: ShardBuffer, requests: Iterable[Request]) -> Iterator[tuple[int, torch.Tensor]]:

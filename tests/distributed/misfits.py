@@ -43,8 +43,8 @@ class RowsOfTwo(Bnb4bit):
 class OddBlocks(Bnb4bit):
     """A block would begin in the middle of a byte."""
 
-    def layout(self, module: Any) -> Layout:
-        return replace(super().layout(module), blocksize=63)
+    def layout(self, module: Any, name: str) -> Layout:
+        return replace(super().layout(module, name), blocksize=63)
 
 
 class BytesOfAValue(Bnb4bit):
