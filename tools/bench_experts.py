@@ -49,6 +49,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
     limit: Annotated[int, typer.Option(help="Seconds for each way.")] = 240,
     json_file: Annotated[Path | None, typer.Option("--json", help="Add one line a way.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for a profile of a step of each way and batch.")] = None,
     one_way: Annotated[str | None, typer.Option(hidden=True, help="Options of one way, for one rank of it.")] = None,
 ) -> None:
     """Load a mixture of experts in several ways, train it, and compare."""
@@ -61,6 +62,8 @@ def main(
         raise typer.BadParameter(f"expected some of {', '.join(LOADERS)}, `ours` alone on several ranks; got {unknown}")
     for batch in batches.split(","):
         Batch.of(batch)
+    if profile is not None:
+        profile.mkdir(parents=True, exist_ok=True)
     found = []
     for way in names:
         options = Options(
@@ -73,6 +76,7 @@ def main(
             lora_rank=lora_rank,
             double_quant=double_quant,
             memory_cap=memory_cap if way == "ours" else None,
+            profile=None if profile is None else str(profile.resolve()),
         )
         found.append(_measured(options, limit))
         line = json.dumps(asdict(found[-1]))

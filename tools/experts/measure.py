@@ -17,6 +17,7 @@ from torch import nn
 import surgery
 from experts.ways import LOADERS, Case
 from loading.loops import plain_step
+from loading.profiling import profile
 from loading.world import World, joined
 from surgery.comm.collectives import gather_objects
 from surgery.telemetry.report import Report
@@ -48,7 +49,11 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of one way. batches: those with checkpointing last, for it stays. memory_cap: GiB of each GPU."""
+    """Options of one way.
+
+    batches: those with checkpointing last, for it stays. memory_cap: GiB of each GPU. profile: a folder for profiles of
+    a step of each batch.
+    """
 
     way: str
     checkpoint: str
@@ -59,6 +64,7 @@ class Options:
     lora_rank: int
     double_quant: bool
     memory_cap: float | None
+    profile: str | None
 
 
 @dataclass(kw_only=True)
@@ -188,14 +194,25 @@ def _steps(model: Any, batch: Batch, options: Options, world: World) -> dict[str
     step = plain_step(model, optimizer, ids, clip=clip)
     losses, seconds = zip(*(_timed(step, world) for _ in range(options.steps)), strict=True)
     taken = median(seconds[2:] or seconds)
+    peaks = _peaks(world)
+    if options.profile is not None:
+        text = profile(step, synchronize=world.synchronize, device=world.device)
+        if world.rank == 0:
+            Path(options.profile, f"{options.way}-{batch}.txt").write_text(text, encoding="utf-8")
     return {
         "losses": losses,
         "seconds": seconds,
         "step": taken,
         "tokens_per_second": round(options.ranks * batch.sequences * batch.tokens / taken),
-        "peak": _largest(torch.cuda.max_memory_allocated(world.device) if world.on_cuda else 0),
-        "reserved": _largest(torch.cuda.max_memory_reserved(world.device) if world.on_cuda else 0),
+        **peaks,
     }
+
+
+def _peaks(world: World) -> dict[str, int]:
+    if not world.on_cuda:
+        return {"peak": 0, "reserved": 0}
+    allocated, reserved = (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+    return {"peak": _largest(allocated(world.device)), "reserved": _largest(reserved(world.device))}
 
 
 def _timed(step: Callable[[], float], world: World) -> tuple[float, float]:
