@@ -48,8 +48,10 @@ def main(
     memory_cap: Annotated[float | None, typer.Option(help="GiB that `ours` may take of each GPU.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
     limit: Annotated[int, typer.Option(help="Seconds for each way.")] = 240,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Add one line a way.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Folder for a profile of a step of each way and batch.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Add one line a way; tables are of all in it.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for a profile of each way, on the first batch.")] = None,
     one_way: Annotated[str | None, typer.Option(hidden=True, help="Options of one way, for one rank of it.")] = None,
 ) -> None:
     """Load a mixture of experts in several ways, train it, and compare."""
@@ -64,7 +66,7 @@ def main(
         Batch.of(batch)
     if profile is not None:
         profile.mkdir(parents=True, exist_ok=True)
-    found = []
+    found = _earlier(json_file)
     for way in names:
         options = Options(
             way=way,
@@ -85,8 +87,14 @@ def main(
             with json_file.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
     print("\n\n".join([_loading(found), _training(found)]), flush=True)
-    if any(each.error not in (None, "out of memory") for each in found):
+    if any(each.error not in (None, "out of memory") for each in found[-len(names) :]):
         raise typer.Exit(1)
+
+
+def _earlier(json_file: Path | None) -> list[Found]:
+    if json_file is None or not json_file.exists():
+        return []
+    return [Found(**json.loads(line)) for line in json_file.read_text(encoding="utf-8").splitlines()]
 
 
 def _measured(options: Options, limit: int) -> Found:
@@ -132,12 +140,10 @@ def _environment(options: Options) -> dict[str, str]:
 
 
 def _loading(found: list[Found]) -> str:
-    head = ("way", "ranks", "cap, GiB", "ready, s", "peak at load, GiB", "held, GiB", "host peak, GiB", "read, GB")
+    head = ("way", "ready, s", "peak at load, GiB", "held, GiB", "host peak, GiB", "read, GB")
     rows = [
         (
-            each.way,
-            each.ranks,
-            each.memory_cap or "",
+            _label(each),
             each.error or f"{each.ready:.1f}",
             *(f"{size / GIB:.2f}" for size in (each.load_peak, each.held, each.host)),
             f"{each.bytes_read / 1e9:.2f}",
@@ -149,7 +155,7 @@ def _loading(found: list[Found]) -> str:
 
 def _training(found: list[Found]) -> str:
     head = ("batch", "way", "step, s", "of split", "tokens/s", "peak, GiB", "reserved, GiB", "first loss", "last loss")
-    measured = {(batch, each.way): step for each in found for batch, step in each.steps.items()}
+    measured = {(batch, _label(each)): step for each in found for batch, step in each.steps.items()}
     rows = []
     for (batch, way), step in sorted(measured.items(), key=lambda item: item[0][0]):
         if "error" in step:
@@ -168,6 +174,11 @@ def _training(found: list[Found]) -> str:
             )
         )
     return _table(head, rows)
+
+
+def _label(found: Found) -> str:
+    cap = f" in {found.memory_cap:g} GiB" if found.memory_cap else ""
+    return f"{found.way}{cap}{f' on {found.ranks}' if found.ranks > 1 else ''}"
 
 
 def _table(head: tuple[Any, ...], rows: list[tuple[Any, ...]]) -> str:

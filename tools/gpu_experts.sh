@@ -7,7 +7,7 @@
 #
 # A call stops what is left after LIMIT seconds (default 570). The same call again goes on with what has not run yet.
 # Checkpoints are made in WORK (default /dev/shm) and kept. PYTHON names the interpreter. OUT gets one line of JSON for
-# each way (experts.jsonl), tables, the findings of tools/gpu_check.py on experts, logs and profiles.
+# each way (experts.jsonl), one log, the findings of tools/gpu_check.py on experts, and profiles.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,29 +29,12 @@ fi
 mkdir -p "$out/profiles"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-left() { echo $((limit - SECONDS)); }
-
-# once NAME SECONDS COMMAND...: run a stage, unless it has run here before or less than half of its time is left.
-once() {
-  local name=$1 seconds=$2 started=$SECONDS
-  shift 2
-  [[ -e $work/.done-$what-$name ]] && return
-  if (($(left) < seconds / 2)); then
-    echo "$name: left for the next call"
-    return
-  fi
-  timeout -k 10 "$(($(left) < seconds ? $(left) : seconds))" "$@" >"$out/$name.log" 2>&1
-  echo "$name: exit $?, $((SECONDS - started)) s; at $SECONDS s"
-  grep -h '^|' "$out/$name.log"
-  touch "$work/.done-$what-$name"
-}
-
 # make FOLDER OPTION...: a complete checkpoint is left alone.
 make() {
   local folder=$1 started=$SECONDS
   shift
   timeout -k 10 -s INT 250 "$python" tools/make_checkpoint.py synthetic "$folder" --device "$device" \
-    --processes "$processes" "$@" >"$out/make.log" 2>&1
+    --processes "$processes" "$@" >>"$out/log" 2>&1
   local code=$?
   echo "$folder: exit $code, $((SECONDS - started)) s, $(du -sh "$folder" 2>/dev/null | cut -f1)"
   return $code
@@ -59,48 +42,49 @@ make() {
 
 # check RANKS: every value against bitsandbytes, transformers and PEFT, on tiny models.
 check() {
+  [[ -e $work/.done-checks-$1 ]] && return
   timeout -k 10 200 "$python" -m torch.distributed.run --standalone --nproc-per-node "$1" tools/gpu_check.py \
-    --device "$device" --work "$work/gpu_check" --json "$out/checks-$1.json" --parts experts >"$out/checks-$1.log" 2>&1
-  echo "checks on $1: exit $?"
-  grep -hE ' (ok|FAILED) ' "$out/checks-$1.log"
+    --device "$device" --work "$work/gpu_check" --json "$out/checks-$1.json" --parts experts 2>&1 |
+    tee "$out/checks-$1.log" | grep -E ' (ok|FAILED) '
+  echo "checks on $1: exit ${PIPESTATUS[0]} at $SECONDS s"
+  touch "$work/.done-checks-$1"
 }
 
-# bench SECONDS OPTION...
-bench() {
-  local seconds=$1
-  shift
-  "$python" tools/bench_experts.py --device "$device" --json "$out/experts.jsonl" --profile "$out/profiles" \
-    --steps "$steps" --limit "$seconds" "$@"
-}
-export -f bench
-export python device out steps
-
-qwen() {
-  local checkpoint=$work/$1
-  check 1 &
-  make "$checkpoint" --shape "$1" "${@:2}" || return
-  wait
-  stage capped 120 --ways ours --memory-cap 24 --batches "$short"
-  stage ours 150 --ways ours --batches "$unchecked,$short,$medium,$long"
-  stage split 150 --ways split --batches "$unchecked,$short,$medium,$long"
-  stage fold 200 --ways fold --batches "$short,$medium,$long"
-  stage parametrized 200 --ways parametrized --batches "$short,$medium,$long"
-}
-
-glm() {
-  local checkpoint=$work/$1
-  check 2 &
-  make "$checkpoint" --shape "$1" "${@:2}" || return
-  wait
-  stage glm-2 150 --ways ours --ranks 2 --batches "$short,$long"
-  stage glm-1 150 --ways ours --batches "$short"
-}
-
-# stage NAME SECONDS OPTION...: one process group of one way, which ends itself before its time is up.
+# stage NAME SECONDS OPTION...: one way, unless it has run before or too little of its time is left.
 stage() {
-  local name=$1 seconds=$2
+  local name=$1 seconds=$2 left=$((limit - SECONDS - 20)) started=$SECONDS
   shift 2
-  once "$name" "$((seconds + 15))" bash -c 'bench "$@"' _ "$seconds" --checkpoint "$checkpoint" "$@"
+  [[ -e $work/.done-$name ]] && return
+  if ((left * 10 < seconds * 6)); then
+    echo "$name: left for the next call"
+    return
+  fi
+  ((left < seconds)) && seconds=$left
+  timeout -k 10 $((seconds + 15)) "$python" tools/bench_experts.py --device "$device" --steps "$steps" \
+    --json "$out/experts.jsonl" --limit "$seconds" "$@" 2>&1 | tee -a "$out/log" | grep -E '^[|]|rror'
+  echo "$name: exit ${PIPESTATUS[0]}, $((SECONDS - started)) s; at $SECONDS s"
+  touch "$work/.done-$name"
+}
+
+# qwen NAME OPTION..., glm NAME OPTION...: of a checkpoint.
+qwen() {
+  local from="--checkpoint $work/$1"
+  check 1 &
+  make "$work/$1" --shape "$@" || return
+  wait
+  stage capped 120 $from --ways ours --memory-cap 24 --batches "$short"
+  stage ours 150 $from --ways ours --batches "$unchecked,$short,$medium,$long" --profile "$out/profiles"
+  stage split 150 $from --ways split --batches "$unchecked,$short,$medium,$long" --profile "$out/profiles"
+  stage fold 200 $from --ways fold --batches "$short,$medium,$long"
+  stage parametrized 200 $from --ways parametrized --batches "$short,$medium,$long"
+}
+glm() {
+  local from="--checkpoint $work/$1"
+  check 2 &
+  make "$work/$1" --shape "$@" || return
+  wait
+  stage glm-on-2 150 $from --ways ours --ranks 2 --batches "$short,$long"
+  stage glm-on-1 150 $from --ways ours --batches "$short"
 }
 
 case $what in
@@ -113,6 +97,7 @@ case $what in
     glm glm-4.5-air --shards 400 --layers "$layers"
     ;;
   tiny)
+    rm -f "$work"/.done-*
     qwen qwen3-moe-tiny
     glm glm4-moe-tiny
     ;;

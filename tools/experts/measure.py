@@ -51,8 +51,8 @@ class Batch:
 class Options:
     """Options of one way.
 
-    batches: those with checkpointing last, for it stays. memory_cap: GiB of each GPU. profile: a folder for profiles of
-    a step of each batch.
+    batches: those with checkpointing last, for it stays. memory_cap: GiB of each GPU. profile: a folder for a profile
+    of steps on the first batch.
     """
 
     way: str
@@ -195,7 +195,7 @@ def _steps(model: Any, batch: Batch, options: Options, world: World) -> dict[str
     losses, seconds = zip(*(_timed(step, world) for _ in range(options.steps)), strict=True)
     taken = median(seconds[2:] or seconds)
     peaks = _peaks(world)
-    if options.profile is not None:
+    if options.profile is not None and str(batch) == options.batches[0]:
         text = profile(step, synchronize=world.synchronize, device=world.device)
         if world.rank == 0:
             Path(options.profile, f"{options.way}-{batch}.txt").write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,8 @@ def check_experts(job: Job, ranks: Ranks, findings: Findings) -> None:
         for shape in FAMILIES:
             _make(shape, job.work / shape)
     ranks.gather(None)
-    for check, shape, double_quant in itertools.product(
-        (_bytes, _values, _checkpointed, _compiled), FAMILIES, (True, False)
-    ):
+    checks: tuple[Callable[[Job, Path, bool], dict[str, Any]], ...] = (_bytes, _values, _checkpointed, _compiled)
+    for check, shape, double_quant in itertools.product(checks, FAMILIES, (True, False)):
         outcome = attempt(partial(check, job, job.work / shape, double_quant))
         name = f"{check.__name__[1:]} {shape}{' double' if double_quant else ''}"
         findings.add("experts", name, ranks.gather(outcome))
