@@ -48,9 +48,7 @@ def main(
     memory_cap: Annotated[float | None, typer.Option(help="GiB that `ours` may take of each GPU.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda" if torch.cuda.is_available() else "cpu",
     limit: Annotated[int, typer.Option(help="Seconds for each way.")] = 240,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Add one line a way; tables are of all in it.")
-    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Add a line a way; tables are of all in it.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder for a profile of each way, on the first batch.")] = None,
     one_way: Annotated[str | None, typer.Option(hidden=True, help="Options of one way, for one rank of it.")] = None,
 ) -> None:
