@@ -23,8 +23,12 @@ __all__ = ["check_experts"]
 
 FAMILIES = ("qwen3-moe-tiny", "glm4-moe-tiny")
 
-#: Relative error of a loss and of the gradient of an adapter, by norm, in bfloat16.
-LOSS_ERROR, GRADIENT_ERROR = 1e-3, 2e-2
+#: A loss, and gradients by the names of adapters.
+Stepped = tuple[float, dict[str, torch.Tensor]]
+
+#: Relative error of a loss and of the gradient of an adapter, by norm. In bfloat16 a token may go to another expert.
+LOSS_ERROR, GRADIENT_ERROR = 1e-6, 1e-4
+LOOSE = 100
 
 
 def check_experts(job: Job, ranks: Ranks, findings: Findings) -> None:
@@ -33,7 +37,13 @@ def check_experts(job: Job, ranks: Ranks, findings: Findings) -> None:
         for shape in FAMILIES:
             _make(shape, job.work / shape)
     ranks.gather(None)
-    checks: tuple[Callable[[Job, Path, bool], dict[str, Any]], ...] = (_bytes, _values, _checkpointed, _compiled)
+    checks: tuple[Callable[[Job, Path, bool], dict[str, Any]], ...] = (
+        _bytes,
+        _logits,
+        _values,
+        _checkpointed,
+        _compiled,
+    )
     for check, shape, double_quant in itertools.product(checks, FAMILIES, (True, False)):
         outcome = attempt(partial(check, job, job.work / shape, double_quant))
         name = f"{check.__name__[1:]} {shape}{' double' if double_quant else ''}"
@@ -76,15 +86,14 @@ def _bytes(job: Job, folder: Path, double_quant: bool) -> dict[str, int]:
 
 def _values(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
     """Compare loss and gradients with stock PEFT over dequantized weights; without adapters logits are equal."""
-    model, ids = _ours(job, folder, double_quant), _ids(job)
-    stock = _dequantized(_stock(job, folder, double_quant), double_quant)
-    with model.disable_adapter(), torch.no_grad():
-        found = model(input_ids=ids).logits
-    with torch.no_grad():
-        wanted = stock(input_ids=ids).logits
+    model, ids = _ours(job, folder, double_quant, torch.float32), _ids(job)
+    stock = _dequantized(_stock(job, folder, double_quant, torch.float32), double_quant)
+    # With gradients: on a CPU bitsandbytes packs weights in another way, for good, when there are none.
+    with model.disable_adapter():
+        found = model(input_ids=ids).logits.detach()
+    wanted = stock(input_ids=ids).logits.detach()
     _fill_adapters(model, ids)
-    reference = _with_adapters_of(stock, model)
-    errors = _compare(_step(model, ids), _step(reference, ids))
+    errors = _compare(_step(model, ids), _step(_with_adapters_of(stock, model), ids))
     model.eval()
     with torch.no_grad():
         first, second = (model(input_ids=ids).logits for _ in range(2))
@@ -93,6 +102,15 @@ def _values(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
         "largest_difference": float((found - wanted).abs().max()),
         "differ_in_a_second_evaluation": int((first != second).sum()),
     }
+
+
+def _logits(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
+    """Compare logits without adapters, in bfloat16."""
+    model, ids = _ours(job, folder, double_quant), _ids(job)
+    stock = _dequantized(_stock(job, folder, double_quant), double_quant)
+    with model.disable_adapter():
+        difference = (model(input_ids=ids).logits - stock(input_ids=ids).logits).detach()
+    return {"that_differ": int((difference != 0).sum()), "largest_difference": float(difference.abs().max())}
 
 
 def _checkpointed(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
@@ -111,7 +129,7 @@ def _compiled(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
     plain = _step(model, ids)
     for block in model.get_submodule("base_model.model.model.layers").children():
         block.compile()
-    return _compare(_step(model, ids), plain)
+    return _compare(_step(model, ids), plain, times=LOOSE)
 
 
 def _lora() -> Any:
@@ -125,29 +143,31 @@ def _lora() -> Any:
     )
 
 
-def _ours(job: Job, folder: Path, double_quant: bool) -> Any:
+def _ours(job: Job, folder: Path, double_quant: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     torch.manual_seed(0)
     return surgery.qlora(
         folder,
         quant=surgery.Quant("nf4", double_quant=double_quant),
         lora=_lora(),
+        dtype=dtype,
         shard=surgery.FSDP2() if job.world > 1 else None,
         device=job.device,
     )
 
 
-def _stock(job: Job, folder: Path, double_quant: bool) -> Any:
+def _stock(job: Job, folder: Path, double_quant: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": job.device}
-    ).requires_grad_(requires_grad=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=dtype, device_map={"": job.device}
+    )
+    return model.requires_grad_(requires_grad=False).train()
 
 
 def _experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -198,7 +218,7 @@ def _with_adapters_of(stock: Any, model: Any) -> Any:
     return adapted
 
 
-def _step(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+def _step(model: Any, ids: torch.Tensor) -> Stepped:
     model.train()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -208,12 +228,12 @@ def _step(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]
     return loss.item(), gradients
 
 
-def _compare(found: tuple[float, dict[str, torch.Tensor]], wanted: tuple[float, Any]) -> dict[str, float]:
+def _compare(found: Stepped, wanted: Stepped, *, times: int = 1) -> dict[str, float]:
     loss = abs(found[0] - wanted[0]) / wanted[0]
     if found[1].keys() != wanted[1].keys():
         raise AssertionError(f"other adapters: {found[1].keys() ^ wanted[1].keys()}")
     errors = {name: float((found[1][name] - each).norm() / each.norm()) for name, each in wanted[1].items()}
     worst = max(errors, key=lambda name: errors[name])
-    if not (loss <= LOSS_ERROR and errors[worst] <= GRADIENT_ERROR):
+    if not (loss <= times * LOSS_ERROR and errors[worst] <= times * GRADIENT_ERROR):
         raise AssertionError(f"loss {found[0]} instead of {wanted[0]}; gradient of {worst} is off by {errors[worst]}")
     return {"loss_error": loss, "gradient_error": errors[worst], "gradients": len(errors)}
