@@ -71,7 +71,7 @@ def experts_forward(
     hidden = _projected(self, "gate_up_proj" if self.has_gate else "up_proj", hidden, rows, lora)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
     hidden = _projected(self, "down_proj", hidden, rows, lora)
-    if getattr(self, "has_post_expert_norm", False):  # from transformers 5.2x on
+    if getattr(self, "has_post_expert_norm", False):  # older releases have no such experts
         hidden = self.post_expert_norm(hidden)
     weighted = hidden * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
@@ -85,7 +85,7 @@ def _sorted_rows(module: Any, experts: torch.Tensor) -> _Rows:
     counts = torch.histc(counted, bins=module.num_experts, min=0, max=module.num_experts - 1)
     offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
     outside = None
-    if getattr(module, "_is_expert_parallel", True):  # before transformers 5.2x there is no telling
+    if getattr(module, "_is_expert_parallel", True):  # older releases do not tell
         outside = (experts >= module.num_experts).unsqueeze(-1)
         experts.clamp_(max=module.num_experts - 1)
     return _Rows(experts, offsets, offsets.to("cpu"), outside)  # the one time that the device is waited for

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from surgery.quantizers.base import STATISTICS
 from surgery.quantizers.experts import IMPLEMENTATION
@@ -19,17 +19,21 @@ __all__ = ["CLASSES", "EXPERTS", "HIDDEN", "experts_module", "packed_experts", "
 
 HIDDEN, INTERMEDIATE, EXPERTS = 64, 32, 6
 
-#: Experts by the type of the model that has them.
+#: Experts by the type of the model that has them, those of installed models.
 CLASSES = {
-    "olmoe": "OlmoeExperts",
-    "qwen3_moe": "Qwen3MoeExperts",
-    "qwen3_next": "Qwen3NextExperts",
-    "mixtral": "MixtralExperts",
-    "gpt_oss": "GptOssExperts",
-    "deepseek_v3": "DeepseekV3Experts",
-    "glm4_moe": "Glm4MoeExperts",
-    "nemotron_h": "NemotronHExperts",
-    "muse_spark_text": "MuseSparkExperts",
+    family: name
+    for family, name in {
+        "olmoe": "OlmoeExperts",
+        "qwen3_moe": "Qwen3MoeExperts",
+        "qwen3_next": "Qwen3NextExperts",
+        "mixtral": "MixtralExperts",
+        "gpt_oss": "GptOssExperts",
+        "deepseek_v3": "DeepseekV3Experts",
+        "glm4_moe": "Glm4MoeExperts",
+        "nemotron_h": "NemotronHExperts",
+        "muse_spark_text": "MuseSparkExperts",
+    }.items()
+    if family in CONFIG_MAPPING
 }
 
 

@@ -137,13 +137,27 @@ def test_it_runs_where_stock_runs() -> None:
         assert same(computed(packed, float32), computed(stock, float32))
     inputs = routed(torch.bfloat16)
     expected = computed(stock, inputs)
-    with torch.no_grad():
-        assert packed(*inputs).equal(expected[0])
+    for without_grad in (torch.no_grad(), torch.inference_mode()):
+        with without_grad:
+            assert packed(*inputs).equal(expected[0])
     for reentrant in (False, True):
         again = checkpoint(packed, *inputs, use_reentrant=reentrant)
         again.float().square().sum().backward()
         assert same((again, inputs[0].grad, inputs[2].grad), expected)
         inputs[0].grad = inputs[2].grad = None
+
+
+def test_adapters_train_where_hidden_states_do_not() -> None:
+    packed, _stock = packed_experts(experts_module("olmoe", torch.float32))
+    hidden, index, weights = (each.detach() for each in routed(torch.float32))
+    lora = list(adapters(packed))
+    packed(hidden, index, weights, lora=lora).sum().backward()
+    assert all(factor.grad is not None and factor.grad.isfinite().all() for each in lora for factor in (each.a, each.b))
+    again = [(each.a.grad, each.b.grad) for each in lora]
+    for each in lora:
+        each.a.grad = each.b.grad = None
+    packed(hidden.requires_grad_(), index, weights, lora=lora).sum().backward()
+    assert all(same(before, (each.a.grad, each.b.grad)) for before, each in zip(again, lora, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
