@@ -26,9 +26,10 @@ FAMILIES = ("qwen3-moe-tiny", "glm4-moe-tiny")
 #: A loss, and gradients by the names of adapters.
 Stepped = tuple[float, dict[str, torch.Tensor]]
 
-#: Relative error of a loss and of the gradient of an adapter, by norm. In bfloat16 a token may go to another expert.
+#: Relative error of a loss and of the gradient of an adapter, by norm, in float32. In bfloat16, where a token may go to
+#: another expert, so many times that.
 LOSS_ERROR, GRADIENT_ERROR = 1e-6, 1e-4
-LOOSE = 100
+LOOSE = 5000
 
 
 def check_experts(job: Job, ranks: Ranks, findings: Findings) -> None:
@@ -123,13 +124,14 @@ def _checkpointed(job: Job, folder: Path, double_quant: bool) -> dict[str, float
 
 
 def _compiled(job: Job, folder: Path, double_quant: bool) -> dict[str, float]:
-    """Compare with and without `torch.compile` of each decoder block."""
-    model, ids = _ours(job, folder, double_quant), _ids(job)
+    """Compare with and without `torch.compile` of each decoder block, in bfloat16 or in float32."""
+    dtype = torch.bfloat16 if double_quant else torch.float32
+    model, ids = _ours(job, folder, double_quant, dtype), _ids(job)
     _fill_adapters(model, ids)
     plain = _step(model, ids)
     for block in model.get_submodule("base_model.model.model.layers").children():
         block.compile()
-    return _compare(_step(model, ids), plain, times=LOOSE)
+    return _compare(_step(model, ids), plain, times=1 if dtype == torch.float32 else LOOSE)
 
 
 def _lora() -> Any:
