@@ -24,6 +24,7 @@ import torch
 
 from gpu_checks.attest import check_attest
 from gpu_checks.exactness import check_exactness, write_reference
+from gpu_checks.experts import check_experts
 from gpu_checks.findings import WHOLE, Findings, Outcome, attempt
 from gpu_checks.gather import check_gather
 from gpu_checks.job import Job, joined
@@ -34,6 +35,7 @@ PARTS = {
     "training": check_training,
     "gather": check_gather,
     "attest": check_attest,
+    "experts": check_experts,
 }
 UPSTREAM = ("bitsandbytes", "transformers", "peft", "accelerate")
 

@@ -146,7 +146,23 @@ def _low_rank(lora: SplitLora, x: torch.Tensor, offsets: torch.Tensor, dtype: to
     if missing:
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     x = x if lora.dropout is None else lora.dropout(x)
-    return _grouped_linear(_grouped_linear(x, a, offsets), b.contiguous(), offsets)
+    # Inductor gives a plain copy the strides of what it copies, which a grouped product refuses.
+    b = contiguous(b) if torch.compiler.is_compiling() else b.contiguous()
+    return _grouped_linear(_grouped_linear(x, a, offsets), b, offsets)
+
+
+@torch.library.custom_op("surgery::contiguous", mutates_args=())
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of `x`, in compiled code too."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@contiguous.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+contiguous.register_autograd(lambda _ctx, gradient: gradient)
 
 
 @torch.library.custom_op("surgery::grouped_mm_4bit", mutates_args=())

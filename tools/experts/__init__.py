@@ -1,0 +1,1 @@
+"""Parts of `bench_experts.py`: mixtures of experts loaded and trained in several ways."""
