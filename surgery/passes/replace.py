@@ -91,12 +91,20 @@ def held_packed(
 ) -> dict[QuantFormat, tuple[Site, ...]]:
     """The sites of `model` that each of `formats` replaces where the parameters `packed` are packed in the checkpoint.
 
-    What it cannot take, and tied modules, are left; their weights are dequantized.
+    What the format of linear layers cannot take, and tied modules, are left; their weights are dequantized. What
+    upstream has not packed since it has no format for it, is quantized.
     """
-    tied = _tied(model)
+    tied, keep = _tied(model), _kept_whole(model, [site for site in sites(model) if site.fqn])
     holders = {name.rpartition(".")[0] for name in packed}
-    candidates = [site for site in sites(model) if site.fqn in holders and site.module not in tied]
-    return {quant: tuple(site for site in candidates if quant.takes(site.module)) for quant in formats}
+    candidates = [site for site in sites(model) if site.module not in tied]
+    return {
+        quant: tuple(
+            site
+            for site in candidates
+            if (site.fqn in holders or (quant is not formats[0] and site.fqn not in keep)) and quant.takes(site.module)
+        )
+        for quant in formats
+    }
 
 
 def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:

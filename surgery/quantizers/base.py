@@ -244,8 +244,8 @@ class QuantFormat:
 
     # Files. ----------------------------------------------------------------------------------------------------------
 
-    def saved_shapes(self, numel: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        """Dtype and shape of what a checkpoint has beside a packed weight of `numel` elements, by the ends of names.
+    def saved_shapes(self, shape: torch.Size) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """Dtype and shape of what a checkpoint has beside a packed weight of logical `shape`, by the ends of names.
 
         None for a text, as bytes, whose length depends on values.
         """

@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["NESTED_BLOCKSIZE", "REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits", "nested_values"]
+__all__ = [
+    "NESTED_BLOCKSIZE",
+    "REMEDY",
+    "STATE",
+    "Bnb4bit",
+    "as_params4bit",
+    "code_of",
+    "is_params4bit",
+    "linear4bits",
+    "nested_values",
+]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -159,6 +169,11 @@ def _dynamic_code(device: torch.device) -> torch.Tensor:
 
     code: torch.Tensor = create_dynamic_map().to(device)
     return code
+
+
+def code_of(quant_type: str | None, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit type; or of statistics the 256, without one."""
+    return _dynamic_code(device) if quant_type is None else _code(quant_type, device)
 
 
 def _stored_code(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -405,9 +420,9 @@ class Bnb4bit(QuantFormat):
             bnb_quantized=True,
         )
 
-    def saved_shapes(self, numel: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+    def saved_shapes(self, shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
         """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`."""
-        blocks = -(-numel // self.options.blocksize)
+        blocks = -(-shape.numel() // self.options.blocksize)
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
             "absmax": (torch.uint8 if self.options.double_quant else torch.float32, (blocks,)),
             "quant_map": (torch.float32, (16,)),

@@ -141,6 +141,25 @@ class PackedStack:
         )
         return values.view(len(experts), *self.shape)
 
+    def elements(self, packed: torch.Tensor, start: int, statistics: torch.Tensor) -> torch.Tensor:
+        """The values, 1-D in `dtype`, of the bytes `packed`, uint8 and 1-D, from flat element `start` on.
+
+        statistics: of all experts, in any dtype and shape.
+        """
+        stop = start + 2 * packed.numel()
+        experts = range(start // self.numel, -(-stop // self.numel))
+        blocks = range(start // self.blocksize, -(-stop // self.blocksize))
+        absmax = self._absmax(self.views(statistics), experts)[blocks.start - experts.start * self.blocks :]
+        before = (start - blocks.start * self.blocksize) // 2
+        whole = packed
+        if packed.numel() != len(blocks) * self.blocksize // 2:
+            whole = packed.new_zeros(len(blocks) * self.blocksize // 2)
+            whole[before : before + packed.numel()] = packed
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            whole, absmax[: len(blocks)], self.blocksize, self.quant_type, [2 * whole.numel()], self.dtype
+        )
+        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
+
     def _absmax(self, statistics: Mapping[str, torch.Tensor], experts: range) -> torch.Tensor:
         """The float32 statistics of consecutive experts, `(len(experts) * blocks,)`."""
         run = {name: of_all.view(self.experts, -1)[experts.start : experts.stop] for name, of_all in statistics.items()}

@@ -65,7 +65,7 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Out
         return OutputForm(dtype=dtype)
     quant = _options(origin.setting.quant, dtype)
     packed = format_for(quant, dtype=origin.setting.dtype)
-    packed.saved_shapes(1)  # raises where there is no form on disk
+    packed.saved_shapes(torch.Size((1, 1)))  # raises where there is no form on disk
     if is_packed:
         return OutputForm(quant=quant, packed=packed, config=_quantization_config(base, origin, quant))
     skeleton = build_on_meta(
@@ -289,7 +289,7 @@ class Planner:
         name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
         rows = packed.layout(None, value.leaf).packed_shape(shape, packed.storage)
-        beside = planned_beside(name, packed, shape.numel())
+        beside = planned_beside(name, packed, shape)
         found = (Planned(name=name, dtype=packed.storage, shape=rows), *beside)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
         return Product(tensors=found, values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)

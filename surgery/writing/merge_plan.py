@@ -449,7 +449,7 @@ def _one(
     if quant is not None:
         storage = stored.data.dtype if stored is not None else quant.storage
         made = [Planned(name=name, dtype=storage, shape=quant.layout(None, "weight").packed_shape(shape, storage))]
-        made += planned_beside(name, quant, math.prod(shape))
+        made += planned_beside(name, quant, shape)
     return [
         Merged(
             made=tuple(made),

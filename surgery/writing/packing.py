@@ -14,9 +14,9 @@ from surgery.writing.output import Output, Planned, finite
 __all__ = ["Packer", "planned_beside", "quantized_in", "write_state"]
 
 
-def planned_beside(name: str, quant: QuantFormat, numel: int) -> Iterator[Planned]:
-    """The tensors and texts beside the packed weight `name` of `numel` elements."""
-    for end, of in quant.saved_shapes(numel).items():
+def planned_beside(name: str, quant: QuantFormat, shape: Sequence[int]) -> Iterator[Planned]:
+    """The tensors and texts beside the packed weight `name` of logical `shape`."""
+    for end, of in quant.saved_shapes(torch.Size(shape)).items():
         known = {} if of is None else {"dtype": of[0]}
         yield Planned(name=f"{name}.{end}", shape=None if of is None else of[1], **known)
 

@@ -31,7 +31,7 @@ from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, prepare
 from surgery.passes.quantize import Quantize
 from surgery.passes.read import Read, ReadAhead
-from surgery.passes.tensors import Target
+from surgery.passes.tensors import ShardBuffer, Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
@@ -248,12 +248,14 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
 
     What upstream's conversion merges or splits stays as the checkpoint has it, unless some of it is quantized.
     """
-    quantized = {target.assignment for target in prepared.targets if target.is_quantized}
+    # Statistics stay whole, the state of a weight, as they are written.
+    targets = [target for target in prepared.targets if target.statistics_of is None]
+    quantized = {target.assignment for target in targets if target.is_quantized}
     seen = set()
-    for target in prepared.targets:
+    for target in targets:
         assignment = target.assignment
         if assignment in quantized:
-            yield _Part(tensors=tuple(_entries(prepared, target)), target=target)
+            yield _Part(tensors=tuple(_entries(target)), target=target)
             continue
         for name in assignment.sources if assignment not in seen else ():
             entry = checkpoint.logical(name)
@@ -269,11 +271,11 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
         seen.add(assignment)
 
 
-def _entries(prepared: Prepared, target: Target) -> Iterator[Planned]:
+def _entries(target: Target) -> Iterator[Planned]:
     name = target.assignment.key_of(target.fqn)
     yield Planned(name=name, dtype=target.dtype, shape=tuple(target.shape))
-    if target.logical is not None:
-        yield from planned_beside(name, prepared.setting.format, target.logical.numel())
+    if target.logical is not None and target.quant is not None:
+        yield from planned_beside(name, target.quant, target.logical)
 
 
 def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
@@ -414,11 +416,12 @@ class _Write(BatchPass):
                 self.sink[0](name, buffer.read_rows(), buffer.slice.reads.start * buffer.row)
                 # Every rank has the state; they take turns.
                 if buffer.target.is_quantized and (batch.number + number) % ranks.world_size == ranks.rank:
-                    self._put_state(name, buffer.state)
+                    self._put_state(name, buffer)
         batch.buffers.clear()
 
-    def _put_state(self, name: str, state: Any) -> None:
-        for end, value in self.loading.setting.format.saved(state).items():
+    def _put_state(self, name: str, buffer: ShardBuffer) -> None:
+        assert buffer.target.quant is not None
+        for end, value in buffer.target.quant.saved(buffer.state).items():
             if isinstance(value, torch.Tensor):
                 self.sink[0](f"{name}.{end}", value, 0)
             else:
