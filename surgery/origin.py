@@ -18,7 +18,7 @@ from surgery.passes.prepare import Prepared
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target
 
-__all__ = ["Loaded", "Origin", "origin_of", "remember"]
+__all__ = ["Loaded", "Origin", "conversions_of", "origin_of", "remember"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +52,10 @@ _origins: weakref.WeakKeyDictionary[nn.Module, Origin] = weakref.WeakKeyDictiona
 def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
     """Keep for the model of `prepared`, as long as it lives, what it was filled from."""
     assignments = {target.assignment: _light(target.assignment) for target in prepared.targets}
-    converts = any(assignment.converter is not None for assignment in assignments)
+    # Of packed stacks upstream has no converter, and of what they are unpacked.
+    converts = any(assignment.converter is not None for assignment in assignments) or any(
+        packed.settings.is_stack for packed in checkpoint.packed.values()
+    )
     _origins[prepared.model] = Origin(
         checkpoint=checkpoint,
         setting=prepared.setting,
@@ -61,7 +64,7 @@ def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
             for target in prepared.targets
             if target.statistics_of is None
         ),
-        conversions=_conversions(prepared.model) if converts else (),
+        conversions=conversions_of(prepared.model) if converts else (),
     )
 
 
@@ -95,7 +98,8 @@ def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
     )
 
 
-def _conversions(model: nn.Module) -> Sequence[Any]:
+def conversions_of(model: nn.Module) -> Sequence[Any]:
+    """The renamings and converters by which transformers names and shapes a checkpoint of `model`."""
     if not is_pretrained(model):
         return ()
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -24,6 +24,7 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError, WeightsMismatchError
+from surgery.origin import conversions_of
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.exchange import Exchange
 from surgery.passes.loading import CHUNK_ELEMENTS, Job, Loading, loading
@@ -35,6 +36,7 @@ from surgery.passes.tensors import ShardBuffer, Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
+from surgery.writing.apart import Apart, apart
 from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, finite, output
 from surgery.writing.packing import planned_beside
 from surgery.writing.sidecars import changed_config, sidecars
@@ -232,7 +234,8 @@ class _Part:
     """Tensors of the output that are made together.
 
     target: what is quantized, or else converted, for them; None for one that is a copy of `source`, or of `packed`
-    dequantized, which is then turned if `is_transposed`. duplicates: names of further copies in the checkpoint.
+    dequantized, which is then turned if `is_transposed`, or taken `apart`. duplicates: names of further copies in the
+    checkpoint.
     """
 
     tensors: tuple[Planned, ...]
@@ -240,6 +243,7 @@ class _Part:
     source: TensorEntry | None = None
     packed: PackedWeight | None = None
     is_transposed: bool = False
+    apart: Apart | None = None
     duplicates: tuple[str, ...] = ()
 
 
@@ -261,11 +265,16 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
             entry = checkpoint.logical(name)
             dtype = target.dtype if entry.dtype.is_floating_point else entry.dtype
             shape = entry.shape[:: -1 if target.is_transposed else 1]
+            packed = checkpoint.packed.get(name)
+            pieces = None
+            if packed is not None and packed.settings.is_stack:
+                pieces = apart(assignment, target.fqn, shape, dtype, prepared.model, conversions_of(prepared.model))
             yield _Part(
-                tensors=(Planned(name=name, dtype=dtype, shape=shape),),
+                tensors=(Planned(name=name, dtype=dtype, shape=shape),) if pieces is None else pieces.tensors,
                 source=entry,
-                packed=checkpoint.packed.get(name),
+                packed=packed,
                 is_transposed=target.is_transposed,
+                apart=pieces,
                 duplicates=assignment.duplicates,
             )
         seen.add(assignment)
@@ -358,7 +367,8 @@ class _Copy(Pass):
         return model
 
     def _copy(self, part: _Part, ranks: Ranks) -> None:
-        planned, whole = part.tensors[0], range(part.tensors[0].numel)
+        assert part.source is not None
+        planned, whole = part.tensors[0], range(part.source.numel)
         if part.is_transposed:
             # No range of one is a range of the other, so that one rank makes all of it; ranks take turns.
             mine = whole if sum(planned.name.encode()) % ranks.world_size == ranks.rank else whole[:0]
@@ -372,7 +382,10 @@ class _Copy(Pass):
             piece = piece if is_copy else finite(piece.to(planned.dtype), planned.name)
             for name in part.duplicates:
                 self._check_same(name, part, piece, start)
-            self.sink[0](planned.name, piece, start)
+            if part.apart is None:
+                self.sink[0](planned.name, piece, start)
+            else:
+                part.apart.write(self.sink[0], piece, start)
 
     def _read(self, part: _Part, start: int, stop: int) -> torch.Tensor:
         read = self.loading.reader.read_range
