@@ -33,9 +33,7 @@ STATE = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 
 #: Names of the tensors beside a packed weight, behind its own and a dot.
-_SIDE = re.compile(
-    rf"(?P<weight>.+)\.(?P<part>{'|'.join(PARTS)}|{re.escape(STATE)}\w+)", re.DOTALL
-)
+_SIDE = re.compile(rf"(?P<weight>.+)\.(?P<part>{'|'.join(PARTS)}|{re.escape(STATE)}\w+)", re.DOTALL)
 
 #: Names of the tensors beside a weight in 8 bits, behind its module's and a dot.
 _SIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<part>SCB|weight_format)", re.DOTALL)

@@ -255,6 +255,25 @@ class QuantFormat:
         """The tensors and texts of `saved_shapes`, of the state of one weight."""
         raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
 
+    #: Whether a weight is a stack `(experts, d1, d2)`, of which each expert is packed by itself.
+    by_expert: ClassVar[bool] = False
+
+    def state_ranges(self, state: Any, experts: range) -> Mapping[str, range]:
+        """The bytes, of the statistics of a stack as a parameter, that are those of consecutive `experts`, by name."""
+        raise NotImplementedError(f"{type(self).__name__} must define state_ranges, since it packs by expert")
+
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
+        """The state of a stack of these experts alone, of the bytes of its `state_ranges`."""
+        raise NotImplementedError(f"{type(self).__name__} must define state_from, since it packs by expert")
+
+    def saved_by_expert(self, state: Any) -> Mapping[str, torch.Tensor]:
+        """Those tensors of `saved` of which each expert has an equal part, in order."""
+        raise NotImplementedError(f"{type(self).__name__} must define saved_by_expert, since it packs by expert")
+
+    def saved_once(self, shape: torch.Size) -> Mapping[str, torch.Tensor | str]:
+        """The others, of a stack of `shape`."""
+        raise NotImplementedError(f"{type(self).__name__} must define saved_once, since it packs by expert")
+
     # Attestation. ----------------------------------------------------------------------------------------------------
 
     def state_of(self, module: Any, name: str) -> Any:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class Experts4bit(Bnb4bit):
 
     label = "experts in 4 bits"
     needs_modules = False
+    by_expert = True
     resident_patches: ClassVar[tuple[str, ...]] = ()
 
     def takes(self, module: nn.Module) -> bool:
@@ -138,11 +139,6 @@ class Experts4bit(Bnb4bit):
         """The bytes of the statistics of all experts, and how to read them."""
         return state.statistics, state.stack
 
-    @staticmethod
-    def joined_state(state: PackedStack, statistics: torch.Tensor) -> StackState:
-        """The state of a stack, of the whole parameter of its statistics."""
-        return StackState(state, as_bytes(statistics))
-
     def set_state(self, module: Any, name: str, state: PackedStack) -> None:
         """Nothing: `module` knows its stacks from the beginning."""
 
@@ -213,12 +209,21 @@ class Experts4bit(Bnb4bit):
         return {**found, f"{STATE}{self.options.quant_type}": None}
 
     def saved(self, state: StackState) -> dict[str, torch.Tensor | str]:
-        """The sections of all experts under their names, the tables of codes, and a text as bitsandbytes writes it."""
-        stack, statistics = state
-        found: dict[str, torch.Tensor | str] = {
-            SAVED.get(name, name): section for name, section in stack.views(statistics).items()
-        }
-        found["quant_map"] = code_of(stack.quant_type, torch.device("cpu"))
+        """The sections of all experts, and what they share."""
+        stack = state.stack
+        return {**self.saved_by_expert(state), **self._saved_once(stack)}
+
+    def saved_by_expert(self, state: StackState) -> dict[str, torch.Tensor]:
+        """The sections, under the names that a checkpoint has for them."""
+        return {SAVED.get(name, name): section for name, section in state.stack.views(state.statistics).items()}
+
+    def saved_once(self, shape: torch.Size) -> dict[str, torch.Tensor | str]:
+        """The tables of codes, and a text as bitsandbytes writes it."""
+        return self._saved_once(self.stack(torch.empty(shape, device="meta")))
+
+    @staticmethod
+    def _saved_once(stack: PackedStack) -> dict[str, torch.Tensor | str]:
+        found: dict[str, torch.Tensor | str] = {"quant_map": code_of(stack.quant_type, torch.device("cpu"))}
         settings: dict[str, Any] = {
             "quant_type": stack.quant_type,
             "blocksize": stack.blocksize,
@@ -229,6 +234,21 @@ class Experts4bit(Bnb4bit):
             found["nested_quant_map"] = code_of(None, torch.device("cpu"))
             settings |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
         return {**found, f"{STATE}{stack.quant_type}": json.dumps(settings)}
+
+    def state_ranges(self, state: PackedStack, experts: range) -> dict[str, range]:
+        """The part of each section."""
+        found = {}
+        for name, section in state.sections.items():
+            each = section.elements // state.experts * section.dtype.itemsize
+            found[name] = range(section.start + experts.start * each, section.start + experts.stop * each)
+        return found
+
+    def state_from(self, state: PackedStack, experts: range, found: Mapping[str, torch.Tensor]) -> StackState:
+        """A stack of `experts`."""
+        stack = dataclasses.replace(state, experts=len(experts))
+        sections = stack.sections.items()
+        parts = {name: found[name].clone().view(section.dtype) for name, section in sections}
+        return StackState(stack, stack.assemble(parts))
 
     def state_bytes(self, blocks: int) -> int:
         """0: statistics are a parameter."""
