@@ -353,6 +353,12 @@ class Bnb4bit(QuantFormat):
                     f"quant: asked for {name}={asked!r}, and the checkpoint is packed already, with {value!r}: leave "
                     "it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
                 )
+        experts = self.options.experts
+        if packing.is_stack and isinstance(experts, str) and experts != packing.quant_type:
+            raise ConfigError(
+                f"quant: asked for experts={experts!r}, and the checkpoint has them packed already, as "
+                f"{packing.quant_type}: leave it out"
+            )
         if self.options.skip_modules:
             raise ConfigError(
                 "quant: skip_modules is for weights that are quantized here, and the checkpoint is packed already: "
@@ -421,7 +427,15 @@ class Bnb4bit(QuantFormat):
         )
 
     def saved_shapes(self, shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`."""
+        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`.
+
+        Raises `ConfigError` for experts of another type.
+        """
+        if self.options.experts not in (True, False, self.options.quant_type):
+            raise ConfigError(
+                f"quant: a checkpoint has one kind of packed weights, found experts={self.options.experts!r} beside "
+                f"{self.options.quant_type!r}: choose experts=True or False"
+            )
         blocks = -(-shape.numel() // self.options.blocksize)
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
             "absmax": (torch.uint8 if self.options.double_quant else torch.float32, (blocks,)),
@@ -469,7 +483,7 @@ class Bnb4bit(QuantFormat):
     def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
         """`quant_state.to` as a no-op, for the states of this model."""
         states = [layer.quant_state for layer in linear4bits(model)]
-        return (patches.on("bitsandbytes.quant-state-to-noop", states),)
+        return (patches.on("bitsandbytes.quant-state-to-noop", states),) if states else ()
 
     def misread(self, model: nn.Module) -> list[str]:
         """FQNs of the 4-bit weights that bitsandbytes' kernel for a CPU dequantizes wrongly, ours and stock's alike.
