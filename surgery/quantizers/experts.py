@@ -16,7 +16,7 @@ from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
 from surgery.errors import ConfigError, QuantizerError
 from surgery.quantizers.base import STATISTICS, QuantFormat, register
-from surgery.quantizers.bnb import NESTED_BLOCKSIZE, STATE, Bnb4bit, as_params4bit, code_of
+from surgery.quantizers.bnb import NESTED_BLOCKSIZE, STATE, Bnb4bit, as_params4bit, code_of, dynamic_code
 from surgery.quantizers.stack import PackedStack, as_bytes, stacks_of
 
 __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
@@ -191,7 +191,7 @@ class Experts4bit(Bnb4bit):
         codes = {stored.quant_map: code_of(stack.quant_type, torch.device("cpu"))}
         sections = {"absmax": statistics}
         if stored.nested_absmax is not None and stored.nested_offset is not None:
-            codes[stored.nested_quant_map] = code_of(None, torch.device("cpu"))
+            codes[stored.nested_quant_map] = dynamic_code(torch.device("cpu"))
             sections["nested_absmax"] = read(stored.nested_absmax).view(-1).to(device)
             sections["offset"] = read(stored.nested_offset).view(-1).to(device)
         for entry, code in codes.items():
@@ -240,7 +240,7 @@ class Experts4bit(Bnb4bit):
             "shape": [stack.experts, *stack.shape],
         }
         if stack.double_quant:
-            found["nested_quant_map"] = code_of(None, torch.device("cpu"))
+            found["nested_quant_map"] = dynamic_code(torch.device("cpu"))
             settings |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
         return {**found, f"{STATE}{stack.quant_type}": json.dumps(settings)}
 
