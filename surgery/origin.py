@@ -12,8 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
-from surgery.model.keys import Assignment
-from surgery.model.pretrained import is_pretrained
+from surgery.model.keys import Assignment, conversions_of
 from surgery.passes.prepare import Prepared
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target
@@ -57,7 +56,7 @@ def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
         checkpoint=checkpoint,
         setting=prepared.setting,
         tensors=tuple(_loaded(target, assignments[target.assignment], prepared.setting) for target in prepared.targets),
-        conversions=_conversions(prepared.model) if converts else (),
+        conversions=conversions_of(prepared.model, checkpoint.index.keys()) if converts else (),
     )
 
 
@@ -89,12 +88,3 @@ def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
         dtype=target.precision or (setting.dtype if as_stored else target.dtype),
         assignment=assignment,
     )
-
-
-def _conversions(model: nn.Module) -> Sequence[Any]:
-    if not is_pretrained(model):
-        return ()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    found: Sequence[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]  # checked above
-    return found

@@ -153,7 +153,7 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = copy.deepcopy(model.peft_config[adapter])
+    config: Any = copy.deepcopy(model.peft_config[adapter])
     named = [each for each in model.peft_config.values() if each.base_model_name_or_path]
     if named and not config.base_model_name_or_path:
         config.base_model_name_or_path, config.revision = named[0].base_model_name_or_path, named[0].revision
@@ -170,7 +170,7 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
         config.task_type = "CAUSAL_LM"
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    return config
+    return config  # type: ignore[no-any-return]
 
 
 _DISTRIBUTIONS = (*LIBRARIES, "accelerate", "wrapt")

@@ -166,7 +166,7 @@ def _write(
 
 
 def _base_to_serve(model: nn.Module, form: str) -> Checkpoint | None:
-    """The base model, whose names vLLM asks for; None for PEFT's format. Raises `ConfigError` before anything is sent."""
+    """The base model, whose names vLLM asks for; None for PEFT's format, and where it is not on this disk."""
     if form not in ("peft", "vllm"):
         raise ConfigError(f"format: expected 'peft' or 'vllm', found {form!r:.80}")
     if form == "peft":

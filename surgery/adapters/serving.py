@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -24,12 +24,9 @@ from torch.nn.functional import pad
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join, split
-from surgery.model.keys import Assignment
+from surgery.model.keys import Assignment, conversions_of
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 __all__ = ["check_served", "serve"]
 
@@ -37,7 +34,7 @@ Read: TypeAlias = Callable[[str], torch.Tensor]
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
-def check_served(config: LoraConfig) -> None:
+def check_served(config: Any) -> None:
     """Raise `ConfigError` for an adapter that is more than factors of weights, which vLLM does not take."""
     variants = [each.name for each in fields(config) if each.metadata.get("is_lora_variant")]
     names = ("lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", *variants)
@@ -49,13 +46,12 @@ def check_served(config: LoraConfig) -> None:
         )
 
 
-def serve(
-    config: LoraConfig, base: Checkpoint, held: Mapping[str, Any], read: Read
-) -> tuple[LoraConfig, Mapping[str, torch.Tensor]]:
+def serve(config: Any, base: Checkpoint, held: Mapping[str, Any], read: Read) -> tuple[Any, Mapping[str, torch.Tensor]]:
     """The configuration and the tensors that vLLM takes of an adapter of the model in `base`; no value is read yet.
 
-    config: as PEFT saves it. held: PEFT's tensors by key, of which shape and dtype are asked. read: gives one of them,
-    on the CPU. A tensor of the result is made when it is asked for, with those of one parameter in memory.
+    config: a `LoraConfig` as PEFT saves it. held: PEFT's tensors by key, of which shape and dtype are asked. read:
+    gives one of them, on the CPU. A tensor of the result is made when it is asked for, with those of one parameter in
+    memory.
 
     Raises `ConfigError` for an adapter of another model, or one that vLLM does not take.
     """
@@ -79,7 +75,7 @@ def serve(
             targets[module.is_stack].add(module.target)
     alpha = scaling * rank
     served = copy.deepcopy(config)
-    served.r, served.lora_alpha = rank, int(alpha) if alpha == int(alpha) else alpha  # type: ignore[assignment]
+    served.r, served.lora_alpha = rank, int(alpha) if alpha == int(alpha) else alpha
     served.use_rslora, served.rank_pattern, served.alpha_pattern, served.init_lora_weights = False, {}, {}, True
     served.target_modules, served.target_parameters = sorted(targets[False]), sorted(targets[True]) or None
     return served, _Made(make)
@@ -167,7 +163,10 @@ class _Module:
     @classmethod
     def part(cls, source: str, numbers: torch.Tensor, out: int) -> Self:
         """The weight `source`, which has the rows of these `_Adapted.rows`."""
-        path, (expert, *others) = split(source)[0], numbers.flatten().div(out, rounding_mode="floor").unique().tolist()
+        path, (expert, *others) = (
+            split(source)[0],
+            sorted({*numbers.flatten().div(out, rounding_mode="floor").tolist()}),
+        )
         if others:
             raise ConfigError(f"expected {source} to be of one expert, found {1 + len(others)}")
         return cls(name=path, target=split(path)[1], expert=expert, rows=numbers.flatten().long() - expert * out)
@@ -185,7 +184,7 @@ class _Module:
         return found[self.expert] if self.rows is None else found[self.expert][self.rows]
 
 
-def _adapted(model: Any, config: LoraConfig) -> Iterator[_Adapted]:
+def _adapted(model: Any, config: Any) -> Iterator[_Adapted]:
     """All parameters of `model`, on meta, that an adapter of `config` changes, and the stacks beside those.
 
     PEFT's layers are put on it. Raises `ConfigError` for a kind of layer that vLLM does not take.
@@ -206,9 +205,8 @@ def _adapted(model: Any, config: LoraConfig) -> Iterator[_Adapted]:
             "model that it was trained on"
         ) from error
     wrapped: dict[nn.Module, set[str]] = {}
-    for name, layer in adapted.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[tuple[str, Any]] = [found for found in adapted.named_modules() if isinstance(found[1], LoraLayer)]
+    for name, layer in layers:
         if type(layer) not in (Linear, Embedding, ParamWrapper):
             raise ConfigError(
                 f"{name}: expected a linear layer, an embedding or a stack of experts, found one of PEFT's "
@@ -244,7 +242,7 @@ def _check(model: str, adapted: Sequence[_Adapted], held: Mapping[str, Any]) -> 
     if other:
         raise ConfigError(
             f"expected the tensors of an adapter of this {model} in PEFT's format, found missing, unknown or of other "
-            f"shapes: {', '.join(dict.fromkeys(key for key, _ in other[:4]))}. Give the base model that it was trained on"
+            f"shapes: {', '.join(dict.fromkeys(key for key, _ in other[:4]))}. Give the model that it was trained on"
         )
 
 
@@ -264,13 +262,11 @@ class _Names:
     @classmethod
     def of(cls, model: Any, base: Checkpoint) -> Self:
         """Those of `model`, on meta, which is to be adapted in place."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         plan = plan_weights(model, base, device=torch.device("cpu"))
         return cls(
             config=model.config,
             assignments={fqn: each for each in plan.assignments for fqn in each.targets if len(each.targets) == 1},
-            conversions=get_model_conversion_mapping(model, add_legacy=False),
+            conversions=conversions_of(model, base.index.keys()),
             is_packed=base.packing is not None,
         )
 
@@ -295,15 +291,8 @@ class _Names:
 
     def _apart(self, assignment: Assignment, adapted: _Adapted) -> Mapping[str, torch.Tensor]:
         """`_Adapted.rows` of each tensor of the checkpoint; none if it does not come out."""
-        from transformers.core_model_loading import PrefixChange
-
-        # A checkpoint has such a prefix or not; transformers reads both.
-        plain = [each for each in self.conversions if not isinstance(each, PrefixChange)]
-        for conversions in (plain, self.conversions):
-            try:
-                found = assignment.revert({adapted.fqn: adapted.rows}, self.config, conversions)
-            except Exception:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
-                continue
-            if len(assignment.sources) == 1 or found.keys() == set(assignment.sources):
-                return found
-        return {}
+        try:
+            found = assignment.revert({adapted.fqn: adapted.rows}, self.config, self.conversions)
+        except Exception:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
+            return {}
+        return found if len(assignment.sources) == 1 or found.keys() == set(assignment.sources) else {}

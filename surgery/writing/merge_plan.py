@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from torch import nn
 from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
 from surgery.errors import ConfigError
 from surgery.model.fqn import join, split
-from surgery.model.keys import Assignment, group_keys
+from surgery.model.keys import Assignment, conversions_of, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
 from surgery.quantizers.base import QuantFormat
@@ -74,8 +74,6 @@ class BaseModel:
     @classmethod
     def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
         """The view of `model`, which is to be adapted in place."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         modules = {module: name for name, module in model.named_modules()}
         tied = {
             first: tuple(dict.fromkeys(_canonical(model, modules, name) for name in (first, *others)))
@@ -90,7 +88,7 @@ class BaseModel:
             keys=_tied_keys(model, checkpoint, [names for names in tied.values() if len(names) > 1]),
             ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
             weights=weights,
-            conversions=get_model_conversion_mapping(model),
+            conversions=conversions_of(model, checkpoint.index.keys()),
         )
 
 
@@ -252,12 +250,14 @@ def _merged(
 class Fused(Work):
     """Tensors that transformers makes one parameter of (experts, say): made into it, merged, and taken apart again.
 
-    changes: by FQN of what `assignment` makes. base: whose conversions are turned around.
+    changes: by FQN of what `assignment` makes. base: whose conversions are turned around. by_expert: names of the
+    tensors of each pattern of the conversion, one for each expert, where it makes some experts of those of them.
     """
 
     assignment: Assignment = field(repr=False)
     changes: Mapping[str, Change]
     base: BaseModel = field(repr=False)
+    by_expert: tuple[tuple[str, ...], ...] = ()
 
     @property
     def cost(self) -> int:
@@ -265,32 +265,86 @@ class Fused(Work):
         return 4 * super().cost
 
     def run(self, readers: Readers, out: Output) -> None:
-        """Hold all of it: what is read, and what is made of it."""
-        read = {name: readers.whole(name) for name in self.assignment.sources}
-        tensors = self.assignment.convert(read)
-        read.clear()
+        """Hold a few experts of it, or all if it cannot be divided: what is read, and what is made of it."""
+        given = {fqn: [(site, readers.inputs(site)) for site in change.sites] for fqn, change in self.changes.items()}
+        if not self.by_expert:
+            self._run(readers, out, given, {name: name for name in self.assignment.sources}, None)
+            return
+        for rows in chunks(self.base.tensors[self.assignment.targets[0]].shape):
+            # Experts are counted from the first of those that are there.
+            named = {names[i - rows.start]: names[i] for names in self.by_expert for i in rows}
+            self._run(readers, out, given, named, rows)
+
+    def _run(
+        self,
+        readers: Readers,
+        out: Output,
+        given: Mapping[str, Sequence[tuple[MergeSite, Mapping[str, torch.Tensor]]]],
+        named: Mapping[str, str],
+        rows: range | None,
+    ) -> None:
+        """Merge all, or some `rows`. named: names that come out -> those of the tensors in the base and the output."""
+        assignment = _of(self.assignment, set(named.values()))
+        tensors = assignment.convert({name: readers.whole(name) for name in assignment.sources})
         tensors = {fqn: tensor.to(self.base.tensors[fqn].dtype) for fqn, tensor in tensors.items()}
         for fqn, change in self.changes.items():
             if change.replaced is not None:
                 matched, key = change.replaced
                 tensors[fqn] = readers.of(matched).read(key).to(tensors[fqn].dtype)
-            for site in change.sites:
-                _merge_in_place(site, readers.inputs(site), split(fqn)[1], tensors, fqn)
-        parts = self.assignment.revert(tensors, self.base.model.config, self.base.conversions)
+            for site, inputs in given[fqn]:
+                _merge_in_place(site, inputs, tensors, fqn, rows)
+        parts = assignment.revert(tensors, self.base.model.config, self.base.conversions)
         tensors.clear()
-        for planned in self.made:
-            out.write(planned.name, finite(parts.pop(planned.name).to(planned.dtype), planned.name))
+        dtypes = {planned.name: planned.dtype for planned in self.made}
+        for came, name in named.items():
+            out.write(name, finite(parts.pop(came).to(dtypes[name]), name))
 
 
 def _merge_in_place(
-    site: MergeSite, inputs: Mapping[str, torch.Tensor], leaf: str, tensors: dict[str, torch.Tensor], fqn: str
+    site: MergeSite,
+    inputs: Mapping[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
+    fqn: str,
+    rows: range | None,
 ) -> None:
-    if not site.is_divisible:
-        tensors[fqn] = _merged(site, inputs, leaf, tensors[fqn], None)
+    leaf = split(fqn)[1]
+    if not site.is_divisible or rows is not None:
+        tensors[fqn] = _merged(site, inputs, leaf, tensors[fqn], rows)
         return
-    for rows in chunks(tensors[fqn].shape):
-        part = tensors[fqn][rows.start : rows.stop]
-        part.copy_(_merged(site, inputs, leaf, part, rows))
+    for some in chunks(tensors[fqn].shape):
+        part = tensors[fqn][some.start : some.stop]
+        part.copy_(_merged(site, inputs, leaf, part, some))
+
+
+def _of(assignment: Assignment, sources: Collection[str]) -> Assignment:
+    """The assignment of some of its sources."""
+    pairs = [pair for pair in zip(assignment.sources, assignment.patterns, strict=True) if pair[0] in sources]
+    return replace(assignment, sources=tuple(s for s, _ in pairs), patterns=tuple(p for _, p in pairs))
+
+
+def _by_expert(base: BaseModel, assignment: Assignment, changes: Mapping[str, Change]) -> tuple[tuple[str, ...], ...]:
+    """Names of the sources of `assignment` by pattern, if experts can be made, merged and taken apart for themselves.
+
+    That is where each source is of one of them: the conversion stacks those of a pattern, and changes no order of
+    experts.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    if len(assignment.targets) != 1:
+        return ()
+    first, *others = assignment.converter.operations
+    shape = base.tensors[assignment.targets[0]].shape
+    names: dict[str, list[str]] = {}
+    for source, pattern in zip(assignment.sources, assignment.patterns, strict=True):
+        names.setdefault(pattern, []).append(source)
+    is_stacked = isinstance(first, MergeModulelist) and first.dim == 0
+    is_kept = all(isinstance(each, Concatenate) and each.dim in range(1, len(shape)) for each in others)
+    is_even = all(len(each) == shape[0] > 1 for each in names.values())
+    is_divisible = all(s.is_divisible for change in changes.values() for s in change.sites)
+    is_whole = any(change.replaced is not None for change in changes.values())
+    if not (is_stacked and is_kept and is_even and is_divisible) or is_whole:
+        return ()
+    return tuple(map(tuple, names.values()))
 
 
 def _check_taken_apart(base: BaseModel, assignment: Assignment, checkpoint: Checkpoint) -> None:
@@ -399,7 +453,8 @@ def plan_work(
             tensor = base.tensors[fqn]
             made = tuple(_planned(n, checkpoint.logical(n), tensor.dtype) for n in assignment.sources)
             changed = {name: change for name, change in mine.items() if change is not None}
-            works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base)]
+            apart = _by_expert(base, assignment, changed)
+            works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base, by_expert=apart)]
         elif len({change.tie if change is not None else None for change in mine.values()}) == 1:
             change = next(iter(mine.values()))
             works |= {name: one(fqn, name, change, quant=form) for name in sources}
