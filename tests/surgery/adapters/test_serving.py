@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import surgery
 from surgery.cli import app
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, WeightsMismatchError
 from tests.helpers.models import save_tiny
 
 WEIGHTS, START = "adapter_model.safetensors", "base_model.model."
@@ -150,6 +150,8 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["convert", *map(str, arguments)])
         assert (done.exit_code, re.search(says, done.output) is not None, out.exists()) == (2, True, False), done.output
     assert (tmp_path / "vllm" / WEIGHTS).read_bytes() == before
+    with pytest.raises(WeightsMismatchError, match="experts are one by one, as servers and"):
+        surgery.qlora(base, adapter=tmp_path / "vllm", quant=None, report=surgery.Report())
     config = LoraConfig(target_modules=["q_proj"], use_dora=True)
     with surgery.qlora(base, lora=config, quant=None, report=surgery.Report()) as model:
         with pytest.raises(ConfigError, match="plain LoRA for vLLM, found one with use_dora"):
