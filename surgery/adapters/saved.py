@@ -252,8 +252,8 @@ def _advice(unexpected: Sequence[str]) -> str:
     """Advice on keys that belong nowhere."""
     if any(re.search(r"\.experts\.\d+\.", key) for key in unexpected):
         return (
-            "Its experts are one by one, as servers and transformers 4 have them: give the adapter that it was converted "
-            "from, or merge it into the base (surgery merge)"
+            "Its experts are one by one, as servers and transformers 4 have them: give the adapter that it was made "
+            "of, or merge it into the base (surgery merge)"
         )
     if any(re.search(r"(embed\w*|lm_head|wte)\.(base_layer\.)?weight$", key) for key in unexpected):
         return (
