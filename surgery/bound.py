@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import needs_weights
+from surgery.adapters.attach import needs_weights, patches_of_experts
 from surgery.adapters.derived import is_blank
 from surgery.adapters.folder import make_room
 from surgery.adapters.load import fill_waiting
@@ -54,6 +54,7 @@ from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
 from surgery.telemetry.report import Report
 
@@ -265,7 +266,8 @@ def bind_alone(
     """
     device = compute_device()
     setting = Setting(
-        quant=quant if quantized_modules(model) else None,  # some models have linear layers of a class of their own
+        # Some models have linear layers of a class of their own.
+        quant=quant if quantized_modules(model) or (getattr(quant, "experts", False) and has_experts(model)) else None,
         shard=None,
         lora=None,
         placement=None,
@@ -418,8 +420,11 @@ def complete(
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
-    needed = (*setting.format.resident_patches, *setting.strategy.resident_patches) if layers else ()
+    used = [each for each in setting.formats if any(map(each.is_quantized, layers))]
+    needed = [name for each in used for name in each.resident_patches]
+    needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:
+        resident.apply(*(name for each in used for name in each.lookup_patches))
         _hand_on(model, resident)
         keep(model, resident.receipts)
         as_context_manager(model)
@@ -429,15 +434,18 @@ def complete(
 
 
 def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
-    """Apply `HANDED_ON` for `model`. It trains without those that do not fit what is installed, which are told."""
-    left_out = {}
-    for each in HANDED_ON:
+    """Apply `HANDED_ON`, and what adapters of experts need, for `model`.
+
+    It trains without those that do not fit what is installed, which are told.
+    """
+    left_out, wanted = {}, HANDED_ON + patches_of_experts(model)
+    for each in wanted:
         try:
             with resident.savepoint():
                 resident.apply(patches.on(each, around(model)))
         except patches.PatchError as error:
             left_out[each] = str(error)
-    others = (receipt for receipt in resident.skipped if receipt.id in HANDED_ON)
+    others = (receipt for receipt in resident.skipped if receipt.id in wanted)
     left_out |= {receipt.id: receipt.verdict.why for receipt in others if str(receipt.verdict) != "obsolete"}
     if left_out:
         why = "; ".join(f"{each} ({reason})" for each, reason in left_out.items())

@@ -55,7 +55,11 @@ def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
     _origins[prepared.model] = Origin(
         checkpoint=checkpoint,
         setting=prepared.setting,
-        tensors=tuple(_loaded(target, assignments[target.assignment], prepared.setting) for target in prepared.targets),
+        tensors=tuple(
+            _loaded(target, assignments[target.assignment], prepared.setting)
+            for target in prepared.targets
+            if target.statistics_of is None
+        ),
         conversions=conversions_of(prepared.model, checkpoint.index.keys()) if converts else (),
     )
 

@@ -18,7 +18,8 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
 from surgery.model.twin import twin_of
-from surgery.quantizers.base import QuantFormat, kept_parameters
+from surgery.quantizers.base import STATISTICS, QuantFormat, kept_parameters
+from surgery.quantizers.stack import stacks_of
 from surgery.sharding.base import ShardStrategy
 
 if TYPE_CHECKING:
@@ -45,15 +46,15 @@ def rehearse(
     model: nn.Module,
     lora: LoraConfig,
     *,
-    quantized: Collection[nn.Module],
+    quantized: Mapping[nn.Module, QuantFormat],
     quant: QuantFormat,
     strategy: ShardStrategy,
     saved: SavedAdapter | None = None,
 ) -> tuple[Trained, ...]:
     """Parameters that PEFT will make trainable in `model`, which is on meta, and stays as it is.
 
-    quantized: its modules that will be in the format `quant`, whose dtype adapters have. saved: what they will be read
-    from.
+    quantized: its modules that will be packed, and the format of each. quant: the first, whose dtype adapters have.
+    saved: what they will be read from.
 
     Raises `ConfigError` for what PEFT cannot build, a name that matches nothing, and what could not be trained as
     `strategy` shards it, or not saved; and `WeightsMismatchError` where `saved` has other tensors. Of decoder blocks
@@ -64,6 +65,9 @@ def rehearse(
     blocks = decoder_blocks(model)
     alike = _alike(blocks) if _is_uniform(lora) else {}
     made = twin_of(model, _parameters_of(quantized, quant.storage), hollow=[block.module for block in alike])
+    for module, kind in quantized.items():
+        if module in made:
+            kind.rehearse(made[module])
     base = {parameter: name for name, parameter in made[model].named_parameters()}
     adapted = _built(model, made[model], lora, quant.dtype, unknown)
     check_built(model, lora, adapted, unknown)
@@ -196,11 +200,18 @@ def check_quantized(adapted: PeftModel, packed: set[nn.Module], *, dequantizes: 
                 f"lora.use_dora: magnitudes of {fqn} are norms of its values, and its format does not define "
                 "dequantize: use use_dora=False, or weights in 4 or 16 bits"
             )
-        if "parameter_name" in vars(module) and module.get_base_layer() in packed:
+        if "parameter_name" in vars(module) and _is_storage(module, packed):
             raise ConfigError(
                 f"lora.target_parameters: {fqn}.{module.parameter_name} goes to 4 bits, and adapters of parameters "
                 "would be added to its packed form: use target_modules, or keep it in 16 bits with skip_modules"
             )
+
+
+def _is_storage(wrapper: Any, packed: set[nn.Module]) -> bool:
+    """Whether a parameter that PEFT has wrapped is stored packed, and is none that it can adapt so."""
+    base, name = wrapper.get_base_layer(), wrapper.parameter_name
+    stacks = stacks_of(base)
+    return base in packed and name not in stacks and (not stacks or name.removesuffix(STATISTICS) in stacks)
 
 
 def _kept(adapted: PeftModel, packed: set[nn.Module], dtype: torch.dtype) -> set[nn.Parameter]:

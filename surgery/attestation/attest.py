@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +25,7 @@ from surgery.attestation.rest import (
 from surgery.comm.collectives import gather_objects
 from surgery.comm.failures import together
 from surgery.errors import ConfigError, SelectorError
-from surgery.quantizers.digest import Piece, Record, Records, page_count, page_sums, records_of, settle
+from surgery.quantizers.digest import Piece, Place, Record, Records, page_count, page_sums, records_of, settle
 from surgery.sharding.base import strategy_of
 
 __all__ = ["Watch", "attest", "attesting"]
@@ -77,7 +76,7 @@ def chosen_records(model: nn.Module, layers: int | Sequence[str] | None, *, seed
     return records
 
 
-def _choose(records: dict[nn.Module, Record], layers: int | Sequence[str] | None, seed: int) -> Records:
+def _choose(records: dict[Place, Record], layers: int | Sequence[str] | None, seed: int) -> Records:
     if layers is None:
         return records
     if isinstance(layers, int):
@@ -118,21 +117,21 @@ class Watch:
 
     calls: int = 0
     attestation: Attestation | None = None
-    _seen: dict[nn.Module, _Seen] = field(default_factory=dict, init=False, repr=False)
+    _seen: dict[Place, _Seen] = field(default_factory=dict, init=False, repr=False)
 
     @torch.no_grad()
-    def _look(self, record: Record, layer: Any, _inputs: object) -> None:
-        """Compare the weight that `layer` is about to use; waits for the device."""
-        weight = layer.weight.detach().reshape(-1)
+    def _look(self, record: Record, name: str, layer: nn.Module, _inputs: object) -> None:
+        """Compare the weight `name` that `layer` is about to use; waits for the device."""
+        weight = layer.get_parameter(name).detach().reshape(-1)
         sums = page_sums([Piece(data=weight)])[0].cpu()
         self.calls += 1
         assert record.whole is not None
-        if layer in self._seen or torch.equal(sums, record.whole):
+        if (layer, name) in self._seen or torch.equal(sums, record.whole):
             return
         pages = int((sums != record.whole).sum()) if sums.shape == record.whole.shape else len(record.whole)
         kept = sum(seen.weight is not None for seen in self._seen.values())
         copy = weight.view(torch.uint8).to("cpu", copy=True) if kept < KEPT else None  # FSDP frees the weight itself
-        self._seen[layer] = _Seen(pages=pages, weight=copy)
+        self._seen[layer, name] = _Seen(pages=pages, weight=copy)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,8 +166,8 @@ def attesting(model: nn.Module, layers: int | Sequence[str] | None = None, *, se
         records = chosen_records(model, layers, seed=seed)
     watch = Watch()
     with contextlib.ExitStack() as hooks:
-        for layer, record in records.items():
-            hooks.callback(layer.register_forward_pre_hook(partial(watch._look, record)).remove)
+        for (layer, name), record in records.items():
+            hooks.callback(layer.register_forward_pre_hook(partial(watch._look, record, name)).remove)
         yield watch
     with together(), torch.no_grad():
         _judge(model, records, watch)

@@ -12,11 +12,21 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from surgery.attestation.differences import Difference
 from surgery.comm.collectives import all_gather_flat, gather_objects
-from surgery.quantizers.digest import Piece, Record, Records, Sums, cut, on_cpu, page_count, page_sums, pages_between
+from surgery.quantizers.digest import (
+    Piece,
+    Place,
+    Record,
+    Records,
+    Sums,
+    cut,
+    on_cpu,
+    page_count,
+    page_sums,
+    pages_between,
+)
 from surgery.sharding.base import Part
 
 __all__ = [
@@ -119,9 +129,10 @@ def _hash(parts: Iterable[bytes]) -> str:
 
 def state_differences(records: Records) -> list[Difference]:
     """Differences of `quant_state` on this rank from what it was; not collective."""
-    now = {layer: record.quant.state_of(layer) for layer, record in records.items()}
-    tensors = {layer: record.quant.state_tensors(now[layer]) for layer, record in records.items()}
-    wanted = [(layer, name) for layer, record in records.items() for name in record.states]
+    kept = {place: record for place, record in records.items() if record.states or record.settings}
+    now = {place: record.quant.state_of(*place) for place, record in kept.items()}
+    tensors = {place: record.quant.state_tensors(now[place]) for place, record in kept.items()}
+    wanted = [(layer, name) for layer, record in kept.items() for name in record.states]
     pieces = [Piece(data=tensors[layer][name]) for layer, name in wanted if name in tensors[layer]]
     sums = iter(on_cpu(page_sums(pieces)))
     found: list[Difference] = []
@@ -130,7 +141,7 @@ def state_differences(records: Records) -> list[Difference]:
         pages = len(_differing(next(sums), was)) if name in tensors[layer] else len(was)
         if pages:
             found.append(_of_state(records[layer].fqn, name, pages, len(was)))
-    for layer, record in records.items():
+    for layer, record in kept.items():
         settings = record.quant.state_settings(now[layer])
         changed = {name: text for name, text in record.settings.items() if settings.get(name) != text}
         found += [_of_state(record.fqn, f"{name} is {settings.get(name)}, was {was}") for name, was in changed.items()]
@@ -164,7 +175,7 @@ class _Held:
         return _differing(self.sums.pages, self.record.own.pages) if self.sums.pages.numel() else []
 
 
-def shard_differences(records: Records, shards: Mapping[nn.Module, Part]) -> list[Difference]:
+def shard_differences(records: Records, shards: Mapping[Place, Part]) -> list[Difference]:
     """Differences of packed weights on this rank from what they were; collective. `records` are complete.
 
     A rank that holds the bytes that it has vouched for compares them by itself. Where the sharding has cut elsewhere,

@@ -82,20 +82,20 @@ class Derive(BatchPass):
 
     def _values(self, buffer: ShardBuffer) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield `(start, values)`: what this rank alone has made, from flat element `start` on, run by run."""
-        form, quant = buffer.target.form, self.loading.setting.format
+        form, quant = buffer.target.form, buffer.target.quant
         rows, step = buffer.slice.reads, max(run_elements(self.loading.device) // form.row, 1)
         made = buffer.read_rows()
         for first in range(0, len(rows), step):
             run = made[first * buffer.row : (first + step) * buffer.row]
             elements = form.elements(rows[first : first + step])
-            if buffer.target.is_quantized:
+            if quant is not None:
                 run = quant.dequantize(run.view(torch.uint8), elements.start, buffer.state)
             yield elements.start, run[: len(elements)]
 
     def _dtype(self, buffer: ShardBuffer) -> torch.dtype:
         """The dtype in which PEFT computes with this weight: wider where adapters are, which take that of storage."""
-        target, quant = buffer.target, self.loading.setting.format
-        if not target.is_quantized:
+        target, quant = buffer.target, buffer.target.quant
+        if quant is None:
             return target.dtype
         values = getattr(buffer.state, "dtype", None) or target.precision or quant.dtype
         adapters = target.dtype if target.dtype.is_floating_point else torch.float32

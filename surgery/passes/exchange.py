@@ -16,6 +16,7 @@ from surgery.passes.base import Batch, BatchPass, Naming
 from surgery.passes.loading import Loading
 from surgery.passes.quantize import Quantize
 from surgery.passes.tensors import ShardBuffer
+from surgery.quantizers.base import QuantFormat
 from surgery.sharding.partition import chunk
 
 __all__ = ["Exchange"]
@@ -41,13 +42,15 @@ class Exchange(BatchPass):
             self._complete(batch)
 
     def _complete(self, batch: Batch) -> None:
-        for _, group in groupby(batch.buffers, lambda buffer: buffer.target.assignment):
+        read = [buffer for buffer in batch.buffers if buffer.target.statistics_of is None]
+        for _, group in groupby(read, lambda buffer: buffer.target.assignment):
             buffers = list(group)
-            if buffers[0].target.source is None:
+            if not buffers[0].target.segments:
                 self._hand_out(buffers)
-        if any(buffer.pieces or not buffer.is_full for buffer in batch.buffers):
+        if any(buffer.pieces or not buffer.is_full for buffer in read):
             raise ConfigError("a tensor of this batch is not complete on this rank: exchange comes after quantize")
-        self._make_states([buffer for buffer in batch.buffers if buffer.target.is_quantized])
+        self._make_states([buffer for buffer in read if buffer.target.is_quantized])
+        self._cut_statistics(batch.buffers)
         for buffer in batch.buffers:
             self._gather_replicas(buffer)
 
@@ -80,20 +83,36 @@ class Exchange(BatchPass):
         statistics = self._statistics(quantized)
         for buffer in quantized:
             buffer.statistics = None
-        shapes = [buffer.target.logical for buffer in quantized if buffer.target.logical is not None]
+        known = list(zip(quantized, statistics, strict=True))
         with self.loading.keeping_failure(self.name, quantized[0].target.module_fqn if quantized else ""):
-            states = self._states(quantized, statistics, shapes)
-            for buffer, state in zip(quantized, states, strict=True):
-                buffer.state = state
+            for quant, group in groupby(known, lambda each: each[0].target.quant):
+                assert quant is not None
+                buffers, found = zip(*group, strict=True)
+                for buffer, state in zip(buffers, self._states(quant, buffers, found), strict=True):
+                    buffer.state = state
 
     def _states(
-        self, quantized: Sequence[ShardBuffer], statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size]
+        self, quant: QuantFormat, quantized: Sequence[ShardBuffer], statistics: Sequence[torch.Tensor]
     ) -> list[Any]:
-        quant, read = self.loading.setting.format, self.loading.reader.read
-        stored = [buffer.target.stored for buffer in quantized if buffer.target.stored is not None]
-        if not stored:
-            return quant.states(statistics, shapes, [buffer.target.precision for buffer in quantized])
-        return [quant.stored_state(each, found, read) for each, found in zip(stored, statistics, strict=True)]
+        read, targets = self.loading.reader.read, [buffer.target for buffer in quantized]
+        stored = [target.stored for target in targets if target.stored is not None]
+        if stored:
+            return [quant.stored_state(each, found, read) for each, found in zip(stored, statistics, strict=True)]
+        shapes = [target.logical for target in targets if target.logical is not None]
+        return quant.states(statistics, shapes, [target.precision for target in targets])
+
+    def _cut_statistics(self, buffers: Sequence[ShardBuffer]) -> None:
+        """Give statistics that are parameters this rank's rows of them, and let go of the whole."""
+        weights = {buffer.target.fqn: buffer for buffer in buffers if buffer.target.is_quantized}
+        for buffer in buffers:
+            if buffer.target.statistics_of is None or self.loading.failure is not None:
+                continue
+            weight, rows = weights[buffer.target.statistics_of], buffer.slice.reads
+            assert weight.target.quant is not None
+            module, leaf = weight.target.places[0]
+            whole, weight.state = weight.target.quant.split_state(module, leaf, weight.state)
+            values = whole.view(buffer.target.dtype)[rows.start : rows.stop]
+            self.loading.buffers.fill(buffer, rows.start, values)
 
     def _statistics(self, quantized: Sequence[ShardBuffer]) -> list[torch.Tensor]:
         """The statistics of all blocks of each weight, float32 or as the checkpoint has them, in order."""

@@ -15,7 +15,6 @@ from surgery.errors import ConfigError
 from surgery.passes.base import Pass
 from surgery.passes.loading import Loading
 from surgery.passes.tensors import ShardBuffer
-from surgery.quantizers.base import QuantFormat
 
 __all__ = ["Install", "install"]
 
@@ -37,7 +36,7 @@ class Install(Pass):
             raise ConfigError("nothing was loaded: install comes after read, quantize, exchange and relocate")
         if not all(buffer.is_complete for buffer in buffers):
             raise ConfigError("a tensor is not complete on this rank: install comes after exchange and relocate")
-        install(model, buffers, self.loading.setting.format)
+        install(model, buffers)
         for drawing, background in self.loading.drawings:
             background.wait()
             _install_drawn(drawing)
@@ -45,7 +44,7 @@ class Install(Pass):
         return model
 
 
-def install(model: nn.Module, buffers: list[ShardBuffer], quant: QuantFormat) -> None:
+def install(model: nn.Module, buffers: list[ShardBuffer]) -> None:
     """Give every module of `model` what was loaded for it, and empty `buffers`.
 
     A parameter that is sharded on meta becomes the same shard over the loaded memory; another one becomes what the
@@ -55,19 +54,19 @@ def install(model: nn.Module, buffers: list[ShardBuffer], quant: QuantFormat) ->
     copies = _copies(model)
     while buffers:
         buffer = buffers.pop()
-        if buffer.target.is_quantized:
-            for module, _ in buffer.target.places:
-                quant.set_state(module, buffer.state)
+        if buffer.target.is_quantized and buffer.target.quant is not None:
+            for module, leaf in buffer.target.places:
+                buffer.target.quant.set_state(module, leaf, buffer.state)
         new: torch.Tensor | None = None
         cloned: dict[torch.Tensor, torch.Tensor] = {}
         for module, leaf in buffer.target.places:
             if new is None:
-                new = _made(module, leaf, buffer, quant)
+                new = _made(module, leaf, buffer)
             _put(module, leaf, new)
             for copy in copies.get(module, ()):
                 old = _held(copy, leaf)
                 if old not in cloned:  # copies that PEFT has tied stay tied
-                    cloned[old] = _made(copy, leaf, buffer, quant, clone=True)
+                    cloned[old] = _made(copy, leaf, buffer, clone=True)
                 _put(copy, leaf, cloned[old])
 
 
@@ -81,15 +80,14 @@ def _install_drawn(drawing: Drawing) -> None:
             _put(module, leaf, new)
 
 
-def _made(
-    module: nn.Module, leaf: str, buffer: ShardBuffer, quant: QuantFormat, *, clone: bool = False
-) -> torch.Tensor:
+def _made(module: nn.Module, leaf: str, buffer: ShardBuffer, *, clone: bool = False) -> torch.Tensor:
     """The new tensor of `module`, in the form of the one that it holds now."""
     old = _held(module, leaf)
     data = buffer.tensor().clone() if clone else buffer.tensor()
     if not isinstance(old, nn.Parameter):
         return data
-    if buffer.target.is_quantized and not isinstance(old, DTensor):
+    quant = buffer.target.quant
+    if quant is not None and not isinstance(old, DTensor):
         return quant.parameter(module, data, buffer.state)
     return _like(old, data.to(old.dtype))  # a copy that PEFT trains may have been cast
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.adapters.attach import patches_of_experts
 from surgery.errors import NotFilledError
-from surgery.quantizers.base import QuantFormat, format_of, quantized_modules
+from surgery.quantizers.base import QuantFormat, format_of, packed_names, quantized_modules
 
 __all__ = [
     "around",
@@ -113,6 +114,7 @@ _waiting: weakref.WeakKeyDictionary[nn.Module, _Wait] = weakref.WeakKeyDictionar
 def wait(model: nn.Module) -> None:
     """Have `model`, which is on meta, refuse to be used until `stop_waiting`; adapters of PEFT keep their values."""
     bundle = [patches.on(name, [model]) for name in WAITING]
+    bundle += [patches.on(name, around(model)) for name in patches_of_experts(model)]
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
         versions = {parameter: parameter._version for parameter in model.parameters()}
         _waiting[model] = _Wait(patches.keep(transaction.receipts, model), versions)
@@ -161,6 +163,11 @@ def _refused(use: str) -> Any:
     return refuse
 
 
+def _packed(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    places = ((module, name) for module in quantized_modules(model) for name in packed_names(module))
+    return {(module, name): module._parameters[name] for module, name in places}
+
+
 class _Refusing:
     """A bound model until it is filled: what would need its weights raises `NotFilledError`."""
 
@@ -179,32 +186,32 @@ class _Refusing:
             stays = False
         if not stays:
             raise NotFilledError("a move to a device")
-        packed = {module: module._parameters["weight"] for module in quantized_modules(model)}
-        for module in packed:
-            module._parameters["weight"] = None
+        packed = _packed(model)
+        for module, name in packed:
+            module._parameters[name] = None
         try:
             super()._apply(fn, recurse)  # type: ignore[misc]  # always mixed into an nn.Module
         finally:
-            for module, weight in packed.items():
-                module._parameters["weight"] = weight
+            for (module, name), weight in packed.items():
+                module._parameters[name] = weight
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy that waits too. Packed weights, which cannot be copied on meta, are made anew."""
         model: Any = self
-        packed: dict[nn.Module, Any] = {module: module._parameters["weight"] for module in quantized_modules(model)}
-        for module in packed:
-            module._parameters["weight"] = None
+        packed = _packed(model)
+        for module, name in packed:
+            module._parameters[name] = None
         plain: Any = type(self).__mro__[2]
         try:
             new = memo[id(self)] = plain.__new__(plain)
             new.__dict__.update(copy.deepcopy(vars(self), memo))
         finally:
-            for module, weight in packed.items():
-                module._parameters["weight"] = weight
-        for module, weight in packed.items():
+            for (module, name), weight in packed.items():
+                module._parameters[name] = weight
+        for (module, name), weight in packed.items():
             data = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-            memo[id(module)]._parameters["weight"] = (format_of(module) or QuantFormat).like(weight, data)
+            memo[id(module)]._parameters[name] = (format_of(module) or QuantFormat).like(weight, data)
         wait(new)
         return new
 

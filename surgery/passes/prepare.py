@@ -19,7 +19,7 @@ from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import Site, sites, tied_parameters
 from surgery.model.weights import plan_weights
 from surgery.passes.base import Naming
-from surgery.passes.replace import Replace, held_packed, precisions, quantizable
+from surgery.passes.replace import Replace, held_packed, precisions, quantizable, weights_of
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target, find_targets
 from surgery.quantizers.base import QuantFormat
@@ -80,56 +80,59 @@ def match(
     it was then.
     """
     setting = setting.reading(checkpoint)
-    quant, strategy = setting.format, setting.strategy
+    formats, strategy = setting.formats, setting.strategy
     same_model(ranks, model, checkpoint)
     if setting.adapter is not None:
         same_adapter(ranks, setting.adapter.index)
     weights = plan_weights(model, checkpoint, device=device, conversions=conversions)
     tied = tied_parameters(model)
     if is_chosen:
-        chosen = _made_by_upstream(model, quant)
+        chosen = {setting.format: _made_by_upstream(model, setting.format)}
+        chosen |= quantizable(model, formats[1:]) if formats[1:] else {}  # for which upstream has no word
     elif weights.packed:
-        chosen = held_packed(model, quant, weights.packed)
+        chosen = held_packed(model, formats, weights.packed)
     else:
-        chosen = quantizable(model, quant)
-    _require_alike(chosen, weights.packed, checkpoint)
+        chosen = quantizable(model, formats)
+    every = [site for found in chosen.values() for site in found]
+    _require_alike(every, weights.packed, checkpoint)
     strategy.check_ties(tied)
     trained: tuple[Trained, ...] = ()
     if setting.lora is not None:
-        quantized = [site.module for site in chosen]
+        quantized = {site.module: quant for quant, found in chosen.items() for site in found}
         if setting.adapter is not None:
             setting.adapter.check_base(Base.of(checkpoint))
         trained = rehearse(
-            model, setting.lora, quantized=quantized, quant=quant, strategy=strategy, saved=setting.adapter
+            model, setting.lora, quantized=quantized, quant=setting.format, strategy=strategy, saved=setting.adapter
         )
     # A packed weight is stored as the module has it that was quantized, so that it is turned if it is not to be packed.
-    to_pack = {site.module for site in chosen}
+    to_pack = {site.module for site in every}
     transposed = frozenset(
         f"{site.fqn}.weight"
         for site in sites(model)
-        if quant.is_transposed(site.module) and (site.module in to_pack) != (f"{site.fqn}.weight" in weights.packed)
+        if setting.format.is_transposed(site.module)
+        and (site.module in to_pack) != (f"{site.fqn}.weight" in weights.packed)
     )
-    kept = precisions(model, chosen, setting.dtype)
-    with Naming(Replace.name, "the model"):
-        model = Replace(quant=quant, chosen=chosen, marks=not is_chosen).run(model)
+    for quant, found in chosen.items():
+        with Naming(Replace.name, "the model"):
+            model = Replace(quant=quant, chosen=found, marks=not is_chosen).run(model)
     if not strategy.holds_whole and setting.adapter is None:  # else PEFT makes them, of what it reads, or they are read
         check_magnitudes(model, setting, [each.fqn for each in trained])
     targets = find_targets(
         model,
         weights.assignments,
         checkpoint.index,
-        quant,
+        formats,
         tied=tied,
         packed=checkpoint.packed,
         transposed=transposed,
-        precisions=kept,
+        precisions=precisions(model, weights_of(chosen), setting.dtype),
     )
     return Prepared(
         model=model,
         setting=setting,
         targets=targets,
         trained=trained,
-        unsharded=strategy.check_model(model, quant),
+        unsharded=strategy.check_model(model, setting.format),
         ignored=weights.ignored,
         initialized=weights.initialized,
     )
@@ -169,5 +172,5 @@ def _made_by_upstream(model: nn.Module, quant: QuantFormat) -> tuple[Site, ...]:
     """The quantized modules of `model`. Raises `ConfigError` for one whose weight cannot be packed, before any is."""
     chosen = tuple(site for site in sites(model) if quant.is_quantized(site.module))
     for site in chosen:
-        quant.layout(site.module).packed_shape(quant.logical(site.module), quant.storage)
+        quant.layout(site.module, "weight").packed_shape(quant.logical(site.module, "weight"), quant.storage)
     return chosen

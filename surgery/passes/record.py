@@ -27,20 +27,22 @@ class Record(BatchPass):
 
     def run_batch(self, batch: Batch) -> None:
         """Remember the quantized tensors of `batch`."""
-        quantized = [buffer for buffer in batch.buffers if buffer.target.is_quantized]
+        packed = [buffer for buffer in batch.buffers if buffer.target.is_packed]
         if self.loading.failure is not None:
             return
-        if any(buffer.state is None for buffer in quantized):
+        if not all(buffer.is_complete for buffer in packed):
             raise ConfigError("a quantized weight has no state yet: record comes after exchange")
         with self.loading.keeping_failure(self.name, batch.fqn):
-            record([_made(buffer) for buffer in quantized], self.loading.setting.format)
+            record([_made(buffer) for buffer in packed])
 
 
 def _made(buffer: ShardBuffer) -> Made:
     target = buffer.target
+    assert target.quant is not None
     return Made(
-        fqn=target.module_fqn,
-        modules=tuple(module for module, _ in target.places),
+        fqn=target.module_fqn if target.places[0][1] == "weight" else target.fqn,
+        quant=target.quant,
+        places=target.places,
         nbytes=target.nbytes,
         piece=Piece(data=buffer.read_rows(), start=buffer.slice.reads.start * buffer.row * target.dtype.itemsize),
         state=buffer.state,

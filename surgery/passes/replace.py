@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from surgery.errors import ConfigError, QuantizerError, SelectorError
-from surgery.model.fqn import match_any, require_matches
+from surgery.model.fqn import join, match_any, require_matches
 from surgery.model.pretrained import is_pretrained, not_converted, planned_dtypes
 from surgery.model.tree import Site, replace_module, sites
 from surgery.passes.base import Pass
 from surgery.quantizers.base import QuantFormat
 
-__all__ = ["Replace", "held_packed", "precisions", "quantizable"]
+__all__ = ["Replace", "held_packed", "precisions", "quantizable", "weights_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +60,43 @@ def _check_replacement(quant: QuantFormat, fqn: str, new: nn.Module) -> None:
         raise QuantizerError(f"{name}.replacement made {fqn}.{real[0]} in memory: make it on meta, to be filled later")
 
 
-def quantizable(model: nn.Module, quant: QuantFormat) -> tuple[Site, ...]:
-    """The sites of `model` that `quant` replaces.
+def quantizable(model: nn.Module, formats: Sequence[QuantFormat]) -> dict[QuantFormat, tuple[Site, ...]]:
+    """The sites of `model` that each of `formats` replaces.
 
     All that it takes but: the output head, modules with a tied weight, and what its `skip_modules` matches (a pattern
     that matches nothing raises `SelectorError`, as does a model with nothing left to quantize).
     """
-    candidates = [site for site in sites(model) if site.fqn and quant.takes(site.module)]
-    if not quant.needs_modules and not candidates:
-        return ()
-    require_matches("skip_modules", quant.skip_modules, [site.fqn for site in candidates])
-    keep = _kept_whole(model, candidates)
-    chosen = tuple(s for s in candidates if s.fqn not in keep and not match_any(s.fqn, quant.skip_modules))
-    if not chosen:
+    first = formats[0]
+    candidates = {quant: [s for s in sites(model) if s.fqn and quant.takes(s.module)] for quant in formats}
+    every = [site for found in candidates.values() for site in found]
+    if not first.needs_modules and not every:
+        return dict.fromkeys(formats, ())
+    require_matches("skip_modules", first.skip_modules, [site.fqn for site in every])
+    keep = _kept_whole(model, every)
+    chosen = {
+        quant: tuple(s for s in found if s.fqn not in keep and not match_any(s.fqn, quant.skip_modules))
+        for quant, found in candidates.items()
+    }
+    if not any(chosen.values()):
         raise SelectorError(
-            f"{type(model).__name__} has no linear module to quantize: of {len(candidates)} torch.nn.Linear all are "
+            f"{type(model).__name__} has no linear module to quantize: of {len(every)} torch.nn.Linear all are "
             "the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and stay)",
-            patterns=quant.skip_modules,
+            patterns=first.skip_modules,
         )
     return chosen
 
 
-def held_packed(model: nn.Module, quant: QuantFormat, packed: frozenset[str]) -> tuple[Site, ...]:
-    """The sites of `model` that `quant` replaces where the parameters `packed` are packed in the checkpoint: theirs.
+def held_packed(
+    model: nn.Module, formats: Sequence[QuantFormat], packed: frozenset[str]
+) -> dict[QuantFormat, tuple[Site, ...]]:
+    """The sites of `model` that each of `formats` replaces where the parameters `packed` are packed in the checkpoint.
 
     What it cannot take, and tied modules, are left; their weights are dequantized.
     """
     tied = _tied(model)
-    candidates = (site for site in sites(model) if f"{site.fqn}.weight" in packed and quant.takes(site.module))
-    return tuple(site for site in candidates if site.module not in tied)
+    holders = {name.rpartition(".")[0] for name in packed}
+    candidates = [site for site in sites(model) if site.fqn in holders and site.module not in tied]
+    return {quant: tuple(site for site in candidates if quant.takes(site.module)) for quant in formats}
 
 
 def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:
@@ -115,13 +123,23 @@ def _tied(model: nn.Module) -> set[nn.Module]:
     return {module for modules in owners.values() if len(modules) > 1 for module in modules}
 
 
-def precisions(model: nn.Module, chosen: Sequence[Site], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """FQN -> dtype of the weights that upstream quantizes from another dtype than `dtype`, the model's.
+def precisions(model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """FQN -> dtype of those weights of `names` that upstream quantizes from another dtype than `dtype`, the model's.
 
     So it does where the class wants one in float32; what a constructor has made in float32 by itself is cast first.
     """
     if not is_pretrained(model):
         return {}
     planned = planned_dtypes(model, dtype)
-    found = {name: planned(name) for name in (f"{site.fqn}.weight" for site in chosen)}
+    found = {name: planned(name) for name in names}
     return {name: wanted for name, wanted in found.items() if wanted is not None and wanted != dtype}
+
+
+def weights_of(chosen: Mapping[QuantFormat, Sequence[Site]]) -> list[str]:
+    """FQNs of the packed weights of the `chosen` modules, which are replaced."""
+    return [
+        join(site.fqn, name)
+        for quant, found in chosen.items()
+        for site in found
+        for name in quant.weight_names(site.module)
+    ]

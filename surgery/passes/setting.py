@@ -12,7 +12,7 @@ from surgery.adapters.options import check_adapter
 from surgery.adapters.saved import SavedAdapter
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
-from surgery.quantizers.base import QuantFormat, format_for
+from surgery.quantizers.base import QuantFormat, formats_for
 from surgery.sharding.base import ShardStrategy, strategy_for
 
 if TYPE_CHECKING:
@@ -78,9 +78,14 @@ class Setting:
         return self if quant == self.quant else replace(self, quant=quant)
 
     @cached_property
+    def formats(self) -> tuple[QuantFormat, ...]:
+        """The formats of its weights, each of modules of another kind."""
+        return formats_for(self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+
+    @property
     def format(self) -> QuantFormat:
-        """The format of its weights."""
-        return format_for(self.quant, dtype=self.dtype, compute_dtype=self.compute_dtype)
+        """The first format, that of linear layers."""
+        return self.formats[0]
 
     @cached_property
     def strategy(self) -> ShardStrategy:

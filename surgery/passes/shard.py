@@ -47,7 +47,7 @@ class Finish(Pass):
         if empty and devices.keeps_data:
             raise ConfigError(f"{empty[0]} is on meta ({len(empty)} in all): a complete model comes after install")
         with patches.transaction(
-            *setting.format.build_patches(model),
+            *(each for quant in setting.formats for each in quant.build_patches(model)),
             *setting.strategy.build_patches,
             "torch.meta-param-replacement",
             reason="a sharding rebuilds a model that is partly on meta",

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Index, PackedWeight, TensorEntry
+from surgery.checkpoint import Index, PackedWeight, Segment
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment
-from surgery.quantizers.base import Layout, QuantFormat, check_layout, check_run
+from surgery.quantizers.base import STATISTICS, Layout, QuantFormat, check_layout, check_run
 from surgery.sharding.base import Devices
 from surgery.sharding.partition import Form, Partition, Slice
 
@@ -32,12 +33,14 @@ class Target:
     shape, dtype: as stored, so packed for a weight that is quantized. logical: that weight's own shape, `(out, in)`;
     layout: how it is packed; both None for what is not quantized. precision: the dtype in which it is quantized; None
     for the model's.
-    source: where the checkpoint has it, if one range of a file holds what one range of it is made of; None if
-    upstream's conversion merges or splits tensors for it, or the checkpoint holds it transposed, or packed for a module
-    that is not quantized.
+    segments: where the checkpoint has it: whole tensors, one behind the other, are its flat elements; none if
+    upstream's conversion splits or permutes tensors for it, or the checkpoint holds it transposed, or packed for a
+    module that is not quantized. All weights of an assignment have segments, or none.
     stored: the weight as the checkpoint has packed it, to be read and not quantized; else None.
     read_as: the dtype in which the checkpoint has it.
     places: the modules that hold it, and its name in each; several if it is tied. names: its FQNs at these places.
+    quant: the format of its module, if it is packed. statistics_of: the FQN of the packed weight of which it is the
+    state, as bytes; no checkpoint has it.
     """
 
     fqn: str
@@ -48,12 +51,19 @@ class Target:
     form: Form
     assignment: Assignment
     read_as: torch.dtype
-    source: TensorEntry | None
+    segments: tuple[Segment, ...]
     logical: torch.Size | None = None
     layout: Layout | None = None
     stored: PackedWeight | None = None
     precision: torch.dtype | None = None
     is_transposed: bool = False
+    quant: QuantFormat | None = None
+    statistics_of: str | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is bytes, in whatever dtype: a packed weight, or its statistics."""
+        return self.is_quantized or self.statistics_of is not None
 
     @property
     def is_quantized(self) -> bool:
@@ -73,6 +83,8 @@ class Target:
     @property
     def stored_bytes(self) -> int:
         """Size of what the checkpoint has of it."""
+        if self.statistics_of is not None:
+            return 0
         if self.stored is None:
             return self.form.numel * self.read_as.itemsize
         return self.nbytes + sum(entry.nbytes for entry in self.stored.side())
@@ -82,30 +94,53 @@ def find_targets(
     model: nn.Module,
     assignments: Iterable[Assignment],
     index: Index,
-    quant: QuantFormat,
+    formats: Sequence[QuantFormat],
     *,
     tied: Mapping[str, tuple[str, ...]],
     packed: Mapping[str, PackedWeight] = NONE_PACKED,
     transposed: frozenset[str] = frozenset(),
     precisions: Mapping[str, torch.dtype] = NO_PRECISIONS,
 ) -> tuple[Target, ...]:
-    """The targets of `assignments`, in their order.
+    """The targets of `assignments`, in their order; behind a packed weight its statistics, where its module holds them.
 
-    tied: first FQN of every parameter and persistent buffer -> aliases. packed: weights that the checkpoint has packed,
-    by its names. transposed: FQNs of weights that it has as `(in, out)`. precisions: FQN of a weight -> the dtype in
-    which it is quantized, if not the model's.
+    formats: of quantized modules. tied: first FQN of every parameter and persistent buffer -> aliases. packed: weights
+    that the checkpoint has packed, by its names. transposed: FQNs of weights that it has as `(in, out)`. precisions:
+    FQN of a weight -> the dtype in which it is quantized, if not the model's.
     Raises QuantizerError for a weight that is stored in another layout than the format says.
     """
     make = functools.partial(
-        _target, model, index, quant, tied=tied, packed=packed, transposed=transposed, precisions=precisions
+        _target, model, index, formats, tied=tied, packed=packed, transposed=transposed, precisions=precisions
     )
-    return tuple(make(name, assignment) for assignment in assignments for name in assignment.targets)
+    weights = (make(name, assignment) for assignment in assignments for name in assignment.targets)
+    return tuple(each for weight in weights for each in (weight, *_statistics(weight)))
+
+
+def _statistics(weight: Target) -> Iterator[Target]:
+    """The statistics of a packed `weight`, if its module holds them as a parameter."""
+    if not weight.is_quantized:
+        return
+    module, leaf = weight.places[0]
+    held = module._parameters.get(leaf + STATISTICS)
+    if held is not None:
+        yield Target(
+            fqn=weight.fqn + STATISTICS,
+            names=tuple(name + STATISTICS for name in weight.names),
+            places=tuple((module, leaf + STATISTICS) for module, leaf in weight.places),
+            shape=held.shape,
+            dtype=held.dtype,
+            form=Form(rows=held.shape[0], row=1, numel=held.numel()),
+            assignment=weight.assignment,
+            read_as=held.dtype,
+            segments=(),
+            quant=weight.quant,
+            statistics_of=weight.fqn,
+        )
 
 
 def _target(
     model: nn.Module,
     index: Index,
-    quant: QuantFormat,
+    formats: Sequence[QuantFormat],
     name: str,
     assignment: Assignment,
     *,
@@ -117,19 +152,18 @@ def _target(
     path, leaf = split(name)
     owner = model.get_submodule(path)
     tensor: torch.Tensor = getattr(owner, leaf)
-    is_quantized = leaf == "weight" and quant.is_quantized(owner)
-    logical, layout = (quant.logical(owner), quant.layout(owner)) if is_quantized else (None, None)
-    if logical is not None and layout is not None:
+    quant = next((each for each in formats if each.is_quantized(owner) and leaf in each.weight_names(owner)), None)
+    logical, layout = (None, None) if quant is None else (quant.logical(owner, leaf), quant.layout(owner, leaf))
+    if quant is not None and logical is not None and layout is not None:
         check_layout(quant, name, tensor, logical, layout)
     rows = tensor.shape[0] if tensor.shape else 1
     numel = (logical or tensor.shape).numel()
     # Packed rows are of whole bytes, so that all but the last are full.
     row = layout.values_per_byte * tensor.dtype.itemsize if layout is not None else numel // max(rows, 1)
     found = [packed[each] for each in assignment.sources if each in packed]
-    stored = found[0] if found and is_quantized and assignment.converter is None else None
+    stored = found[0] if found and quant is not None and assignment.converter is None else None
     # Where packed weights are not taken as they are, they are dequantized first.
-    one_to_one = assignment.converter is None and not found and name not in transposed
-    source = index[assignment.sources[0]] if one_to_one else None
+    is_as_stored = not found and transposed.isdisjoint(assignment.targets)
     return Target(
         fqn=name,
         names=(name, *tied.get(name, ())),
@@ -146,13 +180,27 @@ def _target(
         ),
         assignment=assignment,
         read_as=assignment.dtypes[assignment.targets.index(name)] if stored is None else tensor.dtype,
-        source=source if stored is None else stored.stored_as(tensor.dtype),
+        segments=(Segment(entry=stored.stored_as(tensor.dtype)),)
+        if stored is not None
+        else (_segments(assignment, name, index) if is_as_stored else ()),
         logical=logical,
         layout=layout,
         stored=stored,
         precision=precisions.get(name),
         is_transposed=name in transposed,
+        quant=quant,
     )
+
+
+def _segments(assignment: Assignment, name: str, index: Index) -> tuple[Segment, ...]:
+    """The whole tensors that `name` is, one behind the other; none if it is not."""
+    if assignment.converter is None:
+        return (Segment(entry=index[assignment.sources[0]]),)
+    if not assignment.orders or assignment.duplicates:
+        return ()
+    entries = [index[source] for source in assignment.orders[assignment.targets.index(name)]]
+    starts = accumulate((entry.numel for entry in entries), initial=0)
+    return tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False))
 
 
 #: What torch's CUDA allocator rounds sizes up to, in bytes.
@@ -217,9 +265,8 @@ class ShardBuffer:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardBuffers:
-    """All shard buffers of this rank: how they are made and filled. quant: the format that quantizes into them."""
+    """All shard buffers of this rank: how they are made and filled."""
 
-    quant: QuantFormat = field(repr=False)
     partition: Partition
     devices: Devices
     rank: int
@@ -291,8 +338,10 @@ class ShardBuffers:
 
     def _fill_runs(self, buffer: ShardBuffer, offset: int, values: torch.Tensor) -> None:
         """Quantize `values` run by run; `offset` counts from the first element that the rank reads, as runs do."""
-        assert buffer.target.layout is not None
-        size, done = buffer.target.layout.whole_blocks(self.quant.run_elements(self.devices.compute)), 0
+        target = buffer.target
+        assert target.layout is not None
+        assert target.quant is not None
+        size, done = target.layout.whole_blocks(target.quant.run_elements(self.devices.compute)), 0
         while done < values.numel():
             begin = (offset + done) // size * size
             run = range(begin, min(begin + size, len(buffer.slice.elements)))
@@ -318,10 +367,11 @@ class ShardBuffers:
 
     def _quantize(self, buffer: ShardBuffer, start: int, values: torch.Tensor) -> None:
         target, share = buffer.target, buffer.slice
-        layout = target.layout
+        layout, quant = target.layout, target.quant
         assert layout is not None
-        packed, statistics = self.quant.quantize(values, layout, target.precision)
-        check_run(self.quant, target.fqn, values.numel(), (packed, statistics), layout)
+        assert quant is not None
+        packed, statistics = quant.quantize(values, layout, target.precision)
+        check_run(quant, target.fqn, values.numel(), (packed, statistics), layout)
         nbytes = self._numel(target) * target.dtype.itemsize
         is_all = packed.numel() == nbytes and statistics.numel() == len(share.blocks)
         if is_all and values.numel() == len(share.elements) and start == target.form.elements(share.keeps).start:

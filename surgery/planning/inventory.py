@@ -145,8 +145,8 @@ def take_inventory(prepared: Prepared) -> Inventory:
         if name:
             first = shapes.get(f"{layer}.lora_A.{name}") or shapes[f"{layer}.lora_embedding_A.{split(name)[0]}"]
             dora.setdefault(unit, []).append((first[1:].numel(), each.shape.numel()))
-    quant = prepared.setting.format
-    features = {block.fqn: sum(_features(each, quant) for each in block.module.modules()) for block in blocks}
+    formats = prepared.setting.formats
+    features = {block.fqn: sum(_features(each, formats) for each in block.module.modules()) for block in blocks}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Inventory(
         targets=prepared.targets,
@@ -188,16 +188,16 @@ def _unit_at(fqn: str, units: dict[str, str]) -> str:
     return ROOT
 
 
-def _features(module: nn.Module, quant: QuantFormat) -> int:
+def _features(module: nn.Module, formats: Sequence[QuantFormat]) -> int:
     """Elements a token that a linear layer takes and gives; for fused experts those of the active ones."""
-    if quant.is_quantized(module):
-        return sum(quant.logical(module))
-    if isinstance(module, nn.Linear):
-        return module.in_features + module.out_features
-    config = getattr(module, "config", None)
-    active = getattr(config, "num_experts_per_tok", None) or 1
-    fused = [p for p in module._parameters.values() if p is not None and p.dim() == 3]
-    return sum(active * (p.shape[1] + p.shape[2]) for p in fused)
+    quant = next((each for each in formats if each.is_quantized(module)), None)
+    packed = {} if quant is None else {name: quant.logical(module, name) for name in quant.weight_names(module)}
+    shapes = [packed.get(name, p.shape) for name, p in module._parameters.items() if p is not None]
+    if packed or not isinstance(module, nn.Linear):
+        active = getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1
+        dense = sum(sum(shape) for shape in packed.values() if len(shape) == 2)
+        return dense + sum(active * (shape[1] + shape[2]) for shape in shapes if len(shape) == 3)
+    return module.in_features + module.out_features
 
 
 def _hidden(model: nn.Module, blocks: Sequence[Site]) -> int:
@@ -235,9 +235,9 @@ def fixed_bytes(inventory: Inventory, setting: Setting) -> int:
     return HOST_BYTES + (GROUP_BYTES if setting.world_size > 1 else 0) + objects
 
 
-def state_bytes(targets: Iterable[Target], setting: Setting) -> int:
+def state_bytes(targets: Iterable[Target]) -> int:
     """Bytes of the quantization states of `targets`, whole, as every rank has them."""
-    return sum(setting.format.state_bytes(target.form.blocks) for target in targets if target.is_quantized)
+    return sum(each.quant.state_bytes(each.form.blocks) for each in targets if each.is_quantized and each.quant)
 
 
 def weights_held(inventory: Inventory, setting: Setting) -> int:

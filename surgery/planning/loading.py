@@ -141,7 +141,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
         # NCCL needs nothing; gloo copies what goes out and comes in.
         gathering=max((size + size // n for size, n in replicas if n > 1), default=0) if setting.on_cpu else 0,
         deriving=_deriving(batch, setting, rank),
-        state=state_bytes(quantized, setting),
+        state=state_bytes(quantized),
         packed=sum(target.nbytes for target in quantized),
         run=min(
             max((capacities[target] for target in quantized), default=0), RUN_BYTES["cpu" if setting.on_cpu else "cuda"]
@@ -175,7 +175,7 @@ def _converting(targets: Iterable[Target]) -> int:
     most = 0
     for assignment, group in groupby(targets, lambda target: target.assignment):
         made = list(group)
-        if made[0].source is None:
+        if not made[0].segments:
             size = sum(target.form.numel * target.read_as.itemsize for target in made)
             most = max(most, size if assignment.converter is None else 2 * size)
     return most

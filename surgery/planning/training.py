@@ -65,7 +65,7 @@ class _Moment:
 def plan_step(inventory: Inventory, setting: Setting, training: Training, *, rank: int) -> Step:
     """The figures of `rank`, at the worse of two moments: the loss, and backward through the largest block."""
     weights, adapters = weights_held(inventory, setting), adapters_held(inventory, setting)
-    state = state_bytes(inventory.targets, setting)
+    state = state_bytes(inventory.targets)
     shards = setting.strategy.at_rest.shards
     own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
     optimizer = (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
@@ -114,7 +114,7 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
     backward = _Moment(
         name="backward",
         gathered=setting.strategy.gathered_in_backward(units) + _reduced(inventory, setting),
-        dequantized=max(_dequantized(inventory, setting), _of_dora(inventory, setting)),
+        dequantized=max(_dequantized(inventory), _of_dora(inventory, setting)),
         activations=kept + recomputed,
     )
     return loss, backward
@@ -141,8 +141,8 @@ def _of_dora(inventory: Inventory, setting: Setting) -> int:
     return max(sizes, default=0) * setting.compute_dtype.itemsize
 
 
-def _dequantized(inventory: Inventory, setting: Setting) -> int:
-    """Temporary bytes of the largest quantized layer."""
-    quantized = (target.form for target in inventory.targets if target.is_quantized)
-    largest = max(quantized, key=lambda form: form.numel, default=None)
-    return 0 if largest is None else setting.format.dequantized_bytes(largest.numel, largest.blocks)
+def _dequantized(inventory: Inventory) -> int:
+    """Temporary bytes of the quantized layer with most."""
+    quantized = ((each.quant, each.form) for each in inventory.targets if each.is_quantized)
+    sizes = (quant.dequantized_bytes(form.numel, form.blocks) for quant, form in quantized if quant is not None)
+    return max(sizes, default=0)

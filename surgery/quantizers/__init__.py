@@ -1,5 +1,5 @@
 """Formats of quantized weights: the protocol is in `base`, and each format is a file of its own, imported here."""
 
-from surgery.quantizers import bnb, bnb8, none
+from surgery.quantizers import bnb, bnb8, experts, none
 
-__all__ = ["bnb", "bnb8", "none"]
+__all__ = ["bnb", "bnb8", "experts", "none"]

@@ -1,7 +1,8 @@
 """The seam between loading and storage: what a format answers, and which format serves which options.
 
 Everything that differs by how weights are stored is a method of `QuantFormat`. A new format is one file with a
-subclass, and one `register` line; ranks divide, read and exchange weights by what its `layout` says.
+subclass, and one `register` line; ranks divide, read and exchange weights by what its `layout` says. The same options
+may have several formats, each for modules of another kind.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from surgery.model.fqn import join
 from surgery.model.tree import is_conv1d, is_linear_like
 
 __all__ = [
+    "STATISTICS",
     "Layout",
     "QuantFormat",
     "check_layout",
     "check_run",
     "format_for",
     "format_of",
+    "formats_for",
     "kept_parameters",
+    "packed_names",
     "quantized_modules",
     "register",
 ]
@@ -36,6 +40,9 @@ RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 #: Bytes of a statistic as it is computed and exchanged: float32.
 STATISTIC_BYTES = 4
+
+#: The end of the name of a parameter that holds the state of another one, which is sharded with it.
+STATISTICS = "_statistics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,9 @@ class QuantFormat:
     #: Patches that a model in this format needs in order to run, on its quantized modules.
     resident_patches: ClassVar[tuple[str, ...]] = ()
 
+    #: Patches that it needs in order to run, and that are not of single modules.
+    lookup_patches: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
         self.options = options
         self.dtype = dtype
@@ -128,21 +138,32 @@ class QuantFormat:
         """A frozen quantized module in the place of `module`, on meta, its weight `(n, 1)` in `storage`."""
         raise NotImplementedError(_undefined(self))
 
+    def rehearse(self, module: Any) -> None:
+        """Have `module`, a copy on meta of one that it takes, with weights in their own shapes, be known to be packed.
+
+        For formats whose adapters depend on it; PEFT is tried on such a copy.
+        """
+
     @classmethod
     def is_quantized(cls, module: nn.Module) -> bool:
-        """Whether `module` is one of this format's, and its `weight` is packed."""
+        """Whether `module` is one of this format's, and its weights are packed."""
         return False
 
-    def logical(self, module: Any) -> torch.Size:
-        """Shape of the weight of a quantized `module` before it was quantized: `(out, in)`."""
+    @classmethod
+    def weight_names(cls, module: nn.Module) -> tuple[str, ...]:
+        """The names of the packed weights of a quantized `module`."""
+        return ("weight",)
+
+    def logical(self, module: Any, name: str) -> torch.Size:
+        """Shape of the weight `name` of a quantized `module` before it was quantized: `(out, in)`."""
         return torch.Size((module.out_features, module.in_features))
 
     def is_transposed(self, module: nn.Module) -> bool:
         """Whether the checkpoint has the weight of `module`, which is not replaced yet, as `(in, out)`."""
         return is_conv1d(module)
 
-    def layout(self, module: Any) -> Layout:
-        """The packing of the weight of a quantized `module`."""
+    def layout(self, module: Any, name: str) -> Layout:
+        """The packing of the weight `name` of a quantized `module`."""
         raise NotImplementedError(_undefined(self))
 
     def mark(self, model: nn.Module) -> None:
@@ -191,6 +212,14 @@ class QuantFormat:
             "use surgery.Quant(), or write them in 16 bits first (surgery dequantize)"
         )
 
+    def split_state(self, module: Any, name: str, state: Any) -> tuple[torch.Tensor, Any]:
+        """The state of the weight `name` of `module` as bytes, uint8 and 1-D, and what of it is no tensor.
+
+        For a module that has a parameter `<name>_statistics`, `(n, 1)`, on meta, by `replacement`: the bytes are
+        sharded with the weight. Of another module every rank keeps the state whole (`set_state`).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define split_state, since it has such parameters")
+
     def stored_state(
         self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
     ) -> Any:
@@ -204,8 +233,8 @@ class QuantFormat:
         """The frozen parameter of a quantized `module` over `packed`; `state` is what `states` gave."""
         return nn.Parameter(packed, requires_grad=False)
 
-    def set_state(self, module: Any, state: Any) -> None:
-        """Give `module` its state, which it keeps whatever becomes of the parameter."""
+    def set_state(self, module: Any, name: str, state: Any) -> None:
+        """Give `module` the state of its weight `name`, which it keeps whatever becomes of the parameter."""
         module.quant_state = state
 
     def finish(self, model: nn.Module) -> None:
@@ -231,8 +260,8 @@ class QuantFormat:
 
     # Attestation. ----------------------------------------------------------------------------------------------------
 
-    def state_of(self, module: Any) -> Any:
-        """The state that forward of a quantized `module` uses."""
+    def state_of(self, module: Any, name: str) -> Any:
+        """The state of the weight `name` that forward of a quantized `module` uses."""
         return module.quant_state
 
     def state_tensors(self, state: Any) -> Mapping[str, torch.Tensor]:
@@ -281,29 +310,43 @@ def _undefined(quant: QuantFormat) -> str:
     return f"{type(quant).__name__} must define replacement, is_quantized, layout and quantize"
 
 
-_FORMATS: dict[type, type[QuantFormat]] = {}
+_FORMATS: dict[type, tuple[type[QuantFormat], ...]] = {}
 
 
-def register(options: type, kind: type[QuantFormat]) -> None:
-    """Have `kind` serve every `quant=` of the class `options`."""
-    _FORMATS[options] = kind
+def register(options: type, *kinds: type[QuantFormat]) -> None:
+    """Have `kinds` serve every `quant=` of the class `options`; the first is the one that plans and reports name."""
+    _FORMATS[options] = kinds
 
 
-def format_for(options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> QuantFormat:
-    """The format that serves `options`; raises `ConfigError` if none does."""
-    kind = _FORMATS.get(type(options))
-    if kind is None:
+def formats_for(
+    options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None
+) -> tuple[QuantFormat, ...]:
+    """The formats that serve `options`; raises `ConfigError` if none does."""
+    kinds = _FORMATS.get(type(options))
+    if kinds is None:
         known = ", ".join(each.__name__ for each in _FORMATS if each is not type(None))
         raise ConfigError(
             f"quant: expected None or one of {known}; got {options!r:.80}. A format of your own is known once a module "
             "is imported that calls surgery.quantizers.base.register for it"
         )
-    return kind(options, dtype=dtype, compute_dtype=compute_dtype)
+    return tuple(kind(options, dtype=dtype, compute_dtype=compute_dtype) for kind in kinds)
+
+
+def format_for(options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> QuantFormat:
+    """The first of the formats that serve `options`; raises `ConfigError` if there is none."""
+    return formats_for(options, dtype=dtype, compute_dtype=compute_dtype)[0]
 
 
 def format_of(module: nn.Module) -> type[QuantFormat] | None:
     """The format that `module` is in; None if it is not quantized."""
-    return next((kind for kind in _FORMATS.values() if kind.is_quantized(module)), None)
+    return next((kind for kinds in _FORMATS.values() for kind in kinds if kind.is_quantized(module)), None)
+
+
+def packed_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of `module` that are bytes, not numbers: packed weights, and their statistics."""
+    kind = format_of(module)
+    names = () if kind is None else kind.weight_names(module)
+    return (*names, *(each for name in names if (each := name + STATISTICS) in module._parameters))
 
 
 def quantized_modules(model: nn.Module) -> list[nn.Module]:
@@ -333,8 +376,8 @@ def _floating(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _stored(module: nn.Module, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """The dtypes of what `module` holds if upstream keeps none of it in another one."""
-    weight: Any = module._parameters.get("weight") if format_of(module) is not None else None
-    return (dtype,) if weight is None else (dtype, weight.dtype)
+    held = (module._parameters.get(name) for name in packed_names(module))
+    return (dtype, *(parameter.dtype for parameter in held if parameter is not None))
 
 
 def check_layout(quant: QuantFormat, fqn: str, stored: torch.Tensor, logical: torch.Size, layout: Layout) -> None:

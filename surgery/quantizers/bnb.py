@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,13 +18,13 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
-from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat, register
+from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
+__all__ = ["NESTED_BLOCKSIZE", "REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits", "nested_values"]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -119,9 +119,28 @@ def _absmax(state: QuantState, blocks: range) -> torch.Tensor:
     if state.state2 is None:
         return found
     nested = state.state2
-    number = torch.arange(blocks.start, blocks.stop, device=found.device) // nested.blocksize
-    values: torch.Tensor = nested.code[found.int()] * nested.absmax[number] + state.offset
-    return values
+    return nested_values(
+        found, nested.absmax, state.offset, blocks=blocks, code=nested.code, blocksize=nested.blocksize
+    )
+
+
+def nested_values(
+    quantized: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    blocks: range,
+    code: torch.Tensor | None = None,
+    blocksize: int = NESTED_BLOCKSIZE,
+) -> torch.Tensor:
+    """Float32 statistics from double-quantized ones, as bitsandbytes computes them.
+
+    quantized: uint8 `(..., len(blocks))`. absmax: float32 `(..., all)`, which `blocks` counts in. offset: float32,
+    which broadcasts. code: the 256 values of the bytes, if not those that bitsandbytes has.
+    """
+    code = _dynamic_code(quantized.device) if code is None else code
+    number = torch.arange(blocks.start, blocks.stop, device=quantized.device) // blocksize
+    return code[quantized.int()] * absmax[..., number] + offset
 
 
 @functools.cache
@@ -153,7 +172,7 @@ def _code_of(values: bytes, device: torch.device) -> torch.Tensor:
 
 
 def as_params4bit(
-    data: torch.Tensor, module: Linear4bit, quant: Quant, quant_state: QuantState | None = None
+    data: torch.Tensor, module: nn.Module, quant: Quant, quant_state: QuantState | None = None
 ) -> nn.Parameter:
     """A frozen `Params4bit` over `data` (packed shape, any device), belonging to `module`; it counts as quantized."""
     from bitsandbytes.nn import Params4bit
@@ -165,8 +184,8 @@ def as_params4bit(
         blocksize=quant.blocksize,
         compress_statistics=quant.double_quant,
         quant_type=quant.quant_type,
-        quant_storage=module.quant_storage,
-        module=module,
+        quant_storage=data.dtype,
+        module=module,  # type: ignore[arg-type]  # only asked for what it is called
         bnb_quantized=True,
     )
 
@@ -182,7 +201,7 @@ class Bnb4bit(QuantFormat):
     """`Linear4bit` of bitsandbytes 0.47 and later (the first that quantizes every type on a CPU)."""
 
     label = "bitsandbytes 4-bit"
-    resident_patches = ("linear4bit-resident",)
+    resident_patches: ClassVar[tuple[str, ...]] = ("linear4bit-resident",)
 
     options: Quant
 
@@ -206,7 +225,7 @@ class Bnb4bit(QuantFormat):
         Its bias takes the dtype of the storage, unless it is kept in another one than the model's.
         """
         new = module if self.is_quantized(module) else self._linear4bit(module)
-        packed = self.layout(new).packed_shape(self.logical(new), self.storage)
+        packed = self.layout(new, "weight").packed_shape(self.logical(new, "weight"), self.storage)
         new.weight = as_params4bit(torch.empty(packed, dtype=self.storage, device="meta"), new, self.options)
         bias = getattr(module, "bias", None)
         if bias is not None:
@@ -247,7 +266,7 @@ class Bnb4bit(QuantFormat):
         """Whether `module` is transformers' `Conv1D`, or the `Linear4bit` that upstream has made of one."""
         return super().is_transposed(module) or was_conv1d(module)
 
-    def layout(self, module: Any) -> Layout:
+    def layout(self, module: Any, name: str) -> Layout:
         """Two elements a byte, in blocks of `blocksize`."""
         return Layout(values_per_byte=2, blocksize=self.options.blocksize)
 
@@ -406,7 +425,7 @@ class Bnb4bit(QuantFormat):
             for name, tensor in entries.items()
         }
 
-    def state_of(self, module: Any) -> QuantState:
+    def state_of(self, module: Any, name: str) -> QuantState:
         """The `quant_state` of the parameter, or the module's own where sharding took that away."""
         state: QuantState | None = getattr(module._parameters.get("weight"), "quant_state", None)
         own: QuantState = module.quant_state
@@ -435,7 +454,7 @@ class Bnb4bit(QuantFormat):
     def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
         """`quant_state.to` as a no-op, for the states of this model."""
         states = [layer.quant_state for layer in linear4bits(model)]
-        return (patches.on("bitsandbytes.quant-state-to-noop", states),)
+        return (patches.on("bitsandbytes.quant-state-to-noop", states),) if states else ()
 
     def misread(self, model: nn.Module) -> list[str]:
         """FQNs of the 4-bit weights that bitsandbytes' kernel for a CPU dequantizes wrongly, ours and stock's alike.
@@ -477,6 +496,3 @@ class Bnb4bit(QuantFormat):
 
 def _is_packed(module: Any) -> bool:
     return bool(getattr(module.weight, "bnb_quantized", False))
-
-
-register(Quant, Bnb4bit)

@@ -87,7 +87,7 @@ class Bnb8bit(QuantFormat):
             threshold=self.options.threshold,
             device="meta",
         )
-        packed = self.layout(new).packed_shape(self.logical(new), self.storage)
+        packed = self.layout(new, "weight").packed_shape(self.logical(new, "weight"), self.storage)
         new.weight = nn.Parameter(torch.empty(packed, dtype=self.storage, device="meta"), requires_grad=False)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
@@ -113,7 +113,7 @@ class Bnb8bit(QuantFormat):
         """Whether `module` is transformers' `Conv1D`, or the `Linear8bitLt` that upstream has made of one."""
         return super().is_transposed(module) or was_conv1d(module)
 
-    def layout(self, module: Any) -> Layout:
+    def layout(self, module: Any, name: str) -> Layout:
         """An element a byte, a statistic a row."""
         return Layout(values_per_byte=1, blocksize=module.in_features)
 
@@ -150,7 +150,7 @@ class Bnb8bit(QuantFormat):
             return QuantFormat.like(parameter, data)
         return Int8Params(data, requires_grad=False, CB=None if parameter.CB is None else data, SCB=parameter.SCB)
 
-    def state_of(self, module: Any) -> torch.Tensor:
+    def state_of(self, module: Any, name: str) -> torch.Tensor:
         """`SCB`: of a whole layer that of the state, or of the parameter until a forward has moved it."""
         found: torch.Tensor | None = vars(module).get("quant_state", module.state.SCB)
         state: torch.Tensor = module.weight.SCB if found is None else found
@@ -162,7 +162,7 @@ class Bnb8bit(QuantFormat):
 
         layers: list[Any] = [each for each in model.modules() if type(each) is _sharded_linear()]
         for module in layers:
-            weight = module.weight.detach().view(-1).view(torch.int8).view(self.logical(module))
+            weight = module.weight.detach().view(-1).view(torch.int8).view(self.logical(module, "weight"))
             module.weight = Int8Params(weight, requires_grad=False, CB=weight, SCB=vars(module).pop("quant_state"))
             module.__class__ = Linear8bitLt
 

@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from surgery.errors import ConfigError
-from surgery.quantizers.base import QuantFormat, quantized_modules
+from surgery.quantizers.base import QuantFormat, packed_names, quantized_modules
 
 __all__ = [
     "PAGE",
     "Made",
     "Piece",
+    "Place",
     "Record",
     "Records",
     "Sums",
@@ -171,9 +172,10 @@ class Sums:
 
 @dataclass(kw_only=True, eq=False)
 class Record:
-    """One layer as it was quantized.
+    """One packed weight as it was quantized, or its statistics where they are a parameter too.
 
-    fqn: of the module, in the model before adapters and sharding. quant: its format. nbytes: of its packed weight.
+    fqn: of the module if the weight is its only one, else of the parameter, in the model before adapters and sharding.
+    quant: its format. nbytes: of the packed weight.
     device: where it was quantized, and what the ranks' process group speaks.
     own: of bytes that this rank has vouched for: those that it made, later those that it was found to hold rightly.
     states: page sums of the tensors of `quant_state`, and settings: the rest of it; whole on every rank.
@@ -192,32 +194,36 @@ class Record:
     digest: str = ""
 
 
-#: Layers in the order of the model, which is the same on every rank.
-Records: TypeAlias = Mapping[nn.Module, Record]
+#: A module, and the name of one of its parameters.
+Place: TypeAlias = tuple[nn.Module, str]
 
-_records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
+#: Packed parameters in the order of the model, which is the same on every rank.
+Records: TypeAlias = Mapping[Place, Record]
+
+_records: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Made:
-    """A packed weight that this rank has made a part of.
+    """A packed weight that this rank has made a part of, or its statistics.
 
-    fqn: of its module. modules: that hold it. nbytes: of the whole weight. piece: the part. state: of the whole weight.
+    fqn, quant, nbytes: as in `Record`. places: that hold it. piece: the part. state: of the whole weight.
     """
 
     fqn: str
-    modules: tuple[nn.Module, ...]
+    quant: QuantFormat
+    places: Sequence[Place]
     nbytes: int
     piece: Piece
     state: Any
 
 
-def record(made: Sequence[Made], quant: QuantFormat) -> None:
-    """Remember weights as this rank has made them, in the format `quant`.
+def record(made: Sequence[Made]) -> None:
+    """Remember weights as this rank has made them.
 
     Waits for no device: what is remembered stays there, 1 byte for every 8 KiB of packed weights, until it is used.
     """
-    of_states = [quant.state_tensors(each.state) for each in made]
+    of_states = [{} if each.state is None else each.quant.state_tensors(each.state) for each in made]
     # Once each: tables of codes are the same tensors for all weights.
     flat = {tensor: Piece(data=tensor) for tensors in of_states for tensor in tensors.values()}
     sums = page_sums([*(each.piece for each in made), *flat.values()])
@@ -225,28 +231,29 @@ def record(made: Sequence[Made], quant: QuantFormat) -> None:
     for each, pages, tensors in zip(made, sums, of_states, strict=False):
         found = Record(
             fqn=each.fqn,
-            quant=quant,
+            quant=each.quant,
             nbytes=each.nbytes,
             device=each.piece.data.device,
             own=Sums(start=each.piece.start, stop=each.piece.stop, pages=pages),
             states={name: of_tensor[tensor] for name, tensor in tensors.items()},
-            settings=dict(quant.state_settings(each.state)),
+            settings={} if each.state is None else dict(each.quant.state_settings(each.state)),
         )
-        _records.update((module, found) for module in each.modules)
+        for module, name in each.places:
+            _records.setdefault(module, {})[name] = found
 
 
-def records_of(model: nn.Module) -> dict[nn.Module, Record]:
-    """The record of every quantized layer of `model`; raises `ConfigError` if there is none of a layer, or no layer."""
-    layers = quantized_modules(model)
-    unknown = [layer for layer in layers if layer not in _records]
-    if not layers:
+def records_of(model: nn.Module) -> dict[Place, Record]:
+    """The record of every packed parameter of `model`; raises `ConfigError` if there is none of one, or no such."""
+    places = [(layer, name) for layer in quantized_modules(model) for name in packed_names(layer)]
+    unknown = [place for place in places if place[1] not in _records.get(place[0], {})]
+    if not places:
         raise ConfigError("attest: expected quantized layers, found none: a model of quant=None has none")
     if unknown:
         raise ConfigError(
-            f"expected a model whose quantized layers surgery.qlora has made, found {len(layers)} layers, of "
+            f"expected a model whose quantized layers surgery.qlora has made, found {len(places)} layers, of "
             f"{len(unknown)} of which nothing was recorded then: attest what surgery.qlora returned, not a copy"
         )
-    return {layer: _records[layer] for layer in layers}
+    return {(layer, name): _records[layer][name] for layer, name in places}
 
 
 def settle(records: Iterable[Record]) -> None:

@@ -23,7 +23,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.tree import Site, own_tensors
 from surgery.quantizers.base import QuantFormat
-from surgery.quantizers.digest import Piece
+from surgery.quantizers.digest import Piece, Place
 from surgery.sharding.partition import Grid, Partition, chunk
 
 if TYPE_CHECKING:
@@ -254,9 +254,9 @@ class ShardStrategy:
         """Whether `model` is sharded by this strategy; the methods from here on serve a model for which it is."""
         return False
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
-        """This rank's part of the weight of each of `layers`; not to be called between a forward and its backward."""
-        return {layer: own_part(layer.get_parameter("weight")) for layer in layers}
+    def shards(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, Part]:
+        """This rank's parts of the parameters at `places`; not to be called between a forward and its backward."""
+        return {(layer, name): own_part(layer.get_parameter(name)) for layer, name in places}
 
     #: Whether ranks that hold the same part of a parameter hold the same values of it; if not, rank 0's count.
     ranks_agree: bool = True

@@ -22,6 +22,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
+from surgery.quantizers.digest import Place
 from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Span, Trained, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
@@ -402,10 +403,10 @@ class Fsdp1(Fsdp):
         """Whether `model` is, or has in it, a `FullyShardedDataParallel`."""
         return outermost(model, FullyShardedDataParallel) is not None
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
+    def shards(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, Part]:
         """Ranges of flat parameters, and whole weights that are in none."""
         held = self.held(model)
-        return {layer: held[layer, "weight"] for layer in layers}
+        return {place: held[place] for place in places}
 
     def held(self, model: nn.Module) -> dict[tuple[nn.Module, str], Part]:
         """Ranges of flat parameters, and whole tensors that are in none."""

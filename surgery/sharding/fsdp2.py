@@ -18,7 +18,8 @@ from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
 from surgery.model.tree import Site, decoder_blocks, ends_of, sites
-from surgery.quantizers.base import QuantFormat, kept_parameters, quantized_modules
+from surgery.quantizers.base import QuantFormat, kept_parameters, packed_names, quantized_modules
+from surgery.quantizers.digest import Place
 from surgery.sharding.base import (
     READS_WEIGHTS,
     Devices,
@@ -233,10 +234,10 @@ class Fsdp2(Fsdp):
         """Whether `model` is, or has in it, an `FSDPModule`."""
         return outermost(model, FSDPModule) is not None
 
-    def shards(self, model: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, Part]:
+    def shards(self, model: nn.Module, places: Iterable[Place]) -> dict[Place, Part]:
         """The local parts, once what is still gathered is freed; FSDP2 gathers it again when it needs it."""
         self.settle(model)
-        return super().shards(model, layers)
+        return super().shards(model, places)
 
     def settle(self, model: nn.Module) -> None:
         """Shard every group again."""
@@ -280,11 +281,12 @@ def _make_plain(model: nn.Module) -> None:
     """Give quantized layers on meta plain parameters, which FSDP2 makes of theirs anyway: for each operation on one of
     its own class bitsandbytes goes through Python.
     """
-    for layer in quantized_modules(model):
-        weight = layer._parameters["weight"]
+    places = [(layer, name) for layer in quantized_modules(model) for name in packed_names(layer)]
+    for layer, name in places:
+        weight = layer._parameters[name]
         if weight is not None and weight.is_meta and type(weight) is not nn.Parameter:
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-            layer._parameters["weight"] = nn.Parameter(plain, requires_grad=False)
+            layer._parameters[name] = nn.Parameter(plain, requires_grad=False)
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

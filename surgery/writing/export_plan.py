@@ -132,7 +132,7 @@ class Value:
     def values_per_byte(self) -> int:
         """Elements in a byte of a packed weight."""
         assert self.quant is not None
-        return self.quant.layout(None).values_per_byte
+        return self.quant.layout(None, self.leaf).values_per_byte
 
     def rows(self, flat: torch.Tensor, rows: range) -> torch.Tensor:
         """A range of dimension 0, of all that is stored of it."""
@@ -250,15 +250,16 @@ class Planner:
                 f"{loaded.names[0]}: expected the shape with which it was loaded, {tuple(loaded.shape)}, found "
                 f"{tuple(held.shape)}: a model that was resized cannot be exported"
             )
-        quant = self.origin.setting.format if leaf == "weight" and format_of(module) is not None else None
+        formats = self.origin.setting.formats
+        quant = next((q for q in formats if q.is_quantized(module) and leaf in q.weight_names(module)), None)
         is_cast = self.form.dtype is not None and loaded.dtype == self.origin.setting.dtype
         dtype = self.form.dtype if is_cast else loaded.dtype
         return Value(
             held=held,
             leaf=leaf,
             quant=quant,
-            state=None if quant is None else quant.state_of(module),
-            shape=held.shape if quant is None else quant.logical(module),
+            state=None if quant is None else quant.state_of(module, leaf),
+            shape=held.shape if quant is None else quant.logical(module, leaf),
             dtype=dtype or loaded.dtype,
             is_turned=leaf == "weight" and (was_conv1d(module) if quant is not None else is_conv1d(module)),
         )
@@ -287,7 +288,7 @@ class Planner:
         assert packed is not None
         name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
-        rows = packed.layout(None).packed_shape(shape, packed.storage)
+        rows = packed.layout(None, value.leaf).packed_shape(shape, packed.storage)
         beside = planned_beside(name, packed, shape.numel())
         found = (Planned(name=name, dtype=packed.storage, shape=rows), *beside)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)

@@ -176,11 +176,12 @@ def _check_mergeable(name: str, config: Any) -> None:
 
 def _shapes(origin: Origin, held: Mapping[Place, Part]) -> dict[Part, torch.Size]:
     """The shapes of all tensors, unpacked."""
-    quant = origin.setting.format
-    return {
-        one: quant.logical(module) if leaf == "weight" and quant.is_quantized(module) else one.shape
-        for (module, leaf), one in held.items()
-    }
+    found = {one: one.shape for one in held.values()}
+    for quant in origin.setting.formats:
+        for (module, leaf), one in held.items():
+            if quant.is_quantized(module) and leaf in quant.weight_names(module):
+                found[one] = quant.logical(module, leaf)
+    return found
 
 
 def _twins(model: nn.Module, parameters: Mapping[Place, nn.Parameter]) -> dict[nn.Module, nn.Module]:

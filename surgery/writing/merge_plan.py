@@ -503,7 +503,7 @@ def _one(
     made = [Planned(name=name, dtype=dtype, shape=shape)]
     if quant is not None:
         storage = stored.data.dtype if stored is not None else quant.storage
-        made = [Planned(name=name, dtype=storage, shape=quant.layout(None).packed_shape(shape, storage))]
+        made = [Planned(name=name, dtype=storage, shape=quant.layout(None, "weight").packed_shape(shape, storage))]
         made += planned_beside(name, quant, math.prod(shape))
     return [
         Merged(

@@ -26,7 +26,7 @@ def quantized_in(model: Any, quant: QuantFormat) -> tuple[frozenset[str], dict[s
 
     `model` is changed.
     """
-    chosen = quantizable(model, quant)
+    chosen = quantizable(model, (quant,))[quant]
     Replace(quant=quant, chosen=chosen).run(model)
     return frozenset(site.fqn for site in chosen), model.config.quantization_config.to_dict()
 
@@ -48,7 +48,7 @@ class Packer:
 
     def __init__(self, quant: QuantFormat, shape: torch.Size, made: Sequence[Planned], out: Output) -> None:
         self._quant, self._shape, self._made, self._out = quant, shape, made, out
-        self._layout = quant.layout(None)
+        self._layout = quant.layout(None, "weight")
         self._left = torch.empty(0)
         self._statistics: list[torch.Tensor] = []
         self._done = 0

@@ -43,8 +43,8 @@ class RowsOfTwo(Bnb4bit):
 class OddBlocks(Bnb4bit):
     """A block would begin in the middle of a byte."""
 
-    def layout(self, module: Any) -> Layout:
-        return replace(super().layout(module), blocksize=63)
+    def layout(self, module: Any, name: str) -> Layout:
+        return replace(super().layout(module, name), blocksize=63)
 
 
 class BytesOfAValue(Bnb4bit):
@@ -123,7 +123,7 @@ def refused_misfits(checkpoint: Path, shard: Any = None) -> dict[str, str]:
     for misfit in SAYS:
         reads, spy = count_reads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(base._FORMATS, surgery.Quant, misfit)
+            patch.setitem(base._FORMATS, surgery.Quant, (misfit,))
             patch.setattr(Reader, "read_bytes", spy)
             try:
                 surgery.qlora(checkpoint, shard=shard, report=surgery.Report())

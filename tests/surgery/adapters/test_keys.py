@@ -190,9 +190,9 @@ def test_blocks_that_share_a_layer_are_refused_under_fsdp2_though_they_are_alike
         model = Stacked()
     lora = LoraConfig(r=2, target_modules=r"layers\.\d\.0")
     quant = format_for(None, dtype=torch.float32)
-    assert rehearse(model, lora, quantized=[], quant=quant, strategy=strategy_for(None))
+    assert rehearse(model, lora, quantized={}, quant=quant, strategy=strategy_for(None))
     with pytest.raises(ConfigError, match="are one parameter, but are used in two groups of FSDP2"):
-        rehearse(model, lora, quantized=[], quant=quant, strategy=strategy_for(surgery.FSDP2()))
+        rehearse(model, lora, quantized={}, quant=quant, strategy=strategy_for(surgery.FSDP2()))
 
 
 def test_a_twin_has_no_wrappers_and_is_nobody_elses() -> None:

@@ -130,6 +130,6 @@ def test_adapt_comes_after_replace(tiny: Path, shared: Loading) -> None:
 
 def test_replace_comes_before_the_weights(tiny: Path, shared: Loading) -> None:
     model, quant = skeleton(tiny).to_empty(device=CPU), shared.setting.format
-    replace = Replace(quant=quant, chosen=quantizable(model, quant))
+    replace = Replace(quant=quant, chosen=quantizable(model, [quant])[quant])
     reason = "is not on meta: build the model on meta"
     refused("replace", reason, lambda: Pipeline(passes=[replace], loading=shared).run(model))

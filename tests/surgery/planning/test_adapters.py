@@ -44,7 +44,7 @@ def model_of(model_type: str = "llama", **changes: Any) -> Any:
 
 def rehearsed(model: Any, lora: LoraConfig) -> tuple[Trained, ...]:
     plain = format_for(None, dtype=torch.bfloat16)
-    return rehearse(model, lora, quantized=[], quant=plain, strategy=strategy_for(None))
+    return rehearse(model, lora, quantized={}, quant=plain, strategy=strategy_for(None))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

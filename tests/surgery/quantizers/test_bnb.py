@@ -78,7 +78,7 @@ def target_of(weight: torch.Tensor, quant: Bnb4bit) -> Target:
     )
     assignment = Assignment(targets=("weight",), sources=("weight",), dtypes=(weight.dtype,))
     index: Any = {"weight": entry}
-    (target,) = find_targets(quant.replacement(linear), [assignment], index, quant, tied={})
+    (target,) = find_targets(quant.replacement(linear), [assignment], index, [quant], tied={})
     return target
 
 
@@ -161,7 +161,7 @@ def parts_of_all_ranks(
 ) -> list[ShardBuffer]:
     devices = Devices(compute=CPU, data=CPU)
     each = [
-        ShardBuffers(quant=quant, partition=partition, devices=devices, rank=rank)
+        ShardBuffers(partition=partition, devices=devices, rank=rank)
         for rank in range(partition.grid.world_size)
     ]
     return [filled(target, parts, flat, step) for parts in each]
@@ -232,7 +232,7 @@ def test_parts_that_are_not_quantized_are_the_tensor_in_its_dtype(
     entry = TensorEntry(name="p", file=Path("p"), dtype=tensor.dtype, shape=tuple(tensor.shape), start=0, end=0)
     assignment, index = Assignment(targets=("p",), sources=("p",), dtypes=(tensor.dtype,)), {"p": entry}
     quant_format = Bnb4bit(Quant(), dtype=dtype)
-    (target,) = find_targets(module, [assignment], index, quant_format, tied={})  # type: ignore[arg-type]  # as a mapping
+    (target,) = find_targets(module, [assignment], index, [quant_format], tied={})  # type: ignore[arg-type]  # as a mapping
     parts = parts_of_all_ranks(target, quant_format, partition_of(world), tensor.reshape(-1), step)
     assert torch.equal(joined(parts), tensor.reshape(-1).to(dtype))
     assert all(part.tensor().dim() == tensor.dim() for part in parts if part.slice.keeps)
@@ -299,12 +299,12 @@ def test_a_quantized_module_equals_one_moved_by_bitsandbytes(
     ours: Any = quant_format.replacement(linear)
     assert quant_format.is_quantized(ours)
     assert not quant_format.is_quantized(linear)
-    assert quant_format.logical(ours) == linear.weight.shape
+    assert quant_format.logical(ours, "weight") == linear.weight.shape
     assert ours.weight.is_meta
     packed, statistics = quant_format.quantize(linear.weight.detach().view(-1), layout_of(quant))
-    (state,) = quant_format.states([statistics], [quant_format.logical(ours)], [None])
+    (state,) = quant_format.states([statistics], [quant_format.logical(ours, "weight")], [None])
     ours.weight = quant_format.parameter(ours, packed.view(storage).view(ours.weight.shape), state)
-    quant_format.set_state(ours, state)
+    quant_format.set_state(ours, "weight", state)
     assert_same_parameter(ours.weight, stock.weight)
     assert ours.weight.module is ours
     assert ours.quant_state is ours.weight.quant_state is state

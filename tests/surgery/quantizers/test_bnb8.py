@@ -138,7 +138,7 @@ def test_a_sharded_layer_multiplies_by_the_weight_that_it_has_now(
         whole.weight = Int8Params(values, requires_grad=False, CB=values, SCB=statistics.clone())
         whole.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
         layer.weight.data.view(-1).view(torch.int8).copy_(values.view(-1))
-        quant.set_state(layer, statistics)
+        quant.set_state(layer, "weight", statistics)
         for is_training in (True, False):
             found, wanted = (_applied(each.train(is_training), x.clone().requires_grad_()) for each in (layer, whole))
             assert all(map(torch.equal, found, wanted))

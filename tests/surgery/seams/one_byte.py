@@ -42,7 +42,7 @@ class OneByteFormat(QuantFormat):
     def replacement(self, module: Any) -> nn.Module:
         new = OneByteLinear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         new.blocksize = module.in_features if self.options.by_row else 64
-        packed = self.layout(new).packed_shape(module.weight.shape, self.storage)
+        packed = self.layout(new, "weight").packed_shape(module.weight.shape, self.storage)
         new.weight = nn.Parameter(torch.empty(packed, dtype=self.storage, device="meta"), requires_grad=False)
         if module.bias is not None:
             new.bias = nn.Parameter(torch.empty(module.bias.shape, dtype=self.dtype, device="meta"))
@@ -52,7 +52,7 @@ class OneByteFormat(QuantFormat):
     def is_quantized(cls, module: nn.Module) -> bool:
         return isinstance(module, OneByteLinear)
 
-    def layout(self, module: Any) -> Layout:
+    def layout(self, module: Any, name: str) -> Layout:
         return Layout(values_per_byte=1, blocksize=module.blocksize)
 
     def quantize(

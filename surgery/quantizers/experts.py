@@ -1,0 +1,212 @@
+"""Fused experts in 4 bits: the 3-D parameters of a mixture of experts, each expert quantized by itself."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from surgery.config import Quant
+from surgery.errors import ConfigError
+from surgery.quantizers.base import STATISTICS, QuantFormat, register
+from surgery.quantizers.bnb import Bnb4bit, as_params4bit
+from surgery.quantizers.stack import PackedStack, stacks_of
+
+__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters", "has_experts", "left_out"]
+
+#: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
+IMPLEMENTATION = "surgery_4bit"
+
+#: Classes that are taken for experts whose weights are parameters, with a forward of their own.
+EXPERTS = re.compile("expert", re.IGNORECASE)
+
+
+class Experts4bit(Bnb4bit):
+    """Fused experts, in the storage and by the kernels of bitsandbytes' 4 bits.
+
+    A module keeps its class, its flags and its biases. Each of its fused parameters `(experts, d1, d2)` becomes one of
+    packed bytes, `(n, 1)`, expert after expert, and a second one of the bytes of its statistics (`PackedStack`).
+    """
+
+    label = "experts in 4 bits"
+    needs_modules = False
+    resident_patches: ClassVar[tuple[str, ...]] = ()
+    lookup_patches = ("transformers.experts-4bit",)
+
+    def __init__(self, options: Quant, **dtypes: Any) -> None:
+        chosen = options.experts if isinstance(options.experts, str) else options.quant_type
+        super().__init__(dataclasses.replace(options, quant_type=chosen), **dtypes)
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether `module` is one of transformers' fused experts, with a weight that can be packed.
+
+        Raises `ConfigError` for experts whose class has a forward of its own, so that nobody trains with most of the
+        model in 16 bits unawares.
+        """
+        if not self.options.experts or self.is_quantized(module):
+            return False
+        if is_foreign(module):
+            raise ConfigError(
+                f"{type(module).__name__} holds its experts as parameters, with a forward of its own that transformers "
+                "does not let others replace: they cannot be had in 4 bits. Leave them in 16 bits with "
+                "Quant(experts=False) (--experts 16bit)"
+            )
+        return any(self._fits(module, name) for name in fused_parameters(module))
+
+    def _fits(self, module: nn.Module, name: str) -> bool:
+        """Whether the blocks of one expert are whole, so that none straddles two."""
+        shape = module.get_parameter(name).shape
+        return shape[1:].numel() % self.options.blocksize == 0
+
+    def replacement(self, module: Any) -> nn.Module:
+        """`module` itself, its weights packed, on meta; those of which blocks would straddle experts stay."""
+        stacks: dict[str, PackedStack] = {}
+        for name in fused_parameters(module):
+            if not self._fits(module, name):
+                continue
+            parameter = module.get_parameter(name)
+            stack = stacks[name] = self.stack(parameter)
+            size = self.layout(module, name).packed_shape(parameter.shape, self.storage)
+            for each, rows in ((name, size[0]), (name + STATISTICS, stack.statistics_bytes // self.storage.itemsize)):
+                data = torch.empty(rows, 1, dtype=self.storage, device="meta")
+                module._parameters[each] = as_params4bit(data, module, self.options)
+        self.announce(module, stacks)
+        module.config = copy.copy(module.config)
+        module.config._experts_implementation_internal = IMPLEMENTATION
+        frozen: nn.Module = module.requires_grad_(requires_grad=False)
+        return frozen
+
+    def stack(self, parameter: torch.Tensor) -> PackedStack:
+        """The packing of a fused `parameter`, `(experts, d1, d2)`."""
+        experts, *shape = parameter.shape
+        return PackedStack(
+            experts=experts,
+            shape=(shape[0], shape[1]),
+            quant_type=self.options.quant_type,
+            blocksize=self.options.blocksize,
+            double_quant=self.options.double_quant,
+            dtype=self.dtype if parameter.is_floating_point() else torch.float32,
+        )
+
+    def rehearse(self, module: Any) -> None:
+        """Have `module`, a copy on meta with weights in their own shapes, say what is packed in the model."""
+        fitting = (name for name in fused_parameters(module) if self._fits(module, name))
+        self.announce(module, {name: self.stack(module.get_parameter(name)) for name in fitting})
+
+    @staticmethod
+    def announce(module: Any, stacks: dict[str, PackedStack]) -> None:
+        """Note on `module` what is packed, and how."""
+        module.packed_stacks = stacks
+        module.quant_state = stacks  # by which `torch.fsdp2-bit-exact-gather` knows a layer of packed bytes
+
+    @classmethod
+    def is_quantized(cls, module: nn.Module) -> bool:
+        """Whether `module` is one of fused experts that `replacement` has changed."""
+        return bool(stacks_of(module))
+
+    @classmethod
+    def weight_names(cls, module: nn.Module) -> tuple[str, ...]:
+        """The fused parameters that are packed."""
+        return tuple(stacks_of(module))
+
+    def logical(self, module: Any, name: str) -> torch.Size:
+        """`(experts, d1, d2)`."""
+        stack = stacks_of(module)[name]
+        return torch.Size((stack.experts, *stack.shape))
+
+    def is_transposed(self, module: nn.Module) -> bool:
+        """False: experts are packed as their class stores them."""
+        return False
+
+    def mark(self, model: nn.Module) -> None:
+        """Nothing: transformers has no word for it."""
+
+    def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
+        """A `Params4bit`, which others leave in its dtype, without a state, which it would move with itself."""
+        return as_params4bit(packed, module, self.options)
+
+    def split_state(self, module: Any, name: str, state: torch.Tensor) -> tuple[torch.Tensor, PackedStack]:
+        """The bytes of the statistics of all experts, and how to read them."""
+        return state, stacks_of(module)[name]
+
+    def set_state(self, module: Any, name: str, state: PackedStack) -> None:
+        """Nothing: `module` knows its stacks from the beginning."""
+
+    def state_of(self, module: Any, name: str) -> Any:
+        """The layout of the weight and its statistics."""
+        return stacks_of(module)[name]
+
+    def state_tensors(self, state: Any) -> dict[str, torch.Tensor]:
+        """None: statistics are a parameter, and attested as that."""
+        return {}
+
+    def state_settings(self, state: Any) -> dict[str, str]:
+        """The fields of the layout."""
+        return {each.name: repr(getattr(state, each.name)) for each in dataclasses.fields(state)}
+
+    def states(
+        self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
+    ) -> list[Any]:
+        """The statistics as bytes; with double quantization those of each expert are quantized by themselves."""
+        return [self._bytes(each, shape) for each, shape in zip(statistics, shapes, strict=True)]
+
+    def _bytes(self, absmax: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        stack = self.stack(torch.empty(shape, device="meta"))
+        if not self.options.double_quant:
+            return stack.assemble({"absmax": absmax})
+        each = list(absmax.view(stack.experts, -1).unbind())
+        states = super().states(each, [torch.Size(stack.shape)] * stack.experts, [self.dtype] * stack.experts)
+        return stack.assemble(
+            {
+                "absmax": torch.cat([state.absmax for state in states]),
+                "nested_absmax": torch.cat([state.state2.absmax for state in states]),
+                "offset": torch.stack([state.offset for state in states]),
+            }
+        )
+
+    def state_bytes(self, blocks: int) -> int:
+        """0: statistics are a parameter."""
+        return 0
+
+    def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
+        """None: statistics are a parameter, which moves with the weight."""
+        return ()
+
+    def misread(self, model: nn.Module) -> list[str]:
+        """None: experts are dequantized flat, which every kernel does right."""
+        return []
+
+
+def fused_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The names of the fused 3-D weights of `module`, if it is one of transformers' experts that can be dispatched."""
+    if not hasattr(module, "is_concatenated") or not hasattr(module, "has_gate"):
+        return ()
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    held = ((name, module._parameters.get(name)) for name in names)
+    return tuple(name for name, parameter in held if parameter is not None and parameter.dim() == 3)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether `module` looks like fused experts that transformers does not dispatch."""
+    if not EXPERTS.search(type(module).__name__) or fused_parameters(module):
+        return False
+    held = [p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and p.dim() >= 2]
+    return bool(held) and not isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether `model` has fused experts, of a kind that can be packed or of another."""
+    return any(fused_parameters(module) or is_foreign(module) for module in model.modules())
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """FQNs of the fused weights of `model` that are not packed."""
+    return [f"{prefix}.{name}" for prefix, module in model.named_modules() for name in fused_parameters(module)]
+
+
+register(Quant, Bnb4bit, Experts4bit)

@@ -1,0 +1,170 @@
+"""Weights of a mixture of experts in 4 bits: packed bytes and statistics, expert after expert, and their values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from surgery.quantizers.bnb import NESTED_BLOCKSIZE, nested_values
+
+__all__ = ["PackedStack", "Section", "as_bytes", "stacks_of"]
+
+#: Bytes that a section of the statistics begins at a multiple of, and that all of them are a multiple of: no dtype that
+#: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
+ALIGNMENT = 16
+
+#: Elements that bitsandbytes dequantizes at once: on a GPU it counts them in 32 bits with a sign, unchecked.
+MOST_ELEMENTS = 1 << 30
+
+
+class Section(NamedTuple):
+    """The place of one kind of statistic of all experts among the bytes of a stack's statistics."""
+
+    start: int
+    dtype: torch.dtype
+    elements: int
+
+    @property
+    def bytes(self) -> slice:
+        """The range of bytes."""
+        return slice(self.start, self.start + self.elements * self.dtype.itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedStack:
+    """The layout of the 4-bit weights of all experts of a layer, one parameter of its class.
+
+    Packed bytes are those of `quantize_4bit` of expert 0, then of expert 1, and so on. The statistics are bytes too:
+    one section after the other, each of all experts. With double quantization the statistics of an expert are
+    quantized by themselves, as `quantize_4bit(expert, compress_statistics=True)` does: they have their own mean and
+    blocks, the last of which may be partial.
+
+    shape: of one expert, as its class stores it; whole blocks.
+    dtype: of dequantized values.
+    """
+
+    experts: int
+    shape: tuple[int, int]
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        assert self.numel % self.blocksize == 0, "blocks straddle experts"
+
+    @property
+    def numel(self) -> int:
+        """Elements of one expert."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of one expert: its float32 statistics."""
+        return self.numel // self.blocksize
+
+    @property
+    def nested_blocks(self) -> int:
+        """Blocks of the statistics of one expert, with double quantization."""
+        return -(-self.blocks // NESTED_BLOCKSIZE)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Packed bytes of all experts."""
+        return self.experts * self.numel // 2
+
+    @functools.cached_property
+    def sections(self) -> Mapping[str, Section]:
+        """The statistics by name: `absmax`, and with double quantization `nested_absmax` and `offset`, in order."""
+        kinds = {"absmax": (torch.float32, self.blocks)}
+        if self.double_quant:
+            kinds = {
+                "absmax": (torch.uint8, self.blocks),
+                "nested_absmax": (torch.float32, self.nested_blocks),
+                "offset": (torch.float32, 1),
+            }
+        found: dict[str, Section] = {}
+        start = 0
+        for name, (dtype, each) in kinds.items():
+            found[name] = section = Section(start, dtype, self.experts * each)
+            start = _aligned(section.bytes.stop)
+        return found
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Bytes of the statistics of all experts, padded to a multiple of `ALIGNMENT`."""
+        return max(_aligned(section.bytes.stop) for section in self.sections.values())
+
+    def assemble(self, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The statistics as bytes, `(statistics_bytes,)` uint8, on their device; padding is zeros.
+
+        statistics: each of `sections` by its name, of the dtype and the number of elements that it has there.
+        """
+        out = torch.zeros(self.statistics_bytes, dtype=torch.uint8, device=statistics["absmax"].device)
+        for name, section in self.sections.items():
+            given = statistics[name]
+            assert (given.dtype, given.numel()) == (section.dtype, section.elements), name
+            out[section.bytes] = as_bytes(given)
+        return out
+
+    def views(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each of `sections`, 1-D and in its dtype: views of `statistics`, of any dtype, or copies if not aligned."""
+        whole = as_bytes(statistics)
+        return {
+            name: _aligned_for(section.dtype, whole[section.bytes]).view(section.dtype)
+            for name, section in self.sections.items()
+        }
+
+    def dequantize(self, packed: torch.Tensor, statistics: torch.Tensor, experts: range) -> torch.Tensor:
+        """The values of consecutive experts, `(len(experts), *shape)` in `dtype`.
+
+        packed, statistics: of all experts, in any dtype and shape.
+        """
+        if len(experts) > 1 and len(experts) * self.numel > MOST_ELEMENTS:
+            middle = len(experts) // 2
+            halves = experts[:middle], experts[middle:]
+            return torch.cat([self.dequantize(packed, statistics, half) for half in halves])
+        each = self.numel // 2
+        # Flat: the kernel for a CPU misreads rows that are not whole blocks.
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            as_bytes(packed)[experts.start * each : experts.stop * each],
+            self._absmax(self.views(statistics), experts),
+            self.blocksize,
+            self.quant_type,
+            [len(experts) * self.numel],
+            self.dtype,
+        )
+        return values.view(len(experts), *self.shape)
+
+    def _absmax(self, statistics: Mapping[str, torch.Tensor], experts: range) -> torch.Tensor:
+        """The float32 statistics of consecutive experts, `(len(experts) * blocks,)`."""
+        run = {name: of_all.view(self.experts, -1)[experts.start : experts.stop] for name, of_all in statistics.items()}
+        if not self.double_quant:
+            return run["absmax"].reshape(-1)
+        return nested_values(run["absmax"], run["nested_absmax"], run["offset"], blocks=range(self.blocks)).view(-1)
+
+
+def stacks_of(module: nn.Module) -> Mapping[str, PackedStack]:
+    """The stacks of weights in 4 bits that `module` holds, by the names of its parameters; empty for most modules."""
+    found: Mapping[str, PackedStack] = vars(module).get("packed_stacks", {})
+    return found
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor of any dtype and shape: a view, uint8 and 1-D."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _aligned_for(dtype: torch.dtype, data: torch.Tensor) -> torch.Tensor:
+    """`data`, 1-D bytes, copied if it does not begin where `dtype` may: a shard, or a part of a flat parameter."""
+    is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
+    return data if is_aligned else data.clone()
