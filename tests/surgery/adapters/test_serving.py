@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import surgery
 from surgery.cli import app
 from surgery.errors import ConfigError, WeightsMismatchError
+from surgery.quantizers.stack import stacks_of
 from tests.helpers.models import save_tiny
 
 WEIGHTS, START = "adapter_model.safetensors", "base_model.model."
@@ -108,6 +109,7 @@ def change(module: str, a: torch.Tensor, b: torch.Tensor, base: dict[str, torch.
     return name, (b.view(len(b), -1, number).permute(2, 0, 1) @ a.view(number, -1, a.shape[1])).mT
 
 
+@pytest.mark.filterwarnings("ignore:PEFT takes a part of target_modules:UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_server_computes_what_stock_peft_merges(family: str, tmp_path: Path) -> None:
     changes, options = FAMILIES[family]
@@ -132,6 +134,22 @@ def test_a_server_computes_what_stock_peft_merges(family: str, tmp_path: Path) -
     assert {
         min(a.shape[0] % config["r"], b.shape[1] % config["r"]) for a, b in factors(tmp_path / "vllm").values()
     } == {0}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_same_files_over_experts_in_4_bits(family: str, tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", family, dtype=torch.float32, **{**SHAPE, **FAMILIES[family][0]})
+    save(base, tmp_path)
+    with surgery.qlora(base, adapter=tmp_path / "peft", dtype=torch.float32, report=surgery.Report()) as model:
+        assert any(map(stacks_of, model.modules()))
+        model.peft_config["default"].lora_dropout = 0.1  # with which stock PEFT would not load it
+        surgery.save_adapter(model, tmp_path / "again")
+        surgery.save_adapter(model, tmp_path / "vllm-again", format="vllm")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_dropout"] == 0
+    for name in ("peft/again", "vllm/vllm-again"):
+        one, other = (load_file(tmp_path / folder / WEIGHTS) for folder in name.split("/"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_refused_before_anything_is_written(tmp_path: Path) -> None:
