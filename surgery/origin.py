@@ -12,13 +12,12 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
-from surgery.model.keys import Assignment
-from surgery.model.pretrained import is_pretrained
+from surgery.model.keys import Assignment, conversions_of
 from surgery.passes.prepare import Prepared
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target
 
-__all__ = ["Loaded", "Origin", "conversions_of", "origin_of", "remember"]
+__all__ = ["Loaded", "Origin", "origin_of", "remember"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +63,7 @@ def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
             for target in prepared.targets
             if target.statistics_of is None
         ),
-        conversions=conversions_of(prepared.model) if converts else (),
+        conversions=conversions_of(prepared.model, checkpoint.index.keys()) if converts else (),
     )
 
 
@@ -96,13 +95,3 @@ def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
         dtype=target.precision or (setting.dtype if as_stored else target.dtype),
         assignment=assignment,
     )
-
-
-def conversions_of(model: nn.Module) -> Sequence[Any]:
-    """The renamings and converters by which transformers names and shapes a checkpoint of `model`."""
-    if not is_pretrained(model):
-        return ()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    found: Sequence[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]  # checked above
-    return found

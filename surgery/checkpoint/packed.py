@@ -2,10 +2,10 @@
 
 Of a weight `W` in 4 bits there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and
 settings as JSON in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too,
-by `W.nested_absmax` and `W.nested_quant_map`. A stack of experts, of three dimensions, is that of each expert one behind
-the other, and with double quantization their means are in `W.nested_offset`. Of one in 8 bits, `X.weight`, there are the int8 values themselves, the
-largest absolute value of each row in `X.SCB`, and maybe how rows lie in `X.weight_format`. docs/formats.md has every
-key.
+by `W.nested_absmax` and `W.nested_quant_map`. A stack of experts, of three dimensions, has in each of these what each
+expert would have by itself, one behind the other, and with double quantization their means in `W.nested_offset`. Of a
+weight in 8 bits, `X.weight`, there are the int8 values themselves, the largest absolute value of each row in `X.SCB`,
+and maybe how rows lie in `X.weight_format`. docs/formats.md has every key.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class PackedSettings:
 
     quant_type: `nf4`, `fp4` or `int8`. dtype: in which it was quantized, and is dequantized; of int8 the model's.
     shape: the weight's own, `(out, in)`, or `(experts, d1, d2)` of a stack, whose experts are packed each by itself.
-    blocksize: elements that share one absmax, a row of int8. nested_blocksize: of
-    absmax values that share one. nested_offset: added to every absmax; None of a stack, which has one for each expert in a tensor. threshold: of activations of int8 layers, above
-    which a column is an outlier; of config.json.
+    blocksize: elements that share one absmax, a row of int8. nested_blocksize: of absmax values that share one.
+    nested_offset: added to every absmax; None of a stack, which has one for each expert in a tensor. threshold: of
+    activations of int8 layers, above which a column is an outlier; of config.json.
     """
 
     quant_type: str
@@ -309,11 +309,8 @@ def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Pa
         state=state,
         settings=settings,
     )
-    if settings.double_quant != (weight.nested_absmax is not None):
-        raise _broken(path, name, f"{state.name} and the tensors beside it differ in whether absmax is quantized too")
-    if (settings.double_quant and settings.is_stack) != (weight.nested_offset is not None):
-        is_there = "there is no" if weight.nested_offset is None else "it has no experts, and there is a"
-        raise _broken(path, name, f"{is_there} tensor {name}.nested_offset, of the means of experts")
+    if why := _contradiction(weight):
+        raise _broken(path, name, why)
     for entry, dtypes, count in _expected(weight):
         if entry.dtype not in dtypes or entry.numel != count:
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -325,6 +322,17 @@ def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Pa
                 f"{str(entry.dtype).removeprefix('torch.')}",
             )
     return weight
+
+
+def _contradiction(weight: PackedWeight) -> str | None:
+    """The reason why the tensors of `weight` cannot be those of its settings, if there is one."""
+    settings, name = weight.settings, weight.name
+    if settings.double_quant != (weight.nested_absmax is not None):
+        return f"the settings of {name} and the tensors beside it differ in whether absmax is quantized too"
+    if (settings.double_quant and settings.is_stack) == (weight.nested_offset is not None):
+        return None
+    found = "is missing" if weight.nested_offset is None else "is there, and it is no stack with double quantization"
+    return f"{name}.nested_offset, of the means of experts, {found}"
 
 
 def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.dtype, ...], int]]:

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
 
-__all__ = ["Assignment", "Group", "Logical", "group_keys"]
+__all__ = ["Assignment", "Group", "Logical", "conversions_of", "group_keys"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,6 +58,26 @@ def group_keys(
         group.sources.append(key)
         group.patterns.append(pattern or key)
     return groups, unplaced, repeated
+
+
+def conversions_of(model: nn.Module, keys: Collection[str]) -> list[Any]:
+    """The conversions of transformers by which `model` is written as a checkpoint with `keys` is; none for another.
+
+    A prefix that the checkpoint does not have is not added: transformers reads it with and without.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    unused = {
+        each
+        for each in found
+        if isinstance(each, PrefixChange) and all(each.rename_source_key(k)[0] == k for k in keys)
+    }
+    return [each for each in found if each not in unused]
 
 
 def _in_order(keys: Iterable[str], sort_key: Callable[[str], Any]) -> list[str]:

@@ -262,12 +262,15 @@ class QuantFormat:
     by_expert: ClassVar[bool] = False
 
     def state_ranges(self, state: Any, experts: range) -> Mapping[str, range]:
-        """The bytes, of the statistics of a stack as a parameter, that are those of consecutive `experts`, by name."""
-        raise NotImplementedError(f"{type(self).__name__} must define state_ranges, since it packs by expert")
+        """The bytes, of statistics that are a parameter, that are those of consecutive `experts`, by name.
+
+        state: what `state_of` gives. experts: of a weight that is no stack the only one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define state_ranges, since it has such parameters")
 
     def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
-        """The state of a stack of these experts alone, of the bytes of its `state_ranges`."""
-        raise NotImplementedError(f"{type(self).__name__} must define state_from, since it packs by expert")
+        """The state of these experts alone, as `states` gives it, of the bytes of its `state_ranges`."""
+        raise NotImplementedError(f"{type(self).__name__} must define state_from, since it has such parameters")
 
     def saved_by_expert(self, state: Any) -> Mapping[str, torch.Tensor]:
         """Those tensors of `saved` of which each expert has an equal part, in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -279,6 +279,17 @@ class Bnb4bit(QuantFormat):
 
         stack = self._stack(module, state.dtype)
         return assembled(stack, state), held_state(module, stack)
+
+    def state_ranges(self, state: Any, experts: range) -> dict[str, range]:
+        """The sections of the state of a weight whose statistics are a parameter."""
+        ranges: dict[str, range] = state.stack.ranges(experts)
+        return ranges
+
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> QuantState:
+        """The `QuantState` that `quantize_4bit` would have made."""
+        from surgery.quantizers.held_state import whole_state
+
+        return whole_state(state.stack, found)
 
     def _linear4bit(self, linear: Any) -> Any:
         from bitsandbytes.nn import Linear4bit

@@ -15,9 +15,9 @@ from torch import nn
 from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
 from surgery.errors import ConfigError, QuantizerError
-from surgery.quantizers.base import STATISTICS, QuantFormat, register
+from surgery.quantizers.base import STATISTICS, register
 from surgery.quantizers.bnb import NESTED_BLOCKSIZE, STATE, Bnb4bit, as_params4bit, code_of, dynamic_code
-from surgery.quantizers.stack import PackedStack, as_bytes, stacks_of
+from surgery.quantizers.stack import PackedStack, aligned, stacks_of
 
 __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
 
@@ -246,17 +246,13 @@ class Experts4bit(Bnb4bit):
 
     def state_ranges(self, state: PackedStack, experts: range) -> dict[str, range]:
         """The part of each section."""
-        found = {}
-        for name, section in state.sections.items():
-            each = section.elements // state.experts * section.dtype.itemsize
-            found[name] = range(section.start + experts.start * each, section.start + experts.stop * each)
-        return found
+        return state.ranges(experts)
 
     def state_from(self, state: PackedStack, experts: range, found: Mapping[str, torch.Tensor]) -> StackState:
         """A stack of `experts`."""
         stack = dataclasses.replace(state, experts=len(experts))
         sections = stack.sections.items()
-        parts = {name: found[name].clone().view(section.dtype) for name, section in sections}
+        parts = {name: aligned(found[name], section.dtype) for name, section in sections}
         return StackState(stack, stack.assemble(parts))
 
     def state_bytes(self, blocks: int) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from surgery.quantizers.bnb import NESTED_BLOCKSIZE, nested_values
 
-__all__ = ["PackedStack", "Section", "as_bytes", "stacks_of"]
+__all__ = ["PackedStack", "Section", "aligned", "as_bytes", "stacks_of"]
 
 #: Bytes that a section of the statistics begins at a multiple of, and that all of them are a multiple of: no dtype that
 #: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
@@ -100,6 +100,14 @@ class PackedStack:
         """Bytes of the statistics of all experts, padded to a multiple of `ALIGNMENT`."""
         return max(_aligned(section.bytes.stop) for section in self.sections.values())
 
+    def ranges(self, experts: range) -> dict[str, range]:
+        """The bytes of consecutive experts in each section, of the statistics of all."""
+        found = {}
+        for name, section in self.sections.items():
+            each = section.elements // self.experts * section.dtype.itemsize
+            found[name] = range(section.start + experts.start * each, section.start + experts.stop * each)
+        return found
+
     def assemble(self, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The statistics as bytes, `(statistics_bytes,)` uint8, on their device; padding is zeros.
 
@@ -115,10 +123,7 @@ class PackedStack:
     def views(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each of `sections`, 1-D and in its dtype: views of `statistics`, of any dtype, or copies if not aligned."""
         whole = as_bytes(statistics)
-        return {
-            name: _aligned_for(section.dtype, whole[section.bytes]).view(section.dtype)
-            for name, section in self.sections.items()
-        }
+        return {name: aligned(whole[section.bytes], section.dtype) for name, section in self.sections.items()}
 
     def dequantize(self, packed: torch.Tensor, statistics: torch.Tensor, experts: range) -> torch.Tensor:
         """The values of consecutive experts, `(len(experts), *shape)` in `dtype`.
@@ -183,7 +188,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _aligned_for(dtype: torch.dtype, data: torch.Tensor) -> torch.Tensor:
-    """`data`, 1-D bytes, copied if it does not begin where `dtype` may: a shard, or a part of a flat parameter."""
+def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`data`, 1-D bytes, in `dtype`: copied if it does not begin where that may, in a shard or a flat parameter."""
     is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
-    return data if is_aligned else data.clone()
+    return (data if is_aligned else data.clone()).view(dtype)

@@ -40,27 +40,25 @@ class Apart:
             done, at = done + piece.numel(), at + 1
 
 
-def apart(
-    assignment: Assignment, fqn: str, shape: Sequence[int], dtype: torch.dtype, base: Any, conversions: Sequence[Any]
-) -> Apart | None:
+def apart(assignment: Assignment, fqn: str, meta: torch.Tensor, base: Any, conversions: Sequence[Any]) -> Apart | None:
     """The tensors that upstream makes the parameter `fqn` of, and writes of it, of which `assignment` has it.
 
-    base: the model, of transformers. conversions: by which it names and shapes a checkpoint. None where upstream's
-    name is its own, or where other tensors than whole ones, one behind the other, are made of it.
+    meta: of its shape, in the dtype of the output. base: the model, of transformers. conversions: by which it names and
+    shapes a checkpoint. None where upstream's name is its own, or where it makes other tensors of it than whole ones,
+    one behind the other.
     """
-    meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
     try:
         made = assignment.revert({fqn: meta}, base.config, conversions)
         again = _assigned(fqn, meta, list(made), base, conversions)
         if again is None or set(again.sources) != set(made):
             return None
-        sources = {name: torch.empty(each.shape, dtype=dtype, device="meta") for name, each in made.items()}
+        sources = {name: torch.empty(each.shape, dtype=meta.dtype, device="meta") for name, each in made.items()}
         with Watched(sources) as watched:
             converted = again.convert(sources)
     except Exception:  # noqa: BLE001  # whatever an operation that cannot be turned around raises
         return None
     order = watched.order(converted[fqn]) if converted.keys() == {fqn} else ()
-    found = tuple(Planned(name=name, dtype=dtype, shape=tuple(made[name].shape)) for name in order)
+    found = tuple(Planned(name=name, dtype=meta.dtype, shape=tuple(made[name].shape)) for name in order)
     return Apart(tensors=found) if found else None
 
 

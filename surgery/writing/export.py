@@ -176,8 +176,8 @@ class _Writing:
     def _needed(self, part: Product) -> Iterator[Need]:
         """What one rank has to have: tensors, and ranges of the elements that are stored of them; None for all."""
         for value in part.values:
-            experts = part.experts or range(value.shape[0] if value.shape else 1)
-            if not value.is_copied:
+            experts = part.experts or value.experts
+            if part.experts is None or not value.is_copied:
                 yield value.held, None if part.experts is None else value.stored(experts)
             if value.statistics is not None:
                 yield from ((value.statistics, each) for each, _ in value.stored_statistics(experts).values())
@@ -223,6 +223,9 @@ class _Writing:
             made.clear()
             for planned in part.tensors:
                 self.out.write(planned.name, apart.pop(planned.name))
+        elif part.packed is not None and value.is_copied:
+            self.out.write(name, got[value.held, None].view(torch.uint8))
+            write_state(self.out, name, part.packed.saved(self._joined(value, got, value.experts).state))
         elif part.packed is not None:
             whole = self._whole(value, got, name)
             whole = whole.t() if value.is_turned and value.quant is None else whole
@@ -260,7 +263,7 @@ class _Writing:
         """
         if flat is None:
             flat = got[value.held, None]
-            value = value if value.statistics is None else self._joined(value, got, range(value.shape[0]))
+            value = value if value.statistics is None else self._joined(value, got, value.experts)
         inputs = [
             {
                 key: got[held, None].view(held.shape).float()

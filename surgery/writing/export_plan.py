@@ -11,7 +11,6 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.origin import Loaded, Origin
@@ -115,7 +114,8 @@ class Value:
 
     quant, state: of a packed weight, else None; statistics: its state as a parameter, where its module has one. shape:
     its own one, unpacked, as the module has it. dtype: in which it is merged, and written unless it is packed. sites:
-    layers of PEFT that change it. is_copied: whether the packed bytes are written already, as they are. beside: other tensors of its module that these change with it.
+    layers of PEFT that change it. is_copied: whether packed bytes are written as they are. beside: other tensors of its
+    module that these change with it.
     """
 
     held: Part
@@ -131,8 +131,10 @@ class Value:
     beside: tuple[Value, ...] = ()
 
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors of its state."""
-        return {} if self.quant is None else self.quant.state_tensors(self.state)
+        """The tensors of its state, unless they are a parameter."""
+        if self.quant is None or self.statistics is not None:
+            return {}
+        return self.quant.state_tensors(self.state)
 
     @property
     def values_per_byte(self) -> int:
@@ -140,11 +142,17 @@ class Value:
         assert self.quant is not None
         return self.quant.layout(None, self.leaf).values_per_byte
 
+    @property
+    def experts(self) -> range:
+        """The experts of a stack; one of any other packed weight."""
+        return range(self.shape[0] if self.quant is not None and self.quant.by_expert else 1)
+
     def joined(self, experts: range, found: Mapping[str, torch.Tensor]) -> Value:
-        """The value of some experts of a stack alone, with the bytes of their statistics."""
+        """The value of some experts alone, with the bytes of their statistics."""
         assert self.quant is not None
+        shape = (len(experts), *self.shape[1:]) if self.quant.by_expert else self.shape
         state = self.quant.state_from(self.state, experts, found)
-        return replace(self, state=state, shape=torch.Size((len(experts), *self.shape[1:])), statistics=None)
+        return replace(self, state=state, shape=torch.Size(shape), statistics=None)
 
     def stored(self, rows: range) -> range:
         """The elements that are stored of a range of dimension 0; whole ones."""
@@ -244,7 +252,8 @@ class Planner:
         if packed is not None:
             tensors = planned_packed(assignment.key_of(name), packed, value.shape, packed.storage)
         else:
-            pieces = apart(assignment, name, value.shape, value.dtype, self.base, self.origin.conversions)
+            empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            pieces = apart(assignment, name, empty, self.base, self.origin.conversions)
             if pieces is None and assignment.converter is not None:
                 return
             key = assignment.key_of(name)
@@ -349,14 +358,19 @@ class Planner:
             name = loaded.names[number] if name == loaded.assignment.sources[0] else name
         turned = value.is_turned and value.quant is not None
         planned = Planned(name=name, dtype=value.dtype, shape=tuple(value.shape[:: -1 if turned else 1]))
-        return Product(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
+        is_gathered = bool(value.sites) or turned or value.statistics is not None
+        return Product(tensors=(planned,), values=(value,), is_gathered=is_gathered)
 
     def _packed(self, loaded: Loaded, value: Value, packed: QuantFormat) -> Product:
         name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
         found = planned_packed(name, packed, shape, packed.storage)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return Product(tensors=found, values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+        is_copied = is_same and not value.sites
+        is_gathered = not is_copied or value.statistics is not None
+        return Product(
+            tensors=found, values=(replace(value, is_copied=is_copied),), packed=packed, is_gathered=is_gathered
+        )
 
     def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Product:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""

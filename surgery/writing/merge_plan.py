@@ -16,7 +16,7 @@ from torch import nn
 from surgery.checkpoint import Checkpoint, PackedWeight, Reader, Request, Segment, TensorEntry
 from surgery.errors import ConfigError
 from surgery.model.fqn import join, split
-from surgery.model.keys import Assignment, group_keys
+from surgery.model.keys import Assignment, conversions_of, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
 from surgery.quantizers.base import QuantFormat
@@ -76,8 +76,6 @@ class BaseModel:
     @classmethod
     def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
         """The view of `model`, which is to be adapted in place."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         modules = {module: name for name, module in model.named_modules()}
         tied = {
             first: tuple(dict.fromkeys(_canonical(model, modules, name) for name in (first, *others)))
@@ -92,7 +90,7 @@ class BaseModel:
             keys=_tied_keys(model, checkpoint, [names for names in tied.values() if len(names) > 1]),
             ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
             weights=weights,
-            conversions=get_model_conversion_mapping(model),
+            conversions=conversions_of(model, checkpoint.index.keys()),
         )
 
 
@@ -446,7 +444,12 @@ def plan_work(
 
 def _is_divided(base: BaseModel, assignment: Assignment, changed: Mapping[str, Change]) -> bool:
     """Whether a fused parameter is made of whole tensors, and none of its changes needs all of it."""
-    is_whole = assignment.converter is not None and bool(assignment.orders) and len(assignment.targets) == 1 and not assignment.duplicates
+    is_whole = (
+        assignment.converter is not None
+        and bool(assignment.orders)
+        and len(assignment.targets) == 1
+        and not assignment.duplicates
+    )
     if not is_whole or len(base.tensors[assignment.targets[0]].shape) != 3:
         return False
     return all(
@@ -510,7 +513,7 @@ def _one(
         made = planned_packed(name, quant, shape, stored.data.dtype if stored is not None else quant.storage)
     elif stored is not None and stored.settings.is_stack:
         assignment = next(each for each in base.weights.assignments if fqn in each.targets)
-        pieces = apart(assignment, fqn, shape, dtype, base.model, base.conversions)
+        pieces = apart(assignment, fqn, torch.empty(shape, dtype=dtype, device="meta"), base.model, base.conversions)
         made = made if pieces is None else pieces.tensors
     return [
         Merged(

@@ -24,7 +24,7 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError, WeightsMismatchError
-from surgery.origin import conversions_of
+from surgery.model.keys import conversions_of
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.exchange import Exchange
 from surgery.passes.loading import CHUNK_ELEMENTS, Job, Loading, loading
@@ -268,7 +268,9 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
             packed = checkpoint.packed.get(name)
             pieces = None
             if packed is not None and packed.settings.is_stack:
-                pieces = apart(assignment, target.fqn, shape, dtype, prepared.model, conversions_of(prepared.model))
+                empty = torch.empty(shape, dtype=dtype, device="meta")
+                conversions = conversions_of(prepared.model, checkpoint.index.keys())
+                pieces = apart(assignment, target.fqn, empty, prepared.model, conversions)
             yield _Part(
                 tensors=(Planned(name=name, dtype=dtype, shape=shape),) if pieces is None else pieces.tensors,
                 source=entry,
