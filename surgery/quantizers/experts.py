@@ -144,7 +144,7 @@ class Experts4bit(Bnb4bit):
         """A `Params4bit`, which others leave in its dtype, without a state, which it would move with itself."""
         return as_params4bit(packed, module, self.options)
 
-    def split_state(self, module: Any, name: str, state: StackState) -> tuple[torch.Tensor, PackedStack]:
+    def split_state(self, module: Any, name: str, state: Any) -> tuple[torch.Tensor, Any]:
         """The bytes of the statistics of all experts, and how to read them."""
         return state.statistics, state.stack
 
@@ -165,7 +165,7 @@ class Experts4bit(Bnb4bit):
 
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
-    ) -> list[StackState]:
+    ) -> list[Any]:
         """Layouts and bytes; with double quantization the statistics of each expert are quantized by themselves."""
         return [self._state(each, shape) for each, shape in zip(statistics, shapes, strict=True)]
 
@@ -184,7 +184,7 @@ class Experts4bit(Bnb4bit):
 
     def stored_state(
         self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
-    ) -> StackState:
+    ) -> Any:
         """The layout, and the sections that are stored. Raises `QuantizerError` for other codes than bitsandbytes'."""
         device = statistics.device
         stack = self.stack(torch.empty(stored.settings.shape, device="meta"))
@@ -202,9 +202,10 @@ class Experts4bit(Bnb4bit):
                 )
         return StackState(stack, stack.assemble(sections))
 
-    def dequantize(self, packed: torch.Tensor, start: int, state: StackState) -> torch.Tensor:
+    def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
         """The values in the dtype of the stack, by the kernel under `dequantize_4bit`, given whole blocks."""
-        return state.stack.elements(packed, start, state.statistics)
+        values: torch.Tensor = state.stack.elements(packed, start, state.statistics)
+        return values
 
     def saved_shapes(self, shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
         """The sections of all experts, the tables of codes, and a text."""
@@ -248,7 +249,7 @@ class Experts4bit(Bnb4bit):
         """The part of each section."""
         return state.ranges(experts)
 
-    def state_from(self, state: PackedStack, experts: range, found: Mapping[str, torch.Tensor]) -> StackState:
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
         """A stack of `experts`."""
         stack = dataclasses.replace(state, experts=len(experts))
         sections = stack.sections.items()
