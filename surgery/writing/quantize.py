@@ -304,6 +304,8 @@ def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path
         "double quantization": setting.quant.double_quant,
         "quantized in": dtype,
     }
+    if any(target.is_quantized and target.quant is not None and target.quant.by_expert for target in prepared.targets):
+        settings["experts"] = "in 4 bits, which transformers does not read: `surgery dequantize` writes 16 bits"
     return sidecars(checkpoint, config, title=f"{name} in 4 bits", relation="quantized", settings=settings)
 
 
