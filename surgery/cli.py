@@ -30,10 +30,11 @@ from surgery.run import EPILOG as RUN_EPILOG
 from surgery.run import SCRIPT, run
 from surgery.tracing.command import EPILOG as TRACE_EPILOG
 from surgery.tracing.command import trace
+from surgery.writing.command import CONVERT as CONVERT_EPILOG
 from surgery.writing.command import DEQUANTIZE as DEQUANTIZE_EPILOG
 from surgery.writing.command import MERGE as MERGE_EPILOG
 from surgery.writing.command import QUANTIZE as QUANTIZE_EPILOG
-from surgery.writing.command import dequantize, merge, quantize
+from surgery.writing.command import convert, dequantize, merge, quantize
 
 __all__ = ["app", "main"]
 
@@ -154,6 +155,7 @@ def _say(message: str) -> None:
 
 app.command(name="finetune", context_settings=SETTINGS)(reports_errors(finetune))
 app.command(name="dpo", context_settings=SETTINGS)(reports_errors(dpo))
+app.command(name="convert", cls=_Command, epilog=CONVERT_EPILOG)(reports_errors(convert))
 app.command(name="dequantize", cls=_Command, epilog=DEQUANTIZE_EPILOG)(reports_errors(dequantize))
 app.command(name="doctor", cls=_Command, epilog=DOCTOR_EPILOG, context_settings=SCRIPT)(reports_errors(doctor))
 app.command(name="generate", cls=_Command, epilog=GENERATE_EPILOG, context_settings=SPELLING)(reports_errors(generate))

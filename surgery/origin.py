@@ -12,8 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
-from surgery.model.keys import Assignment
-from surgery.model.pretrained import is_pretrained
+from surgery.model.keys import Assignment, conversions_of
 from surgery.passes.prepare import Prepared
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import Target
@@ -52,7 +51,10 @@ _origins: weakref.WeakKeyDictionary[nn.Module, Origin] = weakref.WeakKeyDictiona
 def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
     """Keep for the model of `prepared`, as long as it lives, what it was filled from."""
     assignments = {target.assignment: _light(target.assignment) for target in prepared.targets}
-    converts = any(assignment.converter is not None for assignment in assignments)
+    # Of packed stacks upstream has no converter, and of what they are unpacked.
+    converts = any(assignment.converter is not None for assignment in assignments) or any(
+        packed.settings.is_stack for packed in checkpoint.packed.values()
+    )
     _origins[prepared.model] = Origin(
         checkpoint=checkpoint,
         setting=prepared.setting,
@@ -61,7 +63,7 @@ def remember(prepared: Prepared, checkpoint: Checkpoint) -> None:
             for target in prepared.targets
             if target.statistics_of is None
         ),
-        conversions=_conversions(prepared.model) if converts else (),
+        conversions=conversions_of(prepared.model, checkpoint.index.keys()) if converts else (),
     )
 
 
@@ -93,12 +95,3 @@ def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
         dtype=target.precision or (setting.dtype if as_stored else target.dtype),
         assignment=assignment,
     )
-
-
-def _conversions(model: nn.Module) -> Sequence[Any]:
-    if not is_pretrained(model):
-        return ()
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    found: Sequence[Any] = get_model_conversion_mapping(model)  # type: ignore[arg-type]  # checked above
-    return found

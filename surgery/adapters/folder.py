@@ -21,12 +21,12 @@ import torch
 
 from surgery.adapters.metadata import TOKENIZER_FILES, tokenizer_sizes
 from surgery.adapters.place import allocate, locked, made, refuse_base, refuse_model, refuse_what_stays
-from surgery.checkpoint.header import read_header
+from surgery.checkpoint.header import DTYPES, LENGTH_BYTES, read_header
 from surgery.comm.environment import compute_device, launched_world_size
 from surgery.comm.failures import everyone
 from surgery.comm.ranks import current_ranks
 from surgery.errors import AdapterError, CheckpointError, ConfigError
-from surgery.telemetry.atomic import remove_partials, sync, write_safetensors
+from surgery.telemetry.atomic import remove_partials, sync
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -46,6 +46,8 @@ STAGED, WHOLE = ".surgery-staged", ".surgery-whole"
 
 #: The weights first, while what they replace can still be told from what is new; the card when all is in place.
 _ORDER = {WEIGHTS: 0, CONFIG: 2, CARD: 3}
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 #: Bytes for configuration, card and header; names of tensors are up to a 64th of them.
 _BESIDE = 1 << 16
@@ -177,13 +179,11 @@ class AdapterFolder:
         where only the last step fails, it names the folder in which the new adapter is whole.
         """
         _refuse_not_finite(tensors)
-        from safetensors import SafetensorError
-
         try:
             self._stage()
             self._write(tensors, config, card, tokenizer)
             self._staged.rename(self._whole)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             shutil.rmtree(self._staged, ignore_errors=True)
             raise AdapterError(
                 f"the adapter cannot be written to {self.path}: {error}; what was there is as it was. Save it to "
@@ -209,7 +209,7 @@ class AdapterFolder:
     ) -> None:
         names = list(tokenizer) or _saved_tokenizer(self.path / WEIGHTS)
         metadata = {"format": "pt", _TOKENIZER: json.dumps(sorted(names))}
-        write_safetensors(self._staged / WEIGHTS, _separate(tensors), metadata)
+        _write_tensors(self._staged / WEIGHTS, tensors, metadata)
         config.save_pretrained(str(self._staged))
         (self._staged / CARD).write_text(card, encoding="utf-8")
         for name, content in tokenizer.items():
@@ -272,15 +272,22 @@ def _refuse_not_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     )
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy `tensors` where safetensors needs it: contiguous, and no two in the same memory."""
-    separate: dict[str, torch.Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        own = tensor.contiguous()
-        separate[name] = own.clone() if own.untyped_storage().data_ptr() in taken else own
-        taken.add(separate[name].untyped_storage().data_ptr())
-    return separate
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, one tensor in memory at a time where they are made when they are asked for."""
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    # Wide elements first, so that all are aligned, as safetensors writes them.
+    widths = {name: tensor.element_size() for name, tensor in tensors.items()}
+    order, end = sorted(widths, key=lambda name: -widths[name]), 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        fields[name] = {"dtype": _NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header = header.ljust(-(-len(header) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(LENGTH_BYTES, "little") + header)
+        for name in order:
+            file.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _is_same(file: Path, other: Path) -> bool:

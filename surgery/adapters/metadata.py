@@ -147,16 +147,19 @@ def _cached(name: str | None, revision: str | None) -> Path | None:
 def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
     """A copy of the configuration of `adapter`, for inference; with `CAUSAL_LM` where no task was given for one.
 
-    Where it names no base model, it gets that of another adapter of `model`, as for one that was added later. Names are
-    in order, so that the same configuration is the same file.
+    Where it names no base model, it gets that of another adapter of `model`, as for one that was added later. Dropout,
+    which changes nothing then, is none where parameters are adapted: PEFT would refuse to load it. Names are in order,
+    so that the same configuration is the same file.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = copy.deepcopy(model.peft_config[adapter])
+    config: Any = copy.deepcopy(model.peft_config[adapter])
     named = [each for each in model.peft_config.values() if each.base_model_name_or_path]
     if named and not config.base_model_name_or_path:
         config.base_model_name_or_path, config.revision = named[0].base_model_name_or_path, named[0].revision
     config.inference_mode = True
+    if getattr(config, "target_parameters", None) and getattr(config, "lora_dropout", 0):
+        config.lora_dropout = 0.0
     for name, value in vars(config).items():
         if isinstance(value, set):
             setattr(config, name, sorted(value))
@@ -167,7 +170,7 @@ def config_to_save(model: PeftModel, adapter: str) -> PeftConfig:
         config.task_type = "CAUSAL_LM"
     if config.task_type is None:
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    return config
+    return config  # type: ignore[no-any-return]
 
 
 _DISTRIBUTIONS = (*LIBRARIES, "accelerate", "wrapt")

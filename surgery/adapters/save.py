@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from torch import nn
 from surgery.adapters.folder import AdapterFolder, hold
 from surgery.adapters.metadata import base_folder, config_to_save, read_tokenizer, render_card
 from surgery.adapters.place import refuse_base
+from surgery.adapters.serving import check_served, serve
+from surgery.checkpoint import Checkpoint
 from surgery.comm.failures import everyone, together
 from surgery.comm.ranks import current_ranks
 from surgery.errors import AdapterError, ConfigError
@@ -40,9 +42,10 @@ def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    format: Literal["peft", "vllm"] = "peft",  # noqa: A002  # as the option of the command line
     training: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
-    """Write the adapter of `model` to `directory` in PEFT's format; to be called on all ranks alike.
+    """Write the adapter of `model` to `directory`, in PEFT's format or another; to be called on all ranks alike.
 
     Beside it are a model card and the tokenizer of the base model, where that is on rank 0's disk. Only trainable
     parameters are gathered, one FSDP unit at a time, to rank 0's CPU.
@@ -54,10 +57,13 @@ def save_adapter(
     Args:
         model: what `surgery.qlora` has built.
         directory: made if it is not there; links are followed.
+        format: "peft", or "vllm": as that reads it, see `surgery.adapters.serving`; the base model has to be on rank
+            0's disk. PEFT loads the first, `load_adapter` too.
         training: what the model card says of the training: rows by title of a section.
 
     Raises:
-        ConfigError: the folder cannot be written, another process has it, or it is that of a whole model.
+        ConfigError: the folder cannot be written, another process has it, or it is that of a whole model; vLLM does
+            not take such an adapter.
         AdapterError: a trainable parameter is missing from what PEFT saves, all of them are zero-sized, a value is not
             finite, or writing fails.
         PeerError: another rank has failed.
@@ -65,11 +71,12 @@ def save_adapter(
     ranks = current_ranks()
     with ExitStack() as stack:
         with everyone(ranks, device=device_of(model)):
+            served = _base_to_serve(model, format)
             folder = stack.enter_context(hold(directory)) if ranks.rank == 0 else None
         state = peft_state(model)
         with everyone(ranks, device=device_of(model)):
             if folder is not None:
-                _write(find_peft_model(model)[1], state, folder, training or {})
+                _write(find_peft_model(model)[1], state, folder, training or {}, served)
 
 
 @together()
@@ -144,14 +151,36 @@ def _write(
     state: dict[str, torch.Tensor],
     folder: AdapterFolder,
     training: Mapping[str, Mapping[str, object]],
+    served: Checkpoint | None,
 ) -> None:
     config = config_to_save(model, active_adapter(model))
     base = base_folder(config)
     if base is not None:
         refuse_base(folder.path, base)
+    tensors: Mapping[str, torch.Tensor] = state
+    if served is not None:
+        config, tensors = serve(config, served, state, state.__getitem__)
     folder.save(
-        state, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
+        tensors, config, card=render_card(config, training), tokenizer=read_tokenizer(base) if base is not None else {}
     )
+
+
+def _base_to_serve(model: nn.Module, form: str) -> Checkpoint | None:
+    """The base model, whose names vLLM asks for; None for PEFT's format, and where it is not on this disk."""
+    if form not in ("peft", "vllm"):
+        raise ConfigError(f"format: expected 'peft' or 'vllm', found {form!r:.80}")
+    if form == "peft":
+        return None
+    adapted = find_peft_model(model)[1]
+    config = config_to_save(adapted, active_adapter(adapted))
+    check_served(config)
+    base = base_folder(config)
+    if base is None and current_ranks().rank == 0:
+        raise ConfigError(
+            f"format='vllm' asks for names in the base model, expected it on this disk, found none "
+            f"({config.base_model_name_or_path}): save the adapter in PEFT's format, and convert it (surgery convert)"
+        )
+    return None if base is None else Checkpoint.open(base)
 
 
 def find_peft_model(model: nn.Module) -> tuple[str, PeftModel]:

@@ -250,6 +250,11 @@ def _some(names: Sequence[str]) -> str:
 
 def _advice(unexpected: Sequence[str]) -> str:
     """Advice on keys that belong nowhere."""
+    if any(re.search(r"\.experts\.\d+\.", key) for key in unexpected):
+        return (
+            "Its experts are one by one, as servers and transformers 4 have them: give the adapter that it was made "
+            "of, or merge it into the base (surgery merge)"
+        )
     if any(re.search(r"(embed\w*|lm_head|wte)\.(base_layer\.)?weight$", key) for key in unexpected):
         return (
             "Embeddings of the base model are in the file too, which stay here as the checkpoint has them: load it "

@@ -82,8 +82,8 @@ class Checkpoint:
 
     @property
     def packing(self) -> PackedSettings | None:
-        """The settings of its packed weights, all of one kind; None if there are none."""
-        return next((weight.settings for weight in self.packed.values()), None)
+        """The settings of its packed weights, all of one kind, a stack's if there is one; None if there are none."""
+        return max((weight.settings for weight in self.packed.values()), key=lambda each: each.is_stack, default=None)
 
     def weights(self) -> tuple[str, ...]:
         """The names of all tensors but those beside packed weights."""

@@ -2,9 +2,10 @@
 
 Of a weight `W` in 4 bits there are its packed bytes `W`, statistics `W.absmax`, the 16 values `W.quant_map`, and
 settings as JSON in `W.quant_state.bitsandbytes__nf4` (or `fp4`). With double quantization `W.absmax` is quantized too,
-by `W.nested_absmax` and `W.nested_quant_map`. Of one in 8 bits, `X.weight`, there are the int8 values themselves, the
-largest absolute value of each row in `X.SCB`, and maybe how rows lie in `X.weight_format`. docs/formats.md has every
-key.
+by `W.nested_absmax` and `W.nested_quant_map`. A stack of experts, of three dimensions, has in each of these what each
+expert would have by itself, one behind the other, and with double quantization their means in `W.nested_offset`. Of a
+weight in 8 bits, `X.weight`, there are the int8 values themselves, the largest absolute value of each row in `X.SCB`,
+and maybe how rows lie in `X.weight_format`. docs/formats.md has every key.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ Read = Callable[[TensorEntry, int, int], torch.Tensor]
 
 STATE = "quant_state.bitsandbytes__"
 
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+
 #: Names of the tensors beside a packed weight, behind its own and a dot.
-_SIDE = re.compile(
-    rf"(?P<weight>.+)\.(?P<part>absmax|quant_map|nested_absmax|nested_quant_map|{re.escape(STATE)}\w+)", re.DOTALL
-)
+_SIDE = re.compile(rf"(?P<weight>.+)\.(?P<part>{'|'.join(PARTS)}|{re.escape(STATE)}\w+)", re.DOTALL)
 
 #: Names of the tensors beside a weight in 8 bits, behind its module's and a dot.
 _SIDE_8BIT = re.compile(r"(?P<module>.+)\.(?P<part>SCB|weight_format)", re.DOTALL)
@@ -63,9 +64,10 @@ class PackedSettings:
     """The settings of a packed weight.
 
     quant_type: `nf4`, `fp4` or `int8`. dtype: in which it was quantized, and is dequantized; of int8 the model's.
-    shape: the weight's own, `(out, in)`. blocksize: elements that share one absmax, a row of int8. nested_blocksize: of
-    absmax values that share one. nested_offset: added to every absmax. threshold: of activations of int8 layers, above
-    which a column is an outlier; of config.json.
+    shape: the weight's own, `(out, in)`, or `(experts, d1, d2)` of a stack, whose experts are packed each by itself.
+    blocksize: elements that share one absmax, a row of int8. nested_blocksize: of absmax values that share one.
+    nested_offset: added to every absmax; None of a stack, which has one for each expert in a tensor. threshold: of
+    activations of int8 layers, above which a column is an outlier; of config.json.
     """
 
     quant_type: str
@@ -87,6 +89,21 @@ class PackedSettings:
         return self.nested_blocksize is not None
 
     @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of experts."""
+        return len(self.shape) == 3
+
+    @property
+    def experts(self) -> int:
+        """Weights that are packed each by itself: of a stack its experts, else one."""
+        return self.shape[0] if self.is_stack else 1
+
+    @property
+    def blocks(self) -> int:
+        """Statistics of each of these."""
+        return -(-math.prod(self.shape) // self.experts // self.blocksize)
+
+    @property
     def kind(self) -> str:
         """The settings that all weights of a model share, for people."""
         if self.quant_type == INT8:
@@ -100,8 +117,9 @@ class PackedWeight:
     """One packed weight of a checkpoint, complete and checked: entries of its tensors, and its settings.
 
     data: the packed bytes, in any dtype and shape. absmax: float32, or uint8 with double quantization; quant_map: 16
-    float32; None in 8 bits. nested_absmax, nested_quant_map: float32; None without double quantization. state: the
-    settings' JSON; in 8 bits `weight_format`, or None.
+    float32; None in 8 bits. nested_absmax, nested_quant_map: float32; None without double quantization. nested_offset:
+    float32, one for each expert of a stack with double quantization; else None. state: the settings' JSON; in 8 bits
+    `weight_format`, or None.
     """
 
     data: TensorEntry
@@ -110,6 +128,7 @@ class PackedWeight:
     state: TensorEntry | None = None
     nested_absmax: TensorEntry | None = None
     nested_quant_map: TensorEntry | None = None
+    nested_offset: TensorEntry | None = None
     settings: PackedSettings
 
     @property
@@ -124,7 +143,8 @@ class PackedWeight:
 
     def side(self) -> tuple[TensorEntry, ...]:
         """The entries beside the packed bytes."""
-        found = (self.absmax, self.quant_map, self.nested_absmax, self.nested_quant_map, self.state)
+        nested = (self.nested_absmax, self.nested_quant_map, self.nested_offset)
+        found = (self.absmax, self.quant_map, *nested, self.state)
         return tuple(entry for entry in found if entry is not None)
 
     @property
@@ -160,13 +180,18 @@ class PackedWeight:
         absmax = read(self.absmax, first, last)
         if self.nested_absmax is None or self.nested_quant_map is None:
             return absmax
-        size, offset = self.settings.nested_blocksize, self.settings.nested_offset
+        size, each = self.settings.nested_blocksize, self.settings.blocks
         assert size is not None
-        assert offset is not None
-        nested = read(self.nested_absmax, first // size, -(-last // size))
-        blocks = torch.arange(first, last) // size - first // size
-        values = read(self.nested_quant_map, 0, NESTED_VALUES)[absmax.int()] * nested[blocks]
-        return values + torch.tensor(offset)
+        experts = torch.arange(first, last) // each
+        # Blocks of statistics begin anew with every expert.
+        nested = experts * -(-each // size) + torch.arange(first, last) % each // size
+        begin, end = int(nested[0]), int(nested[-1]) + 1
+        values = read(self.nested_quant_map, 0, NESTED_VALUES)[absmax.int()]
+        if self.nested_offset is None:
+            offset = torch.tensor(self.settings.nested_offset)
+        else:
+            offset = read(self.nested_offset, 0, self.settings.experts)[experts]
+        return values * read(self.nested_absmax, begin, end)[nested - begin] + offset
 
 
 def find_packed(index: Index, config: Mapping[str, Any] | None, *, path: Path, read: Read) -> dict[str, PackedWeight]:
@@ -280,11 +305,12 @@ def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Pa
         quant_map=parts["quant_map"],
         nested_absmax=parts.get("nested_absmax"),
         nested_quant_map=parts.get("nested_quant_map"),
+        nested_offset=parts.get("nested_offset"),
         state=state,
         settings=settings,
     )
-    if settings.double_quant != (weight.nested_absmax is not None):
-        raise _broken(path, name, f"{state.name} and the tensors beside it differ in whether absmax is quantized too")
+    if why := _contradiction(weight):
+        raise _broken(path, name, why)
     for entry, dtypes, count in _expected(weight):
         if entry.dtype not in dtypes or entry.numel != count:
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -298,11 +324,22 @@ def _made(index: Index, name: str, parts: Mapping[str, TensorEntry], *, path: Pa
     return weight
 
 
+def _contradiction(weight: PackedWeight) -> str | None:
+    """The reason why the tensors of `weight` cannot be those of its settings, if there is one."""
+    settings, name = weight.settings, weight.name
+    if settings.double_quant != (weight.nested_absmax is not None):
+        return f"the settings of {name} and the tensors beside it differ in whether absmax is quantized too"
+    if (settings.double_quant and settings.is_stack) == (weight.nested_offset is not None):
+        return None
+    found = "is missing" if weight.nested_offset is None else "is there, and it is no stack with double quantization"
+    return f"{name}.nested_offset, of the means of experts, {found}"
+
+
 def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.dtype, ...], int]]:
     """Entries, with the dtypes that they may have, and their numbers of elements."""
     settings, data, float32 = weight.settings, weight.data, (torch.float32,)
     numel = math.prod(settings.shape)
-    blocks = -(-numel // settings.blocksize)
+    blocks = settings.experts * settings.blocks
     storages = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
     yield data, storages, -(-numel // 2) // data.dtype.itemsize
     yield replace(data, dtype=torch.uint8, shape=(data.nbytes,)), (torch.uint8,), -(-numel // 2)
@@ -311,8 +348,10 @@ def _expected(weight: PackedWeight) -> Iterator[tuple[TensorEntry, tuple[torch.d
     yield weight.quant_map, float32, VALUES
     if weight.nested_absmax is not None and weight.nested_quant_map is not None:
         assert settings.nested_blocksize is not None
-        yield weight.nested_absmax, float32, -(-blocks // settings.nested_blocksize)
+        yield weight.nested_absmax, float32, settings.experts * -(-settings.blocks // settings.nested_blocksize)
         yield weight.nested_quant_map, float32, NESTED_VALUES
+    if weight.nested_offset is not None:
+        yield weight.nested_offset, float32, settings.experts
 
 
 def _parsed(entry: TensorEntry, quant_type: str, read: Read) -> PackedSettings:
@@ -332,19 +371,26 @@ def _parsed(entry: TensorEntry, quant_type: str, read: Read) -> PackedSettings:
         raise ValueError(f"expected dtype to be {' or '.join(_DTYPES)}, found {dtype!r:.40}")
     if not isinstance(shape, list) or not shape or any(type(size) is not int or size < 1 for size in shape):
         raise ValueError(f"expected shape to be numbers above 0, found {shape!r:.40}")
-    return PackedSettings(
+    settings = PackedSettings(
         quant_type=quant_type,
         blocksize=_blocksize(content, "blocksize"),
         dtype=_DTYPES[dtype],
         shape=tuple(shape),
-        **({} if content.get("nested_blocksize") is None else _nested(content)),
+        **({} if content.get("nested_blocksize") is None else _nested(content, is_stack=len(shape) == 3)),
     )
+    if settings.is_stack and math.prod(shape[1:]) % settings.blocksize:
+        raise ValueError(f"expected experts of whole blocks of {settings.blocksize}, found {shape[1:]} elements")
+    return settings
 
 
-def _nested(content: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(content: Mapping[str, Any], *, is_stack: bool) -> dict[str, Any]:
     """The settings of absmax that is quantized too."""
     if content.get("nested_dtype", "float32") != "float32":
         raise ValueError(f"nested_dtype {content['nested_dtype']!r:.40}, expected float32")
+    if is_stack:
+        if "nested_offset" in content:
+            raise ValueError("nested_offset of a whole stack of experts, expected one for each, in a tensor")
+        return {"nested_blocksize": _blocksize(content, "nested_blocksize")}
     offset: Any = content.get("nested_offset")
     # It is added to values in float32.
     if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:

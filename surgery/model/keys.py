@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from surgery.errors import WeightsMismatchError
 from surgery.model.fqn import split
 
-__all__ = ["Assignment", "Group", "Logical", "group_keys"]
+__all__ = ["Assignment", "Group", "Logical", "conversions_of", "group_keys"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,12 +32,13 @@ class Group:
 
 
 def group_keys(
-    model: nn.Module, keys: Iterable[str], conversions: Sequence[Any] | None = None
+    model: nn.Module, keys: Iterable[str], conversions: Sequence[Any] | None = None, *, made: Collection[str] = ()
 ) -> tuple[dict[str, Group], list[str], list[str]]:
     """Groups by name; keys that have no place in `model`; and further keys of a parameter that has its source already.
 
     As `convert_and_load_state_dict_in_model` of transformers does it: of several keys that are renamed alike, the first
-    one counts. conversions: its `WeightRenaming` and `WeightConverter`; None takes those that it has for `model`.
+    one counts. conversions: its `WeightRenaming` and `WeightConverter`; None takes those that it has for `model`. made:
+    keys that are what converters make, and not what they take.
     """
     from transformers.core_model_loading import dot_natural_key
 
@@ -46,7 +47,7 @@ def group_keys(
     unplaced: list[str] = []
     repeated: list[str] = []
     for key in _in_order(keys, dot_natural_key):
-        name, converter, pattern = rename(key)
+        name, converter, pattern = rename(key, converts=key not in made)
         if name not in rename.state:
             unplaced.append(key)
             continue
@@ -57,6 +58,26 @@ def group_keys(
         group.sources.append(key)
         group.patterns.append(pattern or key)
     return groups, unplaced, repeated
+
+
+def conversions_of(model: nn.Module, keys: Collection[str]) -> list[Any]:
+    """The conversions of transformers by which `model` is written as a checkpoint with `keys` is; none for another.
+
+    A prefix that the checkpoint does not have is not added: transformers reads it with and without.
+    """
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    unused = {
+        each
+        for each in found
+        if isinstance(each, PrefixChange) and all(each.rename_source_key(k)[0] == k for k in keys)
+    }
+    return [each for each in found if each not in unused]
 
 
 def _in_order(keys: Iterable[str], sort_key: Callable[[str], Any]) -> list[str]:
@@ -85,10 +106,11 @@ class _Renamer:
         self.prefix = getattr(model, "base_model_prefix", None) or None
         self.state = dict(model.state_dict(keep_vars=True))
 
-    def __call__(self, key: str) -> tuple[str, Any, str | None]:
+    def __call__(self, key: str, *, converts: bool = True) -> tuple[str, Any, str | None]:
         from transformers.core_model_loading import rename_source_key
 
-        name, pattern = rename_source_key(key, self.renamings, self.converters, self.prefix, self.state)
+        converters = self.converters if converts else []
+        name, pattern = rename_source_key(key, self.renamings, converters, self.prefix, self.state)
         if name not in self.state and key in self.state:
             name, pattern = rename_source_key(key, [], [], self.prefix, self.state)
         return name, self.by_pattern.get(pattern) if pattern else None, pattern

@@ -54,7 +54,8 @@ def plan_weights(
     from transformers import PreTrainedModel
 
     index = checkpoint.index
-    groups, unplaced, repeated = group_keys(model, checkpoint.weights(), conversions)
+    stacks = {name for name, weight in checkpoint.packed.items() if weight.settings.is_stack}
+    groups, unplaced, repeated = group_keys(model, checkpoint.weights(), conversions, made=stacks)
     logical = Logical.of(model)
     stored = {name: _finish(model, checkpoint, group, logical) for name, group in groups.items()}
     filled = {target for assignment in stored.values() for target in assignment.targets}

@@ -80,16 +80,22 @@ class Exchange(BatchPass):
         )
 
     def _make_states(self, quantized: Sequence[ShardBuffer]) -> None:
-        statistics = self._statistics(quantized)
-        for buffer in quantized:
-            buffer.statistics = None
-        known = list(zip(quantized, statistics, strict=True))
-        with self.loading.keeping_failure(self.name, quantized[0].target.module_fqn if quantized else ""):
-            for quant, group in groupby(known, lambda each: each[0].target.quant):
-                assert quant is not None
-                buffers, found = zip(*group, strict=True)
-                for buffer, state in zip(buffers, self._states(quant, buffers, found), strict=True):
-                    buffer.state = state
+        # Statistics that are read may be of another dtype than those that are computed, which are gathered together.
+        for is_stored in (True, False):
+            buffers = [buffer for buffer in quantized if (buffer.target.stored is not None) == is_stored]
+            statistics = self._statistics(buffers) if buffers else []
+            for buffer in buffers:
+                buffer.statistics = None
+            known = list(zip(buffers, statistics, strict=True))
+            with self.loading.keeping_failure(self.name, buffers[0].target.module_fqn if buffers else ""):
+                for quant, group in groupby(known, lambda each: each[0].target.quant):
+                    assert quant is not None
+                    self._set_states(quant, list(group))
+
+    def _set_states(self, quant: QuantFormat, known: Sequence[tuple[ShardBuffer, torch.Tensor]]) -> None:
+        buffers, statistics = zip(*known, strict=True)
+        for buffer, state in zip(buffers, self._states(quant, buffers, statistics), strict=True):
+            buffer.state = state
 
     def _states(
         self, quant: QuantFormat, quantized: Sequence[ShardBuffer], statistics: Sequence[torch.Tensor]

@@ -94,7 +94,7 @@ def match(
     else:
         chosen = quantizable(model, formats)
     every = [site for found in chosen.values() for site in found]
-    _require_alike(every, weights.packed, checkpoint)
+    _require_alike(chosen[setting.format], weights.packed, checkpoint)
     strategy.check_ties(tied)
     trained: tuple[Trained, ...] = ()
     if setting.lora is not None:

@@ -13,7 +13,7 @@ from surgery.checkpoint import Chunk, Request
 from surgery.errors import WeightsMismatchError
 from surgery.model.keys import Assignment
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
-from surgery.passes.loading import Loading, wanted
+from surgery.passes.loading import CHUNK_ELEMENTS, Loading, wanted
 from surgery.passes.tensors import ShardBuffer, Target
 
 __all__ = ["Read", "ReadAhead"]
@@ -95,7 +95,12 @@ class Read(BatchPass):
         if name not in checkpoint.packed:
             return reader.read(checkpoint.index[name])
         weight = checkpoint.packed[name]
-        return weight.dequantize(reader.read_range).view(weight.settings.shape)
+        # Some 30 bytes of temporaries an element.
+        size, out = CHUNK_ELEMENTS["cpu"], torch.empty(weight.settings.shape, dtype=weight.settings.dtype, device="cpu")
+        for start in range(0, out.numel(), size):
+            stop = min(start + size, out.numel())
+            out.view(-1)[start:stop] = weight.dequantize(reader.read_range, start, stop)
+        return out
 
     def _check_same(self, chunk: Chunk, name: str, target: Target) -> None:
         """Compare a tensor that is saved once more under a tied name: one of two would be lost without a word.

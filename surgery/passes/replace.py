@@ -91,12 +91,19 @@ def held_packed(
 ) -> dict[QuantFormat, tuple[Site, ...]]:
     """The sites of `model` that each of `formats` replaces where the parameters `packed` are packed in the checkpoint.
 
-    What it cannot take, and tied modules, are left; their weights are dequantized.
+    What the format cannot take, and tied modules, are left; their weights are dequantized. What upstream has no format
+    for is quantized, unless the checkpoint has some of that packed.
     """
-    tied = _tied(model)
+    tied, keep = _tied(model), _kept_whole(model, [site for site in sites(model) if site.fqn])
     holders = {name.rpartition(".")[0] for name in packed}
-    candidates = [site for site in sites(model) if site.fqn in holders and site.module not in tied]
-    return {quant: tuple(site for site in candidates if quant.takes(site.module)) for quant in formats}
+    candidates = [site for site in sites(model) if site.module not in tied]
+    chosen: dict[QuantFormat, tuple[Site, ...]] = {}
+    for quant in formats:
+        taken = [site for site in candidates if quant.takes(site.module)]
+        held = [site for site in taken if site.fqn in holders]
+        is_all = quant is formats[0] or bool(held)
+        chosen[quant] = tuple(held if is_all else [site for site in taken if site.fqn not in keep])
+    return chosen
 
 
 def _kept_whole(model: nn.Module, candidates: list[Site]) -> set[str]:

@@ -247,8 +247,8 @@ class QuantFormat:
 
     # Files. ----------------------------------------------------------------------------------------------------------
 
-    def saved_shapes(self, numel: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        """Dtype and shape of what a checkpoint has beside a packed weight of `numel` elements, by the ends of names.
+    def saved_shapes(self, shape: torch.Size) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """Dtype and shape of what a checkpoint has beside a packed weight of logical `shape`, by the ends of names.
 
         None for a text, as bytes, whose length depends on values.
         """
@@ -257,6 +257,28 @@ class QuantFormat:
     def saved(self, state: Any) -> Mapping[str, torch.Tensor | str]:
         """The tensors and texts of `saved_shapes`, of the state of one weight."""
         raise ConfigError(f"{self.label} has no form on disk: choose quant=surgery.Quant(...)")
+
+    #: Whether a weight is a stack `(experts, d1, d2)`, of which each expert is packed by itself.
+    by_expert: ClassVar[bool] = False
+
+    def state_ranges(self, state: Any, experts: range) -> Mapping[str, range]:
+        """The bytes, of statistics that are a parameter, that are those of consecutive `experts`, by name.
+
+        state: what `state_of` gives. experts: of a weight that is no stack the only one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define state_ranges, since it has such parameters")
+
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
+        """The state of these experts alone, as `states` gives it, of the bytes of its `state_ranges`."""
+        raise NotImplementedError(f"{type(self).__name__} must define state_from, since it has such parameters")
+
+    def saved_by_expert(self, state: Any) -> Mapping[str, torch.Tensor]:
+        """Those tensors of `saved` of which each expert has an equal part, in order."""
+        raise NotImplementedError(f"{type(self).__name__} must define saved_by_expert, since it packs by expert")
+
+    def saved_once(self, shape: torch.Size) -> Mapping[str, torch.Tensor | str]:
+        """The others, of a stack of `shape`."""
+        raise NotImplementedError(f"{type(self).__name__} must define saved_once, since it packs by expert")
 
     # Attestation. ----------------------------------------------------------------------------------------------------
 

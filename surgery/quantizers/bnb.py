@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
+__all__ = ["REMEDY", "STATE", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -226,6 +226,17 @@ class Bnb4bit(QuantFormat):
         stack = self._stack(module, state.dtype)
         return assembled(stack, state), held_state(module, stack)
 
+    def state_ranges(self, state: Any, experts: range) -> dict[str, range]:
+        """The sections of the state of a weight whose statistics are a parameter."""
+        ranges: dict[str, range] = state.stack.ranges(experts)
+        return ranges
+
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> QuantState:
+        """The `QuantState` that `quantize_4bit` would have made."""
+        from surgery.quantizers.held_state import whole_state
+
+        return whole_state(state.stack, found)
+
     def _linear4bit(self, linear: Any) -> Any:
         from bitsandbytes.nn import Linear4bit
 
@@ -326,6 +337,12 @@ class Bnb4bit(QuantFormat):
                     f"quant: asked for {name}={asked!r}, and the checkpoint is packed already, with {value!r}: leave "
                     "it out, or use the checkpoint in 16 bits that it was made from (or surgery dequantize)"
                 )
+        experts = self.options.experts
+        if packing.is_stack and isinstance(experts, str) and experts != packing.quant_type:
+            raise ConfigError(
+                f"quant: asked for experts={experts!r}, and the checkpoint has them packed already, as "
+                f"{packing.quant_type}: leave it out"
+            )
         if self.options.skip_modules:
             raise ConfigError(
                 "quant: skip_modules is for weights that are quantized here, and the checkpoint is packed already: "
@@ -393,9 +410,17 @@ class Bnb4bit(QuantFormat):
             bnb_quantized=True,
         )
 
-    def saved_shapes(self, numel: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
-        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`."""
-        blocks = -(-numel // self.options.blocksize)
+    def saved_shapes(self, shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """`absmax`, the tables of codes, and the text of `QuantState.as_dict(packed=True)`.
+
+        Raises `ConfigError` for experts of another type.
+        """
+        if self.options.experts not in (True, False, self.options.quant_type):
+            raise ConfigError(
+                f"quant: a checkpoint has one kind of packed weights, found experts={self.options.experts!r} beside "
+                f"{self.options.quant_type!r}: choose experts=True or False"
+            )
+        blocks = -(-shape.numel() // self.options.blocksize)
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
             "absmax": (torch.uint8 if self.options.double_quant else torch.float32, (blocks,)),
             "quant_map": (torch.float32, (16,)),

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
-from surgery.errors import ConfigError
+from surgery.errors import ConfigError, QuantizerError
 from surgery.quantizers.base import STATISTICS, register
-from surgery.quantizers.bnb import Bnb4bit, as_params4bit
-from surgery.quantizers.stack import PackedStack, stacks_of
+from surgery.quantizers.bnb import NESTED_BLOCKSIZE, STATE, Bnb4bit, as_params4bit, code_of, dynamic_code
+from surgery.quantizers.stack import PackedStack, aligned, stacks_of
 
-__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters", "has_experts", "left_out"]
+__all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
 
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
 
 #: Classes that are taken for experts whose weights are parameters, with a forward of their own.
 EXPERTS = re.compile("expert", re.IGNORECASE)
+
+
+#: What a checkpoint calls the sections of statistics, where it is not as here.
+SAVED = {"offset": "nested_offset"}
+
+
+class StackState(NamedTuple):
+    """The layout of a stack, and its statistics as bytes, uint8 and 1-D."""
+
+    stack: PackedStack
+    statistics: torch.Tensor
 
 
 class Experts4bit(Bnb4bit):
@@ -35,6 +48,7 @@ class Experts4bit(Bnb4bit):
 
     label = "experts in 4 bits"
     needs_modules = False
+    by_expert = True
     resident_patches: ClassVar[tuple[str, ...]] = ()
     lookup_patches = ("transformers.experts-4bit",)
 
@@ -130,9 +144,9 @@ class Experts4bit(Bnb4bit):
         """A `Params4bit`, which others leave in its dtype, without a state, which it would move with itself."""
         return as_params4bit(packed, module, self.options)
 
-    def split_state(self, module: Any, name: str, state: torch.Tensor) -> tuple[torch.Tensor, PackedStack]:
+    def split_state(self, module: Any, name: str, state: Any) -> tuple[torch.Tensor, Any]:
         """The bytes of the statistics of all experts, and how to read them."""
-        return state, stacks_of(module)[name]
+        return state.statistics, state.stack
 
     def set_state(self, module: Any, name: str, state: PackedStack) -> None:
         """Nothing: `module` knows its stacks from the beginning."""
@@ -152,22 +166,95 @@ class Experts4bit(Bnb4bit):
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]
     ) -> list[Any]:
-        """The statistics as bytes; with double quantization those of each expert are quantized by themselves."""
-        return [self._bytes(each, shape) for each, shape in zip(statistics, shapes, strict=True)]
+        """Layouts and bytes; with double quantization the statistics of each expert are quantized by themselves."""
+        return [self._state(each, shape) for each, shape in zip(statistics, shapes, strict=True)]
 
-    def _bytes(self, absmax: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    def _state(self, absmax: torch.Tensor, shape: torch.Size) -> StackState:
         stack = self.stack(torch.empty(shape, device="meta"))
         if not self.options.double_quant:
-            return stack.assemble({"absmax": absmax})
+            return StackState(stack, stack.assemble({"absmax": absmax}))
         each = list(absmax.view(stack.experts, -1).unbind())
         states = super().states(each, [torch.Size(stack.shape)] * stack.experts, [self.dtype] * stack.experts)
-        return stack.assemble(
-            {
-                "absmax": torch.cat([state.absmax for state in states]),
-                "nested_absmax": torch.cat([state.state2.absmax for state in states]),
-                "offset": torch.stack([state.offset for state in states]),
-            }
-        )
+        sections = {
+            "absmax": torch.cat([state.absmax for state in states]),
+            "nested_absmax": torch.cat([state.state2.absmax for state in states]),
+            "offset": torch.stack([state.offset for state in states]),
+        }
+        return StackState(stack, stack.assemble(sections))
+
+    def stored_state(
+        self, stored: PackedWeight, statistics: torch.Tensor, read: Callable[[TensorEntry], torch.Tensor]
+    ) -> Any:
+        """The layout, and the sections that are stored. Raises `QuantizerError` for other codes than bitsandbytes'."""
+        device = statistics.device
+        stack = self.stack(torch.empty(stored.settings.shape, device="meta"))
+        codes = {stored.quant_map: code_of(stack.quant_type, torch.device("cpu"))}
+        sections = {"absmax": statistics}
+        if stored.nested_absmax is not None and stored.nested_offset is not None:
+            codes[stored.nested_quant_map] = dynamic_code(torch.device("cpu"))
+            sections["nested_absmax"] = read(stored.nested_absmax).view(-1).to(device)
+            sections["offset"] = read(stored.nested_offset).view(-1).to(device)
+        for entry, code in codes.items():
+            if entry is not None and not torch.equal(read(entry).view(-1), code):
+                raise QuantizerError(
+                    f"{entry.name}: expected the values that bitsandbytes has for {stack.quant_type}, by which its "
+                    "kernels read experts, found others: write the checkpoint in 16 bits (surgery dequantize)"
+                )
+        return StackState(stack, stack.assemble(sections))
+
+    def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
+        """The values in the dtype of the stack, by the kernel under `dequantize_4bit`, given whole blocks."""
+        values: torch.Tensor = state.stack.elements(packed, start, state.statistics)
+        return values
+
+    def saved_shapes(self, shape: torch.Size) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        """The sections of all experts, the tables of codes, and a text."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
+            SAVED.get(name, name): (section.dtype, (section.elements,))
+            for name, section in self.stack(torch.empty(shape, device="meta")).sections.items()
+        }
+        found["quant_map"] = (torch.float32, (16,))
+        if self.options.double_quant:
+            found["nested_quant_map"] = (torch.float32, (256,))
+        return {**found, f"{STATE}{self.options.quant_type}": None}
+
+    def saved(self, state: StackState) -> dict[str, torch.Tensor | str]:
+        """The sections of all experts, and what they share."""
+        stack = state.stack
+        return {**self.saved_by_expert(state), **self._saved_once(stack)}
+
+    def saved_by_expert(self, state: StackState) -> dict[str, torch.Tensor]:
+        """The sections, under the names that a checkpoint has for them."""
+        return {SAVED.get(name, name): section for name, section in state.stack.views(state.statistics).items()}
+
+    def saved_once(self, shape: torch.Size) -> dict[str, torch.Tensor | str]:
+        """The tables of codes, and a text as bitsandbytes writes it."""
+        return self._saved_once(self.stack(torch.empty(shape, device="meta")))
+
+    @staticmethod
+    def _saved_once(stack: PackedStack) -> dict[str, torch.Tensor | str]:
+        found: dict[str, torch.Tensor | str] = {"quant_map": code_of(stack.quant_type, torch.device("cpu"))}
+        settings: dict[str, Any] = {
+            "quant_type": stack.quant_type,
+            "blocksize": stack.blocksize,
+            "dtype": str(stack.dtype).removeprefix("torch."),
+            "shape": [stack.experts, *stack.shape],
+        }
+        if stack.double_quant:
+            found["nested_quant_map"] = dynamic_code(torch.device("cpu"))
+            settings |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        return {**found, f"{STATE}{stack.quant_type}": json.dumps(settings)}
+
+    def state_ranges(self, state: PackedStack, experts: range) -> dict[str, range]:
+        """The part of each section."""
+        return state.ranges(experts)
+
+    def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
+        """A stack of `experts`."""
+        stack = dataclasses.replace(state, experts=len(experts))
+        sections = stack.sections.items()
+        parts = {name: aligned(found[name], section.dtype) for name, section in sections}
+        return StackState(stack, stack.assemble(parts))
 
     def state_bytes(self, blocks: int) -> int:
         """0: statistics are a parameter."""

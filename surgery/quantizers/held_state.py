@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dyn
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-__all__ = ["assembled", "held_state", "is_held"]
+__all__ = ["assembled", "held_state", "is_held", "whole_state"]
 
 
 def assembled(stack: PackedStack, state: QuantState) -> torch.Tensor:
@@ -22,6 +23,30 @@ def assembled(stack: PackedStack, state: QuantState) -> torch.Tensor:
     if state.state2 is not None:
         found |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
     return stack.assemble(found)
+
+
+def whole_state(stack: PackedStack, found: Mapping[str, torch.Tensor]) -> QuantState:
+    """The state of a weight by itself, of the bytes of each of `stack.sections`."""
+    from bitsandbytes.functional import QuantState
+
+    from surgery.quantizers.bnb import NESTED_BLOCKSIZE, code_of, dynamic_code
+    from surgery.quantizers.stack import aligned
+
+    parts = {name: aligned(found[name], section.dtype) for name, section in stack.sections.items()}
+    device, nested = parts["absmax"].device, None
+    if stack.double_quant:
+        code = dynamic_code(device)
+        nested = QuantState(parts["nested_absmax"], code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+    return QuantState(
+        parts["absmax"],
+        shape=torch.Size(stack.shape),
+        code=code_of(stack.quant_type, device),
+        blocksize=stack.blocksize,
+        quant_type=stack.quant_type,
+        dtype=stack.dtype,
+        offset=parts["offset"][0] if stack.double_quant else None,
+        state2=nested,
+    )
 
 
 def held_state(layer: Any, stack: PackedStack) -> QuantState:

@@ -14,6 +14,7 @@ __all__ = [
     "NESTED_BLOCKSIZE",
     "PackedStack",
     "Section",
+    "aligned",
     "as_bytes",
     "code_of",
     "dynamic_code",
@@ -110,6 +111,14 @@ class PackedStack:
         """Bytes of the statistics of all experts, padded to a multiple of `ALIGNMENT`."""
         return max(_aligned(section.bytes.stop) for section in self.sections.values())
 
+    def ranges(self, experts: range) -> dict[str, range]:
+        """The bytes of consecutive experts in each section, of the statistics of all."""
+        found = {}
+        for name, section in self.sections.items():
+            each = section.elements // self.experts * section.dtype.itemsize
+            found[name] = range(section.start + experts.start * each, section.start + experts.stop * each)
+        return found
+
     def assemble(self, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The statistics as bytes, `(statistics_bytes,)` uint8, on their device; padding is zeros.
 
@@ -125,10 +134,7 @@ class PackedStack:
     def views(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each of `sections`, 1-D and in its dtype: views of `statistics`, of any dtype, or copies if not aligned."""
         whole = as_bytes(statistics)
-        return {
-            name: _aligned_for(section.dtype, whole[section.bytes]).view(section.dtype)
-            for name, section in self.sections.items()
-        }
+        return {name: aligned(whole[section.bytes], section.dtype) for name, section in self.sections.items()}
 
     def dequantize(self, packed: torch.Tensor, statistics: torch.Tensor, experts: range) -> torch.Tensor:
         """The values of consecutive experts, `(len(experts), *shape)` in `dtype`.
@@ -152,6 +158,25 @@ class PackedStack:
             self.dtype,
         )
         return values.view(len(experts), *self.shape)
+
+    def elements(self, packed: torch.Tensor, start: int, statistics: torch.Tensor) -> torch.Tensor:
+        """The values, 1-D in `dtype`, of the bytes `packed`, uint8 and 1-D, from flat element `start` on.
+
+        statistics: of all experts, in any dtype and shape.
+        """
+        stop = start + 2 * packed.numel()
+        experts = range(start // self.numel, -(-stop // self.numel))
+        blocks = range(start // self.blocksize, -(-stop // self.blocksize))
+        absmax = self._absmax(self.views(statistics), experts)[blocks.start - experts.start * self.blocks :]
+        before = (start - blocks.start * self.blocksize) // 2
+        whole = packed
+        if packed.numel() != len(blocks) * self.blocksize // 2:
+            whole = packed.new_zeros(len(blocks) * self.blocksize // 2)
+            whole[before : before + packed.numel()] = packed
+        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            whole, absmax[: len(blocks)], self.blocksize, self.quant_type, [2 * whole.numel()], self.dtype
+        )
+        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
     def _absmax(self, statistics: Mapping[str, torch.Tensor], experts: range) -> torch.Tensor:
         """The float32 statistics of consecutive experts, `(len(experts) * blocks,)`."""
@@ -213,7 +238,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _aligned_for(dtype: torch.dtype, data: torch.Tensor) -> torch.Tensor:
-    """`data`, 1-D bytes, copied if it does not begin where `dtype` may: a shard, or a part of a flat parameter."""
+def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`data`, 1-D bytes, in `dtype`: copied if it does not begin where that may, in a shard or a flat parameter."""
     is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
-    return data if is_aligned else data.clone()
+    return (data if is_aligned else data.clone()).view(dtype)

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["remove_partials", "sync", "write_safetensors", "write_whole"]
+__all__ = ["remove_partials", "sync", "write_whole"]
 
 _PARTIAL = ".partial"
 
@@ -27,21 +22,6 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with the permissions that any new file gets.
-
-    safetensors 0.8 makes files that only their owner may read, whatever the umask says.
-
-    Raises `OSError`, and `SafetensorError` for what safetensors cannot write, a full disk among it.
-    """
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(dict(tensors), path, metadata=dict(metadata))
-    path.chmod(mode)
 
 
 def remove_partials(folder: Path, name: str = "*") -> None:

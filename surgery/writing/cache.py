@@ -70,7 +70,8 @@ def packed_in(
     packed = Checkpoint.open(folder)
     # All but the weights is the source's: what adapters name as their base, and what the model is built of.
     packed = replace(packed, source=opened.source, path=opened.path, revision=opened.revision, config=opened.config)
-    return packed, replace(quant, skip_modules=())
+    has_stacks = any(weight.settings.is_stack for weight in packed.packed.values())
+    return packed, replace(quant, skip_modules=(), experts=quant.experts and has_stacks)
 
 
 def _name(checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype, device: torch.device) -> str:

@@ -13,7 +13,35 @@ from surgery.errors import ConfigError, ExportError
 from surgery.planning.arguments import EXPERTS_HELP, Experts
 from surgery.telemetry.numbers import parse_size
 
-__all__ = ["DEQUANTIZE", "MERGE", "QUANTIZE", "dequantize", "in_process_group", "merge", "quantize", "uploading"]
+__all__ = [
+    "CONVERT",
+    "DEQUANTIZE",
+    "MERGE",
+    "QUANTIZE",
+    "convert",
+    "dequantize",
+    "in_process_group",
+    "merge",
+    "quantize",
+    "uploading",
+]
+
+CONVERT = """
+Examples
+
+An adapter on experts of a model whose checkpoint has one tensor for each of them, served beside its base model:
+
+  surgery convert ./adapter ./for-vllm
+
+  vllm serve ./model --enable-lora --lora-modules mine=./for-vllm
+
+ADAPTER is as PEFT and surgery save it, and stays the one to train on from. In OUT each projection of each expert has
+factors of its own, under the names of the checkpoint, all of one rank and one scale; where a checkpoint has the experts
+of a layer in one tensor, as gpt-oss has, they stay together, which vLLM reads too. An adapter of linear layers alone
+needs no converting.
+
+Exit codes: 0 done; 2 refused, or not written (the message says what to change); 130 interrupted; 143 terminated.
+"""
 
 QUANTIZE = """
 Examples
@@ -241,6 +269,33 @@ def merge(
             overwrite=overwrite,
             max_shard_bytes=most,
         )
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a hub id, of a LoRA adapter.")],
+    out: Target,
+    *,
+    format: Annotated[Literal["vllm"], typer.Option(help="Who reads it.")] = "vllm",  # noqa: A002, ARG001
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The base model, whose names are asked for.",
+            show_default="the one that adapter_config.json names",
+        ),
+    ] = None,
+    model_revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of a hub id.", show_default="that of the adapter, if it says so"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in OUT.")] = False,
+    upload: Upload = None,
+) -> None:
+    """Write an adapter in PEFT's format to OUT as a server reads it."""
+    with uploading(upload, out):
+        from surgery.adapters.convert import convert as write
+
+        write(adapter, out, base=base, revision=model_revision, overwrite=overwrite)
 
 
 @contextmanager

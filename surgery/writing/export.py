@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -30,10 +30,13 @@ from surgery.writing.export_plan import Planner, Product, Value, form_of
 from surgery.writing.live import Adapted, Tensors, adapted_by
 from surgery.writing.merging import chunks
 from surgery.writing.output import MAX_SHARD_BYTES, Output, check_output, finite, output
-from surgery.writing.packing import Packer, write_state
+from surgery.writing.packing import Packer, StackPacker, write_state
 from surgery.writing.sidecars import changed_config, sidecars
 
 __all__ = ["export"]
+
+#: A tensor that is to be gathered, and the range of what is stored of it; None for all.
+Need: TypeAlias = tuple[Part, range | None]
 
 #: Elements that are written at a time where nothing has to be whole.
 CHUNK = 1 << 20
@@ -105,7 +108,7 @@ def export(
         values = tensors.digest(value.state_tensors() for part in parts for value in part.values)
         with output(
             directory,
-            [planned for part in parts for planned in part.tensors],
+            list(dict.fromkeys(planned for part in parts for planned in part.tensors)),
             job=json.dumps(["export", values, form.facts, merged, device.type, versions()]),
             ranks=ranks,
             device=device,
@@ -146,7 +149,7 @@ class _Writing:
         size = data.element_size()
         if part.packed is not None:
             self.out.write(name, data.view(torch.uint8), start * size)
-            if has_state:
+            if has_state and value.statistics is None:
                 write_state(self.out, name, part.packed.saved(value.state))
             return
         # Elements of the weight in each that is stored.
@@ -160,9 +163,9 @@ class _Writing:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
         ranks, mine = self.tensors.ranks, None
         for rank, part in enumerate(parts):
-            got = {held: self.tensors.gather(held, rank) for held in dict.fromkeys(self._needed(part))}
+            got = {need: self.tensors.gather(need[0], rank, need[1]) for need in dict.fromkeys(self._needed(part))}
             if rank == ranks.rank:
-                mine = (part, {held: tensor for held, tensor in got.items() if tensor is not None})
+                mine = (part, {need: tensor for need, tensor in got.items() if tensor is not None})
         with everyone(ranks, device=self.tensors.device):
             if mine is None:
                 return 0
@@ -170,13 +173,46 @@ class _Writing:
             self._write_whole(*mine)
             return size
 
-    def _needed(self, part: Product) -> Iterator[Part]:
+    def _needed(self, part: Product) -> Iterator[Need]:
+        """What one rank has to have: tensors, and ranges of the elements that are stored of them; None for all."""
         for value in part.values:
-            yield from (value.held, *(other.held for other in value.beside))
+            experts = part.experts or value.experts
+            if part.experts is None or not value.is_copied:
+                yield value.held, None if part.experts is None else value.stored(experts)
+            if value.statistics is not None:
+                yield from ((value.statistics, each) for each, _ in value.stored_statistics(experts).values())
+            yield from ((other.held, None) for other in value.beside)
             for site in value.sites:
-                yield from self.planner.adapted.inputs_of(site).values()
+                yield from ((held, None) for held in self.planner.adapted.inputs_of(site).values())
 
-    def _write_whole(self, part: Product, got: Mapping[Part, torch.Tensor]) -> None:
+    def _write_experts(self, part: Product, experts: range, got: Mapping[Need, torch.Tensor]) -> None:
+        (value,), name = part.values, part.tensors[0].name
+        own, row = self._joined(value, got, experts), value.shape[1:].numel()
+        packer = None if part.packed is None else StackPacker(part.packed, value.shape, part.tensors, self.out)
+        if packer is not None and value.is_copied:
+            packer.add_state(own.state, experts)
+            return
+        flat = got[value.held, value.stored(experts)]
+        for rows, piece in self._pieces(own, got, name, flat=flat, first=experts.start):
+            start = (experts.start + rows.start) * row
+            if packer is not None:
+                packer.add(piece, start)
+            else:
+                assert part.apart is not None
+                part.apart.write(self.out.write, piece, start)
+
+    def _joined(self, value: Value, got: Mapping[Need, torch.Tensor], experts: range) -> Value:
+        """The value of some experts, with their statistics, if it is a packed stack; of any other these rows."""
+        if value.statistics is None:
+            return replace(value, shape=torch.Size((len(experts), *value.shape[1:])))
+        parts = value.stored_statistics(experts).items()
+        found = {name: got[value.statistics, need].view(torch.uint8)[own] for name, (need, own) in parts}
+        return value.joined(experts, found)
+
+    def _write_whole(self, part: Product, got: Mapping[Need, torch.Tensor]) -> None:
+        if part.experts is not None:
+            self._write_experts(part, part.experts, got)
+            return
         name, value = part.tensors[0].name, part.values[0]
         if part.loaded:
             made = {
@@ -187,6 +223,9 @@ class _Writing:
             made.clear()
             for planned in part.tensors:
                 self.out.write(planned.name, apart.pop(planned.name))
+        elif part.packed is not None and value.is_copied:
+            self.out.write(name, got[value.held, None].view(torch.uint8))
+            write_state(self.out, name, part.packed.saved(self._joined(value, got, value.experts).state))
         elif part.packed is not None:
             whole = self._whole(value, got, name)
             whole = whole.t() if value.is_turned and value.quant is None else whole
@@ -198,9 +237,9 @@ class _Writing:
             for rows, piece in self._pieces(value, got, name):
                 self.out.write(name, piece, rows.start * row)
 
-    def _whole(self, value: Value, got: Mapping[Part, torch.Tensor], name: str) -> torch.Tensor:
+    def _whole(self, value: Value, got: Mapping[Need, torch.Tensor], name: str) -> torch.Tensor:
         """All of a value, in the memory that it was gathered to if it fits, since experts may be large."""
-        flat = got[value.held]
+        flat = got[value.held, None]
         is_plain = value.quant is None and flat.dtype == value.dtype
         whole = flat.view(value.shape) if is_plain else torch.empty(value.shape, dtype=value.dtype, device=flat.device)
         for rows, piece in self._pieces(value, got, name):
@@ -210,21 +249,39 @@ class _Writing:
         return whole
 
     def _pieces(
-        self, value: Value, got: Mapping[Part, torch.Tensor], name: str
+        self,
+        value: Value,
+        got: Mapping[Need, torch.Tensor],
+        name: str,
+        *,
+        flat: torch.Tensor | None = None,
+        first: int = 0,
     ) -> Iterator[tuple[range, torch.Tensor]]:
-        """Ranges of dimension 0, merged."""
+        """Ranges of dimension 0, merged.
+
+        flat: what is stored of `value`; None if that was gathered whole. first: its row in the whole tensor.
+        """
+        if flat is None:
+            flat = got[value.held, None]
+            value = value if value.statistics is None else self._joined(value, got, value.experts)
         inputs = [
-            {key: got[held].view(held.shape).float() for key, held in self.planner.adapted.inputs_of(site).items()}
+            {
+                key: got[held, None].view(held.shape).float()
+                for key, held in self.planner.adapted.inputs_of(site).items()
+            }
             for site in value.sites
         ]
         is_divisible = all(site.is_divisible for site in value.sites) and not value.beside
         for rows in chunks(value.shape) if is_divisible else [range(value.shape[0])]:
-            piece = value.rows(got[value.held], rows)
+            piece = value.rows(flat, rows)
+            at = range(first + rows.start, first + rows.stop)
             for site, given in zip(value.sites, inputs, strict=True):
                 others = {
-                    each.leaf: each.rows(got[each.held], rows) for each in value.beside if each.leaf in site.changes
+                    each.leaf: each.rows(got[each.held, None], rows)
+                    for each in value.beside
+                    if each.leaf in site.changes
                 }
-                piece = site.merge({value.leaf: piece, **others}, given, rows if is_divisible else None)[value.leaf]
+                piece = site.merge({value.leaf: piece, **others}, given, at if is_divisible else None)[value.leaf]
             yield rows, finite(piece, name)
 
 
@@ -235,10 +292,10 @@ def _files(planner: Planner) -> dict[str, bytes | Path]:
         f"adapter {name}": f"LoRA, rank {each.r}, alpha {each.lora_alpha}"
         for name, each in zip(adapted.names, adapted.configs, strict=True)
     }
-    if form.packed is not None:
-        rows["quantization"] = f"{form.packed.label}, {form.packed.description}"
+    if form.formats:
+        rows["quantization"] = f"{form.formats[0].label}, {form.formats[0].description}"
     title = "Base model with merged adapters" if adapted.names else "Base model"
-    relation = "merge" if adapted.names else "quantized" if form.packed is not None else "finetune"
+    relation = "merge" if adapted.names else "quantized" if form.formats else "finetune"
     return sidecars(planner.origin.checkpoint, _config(planner), title=title, relation=relation, settings=rows)
 
 
@@ -252,5 +309,5 @@ def _config(planner: Planner) -> dict[str, Any]:
         config,
         dtype=form.dtype or planner.origin.setting.dtype,
         untied=planner.untied,
-        quantization=None if form.packed is None else form.config,
+        quantization=form.config if form.formats else None,
     )

@@ -11,18 +11,21 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.origin import Loaded, Origin
-from surgery.quantizers.base import QuantFormat, format_for, format_of
+from surgery.quantizers.base import STATISTICS, QuantFormat, format_of, formats_for
 from surgery.sharding.base import Part
+from surgery.writing.apart import Apart, apart
 from surgery.writing.live import Adapted, Place
 from surgery.writing.merging import MergeSite
 from surgery.writing.output import Planned
-from surgery.writing.packing import planned_beside, quantized_in
+from surgery.writing.packing import format_among, planned_packed, quantized_in
 
 __all__ = ["OutputForm", "Planner", "Product", "Value", "form_of"]
+
+#: Elements of a stack of experts that one rank makes at a time, if one expert has no more.
+RUN = 1 << 26
 
 #: The types of packed weights that can be asked for by name.
 PACKED = ("nf4", "fp4")
@@ -32,14 +35,14 @@ PACKED = ("nf4", "fp4")
 class OutputForm:
     """The form of the result. dtype: of what is not packed; None for that of each tensor.
 
-    quant: options of the weights that are packed; None for none. packed: their format. chosen: FQNs of the modules that
-    have them; None for those that the model has packed.
+    quant: options of the weights that are packed; None for none. formats: theirs. chosen: FQNs of the weights that are
+    packed, and the format of each; None for those that the model has packed.
     """
 
     dtype: torch.dtype | None = None
     quant: Any = None
-    packed: QuantFormat | None = None
-    chosen: frozenset[str] | None = None
+    formats: tuple[QuantFormat, ...] = ()
+    chosen: Mapping[str, QuantFormat] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,15 +67,15 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Out
             raise ConfigError(f"dtype: expected float32, bfloat16 or float16, found {dtype}")
         return OutputForm(dtype=dtype)
     quant = _options(origin.setting.quant, dtype)
-    packed = format_for(quant, dtype=origin.setting.dtype)
-    packed.saved_shapes(1)  # raises where there is no form on disk
+    formats = formats_for(quant, dtype=origin.setting.dtype)
+    formats[0].saved_shapes(torch.Size((1, 1)))  # raises where there is no form on disk
     if is_packed:
-        return OutputForm(quant=quant, packed=packed, config=_quantization_config(base, origin, quant))
+        return OutputForm(quant=quant, formats=formats, config=_quantization_config(base, origin, quant))
     skeleton = build_on_meta(
         causal_lm(origin.checkpoint, origin.setting.dtype), dtype=origin.setting.dtype, device=torch.device("cpu")
     )
-    chosen, config = quantized_in(skeleton, packed)
-    return OutputForm(quant=quant, packed=packed, chosen=chosen, config=config)
+    chosen, config = quantized_in(skeleton, formats)
+    return OutputForm(quant=quant, formats=formats, chosen=chosen, config=config)
 
 
 def _options(held: Any, asked: Any) -> Any:
@@ -109,8 +112,9 @@ def _quantization_config(base: Any, origin: Origin, quant: Any) -> dict[str, Any
 class Value:
     """One tensor of the model, and what is made of it.
 
-    quant, state: of a packed weight, else None. shape: its own one, unpacked, as the module has it. dtype: in which it
-    is merged, and written unless it is packed. sites: layers of PEFT that change it. beside: other tensors of its
+    quant, state: of a packed weight, else None; statistics: its state as a parameter, where its module has one. shape:
+    its own one, unpacked, as the module has it. dtype: in which it is merged, and written unless it is packed. sites:
+    layers of PEFT that change it. is_copied: whether packed bytes are written as they are. beside: other tensors of its
     module that these change with it.
     """
 
@@ -121,18 +125,51 @@ class Value:
     shape: torch.Size
     dtype: torch.dtype
     is_turned: bool
+    statistics: Part | None = None
+    is_copied: bool = False
     sites: tuple[MergeSite, ...] = ()
     beside: tuple[Value, ...] = ()
 
     def state_tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors of its state."""
-        return {} if self.quant is None else self.quant.state_tensors(self.state)
+        """The tensors of its state, unless they are a parameter."""
+        if self.quant is None or self.statistics is not None:
+            return {}
+        return self.quant.state_tensors(self.state)
 
     @property
     def values_per_byte(self) -> int:
         """Elements in a byte of a packed weight."""
         assert self.quant is not None
         return self.quant.layout(None, self.leaf).values_per_byte
+
+    @property
+    def experts(self) -> range:
+        """The experts of a stack; one of any other packed weight."""
+        return range(self.shape[0] if self.quant is not None and self.quant.by_expert else 1)
+
+    def joined(self, experts: range, found: Mapping[str, torch.Tensor]) -> Value:
+        """The value of some experts alone, with the bytes of their statistics."""
+        assert self.quant is not None
+        shape = (len(experts), *self.shape[1:]) if self.quant.by_expert else self.shape
+        state = self.quant.state_from(self.state, experts, found)
+        return replace(self, state=state, shape=torch.Size(shape), statistics=None)
+
+    def stored(self, rows: range) -> range:
+        """The elements that are stored of a range of dimension 0; whole ones."""
+        size = 1 if self.quant is None else self.held.data.element_size() * self.values_per_byte
+        row = self.shape[1:].numel()
+        return range(rows.start * row // size, rows.stop * row // size)
+
+    def stored_statistics(self, experts: range) -> dict[str, tuple[range, slice]]:
+        """The elements that are stored of the statistics of some experts, and the place of these among their bytes."""
+        assert self.quant is not None
+        assert self.statistics is not None
+        size, found = self.statistics.data.element_size(), {}
+        for name, bytes_ in self.quant.state_ranges(self.state, experts).items():
+            first = bytes_.start // size
+            place = slice(bytes_.start - first * size, bytes_.stop - first * size)
+            found[name] = range(first, -(-bytes_.stop // size)), place
+        return found
 
     def rows(self, flat: torch.Tensor, rows: range) -> torch.Tensor:
         """A range of dimension 0, of all that is stored of it."""
@@ -155,6 +192,7 @@ class Product:
 
     packed: the format in which what is made of the one value is written, if it is. loaded: what is taken apart again
     for the output, where transformers makes parameters of several tensors of a checkpoint.
+    experts: those of a stack that are made here. apart: the tensors of all of it, if it is not packed.
     """
 
     tensors: tuple[Planned, ...]
@@ -162,6 +200,8 @@ class Product:
     is_gathered: bool
     packed: QuantFormat | None = None
     loaded: tuple[Loaded, ...] = ()
+    experts: range | None = None
+    apart: Apart | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,13 +226,49 @@ class Planner:
         for loaded in self.origin.tensors:
             groups.setdefault(loaded.assignment, []).append(loaded)
         for assignment, group in groups.items():
-            found = [(loaded, self._values(loaded)) for loaded in group]
-            is_packed = any(self._is_packed(loaded, value) for loaded, values in found for value in values[:1])
-            if assignment.converter is not None and not is_packed:
-                yield self._fused(group, tuple(self._only(loaded, values) for loaded, values in found))
+            left = []
+            for loaded in group:
+                values = self._values(loaded)
+                stack = list(self._stack(loaded, values[0])) if len(values) == 1 else []
+                yield from stack
+                left += [] if stack else [(loaded, values)]
+            is_packed = any(self._format(loaded, value) for loaded, values in left for value in values[:1])
+            if left and assignment.converter is not None and not is_packed:
+                yield self._fused(
+                    [loaded for loaded, _ in left], tuple(self._only(loaded, values) for loaded, values in left)
+                )
                 continue
-            for loaded, values in found:
+            for loaded, values in left:
                 yield from (self._part(loaded, value, number) for number, value in enumerate(values))
+
+    def _stack(self, loaded: Loaded, value: Value) -> Iterator[Product]:
+        """The parts of a stack of experts, in runs; none if it is no stack, or has to be whole."""
+        packed = self._format(loaded, value)
+        kinds = [quant for quant in (packed, value.quant) if quant is not None]
+        if not kinds or not kinds[0].by_expert:
+            return
+        name, pieces = loaded.names[0], None
+        assignment = loaded.assignment
+        if packed is not None:
+            tensors = planned_packed(assignment.key_of(name), packed, value.shape, packed.storage)
+        else:
+            empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            pieces = apart(assignment, name, empty, self.base, self.origin.conversions)
+            if pieces is None and assignment.converter is not None:
+                return
+            key = assignment.key_of(name)
+            pieces = pieces or Apart(tensors=(Planned(name=key, dtype=value.dtype, shape=tuple(value.shape)),))
+            tensors = pieces.tensors
+        is_same = packed is not None and value.quant is not None and _alike(value.quant.options, packed.options)
+        if is_same and not value.sites:
+            yield Product(tensors=tensors[:1], values=(value,), packed=packed, is_gathered=False)
+            value = replace(value, is_copied=True)
+        step = max(RUN // value.shape[1:].numel(), 1)
+        for start in range(0, value.shape[0], step):
+            experts = range(start, min(start + step, value.shape[0]))
+            yield Product(
+                tensors=tensors, values=(value,), is_gathered=True, packed=packed, experts=experts, apart=pieces
+            )
 
     def _only(self, loaded: Loaded, values: Sequence[Value]) -> Value:
         if len(values) > 1:
@@ -261,38 +337,40 @@ class Planner:
             state=None if quant is None else quant.state_of(module, leaf),
             shape=held.shape if quant is None else quant.logical(module, leaf),
             dtype=dtype or loaded.dtype,
+            statistics=self.held.get((module, leaf + STATISTICS)),
             is_turned=leaf == "weight" and (was_conv1d(module) if quant is not None else is_conv1d(module)),
         )
 
-    def _is_packed(self, loaded: Loaded, value: Value) -> bool:
-        """Whether the tensor is to be packed."""
-        if self.form.packed is None or value.leaf != "weight":
-            return False
-        chosen = self.form.chosen
-        return value.quant is not None if chosen is None else split(loaded.names[0])[0] in chosen
+    def _format(self, loaded: Loaded, value: Value) -> QuantFormat | None:
+        """The format in which the tensor is to be packed, if it is."""
+        if self.form.chosen is not None:
+            return self.form.chosen.get(loaded.names[0])
+        return None if value.quant is None else format_among(self.form.formats, value.quant)
 
     def _part(self, loaded: Loaded, value: Value, number: int) -> Product:
         """The part of one value. number: among those of its tensor."""
-        if self._is_packed(loaded, value):
-            return self._packed(loaded, value)
+        packed = self._format(loaded, value)
+        if packed is not None:
+            return self._packed(loaded, value, packed)
         name = loaded.assignment.sources[0] if loaded.assignment.converter is None else loaded.names[0]
         if number:  # the second of an embedding and a head, which the checkpoint has under the name of the first
             name = name.replace(loaded.names[0], loaded.names[number])
             name = loaded.names[number] if name == loaded.assignment.sources[0] else name
         turned = value.is_turned and value.quant is not None
         planned = Planned(name=name, dtype=value.dtype, shape=tuple(value.shape[:: -1 if turned else 1]))
-        return Product(tensors=(planned,), values=(value,), is_gathered=bool(value.sites) or turned)
+        is_gathered = bool(value.sites) or turned or value.statistics is not None
+        return Product(tensors=(planned,), values=(value,), is_gathered=is_gathered)
 
-    def _packed(self, loaded: Loaded, value: Value) -> Product:
-        packed = self.form.packed
-        assert packed is not None
+    def _packed(self, loaded: Loaded, value: Value, packed: QuantFormat) -> Product:
         name = loaded.assignment.key_of(loaded.names[0])
         shape = value.shape[:: -1 if value.is_turned and value.quant is None else 1]
-        rows = packed.layout(None, value.leaf).packed_shape(shape, packed.storage)
-        beside = planned_beside(name, packed, shape.numel())
-        found = (Planned(name=name, dtype=packed.storage, shape=rows), *beside)
+        found = planned_packed(name, packed, shape, packed.storage)
         is_same = value.quant is not None and _alike(value.quant.options, packed.options)
-        return Product(tensors=found, values=(value,), packed=packed, is_gathered=bool(value.sites) or not is_same)
+        is_copied = is_same and not value.sites
+        is_gathered = not is_copied or value.statistics is not None
+        return Product(
+            tensors=found, values=(replace(value, is_copied=is_copied),), packed=packed, is_gathered=is_gathered
+        )
 
     def _fused(self, group: Sequence[Loaded], values: tuple[Value, ...]) -> Product:
         """The part of tensors that transformers has merged or split, and takes apart as `save_pretrained` does."""

@@ -61,14 +61,19 @@ class Tensors:
         first = share.start - held.start if share else 0
         return share.start, data[first : first + len(share)]
 
-    def gather(self, held: Part, rank: int) -> torch.Tensor | None:
-        """All elements, 1-D, on `rank`, in memory that may be changed; None on the others. Collective."""
-        numel, is_here = held.shape.numel(), rank == self.ranks.rank
-        if len(self.spans[held][rank]) == numel:  # it has them already
-            return held.data.reshape(-1).to(self.device, copy=True) if is_here else None
-        mine = self.mine(held)[1].to(self.device)
-        out = mine.new_empty(numel) if is_here else None
-        gather_to(mine, self.shares[held], out=out, rank=rank)
+    def gather(self, held: Part, rank: int, wanted: range | None = None) -> torch.Tensor | None:
+        """All elements or the `wanted`, 1-D, on `rank`, in memory that may be changed; else None. Collective."""
+        wanted, is_here = range(held.shape.numel()) if wanted is None else wanted, rank == self.ranks.rank
+        if len(self.spans[held][rank]) == held.shape.numel():  # it has them already
+            whole = held.data.reshape(-1)[wanted.start : wanted.stop]
+            return whole.to(self.device, copy=True) if is_here else None
+        parts = [_common(share, wanted) for share in self.shares[held]]
+        start, mine = self.mine(held)
+        own = parts[self.ranks.rank]
+        mine = mine[own.start - start : own.stop - start].to(self.device) if own else mine[:0].to(self.device)
+        out = mine.new_empty(len(wanted)) if is_here else None
+        places = [range(part.start - wanted.start, part.stop - wanted.start) for part in parts]
+        gather_to(mine, places, out=out, rank=rank)
         return out
 
     def digest(self, states: Iterable[Mapping[str, torch.Tensor]]) -> str:
@@ -89,6 +94,12 @@ class Tensors:
         for found in page_sums(pieces):
             digest.update(found.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _common(share: range, wanted: range) -> range:
+    """The intersection; an empty range at the beginning of `wanted` if there is none."""
+    start, stop = max(share.start, wanted.start), min(share.stop, wanted.stop)
+    return range(start, stop) if start < stop else range(wanted.start, wanted.start)
 
 
 def _span(held: Part) -> range:
@@ -204,7 +215,7 @@ def _meta(shape: torch.Size) -> nn.Parameter:
 
 def _make_plain(twin: Any, parameters: Mapping[str, nn.Parameter], unpacked: Collection[nn.Module]) -> None:
     """Give the twin of a module the class and the parameters that it has unsharded, above a base that is not packed."""
-    from peft.tuners.lora.layer import Linear, LoraLayer
+    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for leaf in parameters:
@@ -213,6 +224,9 @@ def _make_plain(twin: Any, parameters: Mapping[str, nn.Parameter], unpacked: Col
         twin._parameters.update(parameters)
         return
     if not isinstance(twin, BaseTunerLayer):
+        return
+    if isinstance(twin, ParamWrapper):
+        twin.__class__ = ParamWrapper
         return
     if isinstance(twin, LoraLayer) and twin.get_base_layer() in unpacked:
         # PEFT's layers for packed bases differ in that they pack what they have merged.

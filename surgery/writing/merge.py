@@ -25,7 +25,7 @@ from surgery.model.consistency import adapter_facts, same_model
 from surgery.model.fqn import split
 from surgery.model.skeleton import build_on_meta, causal_lm
 from surgery.model.weights import plan_weights
-from surgery.quantizers.base import QuantFormat, format_for
+from surgery.quantizers.base import QuantFormat, formats_for
 from surgery.telemetry.report import Report
 from surgery.writing.merge_adapters import Matched, MergeAdapter, check_together, match
 from surgery.writing.merge_plan import BaseModel, Readers, Work, changes_of, plan_work
@@ -171,9 +171,10 @@ def _prepare(
     model = build_on_meta(causal_lm(checkpoint, own), dtype=own, device=cpu)
     same_model(ranks, model, checkpoint)
     base = BaseModel.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
-    form, quantized, quantization = None, frozenset[str](), None
+    quantized: Mapping[str, QuantFormat] = {}
+    quantization = None
     if quant is not None:
-        form, quantized, quantization = _quantization(model, base, checkpoint, quant, own)
+        quantized, quantization = _quantization(model, base, checkpoint, quant, own)
     names = [f"merged{number}" for number in range(len(adapters))]
     configs = {name: each.config for name, each in zip(names, adapters, strict=True)}
     matched = []
@@ -185,7 +186,7 @@ def _prepare(
             if each.weight != 1 and name in site.adapters:
                 site.layer.set_scale(name, each.weight)
     changes = changes_of(base, matched, sites)
-    works, untied = plan_work(base, checkpoint, changes, cast=dtype is not None, quant=form, quantized=quantized)
+    works, untied = plan_work(base, checkpoint, changes, cast=dtype is not None, quantized=quantized)
     return _Job(
         checkpoint=checkpoint,
         matched=tuple(matched),
@@ -205,17 +206,19 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
 
 def _quantization(
     model: nn.Module, base: BaseModel, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype
-) -> tuple[QuantFormat, frozenset[str], Mapping[str, object]]:
-    """The format of the output, the FQNs of weights that are in it, and its `quantization_config`."""
+) -> tuple[Mapping[str, QuantFormat], Mapping[str, object]]:
+    """FQN -> format of those weights of the output that are packed, and its `quantization_config`."""
     packing, config = checkpoint.packing, checkpoint.config or {}
     options = replace(quant, quant_storage=quant.quant_storage or torch.uint8)
-    form = format_for(options, dtype=dtype, compute_dtype=dtype)
-    if packing is not None:
-        form = format_for(form.options_for(packing), dtype=dtype, compute_dtype=dtype)
-        return form, base.weights.packed, config["quantization_config"]
+    formats = formats_for(options, dtype=dtype, compute_dtype=dtype)
     # On a copy, since adapters are merged into modules as they are.
-    chosen, quantization = quantized_in(copy.deepcopy(model), form)
-    return form, frozenset(f"{fqn}.weight" for fqn in chosen), quantization
+    twin = copy.deepcopy(model)
+    if packing is None:
+        return quantized_in(twin, formats)
+    formats = formats_for(formats[0].options_for(packing), dtype=dtype, compute_dtype=dtype)
+    weights, _ = quantized_in(twin, formats, packed=base.weights.packed)
+    linear = {fqn: formats[0] for fqn in base.weights.packed if len(base.tensors[fqn].shape) != 3}
+    return {**linear, **weights}, config["quantization_config"]
 
 
 def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:

@@ -7,23 +7,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Checkpoint, PackedWeight, Reader, TensorEntry
+from surgery.checkpoint import Checkpoint, PackedWeight, Reader, Request, Segment, TensorEntry
 from surgery.errors import ConfigError
 from surgery.model.fqn import join, split
-from surgery.model.keys import Assignment, group_keys
+from surgery.model.keys import Assignment, conversions_of, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters
 from surgery.model.weights import WeightPlan
 from surgery.quantizers.base import QuantFormat
 from surgery.telemetry.report import Report
+from surgery.writing.apart import Apart, apart
 from surgery.writing.merge_adapters import Matched
 from surgery.writing.merging import MergeSite, chunks
 from surgery.writing.output import Output, Planned, finite
-from surgery.writing.packing import Packer, planned_beside
+from surgery.writing.packing import Packer, StackPacker, planned_packed
 
 __all__ = ["BaseModel", "Change", "Readers", "Work", "changes_of", "plan_work"]
 
@@ -74,8 +76,6 @@ class BaseModel:
     @classmethod
     def of(cls, model: Any, weights: WeightPlan, checkpoint: Checkpoint) -> Self:
         """The view of `model`, which is to be adapted in place."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         modules = {module: name for name, module in model.named_modules()}
         tied = {
             first: tuple(dict.fromkeys(_canonical(model, modules, name) for name in (first, *others)))
@@ -90,7 +90,7 @@ class BaseModel:
             keys=_tied_keys(model, checkpoint, [names for names in tied.values() if len(names) > 1]),
             ends=tuple(modules.get(getattr(model, f"get_{end}_embeddings")()) for end in ("input", "output")),
             weights=weights,
-            conversions=get_model_conversion_mapping(model),
+            conversions=conversions_of(model, checkpoint.index.keys()),
         )
 
 
@@ -148,6 +148,15 @@ class Readers:
             out[first - start : last - start] = stored.dequantize(self.base.read_range, first, last)
         return out
 
+    def read_segments(self, segments: tuple[Segment, ...], start: int, stop: int) -> torch.Tensor:
+        """Elements of what tensors of the base are one behind the other, as `read`."""
+        request, done = Request(segments=segments, start=start, stop=stop), 0
+        out = self._room(stop - start, request.dtype)
+        for entry, first, last in request.parts():
+            self.base.read_into(entry, out[done : done + last - first], start=first)
+            done += last - first
+        return out
+
     def whole(self, name: str) -> torch.Tensor:
         """A tensor of the base, unpacked, in memory of its own."""
         entry = self._checkpoint.logical(name)
@@ -192,13 +201,16 @@ class Work:
 class Merged(Work):
     """One tensor that is copied, cast, or merged, by ranges of its first dimension.
 
-    source: where the base has it. stored: the same if it is packed there, and is to be unpacked. dtype: in which it is
-    merged. is_turned: whether a packed weight has the dimensions of this one, a `Conv1D`'s, the other way round.
-    quant: in which format it is written; None for none.
+    source: where the base has it; of a stack of experts that it has in several tensors, one behind the other, what they
+    would be in one, and these in segments. stored: the same if it is packed there, and is to be unpacked. dtype: in
+    which it is merged. is_turned: whether a packed weight has the dimensions of this one, a `Conv1D`'s, the other way
+    round. quant: in which format it is written; None for none. apart: the tensors that it is written as, if several.
     """
 
     source: TensorEntry
     dtype: torch.dtype
+    segments: tuple[Segment, ...] = ()
+    apart: Apart | None = None
     change: Change | None = None
     stored: PackedWeight | None = None
     is_turned: bool = False
@@ -214,6 +226,8 @@ class Merged(Work):
         """Hold a few MiB of it, or all if it cannot be divided."""
         change = self.change or Change()
         entry, read = self.source, partial(readers.read, self.source, self.stored)
+        if self.segments:
+            read = partial(readers.read_segments, self.segments)
         if change.replaced is not None:
             matched, key = change.replaced
             entry = matched.adapter.index[key]
@@ -221,10 +235,7 @@ class Merged(Work):
         unpacks = self.is_turned and self.stored is not None and change.replaced is None
         packs = self.is_turned and self.quant is not None
         divisible = not unpacks and not packs and all(site.is_divisible for site in change.sites)
-        sink: Callable[[torch.Tensor, int], None] = partial(out.write, self.made[0].name)
-        if self.quant is not None:
-            shape = entry.shape[::-1] if packs and not unpacks else entry.shape
-            sink = Packer(self.quant, torch.Size(shape), self.made, out).add
+        sink = self._sink(out, entry.shape[::-1] if packs and not unpacks else entry.shape)
         given = [(site, readers.inputs(site)) for site in change.sites]
         # What is not computed with is the base's own affair, such as a mask.
         is_plain = self.change is None and self.stored is None and self.quant is None
@@ -239,6 +250,15 @@ class Merged(Work):
             part = part if self.quant is not None else part.to(self.made[0].dtype)
             sink(part if is_copy else finite(part, self.made[0].name, rows if divisible else None), rows.start * row)
             del part
+
+    def _sink(self, out: Output, shape: Sequence[int]) -> Callable[[torch.Tensor, int], None]:
+        """What takes the values from an element on. shape: of what is packed."""
+        if self.apart is not None:
+            return partial(self.apart.write, out.write)
+        if self.quant is None:
+            return partial(out.write, self.made[0].name)
+        packer = StackPacker if self.quant.by_expert else Packer
+        return packer(self.quant, torch.Size(shape), self.made, out).add
 
 
 def _merged(
@@ -371,14 +391,13 @@ def plan_work(
     changes: Mapping[str, Change],
     *,
     cast: bool,
-    quant: QuantFormat | None,
-    quantized: frozenset[str],
+    quantized: Mapping[str, QuantFormat],
 ) -> tuple[tuple[Work, ...], bool]:
     """The work on all tensors of `checkpoint`, in the order of its files; and whether embedding and head are untied.
 
     cast: whether tensors that nothing changes take the dtype of the model; they stay as they are otherwise. quantized:
-    FQNs of weights that are to be in the format `quant`; those that are packed and stay as they are, are copied. A tied
-    tensor of which one name changes, or both differently, is written for each of them.
+    FQNs of weights that are to be packed, and in which format; those that are packed and stay as they are, are copied.
+    A tied tensor of which one name changes, or both differently, is written for each of them.
     """
     works: dict[str, list[Work]] = {name: [] for name in checkpoint.index}
     one = partial(_one, base, checkpoint, cast=cast)
@@ -388,7 +407,16 @@ def plan_work(
         names = base.tied.get(fqn, ())
         mine = {name: changes.get(name) for name in (*names, *assignment.targets)}
         sources = (*assignment.sources, *assignment.duplicates)
-        form = quant if not quantized.isdisjoint(assignment.targets) else None
+        form = next((quantized[target] for target in assignment.targets if target in quantized), None)
+        changed = {name: change for name, change in mine.items() if change is not None}
+        if (
+            assignment.converter is not None
+            and (changed or form is not None)
+            and _is_divided(base, assignment, changed)
+        ):
+            change = changed.get(fqn)
+            works[sources[0]] = [_stack(base, checkpoint, assignment, change, quant=form)]
+            continue
         if form is not None and assignment.converter is not None:
             raise ConfigError(
                 f"{fqn} is to be quantized, and transformers makes it of {len(sources)} tensors of this base: merge it "
@@ -398,7 +426,6 @@ def plan_work(
             _check_taken_apart(base, assignment, checkpoint)
             tensor = base.tensors[fqn]
             made = tuple(_planned(n, checkpoint.logical(n), tensor.dtype) for n in assignment.sources)
-            changed = {name: change for name, change in mine.items() if change is not None}
             works[sources[0]] = [Fused(made=made, assignment=assignment, changes=changed, base=base)]
         elif len({change.tie if change is not None else None for change in mine.values()}) == 1:
             change = next(iter(mine.values()))
@@ -413,6 +440,41 @@ def plan_work(
     rest = [name for name in base.weights.ignored if name in checkpoint.index]
     works |= {name: [_copied(checkpoint.entry(name))] for name in rest}
     return tuple(work for each in works.values() for work in each), untied
+
+
+def _is_divided(base: BaseModel, assignment: Assignment, changed: Mapping[str, Change]) -> bool:
+    """Whether a fused parameter is made of whole tensors, and none of its changes needs all of it."""
+    is_whole = (
+        assignment.converter is not None
+        and bool(assignment.orders)
+        and len(assignment.targets) == 1
+        and not assignment.duplicates
+    )
+    if not is_whole or len(base.tensors[assignment.targets[0]].shape) != 3:
+        return False
+    return all(
+        change.replaced is None and all(site.is_divisible for site in change.sites) for change in changed.values()
+    )
+
+
+def _stack(
+    base: BaseModel, checkpoint: Checkpoint, assignment: Assignment, change: Change | None, *, quant: QuantFormat | None
+) -> Merged:
+    """The work on a stack of experts, which the base has in several tensors: merged, packed, or both."""
+    fqn, names = assignment.targets[0], assignment.orders[0]
+    dtype, shape = base.tensors[fqn].dtype, tuple(base.tensors[fqn].shape)
+    entries = [checkpoint.entry(name) for name in names]
+    starts = accumulate((entry.numel for entry in entries), initial=0)
+    pieces = Apart(tensors=tuple(_planned(entry.name, entry, dtype) for entry in entries))
+    return Merged(
+        made=pieces.tensors if quant is None else planned_packed(fqn, quant, shape, quant.storage),
+        source=replace(entries[0], name=fqn, shape=shape),
+        segments=tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False)),
+        dtype=dtype,
+        change=change,
+        quant=quant,
+        apart=pieces if quant is None else None,
+    )
 
 
 def _untied_key(base: BaseModel, name: str) -> str:
@@ -445,14 +507,18 @@ def _one(
     dtype = tensor.dtype if is_made and is_float else entry.dtype
     is_conv = split(fqn)[1] == "weight" and is_conv1d(base.owner(fqn))
     name, shape = key or source, entry.shape[:: -1 if is_conv and stored is not None else 1]
-    made = [Planned(name=name, dtype=dtype, shape=shape)]
+    made: tuple[Planned, ...] = (Planned(name=name, dtype=dtype, shape=shape),)
+    pieces = None
     if quant is not None:
-        storage = stored.data.dtype if stored is not None else quant.storage
-        made = [Planned(name=name, dtype=storage, shape=quant.layout(None, "weight").packed_shape(shape, storage))]
-        made += planned_beside(name, quant, math.prod(shape))
+        made = planned_packed(name, quant, shape, stored.data.dtype if stored is not None else quant.storage)
+    elif stored is not None and stored.settings.is_stack:
+        assignment = next(each for each in base.weights.assignments if fqn in each.targets)
+        pieces = apart(assignment, fqn, torch.empty(shape, dtype=dtype, device="meta"), base.model, base.conversions)
+        made = made if pieces is None else pieces.tensors
     return [
         Merged(
-            made=tuple(made),
+            made=made,
+            apart=pieces,
             source=entry,
             dtype=dtype,
             change=change,

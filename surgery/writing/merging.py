@@ -95,6 +95,7 @@ def adapt(model: nn.Module, configs: Mapping[str, LoraConfig]) -> Iterator[tuple
     for name, config in configs.items():
         own = copy.deepcopy(config)
         own.init_lora_weights = False
+        own.lora_dropout = 0.0  # PEFT refuses it on parameters, and no merge has any
         try:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")  # of ties, which are taken apart where they have to be

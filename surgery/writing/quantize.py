@@ -24,6 +24,7 @@ from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import Ranks, current_ranks
 from surgery.config import Quant
 from surgery.errors import ConfigError, WeightsMismatchError
+from surgery.model.keys import conversions_of
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.exchange import Exchange
 from surgery.passes.loading import CHUNK_ELEMENTS, Job, Loading, loading
@@ -31,10 +32,11 @@ from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, prepare
 from surgery.passes.quantize import Quantize
 from surgery.passes.read import Read, ReadAhead
-from surgery.passes.tensors import Target
+from surgery.passes.tensors import ShardBuffer, Target
 from surgery.sharding.base import ShardStrategy, register
 from surgery.sharding.partition import Grid, Partition, chunk
 from surgery.telemetry.report import Report
+from surgery.writing.apart import Apart, apart
 from surgery.writing.output import MAX_SHARD_BYTES, Planned, check_output, finite, output
 from surgery.writing.packing import planned_beside
 from surgery.writing.sidecars import changed_config, sidecars
@@ -232,7 +234,8 @@ class _Part:
     """Tensors of the output that are made together.
 
     target: what is quantized, or else converted, for them; None for one that is a copy of `source`, or of `packed`
-    dequantized, which is then turned if `is_transposed`. duplicates: names of further copies in the checkpoint.
+    dequantized, which is then turned if `is_transposed`, or taken `apart`. duplicates: names of further copies in the
+    checkpoint.
     """
 
     tensors: tuple[Planned, ...]
@@ -240,6 +243,7 @@ class _Part:
     source: TensorEntry | None = None
     packed: PackedWeight | None = None
     is_transposed: bool = False
+    apart: Apart | None = None
     duplicates: tuple[str, ...] = ()
 
 
@@ -248,32 +252,41 @@ def _planned(prepared: Prepared, checkpoint: Checkpoint) -> Iterator[_Part]:
 
     What upstream's conversion merges or splits stays as the checkpoint has it, unless some of it is quantized.
     """
-    quantized = {target.assignment for target in prepared.targets if target.is_quantized}
+    # Statistics stay whole, the state of a weight, as they are written.
+    targets = [target for target in prepared.targets if target.statistics_of is None]
+    quantized = {target.assignment for target in targets if target.is_quantized}
     seen = set()
-    for target in prepared.targets:
+    for target in targets:
         assignment = target.assignment
         if assignment in quantized:
-            yield _Part(tensors=tuple(_entries(prepared, target)), target=target)
+            yield _Part(tensors=tuple(_entries(target)), target=target)
             continue
         for name in assignment.sources if assignment not in seen else ():
             entry = checkpoint.logical(name)
             dtype = target.dtype if entry.dtype.is_floating_point else entry.dtype
             shape = entry.shape[:: -1 if target.is_transposed else 1]
+            packed = checkpoint.packed.get(name)
+            pieces = None
+            if packed is not None and packed.settings.is_stack:
+                empty = torch.empty(shape, dtype=dtype, device="meta")
+                conversions = conversions_of(prepared.model, checkpoint.index.keys())
+                pieces = apart(assignment, target.fqn, empty, prepared.model, conversions)
             yield _Part(
-                tensors=(Planned(name=name, dtype=dtype, shape=shape),),
+                tensors=(Planned(name=name, dtype=dtype, shape=shape),) if pieces is None else pieces.tensors,
                 source=entry,
-                packed=checkpoint.packed.get(name),
+                packed=packed,
                 is_transposed=target.is_transposed,
+                apart=pieces,
                 duplicates=assignment.duplicates,
             )
         seen.add(assignment)
 
 
-def _entries(prepared: Prepared, target: Target) -> Iterator[Planned]:
+def _entries(target: Target) -> Iterator[Planned]:
     name = target.assignment.key_of(target.fqn)
     yield Planned(name=name, dtype=target.dtype, shape=tuple(target.shape))
-    if target.logical is not None:
-        yield from planned_beside(name, prepared.setting.format, target.logical.numel())
+    if target.logical is not None and target.quant is not None:
+        yield from planned_beside(name, target.quant, target.logical)
 
 
 def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path]:
@@ -291,6 +304,8 @@ def _files(checkpoint: Checkpoint, prepared: Prepared) -> dict[str, bytes | Path
         "double quantization": setting.quant.double_quant,
         "quantized in": dtype,
     }
+    if any(target.is_quantized and target.quant is not None and target.quant.by_expert for target in prepared.targets):
+        settings["experts"] = "in 4 bits, which transformers does not read: `surgery dequantize` writes 16 bits"
     return sidecars(checkpoint, config, title=f"{name} in 4 bits", relation="quantized", settings=settings)
 
 
@@ -356,7 +371,8 @@ class _Copy(Pass):
         return model
 
     def _copy(self, part: _Part, ranks: Ranks) -> None:
-        planned, whole = part.tensors[0], range(part.tensors[0].numel)
+        assert part.source is not None
+        planned, whole = part.tensors[0], range(part.source.numel)
         if part.is_transposed:
             # No range of one is a range of the other, so that one rank makes all of it; ranks take turns.
             mine = whole if sum(planned.name.encode()) % ranks.world_size == ranks.rank else whole[:0]
@@ -370,7 +386,10 @@ class _Copy(Pass):
             piece = piece if is_copy else finite(piece.to(planned.dtype), planned.name)
             for name in part.duplicates:
                 self._check_same(name, part, piece, start)
-            self.sink[0](planned.name, piece, start)
+            if part.apart is None:
+                self.sink[0](planned.name, piece, start)
+            else:
+                part.apart.write(self.sink[0], piece, start)
 
     def _read(self, part: _Part, start: int, stop: int) -> torch.Tensor:
         read = self.loading.reader.read_range
@@ -414,11 +433,12 @@ class _Write(BatchPass):
                 self.sink[0](name, buffer.read_rows(), buffer.slice.reads.start * buffer.row)
                 # Every rank has the state; they take turns.
                 if buffer.target.is_quantized and (batch.number + number) % ranks.world_size == ranks.rank:
-                    self._put_state(name, buffer.state)
+                    self._put_state(name, buffer)
         batch.buffers.clear()
 
-    def _put_state(self, name: str, state: Any) -> None:
-        for end, value in self.loading.setting.format.saved(state).items():
+    def _put_state(self, name: str, buffer: ShardBuffer) -> None:
+        assert buffer.target.quant is not None
+        for end, value in buffer.target.quant.saved(buffer.state).items():
             if isinstance(value, torch.Tensor):
                 self.sink[0](f"{name}.{end}", value, 0)
             else:

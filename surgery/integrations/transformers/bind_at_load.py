@@ -144,10 +144,13 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
     from surgery.integrations.low_memory import asked_experts
     from surgery.model.pretrained import leave_initialized
 
-    quant, compute_dtype = _quantization(model, config.hf_quantizer, asked_experts())
+    checkpoint = Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path))
+    packing = checkpoint.packing
+    stored = packing.quant_type if packing is not None and packing.is_stack else None
+    quant, compute_dtype = _quantization(model, config.hf_quantizer, asked_experts() or stored)
     bound = bind_alone(
         model,
-        Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path)),
+        checkpoint,
         quant=quant,
         dtype=config.dtype,
         compute_dtype=compute_dtype,
