@@ -280,7 +280,8 @@ class _Names:
         if assignment is None or (assignment.converter is None and not (self.is_packed and is_stack)):
             return [_Module.whole(sources[0], is_stack=is_stack)]
         found = self._apart(assignment, adapted)
-        if found and all(numbers.ndim == 2 for numbers in found.values()):
+        # transformers 5.17 drops the dimension of one column too.
+        if found and all(numbers.ndim < 3 for numbers in found.values()):
             return [_Module.part(source, numbers, adapted.shape[0]) for source, numbers in found.items()]
         if len(sources) == 1:
             return [_Module.whole(sources[0], is_stack=is_stack)]
