@@ -30,6 +30,9 @@ from surgery.model.weights import plan_weights
 
 __all__ = ["check_served", "serve"]
 
+#: Ends of the names that vLLM has for the factors of a stack, behind its module: as PEFT nests its layers.
+_STACKS = {"gate_up_proj": ".base_layer", "down_proj": ""}
+
 Read: TypeAlias = Callable[[str], torch.Tensor]
 Pair: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
@@ -156,9 +159,12 @@ class _Module:
         path, leaf = split(source)
         if not is_stack:
             return cls(name=path, target=split(path)[1])
-        # Of two nested layers of PEFT the inner one is what it has of the first parameter in alphabetical order.
-        name = path if leaf == "down_proj" else join(path, "base_layer")
-        return cls(name=name, target=join(split(path)[1], leaf), is_stack=True)
+        if leaf not in _STACKS:
+            raise ConfigError(
+                f"{source}: expected stacks of experts called {' and '.join(_STACKS)}, found another, which vLLM does "
+                "not take: merge the adapter into the base (surgery merge), and serve that"
+            )
+        return cls(name=path + _STACKS[leaf], target=join(split(path)[1], leaf), is_stack=True)
 
     @classmethod
     def part(cls, source: str, numbers: torch.Tensor, out: int) -> Self:
@@ -214,13 +220,18 @@ def _adapted(model: Any, config: Any) -> Iterator[_Adapted]:
             )
         module, leaf = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
         shape, is_embedding = getattr(module, leaf).shape, isinstance(layer, Embedding)
+        if len(shape) == 3 and not hasattr(module, "is_transposed"):
+            raise ConfigError(
+                f"{name}: expected experts of which transformers says how they lie in memory, found a "
+                f"{type(module).__name__}: merge the adapter into the base (surgery merge), and serve that"
+            )
         wrapped.setdefault(module, set()).add(leaf)
         ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         yield _Adapted(
             fqn=join(fqns[module], leaf),
             experts=shape[0] if len(shape) == 3 else 0,
             shape=(layer.out_features, layer.in_features),
-            is_turned=len(shape) == 3 and getattr(module, "is_transposed", False),
+            is_turned=len(shape) == 3 and module.is_transposed,
             is_embedding=is_embedding,
             keys=tuple(f"{name}.{end}" for end in ends),
             rank=layer.r["default"],
@@ -230,7 +241,7 @@ def _adapted(model: Any, config: Any) -> Iterator[_Adapted]:
         stacks = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
         for leaf in stacks.keys() - leaves if leaves & stacks.keys() else ():
             number, *shape = stacks[leaf]
-            is_turned = getattr(module, "is_transposed", False)
+            is_turned = module.is_transposed
             shape = shape[::-1] if is_turned else shape
             yield _Adapted(fqn=join(fqns[module], leaf), experts=number, shape=tuple(shape), is_turned=is_turned)
 
@@ -280,7 +291,8 @@ class _Names:
         if assignment is None or (assignment.converter is None and not (self.is_packed and is_stack)):
             return [_Module.whole(sources[0], is_stack=is_stack)]
         found = self._apart(assignment, adapted)
-        if found and all(numbers.ndim == 2 for numbers in found.values()):
+        # transformers 5.17 drops the dimension of one column too.
+        if found and all(numbers.ndim < 3 for numbers in found.values()):
             return [_Module.part(source, numbers, adapted.shape[0]) for source, numbers in found.items()]
         if len(sources) == 1:
             return [_Module.whole(sources[0], is_stack=is_stack)]

@@ -170,6 +170,10 @@ def test_refused_before_anything_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "vllm" / WEIGHTS).read_bytes() == before
     with pytest.raises(WeightsMismatchError, match="experts are one by one, as servers and"):
         surgery.qlora(base, adapter=tmp_path / "vllm", quant=None, report=surgery.Report())
+    undecorated = {"num_local_experts": 2, "intermediate_size_mlp": 48, "layer_types": ["full_attention"] * 2}
+    llama = save_tiny(tmp_path / "llama", "llama4_text", **SHAPE, **undecorated)
+    with pytest.raises(ConfigError, match=r"expected experts of which transformers says .* found a Llama4TextExperts"):
+        save(llama, tmp_path / "of-llama")
     config = LoraConfig(target_modules=["q_proj"], use_dora=True)
     with surgery.qlora(base, lora=config, quant=None, report=surgery.Report()) as model:
         with pytest.raises(ConfigError, match="plain LoRA for vLLM, found one with use_dora"):
