@@ -36,7 +36,7 @@ class MemoryPlan:
     """Figures for every rank of a job, in bytes above what a process holds before it begins to load.
 
     classes: ranks that are alike, with the figures of one of them. read_once_per_node: checkpoint keys that upstream's
-    conversion merges or splits: one rank of each node reads them for the others, beside its `bytes_read`.
+    conversion splits or permutes: one rank of each node reads them for the others, beside its `bytes_read`.
     training: None if only loading was planned.
     """
 
