@@ -16,8 +16,8 @@ from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
 from surgery.errors import ConfigError, QuantizerError
 from surgery.quantizers.base import STATISTICS, register
-from surgery.quantizers.bnb import NESTED_BLOCKSIZE, STATE, Bnb4bit, as_params4bit, code_of, dynamic_code
-from surgery.quantizers.stack import PackedStack, aligned, stacks_of
+from surgery.quantizers.bnb import STATE, Bnb4bit, as_params4bit
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code, stacks_of
 
 __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dynamic_code
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -28,9 +28,6 @@ def assembled(stack: PackedStack, state: QuantState) -> torch.Tensor:
 def whole_state(stack: PackedStack, found: Mapping[str, torch.Tensor]) -> QuantState:
     """The state of a weight by itself, of the bytes of each of `stack.sections`."""
     from bitsandbytes.functional import QuantState
-
-    from surgery.quantizers.bnb import NESTED_BLOCKSIZE, code_of, dynamic_code
-    from surgery.quantizers.stack import aligned
 
     parts = {name: aligned(found[name], section.dtype) for name, section in stack.sections.items()}
     device, nested = parts["absmax"].device, None
