@@ -430,7 +430,10 @@ def complete(
 
 
 def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
-    """Apply `HANDED_ON`, and what experts need, for `model`. It trains without those that do not fit what is installed, which are told."""
+    """Apply `HANDED_ON`, and what experts need, for `model`.
+
+    It trains without those that do not fit what is installed, which are told.
+    """
     left_out, wanted = {}, HANDED_ON + patches_of_experts(model)
     for each in wanted:
         try:

@@ -1,4 +1,4 @@
-"""`peft.all-linear-of-experts`: experts are adapted as linear layers are, and PEFT's own conversion says what it does."""
+"""`peft.all-linear-of-experts`: experts are adapted as linear layers are, and what PEFT converts is said."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def converted(convert: Callable[..., object]) -> Any:
 
         def __init__(self) -> None:
             super().__init__(PretrainedConfig())
-            self.config.model_type = "qwen3_moe"
+            vars(self.config)["model_type"] = "qwen3_moe"
             self.block = Block()
 
     config = LoraConfig(r=1, target_modules="all-linear")
@@ -68,8 +68,8 @@ def check_leaves_router() -> None:
     "peft.all-linear-of-experts",
     target="peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
     reason=(
-        "all-linear adapts the router too, and fused experts by twice the rank, in families for which PEFT has a table, "
-        "and no experts at all in the others; nothing is said"
+        "all-linear adapts the router too, and fused experts by twice the rank, in families for which PEFT has a "
+        "table, and no experts at all in the others; nothing is said"
     ),
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py",
     requires={"peft": ">=0.19,<0.22"},
@@ -102,7 +102,8 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     """Change `config`; returns what is to be said of it."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    linear = set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
+    named: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    linear = set(named.target_modules)
     beside = tuple(fqn.rpartition(".")[0] for fqn in experts)
     routers = {name for name in linear if any(_chooses(name, block) for block in beside)}
     taken = {name for name in linear - routers if name.rpartition(".")[2] in _taken_for_experts(model)}
@@ -120,7 +121,11 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     config.target_modules = {fqn if (leaf := fqn.rpartition(".")[2]) in others else leaf for fqn in chosen}
     config.target_parameters = {*(config.target_parameters or ()), *names}
     leaves = sorted({name.rpartition(".")[2] for name in chosen})
-    left = f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts." if taken else ""
+    left = (
+        f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts."
+        if taken
+        else ""
+    )
     return (
         f"all-linear adapts linear layers ({', '.join(leaves)}) and experts ({', '.join(sorted(names))}), all at rank "
         f"{config.r}; not the router.{left} Other ranks: rank_pattern; other parameters: target_parameters=[...], with "
@@ -135,10 +140,12 @@ def _chooses(name: str, block: str) -> bool:
 
 def _taken_for_experts(model: nn.Module) -> Collection[str]:
     """Last names of modules that PEFT takes for parts of experts whenever it reads a configuration for this family."""
-    from peft.utils import transformers_weight_conversion as upstream
+    from peft.utils import transformers_weight_conversion
 
-    family = upstream._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None), "")
-    return upstream._MOE_TARGET_MODULE_MAPPING.get(family, {}).keys()
+    upstream: Any = transformers_weight_conversion
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names: dict[str, str] = upstream._MOE_TARGET_MODULE_MAPPING.get(upstream._MODEL_TO_CONVERSION_PATTERN.get(kind), {})
+    return names.keys()
 
 
 def _changes(asked: Any, made: Any) -> str:
@@ -146,11 +153,13 @@ def _changes(asked: Any, made: Any) -> str:
     new = sorted(set(made.target_parameters or ()) - set(asked.target_parameters or ()))
     if not new:
         return ""
-    ranks = [f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern]
+    ranks = [
+        f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern
+    ]
     wider = f", {' and '.join(ranks)} instead of {made.r}" if ranks else ""
     return (
-        f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and adapts "
-        f"{', '.join(new)}{wider}. To choose, name linear layers in target_modules, and target_parameters=[...]"
+        f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and "
+        f"adapts {', '.join(new)}{wider}. To choose, name linear layers in target_modules, and target_parameters=[...]"
     )
 
 

@@ -38,9 +38,10 @@ def adapted(dispatch: Callable[..., Any], **options: Any) -> Any:
 
 def adapters_are_of_bytes() -> bool:
     """Whether PEFT takes the storage of a packed stack for one matrix."""
-    from peft.tuners.lora.model import dispatch_default
+    from peft.tuners.lora import model
 
-    return bool(adapted(dispatch_default).num_experts == 1)
+    upstream: Any = model
+    return bool(adapted(upstream.dispatch_default).num_experts == 1)
 
 
 def check_has_experts() -> None:
@@ -75,9 +76,7 @@ def _base(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     probe=adapters_are_of_bytes,
     verify=check_has_experts,
 )
-def split(
-    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def split(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make PEFT's wrapper in split form for a parameter that is packed; everything else is left to PEFT."""
     from surgery.adapters.experts import ParamWrapper
 

@@ -59,7 +59,11 @@ def trained(model: Any) -> list[torch.Tensor]:
     model.zero_grad()
     output = model(X)
     output.square().sum().backward()
-    found = [factor["default"].weight for each in sorted(wrappers(model).items()) for factor in (each[1].lora_A, each[1].lora_B)]
+    found = [
+        factor["default"].weight
+        for each in sorted(wrappers(model).items())
+        for factor in (each[1].lora_A, each[1].lora_B)
+    ]
     return [output.detach(), *(parameter.grad for parameter in found)]
 
 
