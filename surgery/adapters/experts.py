@@ -36,9 +36,7 @@ class ParamWrapper(layer.ParamWrapper):
         super().__init__(base_layer, adapter_name, parameter_name, config=_undropped(config), **options)
         self._drop(adapter_name, config)
 
-    def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
         """Add an adapter, with dropout if `config` has it."""
         super().update_layer(adapter_name, r, lora_alpha, config=_undropped(config), **options)
         self._drop(adapter_name, config)

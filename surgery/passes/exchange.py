@@ -45,7 +45,7 @@ class Exchange(BatchPass):
         read = [buffer for buffer in batch.buffers if buffer.target.statistics_of is None]
         for _, group in groupby(read, lambda buffer: buffer.target.assignment):
             buffers = list(group)
-            if buffers[0].target.source is None:
+            if not buffers[0].target.segments:
                 self._hand_out(buffers)
         if any(buffer.pieces or not buffer.is_full for buffer in read):
             raise ConfigError("a tensor of this batch is not complete on this rank: exchange comes after quantize")
@@ -110,6 +110,7 @@ class Exchange(BatchPass):
             weight, rows = weights[buffer.target.statistics_of], buffer.slice.reads
             assert weight.target.quant is not None
             module, leaf = weight.target.places[0]
+            weight.whole_state = weight.state
             whole, weight.state = weight.target.quant.split_state(module, leaf, weight.state)
             values = whole.view(buffer.target.dtype)[rows.start : rows.stop]
             self.loading.buffers.fill(buffer, rows.start, values)

@@ -59,7 +59,7 @@ def test_every_weight_is_what_upstream_loads(tmp_path: Path, name: str) -> None:
     kind, changes, count = MODELS[name]
     checkpoint = save_tiny(tmp_path, kind, **changes)
     expected = stock_model(checkpoint)
-    with surgery.qlora(checkpoint, report=surgery.Report()) as model:
+    with surgery.qlora(checkpoint, quant=surgery.Quant(experts=False), report=surgery.Report()) as model:
         quantized = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
         assert len(quantized) == count
         for fqn, module in quantized.items():
@@ -101,12 +101,12 @@ CONVERTED: dict[str, dict[str, int]] = {
         "transformer.h.*.mlp.c_fc.weight": 2,
         "transformer.h.*.mlp.c_proj.weight": 2,
     },
-    "mixtral": {f"model.layers.*.block_sparse_moe.experts.*.{part}.weight": 8 for part in ("w1", "w3", "w2")},
+    "mixtral": {},
 }
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_what_is_merged_split_or_transposed_is_named(
+def test_what_no_rank_can_read_by_ranges_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     kind, changes, _ = MODELS[name]
