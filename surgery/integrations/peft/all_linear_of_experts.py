@@ -25,7 +25,7 @@ def _given(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def converted(convert: Callable[..., object]) -> Any:
-    """What `convert` of PEFT makes of a LoRA of all linear layers of a tiny model with packed experts."""
+    """The LoRA that `convert` of PEFT makes of one of all linear layers, of a tiny model with packed experts."""
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -152,12 +152,14 @@ def _taken_for_experts(model: nn.Module) -> Collection[str]:
 
 
 def _changes(asked: Any, made: Any) -> str:
-    """What PEFT has changed by itself in a configuration; nothing if it named all parameters already."""
+    """Words for the parameters that PEFT has added to a configuration by itself; none if it has not."""
     new = sorted(set(made.target_parameters or ()) - set(asked.target_parameters or ()))
     if not new:
         return ""
     ranks = [
-        f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern
+        f"{name.rpartition('.')[2]} at rank {made.rank_pattern[name]}"
+        for name in made.rank_pattern
+        if name not in asked.rank_pattern
     ]
     wider = f", {' and '.join(ranks)} instead of {made.r}" if ranks else ""
     return (

@@ -28,7 +28,7 @@ def packed_specimen() -> nn.Module:
 
 
 def adapted(dispatch: Callable[..., Any], **options: Any) -> Any:
-    """What `dispatch` of PEFT makes of the specimen, with adapters of rank 1."""
+    """The wrapper that `dispatch` of PEFT makes of the specimen, with adapters of rank 1."""
     from peft import LoraConfig
 
     config = LoraConfig(r=1, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from surgery.adapters.deferred import Drawing, Undrawn
 from surgery.adapters.rehearsal import check_quantized
 from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.integrations.peft import all_linear_of_experts
 from surgery.quantizers.base import STATISTICS
 from surgery.quantizers.experts import IMPLEMENTATION, Experts4bit, fused_parameters
 from surgery.quantizers.grouped import experts_forward
@@ -34,6 +34,7 @@ MOE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, IMPLEMENTATION, experts_forward)
+    all_linear_of_experts._say.cache_clear()
 
 
 def models(family: str = "olmoe", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
@@ -180,12 +181,21 @@ def test_merging_is_refused_before_anything_is_merged_and_unloading_works() -> N
 QWEN = {"decoder_sparse_step": 1, "mlp_only_layers": [0], "head_dim": 16}
 
 
-def test_all_linear_is_what_was_asked_for_and_reads_the_same_in_stock_peft(tmp_path: Path) -> None:
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    """The one thing that surgery has said since the last time."""
+    (line,) = [record.message for record in caplog.records if record.name == "surgery"]
+    caplog.clear()
+    return line
+
+
+def test_all_linear_is_what_was_asked_for_and_reads_the_same_in_stock_peft(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The first layer is dense: what PEFT would take for parts of experts is left out, and named."""
     packed, plain = models("qwen3_moe", **QWEN)
-    with pytest.warns(UserWarning, match="not the router") as said:
-        model = adapted(packed, target_modules="all-linear", target_parameters=None)
-    (line,) = [str(each.message) for each in said if each.category is UserWarning]
+    model = adapted(packed, target_modules="all-linear", target_parameters=None)
+    line = said(caplog)
+    assert "not the router" in line
     assert "experts.down_proj, experts.gate_up_proj" in line
     assert "mlp.down_proj, mlp.gate_proj, mlp.up_proj neither" in line
     made = model.peft_config["default"]
@@ -201,27 +211,28 @@ def test_all_linear_is_what_was_asked_for_and_reads_the_same_in_stock_peft(tmp_p
     torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_all_linear_leaves_out_what_is_excluded_and_adapts_experts_of_every_family() -> None:
+def test_all_linear_leaves_out_what_is_excluded_and_adapts_experts_of_every_family(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     packed, _plain = models("gpt_oss")
     options = {"target_modules": "all-linear", "target_parameters": None}
-    with pytest.warns(UserWarning, match="all-linear adapts"):
-        model = adapted(packed, **options, exclude_modules=r"model\.layers\.0\.(mlp\.experts|self_attn\.q_proj)")
+    model = adapted(packed, **options, exclude_modules=r"model\.layers\.0\.(mlp\.experts|self_attn\.q_proj)")
+    assert "layers.1.mlp.experts.down_proj" in said(caplog)
     found = model.peft_config["default"].target_parameters
     assert found == {"model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"}
     held = {name.split(".")[4] for name, _ in model.named_parameters() if "q_proj.lora_" in name}
     assert held == {"1"}
 
 
-def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said() -> None:
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks at modules alone
+def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pytest.LogCaptureFixture) -> None:
     _packed, plain = models("qwen3_moe", **QWEN)
     config = LoraConfig(r=4, target_modules="all-linear")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        with adapting(plain):
-            model = adapted_by_peft(plain, config, torch.float32)
-    (line,) = [str(each.message) for each in said if "PEFT takes a part" in str(each.message)]
+    with adapting(plain):
+        model = adapted_by_peft(plain, config, torch.float32)
+    line = said(caplog)
     assert "gate.weight" in line
-    assert "at rank 8 instead of 4" in line
+    assert "gate_up_proj at rank 8 instead of 4" in line
     assert any(".gate.lora_A" in name for name, _ in model.named_parameters())
 
 
