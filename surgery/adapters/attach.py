@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PLAIN",
     "adapted_by_peft",
+    "adapting",
     "appearing_real",
     "drawing_from",
     "draws_later",
@@ -120,6 +121,15 @@ def leaving_blank(loras: Iterable[LoraConfig]) -> contextlib.AbstractContextMana
     return patches.transaction("peft.dora-of-blank-weights", reason="a model is adapted before it has weights")
 
 
+def adapting(model: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """A block in which PEFT adapts packed experts of `model`, and what all-linear adapts is said.
+
+    Outside of blocks that write down what is drawn: patches are tried as they are applied.
+    """
+    needed = dict.fromkeys((ALL_LINEAR, *patches_of_experts(model)))
+    return patches.transaction(*needed, reason="experts of a model are adapted")
+
+
 def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> PeftModel:
     """Adapt `model` as `peft.get_peft_model` does, with all that is trainable in `dtype`; `lora` stays as it is.
 
@@ -127,9 +137,7 @@ def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> P
     """
     from peft import get_peft_model
 
-    needed = {ALL_LINEAR, *patches_of_experts(model)}
-    with patches.transaction(*needed, reason="experts of a model are adapted"):
-        adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
     saved = [module._modules.get("modules_to_save") for module in adapted.modules()]
     copies = {parameter for module in saved if module is not None for parameter in module.parameters()}
     convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)

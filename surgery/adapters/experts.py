@@ -36,9 +36,9 @@ class ParamWrapper(layer.ParamWrapper):
         super().__init__(base_layer, adapter_name, parameter_name, config=_undropped(config), **options)
         self._drop(adapter_name, config)
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **options: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any) -> None:
         """Add an adapter, with dropout if `config` has it."""
-        super().update_layer(adapter_name, *args, config=_undropped(config), **options)
+        super().update_layer(adapter_name, r, lora_alpha, config=_undropped(config), **options)
         self._drop(adapter_name, config)
 
     def _drop(self, adapter_name: str, config: LoraConfig) -> None:
@@ -48,12 +48,12 @@ class ParamWrapper(layer.ParamWrapper):
     def get_param(self) -> torch.Tensor:
         """A stand-in with the shape `(experts, d1, d2)` and the dtype of the values, on their device; one element."""
         stack = stacks_of(self.get_base_layer())[self.parameter_name]
-        packed: torch.Tensor = super().get_param()
+        packed: torch.Tensor = super().get_param()  # type: ignore[no-untyped-call]  # no annotation upstream
         return packed.new_empty((), dtype=stack.dtype).expand(stack.experts, *stack.shape)
 
     def forward(self, x: torch.Tensor, *args: Any, lora: tuple[SplitLora, ...] = (), **options: Any) -> Any:
         """The experts' forward with the factors of the active adapters, and those that outer wrappers hand down."""
-        self._check_forward_args(x, *args, **options)
+        self._check_forward_args(x, *args, **options)  # type: ignore[no-untyped-call]  # no annotation upstream
         options.pop("adapter_names", None)
         own = (
             ()
@@ -64,10 +64,12 @@ class ParamWrapper(layer.ParamWrapper):
 
     def _split(self, adapter_name: str) -> SplitLora:
         dropout = self.lora_dropout[adapter_name]
+        a: Any = self.lora_A[adapter_name]
+        b: Any = self.lora_B[adapter_name]
         return SplitLora(
             parameter=self.parameter_name,
-            a=self.lora_A[adapter_name].weight,
-            b=self.lora_B[adapter_name].weight,
+            a=a.weight,
+            b=b.weight,
             scaling=self.scaling[adapter_name],
             dropout=None if isinstance(dropout, nn.Identity) else dropout,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.adapters.attach import adapted_by_peft
+from surgery.adapters.attach import adapted_by_peft, adapting
 from surgery.adapters.options import check_built, check_modules, check_targets, unknown_targets
 from surgery.adapters.save import by_peft_key
 from surgery.errors import ConfigError
@@ -93,7 +93,7 @@ def rehearse(
 def _built(model: nn.Module, twin: nn.Module, lora: LoraConfig, dtype: torch.dtype, unknown: Sequence[str]) -> Any:
     """The twin, adapted; on meta, so that nothing is drawn."""
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with adapting(twin), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # PEFT says them again when it adapts the model itself
             return adapted_by_peft(twin, lora, dtype)
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from surgery.adapters.attach import adapted_by_peft, appearing_real, drawing_from, draws_later, leaving_blank
+from surgery.adapters.attach import adapted_by_peft, adapting, appearing_real, drawing_from, draws_later, leaving_blank
 from surgery.adapters.deferred import Undrawn
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
@@ -41,6 +41,11 @@ class Adapt(Pass):
         setting = self.loading.setting
         if setting.format.needs_modules and not any(format_of(module) for module in model.modules()):
             raise ConfigError("no module is quantized yet: adapt comes after replace")
+        with adapting(model):
+            return self._adapted(model)
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        setting = self.loading.setting
         if not draws_later(self.lora):
             own = torch.random.fork_rng(devices=()) if setting.adapter is not None else contextlib.nullcontext()
             with own, drawing_from(self.loading.job.rng_state), appearing_real(model), leaving_blank([self.lora]):

@@ -52,16 +52,13 @@ def check_removes_proxy() -> None:
     probe=proxy_is_left_behind,
     verify=check_removes_proxy,
 )
-def remove_proxy(
-    wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def remove_proxy(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Remove the last parametrization that is the adapter's: upstream looks for one of its two classes alone."""
     from peft.tuners.lora import layer
 
-    held = instance.get_base_layer().parametrizations
-    each = held[instance.parameter_name] if instance.parameter_name in held else ()
-    found = [place for place, proxy in enumerate(each) if isinstance(proxy, layer._LoraFactorsProxy)]
-    if len(each) > 1 and found:
-        del each[found[-1]]
+    every: Any = getattr(instance.get_base_layer().parametrizations, instance.parameter_name, ())
+    found = [place for place, each in enumerate(every) if isinstance(each, layer._LoraFactorsProxy)]
+    if len(every) > 1 and found:
+        del every[found[-1]]
     else:
         wrapped(*args, **kwargs)

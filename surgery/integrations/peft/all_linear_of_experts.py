@@ -1,4 +1,4 @@
-"""`peft.all-linear-of-experts`: experts are adapted as linear layers are, and PEFT's own conversion says what it does."""
+"""`peft.all-linear-of-experts`: experts are adapted as linear layers are, and what PEFT converts is said."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _given(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def converted(convert: Callable[..., object]) -> Any:
-    """What `convert` of PEFT makes of a LoRA of all linear layers of a tiny model with packed experts."""
+    """The LoRA that `convert` of PEFT makes of one of all linear layers, of a tiny model with packed experts."""
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -41,7 +41,7 @@ def converted(convert: Callable[..., object]) -> Any:
 
         def __init__(self) -> None:
             super().__init__(PretrainedConfig())
-            self.config.model_type = "qwen3_moe"
+            vars(self.config)["model_type"] = "qwen3_moe"
             self.block = Block()
 
     config = LoraConfig(r=1, target_modules="all-linear")
@@ -67,8 +67,8 @@ def check_leaves_router() -> None:
     "peft.all-linear-of-experts",
     target="peft.utils.transformers_weight_conversion:convert_peft_config_for_transformers",
     reason=(
-        "all-linear adapts the router too, and fused experts by twice the rank, in families for which PEFT has a table, "
-        "and no experts at all in the others; nothing is said"
+        "all-linear adapts the router too, and fused experts by twice the rank, in families for which PEFT has a "
+        "table, and no experts at all in the others; nothing is said"
     ),
     upstream="https://github.com/huggingface/peft/blob/v0.21.2/src/peft/utils/transformers_weight_conversion.py",
     requires={"peft": ">=0.19,<0.22"},
@@ -105,7 +105,8 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     """Change `config`; returns what is to be said of it."""
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    linear = set(_maybe_include_all_linear_layers(copy.copy(config), model).target_modules)
+    named: Any = _maybe_include_all_linear_layers(copy.copy(config), model)
+    linear = set(named.target_modules)
     beside = tuple(fqn.rpartition(".")[0] for fqn in experts)
     routers = {name for name in linear if any(_chooses(name, block) for block in beside)}
     taken = {name for name in linear - routers if name.rpartition(".")[2] in _taken_for_experts(model)}
@@ -142,24 +143,28 @@ def _chooses(name: str, block: str) -> bool:
 
 def _taken_for_experts(model: nn.Module) -> Collection[str]:
     """Last names of modules that PEFT takes for parts of experts whenever it reads a configuration for this family."""
-    from peft.utils import transformers_weight_conversion as upstream
+    from peft.utils import transformers_weight_conversion
 
-    family = upstream._MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None), "")
-    return upstream._MOE_TARGET_MODULE_MAPPING.get(family, {}).keys()
+    upstream: Any = transformers_weight_conversion
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names: dict[str, str] = upstream._MOE_TARGET_MODULE_MAPPING.get(upstream._MODEL_TO_CONVERSION_PATTERN.get(kind), {})
+    return names.keys()
 
 
 def _changes(asked: Any, made: Any) -> str:
-    """What PEFT has changed by itself in a configuration; nothing if it named all parameters already."""
+    """Words for the parameters that PEFT has added to a configuration by itself; none if it has not."""
     new = sorted(set(made.target_parameters or ()) - set(asked.target_parameters or ()))
     if not new:
         return ""
     ranks = [
-        f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern
+        f"{name.rpartition('.')[2]} at rank {made.rank_pattern[name]}"
+        for name in made.rank_pattern
+        if name not in asked.rank_pattern
     ]
     wider = f", {' and '.join(ranks)} instead of {made.r}" if ranks else ""
     return (
-        f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and adapts "
-        f"{', '.join(new)}{wider}. To choose, name linear layers in target_modules, and target_parameters=[...]"
+        f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and "
+        f"adapts {', '.join(new)}{wider}. To choose, name linear layers in target_modules, and target_parameters=[...]"
     )
 
 

@@ -28,7 +28,7 @@ def packed_specimen() -> nn.Module:
 
 
 def adapted(dispatch: Callable[..., Any], **options: Any) -> Any:
-    """What `dispatch` of PEFT makes of the specimen, with adapters of rank 1."""
+    """The wrapper that `dispatch` of PEFT makes of the specimen, with adapters of rank 1."""
     from peft import LoraConfig
 
     config = LoraConfig(r=1, **options)
@@ -38,9 +38,10 @@ def adapted(dispatch: Callable[..., Any], **options: Any) -> Any:
 
 def adapters_are_of_bytes() -> bool:
     """Whether PEFT takes the storage of a packed stack for one matrix."""
-    from peft.tuners.lora.model import dispatch_default
+    from peft.tuners.lora import model
 
-    return bool(adapted(dispatch_default).num_experts == 1)
+    upstream: Any = model
+    return bool(adapted(upstream.dispatch_default).num_experts == 1)
 
 
 def check_has_experts() -> None:

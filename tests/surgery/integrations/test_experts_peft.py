@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import patches
-from surgery.adapters.attach import patches_of_experts
+from surgery.adapters.attach import adapted_by_peft, adapting, appearing_real, draws_later
+from surgery.adapters.deferred import Drawing, Undrawn
+from surgery.adapters.rehearsal import check_quantized
 from surgery.config import Quant
 from surgery.errors import ConfigError
+from surgery.integrations.peft import all_linear_of_experts
 from surgery.quantizers.base import STATISTICS
 from surgery.quantizers.experts import IMPLEMENTATION, Experts4bit, fused_parameters
 from surgery.quantizers.grouped import experts_forward
@@ -33,6 +34,7 @@ MOE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, IMPLEMENTATION, experts_forward)
+    all_linear_of_experts._say.cache_clear()
 
 
 def models(family: str = "olmoe", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
@@ -64,8 +66,7 @@ def adapted(model: Any, **options: Any) -> Any:
     """`model`, adapted by PEFT with values that make a difference; as surgery does where experts are packed."""
     torch.manual_seed(1)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": BOTH, **options})
-    needed = patches_of_experts(model)
-    with patches.transaction(*needed, reason="test"):
+    with adapting(model):
         made = get_peft_model(model, config)
     shake(made)
     return made
@@ -110,7 +111,7 @@ def test_several_adapters_are_what_they_are_in_peft(tmp_path: Path) -> None:
     packed, plain = (adapted(each) for each in models())
     for model in (packed, plain):
         second = LoraConfig(r=3, lora_alpha=9, target_modules=[], target_parameters=BOTH, use_rslora=True)
-        with patches.transaction(*patches_of_experts(model), reason="test"):
+        with adapting(model):
             model.add_adapter("second", second)
         shake(model)
 
@@ -147,7 +148,7 @@ def test_dropout_is_for_each_adapter_and_only_in_training() -> None:
     model = adapted(packed, lora_dropout=0.5)
     experts = model.base_model.model.model.layers[0].mlp.experts
     config = LoraConfig(r=4, target_modules=[], target_parameters=BOTH, lora_dropout=0.25)
-    with patches.transaction(*patches_of_experts(model), reason="test"):
+    with adapting(model):
         model.add_adapter("second", config)
     shake(model)
     assert [experts.lora_dropout[name].p for name in ("default", "second")] == [0.5, 0.25]
@@ -167,7 +168,7 @@ def test_merging_is_refused_before_anything_is_merged_and_unloading_works() -> N
     model = adapted(packed, target_modules=["q_proj"])
     wanted = model(IDS).logits
     experts = model.base_model.model.model.layers[0].mlp.experts
-    with patches.transaction(*patches_of_experts(model), reason="test"):
+    with adapting(model):
         for merge in (model.merge_adapter, model.merge_and_unload, experts.merge):
             with pytest.raises(ConfigError, match="surgery merge"):
                 merge()
@@ -175,3 +176,99 @@ def test_merging_is_refused_before_anything_is_merged_and_unloading_works() -> N
         copied = copy.deepcopy(model)
         assert torch.equal(copied(IDS).logits, wanted)
         assert torch.equal(model.unload()(IDS).logits, bare)
+
+
+QWEN = {"decoder_sparse_step": 1, "mlp_only_layers": [0], "head_dim": 16}
+
+
+def said(caplog: pytest.LogCaptureFixture) -> str:
+    """The one thing that surgery has said since the last time."""
+    (line,) = [record.message for record in caplog.records if record.name == "surgery"]
+    caplog.clear()
+    return line
+
+
+def test_all_linear_is_what_was_asked_for_and_reads_the_same_in_stock_peft(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first layer is dense: what PEFT would take for parts of experts is left out, and named."""
+    packed, plain = models("qwen3_moe", **QWEN)
+    model = adapted(packed, target_modules="all-linear", target_parameters=None)
+    line = said(caplog)
+    assert "not the router" in line
+    assert "experts.down_proj, experts.gate_up_proj" in line
+    assert "mlp.down_proj, mlp.gate_proj, mlp.up_proj neither" in line
+    made = model.peft_config["default"]
+    assert made.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert made.target_parameters == set(BOTH)
+    assert not made.rank_pattern
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert not [name for name in adapters if ".gate." in name or "layers.0.mlp" in name]
+    assert len([name for name in adapters if "layers.1.mlp.experts" in name]) == 4
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    stock = PeftModel.from_pretrained(plain, str(tmp_path))
+    assert {name for name, _ in stock.named_parameters() if "lora_" in name} == adapters
+    torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_all_linear_leaves_out_what_is_excluded_and_adapts_experts_of_every_family(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    packed, _plain = models("gpt_oss")
+    options = {"target_modules": "all-linear", "target_parameters": None}
+    model = adapted(packed, **options, exclude_modules=r"model\.layers\.0\.(mlp\.experts|self_attn\.q_proj)")
+    assert "layers.1.mlp.experts.down_proj" in said(caplog)
+    found = model.peft_config["default"].target_parameters
+    assert found == {"model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"}
+    held = {name.split(".")[4] for name, _ in model.named_parameters() if "q_proj.lora_" in name}
+    assert held == {"1"}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks at modules alone
+def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    _packed, plain = models("qwen3_moe", **QWEN)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    with adapting(plain):
+        model = adapted_by_peft(plain, config, torch.float32)
+    line = said(caplog)
+    assert "gate.weight" in line
+    assert "gate_up_proj at rank 8 instead of 4" in line
+    assert any(".gate.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_values_are_drawn_later_as_peft_draws_them() -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights="gaussian")
+    assert draws_later(lora)
+    packed, plain = models()
+    drawn = torch.Generator().manual_seed(7).get_state()
+    with adapting(packed), appearing_real(packed), Undrawn() as undrawn:
+        late = adapted_by_peft(packed, lora, torch.bfloat16)
+    values = undrawn.take(late)
+    assert all(p.is_meta for p in late.parameters() if p.requires_grad)
+    drawing = Drawing(
+        deferred=values,
+        rng_state=drawn,
+        rows=lambda rows: range(rows // 2, rows),
+        device=torch.device("cpu"),
+        stop=threading.Event(),
+    )
+    drawing.run()
+    with torch.random.fork_rng(devices=()):
+        torch.set_rng_state(drawn)
+        wanted = adapted_by_peft(plain, lora, torch.bfloat16)
+    for initial, found in zip(values.parameters, drawing.values, strict=True):
+        ((module, name),) = initial.places
+        fqn = next(fqn for fqn, each in late.named_modules() if each is module)
+        whole = wanted.get_submodule(fqn).get_parameter(name).detach()
+        assert torch.equal(found, whole[len(whole) // 2 :])
+
+
+def test_a_parameter_that_is_storage_is_refused() -> None:
+    packed, _plain = models()
+    experts = {module for module in packed.modules() if hasattr(module, "packed_stacks")}
+    check_quantized(adapted(packed), experts)
+    packed, _plain = models()
+    experts = {module for module in packed.modules() if hasattr(module, "packed_stacks")}
+    model = adapted(packed, target_parameters=["experts.down_proj_statistics"])
+    with pytest.raises(ConfigError, match=r"down_proj_statistics goes to 4 bits"):
+        check_quantized(model, experts)
