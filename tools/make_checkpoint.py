@@ -27,8 +27,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from checkpoints import experts, llama
 from checkpoints.folder import FolderError, Recipe, build, is_complete
-from checkpoints.llama import SHAPES
 from checkpoints.smollm2 import DISTRIBUTION, WeightsNotInstalledError, find_gguf, write_smollm2
 from checkpoints.synthetic import SyntheticCheckpoint
 
@@ -38,7 +38,17 @@ MAX_PROCESSES = 8
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)
 
-ShapeName = Literal["llama-tiny", "llama-1gb", "llama-8b", "llama-70b"]
+SHAPES = {**llama.SHAPES, **experts.SHAPES}
+ShapeName = Literal[
+    "llama-tiny",
+    "llama-1gb",
+    "llama-8b",
+    "llama-70b",
+    "qwen3-moe-tiny",
+    "qwen3-30b-a3b",
+    "glm4-moe-tiny",
+    "glm-4.5-air",
+]
 DtypeName = Literal["bfloat16", "float16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 Out = Annotated[Path, typer.Argument(help="Folder to write; its parents are made.")]
@@ -75,23 +85,25 @@ def synthetic(
     intermediate: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     heads: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
+    routed: Annotated[int | None, typer.Option("--experts", help="Instead of the shape's, if it has any.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     tie: Annotated[bool | None, typer.Option("--tie/--no-tie", help="The head is the embedding.")] = None,
     force: Force = False,
 ) -> None:
-    """Make a Llama with random weights, and a tokenizer with one token per byte."""
+    """Make a model with random weights, and a tokenizer with one token per byte."""
     sizes = {
         "layers": layers,
         "hidden": hidden,
         "intermediate": intermediate,
         "heads": heads,
         "kv_heads": kv_heads,
+        "experts": routed,
         "vocab": vocab,
         "tie": tie,
     }
     try:
         checkpoint = SyntheticCheckpoint(
-            shape=replace(SHAPES[shape], **_given(sizes)),
+            shape=_resized(shape, sizes),
             dtype=DTYPES[dtype],
             seed=seed,
             shards=shards,
@@ -107,8 +119,12 @@ def synthetic(
     console.print(f"wrote {out}")
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def _resized(name: ShapeName, sizes: dict[str, Any]) -> llama.LlamaShape | experts.ExpertsShape:
+    shape = SHAPES[name]
+    given = {size: value for size, value in sizes.items() if value is not None}
+    if unknown := given.keys() - vars(shape).keys():
+        raise ValueError(f"{name} has no {', '.join(unknown)}: it has {', '.join(vars(shape))}")
+    return replace(shape, **given)
 
 
 def _device(name: DeviceName) -> torch.device:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from checkpoints.folder import RECIPE_NAME, FolderError, build, is_complete
-from checkpoints.llama import SHAPES, LlamaShape
+from checkpoints.llama import LlamaShape
 from checkpoints.shards import INDEX_NAME, file_names, split
 from checkpoints.smollm2 import WeightsNotInstalledError, find_gguf
 from checkpoints.synthetic import SyntheticCheckpoint
-from make_checkpoint import app
+from make_checkpoint import SHAPES, app
 
 TINY = SHAPES["llama-tiny"]
 
@@ -58,6 +58,22 @@ def test_transformers_loads_exactly_what_was_written(tmp_path: Path, options: li
     assert _equal(loaded, written)
 
 
+@pytest.mark.parametrize("shape", ["qwen3-moe-tiny", "glm4-moe-tiny"])
+def test_transformers_stacks_the_experts_that_were_written_one_by_one(tmp_path: Path, shape: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "tiny"
+    result = CliRunner().invoke(app, ["synthetic", str(out), "--shape", shape, "--processes", "1", "--experts", "6"])
+    assert result.exit_code == 0, result.output
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not any(info.values())
+    written = _load(out)
+    last = [f"model.layers.1.mlp.experts.5.{name}_proj.weight" for name in ("gate", "up")]
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    assert torch.equal(experts.gate_up_proj[5], torch.cat([written[name] for name in last]))
+    assert all(written[name].mean().abs() < 0.2 for name in written if name.endswith("bias"))
+
+
 def test_the_tokenizer_round_trips_text_and_has_a_chat_template(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -92,7 +108,16 @@ def test_tensors_of_one_shape_differ_and_have_the_stated_distribution(tmp_path: 
     assert tensors["model.norm.weight"].mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("llama-1gb", 1.14), ("llama-8b", 14.48), ("llama-70b", 137.95)])
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("llama-1gb", 1.14),
+        ("llama-8b", 14.48),
+        ("llama-70b", 137.95),
+        ("qwen3-30b-a3b", 61.06),
+        ("glm-4.5-air", 213.70),
+    ],
+)
 def test_shapes_have_the_sizes_that_they_are_named_for(name: str, gigabytes: float) -> None:
     checkpoint = SyntheticCheckpoint(shape=SHAPES[name])
     assert checkpoint.total_bytes / 1e9 == pytest.approx(gigabytes, abs=0.01)
@@ -121,6 +146,8 @@ def test_a_second_run_leaves_the_folder_alone_and_another_recipe_needs_force(tmp
         (["--heads", "3"], "hidden must be heads times"),
         (["--kv-heads", "3"], "multiple of kv_heads"),
         (["--layers", "0"], "layers must be 1 or more"),
+        (["--experts", "8"], "llama-tiny has no experts"),
+        (["--shape", "qwen3-moe-tiny", "--experts", "1"], "active must be at most experts"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_written(

@@ -1,4 +1,4 @@
-"""Llama checkpoints of any size with random weights, written by several processes in bounded memory."""
+"""Checkpoints of any size with random weights, written by several processes in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.byte_tokenizer import MIN_VOCAB, SPECIAL_TOKENS, write_tokenizer
+from checkpoints.experts import ExpertsShape
 from checkpoints.folder import Recipe, write_json
 from checkpoints.llama import LlamaShape
 from checkpoints.shards import METADATA, file_names, split, write_index
@@ -41,14 +42,14 @@ class _Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticCheckpoint:
-    """A random Llama checkpoint: linear and embedding weights from N(0, 0.02), norms from N(1, 0.02).
+    """A random checkpoint: linear and embedding weights and biases from N(0, 0.02), norms from N(1, 0.02).
 
     A tensor depends only on its name, its shape, `dtype`, `seed` and the type of `device`, so that neither `shards`
     nor `processes` changes a value. shards: None means one for every `SHARD_BYTES`.
     Raises `ValueError` for more shards than tensors, and for a vocabulary too small for the tokenizer.
     """
 
-    shape: LlamaShape
+    shape: LlamaShape | ExpertsShape
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     shards: int | None = None
@@ -143,5 +144,5 @@ def _write_shard(job: _Shard) -> int:
 def _draw(name: str, shape: Shape, job: _Shard) -> torch.Tensor:
     digest = hashlib.sha256(f"{job.seed}/{name}".encode()).digest()
     generator = torch.Generator(job.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    mean = 1.0 if len(shape) == 1 else 0.0  # the vectors of a Llama are its norms
-    return torch.empty(shape, dtype=job.dtype, device=job.device).normal_(mean, STD, generator=generator)
+    is_norm = len(shape) == 1 and not name.endswith("bias")
+    return torch.empty(shape, dtype=job.dtype, device=job.device).normal_(float(is_norm), STD, generator=generator)
