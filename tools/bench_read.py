@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from surgery.checkpoint import Index, Prefetch, Reader, Request
+from surgery.checkpoint import Index, Prefetch, Reader, Request, Segment
 from surgery.passes.loading import CHUNK_ELEMENTS
 
 OTHER = "fastsafetensors"
@@ -73,7 +73,8 @@ def _table(seconds: dict[str, list[float]], size: int, threads: int) -> Table:
 
 
 def _stream(index: Index, threads: int) -> int:
-    requests = [Request(entry=entry, start=0, stop=entry.numel) for entry in index.values() if entry.numel]
+    wholes = [Segment(entry=entry) for entry in index.values() if entry.numel]
+    requests = [Request(segments=(whole,), start=0, stop=whole.stop) for whole in wholes]
     count = 0
     with (
         Reader(index) as reader,

@@ -4,7 +4,7 @@ from surgery.checkpoint.checkpoint import Checkpoint
 from surgery.checkpoint.header import TensorEntry
 from surgery.checkpoint.index import Index
 from surgery.checkpoint.packed import PackedSettings, PackedWeight
-from surgery.checkpoint.prefetch import Chunk, Prefetch, Request
+from surgery.checkpoint.prefetch import Chunk, Prefetch, Request, Segment
 from surgery.checkpoint.reader import Reader
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Prefetch",
     "Reader",
     "Request",
+    "Segment",
     "TensorEntry",
 ]

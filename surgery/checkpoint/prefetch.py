@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,21 +14,57 @@ import torch
 from surgery.checkpoint.header import TensorEntry
 from surgery.checkpoint.reader import Reader
 
-__all__ = ["Chunk", "Prefetch", "Request"]
+__all__ = ["Chunk", "Prefetch", "Request", "Segment"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """The flattened tensor `entry`, which is the elements from `start` on of one that is put together of several."""
+
+    entry: TensorEntry
+    start: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The element behind its last."""
+        return self.start + self.entry.numel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Elements `start` to `stop` (exclusive) of the flattened tensor `entry`; at least one."""
+    """Elements `start` to `stop` (exclusive) of what `segments` are, one behind the other, flat; at least one.
 
-    entry: TensorEntry
+    All segments are of one dtype.
+    """
+
+    segments: tuple[Segment, ...] = field(repr=False)
     start: int
     stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its elements."""
+        return self.segments[0].entry.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what is read."""
+        return (self.stop - self.start) * self.dtype.itemsize
+
+    def parts(self) -> Iterator[tuple[TensorEntry, int, int]]:
+        """`(entry, start, stop)` of the ranges of tensors that it is."""
+        at = bisect_right(self.segments, self.start, key=lambda segment: segment.start) - 1
+        done = self.start
+        while done < self.stop:
+            segment = self.segments[at]
+            stop = min(segment.stop, self.stop)
+            yield segment.entry, done - segment.start, stop - segment.start
+            done, at = stop, at + 1
 
 
 @dataclass(kw_only=True, eq=False)
 class Chunk:
-    """A piece of a tensor: `data` (1-D, in the dtype of the file) begins at element `start` of it.
+    """A piece of a request: `data` (1-D, in the dtype of the file) begins at the element `start` of its segments.
 
     The memory is used again once `release` was called, and the caller's `until` (an event of the device that still
     copies from it) has happened.
@@ -87,10 +124,13 @@ class Prefetch:
     def _read(self, request: Request, buffer: _Buffer, until: torch.cuda.Event | None) -> Chunk:
         if until is not None:
             until.synchronize()
-        numel, dtype = request.stop - request.start, request.entry.dtype
-        buffer.make(self._chunk_elements * dtype.itemsize, pin=self._pin)
-        self._reader.read_bytes(request.entry, buffer.memory[: numel * dtype.itemsize], start=request.start)
-        data = buffer.tensor[: numel * dtype.itemsize].view(dtype)
+        buffer.make(self._chunk_elements * request.dtype.itemsize, pin=self._pin)
+        done = 0
+        for entry, start, stop in request.parts():
+            size = (stop - start) * request.dtype.itemsize
+            self._reader.read_bytes(entry, buffer.memory[done : done + size], start=start)
+            done += size
+        data = buffer.tensor[:done].view(request.dtype)
 
         def release(until: torch.cuda.Event | None = None) -> None:
             self._read_next(buffer, until)
@@ -120,4 +160,4 @@ class _Buffer:
 def _chunks(requests: Iterable[Request], size: int) -> Iterator[Request]:
     for request in requests:
         for start in range(request.start, request.stop, size):
-            yield Request(entry=request.entry, start=start, stop=min(start + size, request.stop))
+            yield Request(segments=request.segments, start=start, stop=min(start + size, request.stop))

@@ -122,6 +122,7 @@ class Assignment:
     converter: transformers' `WeightConverter` that turns the sources into the targets, or None: one source, as it is.
     logical: the model as converters know it; None without one.
     dtypes: of the targets as the checkpoint has them.
+    orders: for each target the sources that it is, one whole one behind the other; empty where `converter` does more.
     """
 
     targets: tuple[str, ...]
@@ -131,6 +132,7 @@ class Assignment:
     logical: Logical | None = field(default=None, repr=False)
     patterns: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = ()
+    orders: tuple[tuple[str, ...], ...] = ()
 
     def key_of(self, fqn: str) -> str:
         """The name of the target `fqn` in a checkpoint that has it alone: its own one, or where it has none, `fqn`."""

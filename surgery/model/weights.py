@@ -12,6 +12,7 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint, Reader, TensorEntry
 from surgery.errors import WeightsMismatchError
+from surgery.model.concatenation import Watched
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment, Group, Logical, group_keys
 from surgery.model.tree import is_conv1d, tied_parameters, was_conv1d
@@ -118,8 +119,10 @@ def _finish(model: nn.Module, checkpoint: Checkpoint, group: Group, logical: Log
     entries = [checkpoint.logical(name) for name in group.sources]
     for entry in entries:
         _check_known(group.name, entry)
+    meta = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
     try:
-        dry = assignment.convert({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries})
+        with Watched(meta) as watched:
+            dry = assignment.convert(meta)
     except Exception as error:  # whatever operation fails, on tensors that do not belong together
         raise WeightsMismatchError(
             f"{group.name} cannot be made of {len(entries)} tensors of the checkpoint "
@@ -130,7 +133,13 @@ def _finish(model: nn.Module, checkpoint: Checkpoint, group: Group, logical: Log
         ) from error
     for name, tensor in dry.items():
         _check_fits(model, name, tensor, entries, is_packed=entries[0].name in checkpoint.packed)
-    return replace(assignment, targets=tuple(dry), dtypes=tuple(tensor.dtype for tensor in dry.values()))
+    orders = tuple(watched.order(tensor) for tensor in dry.values())
+    return replace(
+        assignment,
+        targets=tuple(dry),
+        dtypes=tuple(tensor.dtype for tensor in dry.values()),
+        orders=orders if all(orders) else (),
+    )
 
 
 def _check_known(name: str, entry: TensorEntry) -> None:

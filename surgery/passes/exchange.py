@@ -45,7 +45,7 @@ class Exchange(BatchPass):
         read = [buffer for buffer in batch.buffers if buffer.target.statistics_of is None]
         for _, group in groupby(read, lambda buffer: buffer.target.assignment):
             buffers = list(group)
-            if buffers[0].target.source is None:
+            if not buffers[0].target.segments:
                 self._hand_out(buffers)
         if any(buffer.pieces or not buffer.is_full for buffer in read):
             raise ConfigError("a tensor of this batch is not complete on this rank: exchange comes after quantize")

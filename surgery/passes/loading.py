@@ -19,7 +19,7 @@ from torch import nn
 
 from surgery.adapters.deferred import DeferredValues, Drawing
 from surgery.adapters.derived import Derived
-from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request
+from surgery.checkpoint import Checkpoint, Prefetch, Reader, Request, Segment
 from surgery.comm.background import Background, in_background
 from surgery.comm.collectives import HostCopies
 from surgery.comm.comparison import same_on_every_rank
@@ -182,22 +182,23 @@ def loading(
 
 
 def requests(batches: Iterable[Batch], partition: Partition, rank: int) -> Iterator[Request]:
-    """The ranges that `rank` reads of tensors that fill one target each, in the order in which it uses them."""
+    """The ranges that `rank` reads of targets that are whole tensors, in the order in which it uses them."""
     for batch in batches:
         for target in batch.targets:
             yield from wanted(target, partition.slice(target.form, rank))
 
 
 def wanted(target: Target, share: Slice) -> Iterator[Request]:
-    """The ranges that a rank reads of a tensor that fills `target` alone, of which it has `share`."""
-    if target.source is None or not share.elements:
+    """The ranges that a rank reads of the segments of `target`, of which it has `share`."""
+    if not target.segments or not share.elements:
         return
     if target.stored is None:
-        yield Request(entry=target.source, start=share.elements.start, stop=share.elements.stop)
+        yield Request(segments=target.segments, start=share.elements.start, stop=share.elements.stop)
         return
-    yield Request(entry=target.source, start=share.reads.start, stop=share.reads.stop)
+    yield Request(segments=target.segments, start=share.reads.start, stop=share.reads.stop)
     if share.blocks:
-        yield Request(entry=target.stored.absmax, start=share.blocks.start, stop=share.blocks.stop)
+        absmax = Segment(entry=target.stored.absmax)
+        yield Request(segments=(absmax,), start=share.blocks.start, stop=share.blocks.stop)
 
 
 def current_targets(model: nn.Module, targets: Iterable[Target]) -> tuple[Target, ...]:

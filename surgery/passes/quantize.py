@@ -25,7 +25,7 @@ class Quantize(BatchPass):
         if not batch.buffers:
             raise ConfigError("nothing was read: quantize comes after read")
         for buffer in batch.buffers:
-            if buffer.target.source is not None:
+            if buffer.target.segments:
                 with Naming(self.name, buffer.target.fqn):
                     self.take(buffer)
         self.loading.raise_failure()

@@ -37,8 +37,9 @@ class ReadAhead(Pass):
 class Read(BatchPass):
     """Give every tensor of a batch its shard buffer, with the pieces that are read for it, yet to be taken.
 
-    A tensor that upstream's conversion merges or splits, or that the checkpoint holds transposed, is no range of a
-    file: one rank of each node reads and converts it, and `exchange` hands out its parts.
+    A tensor that upstream's conversion splits or permutes, or that the checkpoint holds transposed, is no range of a
+    file, nor whole tensors one behind the other: one rank of each node reads and converts it, and `exchange` hands out
+    its parts.
     """
 
     name = "read"
@@ -54,8 +55,9 @@ class Read(BatchPass):
 
     def _buffers(self, targets: list[Target], assignment: Assignment) -> list[ShardBuffer]:
         found = [self.loading.buffers.begin(target) for target in targets]
-        if targets[0].source is not None:
-            found[0].pieces = self._stream(found[0], wanted(targets[0], found[0].slice))
+        if targets[0].segments:
+            for buffer in [each for each in found if each.target.segments]:
+                buffer.pieces = self._stream(buffer, wanted(buffer.target, buffer.slice))
         elif self.loading.converter(targets) == self.loading.ranks.rank:
             self._convert([buffer for buffer in found if buffer.target.statistics_of is None], assignment)
         return found

@@ -6,13 +6,14 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.checkpoint import Index, PackedWeight, TensorEntry
+from surgery.checkpoint import Index, PackedWeight, Segment
 from surgery.model.fqn import split
 from surgery.model.keys import Assignment
 from surgery.quantizers.base import STATISTICS, Layout, QuantFormat, check_layout, check_run
@@ -32,9 +33,9 @@ class Target:
     shape, dtype: as stored, so packed for a weight that is quantized. logical: that weight's own shape, `(out, in)`;
     layout: how it is packed; both None for what is not quantized. precision: the dtype in which it is quantized; None
     for the model's.
-    source: where the checkpoint has it, if one range of a file holds what one range of it is made of; None if
-    upstream's conversion merges or splits tensors for it, or the checkpoint holds it transposed, or packed for a module
-    that is not quantized.
+    segments: where the checkpoint has it: whole tensors, one behind the other, are its flat elements; none if
+    upstream's conversion splits or permutes tensors for it, or the checkpoint holds it transposed, or packed for a
+    module that is not quantized. All weights of an assignment have segments, or none.
     stored: the weight as the checkpoint has packed it, to be read and not quantized; else None.
     read_as: the dtype in which the checkpoint has it.
     places: the modules that hold it, and its name in each; several if it is tied. names: its FQNs at these places.
@@ -50,7 +51,7 @@ class Target:
     form: Form
     assignment: Assignment
     read_as: torch.dtype
-    source: TensorEntry | None
+    segments: tuple[Segment, ...]
     logical: torch.Size | None = None
     layout: Layout | None = None
     stored: PackedWeight | None = None
@@ -130,7 +131,7 @@ def _statistics(weight: Target) -> Iterator[Target]:
             form=Form(rows=held.shape[0], row=1, numel=held.numel()),
             assignment=weight.assignment,
             read_as=held.dtype,
-            source=None,
+            segments=(),
             quant=weight.quant,
             statistics_of=weight.fqn,
         )
@@ -162,8 +163,7 @@ def _target(
     found = [packed[each] for each in assignment.sources if each in packed]
     stored = found[0] if found and quant is not None and assignment.converter is None else None
     # Where packed weights are not taken as they are, they are dequantized first.
-    one_to_one = assignment.converter is None and not found and name not in transposed
-    source = index[assignment.sources[0]] if one_to_one else None
+    is_as_stored = not found and transposed.isdisjoint(assignment.targets)
     return Target(
         fqn=name,
         names=(name, *tied.get(name, ())),
@@ -180,7 +180,9 @@ def _target(
         ),
         assignment=assignment,
         read_as=assignment.dtypes[assignment.targets.index(name)] if stored is None else tensor.dtype,
-        source=source if stored is None else stored.stored_as(tensor.dtype),
+        segments=(Segment(entry=stored.stored_as(tensor.dtype)),)
+        if stored is not None
+        else (_segments(assignment, name, index) if is_as_stored else ()),
         logical=logical,
         layout=layout,
         stored=stored,
@@ -188,6 +190,17 @@ def _target(
         is_transposed=name in transposed,
         quant=quant,
     )
+
+
+def _segments(assignment: Assignment, name: str, index: Index) -> tuple[Segment, ...]:
+    """The whole tensors that `name` is, one behind the other; none if it is not."""
+    if assignment.converter is None:
+        return (Segment(entry=index[assignment.sources[0]]),)
+    if not assignment.orders or assignment.duplicates:
+        return ()
+    entries = [index[source] for source in assignment.orders[assignment.targets.index(name)]]
+    starts = accumulate((entry.numel for entry in entries), initial=0)
+    return tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False))
 
 
 #: What torch's CUDA allocator rounds sizes up to, in bytes.

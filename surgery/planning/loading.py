@@ -175,7 +175,7 @@ def _converting(targets: Iterable[Target]) -> int:
     most = 0
     for assignment, group in groupby(targets, lambda target: target.assignment):
         made = list(group)
-        if made[0].source is None:
+        if not made[0].segments:
             size = sum(target.form.numel * target.read_as.itemsize for target in made)
             most = max(most, size if assignment.converter is None else 2 * size)
     return most

@@ -123,21 +123,21 @@ def _likeness(inventory: Inventory, setting: Setting, rank: int) -> tuple[int, .
 
 
 def bytes_read(inventory: Inventory, setting: Setting, rank: int) -> int:
-    """Bytes that `rank` reads of tensors that map to one parameter each; a copy under a tied name is compared."""
+    """Bytes that `rank` reads of its ranges of tensors; a copy under a tied name is compared."""
     partition = setting.strategy.partition
     total = 0
     for target in inventory.targets:
         ranges = wanted(target, partition.slice(target.form, rank))
-        read = sum((each.stop - each.start) * each.entry.dtype.itemsize for each in ranges)
+        read = sum(each.nbytes for each in ranges)
         total += read * (1 + len(target.assignment.duplicates))
         total += 0 if target.stored is None else target.stored.shared_bytes
     return total
 
 
 def read_once_per_node(inventory: Inventory) -> tuple[str, ...]:
-    """Checkpoint keys that upstream's conversion merges or splits, or that are held transposed, in order."""
-    found = (key for target in inventory.targets if target.source is None for key in target.assignment.sources)
-    return tuple(dict.fromkeys(found))
+    """Checkpoint keys that upstream's conversion splits or permutes, or that are held transposed, in order."""
+    converted = [each for each in inventory.targets if not each.segments and each.statistics_of is None]
+    return tuple(dict.fromkeys(key for target in converted for key in target.assignment.sources))
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from surgery.checkpoint import Index, Prefetch, Reader, Request, TensorEntry
+from surgery.checkpoint import Index, Prefetch, Reader, Request, Segment, TensorEntry
 from surgery.checkpoint.header import DTYPES
 from surgery.errors import CheckpointError
 
@@ -47,7 +47,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 def request(index: Index, name: str, start: int = 0, stop: int = NUMEL) -> Request:
-    return Request(entry=index[name], start=start, stop=stop)
+    return Request(segments=(Segment(entry=index[name]),), start=start, stop=stop)
 
 
 def bits(tensor: torch.Tensor) -> bytes:
@@ -112,7 +112,7 @@ def test_chunks_come_in_order_and_make_up_the_ranges(
                 chunk.release()
         with pytest.raises(IndexError):
             prefetch.next()
-        assert reader.total_bytes_read == sum(r.entry.dtype.itemsize * (r.stop - r.start) for r in requests)
+        assert reader.total_bytes_read == sum(r.nbytes for r in requests)
 
 
 def test_no_more_is_read_than_there_are_buffers(index: Index) -> None:
