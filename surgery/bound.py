@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.adapters.attach import needs_weights
+from surgery.adapters.attach import needs_weights, patches_of_experts
 from surgery.adapters.derived import is_blank
 from surgery.adapters.folder import make_room
 from surgery.adapters.load import fill_waiting
@@ -430,15 +430,15 @@ def complete(
 
 
 def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
-    """Apply `HANDED_ON` for `model`. It trains without those that do not fit what is installed, which are told."""
-    left_out = {}
-    for each in HANDED_ON:
+    """Apply `HANDED_ON`, and what experts need, for `model`. It trains without those that do not fit what is installed, which are told."""
+    left_out, wanted = {}, HANDED_ON + patches_of_experts(model)
+    for each in wanted:
         try:
             with resident.savepoint():
                 resident.apply(patches.on(each, around(model)))
         except patches.PatchError as error:
             left_out[each] = str(error)
-    others = (receipt for receipt in resident.skipped if receipt.id in HANDED_ON)
+    others = (receipt for receipt in resident.skipped if receipt.id in wanted)
     left_out |= {receipt.id: receipt.verdict.why for receipt in others if str(receipt.verdict) != "obsolete"}
     if left_out:
         why = "; ".join(f"{each} ({reason})" for each, reason in left_out.items())

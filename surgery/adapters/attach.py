@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 import model_surgery_patches as patches
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat, format_of
+from surgery.quantizers.stack import stacks_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 __all__ = [
     "PLAIN",
+    "patches_of_experts",
     "adapted_by_peft",
     "appearing_real",
     "drawing_from",
@@ -33,11 +35,22 @@ PLAIN = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
     "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
 })  # fmt: skip
 
 #: Values of `init_lora_weights` that are drawn at random, without a look at anything.
 RANDOM = (True, False, "gaussian")
+
+
+#: The patch by which it is said what all-linear adapts beside linear layers.
+ALL_LINEAR = "peft.all-linear-of-experts"
+
+
+def patches_of_experts(model: nn.Module) -> tuple[str, ...]:
+    """Patches by which PEFT adapts packed experts in `model`, and does not merge them; none if there are none."""
+    if not any(map(stacks_of, model.modules())):
+        return ()
+    return (ALL_LINEAR, "peft.lora-of-packed-experts", "peft.no-merge-of-packed-experts")
 
 
 def needs_weights(lora: LoraConfig) -> bool:
@@ -114,7 +127,9 @@ def adapted_by_peft(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> P
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
+    needed = {ALL_LINEAR, *patches_of_experts(model)}
+    with patches.transaction(*needed, reason="experts of a model are adapted"):
+        adapted = get_peft_model(model, copy.deepcopy(lora), autocast_adapter_dtype=False)
     saved = [module._modules.get("modules_to_save") for module in adapted.modules()]
     copies = {parameter for module in saved if module is not None for parameter in module.parameters()}
     convert([p for p in adapted.parameters() if p.requires_grad and p not in copies], dtype=dtype)

@@ -18,7 +18,8 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
 from surgery.model.tree import Site, decoder_blocks, sites
 from surgery.model.twin import twin_of
-from surgery.quantizers.base import QuantFormat, kept_parameters
+from surgery.quantizers.base import STATISTICS, QuantFormat, kept_parameters
+from surgery.quantizers.stack import stacks_of
 from surgery.sharding.base import ShardStrategy
 
 if TYPE_CHECKING:
@@ -199,11 +200,18 @@ def check_quantized(adapted: PeftModel, packed: set[nn.Module], *, dequantizes: 
                 f"lora.use_dora: magnitudes of {fqn} are norms of its values, and its format does not define "
                 "dequantize: use use_dora=False, or weights in 4 or 16 bits"
             )
-        if "parameter_name" in vars(module) and module.get_base_layer() in packed:
+        if "parameter_name" in vars(module) and _is_storage(module, packed):
             raise ConfigError(
                 f"lora.target_parameters: {fqn}.{module.parameter_name} goes to 4 bits, and adapters of parameters "
                 "would be added to its packed form: use target_modules, or keep it in 16 bits with skip_modules"
             )
+
+
+def _is_storage(wrapper: Any, packed: set[nn.Module]) -> bool:
+    """Whether a parameter that PEFT has wrapped is stored packed, and is none that it can adapt so."""
+    base, name = wrapper.get_base_layer(), wrapper.parameter_name
+    stacks = stacks_of(base)
+    return base in packed and name not in stacks and (not stacks or name.removesuffix(STATISTICS) in stacks)
 
 
 def _kept(adapted: PeftModel, packed: set[nn.Module], dtype: torch.dtype) -> set[nn.Parameter]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.adapters.attach import patches_of_experts
 from surgery.errors import NotFilledError
 from surgery.quantizers.base import QuantFormat, format_of, packed_names, quantized_modules
 
@@ -113,6 +114,7 @@ _waiting: weakref.WeakKeyDictionary[nn.Module, _Wait] = weakref.WeakKeyDictionar
 def wait(model: nn.Module) -> None:
     """Have `model`, which is on meta, refuse to be used until `stop_waiting`; adapters of PEFT keep their values."""
     bundle = [patches.on(name, [model]) for name in WAITING]
+    bundle += [patches.on(name, around(model)) for name in patches_of_experts(model)]
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
         versions = {parameter: parameter._version for parameter in model.parameters()}
         _waiting[model] = _Wait(patches.keep(transaction.receipts, model), versions)

@@ -1,0 +1,177 @@
+"""Adapters of experts in 4 bits through PEFT: its keys, its configuration, and gradients of its own."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import patches
+from surgery.adapters.attach import patches_of_experts
+from surgery.config import Quant
+from surgery.errors import ConfigError
+from surgery.quantizers.base import STATISTICS
+from surgery.quantizers.experts import IMPLEMENTATION, Experts4bit, fused_parameters
+from surgery.quantizers.grouped import experts_forward
+from tests.helpers.models import tiny_config
+
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+MOE = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, IMPLEMENTATION, experts_forward)
+
+
+def models(family: str = "olmoe", dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
+    """A tiny model with packed experts, and one with the values that these have."""
+    torch.manual_seed(0)
+    config = tiny_config(family, **{**MOE, **changes})
+    packed = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    plain = copy.deepcopy(packed)
+    quant = Experts4bit(options=Quant("nf4", double_quant=False), dtype=dtype, compute_dtype=dtype)
+    for fqn, module in list(packed.named_modules()):
+        given = {name: module.get_parameter(name).detach() for name in fused_parameters(module)}
+        if given:
+            quant.replacement(module)
+        for name, values in given.items():
+            stack = module.packed_stacks[name]
+            every = [quantize_4bit(each.reshape(-1), blocksize=stack.blocksize, quant_type="nf4") for each in values]
+            bytes_ = torch.cat([each[0].view(-1) for each in every])
+            statistics = stack.assemble({"absmax": torch.cat([each[1].absmax for each in every])})
+            for each, data in ((name, bytes_), (name + STATISTICS, statistics)):
+                held = nn.Parameter(data.view(quant.storage).view(-1, 1), requires_grad=False)
+                module._parameters[each] = held
+            plain.get_submodule(fqn).get_parameter(name).data = stack.dequantize(
+                bytes_, statistics, range(stack.experts)
+            )
+    return packed, plain
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    """`model`, adapted by PEFT with values that make a difference; as surgery does where experts are packed."""
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": BOTH, **options})
+    needed = patches_of_experts(model)
+    with patches.transaction(*needed, reason="test"):
+        made = get_peft_model(model, config)
+    shake(made)
+    return made
+
+
+def shake(model: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.float() - other.float()).norm() / other.float().norm()).item()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_gradients_are_those_of_stock_peft_over_the_same_values(family: str) -> None:
+    """gpt-oss stores weights transposed, has biases, and gates of its own."""
+    packed, plain = (adapted(each) for each in models(family))
+    found, wanted = gradients(packed), gradients(plain)
+    assert {name: grad.shape for name, grad in found.items()} == {name: grad.shape for name, grad in wanted.items()}
+    assert len(found) == 8
+    assert max(distance(found[name], wanted[name]) for name in wanted) < 1e-6
+    packed.eval(), plain.eval()
+    with torch.no_grad():
+        first, second = packed(IDS).logits, packed(IDS).logits
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, plain(IDS).logits, rtol=1e-5, atol=1e-5)
+        with packed.disable_adapter(), plain.disable_adapter():
+            assert torch.equal(packed(IDS).logits, plain(IDS).logits)
+        assert torch.equal(packed(IDS).logits, first)
+
+
+def test_several_adapters_are_what_they_are_in_peft(tmp_path: Path) -> None:
+    packed, plain = (adapted(each) for each in models())
+    for model in (packed, plain):
+        second = LoraConfig(r=3, lora_alpha=9, target_modules=[], target_parameters=BOTH, use_rslora=True)
+        with patches.transaction(*patches_of_experts(model), reason="test"):
+            model.add_adapter("second", second)
+        shake(model)
+
+    def agree() -> torch.Tensor:
+        found, wanted = gradients(packed), gradients(plain)
+        assert found.keys() == wanted.keys()
+        assert max(distance(found[name], wanted[name]) for name in wanted) < 1e-6
+        logits: torch.Tensor = packed(IDS).logits
+        return logits
+
+    alone = agree()
+    for model in (packed, plain):
+        model.base_model.set_adapter(["default", "second"])
+    both = agree()
+    for model in (packed, plain):
+        model.set_adapter("second")
+    other = agree()
+    assert not torch.equal(alone, both)
+    assert not torch.equal(other, both)
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        packed.eval()(IDS, adapter_names=["default", "second"])
+    for model in (packed, plain):
+        model.set_adapter("default")
+        model.delete_adapter("second")
+    assert torch.equal(agree(), alone)
+
+    packed.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(plain.unload(), str(tmp_path))
+    torch.testing.assert_close(stock(IDS).logits, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_for_each_adapter_and_only_in_training() -> None:
+    packed, _plain = models()
+    model = adapted(packed, lora_dropout=0.5)
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    config = LoraConfig(r=4, target_modules=[], target_parameters=BOTH, lora_dropout=0.25)
+    with patches.transaction(*patches_of_experts(model), reason="test"):
+        model.add_adapter("second", config)
+    shake(model)
+    assert [experts.lora_dropout[name].p for name in ("default", "second")] == [0.5, 0.25]
+    assert config.lora_dropout == 0.25
+    model.eval()
+    calm = model(IDS).logits
+    assert torch.equal(model(IDS).logits, calm)
+    model.train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+def test_merging_is_refused_before_anything_is_merged_and_unloading_works() -> None:
+    packed, _plain = models()
+    with torch.no_grad():
+        bare = packed(IDS).logits
+    model = adapted(packed, target_modules=["q_proj"])
+    wanted = model(IDS).logits
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    with patches.transaction(*patches_of_experts(model), reason="test"):
+        for merge in (model.merge_adapter, model.merge_and_unload, experts.merge):
+            with pytest.raises(ConfigError, match="surgery merge"):
+                merge()
+        assert torch.equal(model(IDS).logits, wanted)
+        copied = copy.deepcopy(model)
+        assert torch.equal(copied(IDS).logits, wanted)
+        assert torch.equal(model.unload()(IDS).logits, bare)
