@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -74,7 +74,8 @@ class Inventory:
     targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
     unsharded: bytes of parameters that are in no unit, whole on every rank.
     hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
-    ignored, initialized: names as `Prepared` has them.
+    ignored, initialized, left_out: names as `Prepared` has them.
+    in_16_bits: of the same model with its experts in 16 bits; None if none are packed.
     """
 
     targets: tuple[Target, ...]
@@ -84,11 +85,23 @@ class Inventory:
     vocabulary: int
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    in_16_bits: Inventory | None = None
 
     @property
     def parameters(self) -> int:
         """Number of elements that the checkpoint fills."""
-        return sum(target.form.numel for target in self.targets)
+        return sum(target.form.numel for target in self.targets if target.statistics_of is None)
+
+    @property
+    def experts(self) -> tuple[Target, ...]:
+        """The packed weights of fused experts."""
+        return tuple(target for target in self.targets if _is_fused(target))
+
+    @property
+    def statistics(self) -> tuple[Target, ...]:
+        """The statistics of packed weights that are parameters, and so divided as these are."""
+        return tuple(target for target in self.targets if target.statistics_of is not None)
 
     @cached_property
     def forms(self) -> dict[Form, int]:
@@ -121,11 +134,35 @@ def row_bytes(target: Target) -> int:
     return target.shape[1:].numel() * target.dtype.itemsize
 
 
+def _is_fused(target: Target) -> bool:
+    return target.logical is not None and len(target.logical) == 3
+
+
 def take_inventory(prepared: Prepared) -> Inventory:
     """The inventory of a prepared model.
 
     What is trained in place is counted with the adapters, as what has a gradient, and not with the frozen weights.
     """
+    found = _taken(prepared)
+    return replace(found, in_16_bits=_taken(_unpacked(prepared))) if found.experts else found
+
+
+def _unpacked(prepared: Prepared) -> Prepared:
+    """What `prepared` would be with its experts in 16 bits."""
+    dtype = prepared.setting.dtype
+    targets = [_stack(each, dtype) if _is_fused(each) else each for each in prepared.targets]
+    return replace(prepared, targets=tuple(each for each in targets if each.statistics_of is None))
+
+
+def _stack(target: Target, dtype: torch.dtype) -> Target:
+    """A packed weight of fused experts as it was before, `(experts, d1, d2)`."""
+    shape = target.logical
+    assert shape is not None
+    form = Form(rows=shape[0], row=shape[1:].numel(), numel=shape.numel())
+    return replace(target, shape=shape, dtype=dtype, form=form, logical=None, layout=None, stored=None, quant=None)
+
+
+def _taken(prepared: Prepared) -> Inventory:
     model, blocks = prepared.model, decoder_blocks(prepared.model)
     unit_of = _unit_of(model, blocks)
     weights: dict[str, list[tuple[int, int]]] = {}
@@ -166,6 +203,7 @@ def take_inventory(prepared: Prepared) -> Inventory:
         vocabulary=head.out_features if isinstance(head, nn.Linear) else 0,
         ignored=prepared.ignored,
         initialized=prepared.initialized,
+        left_out=prepared.left_out,
     )
 
 

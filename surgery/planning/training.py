@@ -143,6 +143,6 @@ def _of_dora(inventory: Inventory, setting: Setting) -> int:
 
 def _dequantized(inventory: Inventory) -> int:
     """Temporary bytes of the quantized layer with most."""
-    quantized = ((each.quant, each.form) for each in inventory.targets if each.is_quantized)
-    sizes = (quant.dequantized_bytes(form.numel, form.blocks) for quant, form in quantized if quant is not None)
+    kinds = {(each.quant, each.logical) for each in inventory.targets if each.quant is not None}
+    sizes = (quant.dequantized_bytes(shape) for quant, shape in kinds if quant is not None and shape is not None)
     return max(sizes, default=0)

@@ -13,11 +13,13 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.quantizers.base import STATISTICS, QuantFormat, register
+from surgery.model.fqn import join, match_any
+from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, QuantFormat, register
 from surgery.quantizers.bnb import Bnb4bit, as_params4bit
+from surgery.quantizers.grouped import DEQUANTIZED_BYTES
 from surgery.quantizers.stack import PackedStack, stacks_of
 
-__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters", "left_out"]
+__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters"]
 
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
@@ -164,9 +166,34 @@ class Experts4bit(Bnb4bit):
         """0: statistics are a parameter."""
         return 0
 
+    def finishing_bytes(self, blocks: int) -> int:
+        """Temporary bytes of double quantization, and of the statistics of all experts as bytes."""
+        each = 2 if self.options.double_quant else STATISTIC_BYTES
+        return super().finishing_bytes(blocks) + blocks * each
+
+    def dequantized_bytes(self, shape: torch.Size) -> int:
+        """Bytes of a run of experts: within the budget of their forward, and one at least."""
+        _, *expert = shape
+        of_one = super().dequantized_bytes(torch.Size(expert))
+        return min(shape[0], max(1, DEQUANTIZED_BYTES // of_one)) * of_one
+
     def misread(self, model: nn.Module) -> list[str]:
         """None: experts are dequantized flat, which every kernel does right."""
         return []
+
+    def left_out(self, model: nn.Module) -> list[str]:
+        """FQNs of fused weights that stay in 16 bits, and that nobody has asked to leave so.
+
+        Blocks would straddle experts; or they are beside packed weights, or a module's that its class keeps.
+        """
+        if not self.options.experts:
+            return []
+        return [
+            join(prefix, name)
+            for prefix, module in model.named_modules()
+            for name in fused_parameters(module)
+            if not match_any(prefix, self.skip_modules)
+        ]
 
 
 def fused_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -184,12 +211,6 @@ def is_foreign(module: nn.Module) -> bool:
         return False
     held = [p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and p.dim() >= 2]
     return bool(held) and not isinstance(module, (nn.Linear, nn.Embedding))
-
-
-def left_out(model: nn.Module, quant: QuantFormat) -> list[str]:
-    """FQNs of fused weights of `model` that stay as they are, since blocks would straddle experts."""
-    named = ((prefix, module) for prefix, module in model.named_modules() if quant.is_quantized(module))
-    return [f"{prefix}.{name}" for prefix, module in named for name in set(fused_parameters(module))]
 
 
 register(Quant, Bnb4bit, Experts4bit)
