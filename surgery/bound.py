@@ -54,6 +54,7 @@ from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.report import Report
@@ -266,7 +267,8 @@ def bind_alone(
     """
     device = compute_device()
     setting = Setting(
-        quant=quant if quantized_modules(model) else None,  # some models have linear layers of a class of their own
+        # Some models have linear layers of a class of their own.
+        quant=quant if quantized_modules(model) or (getattr(quant, "experts", False) and has_experts(model)) else None,
         shard=None,
         lora=None,
         placement=None,
@@ -422,9 +424,11 @@ def complete(
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
-    needed = [name for each in setting.formats if any(map(each.is_quantized, layers)) for name in each.resident_patches]
+    used = [each for each in setting.formats if any(map(each.is_quantized, layers))]
+    needed = [name for each in used for name in each.resident_patches]
     needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:
+        resident.apply(*(name for each in used for name in each.lookup_patches))
         _hand_on(model, resident)
         keep(model, resident.receipts)
         as_context_manager(model)
@@ -434,7 +438,10 @@ def complete(
 
 
 def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
-    """Apply `HANDED_ON`, and what experts need, for `model`. It trains without those that do not fit what is installed, which are told."""
+    """Apply `HANDED_ON`, and what adapters of experts need, for `model`.
+
+    It trains without those that do not fit what is installed, which are told.
+    """
     left_out, wanted = {}, HANDED_ON + patches_of_experts(model)
     for each in wanted:
         try:

@@ -54,7 +54,7 @@ class Quant:
     skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The output
         head and modules with tied weights are always skipped, as transformers does.
     experts: quantize fused experts too, which transformers leaves in 16 bits; each by itself, so that blocks straddle
-        none. False leaves them in 16 bits.
+        none. False leaves them in 16 bits; `nf4` or `fp4` is for a type other than `quant_type`.
     """
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -63,11 +63,12 @@ class Quant:
     double_quant: bool = True
     quant_storage: torch.dtype | None = None
     skip_modules: tuple[str, ...] = ()
-    experts: bool = True
+    experts: bool | Literal["nf4", "fp4"] = True
 
     def __post_init__(self) -> None:
         _one_of("quant_type", self.quant_type, ("nf4", "fp4"))
         _one_of("blocksize", self.blocksize, BLOCKSIZES)
+        _one_of("experts", self.experts, (True, False, "nf4", "fp4"))
         _one_of("quant_storage", self.quant_storage, (None, *STORAGE_DTYPES))
         for pattern in self.skip_modules:
             _compile(pattern)

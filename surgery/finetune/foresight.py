@@ -48,6 +48,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
             model.bnb_4bit_quant_type,  # type: ignore[arg-type]  # a choice of TRL's
             double_quant=model.use_bnb_nested_quant,
             quant_storage=getattr(torch, model.bnb_4bit_quant_storage or "uint8"),
+            experts=request.options.experts == "4bit",
         ),
         lora=get_peft_config(model) if adapter is None else None,  # type: ignore[arg-type]
         adapter=adapter,

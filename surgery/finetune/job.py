@@ -401,7 +401,11 @@ class _Job:
     def _packed(self, cache: str) -> Path:
         """The folder of the model's weights in the cache; quantizes them first where it has none."""
         options = self.request.model
-        quant = Quant(options.bnb_4bit_quant_type, double_quant=options.use_bnb_nested_quant)  # type: ignore[arg-type]
+        quant = Quant(
+            options.bnb_4bit_quant_type,  # type: ignore[arg-type]  # a choice of TRL's
+            double_quant=options.use_bnb_nested_quant,
+            experts=self.request.options.experts == "4bit",
+        )
         dtype = None if options.dtype in (None, "auto") else getattr(torch, options.dtype)
         revision = None if options.model_revision == "main" else options.model_revision
         opened = Checkpoint.open(self.request.name, revision=revision)

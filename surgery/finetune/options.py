@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from surgery.errors import ConfigError
-from surgery.planning.arguments import parse_mesh
+from surgery.planning.arguments import EXPERTS_HELP, Experts, parse_mesh
 
 __all__ = ["DEFAULTS", "FLASH", "Options"]
 
@@ -83,6 +83,7 @@ class Options:
             "earlier run."
         },
     )
+    experts: Experts = field(default="4bit", metadata={"help": EXPERTS_HELP})
     fsdp: Literal["2", "1", "none"] = field(
         default="2",
         metadata={

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from surgery.planning.arguments import EXPERTS_HELP, Experts, QuantType
+
 if TYPE_CHECKING:
     from surgery.generate.generator import Generator, Message
 
@@ -67,7 +69,8 @@ def generate(
         str | None, _of_model(help="Branch, tag or commit of a hub id.", show_default=False)
     ] = None,
     quantize: Annotated[bool, _of_model(help="Hold linear weights in 4 bits, as they were in training.")] = True,
-    bnb_4bit_quant_type: Annotated[Literal["nf4", "fp4"], _of_model(help="The 4-bit data type.")] = "nf4",
+    bnb_4bit_quant_type: Annotated[QuantType, _of_model(help="The 4-bit data type.")] = "nf4",
+    experts: Annotated[Experts, _of_model(help=EXPERTS_HELP)] = "4bit",
     dtype: Annotated[DtypeName, _of_model(help="Of what is not quantized, and in which it computes.")] = "bfloat16",
     max_new_tokens: Annotated[int, _of_answers(min=1, show_default=True, help="At most so many.")] = 256,
     min_new_tokens: Annotated[int | None, _of_answers(min=0, help="At least so many.")] = None,
@@ -106,6 +109,7 @@ def generate(
         base,
         adapter,
         quant_type=bnb_4bit_quant_type if quantize else None,
+        experts=experts == "4bit",
         dtype=dtype,
         options={name: value for name, value in options.items() if value is not None},
         seed=seed,

@@ -128,13 +128,14 @@ class Generator:
         *,
         quant_type: Literal["nf4", "fp4"] | None,
         dtype: str,
+        experts: bool = True,
         options: Mapping[str, Any],
         seed: int = 0,
         raw: bool = False,
     ) -> Iterator[Self]:
         """A generator for a block, at whose end every patch that its model needs is undone.
 
-        quant_type: `nf4`, `fp4`, or None for weights in `dtype`. options, seed: see the class. raw: no chat template.
+        quant_type: `nf4`, `fp4`, or None for weights in `dtype`. experts: fused ones too. options, seed: see the class. raw: no chat template.
         """
         import torch
 
@@ -145,7 +146,7 @@ class Generator:
         _refuse_options(options)
         folder = adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else base.path
         tokenizer = _tokenizer_of(folder)
-        quant = None if quant_type is None else Quant(quant_type)
+        quant = None if quant_type is None else Quant(quant_type, experts=experts)
         with ExitStack() as stack:
             model: Any = qlora(base, quant=quant, dtype=getattr(torch, dtype), device=compute_device(None))
             stack.enter_context(model)

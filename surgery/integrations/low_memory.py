@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,17 @@ from surgery.comm.ranks import current_ranks
 from surgery.errors import ConfigError
 from surgery.passes.lifetime import WAITING, keep
 
-__all__ = ["BUNDLE", "CARRIED", "carry", "is_bound", "low_memory", "waits"]
+__all__ = ["BUNDLE", "CARRIED", "asked_experts", "carry", "is_bound", "low_memory", "waits"]
 
 logger = logging.getLogger("surgery")
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+ExpertsType: TypeAlias = Literal["nf4", "fp4"]
+
+#: The `experts` of the blocks that this process is in, the innermost last.
+_asked: list[ExpertsType] = []
 
 #: Patches that a model carries from when it is bound until it is collected.
 CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
@@ -44,13 +49,21 @@ BUNDLE = patches.bundle(
 class _Block:
     """The block that `low_memory` returns: entered once, or called any number of times as a decorator."""
 
+    def __init__(self, experts: ExpertsType | None) -> None:
+        self._experts = experts
+
     def __enter__(self) -> None:
         self._stack = ExitStack()
         try:
             patches.plan(*WAITING)  # which a model gets when it is bound, and which must not fail by then
             self._stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
         except patches.PatchError as error:
+            if self._experts is not None:
+                raise ConfigError(f"low_memory: experts={self._experts!r} is not to be had here: {error}") from error
             logger.warning("surgery.low_memory: everything runs as without it: %s", error)
+        if self._experts is not None:
+            _asked.append(self._experts)
+            self._stack.callback(_asked.remove, self._experts)
 
     def __exit__(self, *raised: object) -> None:
         self._stack.__exit__(*raised)  # type: ignore[arg-type]  # what `with` gives
@@ -65,13 +78,13 @@ class _Block:
 
         @functools.wraps(function)
         def in_block(*args: P.args, **kwargs: P.kwargs) -> R:
-            with low_memory():
+            with low_memory(experts=self._experts):
                 return function(*args, **kwargs)
 
         return in_block
 
 
-def low_memory() -> _Block:
+def low_memory(*, experts: ExpertsType | None = None) -> _Block:
     """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
 
     Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and
@@ -81,8 +94,20 @@ def low_memory() -> _Block:
 
     The block is needed around `from_pretrained` alone. What cannot be loaded so is loaded as without it, and a line of
     the logger `surgery` says why; where an installed library is not one that this was written for, all of it is.
+
+    experts: `nf4` or `fp4` has fused experts in 4 bits too, for which transformers' configuration has no word, in a
+    model with `quantization_config` and in one without; None leaves them in 16 bits, or to a block around this one.
+    Statistics, storage and the dtype that computes are those of the configuration. A model whose experts cannot be had
+    so raises `ConfigError`.
     """
-    return _Block()
+    if experts not in (None, "nf4", "fp4"):
+        raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")
+    return _Block(experts)
+
+
+def asked_experts() -> ExpertsType | None:
+    """The 4-bit type that the innermost block asks for fused experts; None for 16 bits."""
+    return _asked[-1] if _asked else None
 
 
 def waits(model: nn.Module | None) -> bool:

@@ -90,6 +90,7 @@ def match(
     tied = tied_parameters(model)
     if is_chosen:
         chosen = {setting.format: _made_by_upstream(model, setting.format)}
+        chosen |= quantizable(model, formats[1:]) if formats[1:] else {}  # for which upstream has no word
     elif weights.packed:
         chosen = held_packed(model, formats, weights.packed)
     else:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from surgery.config import FSDP1, FSDP2
 
 __all__ = [
+    "EXPERTS_HELP",
+    "Experts",
     "QuantType",
     "parse_lora",
     "parse_mesh",
@@ -20,6 +22,10 @@ __all__ = [
 ]
 
 QuantType: TypeAlias = Literal["nf4", "fp4"]
+
+#: The form of fused experts where other weights are in 4 bits.
+Experts: TypeAlias = Literal["4bit", "16bit"]
+EXPERTS_HELP = "Fused experts, in a model in 4 bits."
 
 
 def _parse_list(value: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.errors import ConfigError
-from surgery.planning.arguments import QuantType, parse_lora, parse_mesh, parse_shard
+from surgery.planning.arguments import EXPERTS_HELP, Experts, QuantType, parse_lora, parse_mesh, parse_shard
 from surgery.telemetry.numbers import parse_size
 
 __all__ = ["EPILOG", "plan"]
@@ -100,6 +100,7 @@ def plan(
     ] = "bfloat16",
     bnb_4bit_quant_type: Annotated[QuantType, _of_precision(help="The 4-bit data type.")] = "nf4",
     use_bnb_nested_quant: Annotated[bool, _of_precision(help="Quantize the block statistics too.")] = True,
+    experts: Annotated[Experts, _of_precision(help=EXPERTS_HELP)] = "4bit",
     bnb_4bit_quant_storage: Annotated[
         Literal["bfloat16", "float16", "float32", "uint8"] | None,
         _of_precision(help="Dtype that packs the 4-bit weights.", show_default="as --dtype"),
@@ -149,6 +150,7 @@ def plan(
             bnb_4bit_quant_type,
             double_quant=use_bnb_nested_quant,
             quant_storage=of_name[bnb_4bit_quant_storage or dtype],
+            experts=experts == "4bit",
         ),
         lora=lora,
         adapter=saved,

@@ -454,7 +454,7 @@ class Bnb4bit(QuantFormat):
     def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
         """`quant_state.to` as a no-op, for the states of this model."""
         states = [layer.quant_state for layer in linear4bits(model)]
-        return (patches.on("bitsandbytes.quant-state-to-noop", states),)
+        return (patches.on("bitsandbytes.quant-state-to-noop", states),) if states else ()
 
     def misread(self, model: nn.Module) -> list[str]:
         """FQNs of the 4-bit weights that bitsandbytes' kernel for a CPU dequantizes wrongly, ours and stock's alike.

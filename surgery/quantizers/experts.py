@@ -13,13 +13,13 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.model.fqn import join, match_any
+from surgery.model.fqn import join, match_any, split
 from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, QuantFormat, register
 from surgery.quantizers.bnb import Bnb4bit, as_params4bit
 from surgery.quantizers.grouped import DEQUANTIZED_BYTES
 from surgery.quantizers.stack import PackedStack, stacks_of
 
-__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters"]
+__all__ = ["IMPLEMENTATION", "Experts4bit", "fused_parameters", "has_experts", "left_out"]
 
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
@@ -38,6 +38,11 @@ class Experts4bit(Bnb4bit):
     label = "experts in 4 bits"
     needs_modules = False
     resident_patches: ClassVar[tuple[str, ...]] = ()
+    lookup_patches = ("transformers.experts-4bit",)
+
+    def __init__(self, options: Quant, **dtypes: Any) -> None:
+        chosen = options.experts if isinstance(options.experts, str) else options.quant_type
+        super().__init__(dataclasses.replace(options, quant_type=chosen), **dtypes)
 
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is one of transformers' fused experts, with a weight that can be packed.
@@ -123,6 +128,10 @@ class Experts4bit(Bnb4bit):
     def mark(self, model: nn.Module) -> None:
         """Nothing: transformers has no word for it."""
 
+    def parameter(self, module: Any, packed: torch.Tensor, state: Any) -> nn.Parameter:
+        """A `Params4bit`, which others leave in its dtype, without a state, which it would move with itself."""
+        return as_params4bit(packed, module, self.options)
+
     def split_state(self, module: Any, name: str, state: torch.Tensor) -> tuple[torch.Tensor, PackedStack]:
         """The bytes of the statistics of all experts, and how to read them."""
         return state, stacks_of(module)[name]
@@ -177,6 +186,10 @@ class Experts4bit(Bnb4bit):
         of_one = super().dequantized_bytes(torch.Size(expert))
         return min(shape[0], max(1, DEQUANTIZED_BYTES // of_one)) * of_one
 
+    def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
+        """None: statistics are a parameter, which moves with the weight."""
+        return ()
+
     def misread(self, model: nn.Module) -> list[str]:
         """None: experts are dequantized flat, which every kernel does right."""
         return []
@@ -188,12 +201,7 @@ class Experts4bit(Bnb4bit):
         """
         if not self.options.experts:
             return []
-        return [
-            join(prefix, name)
-            for prefix, module in model.named_modules()
-            for name in fused_parameters(module)
-            if not match_any(prefix, self.skip_modules)
-        ]
+        return [name for name in left_out(model) if not match_any(split(name)[0], self.skip_modules)]
 
 
 def fused_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -211,6 +219,16 @@ def is_foreign(module: nn.Module) -> bool:
         return False
     held = [p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and p.dim() >= 2]
     return bool(held) and not isinstance(module, (nn.Linear, nn.Embedding))
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Whether `model` has fused experts, of a kind that can be packed or of another."""
+    return any(fused_parameters(module) or is_foreign(module) for module in model.modules())
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """FQNs of the fused weights of `model` that are not packed."""
+    return [join(prefix, name) for prefix, module in model.named_modules() for name in fused_parameters(module)]
 
 
 register(Quant, Bnb4bit, Experts4bit)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from surgery.errors import ConfigError, ExportError
+from surgery.planning.arguments import EXPERTS_HELP, Experts
 from surgery.telemetry.numbers import parse_size
 
 __all__ = ["DEQUANTIZE", "MERGE", "QUANTIZE", "dequantize", "in_process_group", "merge", "quantize", "uploading"]
@@ -106,6 +107,7 @@ def quantize(
         Literal["uint8", "bfloat16", "float16", "float32"],
         typer.Option(help="Dtype that packs the weights; the same bytes whatever it is."),
     ] = "uint8",
+    experts: Annotated[Experts, typer.Option(help=EXPERTS_HELP)] = "4bit",
     skip_modules: Annotated[
         list[str] | None,
         typer.Option(
@@ -139,6 +141,7 @@ def quantize(
             double_quant=double_quant,
             quant_storage=getattr(torch, quant_storage),
             skip_modules=tuple(skip_modules or ()),
+            experts=experts == "4bit",
         )
         check_output(out, overwrite=overwrite)
         checkpoint = Checkpoint.open(model, revision=model_revision)
@@ -206,6 +209,7 @@ def merge(
         typer.Option(help="Of the result; nf4 and fp4 pack linear weights.", show_default="as BASE, unpacked"),
     ] = None,
     double_quant: Annotated[bool, typer.Option(help="With nf4 or fp4, quantize the statistics too.")] = True,
+    experts: Annotated[Experts, typer.Option(help="With nf4 or fp4, fused experts.")] = "4bit",
     max_shard_size: MaxSize = "5GB",
     overwrite: Overwrite = False,
     upload: Upload = None,
@@ -230,7 +234,7 @@ def merge(
             out,
             weights=weight or (),
             dtype=DTYPES.get(dtype or ""),
-            quant=Quant(dtype, double_quant=double_quant) if dtype in ("nf4", "fp4") else None,
+            quant=Quant(dtype, double_quant=double_quant, experts=experts == "4bit") if dtype in ("nf4", "fp4") else None,
             revision=model_revision,
             overwrite=overwrite,
             max_shard_bytes=most,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.bound import LOADED
 from surgery.comm.environment import launched_world_size
-from surgery.errors import SurgeryError
+from surgery.errors import ConfigError, SurgeryError
 
 __all__ = ["bind_at_load", "load_reads_everything", "loaded_specimen"]
 
@@ -91,7 +92,7 @@ def bind_at_load(wrapped: Callable[..., Any], _instance: object, args: tuple[Any
 
     What upstream does before and after is upstream's: it finds the files, builds the model, replaces its modules,
     makes tables of names, ties, and sets what a quantized model has. What cannot be bound is loaded as by upstream,
-    and the reason is logged.
+    and the reason is logged; if it has experts that were asked for in 4 bits, `ConfigError` is raised.
     """
     given = dict(zip(("model", "state_dict", "checkpoint_files", "load_config"), args, strict=False)) | kwargs
     if given.get("expected_keys") is None:  # otherwise it is an adapter beside the model, which is small
@@ -102,6 +103,7 @@ def bind_at_load(wrapped: Callable[..., Any], _instance: object, args: tuple[Any
         except SurgeryError as error:
             reason = str(error)
         name = type(given["model"]).__name__
+        _refuse_experts(given["model"], reason)
         logger.warning("surgery.low_memory: %s is loaded as without it: %s", name, reason)
         vars(given["model"])[LOADED] = reason
     patches.passed(ID)
@@ -139,9 +141,10 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
 
     from surgery.bound import bind_alone
     from surgery.checkpoint import Checkpoint
+    from surgery.integrations.low_memory import asked_experts
     from surgery.model.pretrained import leave_initialized
 
-    quant, compute_dtype = _quantization(config.hf_quantizer)
+    quant, compute_dtype = _quantization(model, config.hf_quantizer, asked_experts())
     bound = bind_alone(
         model,
         Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path)),
@@ -151,6 +154,7 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
         conversions=[each for each in config.weight_mapping or () if not _makes_packed(each)],
     )
     leave_initialized(model)
+    _say_left_out(model, asked_experts())
     return LoadStateDictInfo(
         missing_keys=set(),
         unexpected_keys=set(bound.ignored),
@@ -161,20 +165,49 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
     )
 
 
+def _refuse_experts(model: Any, reason: str) -> None:
+    """Raise `ConfigError` if experts of `model`, which cannot be bound for that `reason`, are to be in 4 bits."""
+    from surgery.integrations.low_memory import asked_experts
+    from surgery.quantizers.experts import has_experts
+
+    experts = asked_experts()
+    if experts is not None and has_experts(model):
+        raise ConfigError(
+            f"low_memory(experts={experts!r}): {type(model).__name__} would be loaded by transformers, its experts in "
+            f"16 bits: {reason}. Leave out experts, or change that"
+        )
+
+
+def _say_left_out(model: Any, experts: str | None) -> None:
+    """Warn of experts of `model` that stay in 16 bits though they are asked for in 4, or that it has none."""
+    from surgery.quantizers.experts import has_experts, left_out
+
+    names = left_out(model)
+    if experts is None or (has_experts(model) and not names):
+        return
+    left = f"{', '.join(names[:2])} ({len(names)} in all) stay in 16 bits" if names else "there are no fused experts"
+    logger.warning("surgery.low_memory(experts=%r): in %s %s", experts, type(model).__name__, left)
+
+
 def _makes_packed(conversion: Any) -> bool:
     """Whether a conversion of upstream puts together the tensors of a packed weight, which are known here as one."""
     makers = ("Bnb4bitDeserialize", "Bnb8bitDeserialize")
     return any(type(each).__name__ in makers for each in getattr(conversion, "operations", ()))
 
 
-def _quantization(quantizer: Any) -> tuple[Any, Any]:
-    """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits."""
+def _quantization(model: Any, quantizer: Any, experts: str | None) -> tuple[Any, Any]:
+    """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits.
+
+    experts: the 4-bit type of fused experts, for which it has no word.
+    """
     from surgery.config import Quant, Quant8
 
     if quantizer is None:
-        return None, None
+        return (None if experts is None else Quant(experts)), None
     asked = quantizer.quantization_config
     if _is_in_8_bits(quantizer):
+        if experts is not None:
+            raise ConfigError("its other weights are in 8 bits, with which experts in 4 bits do not go")
         return Quant8(threshold=asked.llm_int8_threshold), None
     # What is packed already is mostly stored as bytes, which cannot be sharded together with the rest.
     is_viewed = quantizer.pre_quantized and (launched_world_size() or 1) > 1
@@ -182,5 +215,18 @@ def _quantization(quantizer: Any) -> tuple[Any, Any]:
         asked.bnb_4bit_quant_type,
         double_quant=asked.bnb_4bit_use_double_quant,
         quant_storage=None if is_viewed else asked.bnb_4bit_quant_storage,
+        experts=experts or False,
+        skip_modules=_skipped_experts(model, quantizer) if experts is not None else (),
     )
     return quant, asked.bnb_4bit_compute_dtype
+
+
+def _skipped_experts(model: Any, quantizer: Any) -> tuple[str, ...]:
+    """Patterns of the fused experts of `model` that the configuration leaves as they are (`llm_int8_skip_modules`)."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from surgery.quantizers.experts import fused_parameters
+
+    experts = (name for name, module in model.named_modules() if fused_parameters(module))
+    skipped = (name for name in experts if not should_convert_module(name, quantizer.modules_to_not_convert))
+    return tuple(f"^{re.escape(name)}$" for name in skipped)
