@@ -108,11 +108,6 @@ class Inventory:
         """The packed weights of fused experts."""
         return tuple(target for target in self.targets if _is_fused(target))
 
-    @property
-    def statistics(self) -> tuple[Target, ...]:
-        """The statistics of packed weights that are parameters, and so divided as these are."""
-        return tuple(target for target in self.targets if target.statistics_of is not None)
-
     @cached_property
     def forms(self) -> dict[Form, int]:
         """Number of tensors of each form."""
