@@ -56,6 +56,7 @@ from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
+from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.report import Report
 
 if TYPE_CHECKING:
@@ -396,6 +397,9 @@ def foresee(prepared: Prepared, checkpoint: Checkpoint, ranks: Ranks, report: Re
     report.predict("load", host=host, device=device)
     report.note("ignored", prepared.ignored)
     report.note("initialized", prepared.initialized)
+    report.left_out = group_names(prepared.left_out)
+    if prepared.left_out and ranks.rank == 0:
+        warnings.warn(say("left_out", report.left_out), stacklevel=3)
     report.note("read_once_per_node", plan.read_once_per_node)
     if setting.device.type == "cuda":
         check_fits(plan, free_memory(setting.device))

@@ -33,7 +33,8 @@ class Prepared:
 
     model: on meta, its modules replaced, not adapted yet. targets: what the checkpoint fills, in the model's order.
     trained: parameters that adapters will make trainable. unsharded: FQNs of parameters that stay whole on every rank.
-    ignored: names of the checkpoint that nothing is made of. initialized: FQNs of buffers that it lacks.
+    ignored: names of the checkpoint that nothing is made of. initialized: FQNs of buffers that it lacks. left_out: FQNs
+    of weights that stay in 16 bits though their kind is quantized.
     """
 
     model: nn.Module = field(repr=False)
@@ -43,6 +44,7 @@ class Prepared:
     unsharded: frozenset[str]
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def prepare(
@@ -135,6 +137,7 @@ def match(
         unsharded=strategy.check_model(model, setting.format),
         ignored=weights.ignored,
         initialized=weights.initialized,
+        left_out=tuple(name for quant in formats for name in quant.left_out(model)),
     )
 
 

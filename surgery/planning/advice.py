@@ -84,6 +84,8 @@ def _stored(setting: Setting) -> Iterator[str]:
         return
     if quant.quant_type != Quant().quant_type:
         yield f"--bnb-4bit-quant-type {quant.quant_type}"
+    if quant.experts is False:
+        yield "--experts 16bit"
     if not quant.double_quant:
         yield "--use-bnb-nested-quant false"
     if quant.storage_for(setting.dtype) != setting.dtype:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,12 @@ BLOCK, EMBEDDING, TAIL, ROOT = "block", "embedding", "tail", "root"
 #: Copies of a layer's output that DoRA keeps for backward: the base's, and that of its adapter, which it scales apart.
 DORA_COPIES = 2
 
+#: Copies of what experts give that there are at once in backward: the gradient of each, sorted, and times its weight.
+PASSING = 3
+
+#: Names of the number of experts that a token visits, in configurations of transformers.
+ACTIVE = ("num_experts_per_tok", "moe_topk")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTensors:
@@ -44,14 +51,17 @@ class UnitTensors:
 
     kind: as of a `Unit`. weights: rows, and bytes of a row, of each frozen tensor. adapters: rows, and elements of a
     row. features: elements a token that the linear layers of a block take and give, and what DoRA keeps of them; 0 for
-    other kinds. dora: `(in, out)` of each layer with DoRA.
+    other kinds. passing: elements a token that are on their way through experts in backward. dora: `(in, out)` of each
+    layer with DoRA. folded: elements of each tensor that adapters of experts make in forward, and keep for backward.
     """
 
     kind: str
     weights: tuple[tuple[int, int], ...]
     adapters: tuple[tuple[int, int], ...]
     features: int = 0
+    passing: int = 0
     dora: tuple[tuple[int, int], ...] = ()
+    folded: tuple[int, ...] = ()
 
     def weight_bytes(self, shards: int = 1) -> int:
         """Bytes of the weights, or of one of `shards` parts, padded to the largest one."""
@@ -74,7 +84,8 @@ class Inventory:
     targets: what a checkpoint fills, in the order in which it is loaded. units: decoder blocks first, in order.
     unsharded: bytes of parameters that are in no unit, whole on every rank.
     hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
-    ignored, initialized: names as `Prepared` has them.
+    ignored, initialized, left_out: names as `Prepared` has them.
+    in_16_bits: of the same model with its experts in 16 bits; None if none are packed.
     """
 
     targets: tuple[Target, ...]
@@ -84,11 +95,18 @@ class Inventory:
     vocabulary: int
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    in_16_bits: Inventory | None = None
 
     @property
     def parameters(self) -> int:
         """Number of elements that the checkpoint fills."""
-        return sum(target.form.numel for target in self.targets)
+        return sum(target.form.numel for target in self.targets if target.statistics_of is None)
+
+    @property
+    def experts(self) -> tuple[Target, ...]:
+        """The packed weights of fused experts."""
+        return tuple(target for target in self.targets if _is_fused(target))
 
     @cached_property
     def forms(self) -> dict[Form, int]:
@@ -121,11 +139,35 @@ def row_bytes(target: Target) -> int:
     return target.shape[1:].numel() * target.dtype.itemsize
 
 
+def _is_fused(target: Target) -> bool:
+    return target.logical is not None and len(target.logical) == 3
+
+
 def take_inventory(prepared: Prepared) -> Inventory:
     """The inventory of a prepared model.
 
     What is trained in place is counted with the adapters, as what has a gradient, and not with the frozen weights.
     """
+    found = _taken(prepared)
+    return replace(found, in_16_bits=_taken(_unpacked(prepared))) if found.experts else found
+
+
+def _unpacked(prepared: Prepared) -> Prepared:
+    """What `prepared` would be with its experts in 16 bits."""
+    dtype = prepared.setting.dtype
+    targets = [_stack(each, dtype) if _is_fused(each) else each for each in prepared.targets]
+    return replace(prepared, targets=tuple(each for each in targets if each.statistics_of is None))
+
+
+def _stack(target: Target, dtype: torch.dtype) -> Target:
+    """A packed weight of fused experts as it was before, `(experts, d1, d2)`."""
+    shape = target.logical
+    assert shape is not None
+    form = Form(rows=shape[0], row=shape[1:].numel(), numel=shape.numel())
+    return replace(target, shape=shape, dtype=dtype, form=form, logical=None, layout=None, stored=None, quant=None)
+
+
+def _taken(prepared: Prepared) -> Inventory:
     model, blocks = prepared.model, decoder_blocks(prepared.model)
     unit_of = _unit_of(model, blocks)
     weights: dict[str, list[tuple[int, int]]] = {}
@@ -137,6 +179,8 @@ def take_inventory(prepared: Prepared) -> Inventory:
             weights.setdefault(name, []).append((target.form.rows, row_bytes(target)))
     unit_at = {name: unit_of[module] for name, module in model.named_modules() if module in unit_of}
     dora: dict[str, list[tuple[int, int]]] = {}
+    folded: dict[str, list[int]] = {}
+    stacks = {each.module_fqn: each for each in prepared.targets if len(each.logical or each.shape) == 3}
     shapes = {each.fqn: each.shape for each in prepared.trained}
     for each in prepared.trained:
         unit = _unit_at(each.fqn, unit_at)
@@ -145,8 +189,13 @@ def take_inventory(prepared: Prepared) -> Inventory:
         if name:
             first = shapes.get(f"{layer}.lora_A.{name}") or shapes[f"{layer}.lora_embedding_A.{split(name)[0]}"]
             dora.setdefault(unit, []).append((first[1:].numel(), each.shape.numel()))
+        layer, _, name = each.fqn.partition(".lora_B.")
+        stack = stacks.get(layer.replace(".base_layer", ""))
+        if name and stack is not None:
+            folded.setdefault(unit, []).append(_folded(shapes[f"{layer}.lora_A.{name}"], each.shape, stack))
     formats = prepared.setting.formats
-    features = {block.fqn: sum(_features(each, formats) for each in block.module.modules()) for block in blocks}
+    sizes = {block.fqn: [_features(each, formats) for each in block.module.modules()] for block in blocks}
+    features = {name: sum(kept for kept, _ in found) for name, found in sizes.items()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Inventory(
         targets=prepared.targets,
@@ -156,7 +205,9 @@ def take_inventory(prepared: Prepared) -> Inventory:
                 weights=tuple(weights.get(name, ())),
                 adapters=tuple(adapters.get(name, ())),
                 features=features.get(name, 0) + DORA_COPIES * sum(size for _, size in dora.get(name, ())),
+                passing=max((passing for _, passing in sizes.get(name, ())), default=0),
                 dora=tuple(dora.get(name, ())),
+                folded=tuple(folded.get(name, ())),
             )
             for name in (*features, EMBEDDING, TAIL, ROOT)
             if name in weights or name in adapters
@@ -166,6 +217,7 @@ def take_inventory(prepared: Prepared) -> Inventory:
         vocabulary=head.out_features if isinstance(head, nn.Linear) else 0,
         ignored=prepared.ignored,
         initialized=prepared.initialized,
+        left_out=prepared.left_out,
     )
 
 
@@ -188,16 +240,37 @@ def _unit_at(fqn: str, units: dict[str, str]) -> str:
     return ROOT
 
 
-def _features(module: nn.Module, formats: Sequence[QuantFormat]) -> int:
-    """Elements a token that a linear layer takes and gives; for fused experts those of the active ones."""
+def _folded(first: torch.Size, second: torch.Size, stack: Target) -> int:
+    """Elements that an adapter of experts makes: a copy of its second factor; of experts in 16 bits PEFT's whole stack.
+
+    first: `(rank * experts, in)`; second: `(out, rank * experts)`.
+    """
+    return second.numel() if stack.logical is not None else first[1:].numel() * second[0] * stack.shape[0]
+
+
+def _features(module: nn.Module, formats: Sequence[QuantFormat]) -> tuple[int, int]:
+    """Elements a token that a linear layer takes and gives, and those that are on their way in backward.
+
+    For fused experts for each of the active ones, with what their activation function gives.
+    """
     quant = next((each for each in formats if each.is_quantized(module)), None)
     packed = {} if quant is None else {name: quant.logical(module, name) for name in quant.weight_names(module)}
-    shapes = [packed.get(name, p.shape) for name, p in module._parameters.items() if p is not None]
-    if packed or not isinstance(module, nn.Linear):
-        active = getattr(getattr(module, "config", None), "num_experts_per_tok", None) or 1
-        dense = sum(sum(shape) for shape in packed.values() if len(shape) == 2)
-        return dense + sum(active * (shape[1] + shape[2]) for shape in shapes if len(shape) == 3)
-    return module.in_features + module.out_features
+    if not packed and isinstance(module, nn.Linear):
+        return module.in_features + module.out_features, 0
+    shapes = {name: packed.get(name, p.shape) for name, p in module._parameters.items() if p is not None}
+    stacks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    dense = sum(sum(shape) for shape in packed.values() if len(shape) == 2)
+    if "down_proj" not in stacks:
+        return dense + _active(module) * sum(shape[1] + shape[2] for shape in stacks.values()), 0
+    hidden, inner = stacks["down_proj"][1:][:: -1 if getattr(module, "is_transposed", False) else 1]
+    given = sum(shape[1] + shape[2] for shape in stacks.values())
+    return _active(module) * (given + inner), _active(module) * PASSING * hidden
+
+
+def _active(module: Any) -> int:
+    """Experts that a token visits."""
+    found = (getattr(getattr(module, "config", None), name, None) for name in ACTIVE)
+    return next((number for number in found if isinstance(number, int)), 1)
 
 
 def _hidden(model: nn.Module, blocks: Sequence[Site]) -> int:

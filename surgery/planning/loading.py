@@ -130,14 +130,14 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
     capacities = {target: partition.capacity(target.form, rank) * row_bytes(target) for target in batch.targets}
     slices = [partition.slice(target.form, rank) for target in quantized]
     statistics = sum(len(each.blocks) for each in slices) * STATISTIC_BYTES
-    run = min(max((len(each.elements) for each in slices), default=0), setting.format.run_elements(setting.device))
+    runs = [_run_bytes(target, len(each.elements), setting) for target, each in zip(quantized, slices, strict=True)]
     on_host = sum(size for target, size in capacities.items() if partition.is_rank0s(target.form))
     replicas = [(size, partition.grid_of(target.form).replicas) for target, size in capacities.items()]
     return _Sizes(
         on_host=on_host,
         made=sum(capacities.values()) - on_host,
         statistics=statistics,
-        filling=statistics + int(run * setting.format.quantizing_bytes(setting.device)),
+        filling=statistics + max(runs, default=0),
         converting=_converting(batch.targets),
         exchanging=_exchanging(quantized, setting, mine=statistics),
         # NCCL needs nothing; gloo copies what goes out and comes in.
@@ -151,11 +151,18 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
     )
 
 
+def _run_bytes(target: Target, elements: int, setting: Setting) -> int:
+    """Temporary bytes while `elements` of a target are quantized run by run."""
+    assert target.quant is not None
+    run = min(elements, target.quant.run_elements(setting.device))
+    return int(run * target.quant.quantizing_bytes(setting.device))
+
+
 def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> int:
     """Bytes of statistics: this rank's, all ranks' as received, all ranks' by weight; and of making states of them."""
     blocks = sum(target.form.blocks for target in quantized)
     everyones = blocks * STATISTIC_BYTES
-    finishing = everyones + setting.format.finishing_bytes(blocks)
+    finishing = everyones + sum(each.quant.finishing_bytes(each.form.blocks) for each in quantized if each.quant)
     if setting.world_size == 1:
         return finishing
     partition = setting.strategy.partition
@@ -178,7 +185,7 @@ def _converting(targets: Iterable[Target]) -> int:
     for assignment, group in groupby(targets, lambda target: target.assignment):
         made = list(group)
         if not made[0].segments:
-            size = sum(target.form.numel * target.read_as.itemsize for target in made)
+            size = sum(target.stored_bytes for target in made)
             most = max(most, size if assignment.converter is None else 2 * size)
     return most
 
@@ -225,7 +232,7 @@ class _Held:
         self.note(device_more=loaded + sizes.gathering)
         self.note(device_more=loaded + sizes.state + sizes.deriving)
         self.state += sizes.state
-        if sizes.state and not self.setting.on_cpu:
+        if sizes.packed and not self.setting.on_cpu:
             self.note(device_more=loaded + DIGEST_BYTES)
         if not self.setting.strategy.partition.rank0_only:
             self.keep(sizes.made, on_host=self.setting.strategy.devices(self.rank).data.type == "cpu")

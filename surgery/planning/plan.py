@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,24 @@ from surgery.sharding.advice import default_options
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["MemoryPlan", "make_plan", "plan"]
+__all__ = ["Experts", "MemoryPlan", "make_plan", "plan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Fused experts in 4 bits, and what the same job would need with them in 16 bits.
+
+    packed, statistics, in_16_bits: bytes of all experts, over all shards. held: the most that a rank holds after
+    loading, where it computes. peak: the highest of any rank there.
+    """
+
+    packed: int
+    statistics: int
+    in_16_bits: int
+    held: int
+    held_in_16_bits: int
+    peak: int
+    peak_in_16_bits: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,42 @@ class MemoryPlan:
         """Highest host peak of any rank."""
         return max(figures.host_peak for _, figures in self.classes)
 
+    @property
+    def held(self) -> int:
+        """The most that any rank holds after loading, where it computes."""
+        on_cpu = self.setting.on_cpu
+        return max(plan.load.host_held if on_cpu else plan.load.device_held for _, plan in self.classes)
+
+    @property
+    def peak(self) -> int:
+        """The highest peak of any rank, where it computes."""
+        return self.host_peak if self.setting.on_cpu else self.device_peak
+
+    @cached_property
+    def in_16_bits(self) -> MemoryPlan | None:
+        """The plan of the same job with experts in 16 bits; None if none are packed."""
+        inventory, quant = self.inventory.in_16_bits, self.setting.quant
+        if inventory is None:
+            return None
+        return make_plan(inventory, replace(self.setting, quant=replace(quant, experts=False)), self.training)
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """The experts that are packed; None if none are."""
+        if self.in_16_bits is None:
+            return None
+        packed = self.inventory.experts
+        names = {target.fqn for target in packed}
+        return Experts(
+            packed=sum(target.nbytes for target in packed),
+            statistics=sum(target.nbytes for target in self.inventory.targets if target.statistics_of in names),
+            in_16_bits=sum(target.form.numel for target in packed) * self.setting.dtype.itemsize,
+            held=self.held,
+            held_in_16_bits=self.in_16_bits.held,
+            peak=self.peak,
+            peak_in_16_bits=self.in_16_bits.peak,
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """The plan for JSON, sizes in bytes."""
         return {
@@ -75,6 +129,8 @@ class MemoryPlan:
             "read_once_per_node": list(self.read_once_per_node),
             "ignored": list(self.inventory.ignored),
             "initialized": list(self.inventory.initialized),
+            "left_out": list(self.inventory.left_out),
+            "experts": None if self.experts is None else asdict(self.experts),
             "ranks": [
                 {"label": ranks.label, "count": len(ranks.ranks), **asdict(plan)} for ranks, plan in self.classes
             ],

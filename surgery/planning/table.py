@@ -13,7 +13,7 @@ from rich.table import Table
 from surgery.comm.environment import launched_rank
 from surgery.passes.setting import Setting
 from surgery.planning import verdict
-from surgery.planning.plan import MemoryPlan
+from surgery.planning.plan import Experts, MemoryPlan
 from surgery.planning.ranks import RankClass, RankPlan, Step
 from surgery.planning.training import Training
 from surgery.telemetry.measurements import group_names, say
@@ -93,12 +93,25 @@ def notes(plan: MemoryPlan) -> Iterator[str]:
             "Activations and logits are an estimate, from the shapes of linear layers, for attention that keeps no "
             f"scores. Training is at its peak {at}; its rows are of that moment, and add up to the peak."
         )
+    if plan.experts is not None:
+        yield _of_experts(plan.experts)
+    if plan.inventory.left_out:
+        yield say("left_out", group_names(plan.inventory.left_out))
     if plan.inventory.ignored:
         yield say("ignored", group_names(plan.inventory.ignored))
     if plan.inventory.initialized:
         yield say("initialized", group_names(plan.inventory.initialized))
     if plan.read_once_per_node:
         yield f"{say('read_once_per_node', group_names(plan.read_once_per_node))} That is not in the bytes read above."
+
+
+def _of_experts(experts: Experts) -> str:
+    return (
+        f"Experts are in 4 bits: {say_size(experts.packed)}, and {say_size(experts.statistics)} of statistics, which "
+        f"are divided as they are. In 16 bits (--experts 16bit) they would be {say_size(experts.in_16_bits)}: a rank "
+        f"would hold {say_size(experts.held_in_16_bits)} after loading, not {say_size(experts.held)}, and need "
+        f"{say_size(experts.peak_in_16_bits)} at its peak, not {say_size(experts.peak)}."
+    )
 
 
 def _shown(plan: MemoryPlan) -> Sequence[tuple[RankClass, RankPlan]]:

@@ -100,7 +100,8 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
     inputs = len(blocks) * inventory.hidden * setting.dtype.itemsize
     kept = training.tokens * (inputs if training.checkpointing else sum(blocks))
     recomputed = training.tokens * max(blocks, default=0) if training.checkpointing else 0
-    weights = [_kept_by_dora(unit, setting) for unit in inventory.units]
+    weights = [_kept_by_adapters(unit, setting) for unit in inventory.units]
+    passing = training.tokens * max((unit.passing for unit in inventory.blocks), default=0)
     kept += 0 if training.checkpointing else sum(weights)
     recomputed += max(weights, default=0) if training.checkpointing else 0
     logit = LOSS_COPIES * FLOAT32_BYTES + setting.compute_dtype.itemsize
@@ -114,8 +115,8 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
     backward = _Moment(
         name="backward",
         gathered=setting.strategy.gathered_in_backward(units) + _reduced(inventory, setting),
-        dequantized=max(_dequantized(inventory), _of_dora(inventory, setting)),
-        activations=kept + recomputed,
+        dequantized=max(_dequantized(inventory), _of_adapters(inventory, setting)),
+        activations=kept + recomputed + passing * setting.compute_dtype.itemsize,
     )
     return loss, backward
 
@@ -128,21 +129,25 @@ def _reduced(inventory: Inventory, setting: Setting) -> int:
     return elements * (setting.dtype.itemsize + FLOAT32_BYTES)
 
 
-def _kept_by_dora(unit: UnitTensors, setting: Setting) -> int:
-    """Bytes of weights that DoRA multiplies by itself, where there is dropout, and keeps for backward."""
-    if setting.lora is None or not setting.lora.lora_dropout:
-        return 0
-    return sum(rows * columns for rows, columns in unit.dora) * setting.compute_dtype.itemsize
+def _kept_by_adapters(unit: UnitTensors, setting: Setting) -> int:
+    """Bytes of weights that adapters make and keep for backward: those of experts, and DoRA where there is dropout."""
+    dropping = setting.lora is not None and setting.lora.lora_dropout
+    elements = sum(rows * columns for rows, columns in unit.dora) if dropping else 0
+    return (elements + sum(unit.folded)) * setting.compute_dtype.itemsize
 
 
-def _of_dora(inventory: Inventory, setting: Setting) -> int:
-    """Temporary bytes of the largest layer with DoRA: an identity, the weight, what LoRA adds, that scaled, the sum."""
+def _of_adapters(inventory: Inventory, setting: Setting) -> int:
+    """Temporary bytes of the largest layer whose adapters make whole weights.
+
+    DoRA: an identity, the weight, what LoRA adds, that scaled, the sum. Experts: the gradient of what they have made.
+    """
     sizes = [columns * (columns + 4 * rows) for unit in inventory.units for columns, rows in unit.dora]
+    sizes += [size for unit in inventory.units for size in unit.folded]
     return max(sizes, default=0) * setting.compute_dtype.itemsize
 
 
 def _dequantized(inventory: Inventory) -> int:
     """Temporary bytes of the quantized layer with most."""
-    quantized = ((each.quant, each.form) for each in inventory.targets if each.is_quantized)
-    sizes = (quant.dequantized_bytes(form.numel, form.blocks) for quant, form in quantized if quant is not None)
+    kinds = {(each.quant, each.logical) for each in inventory.targets if each.quant is not None}
+    sizes = (quant.dequantized_bytes(shape) for quant, shape in kinds if quant is not None and shape is not None)
     return max(sizes, default=0)

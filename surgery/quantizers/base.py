@@ -309,6 +309,10 @@ class QuantFormat:
         """FQNs of the weights of `model` that upstream takes for others on this machine."""
         return []
 
+    def left_out(self, model: nn.Module) -> list[str]:
+        """FQNs of the weights of `model` that stay as they are against expectation, its modules replaced."""
+        return []
+
     # The memory plan. ------------------------------------------------------------------------------------------------
 
     def state_bytes(self, blocks: int) -> int:
@@ -323,9 +327,9 @@ class QuantFormat:
         """Temporary bytes for each element that is being quantized on `device`."""
         return 8.0
 
-    def dequantized_bytes(self, numel: int, blocks: int) -> int:
-        """Temporary bytes of the weight of a layer while it multiplies."""
-        return numel * (self.compute_dtype or self.dtype).itemsize
+    def dequantized_bytes(self, shape: torch.Size) -> int:
+        """Temporary bytes of a weight of logical `shape` while it multiplies."""
+        return shape.numel() * (self.compute_dtype or self.dtype).itemsize
 
 
 def _undefined(quant: QuantFormat) -> str:

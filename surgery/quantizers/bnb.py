@@ -511,10 +511,10 @@ class Bnb4bit(QuantFormat):
         """Temporary bytes for each element that is being quantized."""
         return QUANTIZE_BYTES.get(device.type, QUANTIZE_BYTES["cuda"])
 
-    def dequantized_bytes(self, numel: int, blocks: int) -> int:
+    def dequantized_bytes(self, shape: torch.Size) -> int:
         """Bytes of the weight in 16 bits, and of its statistics in float32 if they are quantized too."""
-        statistics = blocks * STATISTIC_BYTES if self.options.double_quant else 0
-        return super().dequantized_bytes(numel, blocks) + statistics
+        blocks = -(-shape.numel() // self.options.blocksize)
+        return super().dequantized_bytes(shape) + (blocks * STATISTIC_BYTES if self.options.double_quant else 0)
 
 
 def _is_packed(module: Any) -> bool:

@@ -15,8 +15,10 @@ from torch import nn
 from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
 from surgery.errors import ConfigError, QuantizerError
-from surgery.quantizers.base import STATISTICS, register
+from surgery.model.fqn import join, match_any, split
+from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, QuantFormat, register
 from surgery.quantizers.bnb import STATE, Bnb4bit, as_params4bit
+from surgery.quantizers.grouped import DEQUANTIZED_BYTES
 from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code, stacks_of
 
 __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
@@ -260,6 +262,17 @@ class Experts4bit(Bnb4bit):
         """0: statistics are a parameter."""
         return 0
 
+    def finishing_bytes(self, blocks: int) -> int:
+        """Temporary bytes of double quantization, and of the statistics of all experts as bytes."""
+        each = 2 if self.options.double_quant else STATISTIC_BYTES
+        return super().finishing_bytes(blocks) + blocks * each
+
+    def dequantized_bytes(self, shape: torch.Size) -> int:
+        """Bytes of a run of experts: within the budget of their forward, and one at least."""
+        _, *expert = shape
+        of_one = super().dequantized_bytes(torch.Size(expert))
+        return min(shape[0], max(1, DEQUANTIZED_BYTES // of_one)) * of_one
+
     def build_patches(self, model: nn.Module) -> tuple[Any, ...]:
         """None: statistics are a parameter, which moves with the weight."""
         return ()
@@ -267,6 +280,15 @@ class Experts4bit(Bnb4bit):
     def misread(self, model: nn.Module) -> list[str]:
         """None: experts are dequantized flat, which every kernel does right."""
         return []
+
+    def left_out(self, model: nn.Module) -> list[str]:
+        """FQNs of fused weights that stay in 16 bits, and that nobody has asked to leave so.
+
+        Blocks would straddle experts; or they are beside packed weights, or a module's that its class keeps.
+        """
+        if not self.options.experts:
+            return []
+        return [name for name in left_out(model) if not match_any(split(name)[0], self.skip_modules)]
 
 
 def fused_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -293,7 +315,7 @@ def has_experts(model: nn.Module) -> bool:
 
 def left_out(model: nn.Module) -> list[str]:
     """FQNs of the fused weights of `model` that are not packed."""
-    return [f"{prefix}.{name}" for prefix, module in model.named_modules() for name in fused_parameters(module)]
+    return [join(prefix, name) for prefix, module in model.named_modules() for name in fused_parameters(module)]
 
 
 register(Quant, Bnb4bit, Experts4bit)

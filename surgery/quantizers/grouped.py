@@ -13,7 +13,7 @@ from torch.nn import functional
 from surgery.quantizers.base import STATISTICS
 from surgery.quantizers.stack import PackedStack, stacks_of
 
-__all__ = ["SplitLora", "experts_forward", "grouped_mm_4bit"]
+__all__ = ["DEQUANTIZED_BYTES", "SplitLora", "experts_forward", "grouped_mm_4bit"]
 
 #: Bytes of dequantized values that there are at once; of one expert at least.
 DEQUANTIZED_BYTES = 256 << 20

@@ -183,7 +183,7 @@ class Sampler:
 
 
 #: Kinds of notices, by the field of `Report` that keeps their names.
-Notice = Literal["read_once_per_node", "ignored", "initialized", "misread"]
+Notice = Literal["read_once_per_node", "ignored", "initialized", "left_out", "misread"]
 
 #: What a line says of one name, of several, and of either.
 _TEXTS: Mapping[Notice, tuple[str, str, str]] = {
@@ -194,6 +194,14 @@ _TEXTS: Mapping[Notice, tuple[str, str, str]] = {
     ),
     "ignored": ("name", "names", "in the checkpoint with no place in this model, ignored as transformers does"),
     "initialized": ("buffer is", "buffers are", "not in the checkpoint; what transformers initializes is used"),
+    "left_out": (
+        "fused weight of experts stays",
+        "fused weights of experts stay",
+        (
+            "in 16 bits: blocks of 4 bits would straddle experts (choose a smaller blocksize), or the checkpoint or the "
+            "class of the model keeps them so; say Quant(experts=False) (--experts 16bit) if that is what you want"
+        ),
+    ),
     "misread": (
         "4-bit weight is",
         "4-bit weights are",

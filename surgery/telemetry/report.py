@@ -46,8 +46,9 @@ class Report:
     bytes_read: from checkpoints so far; see `count_bytes`.
     read_once_per_node: checkpoint tensors that one rank of each node reads and converts for the others, because the
         model merges, splits or transposes them. ignored: names of the checkpoint that the model has no use for.
-        initialized: buffers that the checkpoint lacks. misread: weights that bitsandbytes dequantizes wrongly on this
-        CPU. Each is names, with `*` for numbers in which they differ, and how many there are; see `note`.
+        initialized: buffers that the checkpoint lacks. left_out: weights of experts that stay in 16 bits. misread:
+        weights that bitsandbytes dequantizes wrongly on this CPU. Each is names, with `*` for numbers in which they
+        differ, and how many there are; see `note`.
     """
 
     show_progress: bool = False
@@ -60,6 +61,7 @@ class Report:
     read_once_per_node: dict[str, int] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     initialized: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
     misread: dict[str, int] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter, init=False, repr=False)
     _running: list[Phase] = field(default_factory=list, init=False, repr=False)

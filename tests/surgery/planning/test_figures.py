@@ -77,8 +77,10 @@ def test_dora_takes_whole_weights(folder_70b: Path) -> None:
     assert dropping.activations - dora.activations == 80 * 28672 * 8192 * 2
 
 
-def test_double_quantization_takes_a_quarter_of_the_statistics(inventory: Inventory) -> None:
-    ratio = step(inventory).quant_state / step(inventory, quant=Quant(double_quant=False)).quant_state
+def test_double_quantization_takes_a_quarter_of_the_statistics(inventory: Inventory, folder_70b: Path) -> None:
+    single = setting(quant=Quant(double_quant=False))
+    taken = take_inventory(prepare(Checkpoint.open(folder_70b), single))
+    ratio = step(inventory).quant_state / step(taken, quant=single.quant).quant_state
     assert ratio == pytest.approx(0.25, abs=0.01)
 
 
