@@ -420,9 +420,11 @@ def complete(
     if setting.on_cpu:
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
-    needed = [name for each in setting.formats if any(map(each.is_quantized, layers)) for name in each.resident_patches]
+    used = [each for each in setting.formats if any(map(each.is_quantized, layers))]
+    needed = [name for each in used for name in each.resident_patches]
     needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:
+        resident.apply(*(name for each in used for name in each.lookup_patches))
         _hand_on(model, resident)
         keep(model, resident.receipts)
         as_context_manager(model)
@@ -432,7 +434,10 @@ def complete(
 
 
 def _hand_on(model: nn.Module, resident: patches.Transaction) -> None:
-    """Apply `HANDED_ON`, and what experts need, for `model`. It trains without those that do not fit what is installed, which are told."""
+    """Apply `HANDED_ON`, and what adapters of experts need, for `model`.
+
+    It trains without those that do not fit what is installed, which are told.
+    """
     left_out, wanted = {}, HANDED_ON + patches_of_experts(model)
     for each in wanted:
         try:

@@ -55,7 +55,11 @@ class ParamWrapper(layer.ParamWrapper):
         """The experts' forward with the factors of the active adapters, and those that outer wrappers hand down."""
         self._check_forward_args(x, *args, **options)
         options.pop("adapter_names", None)
-        own = () if self.disable_adapters else tuple(map(self._split, filter(self.lora_A.__contains__, self.active_adapters)))
+        own = (
+            ()
+            if self.disable_adapters
+            else tuple(map(self._split, filter(self.lora_A.__contains__, self.active_adapters)))
+        )
         return self.base_layer(x, *args, lora=(*lora, *own), **options)
 
     def _split(self, adapter_name: str) -> SplitLora:

@@ -99,6 +99,9 @@ class QuantFormat:
     #: Patches that a model in this format needs in order to run, on its quantized modules.
     resident_patches: ClassVar[tuple[str, ...]] = ()
 
+    #: Patches that it needs in order to run, and that are not of single modules.
+    lookup_patches: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
         self.options = options
         self.dtype = dtype

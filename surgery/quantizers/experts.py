@@ -36,6 +36,7 @@ class Experts4bit(Bnb4bit):
     label = "experts in 4 bits"
     needs_modules = False
     resident_patches: ClassVar[tuple[str, ...]] = ()
+    lookup_patches = ("transformers.experts-4bit",)
 
     def __init__(self, options: Quant, **dtypes: Any) -> None:
         chosen = options.experts if isinstance(options.experts, str) else options.quant_type

@@ -135,23 +135,22 @@ def _packed_product(
 
 
 def _low_rank(lora: SplitLora, x: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scaling * (x A^T) B^T` of each row with its expert's factors, in `dtype`, as PEFT's `ParamWrapper` casts them."""
+    """`scaling * (x A^T) B^T` of each row with its expert's factors, in `dtype`: PEFT's `ParamWrapper` casts them."""
     from transformers.integrations.moe import _grouped_linear
 
     experts = offsets.size(0)
     rank = lora.a.size(0) // experts
-    a = lora.a.to(dtype).reshape(experts, rank, -1)
+    a = (lora.a * lora.scaling).to(dtype).reshape(experts, rank, -1)  # not the product, which may be in 16 bits
     b = lora.b.to(dtype).reshape(-1, rank, experts).permute(2, 0, 1)
     missing = -rank % (STRIDE_BYTES // dtype.itemsize)
     if missing:
         a, b = functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing))
     x = x if lora.dropout is None else lora.dropout(x)
-    inner = _grouped_linear(x, a, offsets) * lora.scaling
-    return _grouped_linear(inner, b.contiguous(), offsets)  # type: ignore[no-any-return]
+    return _grouped_linear(_grouped_linear(x, a, offsets), b.contiguous(), offsets)
 
 
 @torch.library.custom_op("surgery::grouped_mm_4bit", mutates_args=())
-def grouped_mm_4bit(
+def grouped_mm_4bit(  # noqa: PLR0917 - arguments of an operator are positional
     x: torch.Tensor,
     packed: torch.Tensor,
     statistics: torch.Tensor,
@@ -160,7 +159,7 @@ def grouped_mm_4bit(
     shape: Sequence[int],
     quant_type: str,
     blocksize: int,
-    double_quant: bool,  # noqa: FBT001 - arguments of an operator are positional
+    double_quant: bool,  # noqa: FBT001
     is_transposed: bool,  # noqa: FBT001
 ) -> torch.Tensor:
     """The product of each row of `x` with the weight of its expert, dequantized for as long as that takes.
@@ -192,7 +191,7 @@ def grouped_mm_4bit(
 def _run_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool) -> torch.Tensor:  # noqa: FBT001
     from transformers.integrations.moe import _grouped_linear
 
-    return _grouped_linear(x, weight, offsets, is_transposed=is_transposed)  # type: ignore[no-any-return]
+    return _grouped_linear(x, weight, offsets, is_transposed=is_transposed)
 
 
 def _runs(ends: Sequence[int], most: int) -> Iterator[range]:
@@ -216,7 +215,7 @@ def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
     return x.new_empty(x.size(0), shape[1] if is_transposed else shape[0])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001
     """Save what is there in any case: neither rows nor dequantized weights."""
     _x, *tensors = inputs[:5]
     ctx.save_for_backward(*tensors)
@@ -226,8 +225,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradient of the rows: the product with the transposed weights, which are dequantized again."""
     *settings, is_transposed = ctx.settings
-    of_rows = grouped_mm_4bit(gradient.contiguous(), *ctx.saved_tensors, *settings, not is_transposed)
-    return of_rows, *[None] * (len(ctx.saved_tensors) + len(ctx.settings))
+    tensors = ctx.saved_tensors  # once: a checkpoint gives them no second time
+    of_rows = grouped_mm_4bit(gradient.contiguous(), *tensors, *settings, not is_transposed)
+    return of_rows, *[None] * (len(tensors) + len(ctx.settings))
 
 
 grouped_mm_4bit.register_autograd(_backward, setup_context=_save)

@@ -123,7 +123,7 @@ def refused_misfits(checkpoint: Path, shard: Any = None) -> dict[str, str]:
     for misfit in SAYS:
         reads, spy = count_reads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(base._FORMATS, surgery.Quant, misfit)
+            patch.setitem(base._FORMATS, surgery.Quant, (misfit,))
             patch.setattr(Reader, "read_bytes", spy)
             try:
                 surgery.qlora(checkpoint, shard=shard, report=surgery.Report())

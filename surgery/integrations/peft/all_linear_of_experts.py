@@ -118,7 +118,11 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     config.target_modules = linear - routers - taken
     config.target_parameters = {*(config.target_parameters or ()), *names}
     leaves = sorted({name.rpartition(".")[2] for name in config.target_modules})
-    left = f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts." if taken else ""
+    left = (
+        f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts."
+        if taken
+        else ""
+    )
     return (
         f"all-linear adapts linear layers ({', '.join(leaves)}) and experts ({', '.join(sorted(names))}), all at rank "
         f"{config.r}; not the router.{left} Other ranks: rank_pattern; other parameters: target_parameters=[...], with "
@@ -144,7 +148,9 @@ def _changes(asked: Any, made: Any) -> str:
     new = sorted(set(made.target_parameters or ()) - set(asked.target_parameters or ()))
     if not new:
         return ""
-    ranks = [f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern]
+    ranks = [
+        f"{name} at rank {made.rank_pattern[name]}" for name in made.rank_pattern if name not in asked.rank_pattern
+    ]
     wider = f", {' and '.join(ranks)} instead of {made.r}" if ranks else ""
     return (
         f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and adapts "

@@ -75,9 +75,7 @@ def _base(_instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     probe=adapters_are_of_bytes,
     verify=check_has_experts,
 )
-def split(
-    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def split(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make PEFT's wrapper in split form for a parameter that is packed; everything else is left to PEFT."""
     from surgery.adapters.experts import ParamWrapper
 

@@ -27,9 +27,7 @@ def check_finds_each() -> None:
     """Raise RuntimeError if not the forward is found, or another for experts that are not packed."""
     found, other = _find(IMPLEMENTATION), _find("eager")
     if (found, other) != (experts_forward, forward_is_unknown):
-        raise RuntimeError(
-            f"expected the forward of experts in 4 bits and the one of the class, found {found}, {other}"
-        )
+        raise RuntimeError(f"expected the forward of experts in 4 bits and that of the class, found {found}, {other}")
 
 
 def _find(name: str) -> Any:

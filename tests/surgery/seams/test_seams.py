@@ -108,7 +108,7 @@ WRONG: dict[type[QuantFormat], str] = {
 def test_what_a_format_gets_wrong_is_said(
     kind: type[QuantFormat], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(base._FORMATS, OneByte, kind)
+    monkeypatch.setitem(base._FORMATS, OneByte, (kind,))
     with pytest.raises(surgery.PassError, match=re.escape(WRONG[kind])):
         surgery.qlora(checkpoint, quant=OneByte(), report=surgery.Report())
 
