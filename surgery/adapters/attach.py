@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLAIN",
-    "patches_of_experts",
     "adapted_by_peft",
     "appearing_real",
     "drawing_from",
     "draws_later",
     "leaving_blank",
     "needs_weights",
+    "patches_of_experts",
 ]
 
 #: Options of LoRA that change nothing about how adapters get their initial values: random ones, or zeros.

@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.quantizers.base import STATISTICS, QuantFormat, register
+from surgery.quantizers.base import STATISTICS, register
 from surgery.quantizers.bnb import Bnb4bit, as_params4bit
 from surgery.quantizers.stack import PackedStack, stacks_of
 

@@ -103,7 +103,10 @@ def _leaves(
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     loose = [child for child in module.children() if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
-    return [*module.parameters(recurse=False), *(p for child in (*loose, *_factors(module)) for p in child.parameters(recurse=False))]
+    return [
+        *module.parameters(recurse=False),
+        *(p for child in (*loose, *_factors(module)) for p in child.parameters(recurse=False)),
+    ]
 
 
 def _factors(module: Any) -> list[nn.Module]:

@@ -234,7 +234,9 @@ def merge(
             out,
             weights=weight or (),
             dtype=DTYPES.get(dtype or ""),
-            quant=Quant(dtype, double_quant=double_quant, experts=experts == "4bit") if dtype in ("nf4", "fp4") else None,
+            quant=Quant(dtype, double_quant=double_quant, experts=experts == "4bit")
+            if dtype in ("nf4", "fp4")
+            else None,
             revision=model_revision,
             overwrite=overwrite,
             max_shard_bytes=most,
