@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,12 @@ class Derive(BatchPass):
     def run_batch(self, batch: Batch) -> None:
         """Derive what is made of the tensors of `batch`."""
         wanted = [(buffer, each) for buffer in batch.buffers for each in self._wanted(buffer)]
-        if not wanted:
-            return
+        if wanted:
+            self._derive(batch, wanted)
+        for buffer in batch.buffers:
+            buffer.whole_state = None
+
+    def _derive(self, batch: Batch, wanted: Sequence[tuple[ShardBuffer, Derived]]) -> None:
         with collective(self.loading.ranks), Naming(self.name, batch.fqn):
             found = [self._find(buffer, each) for buffer, each in wanted]
             add_up(found)
@@ -89,7 +93,7 @@ class Derive(BatchPass):
             run = made[first * buffer.row : (first + step) * buffer.row]
             elements = form.elements(rows[first : first + step])
             if quant is not None:
-                run = quant.dequantize(run.view(torch.uint8), elements.start, buffer.state)
+                run = quant.dequantize(run.view(torch.uint8), elements.start, buffer.whole_state or buffer.state)
             yield elements.start, run[: len(elements)]
 
     def _dtype(self, buffer: ShardBuffer) -> torch.dtype:

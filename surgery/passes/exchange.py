@@ -110,6 +110,7 @@ class Exchange(BatchPass):
             weight, rows = weights[buffer.target.statistics_of], buffer.slice.reads
             assert weight.target.quant is not None
             module, leaf = weight.target.places[0]
+            weight.whole_state = weight.state
             whole, weight.state = weight.target.quant.split_state(module, leaf, weight.state)
             values = whole.view(buffer.target.dtype)[rows.start : rows.stop]
             self.loading.buffers.fill(buffer, rows.start, values)

@@ -216,7 +216,8 @@ class ShardBuffer:
 
     data: 1-D, in the dtype in which the target is stored: the rows of `slice.keeps`, and room for the rows that other
         ranks keep more of. statistics: float32, one for each of `slice.blocks`; None for what is not quantized.
-    state: of the whole quantized weight, once all statistics are known.
+    state: of the whole quantized weight, once all statistics are known; whole_state: the same with its tensors, until
+        values were looked at, where those are a parameter.
     pieces: `(start, values)` in order, from flat element `start` of the tensor: read, and yet to be taken.
     converted: the whole tensor in the checkpoint's dtype, flat, on the CPU, on the one rank that has converted it.
     run: the partly assembled run that is to be quantized, on the compute device, or None.
@@ -229,6 +230,7 @@ class ShardBuffer:
     data: torch.Tensor = NOTHING
     statistics: torch.Tensor | None = None
     state: Any = None
+    whole_state: Any = None
     pieces: Iterable[tuple[int, torch.Tensor]] = ()
     converted: torch.Tensor | None = None
     run: torch.Tensor | None = None

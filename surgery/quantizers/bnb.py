@@ -18,13 +18,25 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
-from surgery.quantizers.base import STATISTIC_BYTES, Layout, QuantFormat
+from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, Layout, QuantFormat
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
-__all__ = ["NESTED_BLOCKSIZE", "REMEDY", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits", "nested_values"]
+    from surgery.quantizers.stack import PackedStack
+
+__all__ = [
+    "NESTED_BLOCKSIZE",
+    "REMEDY",
+    "Bnb4bit",
+    "as_params4bit",
+    "code_of",
+    "dynamic_code",
+    "is_params4bit",
+    "linear4bits",
+    "nested_values",
+]
 
 #: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
 #: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
@@ -73,7 +85,7 @@ def _quant_states(
     from bitsandbytes.functional import QuantState
 
     make = functools.partial(QuantState, blocksize=quant.blocksize, quant_type=quant.quant_type)
-    codes = [_code(quant.quant_type, absmax.device) for absmax in absmaxes]
+    codes = [code_of(quant.quant_type, absmax.device) for absmax in absmaxes]
     if not quant.double_quant:
         return [
             make(absmax, shape=shape, code=code, dtype=dtype)
@@ -97,7 +109,7 @@ def _quantize_statistics(statistics: Sequence[torch.Tensor]) -> list[tuple[torch
 def _quantize_together(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, QuantState]]:
     from bitsandbytes.functional import QuantState
 
-    code = _dynamic_code(statistics[0].device)
+    code = dynamic_code(statistics[0].device)
     together = torch.cat(list(statistics)) if len(statistics) > 1 else statistics[0]
     quantized, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(together, code, NESTED_BLOCKSIZE)
     sizes = [each.numel() for each in statistics]
@@ -138,13 +150,13 @@ def nested_values(
     quantized: uint8 `(..., len(blocks))`. absmax: float32 `(..., all)`, which `blocks` counts in. offset: float32,
     which broadcasts. code: the 256 values of the bytes, if not those that bitsandbytes has.
     """
-    code = _dynamic_code(quantized.device) if code is None else code
+    code = dynamic_code(quantized.device) if code is None else code
     number = torch.arange(blocks.start, blocks.stop, device=quantized.device) // blocksize
     return code[quantized.int()] * absmax[..., number] + offset
 
 
 @functools.cache
-def _code(quant_type: str, device: torch.device) -> torch.Tensor:
+def code_of(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
     from bitsandbytes.functional import get_4bit_type
 
@@ -153,8 +165,8 @@ def _code(quant_type: str, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def _dynamic_code(device: torch.device) -> torch.Tensor:
-    """The 256 values that statistics are quantized to; one tensor for all, as `_code`."""
+def dynamic_code(device: torch.device) -> torch.Tensor:
+    """The 256 values that statistics are quantized to; one tensor for all, as `code_of`."""
     from bitsandbytes.functional import create_dynamic_map
 
     code: torch.Tensor = create_dynamic_map().to(device)
@@ -162,7 +174,7 @@ def _dynamic_code(device: torch.device) -> torch.Tensor:
 
 
 def _stored_code(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`values` on `device`; one tensor for all weights that have the same, as `_code`."""
+    """`values` on `device`; one tensor for all weights that have the same, as `code_of`."""
     return _code_of(values.view(-1).numpy().tobytes(), device)
 
 
@@ -227,6 +239,10 @@ class Bnb4bit(QuantFormat):
         new = module if self.is_quantized(module) else self._linear4bit(module)
         packed = self.layout(new, "weight").packed_shape(self.logical(new, "weight"), self.storage)
         new.weight = as_params4bit(torch.empty(packed, dtype=self.storage, device="meta"), new, self.options)
+        if self._shards_statistics(new):
+            rows = self._stack(new).statistics_bytes // self.storage.itemsize
+            statistics = torch.empty(rows, 1, dtype=self.storage, device="meta")
+            new.register_parameter("weight" + STATISTICS, as_params4bit(statistics, new, self.options))
         bias = getattr(module, "bias", None)
         if bias is not None:
             # FSDP1 flattens weight and bias into one tensor, which has one dtype.
@@ -237,6 +253,31 @@ class Bnb4bit(QuantFormat):
         new._is_hf_initialized = True  # as transformers sets it: what not to initialize
         frozen: nn.Module = new.requires_grad_(requires_grad=False)
         return frozen
+
+    def _shards_statistics(self, module: Any) -> bool:
+        """Whether the statistics of `module` are to be a parameter; those of a weight with a partial block are not."""
+        whole = self.logical(module, "weight").numel() % self.options.blocksize == 0
+        return self.options.shard_statistics and whole
+
+    def _stack(self, module: Any, dtype: torch.dtype | None = None) -> PackedStack:
+        """The layout of the weight of `module`, quantized in `dtype`, and of its statistics, as of one expert."""
+        from surgery.quantizers.stack import PackedStack
+
+        return PackedStack(
+            experts=1,
+            shape=(module.out_features, module.in_features),
+            quant_type=self.options.quant_type,
+            blocksize=self.options.blocksize,
+            double_quant=self.options.double_quant,
+            dtype=dtype or self.dtype,
+        )
+
+    def split_state(self, module: Any, name: str, state: QuantState) -> tuple[torch.Tensor, QuantState]:
+        """The tensors of `state` as bytes, and a state that finds them in the parameter."""
+        from surgery.quantizers.held_state import assembled, held_state
+
+        stack = self._stack(module, state.dtype)
+        return assembled(stack, state), held_state(module, stack)
 
     def _linear4bit(self, linear: Any) -> Any:
         from bitsandbytes.nn import Linear4bit
@@ -433,6 +474,10 @@ class Bnb4bit(QuantFormat):
 
     def state_tensors(self, state: Any) -> dict[str, torch.Tensor]:
         """`absmax`, `code`, `offset`, and those of the state of the statistics: `state2.absmax`."""
+        from surgery.quantizers.held_state import is_held
+
+        if is_held(state):  # a parameter, and attested as that
+            return {}
         found: dict[str, torch.Tensor] = {}
         for name, value in vars(state).items():
             if isinstance(value, torch.Tensor):
@@ -443,6 +488,10 @@ class Bnb4bit(QuantFormat):
 
     def state_settings(self, state: Any) -> dict[str, str]:
         """The types, sizes and dtypes that say how to read the tensors."""
+        from surgery.quantizers.held_state import is_held
+
+        if is_held(state):
+            return {"stack": repr(state.stack)}
         found: dict[str, str] = {}
         for name, value in vars(state).items():
             if type(value) is type(state):
@@ -476,6 +525,8 @@ class Bnb4bit(QuantFormat):
 
     def state_bytes(self, blocks: int) -> int:
         """Bytes of the `quant_state` of a weight of so many blocks."""
+        if self.options.shard_statistics:
+            return 0
         if not self.options.double_quant:
             return blocks * STATISTIC_BYTES + STATE_BYTES
         return blocks + -(-blocks // NESTED_BLOCKSIZE) * STATISTIC_BYTES + STATE_BYTES

@@ -1,0 +1,86 @@
+"""A `QuantState` whose tensors are a parameter of its layer, so that they are sharded and gathered with the weight."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.quantizers.base import STATISTICS
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+
+    from surgery.quantizers.stack import PackedStack
+
+__all__ = ["assembled", "held_state", "is_held"]
+
+
+def assembled(stack: PackedStack, state: QuantState) -> torch.Tensor:
+    """The statistics of one whole weight as bytes, uint8 and 1-D, in the order of `stack.sections`."""
+    found = {"absmax": state.absmax}
+    if state.state2 is not None:
+        found |= {"nested_absmax": state.state2.absmax, "offset": state.offset}
+    return stack.assemble(found)
+
+
+def held_state(layer: Any, stack: PackedStack) -> QuantState:
+    """The state of the weight of `layer`, whose statistics are in its `weight_statistics`, laid out as `stack` says.
+
+    Tensors are looked up whenever they are used: by then FSDP has gathered the parameter, in backward as in forward.
+    """
+    found: QuantState = _kind()(layer, stack)
+    return found
+
+
+def is_held(state: Any) -> bool:
+    """Whether `state` is one that `held_state` has made."""
+    return isinstance(state, _kind())
+
+
+@functools.cache
+def _kind() -> Any:
+    from bitsandbytes.functional import QuantState
+
+    from surgery.quantizers.bnb import NESTED_BLOCKSIZE, code_of, dynamic_code
+
+    class HeldState(QuantState):
+        """Statistics of a weight as views of a parameter."""
+
+        def __init__(self, layer: Any, stack: PackedStack) -> None:
+            self.layer, self.stack = layer, stack
+            self.shape, self.dtype = torch.Size(stack.shape), stack.dtype
+            self.blocksize, self.quant_type, self.nested = stack.blocksize, stack.quant_type, stack.double_quant
+
+        def _view(self, name: str) -> torch.Tensor:
+            return self.stack.views(getattr(self.layer, "weight" + STATISTICS).detach())[name]
+
+        @property
+        def absmax(self) -> torch.Tensor:
+            """float32, or uint8 with double quantization, `(blocks,)`."""
+            return self._view("absmax")
+
+        @property
+        def code(self) -> torch.Tensor:
+            """The 16 values of the 4-bit type."""
+            return code_of(self.quant_type, getattr(self.layer, "weight" + STATISTICS).device)
+
+        @property
+        def offset(self) -> torch.Tensor | None:
+            """The mean of the statistics, with double quantization."""
+            return self._view("offset")[0] if self.nested else None
+
+        @property
+        def state2(self) -> QuantState | None:
+            """The state of the statistics, with double quantization."""
+            if not self.nested:
+                return None
+            nested = self._view("nested_absmax")
+            code = dynamic_code(nested.device)
+            return QuantState(nested, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+
+        def to(self, device: Any) -> None:
+            """Nothing: the parameter moves."""
+
+    return HeldState
