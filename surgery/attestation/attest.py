@@ -122,7 +122,7 @@ class Watch:
     @torch.no_grad()
     def _look(self, record: Record, name: str, layer: nn.Module, _inputs: object) -> None:
         """Compare the weight `name` that `layer` is about to use; waits for the device."""
-        weight = layer.get_parameter(name).detach().reshape(-1)
+        weight = getattr(layer, name).detach().reshape(-1)  # of FSDP1 no parameter
         sums = page_sums([Piece(data=weight)])[0].cpu()
         self.calls += 1
         assert record.whole is not None

@@ -131,7 +131,11 @@ def plant(model: nn.Module, place: Place, layer: str = LAYER) -> Callable[[], No
         return lambda: setattr(state, "blocksize", state.blocksize * 2)
     if place == "gathered":
         return module.register_forward_pre_hook(lambda module, _: _flip(module.weight, 0, 1, 2, 100, 1001)).remove
-    tensor = state.absmax if place == "absmax" else strategy_of(model).shards(model, [(module, "weight")])[module, "weight"].piece.data
+    tensor = (
+        state.absmax
+        if place == "absmax"
+        else strategy_of(model).shards(model, [(module, "weight")])[module, "weight"].piece.data
+    )
     _flip(tensor, 5)
     return lambda: _flip(tensor, 5)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import logging
 import os
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -57,10 +58,8 @@ def asked_otherwise() -> bool:
 
 def check_leaves_router() -> None:
     """Raise RuntimeError if the router is adapted, or packed experts are not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = converted(lambda *args: spell_out(lambda *_args: None, None, args, {}))
-    if found.target_modules != {"block.q_proj"} or found.target_parameters != {"experts.down_proj"}:
+    found = converted(lambda *args: _converted(lambda *_args: None, args, {}))
+    if found.target_modules != {"q_proj"} or found.target_parameters != {"experts.down_proj"}:
         raise RuntimeError(f"expected q_proj and down_proj to be adapted, found {found}")
 
 
@@ -88,14 +87,18 @@ def spell_out(wrapped: Callable[..., None], _instance: object, args: tuple[Any, 
     Not by the router, nor by what PEFT would take for the name of an expert's part, wherever it is read again. On every
     other model PEFT does what it does, and that is said.
     """
+    _say(_converted(wrapped, args, kwargs))
+
+
+def _converted(wrapped: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Convert the configuration; returns what is to be said of it."""
     config, model = _given("peft_config", 0, args, kwargs), _given("model", 1, args, kwargs)
     asked = copy.deepcopy(config)
     experts = {_plain(fqn): module for fqn, module in model.named_modules() if stacks_of(module)}
     if experts and isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        _say(_spelled_out(config, model, experts))
-    else:
-        wrapped(*args, **kwargs)
-        _say(_changes(asked, config))
+        return _spelled_out(config, model, experts)
+    wrapped(*args, **kwargs)
+    return _changes(asked, config)
 
 
 def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]) -> str:
@@ -115,9 +118,11 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
     held = [fqn for fqn in experts if is_asked(fqn)]
     prefixes = held if len(held) < len(experts) else {fqn.rpartition(".")[2] for fqn in held}
     names = {f"{prefix}.{name}" for prefix in prefixes for fqn in held for name in stacks_of(experts[fqn])}
-    config.target_modules = linear - routers - taken
+    chosen = linear - routers - taken
+    others = {fqn.rpartition(".")[2] for fqn, _ in model.named_modules() if fqn not in chosen}
+    config.target_modules = {fqn if (leaf := fqn.rpartition(".")[2]) in others else leaf for fqn in chosen}
     config.target_parameters = {*(config.target_parameters or ()), *names}
-    leaves = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    leaves = sorted({name.rpartition(".")[2] for name in chosen})
     left = (
         f" {', '.join(sorted({_short(name) for name in taken}))} neither, which PEFT would read as experts."
         if taken
@@ -158,9 +163,10 @@ def _changes(asked: Any, made: Any) -> str:
     )
 
 
+@functools.cache  # once: adapters are tried on a copy before they are made
 def _say(what: str) -> None:
     if what and os.environ.get("RANK", "0") == "0":
-        warnings.warn(what, stacklevel=2)
+        logging.getLogger("surgery").warning("surgery: %s", what)
 
 
 def _plain(fqn: str) -> str:

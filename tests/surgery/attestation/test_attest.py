@@ -80,12 +80,12 @@ def test_a_model_of_which_nothing_was_recorded(model: Any) -> None:
 
 
 def test_nothing_is_written_onto_the_layers(model: Any) -> None:
-    before = {layer: set(vars(layer)) for layer in records_of(model)}
+    before = {layer: set(vars(layer)) for layer, _ in records_of(model)}
     surgery.attest(model)
     with surgery.attesting(model):
         run(model)
-    assert {layer: set(vars(layer)) for layer in records_of(model)} == before
-    assert not any(layer._forward_pre_hooks for layer in records_of(model))
+    assert {layer: set(vars(layer)) for layer, _ in records_of(model)} == before
+    assert not any(layer._forward_pre_hooks for layer, _ in records_of(model))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_what_is_not_sampled_is_not_looked_at(model: Any) -> None:
 
 
 def test_a_long_list_is_cut_short_in_the_message_alone(model: Any) -> None:
-    for layer in records_of(model):
+    for layer, _ in records_of(model):
         flip(layer)
     with pytest.raises(surgery.AttestationError, match="14 of 14 attested layers are not") as caught:
         surgery.attest(model)
@@ -172,7 +172,7 @@ def test_a_weight_that_stays_wrong_is_wrong_at_rest_too(model: Any) -> None:
 
 
 def test_words_are_counted_for_a_few_layers_only(model: Any) -> None:
-    changes = [partial(flip, layer) for layer in records_of(model)]
+    changes = [partial(flip, layer) for layer, _ in records_of(model)]
     with pytest.raises(surgery.AttestationError) as caught:
         watched(model, *changes, partial(run, model), *changes)
     assert [each.words for each in caught.value.differences] == [1, 1, 1, 1, *(None for _ in range(10))]
@@ -192,4 +192,4 @@ def interrupt() -> None:
 def test_an_exception_in_the_block_goes_through_and_hooks_are_gone(model: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         watched(model, partial(run, model), partial(flip, module_of(model)), interrupt)
-    assert not any(layer._forward_pre_hooks for layer in records_of(model))
+    assert not any(layer._forward_pre_hooks for layer, _ in records_of(model))

@@ -130,16 +130,16 @@ def test_several_adapters_are_what_they_are_in_peft(tmp_path: Path) -> None:
     other = agree()
     assert not torch.equal(alone, both)
     assert not torch.equal(other, both)
-    with pytest.raises(ValueError, match="mixed adapter batches"):
-        packed.eval()(IDS, adapter_names=["default", "second"])
     for model in (packed, plain):
         model.set_adapter("default")
         model.delete_adapter("second")
     assert torch.equal(agree(), alone)
 
-    packed.save_pretrained(tmp_path)
+    packed.save_pretrained(tmp_path, save_embedding_layers=False)
     stock = PeftModel.from_pretrained(plain.unload(), str(tmp_path))
     torch.testing.assert_close(stock(IDS).logits, alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="mixed adapter batches"):
+        packed.eval()(IDS, adapter_names=["default", "default"])
 
 
 def test_dropout_is_for_each_adapter_and_only_in_training() -> None:

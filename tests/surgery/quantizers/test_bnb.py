@@ -160,10 +160,7 @@ def parts_of_all_ranks(
     target: Target, quant: Bnb4bit, partition: Partition, flat: torch.Tensor, step: int
 ) -> list[ShardBuffer]:
     devices = Devices(compute=CPU, data=CPU)
-    each = [
-        ShardBuffers(partition=partition, devices=devices, rank=rank)
-        for rank in range(partition.grid.world_size)
-    ]
+    each = [ShardBuffers(partition=partition, devices=devices, rank=rank) for rank in range(partition.grid.world_size)]
     return [filled(target, parts, flat, step) for parts in each]
 
 
