@@ -21,8 +21,9 @@ from typing import Annotated, TypeAlias
 import typer
 
 from surgery.errors import ConfigError
+from surgery.planning.arguments import QuantType
 
-__all__ = ["EPILOG", "SCRIPT", "Apply", "low_memory", "run", "run_as_main", "script_of"]
+__all__ = ["EPILOG", "SCRIPT", "Apply", "OfExperts", "low_memory", "run", "run_as_main", "script_of"]
 
 INTERRUPTED = 130
 
@@ -48,6 +49,10 @@ The same by accelerate's launcher, and a module in place of a file:
 
   surgery run -m trl.scripts.sft --load_in_4bit
 
+Fused experts in 4 bits too, which transformers would leave in 16:
+
+  torchrun --nproc-per-node 2 -m surgery run --experts nf4 sft.py --load_in_4bit
+
 Without a GPU, where accelerate would take FSDP for DDP:
 
   torchrun --nproc-per-node 2 -m surgery run --apply accelerate.fsdp-on-cpu sft.py --use_cpu
@@ -61,6 +66,12 @@ Apply: TypeAlias = Annotated[
 ]
 
 
+OfExperts: TypeAlias = Annotated[
+    QuantType | None,
+    typer.Option(help="4-bit type of fused experts.", show_default="16 bits, if SCRIPT says no other"),
+]
+
+
 def run(
     command: Annotated[
         list[str],
@@ -68,10 +79,11 @@ def run(
     ],
     *,
     apply: Apply = None,
+    experts: OfExperts = None,
 ) -> None:
     """Run SCRIPT, unchanged, inside `surgery.low_memory()`. Each rank reads what it keeps, and no more."""
     script_of(command)
-    with low_memory(apply):
+    with low_memory(apply, experts):
         code = run_as_main(command)
     raise SystemExit(code)
 
@@ -95,7 +107,7 @@ def script_of(command: Sequence[str]) -> Path | None:
 
 
 @contextmanager
-def low_memory(apply: Sequence[str] | None = None) -> Iterator[None]:
+def low_memory(apply: Sequence[str] | None = None, experts: QuantType | None = None) -> Iterator[None]:
     """`surgery.low_memory()`, from when the first of `LIBRARIES` is imported, and further patches of what they change.
 
     Nothing is imported before that, since libraries read the environment then, where a script may have set something.
@@ -105,7 +117,7 @@ def low_memory(apply: Sequence[str] | None = None) -> Iterator[None]:
 
     ids = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
     with ExitStack() as stack:
-        first = _BeforeFirst(LIBRARIES, lambda: stack.enter_context(surgery.low_memory()))
+        first = _BeforeFirst(LIBRARIES, lambda: stack.enter_context(surgery.low_memory(experts=experts)))
         stack.callback(first.watch())
         stack.enter_context(patches.transaction(*ids, reason="--apply", deferred=True))
         yield

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from surgery.run import Apply, script_of
+from surgery.run import Apply, OfExperts, script_of
 
 if TYPE_CHECKING:
     from surgery.doctor.diagnosis import Finding, Job
@@ -73,6 +73,7 @@ def doctor(
         str | None, typer.Option(help="Of each GPU, such as 24GiB.", show_default="of the GPU here")
     ] = None,
     apply: Apply = None,
+    experts: OfExperts = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; what SCRIPT prints goes to stderr.")] = False,
 ) -> None:
     """Say what stock libraries would do with a job. With SCRIPT, run it in `surgery.low_memory()`; say what acted."""
@@ -88,7 +89,7 @@ def doctor(
 
     if os.environ.get("RANK", "0") != "0":  # one rank tells, and probes, which takes memory of its GPU
         with _output_to_stderr(as_json):
-            failed = runs and observe(words, apply).failed
+            failed = runs and observe(words, apply, experts).failed
         raise typer.Exit(WOULD_GO_WRONG if failed else 0)
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     job, verdicts = examine(
@@ -99,6 +100,7 @@ def doctor(
         world_size=world,
         device=device,
         gpu_memory=memory,
+        experts=experts,
         apply=[word.strip() for each in apply or () for word in each.split(",")],
     )
     job, unplanned = make_plans(job)
@@ -108,7 +110,7 @@ def doctor(
     observed = None
     if runs:
         with _output_to_stderr(as_json):
-            observed = observe(words, apply)
+            observed = observe(words, apply, experts)
         if not as_json:
             _print(_observation(job, observed))
     healthy = _is_healthy(job, findings, observed)

@@ -15,7 +15,7 @@ import torch
 import model_surgery_patches as patches
 import surgery
 from surgery.doctor.diagnosis import Job
-from surgery.doctor.settings import Settings, read_settings
+from surgery.doctor.settings import EXPERTS, Settings, read_settings
 from surgery.errors import SurgeryError
 
 __all__ = ["BUNDLE", "THIS_RUN", "examine", "make_plans", "module_file"]
@@ -45,14 +45,15 @@ def examine(
     device: Literal["cuda", "cpu"] | None,
     gpu_memory: int | None,
     apply: Sequence[str],
+    experts: str | None = None,
 ) -> tuple[Job, dict[str, Any]]:
     """The job, without its plans, and the verdicts on the patches that concern it. Imports what they patch.
 
-    runs: whether the script is to be run.
+    runs: whether the script is to be run. experts: the 4-bit type of fused experts, if it is asked for here.
     """
     if config_file is None and "RANK" not in os.environ:
         config_file = _default_config_file()  # `accelerate launch` hands it to ranks in their environment
-    settings = read_settings(os.environ, config_file=config_file, script=script, arguments=arguments)
+    settings = read_settings(os.environ, config_file=config_file, script=script, arguments=arguments, experts=experts)
     here: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
     device = device or ("cpu" if settings.is_on("use_cpu") else here)
     if device == "cuda" == here and gpu_memory is None:
@@ -139,7 +140,8 @@ def _common(settings: Settings, device: str) -> dict[str, Any]:
     if settings.storage:
         kind: Any = settings.word("bnb_4bit_quant_type") or "fp4"  # bitsandbytes' default
         double = settings.is_on("use_bnb_nested_quant")
-        quant = surgery.Quant(kind, double_quant=double, quant_storage=_dtype(settings.storage))
+        experts: Any = settings.word(EXPERTS) or False
+        quant = surgery.Quant(kind, double_quant=double, quant_storage=_dtype(settings.storage), experts=experts)
     elif settings.is_packed:
         quant = surgery.Quant8(quant_storage=torch.int8)
     return {

@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import model_surgery_patches as patches
+from surgery.planning.arguments import QuantType
 from surgery.run import ExitCode, low_memory, run_as_main
 from surgery.telemetry.measurements import SAMPLE_PERIOD, Sampler, anonymous_memory
 
@@ -93,12 +94,14 @@ class _Watch:
         )
 
 
-def observe(command: Sequence[str], apply: Sequence[str] | None = None) -> Observation:
+def observe(
+    command: Sequence[str], apply: Sequence[str] | None = None, experts: QuantType | None = None
+) -> Observation:
     """Run a script as `surgery run` does, and look at it."""
     watch = _Watch()
     hook = register_optimizer_step_post_hook(watch.after_step)
     try:
-        with _counting(), Sampler(SAMPLE_PERIOD).calling(watch.look), low_memory(apply):
+        with _counting(), Sampler(SAMPLE_PERIOD).calling(watch.look), low_memory(apply, experts):
             before = patches.audit(include_reverted=True)  # which have been called to verify that they apply
             code = run_as_main(command)
     finally:

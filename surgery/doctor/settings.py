@@ -15,7 +15,7 @@ from surgery.checkpoint.packed import configuration
 from surgery.errors import CheckpointError, ConfigError
 from surgery.telemetry.numbers import whole_number
 
-__all__ = ["DEFAULT", "Found", "Settings", "read_settings"]
+__all__ = ["DEFAULT", "EXPERTS", "Found", "Settings", "read_settings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ SYNONYMS = {
     "target_modules": "lora_target_modules",
     "torch_dtype": "dtype",
 }
+
+#: The 4-bit type of fused experts, which `surgery.low_memory` alone has a word for.
+EXPERTS = "low_memory.experts"
 
 #: Settings that a diagnosis or a plan depends on, in the order in which they are shown.
 NAMES = (
@@ -80,6 +83,7 @@ NAMES = (
     "gradient_checkpointing",
     "optim",
     "low_memory",
+    EXPERTS,
 )
 
 ENVIRONMENT = {
@@ -171,12 +175,15 @@ def read_settings(
     config_file: Path | None = None,
     script: Path | None = None,
     arguments: Sequence[str] = (),
+    experts: str | None = None,
 ) -> Settings:
     """Settings from every place; the later of these decides: the file, environment, source, `--config`, arguments.
 
+    experts: what `--experts` of this command says, where the source says nothing.
     Raises `ConfigError` for a file that is named and cannot be read.
     """
-    layers = [_of_file(config_file) if config_file is not None else {}, _of_environment(environment)]
+    asked = {} if experts is None else {EXPERTS: Found(value=experts, source="--experts")}
+    layers = [asked, _of_file(config_file) if config_file is not None else {}, _of_environment(environment)]
     source = _parsed(script)
     given = _of_arguments(arguments)
     if source is not None and script is not None:
@@ -319,6 +326,10 @@ def _of_source(source: ast.Module, name: str) -> Layer:
         where = f"{name}, line {call.lineno}"
         if callee == "low_memory":
             found["low_memory"] = Found(value=True, source=where)
+            found |= {
+                f"low_memory.{key}": Found(value=value, source=where)
+                for key, value in _keywords(call, callee, constants)
+            }
         elif callee in CALLS or callee in TRAINERS:
             found |= {key: Found(value=value, source=where) for key, value in _keywords(call, callee, constants)}
     return found

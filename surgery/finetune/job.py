@@ -129,8 +129,14 @@ def _patched(request: Request) -> Iterator[None]:
     ids = ["peft.adapter-keys-under-wrappers"]
     if _on_cpu(request) and _is_sharded(request):
         ids.append("accelerate.fsdp-on-cpu")
-    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory():
+    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory(experts=_experts(request)):
         yield
+
+
+def _experts(request: Request) -> Any:
+    """The 4-bit type of fused experts, that of the rest; None for 16 bits."""
+    is_4bit = request.model.load_in_4bit and request.options.experts == "4bit"
+    return request.model.bnb_4bit_quant_type if is_4bit else None
 
 
 def _is_sharded(request: Request) -> bool:

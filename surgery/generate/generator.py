@@ -135,7 +135,8 @@ class Generator:
     ) -> Iterator[Self]:
         """A generator for a block, at whose end every patch that its model needs is undone.
 
-        quant_type: `nf4`, `fp4`, or None for weights in `dtype`. experts: fused ones too. options, seed: see the class. raw: no chat template.
+        quant_type: `nf4`, `fp4`, or None for weights in `dtype`. experts: fused ones too. options, seed: see the
+        class. raw: no chat template.
         """
         import torch
 

@@ -26,8 +26,9 @@ __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "h
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
 
-#: Classes that are taken for experts whose weights are parameters, with a forward of their own.
-EXPERTS = re.compile("expert", re.IGNORECASE)
+#: Classes that are taken for experts whose weights are parameters, with a forward of their own. Shared ones, which every
+#: token goes through, are few.
+EXPERTS = re.compile("(?<!shared)expert", re.IGNORECASE)
 
 
 #: What a checkpoint calls the sections of statistics, where it is not as here.
@@ -302,10 +303,11 @@ def fused_parameters(module: nn.Module) -> tuple[str, ...]:
 
 def is_foreign(module: nn.Module) -> bool:
     """Whether `module` looks like fused experts that transformers does not dispatch."""
-    if not EXPERTS.search(type(module).__name__) or fused_parameters(module):
+    if not EXPERTS.search(type(module).__name__) or fused_parameters(module) or stacks_of(module):
         return False
-    held = [p for name, p in module._parameters.items() if p is not None and p.is_floating_point() and p.dim() >= 2]
-    return bool(held) and not isinstance(module, (nn.Linear, nn.Embedding))
+    # DBRX has them in two dimensions.
+    held = any(p is not None and p.is_floating_point() and p.dim() >= 2 for p in module._parameters.values())
+    return held and not isinstance(module, (nn.Linear, nn.Embedding))
 
 
 def has_experts(model: nn.Module) -> bool:

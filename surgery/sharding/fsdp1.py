@@ -23,6 +23,7 @@ from surgery.model.fqn import PEFT_PREFIX, clean, join
 from surgery.model.tree import Site, decoder_blocks
 from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Place
+from surgery.quantizers.stack import stacks_of
 from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Span, Trained, Unit, outermost, register
 from surgery.sharding.fsdp import Fsdp, shared_parameters
 from surgery.sharding.partition import Grid, Partition
@@ -84,8 +85,8 @@ def plan_units(
 def _leaves(
     root: nn.Module, *, outside: set[nn.Module], unsharded: set[nn.Parameter]
 ) -> Iterator[tuple[str, nn.Module, list[nn.Parameter]]]:
-    """`(name, module, its parameters)` of what holds some in the unit of `root`; what containers hold counts for their
-    owner.
+    """`(name, module, its parameters)` of what holds some in the unit of `root`; what containers hold, and the factors
+    of adapters of packed experts, count for their owner.
     """
     stack: list[tuple[str, nn.Module]] = [("", root)]
     seen: set[nn.Module] = set()
@@ -93,7 +94,7 @@ def _leaves(
         name, module = stack.pop()
         if module in outside or module in seen:
             continue
-        seen.add(module)
+        seen.update((module, *_factors(module)))
         own = [p for p in _own(module) if p not in unsharded] if not isinstance(module, CONTAINERS) else []
         if own:
             yield name or type(root).__name__, module, own
@@ -102,7 +103,17 @@ def _leaves(
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     loose = [child for child in module.children() if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
-    return [*module.parameters(recurse=False), *(p for child in loose for p in child.parameters())]
+    return [
+        *module.parameters(recurse=False),
+        *(p for child in (*loose, *_factors(module)) for p in child.parameters(recurse=False)),
+    ]
+
+
+def _factors(module: Any) -> list[nn.Module]:
+    """The layers of an adapter of packed experts, which hands their weights down and calls none of them."""
+    if "parameter_name" not in vars(module) or not stacks_of(module.get_base_layer()):
+        return []
+    return [*module.lora_A.values(), *module.lora_B.values()]
 
 
 def _kind(name: str, module: nn.Module, own: list[nn.Parameter], *, use_orig_params: bool) -> Kind:
@@ -340,12 +351,12 @@ class Fsdp1(Fsdp):
         return frozenset(unsharded)
 
     def check_adapted(self, adapted: nn.Module, blocks: Sequence[Site], unsharded: set[nn.Parameter]) -> None:
-        """Refuse views, adapters of parameters, and what cannot be divided into units."""
+        """Refuse views, adapters of parameters that are not packed, and what cannot be divided into units."""
         super().check_adapted(adapted, blocks, unsharded)
         wrapped = [
             f"{name.removeprefix(PEFT_PREFIX).replace('.base_layer', '')}.{module.parameter_name}"
             for name, module in adapted.named_modules()
-            if "parameter_name" in vars(module)
+            if "parameter_name" in vars(module) and not _factors(module)
         ]
         if wrapped:
             raise ConfigError(

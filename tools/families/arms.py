@@ -80,7 +80,7 @@ def ours(
     torch.manual_seed(0)
     return surgery.qlora(
         folder,
-        quant=surgery.Quant("nf4"),
+        quant=surgery.Quant("nf4", experts=False),  # as stock has them
         lora=lora(family),
         shard=shard,
         dtype=dtype,

@@ -16,6 +16,7 @@ from families import arms, sharded
 from families.checkpoint import NotMadeError, save_random
 from families.compare import differences, different_losses, different_tensors
 from families.exceptions import EXCLUDED, IMPOSSIBLE, LEFT_ALONE
+from families.experts import different_experts
 from families.inputs import logits_of, train
 from families.outcome import Outcome
 from surgery.quantizers.bnb import linear4bits
@@ -37,7 +38,8 @@ def check(family: str, shard: bool, drop_in: bool = False) -> Outcome:
             save_random(family, Path(folder) / "base")
         except NotMadeError as error:
             return Outcome(family=family, verdict="not made", why=str(error))
-        return _check_made(family, Path(folder), shard=shard, ours=arms.in_low_memory if drop_in else arms.ours)
+        outcome = _check_made(family, Path(folder), shard=shard, ours=arms.in_low_memory if drop_in else arms.ours)
+        return outcome if outcome.verdict == "stock fails" else _with_experts(outcome, Path(folder) / "base")
 
 
 def _check_made(family: str, folder: Path, *, shard: bool, ours: Callable[[Path, str], Any]) -> Outcome:
@@ -71,6 +73,18 @@ def _compare_with_ranks(exact: Outcome, folder: Path) -> Outcome:
     if isinstance(why, Exception):
         return replace(exact, verdict="differs", why=f"FSDP2: {_line(why)}")
     return replace(exact, verdict="differs", why="; ".join(why)) if why else replace(exact, sharded="exact")
+
+
+def _with_experts(outcome: Outcome, base: Path) -> Outcome:
+    """Extend `outcome` by that of fused experts in 4 bits, with the other weights as before."""
+    why = _attempt(lambda: different_experts(base))
+    if isinstance(why, surgery.ConfigError):
+        return replace(outcome, experts="refused", why="; ".join(filter(None, [outcome.why, f"experts: {_line(why)}"])))
+    if isinstance(why, Exception):
+        return replace(outcome, verdict="differs", why=f"experts: {_line(why)}")
+    if why:
+        return replace(outcome, verdict="differs", why="; ".join(why))
+    return outcome if why is None else replace(outcome, experts="exact")
 
 
 def _exclusions(family: str) -> Iterator[str]:

@@ -26,13 +26,14 @@ class Outcome:
     family: a `model_type`. why: the reason in one line; if exact, what was left out.
 
     sharded: the result under FSDP2 on two ranks; empty if not tried. quantized, adapters: number of 4-bit layers, and
-    of adapter tensors.
+    of adapter tensors. experts: the result of fused experts in 4 bits; empty if there are none.
     """
 
     family: str
     verdict: Verdict
     why: str = ""
     sharded: Literal["", "exact", "refused"] = ""
+    experts: Literal["", "exact", "refused"] = ""
     quantized: int = 0
     adapters: int = 0
     seconds: float = 0.0

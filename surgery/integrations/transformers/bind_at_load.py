@@ -182,14 +182,13 @@ def _refuse_experts(model: Any, reason: str) -> None:
 
 
 def _say_left_out(model: Any, experts: str | None) -> None:
-    """Warn of experts of `model` that stay in 16 bits though they are asked for in 4, or that it has none."""
-    from surgery.quantizers.experts import has_experts, left_out
+    """Warn of experts of `model` that stay in 16 bits though they are asked for in 4."""
+    from surgery.quantizers.experts import left_out
 
     names = left_out(model)
-    if experts is None or (has_experts(model) and not names):
-        return
-    left = f"{', '.join(names[:2])} ({len(names)} in all) stay in 16 bits" if names else "there are no fused experts"
-    logger.warning("surgery.low_memory(experts=%r): in %s %s", experts, type(model).__name__, left)
+    if experts is not None and names:
+        left = f"{', '.join(names[:2])} ({len(names)} in all)"
+        logger.warning("surgery.low_memory(experts=%r): %s stay in 16 bits", experts, left)
 
 
 def _makes_packed(conversion: Any) -> bool:
