@@ -20,10 +20,10 @@ what=$2
 work=${WORK:-/dev/shm}
 python=${PYTHON:-python3}
 limit=${LIMIT:-570}
-device=cuda processes=12 steps=8
+device=cuda processes=12 steps=8 small=
 short=1x1024c medium=2x2048c long=4x2048c unchecked=1x1024
 if [[ $what == tiny ]]; then
-  device=cpu processes=1 steps=3
+  device=cpu processes=1 steps=3 small=--small
   short=1x32c medium=1x48c long=2x32c unchecked=1x32
 fi
 mkdir -p "$out/profiles"
@@ -43,8 +43,8 @@ make() {
 # check RANKS: every value against bitsandbytes, transformers and PEFT, on tiny models.
 check() {
   [[ -e $work/.done-checks-$1 ]] && return
-  timeout -k 10 200 "$python" -m torch.distributed.run --standalone --nproc-per-node "$1" tools/gpu_check.py \
-    --device "$device" --work "$work/gpu_check" --json "$out/checks-$1.json" --parts experts 2>&1 |
+  timeout -k 10 180 "$python" -m torch.distributed.run --standalone --nproc-per-node "$1" tools/gpu_check.py \
+    --device "$device" --work "$work/gpu_check" --json "$out/checks-$1.json" --parts experts $small 2>&1 |
     tee "$out/checks-$1.log" | grep -E ' (ok|FAILED) '
   echo "checks on $1: exit ${PIPESTATUS[0]} at $SECONDS s"
   touch "$work/.done-checks-$1"
