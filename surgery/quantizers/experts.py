@@ -16,7 +16,7 @@ from surgery.checkpoint import PackedWeight, TensorEntry
 from surgery.config import Quant
 from surgery.errors import ConfigError, QuantizerError
 from surgery.model.fqn import join, match_any, split
-from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, QuantFormat, register
+from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, register
 from surgery.quantizers.bnb import STATE, Bnb4bit, as_params4bit
 from surgery.quantizers.grouped import DEQUANTIZED_BYTES
 from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code, stacks_of
