@@ -18,9 +18,12 @@ __all__ = [
     "Placement",
     "Quant",
     "Quant8",
+    "QuantType",
     "parse_placement",
 ]
 
+#: 4-bit data types.
+QuantType = Literal["nf4", "fp4"]
 Placement = Literal["sharded", "rank0-cpu", "replicated"]
 Strategy = Literal["full-shard", "shard-grad-op", "hybrid-shard", "no-shard"]
 Units = Literal["auto", "block"]
@@ -53,20 +56,21 @@ class Quant:
         which is what FSDP1 needs to flatten it together with the rest.
     skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The output
         head and modules with tied weights are always skipped, as transformers does.
-    shard_statistics: shard the absmax values of linear layers with their weights, as those of experts always are, instead
-        of keeping all of them on every rank: of 405B parameters 25 GB (6 with double_quant), gathered in each forward.
+    shard_statistics: shard the absmax values of linear layers with their weights, as those of experts always are,
+        instead of keeping all of them on every rank: of 405B parameters 25 GB (6 with double_quant), gathered in each
+        forward.
     experts: quantize fused experts too, which transformers leaves in 16 bits; each by itself, so that blocks straddle
         none. False leaves them in 16 bits; `nf4` or `fp4` is for a type other than `quant_type`.
     """
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    quant_type: QuantType = "nf4"
     _: KW_ONLY
     blocksize: int = 64
     double_quant: bool = True
     quant_storage: torch.dtype | None = None
     skip_modules: tuple[str, ...] = ()
     shard_statistics: bool = False
-    experts: bool | Literal["nf4", "fp4"] = True
+    experts: bool | QuantType = True
 
     def __post_init__(self) -> None:
         _one_of("quant_type", self.quant_type, ("nf4", "fp4"))

@@ -241,7 +241,7 @@ def _adapted(model: Any, config: Any) -> Iterator[_Adapted]:
         stacks = {leaf: tuple(p.shape) for leaf, p in module.named_parameters(recurse=False) if p.ndim == 3}
         for leaf in stacks.keys() - leaves if leaves & stacks.keys() else ():
             number, *shape = stacks[leaf]
-            is_turned = module.is_transposed
+            is_turned = bool(module.is_transposed)
             shape = shape[::-1] if is_turned else shape
             yield _Adapted(fqn=join(fqns[module], leaf), experts=number, shape=tuple(shape), is_turned=is_turned)
 

@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Literal, ParamSpec, TypeAlias, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.failures import collective
 from surgery.comm.heartbeat import beating
 from surgery.comm.ranks import current_ranks
+from surgery.config import QuantType
 from surgery.errors import ConfigError
 from surgery.passes.lifetime import WAITING, keep
 
@@ -29,10 +30,9 @@ logger = logging.getLogger("surgery")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-ExpertsType: TypeAlias = Literal["nf4", "fp4"]
 
 #: The `experts` of the blocks that this process is in, the innermost last.
-_asked: list[ExpertsType] = []
+_asked: list[QuantType] = []
 
 #: Patches that a model carries from when it is bound until it is collected.
 CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
@@ -49,7 +49,7 @@ BUNDLE = patches.bundle(
 class _Block:
     """The block that `low_memory` returns: entered once, or called any number of times as a decorator."""
 
-    def __init__(self, experts: ExpertsType | None) -> None:
+    def __init__(self, experts: QuantType | None) -> None:
         self._experts = experts
 
     def __enter__(self) -> None:
@@ -84,7 +84,7 @@ class _Block:
         return in_block
 
 
-def low_memory(*, experts: ExpertsType | None = None) -> _Block:
+def low_memory(*, experts: QuantType | None = None) -> _Block:
     """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
 
     Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and
@@ -105,7 +105,7 @@ def low_memory(*, experts: ExpertsType | None = None) -> _Block:
     return _Block(experts)
 
 
-def asked_experts() -> ExpertsType | None:
+def asked_experts() -> QuantType | None:
     """The 4-bit type that the innermost block asks for fused experts; None for 16 bits."""
     return _asked[-1] if _asked else None
 

@@ -149,5 +149,5 @@ def _of_adapters(inventory: Inventory, setting: Setting) -> int:
 def _dequantized(inventory: Inventory) -> int:
     """Temporary bytes of the quantized layer with most."""
     kinds = {(each.quant, each.logical) for each in inventory.targets if each.quant is not None}
-    sizes = (quant.dequantized_bytes(shape) for quant, shape in kinds if quant is not None and shape is not None)
+    sizes = (quant.dequantized_bytes(shape) for quant, shape in kinds if shape is not None)
     return max(sizes, default=0)

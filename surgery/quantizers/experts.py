@@ -26,8 +26,8 @@ __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "h
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
 
-#: Classes that are taken for experts whose weights are parameters, with a forward of their own. Shared ones, which every
-#: token goes through, are few.
+#: Classes that are taken for experts whose weights are parameters, with a forward of their own. Shared ones, which
+#: every token goes through, are few.
 EXPERTS = re.compile("(?<!shared)expert", re.IGNORECASE)
 
 

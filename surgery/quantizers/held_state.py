@@ -60,6 +60,11 @@ def is_held(state: Any) -> bool:
     return isinstance(state, _kind())
 
 
+def _view(state: Any, name: str) -> torch.Tensor:
+    stack: PackedStack = state.stack
+    return stack.views(getattr(state.layer, "weight" + STATISTICS).detach())[name]
+
+
 @functools.cache
 def _kind() -> Any:
     from bitsandbytes.functional import QuantState
@@ -72,13 +77,10 @@ def _kind() -> Any:
             self.shape, self.dtype = torch.Size(stack.shape), stack.dtype
             self.blocksize, self.quant_type, self.nested = stack.blocksize, stack.quant_type, stack.double_quant
 
-        def _view(self, name: str) -> torch.Tensor:
-            return self.stack.views(getattr(self.layer, "weight" + STATISTICS).detach())[name]
-
         @property
         def absmax(self) -> torch.Tensor:
             """float32, or uint8 with double quantization, `(blocks,)`."""
-            return self._view("absmax")
+            return _view(self, "absmax")
 
         @property
         def code(self) -> torch.Tensor:
@@ -88,14 +90,14 @@ def _kind() -> Any:
         @property
         def offset(self) -> torch.Tensor | None:
             """The mean of the statistics, with double quantization."""
-            return self._view("offset")[0] if self.nested else None
+            return _view(self, "offset")[0] if self.nested else None
 
         @property
         def state2(self) -> QuantState | None:
             """The state of the statistics, with double quantization."""
             if not self.nested:
                 return None
-            nested = self._view("nested_absmax")
+            nested = _view(self, "nested_absmax")
             code = dynamic_code(nested.device)
             return QuantState(nested, code=code, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
 

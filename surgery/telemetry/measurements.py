@@ -198,8 +198,8 @@ _TEXTS: Mapping[Notice, tuple[str, str, str]] = {
         "fused weight of experts stays",
         "fused weights of experts stay",
         (
-            "in 16 bits: blocks of 4 bits would straddle experts (choose a smaller blocksize), or the checkpoint or the "
-            "class of the model keeps them so; say Quant(experts=False) (--experts 16bit) if that is what you want"
+            "in 16 bits: blocks of 4 bits would straddle experts (choose a smaller blocksize), or the checkpoint or "
+            "the class of the model keeps them so; say Quant(experts=False) (--experts 16bit) if that is what you want"
         ),
     ),
     "misread": (

@@ -78,6 +78,7 @@ class _DeepSeek(_Glm):
         }
         return super().config(dtype=dtype, special_tokens=special_tokens) | own
 
+
 LLAMA_405B = LlamaShape(layers=126, hidden=16384, intermediate=53248, heads=128, kv_heads=8, vocab=128256)
 LLAMA_70B = LlamaShape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, vocab=32000)
 

@@ -63,6 +63,7 @@ def load_ours(case: Case, *, experts: bool = True) -> nn.Module:
 def load_split(case: Case) -> nn.Module:
     """Load experts in 16 bits, and run them by `grouped_mm` with split LoRA: what the 4-bit ones are measured by."""
     from peft.tuners.lora.layer import ParamWrapper
+
     from surgery.quantizers.grouped import SplitLora, experts_forward
 
     def forward(wrapper: Any, hidden: torch.Tensor, *args: Any, lora: tuple[Any, ...] = ()) -> Any:

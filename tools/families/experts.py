@@ -27,7 +27,8 @@ def different_experts(folder: Path) -> list[str] | None:
     stock = arms.stock(folder)
     if not has_experts(stock):
         return None
-    with surgery.qlora(folder, quant=surgery.Quant("nf4"), dtype=torch.bfloat16, report=surgery.Report()) as model:
+    ours: Any = surgery.qlora(folder, quant=surgery.Quant("nf4"), dtype=torch.bfloat16, report=surgery.Report())
+    with ours as model:
         return [*_different_bytes(model.train(), stock), *_different_logits(model, stock)]
 
 

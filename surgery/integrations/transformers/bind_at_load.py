@@ -13,6 +13,7 @@ from typing import Any
 import model_surgery_patches as patches
 from surgery.bound import LOADED
 from surgery.comm.environment import launched_world_size
+from surgery.config import QuantType
 from surgery.errors import ConfigError, SurgeryError
 
 __all__ = ["bind_at_load", "load_reads_everything", "loaded_specimen"]
@@ -146,7 +147,7 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
 
     checkpoint = Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path))
     packing = checkpoint.packing
-    stored = packing.quant_type if packing is not None and packing.is_stack else None
+    stored: Any = packing.quant_type if packing is not None and packing.is_stack else None
     quant, compute_dtype = _quantization(model, config.hf_quantizer, asked_experts() or stored)
     bound = bind_alone(
         model,
@@ -181,7 +182,7 @@ def _refuse_experts(model: Any, reason: str) -> None:
         )
 
 
-def _say_left_out(model: Any, experts: str | None) -> None:
+def _say_left_out(model: Any, experts: QuantType | None) -> None:
     """Warn of experts of `model` that stay in 16 bits though they are asked for in 4."""
     from surgery.quantizers.experts import left_out
 
@@ -197,7 +198,7 @@ def _makes_packed(conversion: Any) -> bool:
     return any(type(each).__name__ in makers for each in getattr(conversion, "operations", ()))
 
 
-def _quantization(model: Any, quantizer: Any, experts: str | None) -> tuple[Any, Any]:
+def _quantization(model: Any, quantizer: Any, experts: QuantType | None) -> tuple[Any, Any]:
     """`(quant, compute_dtype)` as upstream's configuration has them; None for a model in 16 bits.
 
     experts: the 4-bit type of fused experts, for which it has no word.

@@ -35,7 +35,9 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def plans(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[int, MemoryPlan]]:
+def plans(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[int, MemoryPlan]]:
     """Of one checkpoint of some 40,000 tensors, whose weights are holes; an inventory is the same for all ranks."""
     folder = write_hollow(tmp_path_factory.mktemp("large"), SHAPES[request.param], shards=90)
     prepared = prepare(Checkpoint.open(folder), setting(world_size=8))
@@ -99,7 +101,9 @@ def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
         assert plan.experts is not None
         statistics = sum(target.nbytes for target in inventory.targets if target.statistics_of is not None)
         assert plan.experts.statistics == statistics
-        assert plan.experts.packed == sum(t.form.numel for t in inventory.targets if "experts" in t.fqn and t.logical) // 2
+        assert (
+            plan.experts.packed == sum(t.form.numel for t in inventory.targets if "experts" in t.fqn and t.logical) // 2
+        )
         of_two = make_plan(inventory, setting(quant=quant), Training())
         assert of_two.of_rank(0).train.weights == plan.of_rank(0).train.weights  # type: ignore[union-attr]
 

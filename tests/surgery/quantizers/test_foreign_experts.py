@@ -32,7 +32,9 @@ def test_no_other_class_is_named_for_experts_and_holds_parameters() -> None:
     for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         # Decorators, name and body of each class.
         for decorators, name, body in re.findall(
-            r"^((?:@.*\n)*)class (\w*Expert\w*)\b.*\n((?:[ \t].*\n|\n)*)", file.read_text(encoding="utf-8"), re.MULTILINE
+            r"^((?:@.*\n)*)class (\w*Expert\w*)\b.*\n((?:[ \t].*\n|\n)*)",
+            file.read_text(encoding="utf-8"),
+            re.MULTILINE,
         ):
             if "nn.Parameter(" in body and "use_experts_implementation" not in decorators:
                 found.add(f"{file.parent.name}.{name}")
