@@ -119,7 +119,10 @@ def test_plain_peft_reloads_what_was_trained(
         assert each.logits is not None
         moved = (wanted - start).abs().max()
         assert moved > 0.05, f"{case.key} was not trained"
-        assert (each.logits - logits).abs().max() < 1e-5, f"{case.key} is not what was trained"
+        # Over experts stock PEFT adds the factors to the weight, and rounds otherwise.
+        assert (each.logits - logits).abs().max() < (3e-5 if case.quant.experts else 1e-5), (
+            f"{case.key} is not what was trained"
+        )
         assert (wanted - logits).abs().max() < 1e-4 * moved, f"{case.key} is not what stock trains"
 
 
