@@ -258,6 +258,10 @@ def test_a_second_adapter_of_packed_experts_is_added_beside_the_first(tmp_path: 
     base = save_tiny(tmp_path / "base", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     first, second = tmp_path / "first", tmp_path / "second"
     make(base, first, r=4, target_modules="all-linear")
+    assert (
+        "| targets | k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj |"
+        in (first / "README.md").read_text()
+    )
     both = ["experts.gate_up_proj", "experts.down_proj"]  # PEFT wants the same parameters in all adapters
     make(base, second, r=2, target_modules=["q_proj"], target_parameters=both)
     with qlora(base, adapter=second) as model:
