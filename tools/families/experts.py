@@ -20,7 +20,7 @@ __all__ = ["different_experts"]
 
 
 def different_experts(folder: Path) -> list[str] | None:
-    """Differences of the experts of the model of `folder` from stock's; empty if there is none, None if it has none.
+    """Differences of the experts of the model of `folder` from stock's, maybe none; None if it has no experts.
 
     Raises `surgery.ConfigError` for experts that cannot be had in 4 bits.
     """
