@@ -118,7 +118,7 @@ class Experts4bit(Bnb4bit):
     def announce(self, module: Any, stacks: dict[str, PackedStack]) -> None:
         """Note on `module` what is packed, and how."""
         module.packed_stacks = stacks
-        module.packed_storage = self.storage
+        module.quant_storage = self.storage
         module.quant_state = stacks  # by which `torch.fsdp2-bit-exact-gather` knows a layer of packed bytes
 
     @classmethod

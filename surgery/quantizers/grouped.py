@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from surgery.errors import QuantizerError
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import PackedStack, stacks_of
+from surgery.quantizers.stack import PackedStack, check_not_cast, stacks_of
 
 __all__ = ["DEQUANTIZED_BYTES", "SplitLora", "experts_forward", "grouped_mm_4bit"]
 
@@ -60,7 +59,7 @@ def experts_forward(
 ) -> torch.Tensor:
     """The forward of an experts module of transformers, as its `grouped_mm_experts_forward`, operation for operation.
 
-    self: a module with `packed_stacks`, in `packed_storage`; parameters that are not among them are used as they are.
+    self: a module with `packed_stacks`, in `quant_storage`; parameters that are not among them are used as they are.
     hidden_states: `(tokens, hidden)`. top_k_index, top_k_weights: `(tokens, k)`. Returns `(tokens, hidden)`.
     """
     top_k = top_k_index.size(-1)
@@ -101,7 +100,7 @@ def _projected(module: Any, name: str, x: torch.Tensor, rows: _Rows, lora: Seque
         y = _grouped_linear(x, weight, rows.offsets, is_transposed=module.is_transposed)
     else:
         statistics = getattr(module, name + STATISTICS)
-        _check_not_cast(module, weight, statistics)
+        check_not_cast(module, weight, statistics)
         y = _packed_product(x, weight, statistics, rows, stack, is_transposed=module.is_transposed)
     if module.has_bias:
         y.add_(getattr(module, f"{name}_bias")[rows.experts])
@@ -109,17 +108,6 @@ def _projected(module: Any, name: str, x: torch.Tensor, rows: _Rows, lora: Seque
         if each.parameter == name:
             y.add_(_low_rank(each, x, rows.offsets, y.dtype))
     return y if rows.outside is None else y.masked_fill(rows.outside, 0.0)
-
-
-def _check_not_cast(module: Any, *held: torch.Tensor) -> None:
-    """Raise `QuantizerError` if parameters have another dtype than what was packed: their bytes mean nothing then."""
-    for each in held:
-        if each.dtype != module.packed_storage:
-            raise QuantizerError(
-                f"expected the packed bytes of experts in 4 bits in {module.packed_storage}, found them cast to "
-                f"{each.dtype}: do not cast this model, nor a part of it with experts, to another dtype; load it with "
-                "dtype=, or with quant_storage=torch.uint8, which is never cast"
-            )
 
 
 def _packed_product(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, check_not_cast, code_of, dynamic_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -62,7 +62,9 @@ def is_held(state: Any) -> bool:
 
 def _view(state: Any, name: str) -> torch.Tensor:
     stack: PackedStack = state.stack
-    return stack.views(getattr(state.layer, "weight" + STATISTICS).detach())[name]
+    held = getattr(state.layer, "weight" + STATISTICS).detach()
+    check_not_cast(state.layer, held)
+    return stack.views(held)[name]
 
 
 @functools.cache
@@ -103,5 +105,22 @@ def _kind() -> Any:
 
         def to(self, device: Any) -> None:
             """Nothing: the parameter moves."""
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            """The state of the same layer, which is unpickled with it."""
+            return held_state, (self.layer, self.stack)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            """The state of the copy of the layer, for its weight too; None for the weight alone.
+
+            bitsandbytes copies the state of a weight apart from the copy that it belongs to.
+            """
+            if id(self.layer) not in memo:
+                return None
+            copied = held_state(memo[id(self.layer)], self.stack)
+            weight = memo.get(id(self.layer._parameters.get("weight")))
+            if hasattr(weight, "quant_state"):
+                weight.quant_state = copied
+            return copied
 
     return HeldState
