@@ -67,6 +67,25 @@ def _view(state: Any, name: str) -> torch.Tensor:
     return stack.views(held)[name]
 
 
+def _again(state: Any) -> tuple[Any, ...]:
+    """How to make it once more, of its layer: what is pickled."""
+    return held_state, (state.layer, state.stack)
+
+
+def _copied(state: Any, memo: dict[int, Any]) -> Any:
+    """The state of the copy of its layer, for the copy of its weight too; None for a weight that is copied alone.
+
+    bitsandbytes copies the state of a weight without saying which other copies there are.
+    """
+    if id(state.layer) not in memo:
+        return None
+    new = held_state(memo[id(state.layer)], state.stack)
+    weight = memo.get(id(state.layer._parameters["weight"]))
+    if weight is not None:
+        weight.quant_state = new
+    return new
+
+
 @functools.cache
 def _kind() -> Any:
     from bitsandbytes.functional import QuantState
@@ -106,21 +125,6 @@ def _kind() -> Any:
         def to(self, device: Any) -> None:
             """Nothing: the parameter moves."""
 
-        def __reduce__(self) -> tuple[Any, ...]:
-            """The state of the same layer, which is unpickled with it."""
-            return held_state, (self.layer, self.stack)
-
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            """The state of the copy of the layer, for its weight too; None for the weight alone.
-
-            bitsandbytes copies the state of a weight apart from the copy that it belongs to.
-            """
-            if id(self.layer) not in memo:
-                return None
-            copied = held_state(memo[id(self.layer)], self.stack)
-            weight = memo.get(id(self.layer._parameters.get("weight")))
-            if hasattr(weight, "quant_state"):
-                weight.quant_state = copied
-            return copied
+        __reduce__, __deepcopy__ = _again, _copied
 
     return HeldState
