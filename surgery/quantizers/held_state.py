@@ -68,7 +68,7 @@ def _view(state: Any, name: str) -> torch.Tensor:
 
 
 def _again(state: Any) -> tuple[Any, ...]:
-    """How to make it once more, of its layer: what is pickled."""
+    """The call that makes it once more, of its layer: what is pickled."""
     return held_state, (state.layer, state.stack)
 
 
