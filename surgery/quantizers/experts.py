@@ -115,10 +115,10 @@ class Experts4bit(Bnb4bit):
         fitting = (name for name in fused_parameters(module) if self._fits(module, name))
         self.announce(module, {name: self.stack(module.get_parameter(name)) for name in fitting})
 
-    @staticmethod
-    def announce(module: Any, stacks: dict[str, PackedStack]) -> None:
+    def announce(self, module: Any, stacks: dict[str, PackedStack]) -> None:
         """Note on `module` what is packed, and how."""
         module.packed_stacks = stacks
+        module.quant_storage = self.storage
         module.quant_state = stacks  # by which `torch.fsdp2-bit-exact-gather` knows a layer of packed bytes
 
     @classmethod

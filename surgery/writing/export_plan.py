@@ -328,6 +328,11 @@ class Planner:
             )
         formats = self.origin.setting.formats
         quant = next((q for q in formats if q.is_quantized(module) and leaf in q.weight_names(module)), None)
+        if quant is not None and held.data.dtype != quant.storage:
+            raise ConfigError(
+                f"{loaded.names[0]}: expected packed bytes in {quant.storage}, found it cast to {held.data.dtype}, and "
+                "they mean nothing: load the model with dtype= instead of casting it"
+            )
         is_cast = self.form.dtype is not None and loaded.dtype == self.origin.setting.dtype
         dtype = self.form.dtype if is_cast else loaded.dtype
         return Value(

@@ -189,12 +189,15 @@ def _part(
         return _tokens(layer, inputs, rows)
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         number = layer.num_experts
+        settings: dict[str, Any] = {"num_experts": len(rows)}
+        if len(rows) == 1:  # which PEFT takes for a matrix
+            settings["fan_in_fan_out"] = not layer._did_swap_in_out_features
         return {
             key: value.view(number, -1, value.shape[1])[part].flatten(0, 1)
             if key.startswith("lora_A.")
             else value.view(len(value), -1, number)[..., part].flatten(1)
             for key, value in inputs.items()
-        }, {"num_experts": len(rows)}
+        }, settings
     if isinstance(layer, Embedding) or layer.fan_in_fan_out:
         # The rows of a weight that is stored as (in, out) are the columns of A.
         across = ("lora_A.", "lora_embedding_A.")

@@ -166,9 +166,21 @@ def test_adapters_are_merged_into_experts_as_peft_does(
     again = surgery.quantize(tmp_path / "of-packed", tmp_path / "again", quant=quant)
     assert all(torch.equal(tensors(again)[name], found[name]) for name in changed)
 
-    with surgery.qlora(base, adapter=adapter) as model:
-        require_same(surgery.export(model, tmp_path / "exported"), tmp_path / "of-packed")
-        require_same(surgery.export(model, tmp_path / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+    for storage in (torch.bfloat16, torch.uint8, torch.float32):
+        with surgery.qlora(base, adapter=adapter, quant=Quant(quant_storage=storage)) as model:
+            out = tmp_path / f"in-{storage.itemsize}"
+            require_same(surgery.export(model, out / "exported"), tmp_path / "of-packed")
+            require_same(surgery.export(model, out / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+
+
+def test_what_was_cast_is_not_exported(tmp_path: Path) -> None:
+    with surgery.qlora(save_tiny(tmp_path / "source", "mixtral", **MOE["mixtral"])) as model:
+        layer: Any = model.get_submodule("model.layers.0")
+        for part in (layer.self_attn.q_proj, layer.mlp.experts):
+            part.to(torch.float16)
+            with pytest.raises(ConfigError, match=r"in torch\.bfloat16, found it cast to torch\.float16"):
+                surgery.export(model, tmp_path / "exported")
+            part.to(torch.bfloat16)
 
 
 def test_who_reads_packed_experts(tmp_path: Path) -> None:
