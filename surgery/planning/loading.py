@@ -162,7 +162,10 @@ def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> 
     """Bytes of statistics: this rank's, all ranks' as received, all ranks' by weight; and of making states of them."""
     blocks = sum(target.form.blocks for target in quantized)
     everyones = blocks * STATISTIC_BYTES
-    finishing = everyones + sum(each.quant.finishing_bytes(each.form.blocks) for each in quantized if each.quant)
+    by_format = groupby(quantized, lambda target: target.quant)
+    finishing = everyones + sum(
+        quant.finishing_bytes([target.form.blocks for target in group]) for quant, group in by_format if quant
+    )
     if setting.world_size == 1:
         return finishing
     partition = setting.strategy.partition

@@ -113,8 +113,8 @@ def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_pat
     sizes = {"num_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
     whole = save_tiny(tmp_path / "whole", "qwen3_moe", moe_intermediate_size=32, **sizes)
     said = run(whole, "--world", 2).stdout
-    assert "Experts are in 4 bits: 48.0 KiB, and " in said
-    assert "In 16 bits (--experts 16bit) they would be 192 KiB: a rank would hold " in said
+    assert "Experts are in 4 bits: 24.0 KiB, and " in said
+    assert "In 16 bits (--experts 16bit) they would be 96.0 KiB: a rank would hold " in said
     found = json.loads(run(whole, "--world", 2, "--json").stdout)["experts"]
     assert found["in_16_bits"] == 4 * found["packed"] == 2 * 2 * 4 * 3 * 32 * 64
     assert 0 < found["held"] < found["held_in_16_bits"]
@@ -130,9 +130,7 @@ def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_pat
 
 def test_an_adapter_of_experts_in_16_bits_keeps_whole_weights(tmp_path: Path) -> None:
     """PEFT adds its product to the stack, which is kept for backward; in split form a copy of the second factor is."""
-    sizes = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2))
-    del sizes
     plan = make_plan(take_inventory(prepare(checkpoint, setting())), setting(), Training())
     assert plan.in_16_bits is not None
     split, folded = (each.inventory.units for each in (plan, plan.in_16_bits))
