@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP2, Quant
 from surgery.passes.prepare import prepare
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import MemoryPlan, make_plan
 from surgery.planning.training import Training
+from surgery.quantizers.bnb import Bnb4bit
+from surgery.quantizers.experts import Experts4bit
 from surgery.telemetry.numbers import say_size
 from tests.helpers.hollow import DEEPSEEK_V3, GLM_4_5, QWEN3_235B, Shape, write_hollow
+from tests.helpers.live import LiveBytes
 from tests.helpers.models import save_tiny
 from tests.surgery.planning.conftest import setting
 from tests.surgery.planning.test_command import run
@@ -126,6 +133,31 @@ def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_pat
     assert "Experts are in 4 bits" not in said
     assert json.loads(run(straddling, "--world", 2, "--json").stdout)["experts"] is None
     assert "stay in 16 bits" not in run(straddling, "--world", 2, "--experts", "16bit").stdout
+    report = surgery.Report()
+    with (
+        pytest.warns(UserWarning, match="4 fused weights of experts stay in 16 bits"),
+        surgery.qlora(straddling, report=report),
+    ):
+        assert sum(report.left_out.values()) == 4
+        assert "model.layers.*.mlp.experts.gate_up_proj" in report.left_out
+
+
+def test_what_making_statistics_takes_is_planned_by_format() -> None:
+    """With double quantization stacks come one after the other, and dense weights together; sharded or not."""
+    shapes = [torch.Size(shape) for shape in ((8, 64, 512), (8, 32, 512))]
+    for kind, double_quant, sharded in product((Experts4bit, Bnb4bit), (True, False), (True, False)):
+        quant = kind(Quant(double_quant=double_quant, shard_statistics=sharded), dtype=torch.bfloat16)
+        layers = [nn.Linear(shape[-1], shape[:-1].numel(), device="meta") for shape in shapes]
+        logical = shapes if kind is Experts4bit else [layer.weight.shape for layer in layers]
+        statistics = [torch.rand(shape.numel() // 64) for shape in shapes]
+        with LiveBytes(statistics) as live:
+            states = quant.states(statistics, logical, [torch.bfloat16] * 2)
+            for layer, state in zip(layers, states, strict=True):
+                if kind is Experts4bit or sharded:
+                    quant.split_state(layer, "weight", state)
+        planned = quant.finishing_bytes([each.numel() for each in statistics])
+        assert live.peak <= 1.01 * planned
+        assert live.peak >= 0.8 * planned
 
 
 def test_an_adapter_of_experts_in_16_bits_keeps_whole_weights(tmp_path: Path) -> None:
