@@ -163,7 +163,7 @@ def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> 
     blocks = sum(target.form.blocks for target in quantized)
     everyones = blocks * STATISTIC_BYTES
     by_format = groupby(quantized, lambda target: target.quant)
-    finishing = everyones + sum(
+    finishing: int = everyones + sum(
         quant.finishing_bytes([target.form.blocks for target in group]) for quant, group in by_format if quant
     )
     if setting.world_size == 1:

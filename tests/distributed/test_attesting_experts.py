@@ -106,7 +106,7 @@ def named(error: surgery.AttestationError) -> tuple[str, ...]:
 
 
 def test_every_changed_byte_is_found_and_named(tmp_path: Path) -> None:
-    sizes = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    sizes: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     folder = save_tiny(tmp_path, "qwen3_moe", **sizes)
     by_rank = run_ranks(attest_all, 2, folder)
     assert by_rank[0] == by_rank[1]

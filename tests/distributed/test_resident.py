@@ -18,11 +18,11 @@ from tests.helpers.ranks import run_ranks
 pytestmark = pytest.mark.distributed
 
 #: A number of experts that no number of ranks here divides, and the names that a family has for the sizes.
-FAMILIES: dict[str, dict[str, int]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 7, "moe_intermediate_size": 192},
     "gpt_oss": {"num_local_experts": 7, "intermediate_size": 192},
 }
-SIZES = {"hidden_size": 256, "head_dim": 32, "num_experts_per_tok": 2}
+SIZES: dict[str, Any] = {"hidden_size": 256, "head_dim": 32, "num_experts_per_tok": 2}
 
 QUANTS = {
     "statistics of experts sharded": surgery.Quant(),
@@ -65,7 +65,7 @@ def measure_one(folder: Path, quant: surgery.Quant) -> Resident:
         new = {key: nbytes for key, nbytes in storages().items() if key not in before}
         packed = [p for fqn, p in model.named_parameters() if ".experts." in fqn and p.shape[1:] == (1,)]
         assert len(packed) == 2 * 2 * 2, "two layers of two stacks, with statistics"
-        experts = {p._local_tensor.untyped_storage()._cdata for p in packed}  # type: ignore[attr-defined]
+        experts = {p._local_tensor.untyped_storage()._cdata for p in packed}
         return Resident(sum(new.values()), sum(new[key] for key in experts))
 
 

@@ -19,7 +19,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, given: Sequence[torch.Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._given = {each.untyped_storage()._cdata for each in given}
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}

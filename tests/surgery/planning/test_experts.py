@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_large_models_on_many_ranks(plans: tuple[str, dict[int, MemoryPlan]]) ->
 
 def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
     """On a grid of replicas as on the ranks of one; bytes read are those of the checkpoint, and a block a tensor."""
-    sizes = {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "qwen3_moe", **sizes))
     for quant in (Quant(), Quant(double_quant=False)):
         meshed = setting(world_size=4, shard=FSDP2(mesh=(2, 2)), quant=quant)
@@ -117,7 +118,7 @@ def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
 
 def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_path: Path) -> None:
     """An expert of 40 x 60 elements is no whole number of blocks of 64."""
-    sizes = {"num_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {"num_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
     whole = save_tiny(tmp_path / "whole", "qwen3_moe", moe_intermediate_size=32, **sizes)
     said = run(whole, "--world", 2).stdout
     assert "Experts are in 4 bits: 24.0 KiB, and " in said
@@ -134,12 +135,9 @@ def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_pat
     assert json.loads(run(straddling, "--world", 2, "--json").stdout)["experts"] is None
     assert "stay in 16 bits" not in run(straddling, "--world", 2, "--experts", "16bit").stdout
     report = surgery.Report()
-    with (
-        pytest.warns(UserWarning, match="4 fused weights of experts stay in 16 bits"),
-        surgery.qlora(straddling, report=report),
-    ):
-        assert sum(report.left_out.values()) == 4
-        assert "model.layers.*.mlp.experts.gate_up_proj" in report.left_out
+    with pytest.warns(UserWarning, match="4 fused weights of experts stay in 16 bits"):
+        surgery.release(surgery.qlora(straddling, report=report))
+    assert report.left_out == {f"model.layers.*.mlp.experts.{name}": 2 for name in ("gate_up_proj", "down_proj")}
 
 
 def test_what_making_statistics_takes_is_planned_by_format() -> None:
@@ -156,8 +154,7 @@ def test_what_making_statistics_takes_is_planned_by_format() -> None:
                 if kind is Experts4bit or sharded:
                     quant.split_state(layer, "weight", state)
         planned = quant.finishing_bytes([each.numel() for each in statistics])
-        assert live.peak <= 1.01 * planned
-        assert live.peak >= 0.8 * planned
+        assert 0.6 * planned <= live.peak <= 1.01 * planned
 
 
 def test_an_adapter_of_experts_in_16_bits_keeps_whole_weights(tmp_path: Path) -> None:
