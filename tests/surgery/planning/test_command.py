@@ -101,7 +101,7 @@ def test_experts_that_fsdp1_cannot_train_exit_2(tmp_path: Path) -> None:
     result = run(*fsdp1, "--experts", "16bit")
     assert result.exit_code == 2, result.output
     message = re.sub(r"\s+", " ", result.stderr)
-    assert "PEFT adapts model.layers.0.mlp.experts.down_proj" in message
+    assert "model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj as parameters" in message
     assert "use shard=FSDP2()" in message
     assert run(*fsdp1, "--experts", "16bit", "--lora-target-modules", "q_proj,v_proj").exit_code == 0
 

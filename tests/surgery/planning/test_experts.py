@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import surgery
+from checkpoints.experts import ExpertsShape
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP2, Quant
 from surgery.passes.prepare import prepare
@@ -22,7 +23,7 @@ from surgery.planning.training import Training
 from surgery.quantizers.bnb import Bnb4bit
 from surgery.quantizers.experts import Experts4bit
 from surgery.telemetry.numbers import say_size
-from tests.helpers.hollow import DEEPSEEK_V3, GLM_4_5, QWEN3_235B, Shape, write_hollow
+from tests.helpers.hollow import DEEPSEEK_V3, GLM_4_5, QWEN3_235B, write_hollow
 from tests.helpers.live import LiveBytes
 from tests.helpers.models import save_tiny
 from tests.surgery.planning.conftest import setting
@@ -30,7 +31,7 @@ from tests.surgery.planning.test_command import run
 from tests.surgery.planning.test_scale import calls
 
 WORLDS = (8, 64, 256)
-SHAPES: dict[str, Shape] = {"Qwen3-235B-A22B": QWEN3_235B, "GLM-4.5": GLM_4_5, "DeepSeek-V3": DEEPSEEK_V3}
+SHAPES: dict[str, ExpertsShape] = {"Qwen3-235B-A22B": QWEN3_235B, "GLM-4.5": GLM_4_5, "DeepSeek-V3": DEEPSEEK_V3}
 
 #: GB of the experts in 16 bits, in 4 bits, and of their statistics; and parameters of the model, in billions.
 SIZES = {
@@ -85,14 +86,16 @@ def test_large_models_on_many_ranks(plans: tuple[str, dict[int, MemoryPlan]]) ->
         assert figures.train is not None
         # Statistics of experts are divided like them, so that all that is whole is those of the other layers.
         assert figures.train.weights * world == pytest.approx(by_world[8].of_rank(0).train.weights * 8, rel=1e-3)  # type: ignore[union-attr]
+        number = SHAPES[name].experts
+        in_rows = experts.in_16_bits * -(-number // world) / number  # a row of a stack in 16 bits is an expert
         assert experts.held_in_16_bits - experts.held == pytest.approx(
-            (experts.in_16_bits - experts.packed - experts.statistics) / world, rel=0.01
+            in_rows - (experts.packed + experts.statistics) / world, rel=0.01
         )
         # No rank ever has a stack, nor all of its statistics in float32 twice over.
         assert figures.load.host_peak < 8 * GB
     few, many = by_world[8], by_world[256]
-    assert calls(lambda: make_plan(many.inventory, many.setting, many.training)) < 400_000
-    assert calls(lambda: make_plan(few.inventory, few.setting, few.training)) < 400_000
+    assert calls(lambda: make_plan(many.inventory, many.setting, many.training)) < 1_000_000
+    assert calls(lambda: make_plan(few.inventory, few.setting, few.training)) < 1_000_000
 
 
 def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
