@@ -263,10 +263,11 @@ class Experts4bit(Bnb4bit):
         """0: statistics are a parameter."""
         return 0
 
-    def finishing_bytes(self, blocks: int) -> int:
-        """Temporary bytes of double quantization, and of the statistics of all experts as bytes."""
-        each = 2 if self.options.double_quant else STATISTIC_BYTES
-        return super().finishing_bytes(blocks) + blocks * each
+    def finishing_bytes(self, blocks: Sequence[int]) -> int:
+        """Bytes of the statistics of all stacks as parameters, and of double quantization of one after the other."""
+        if not self.options.double_quant:
+            return sum(blocks) * STATISTIC_BYTES
+        return sum(blocks) + super().finishing_bytes([max(blocks)])
 
     def dequantized_bytes(self, shape: torch.Size) -> int:
         """Bytes of a run of experts: within the budget of their forward, and one at least."""
