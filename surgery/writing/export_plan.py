@@ -18,13 +18,13 @@ from surgery.quantizers.base import STATISTICS, QuantFormat, format_of, formats_
 from surgery.sharding.base import Part
 from surgery.writing.apart import Apart, apart
 from surgery.writing.live import Adapted, Place
-from surgery.writing.merging import MergeSite
+from surgery.writing.merging import MergeSite, chunks
 from surgery.writing.output import Planned
 from surgery.writing.packing import format_among, planned_packed, quantized_in
 
 __all__ = ["OutputForm", "Planner", "Product", "Value", "form_of"]
 
-#: Elements of a stack of experts that one rank makes at a time, if one expert has no more.
+#: Elements of a stack of experts that one rank makes at a time, if two experts have no more.
 RUN = 1 << 26
 
 #: The types of packed weights that can be asked for by name.
@@ -263,9 +263,7 @@ class Planner:
         if is_same and not value.sites:
             yield Product(tensors=tensors[:1], values=(value,), packed=packed, is_gathered=False)
             value = replace(value, is_copied=True)
-        step = max(RUN // value.shape[1:].numel(), 1)
-        for start in range(0, value.shape[0], step):
-            experts = range(start, min(start + step, value.shape[0]))
+        for experts in chunks(value.shape, RUN):
             yield Product(
                 tensors=tensors, values=(value,), is_gathered=True, packed=packed, experts=experts, apart=pieces
             )
