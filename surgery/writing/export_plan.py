@@ -36,7 +36,8 @@ class OutputForm:
     """The form of the result. dtype: of what is not packed; None for that of each tensor.
 
     quant: options of the weights that are packed; None for none. formats: theirs. chosen: FQNs of the weights that are
-    packed, and the format of each; None for those that the model has packed.
+    packed, and the format of each; None for those that the model has packed. left_out: FQNs of those of their kind that
+    stay in 16 bits.
     """
 
     dtype: torch.dtype | None = None
@@ -44,6 +45,7 @@ class OutputForm:
     formats: tuple[QuantFormat, ...] = ()
     chosen: Mapping[str, QuantFormat] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def facts(self) -> list[str]:
@@ -74,8 +76,8 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Out
     skeleton = build_on_meta(
         causal_lm(origin.checkpoint, origin.setting.dtype), dtype=origin.setting.dtype, device=torch.device("cpu")
     )
-    chosen, config = quantized_in(skeleton, formats)
-    return OutputForm(quant=quant, formats=formats, chosen=chosen, config=config)
+    chosen, config, left_out = quantized_in(skeleton, formats)
+    return OutputForm(quant=quant, formats=formats, chosen=chosen, config=config, left_out=left_out)
 
 
 def _options(held: Any, asked: Any) -> Any:

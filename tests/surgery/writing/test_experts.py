@@ -12,15 +12,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import surgery
 from surgery.checkpoint import Checkpoint
+from surgery.cli import app
 from surgery.config import Quant
 from surgery.errors import CheckpointError, ConfigError
 from surgery.quantizers.stack import as_bytes
 from surgery.writing import export_plan, merging
 from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks
 
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},  # under other names upstream
@@ -170,6 +173,67 @@ def test_adapters_are_merged_into_experts_as_peft_does(
     with surgery.qlora(base, adapter=adapter) as model:
         require_same(surgery.export(model, tmp_path / "exported"), tmp_path / "of-packed")
         require_same(surgery.export(model, tmp_path / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+
+
+def write_all(folder: Path, out: Path) -> None:
+    """Whatever is written of the checkpoint `source` and of `adapter`, both in `folder`."""
+    source, adapter = folder / "source", folder / "adapter"
+    packed = surgery.quantize(source, out / "packed")
+    surgery.dequantize(packed, out / "back")
+    surgery.merge(packed, adapter, out / "merged")
+    surgery.merge(source, adapter, out / "merged-4bit", quant=Quant())
+
+
+def test_two_ranks_write_the_same_files(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "qwen3_moe", **MOE["qwen3_moe"])
+    save_adapter(source, tmp_path / "adapter", tmp_path / "by-peft")
+    write_all(tmp_path, tmp_path / "1")
+    run_ranks(write_all, 2, tmp_path, tmp_path / "2")
+    for one in sorted((tmp_path / "1").rglob("*.*")):
+        assert one.read_bytes() == (tmp_path / "2" / one.relative_to(tmp_path / "1")).read_bytes(), one
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def stacks(folder: Path) -> int:
+    return sum(packed.settings.is_stack for packed in Checkpoint.open(folder).packed.values())
+
+
+def test_experts_stay_in_16_bits_where_that_is_asked_for_or_said(tmp_path: Path) -> None:
+    """`--experts 16bit` of each command; and blocks that would straddle experts, whose weights are named."""
+    source = save_tiny(tmp_path / "source", "qwen3_moe", **MOE["qwen3_moe"])
+    other = save_tiny(tmp_path / "other", "qwen3_moe", **{**MOE["qwen3_moe"], "num_experts": 3})
+    llama = {"num_local_experts": 2, "intermediate_size_mlp": 48, "layer_types": ["full_attention"] * 2}
+    save_tiny(tmp_path / "llama", "llama4_text", **llama)
+    adapter = tmp_path / "adapter"
+    save_adapter(source, adapter, tmp_path / "by-peft")
+    of_16, of_4, out = tmp_path / "of-16", tmp_path / "of-4", tmp_path / "out"
+    assert invoke("quantize", source, of_16, "--experts", "16bit")[0] == 0
+    assert invoke("quantize", source, of_4)[0] == 0
+    assert (stacks(of_16), stacks(of_4)) == (0, 4)
+    for base in (source, of_16, of_4):
+        for experts, expected in (("16bit", 0), ("4bit", 4)):
+            merged = tmp_path / f"{base.name}-{experts}"
+            code, said = invoke("merge", base, adapter, merged, "--dtype", "nf4", "--experts", experts)
+            assert (code, stacks(merged)) == (0, expected), said
+    AutoModelForCausalLM.from_pretrained(tmp_path / "of-4-16bit", device_map="cpu")
+
+    code, said = invoke("quantize", source, tmp_path / "wide", "--blocksize", "2048")
+    assert (code, stacks(tmp_path / "wide")) == (0, 2)
+    assert "2 fused weights of experts stay in 16 bits" in " ".join(said.split())
+    assert "model.layers.*.mlp.experts.down_proj" in said
+    for arguments, says in (
+        (("quantize", tmp_path / "llama", out), "Llama4TextExperts holds its experts as parameters"),
+        (("quantize", of_4, out), "expected weights in 16 or 32 bits"),
+        (("merge", other, adapter, out), "does not fit this model"),
+        (("merge", of_4, adapter, out, "--dtype", "fp4"), "is packed already, with 'nf4'"),
+    ):
+        code, said = invoke(*arguments)
+        assert (code, out.exists()) == (2, False), said
+        assert says in " ".join(said.split())
 
 
 def test_who_reads_packed_experts(tmp_path: Path) -> None:
