@@ -175,7 +175,8 @@ def _prepare(
     same_model(ranks, model, checkpoint)
     base = BaseModel.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
     quantized: Mapping[str, QuantFormat] = {}
-    quantization, left_out = None, ()
+    quantization = None
+    left_out: tuple[str, ...] = ()
     if quant is not None:
         quantized, quantization, left_out = _quantization(model, base, checkpoint, quant, own)
     names = [f"merged{number}" for number in range(len(adapters))]

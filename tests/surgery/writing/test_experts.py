@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,8 +20,9 @@ from surgery.checkpoint import Checkpoint
 from surgery.cli import app
 from surgery.config import Quant
 from surgery.errors import CheckpointError, ConfigError
+from surgery.passes import loading
 from surgery.quantizers.stack import as_bytes
-from surgery.writing import export_plan, merging
+from surgery.writing import export_plan, merge_plan, merging
 from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
@@ -173,6 +175,43 @@ def test_adapters_are_merged_into_experts_as_peft_does(
     with surgery.qlora(base, adapter=adapter) as model:
         require_same(surgery.export(model, tmp_path / "exported"), tmp_path / "of-packed")
         require_same(surgery.export(model, tmp_path / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor of numbers that this thread computes or views."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        # What is empty, and on meta soon, has no pages.
+        for each in [] if function is torch.ops.aten.empty.memory_format else torch.utils._pytree.tree_leaves(made):
+            if isinstance(each, torch.Tensor) and not each.is_meta and each.is_floating_point():
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_no_stack_of_experts_is_ever_whole(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "CHUNK", 1)
+    monkeypatch.setattr(export_plan, "RUN", 1)
+    monkeypatch.setattr(merge_plan, "ROOM", 1 << 16)
+    monkeypatch.setattr(merge_plan, "UNPACKED", 1 << 14)
+    monkeypatch.setitem(loading.CHUNK_ELEMENTS, "cpu", 1 << 14)
+    adapter, experts = tmp_path / "adapter", 40
+    source = save_tiny(tmp_path / "source", family, **{**MOE[family], "num_local_experts": experts})
+    save_adapter(source, adapter, tmp_path / "by-peft")
+    packed = surgery.quantize(source, tmp_path / "packed")
+    stack = experts * 112 * 64  # of `down_proj`, the smaller one
+    with Largest() as largest:
+        surgery.dequantize(packed, tmp_path / "back")
+    assert 0 < largest.elements < stack / 10
+    with surgery.qlora(packed, adapter=adapter) as model, Largest() as largest:
+        surgery.merge(source, adapter, tmp_path / "merged")
+        surgery.merge(packed, adapter, tmp_path / "merged-4bit", quant=Quant())
+        surgery.export(model, tmp_path / "exported")
+        surgery.export(model, tmp_path / "exported-4bit", dtype="nf4")
+    assert 0 < largest.elements < stack
 
 
 def write_all(folder: Path, out: Path) -> None:
