@@ -72,12 +72,15 @@ class MergeSite:
                 getattr(self.layer, "_caches", {}).clear()
 
 
-def chunks(shape: Sequence[int]) -> Iterator[range]:
-    """Ranges of dimension 0 of a tensor of `shape` with about so many elements each; the last one is never shorter."""
+def chunks(shape: Sequence[int], elements: int | None = None) -> Iterator[range]:
+    """Ranges of dimension 0 of a tensor of `shape`, with about so many `elements` each; the last is never shorter.
+
+    elements: None for `CHUNK`. Of a stack of experts two at least: PEFT takes one for a matrix, and not for transposed.
+    """
     total = shape[0] if shape else 1
     row = max(torch.Size(shape).numel() // max(total, 1), 1)
     least = ROWS if len(shape) < 3 else 2
-    step, start = max(CHUNK // row // least * least, least), 0
+    step, start = max((elements or CHUNK) // row // least * least, least), 0
     while start < total:
         stop = start + step if total - start >= 2 * step else total
         yield range(start, stop)
