@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -22,9 +23,6 @@ from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
 
 __all__ = ["ACTIVATIONS", "Activations"]
-
-#: Seconds between two looks at a thread that is compiling.
-PERIOD = 0.01
 
 
 class Activations:
@@ -274,7 +272,7 @@ class Activations:
 
     def _drop_later(self, compiling: int) -> None:
         while _compiles(compiling):
-            time.sleep(PERIOD)
+            time.sleep(0.01)
         self.drop_stale_graphs()
 
     def try_locked(self, work: Callable[[], object], *, timeout: float) -> bool:
@@ -321,12 +319,8 @@ class Activations:
 
 def _compiles(thread: int) -> bool:
     """Whether torch.compile is at work in the thread of that identifier."""
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
-            return True
-        frame = frame.f_back
-    return False
+    stack = traceback.walk_stack(sys._current_frames().get(thread))
+    return any(frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" for frame, _ in stack)
 
 
 def _finish_imports() -> None:
