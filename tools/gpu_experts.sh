@@ -20,11 +20,11 @@ what=$2
 work=${WORK:-/dev/shm}
 python=${PYTHON:-python3}
 limit=${LIMIT:-570}
-device=cuda processes=12 steps=8 small=
-short=1x1024c medium=2x2048c long=4x2048c unchecked=1x1024
+device=cuda processes=12 steps=6 small=
+short=1x1024c long=4x2048c unchecked=1x1024
 if [[ $what == tiny ]]; then
   device=cpu processes=1 steps=3 small=--small
-  short=1x32c medium=1x48c long=2x32c unchecked=1x32
+  short=1x32c long=2x32c unchecked=1x32
 fi
 mkdir -p "$out/profiles"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -72,11 +72,12 @@ qwen() {
   check 1 &
   make "$work/$1" --shape "$@" || return
   wait
-  stage capped 120 $from --ways ours --memory-cap 24 --batches "$short"
-  stage ours 150 $from --ways ours --batches "$unchecked,$short,$medium,$long" --profile "$out/profiles"
-  stage split 150 $from --ways split --batches "$unchecked,$short,$medium,$long" --profile "$out/profiles"
-  stage fold 200 $from --ways fold --batches "$short,$medium,$long"
-  stage parametrized 200 $from --ways parametrized --batches "$short,$medium,$long"
+  stage ours 120 $from --ways ours --batches "$short,$long"
+  stage split 120 $from --ways split --batches "$short,$long"
+  stage capped 100 $from --ways ours --memory-cap 24 --batches "$short"
+  stage fold 150 $from --ways fold --batches "$short,$long"
+  stage parametrized 200 $from --ways parametrized --batches "$short,$long"
+  stage profiles 120 $from --ways ours,split --batches "$unchecked" --profile "$out/profiles"
 }
 glm() {
   local from="--checkpoint $work/$1"

@@ -18,6 +18,9 @@ __all__ = ["DEQUANTIZED_BYTES", "SplitLora", "experts_forward", "grouped_mm_4bit
 #: Bytes of dequantized values that there are at once; of one expert at least.
 DEQUANTIZED_BYTES = 256 << 20
 
+#: Bytes of experts without rows that a GPU dequantizes in less time than it takes to start another run.
+GAP_BYTES = 64 << 20
+
 #: Bytes that strides of operands of a grouped product are multiples of.
 STRIDE_BYTES = 16
 
@@ -195,8 +198,9 @@ def grouped_mm_4bit(  # noqa: PLR0917 - arguments of an operator are positional
     found = ends.tolist()
     y = x.new_empty(x.size(0), shape[1] if is_transposed else shape[0])
     y[found[-1] :].zero_()
-    most = max(1, DEQUANTIZED_BYTES // (stack.numel * x.element_size()))
-    for experts in _runs(found, most):
+    each = stack.numel * x.element_size()
+    gap = GAP_BYTES // each if x.is_cuda else 0
+    for experts in _runs(found, max(1, DEQUANTIZED_BYTES // each), gap):
         start = found[experts.start - 1] if experts.start else 0
         rows = slice(start, found[experts.stop - 1])
         run_ends = offsets[experts.start : experts.stop] - start
@@ -210,19 +214,18 @@ def _run_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, i
     return _grouped_linear(x, weight, offsets, is_transposed=is_transposed)
 
 
-def _runs(ends: Sequence[int], most: int) -> Iterator[range]:
-    """Runs of consecutive experts that have rows, each of at most so many."""
-    start = 0
+def _runs(ends: Sequence[int], most: int, gap: int) -> Iterator[range]:
+    """Runs of at most so many consecutive experts, in which at most `gap` experts on end have no rows."""
+    run = range(0)
     for expert, end in enumerate(ends):
         if end == (ends[expert - 1] if expert else 0):
-            if start < expert:
-                yield range(start, expert)
-            start = expert + 1
-        elif expert + 1 - start == most:
-            yield range(start, expert + 1)
-            start = expert + 1
-    if start < len(ends):
-        yield range(start, len(ends))
+            continue
+        if run and (expert - run.stop > gap or expert + 1 - run.start > most):
+            yield run
+            run = range(0)
+        run = range(run.start if run else expert, expert + 1)
+    if run:
+        yield run
 
 
 @grouped_mm_4bit.register_fake

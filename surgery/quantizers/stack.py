@@ -183,6 +183,15 @@ class PackedStack:
         run = {name: of_all.view(self.experts, -1)[experts.start : experts.stop] for name, of_all in statistics.items()}
         if not self.double_quant:
             return run["absmax"].reshape(-1)
+        if self.blocks % NESTED_BLOCKSIZE == 0:  # then no nested block straddles experts: one launch for all
+            values: torch.Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                run["absmax"].reshape(-1),
+                run["nested_absmax"].reshape(-1),
+                dynamic_code(run["absmax"].device),
+                NESTED_BLOCKSIZE,
+                torch.float32,
+            )
+            return values.view(len(experts), -1).add_(run["offset"]).view(-1)
         return nested_values(run["absmax"], run["nested_absmax"], run["offset"], blocks=range(self.blocks)).view(-1)
 
 
