@@ -79,8 +79,9 @@ def quantizable(model: nn.Module, formats: Sequence[QuantFormat]) -> dict[QuantF
     }
     if first.needs_modules and not any(chosen.values()):
         raise SelectorError(
-            f"{type(model).__name__} has no linear module to quantize: of {len(candidates[first])} torch.nn.Linear all "
-            "are the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and stay)",
+            f"{type(model).__name__} has no linear module to quantize: of {len(candidates[first])} torch.nn.Linear "
+            "all are the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and "
+            "stay)",
             patterns=first.skip_modules,
         )
     return chosen
