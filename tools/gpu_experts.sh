@@ -93,7 +93,9 @@ case $what in
   glm)
     # 199 GiB, of the 256 of the machine; by default only half of them can be used so.
     mount -o remount,size=212G "$work" 2>/dev/null
-    layers=$(df --output=avail -BG "$work" | tail -1 | tr -dc 0-9 | awk '{n = int(($1 - 8) / 4.3); print n > 46 ? 46 : n}')
+    free=$(df --output=avail -BG "$work" | tail -1 | tr -dc 0-9)
+    layers=$(((free - 8) * 10 / 43))
+    ((layers > 46)) && layers=46
     echo "$layers layers"
     glm glm-4.5-air --shards 400 --layers "$layers"
     ;;

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.adapters.attach import PLAIN, needs_weights
+from surgery.adapters.attach import PLAIN, adapting, needs_weights
 from surgery.adapters.metadata import base_of
 from surgery.adapters.rehearsal import check_quantized
 from surgery.adapters.save import adapter_parts, belongs_to, find_peft_model, search_peft_model
@@ -26,6 +26,7 @@ from surgery.model.fqn import clean
 from surgery.model.tree import convert
 from surgery.model.twin import twin_of
 from surgery.quantizers.base import quantized_modules
+from surgery.quantizers.stack import stacks_of
 from surgery.sharding.base import Part, ShardStrategy, device_of, strategy_of
 
 if TYPE_CHECKING:
@@ -158,9 +159,10 @@ def _check_new(model: nn.Module, adapted: PeftModel | None, config: LoraConfig, 
     twin = next(iter(made.values()))
     packed = {made[layer] for layer in quantized_modules(target) if layer in made}
     for layer in packed:
-        _unpack(layer)
+        if not stacks_of(layer):  # of experts PEFT asks what their stacks tell
+            _unpack(layer)
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with adapting(twin), warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # PEFT says them again when it adapts the model itself
             tried = _with_adapter(twin, copy.deepcopy(config), name, is_adapted=adapted is not None)
     except Exception as error:

@@ -204,9 +204,11 @@ def render_card(config: PeftConfig, sections: Mapping[str, Section]) -> str:
 
 
 def _targets(config: PeftConfig) -> object:
-    """The targets as given, or their last names only: PEFT may list each module of each layer."""
+    """The targets as given, or their last names only: PEFT may list each module of each layer. Parameters are last."""
     targets = getattr(config, "target_modules", None)
-    return targets if isinstance(targets, str) or not targets else sorted({each.rpartition(".")[2] for each in targets})
+    modules = [targets] if isinstance(targets, str) else sorted({each.rpartition(".")[2] for each in targets or ()})
+    parameters = {".".join(each.split(".")[-2:]) for each in getattr(config, "target_parameters", None) or ()}
+    return [*modules, *sorted(parameters)] or None
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ QuantType: TypeAlias = Literal["nf4", "fp4"]
 
 #: The form of fused experts where other weights are in 4 bits.
 Experts: TypeAlias = Literal["4bit", "16bit"]
-EXPERTS_HELP = "How to hold fused experts, beside other weights in 4 bits."
+EXPERTS_HELP = "Whether fused experts of a 4-bit model are in 4 bits too, or left in 16."
 
 
 def _parse_list(value: str) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ Exit codes: 0 done; 2 refused, or not written (the message says what to change);
 QUANTIZE = """
 Examples
 
-A folder that loads with a quarter of the reading, here and in plain transformers, and is trained on as it is:
+A folder that loads with a quarter of the reading, and is trained on as it is:
 
   surgery quantize meta-llama/Llama-3.1-8B ./llama-4bit
 
@@ -56,8 +56,9 @@ By four processes, compared with the source once more before it gets its name:
 
   torchrun --nproc-per-node 4 -m surgery quantize ./model ./packed --verify
 
-In OUT are the tensors that save_pretrained of transformers writes of a model in 4 bits, tokenizer and configuration
-beside them. Embedding, output head and norms stay in 16 bits. A few MiB of a weight are in memory at a time.
+In OUT are the tensors that save_pretrained of transformers writes of a model in 4 bits, which plain from_pretrained
+reads, tokenizer and configuration beside them. Embedding, output head and norms stay in 16 bits. A few MiB of a weight
+are in memory at a time. Fused experts in 4 bits are read here alone: plain from_pretrained wants --experts 16bit.
 
 OUT appears when it is whole. If the command is stopped, the same command goes on where it was, from the hidden folder
 .OUT.surgery beside it.
@@ -154,7 +155,7 @@ def quantize(
     upload: Upload = None,
     model_revision: Revision = None,
 ) -> None:
-    """Write MODEL to OUT with its linear weights in 4 bits, in the format of bitsandbytes."""
+    """Write MODEL to OUT with its linear weights, and experts, in 4 bits, in the format of bitsandbytes."""
     most = parse_size(max_shard_size)
     with in_process_group(), uploading(upload, out):
         import torch
@@ -237,7 +238,9 @@ def merge(
         typer.Option(help="Of the result; nf4 and fp4 pack linear weights.", show_default="as BASE, unpacked"),
     ] = None,
     double_quant: Annotated[bool, typer.Option(help="With nf4 or fp4, quantize the statistics too.")] = True,
-    experts: Annotated[Experts, typer.Option(help="With nf4 or fp4, fused experts.")] = "4bit",
+    experts: Annotated[
+        Experts, typer.Option(help="With nf4 or fp4, whether fused experts are in 4 bits too, or left in 16.")
+    ] = "4bit",
     max_shard_size: MaxSize = "5GB",
     overwrite: Overwrite = False,
     upload: Upload = None,

@@ -174,7 +174,7 @@ class _Writing:
             return size
 
     def _needed(self, part: Product) -> Iterator[Need]:
-        """What one rank has to have: tensors, and ranges of the elements that are stored of them; None for all."""
+        """Tensors that one rank has to have, and ranges of the elements that are stored of them; None for all."""
         for value in part.values:
             experts = part.experts or value.experts
             if part.experts is None or not value.is_copied:

@@ -252,7 +252,7 @@ class Merged(Work):
             del part
 
     def _sink(self, out: Output, shape: Sequence[int]) -> Callable[[torch.Tensor, int], None]:
-        """What takes the values from an element on. shape: of what is packed."""
+        """A function that takes the values from an element on. shape: of what is packed."""
         if self.apart is not None:
             return partial(self.apart.write, out.write)
         if self.quant is None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from surgery.config import FSDP1, FSDP2
+from surgery.config import FSDP1, FSDP2, Quant
 from tests.helpers.models import tiny_config
 
 __all__ = ["CASES", "SHARDINGS", "STEPS", "Case", "Found", "make_checkpoints", "on_this_rank", "reloaded", "stock"]
@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral-4bit": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 #: What is adapted where a case does not say.
@@ -69,6 +70,11 @@ class Case:
     def key(self) -> str:
         """Unique, and fit for the name of a folder."""
         return f"{self.model}-{''.join(c if c.isalnum() else '-' for c in self.name)}"
+
+    @property
+    def quant(self) -> Quant:
+        """Experts are in 16 bits, as in stock, but for the model that says otherwise."""
+        return Quant(experts=self.model == "mixtral-4bit")
 
     def config(self) -> Any:
         from peft import LoraConfig
@@ -210,6 +216,28 @@ CASES = (
         options={"target_modules": "all-linear", "rank_pattern": {"gate_up_proj": 6}},
     ),
     Case(name="experts with dropout", model="mixtral", options={"target_parameters": EXPERTS, "lora_dropout": 0.1}),
+    Case(name="attention alone", model="mixtral-4bit", options={"target_modules": [*Q, "o_proj"]}),
+    Case(name="target_parameters", model="mixtral-4bit", options={"target_parameters": EXPERTS}),
+    Case(
+        name="target_parameters alone",
+        model="mixtral-4bit",
+        options={"target_modules": [], "target_parameters": EXPERTS[1:]},
+    ),
+    Case(name="rsLoRA", model="mixtral-4bit", options={"target_parameters": EXPERTS, "use_rslora": True}),
+    Case(
+        name="rank_pattern",
+        model="mixtral-4bit",
+        options={"target_parameters": EXPERTS, "rank_pattern": {"experts.gate_up_proj": 2}},
+    ),
+    Case(
+        name="names of experts before transformers 5",
+        model="mixtral-4bit",
+        options={"target_modules": ["w1", "w2", "w3"]},
+    ),
+    Case(name="the router", model="mixtral-4bit", options={"target_modules": [*Q, "gate"]}),
+    Case(name="modules_to_save: router", model="mixtral-4bit", options={"modules_to_save": ["gate"]}),
+    Case(name="modules_to_save: experts", model="mixtral-4bit", options={"modules_to_save": ["experts"]}),
+    Case(name="experts with DoRA", model="mixtral-4bit", options={"target_parameters": EXPERTS, "use_dora": True}),
     Case(name="layer_replication", options={"layer_replication": [(0, 2), (0, 2)]}),
     Case(name="QALoRA", options={"use_qalora": True}),
     Case(name="aLoRA", options={"alora_invocation_tokens": [5, 6]}),
@@ -255,7 +283,19 @@ def _base(root: Path, case: Case) -> Any:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False  # repacks weights when it evaluates, and rounds
+        if case.quant.experts and hasattr(module, "gate_up_proj"):
+            _round(module.gate_up_proj, module.down_proj)
     return model.train()
+
+
+def _round(*stacks: torch.Tensor) -> None:
+    """Give experts the values that they have in 4 bits, each by itself."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for stack in stacks:
+        for expert in stack.detach():
+            packed, state = quantize_4bit(expert.flatten(), quant_type="nf4", compress_statistics=True)
+            expert.copy_(dequantize_4bit(packed, state).view_as(expert))
 
 
 def stock(root: Path, case: Case) -> Found:
@@ -309,7 +349,12 @@ def _tried(root: Path, folder: Path, case: Case, shard: FSDP1 | FSDP2 | None, re
         warnings.simplefilter("ignore")
         try:
             model = surgery.qlora(
-                root / case.model, lora=case.config(), shard=shard, dtype=torch.float32, report=surgery.Report()
+                root / case.model,
+                quant=case.quant,
+                lora=case.config(),
+                shard=shard,
+                dtype=torch.float32,
+                report=surgery.Report(),
             )
         except surgery.SurgeryError as error:
             assert patches.active() == []

@@ -17,6 +17,7 @@ from tests.distributed.adapter_cases import (
     CASES,
     SHARDINGS,
     STEPS,
+    Case,
     Found,
     make_checkpoints,
     on_this_rank,
@@ -50,6 +51,8 @@ NEVER = {
     "mixtral-one-of-two-fused-experts--names",
     "mixtral-target-parameters-that-match-nothing",
     "mixtral-experts-with-dropout",
+    "mixtral-4bit-modules-to-save--experts",
+    "mixtral-4bit-experts-with-DoRA",
     "llama-layer-replication",
     "llama-QALoRA",
     "llama-nothing-to-train",
@@ -116,7 +119,10 @@ def test_plain_peft_reloads_what_was_trained(
         assert each.logits is not None
         moved = (wanted - start).abs().max()
         assert moved > 0.05, f"{case.key} was not trained"
-        assert (each.logits - logits).abs().max() < 1e-5, f"{case.key} is not what was trained"
+        # Over experts stock PEFT adds the factors to the weight, and rounds otherwise.
+        assert (each.logits - logits).abs().max() < (3e-5 if case.quant.experts else 1e-5), (
+            f"{case.key} is not what was trained"
+        )
         assert (wanted - logits).abs().max() < 1e-4 * moved, f"{case.key} is not what stock trains"
 
 
@@ -139,13 +145,19 @@ def test_the_plan_counts_what_is_trained(column: str, world_size: int, found: Re
         each = found[column][case.key]
         if each.refusal:
             with pytest.raises(surgery.ConfigError) as caught:
-                surgery.plan(root / case.model, world_size=world_size, lora=case.config(), dtype=torch.float32)
+                plan_of(root, case, world_size)
             assert str(caught.value) == each.refusal.partition(": ")[2]
             continue
-        plan = surgery.plan(root / case.model, world_size=world_size, lora=case.config(), dtype=torch.float32)
+        plan = plan_of(root, case, world_size)
         step = plan.of_rank(0).train
         assert step is not None
         assert step.adapters == step.gradients == step.optimizer // 2 == each.trainable, case.key
+
+
+def plan_of(root: Path, case: Case, world_size: int) -> surgery.MemoryPlan:
+    return surgery.plan(
+        root / case.model, world_size=world_size, quant=case.quant, lora=case.config(), dtype=torch.float32
+    )
 
 
 def test_the_page_has_these_results(found: Results) -> None:

@@ -20,7 +20,7 @@ __all__ = ["different_experts"]
 
 
 def different_experts(folder: Path) -> list[str] | None:
-    """How the experts of the model of `folder` differ from stock's; empty if not at all, None if it has none.
+    """Differences of the experts of the model of `folder` from stock's, maybe none; None if it has no experts.
 
     Raises `surgery.ConfigError` for experts that cannot be had in 4 bits.
     """

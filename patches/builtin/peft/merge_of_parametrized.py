@@ -14,7 +14,10 @@ __all__ = ["refuse"]
 def nothing_is_merged() -> bool:
     """Whether PEFT says that an adapter is merged into a parametrized parameter, and has changed nothing."""
     import torch
+    from peft.tuners.lora import layer
 
+    if not hasattr(layer, "ParamWrapper"):  # PEFT before 0.17 adapts no parameters
+        return False
     tuner = adapted_parametrized()
     experts = tuner.model[0].get_base_layer()
     before = experts.a

@@ -129,9 +129,11 @@ def _spelled_out(config: Any, model: nn.Module, experts: Mapping[str, nn.Module]
         if taken
         else ""
     )
+    named = ", ".join(sorted(names)) or "none: they are excluded"
+    apart = ", but for those of rank_pattern" if config.rank_pattern else ""
     return (
-        f"all-linear adapts linear layers ({', '.join(leaves)}) and experts ({', '.join(sorted(names))}), all at rank "
-        f"{config.r}; not the router.{left} Other ranks: rank_pattern; other parameters: target_parameters=[...], with "
+        f"all-linear adapts linear layers ({', '.join(leaves)}) and experts ({named}), all at rank {config.r}{apart}; "
+        f"not the router.{left} Other ranks: rank_pattern; other parameters: target_parameters=[...], with "
         "target_modules=[...] by name"
     )
 

@@ -252,3 +252,31 @@ def test_every_kind_of_adapter_is_loaded(name: str, tmp_path: Path) -> None:
             assert trained == {fqn for fqn, parameter in model.named_parameters() if parameter.requires_grad}
         with qlora(base) as model:
             check(surgery.load_adapter(model, tmp_path / "adapter"))
+
+
+def test_a_second_adapter_of_packed_experts_is_added_beside_the_first(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    make(base, first, r=4, target_modules="all-linear")
+    assert (
+        "| targets | k_proj, o_proj, q_proj, v_proj, experts.down_proj, experts.gate_up_proj |"
+        in (first / "README.md").read_text()
+    )
+    both = ["experts.gate_up_proj", "experts.down_proj"]  # PEFT wants the same parameters in all adapters
+    make(base, second, r=2, target_modules=["q_proj"], target_parameters=both)
+    with qlora(base, adapter=second) as model:
+        wanted = logits(model)
+    with qlora(base, adapter=first) as model:
+        alone = logits(model)
+        surgery.load_adapter(model, second, name="second")
+        assert torch.equal(logits(model), wanted)
+        model.set_adapter("default")
+        assert torch.equal(logits(model), alone)
+    with qlora(base) as bare:
+        assert torch.equal(logits(surgery.load_adapter(bare, second, trainable=True)), wanted)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(12).view(1, 12)).logits
+    return found

@@ -222,6 +222,9 @@ def test_all_linear_leaves_out_what_is_excluded_and_adapts_experts_of_every_fami
     assert found == {"model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"}
     held = {name.split(".")[4] for name, _ in model.named_parameters() if "q_proj.lora_" in name}
     assert held == {"1"}
+    without = adapted(models("gpt_oss")[0], **options, exclude_modules=["experts"], rank_pattern={"q_proj": 2})
+    assert "experts (none: they are excluded), all at rank 4, but for those of rank_pattern" in said(caplog)
+    assert not without.peft_config["default"].target_parameters
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks at modules alone
