@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -21,6 +22,9 @@ from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
 
 __all__ = ["ACTIVATIONS", "Activations"]
+
+#: Seconds between two looks at a thread that is compiling.
+PERIOD = 0.01
 
 
 class Activations:
@@ -251,8 +255,15 @@ class Activations:
 
         Drops all graphs, because no public API tells which ones have inlined a function; but only compiled code, not
         the counters, CUDA graphs and settings that `torch.compiler.reset` also resets. Nothing is imported.
+
+        This thread may be compiling: what is collected in the meantime may undo patches. Dropped now, what it is about
+        to fill would be freed, and the process would crash; so another thread drops all graphs as soon as it is done.
         """
         if not self._stale:
+            return
+        thread = threading.get_ident()
+        if _compiles(thread):
+            threading.Thread(target=self._drop_later, args=(thread,), name="patches-drop", daemon=True).start()
             return
         self._stale = False
         dynamo = sys.modules.get("torch._dynamo")
@@ -260,6 +271,11 @@ class Activations:
         drop = getattr(dynamo, "reset_code_caches", None) or getattr(dynamo, "reset", None)
         if drop is not None:
             drop()
+
+    def _drop_later(self, compiling: int) -> None:
+        while _compiles(compiling):
+            time.sleep(PERIOD)
+        self.drop_stale_graphs()
 
     def try_locked(self, work: Callable[[], object], *, timeout: float) -> bool:
         """Do the work with the lock, if it can be had within `timeout` seconds; returns whether it was."""
@@ -301,6 +317,16 @@ class Activations:
             return
         finally:
             self._stale = stale  # no graph took other instances through the patch
+
+
+def _compiles(thread: int) -> bool:
+    """Whether torch.compile is at work in the thread of that identifier."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _finish_imports() -> None:

@@ -85,9 +85,8 @@ def _light(assignment: Assignment) -> Assignment:
 
 
 def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
-    # A quantized module has its bias in the dtype of packed storage.
-    is_beside = any(setting.format.is_quantized(module) for module, _ in target.places)
-    as_stored = is_beside and target.dtype == setting.format.storage
+    as_stored = any(_is_stored(setting, module, leaf) for module, leaf in target.places)
+    as_stored = as_stored and target.dtype == setting.format.storage
     return Loaded(
         names=target.names,
         places=tuple((weakref.ref(module), leaf) for module, leaf in target.places),
@@ -95,3 +94,9 @@ def _loaded(target: Target, assignment: Assignment, setting: Setting) -> Loaded:
         dtype=target.precision or (setting.dtype if as_stored else target.dtype),
         assignment=assignment,
     )
+
+
+def _is_stored(setting: Setting, module: nn.Module, leaf: str) -> bool:
+    """Whether a parameter is in the dtype of packed storage: a packed weight, and a bias too, but not of experts."""
+    quant = next((each for each in setting.formats if each.is_quantized(module)), None)
+    return quant is not None and (not quant.by_expert or leaf in quant.weight_names(module))

@@ -56,6 +56,6 @@ class Relocate(BatchPass):
             rows = [share.reads for share in self.loading.buffers.partition.slices(target.form)]
             gather_to(buffer.read_rows(), rows, out=whole, copy=self.loading.host_copies.copy)
         else:
-            whole = buffer.data if keeps else None
+            whole = buffer.data.to(self.loading.buffers.devices.data) if keeps else None
         buffer.data = torch.empty(numel, dtype=target.dtype, device="meta") if whole is None else whole
         buffer.is_whole = True

@@ -71,6 +71,10 @@ class Target:
         """Whether what is stored is a packed weight."""
         return self.logical is not None
 
+    def is_read_by_rank0(self, partition: Partition) -> bool:
+        """Whether rank 0 alone reads it, and keeps it as it is read. Statistics are computed, as packed weights are."""
+        return self.statistics_of is None and partition.is_rank0s(self.form)
+
     @property
     def module_fqn(self) -> str:
         """The FQN of the module under which it is met first."""
@@ -314,7 +318,7 @@ class ShardBuffers:
 
     def _made_on(self, target: Target) -> torch.device:
         """The compute device, but for what rank 0 alone keeps as it is read."""
-        if self.partition.is_rank0s(target.form):
+        if target.is_read_by_rank0(self.partition):
             return self.devices.data
         return self.devices.compute
 

@@ -153,7 +153,7 @@ def take_inventory(prepared: Prepared) -> Inventory:
 
 
 def _unpacked(prepared: Prepared) -> Prepared:
-    """`prepared` as it would be with its experts in 16 bits."""
+    """`prepared` with its experts in 16 bits."""
     dtype = prepared.setting.dtype
     targets = [_stack(each, dtype) if _is_fused(each) else each for each in prepared.targets]
     return replace(prepared, targets=tuple(each for each in targets if each.statistics_of is None))

@@ -131,7 +131,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
     slices = [partition.slice(target.form, rank) for target in quantized]
     statistics = sum(len(each.blocks) for each in slices) * STATISTIC_BYTES
     runs = [_run_bytes(target, len(each.elements), setting) for target, each in zip(quantized, slices, strict=True)]
-    on_host = sum(size for target, size in capacities.items() if partition.is_rank0s(target.form))
+    on_host = sum(size for target, size in capacities.items() if target.is_read_by_rank0(partition))
     replicas = [(size, partition.grid_of(target.form).replicas) for target, size in capacities.items()]
     return _Sizes(
         on_host=on_host,
@@ -144,7 +144,7 @@ def _sizes(batch: Batch, setting: Setting, rank: int) -> _Sizes:
         gathering=max((size + size // n for size, n in replicas if n > 1), default=0) if setting.on_cpu else 0,
         deriving=_deriving(batch, setting, rank),
         state=state_bytes(quantized),
-        packed=sum(target.nbytes for target in quantized),
+        packed=sum(target.nbytes for target in batch.targets if target.is_packed),
         run=min(
             max((capacities[target] for target in quantized), default=0), RUN_BYTES["cpu" if setting.on_cpu else "cuda"]
         ),
@@ -162,7 +162,10 @@ def _exchanging(quantized: Sequence[Target], setting: Setting, *, mine: int) -> 
     """Bytes of statistics: this rank's, all ranks' as received, all ranks' by weight; and of making states of them."""
     blocks = sum(target.form.blocks for target in quantized)
     everyones = blocks * STATISTIC_BYTES
-    finishing = everyones + sum(each.quant.finishing_bytes(each.form.blocks) for each in quantized if each.quant)
+    by_format = groupby(quantized, lambda target: target.quant)
+    finishing: int = everyones + sum(
+        quant.finishing_bytes([target.form.blocks for target in group]) for quant, group in by_format if quant
+    )
     if setting.world_size == 1:
         return finishing
     partition = setting.strategy.partition

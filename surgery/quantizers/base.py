@@ -319,8 +319,8 @@ class QuantFormat:
         """Bytes of the state of a weight of so many blocks, as every rank has it."""
         return blocks * STATISTIC_BYTES
 
-    def finishing_bytes(self, blocks: int) -> int:
-        """Temporary bytes that `states` takes for so many blocks, beside their float32 statistics."""
+    def finishing_bytes(self, blocks: Sequence[int]) -> int:
+        """Bytes that `states` and `split_state` take for weights of so many blocks each, beside float32 statistics."""
         return 0
 
     def quantizing_bytes(self, device: torch.device) -> float:

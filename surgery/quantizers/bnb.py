@@ -503,9 +503,14 @@ class Bnb4bit(QuantFormat):
             return blocks * STATISTIC_BYTES + STATE_BYTES
         return blocks + -(-blocks // NESTED_BLOCKSIZE) * STATISTIC_BYTES + STATE_BYTES
 
-    def finishing_bytes(self, blocks: int) -> int:
-        """Temporary bytes of double quantization: statistics less their mean, twice, and as bytes, twice."""
-        return blocks * STATISTIC_BYTES * 5 // 2 if self.options.double_quant else 0
+    def finishing_bytes(self, blocks: Sequence[int]) -> int:
+        """Bytes of double quantization: statistics less their mean, twice, and as bytes, twice; of all weights at once.
+
+        Without it those of statistics as parameters, if they are sharded.
+        """
+        if self.options.double_quant:
+            return sum(blocks) * STATISTIC_BYTES * 5 // 2
+        return sum(blocks) * STATISTIC_BYTES if self.options.shard_statistics else 0
 
     def quantizing_bytes(self, device: torch.device) -> float:
         """Temporary bytes for each element that is being quantized."""

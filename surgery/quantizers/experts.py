@@ -127,10 +127,10 @@ class Experts4bit(Bnb4bit):
         fitting = (name for name in fused_parameters(module) if self._fits(module, name))
         self.announce(module, {name: self.stack(module.get_parameter(name)) for name in fitting})
 
-    @staticmethod
-    def announce(module: Any, stacks: dict[str, PackedStack]) -> None:
+    def announce(self, module: Any, stacks: dict[str, PackedStack]) -> None:
         """Note on `module` what is packed, and how."""
         module.packed_stacks = stacks
+        module.quant_storage = self.storage
         module.quant_state = stacks  # by which `torch.fsdp2-bit-exact-gather` knows a layer of packed bytes
 
     @classmethod
@@ -275,10 +275,11 @@ class Experts4bit(Bnb4bit):
         """0: statistics are a parameter."""
         return 0
 
-    def finishing_bytes(self, blocks: int) -> int:
-        """Temporary bytes of double quantization, and of the statistics of all experts as bytes."""
-        each = 2 if self.options.double_quant else STATISTIC_BYTES
-        return super().finishing_bytes(blocks) + blocks * each
+    def finishing_bytes(self, blocks: Sequence[int]) -> int:
+        """Bytes of the statistics of all stacks as parameters, and of double quantization of one after the other."""
+        if not self.options.double_quant:
+            return sum(blocks) * STATISTIC_BYTES
+        return sum(blocks) + super().finishing_bytes([max(blocks)])
 
     def dequantized_bytes(self, shape: torch.Size) -> int:
         """Bytes of a run of experts: within the budget of their forward, and one at least."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import PackedStack, stacks_of
+from surgery.quantizers.stack import PackedStack, check_not_cast, stacks_of
 
 __all__ = ["DEQUANTIZED_BYTES", "SplitLora", "experts_forward", "grouped_mm_4bit"]
 
@@ -62,8 +62,8 @@ def experts_forward(
 ) -> torch.Tensor:
     """The forward of an experts module of transformers, as its `grouped_mm_experts_forward`, operation for operation.
 
-    self: a module with `packed_stacks`; its parameters that are not among them are used as they are. hidden_states:
-    `(tokens, hidden)`. top_k_index, top_k_weights: `(tokens, k)`. Returns `(tokens, hidden)`.
+    self: a module with `packed_stacks`, in `quant_storage`; parameters that are not among them are used as they are.
+    hidden_states: `(tokens, hidden)`. top_k_index, top_k_weights: `(tokens, k)`. Returns `(tokens, hidden)`.
     """
     top_k = top_k_index.size(-1)
     experts, order = torch.sort(top_k_index.reshape(-1))
@@ -103,6 +103,7 @@ def _projected(module: Any, name: str, x: torch.Tensor, rows: _Rows, lora: Seque
         y = _grouped_linear(x, weight, rows.offsets, is_transposed=module.is_transposed)
     else:
         statistics = getattr(module, name + STATISTICS)
+        check_not_cast(module, weight, statistics)
         y = _packed_product(x, weight, statistics, rows, stack, is_transposed=module.is_transposed)
     if module.has_bias:
         y.add_(getattr(module, f"{name}_bias")[rows.experts])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, check_not_cast, code_of, dynamic_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -62,7 +62,28 @@ def is_held(state: Any) -> bool:
 
 def _view(state: Any, name: str) -> torch.Tensor:
     stack: PackedStack = state.stack
-    return stack.views(getattr(state.layer, "weight" + STATISTICS).detach())[name]
+    held = getattr(state.layer, "weight" + STATISTICS).detach()
+    check_not_cast(state.layer, held)
+    return stack.views(held)[name]
+
+
+def _again(state: Any) -> tuple[Any, ...]:
+    """The call that makes it once more, of its layer: what is pickled."""
+    return held_state, (state.layer, state.stack)
+
+
+def _copied(state: Any, memo: dict[int, Any]) -> Any:
+    """The state of the copy of its layer, for the copy of its weight too; None for a weight that is copied alone.
+
+    bitsandbytes copies the state of a weight without saying which other copies there are.
+    """
+    if id(state.layer) not in memo:
+        return None
+    new = held_state(memo[id(state.layer)], state.stack)
+    weight = memo.get(id(state.layer._parameters["weight"]))
+    if weight is not None:
+        weight.quant_state = new
+    return new
 
 
 @functools.cache
@@ -103,5 +124,7 @@ def _kind() -> Any:
 
         def to(self, device: Any) -> None:
             """Nothing: the parameter moves."""
+
+        __reduce__, __deepcopy__ = _again, _copied
 
     return HeldState

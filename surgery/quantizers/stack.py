@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from surgery.errors import QuantizerError
 
 __all__ = [
     "NESTED_BLOCKSIZE",
@@ -16,6 +18,7 @@ __all__ = [
     "Section",
     "aligned",
     "as_bytes",
+    "check_not_cast",
     "code_of",
     "dynamic_code",
     "nested_values",
@@ -199,6 +202,17 @@ def stacks_of(module: nn.Module) -> Mapping[str, PackedStack]:
     """The stacks of weights in 4 bits that `module` holds, by the names of its parameters; empty for most modules."""
     found: Mapping[str, PackedStack] = vars(module).get("packed_stacks", {})
     return found
+
+
+def check_not_cast(module: Any, *held: torch.Tensor) -> None:
+    """Raise `QuantizerError` if bytes are in another dtype than the `quant_storage` of `module`: they mean nothing."""
+    for each in held:
+        if each.dtype != module.quant_storage:
+            raise QuantizerError(
+                f"expected packed bytes and their statistics in {module.quant_storage}, found them cast to "
+                f"{each.dtype}: load the model with dtype= instead of casting it, or a part of it; or with "
+                "quant_storage=torch.uint8, which is never cast"
+            )
 
 
 def nested_values(

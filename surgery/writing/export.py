@@ -90,6 +90,7 @@ def export(
                 raise NotFilledError("export()")
             base, origin = origin_of(model)
             form = form_of(base, origin, dtype, merged=merged)
+            report.note("left_out", form.left_out)
             if ranks.rank == 0:
                 check_output(directory, overwrite=overwrite, sources=origin.checkpoint.places)
             facts = facts_of({"dtype": dtype, "merged": merged, "overwrite": overwrite, "shards": max_shard_bytes})

@@ -18,13 +18,13 @@ from surgery.quantizers.base import STATISTICS, QuantFormat, format_of, formats_
 from surgery.sharding.base import Part
 from surgery.writing.apart import Apart, apart
 from surgery.writing.live import Adapted, Place
-from surgery.writing.merging import MergeSite
+from surgery.writing.merging import MergeSite, chunks
 from surgery.writing.output import Planned
 from surgery.writing.packing import format_among, planned_packed, quantized_in
 
 __all__ = ["OutputForm", "Planner", "Product", "Value", "form_of"]
 
-#: Elements of a stack of experts that one rank makes at a time, if one expert has no more.
+#: Elements of a stack of experts that one rank makes at a time, if two experts have no more.
 RUN = 1 << 26
 
 #: The types of packed weights that can be asked for by name.
@@ -36,7 +36,8 @@ class OutputForm:
     """The form of the result. dtype: of what is not packed; None for that of each tensor.
 
     quant: options of the weights that are packed; None for none. formats: theirs. chosen: FQNs of the weights that are
-    packed, and the format of each; None for those that the model has packed.
+    packed, and the format of each; None for those that the model has packed. left_out: FQNs of those of their kind that
+    stay in 16 bits.
     """
 
     dtype: torch.dtype | None = None
@@ -44,6 +45,7 @@ class OutputForm:
     formats: tuple[QuantFormat, ...] = ()
     chosen: Mapping[str, QuantFormat] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def facts(self) -> list[str]:
@@ -74,8 +76,8 @@ def form_of(base: nn.Module, origin: Origin, dtype: Any, *, merged: bool) -> Out
     skeleton = build_on_meta(
         causal_lm(origin.checkpoint, origin.setting.dtype), dtype=origin.setting.dtype, device=torch.device("cpu")
     )
-    chosen, config = quantized_in(skeleton, formats)
-    return OutputForm(quant=quant, formats=formats, chosen=chosen, config=config)
+    chosen, config, left_out = quantized_in(skeleton, formats)
+    return OutputForm(quant=quant, formats=formats, chosen=chosen, config=config, left_out=left_out)
 
 
 def _options(held: Any, asked: Any) -> Any:
@@ -263,9 +265,7 @@ class Planner:
         if is_same and not value.sites:
             yield Product(tensors=tensors[:1], values=(value,), packed=packed, is_gathered=False)
             value = replace(value, is_copied=True)
-        step = max(RUN // value.shape[1:].numel(), 1)
-        for start in range(0, value.shape[0], step):
-            experts = range(start, min(start + step, value.shape[0]))
+        for experts in chunks(value.shape, RUN):
             yield Product(
                 tensors=tensors, values=(value,), is_gathered=True, packed=packed, experts=experts, apart=pieces
             )
@@ -328,6 +328,11 @@ class Planner:
             )
         formats = self.origin.setting.formats
         quant = next((q for q in formats if q.is_quantized(module) and leaf in q.weight_names(module)), None)
+        if quant is not None and held.data.dtype != quant.storage:
+            raise ConfigError(
+                f"{loaded.names[0]}: expected packed bytes in {quant.storage}, found it cast to {held.data.dtype}, and "
+                "they mean nothing: load the model with dtype= instead of casting it"
+            )
         is_cast = self.form.dtype is not None and loaded.dtype == self.origin.setting.dtype
         dtype = self.form.dtype if is_cast else loaded.dtype
         return Value(

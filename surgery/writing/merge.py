@@ -110,6 +110,7 @@ def merge(
                 check_output(directory, **options)
             check_together(stored, checkpoint)
             job = _prepare(checkpoint, stored, dtype, quant, ranks)
+            report.note("left_out", job.left_out)
             for adapter in stored[ranks.rank :: ranks.world_size]:
                 adapter.check_finite()
             files = _files(job, stored)
@@ -134,7 +135,8 @@ def merge(
 class _Job:
     """All that is to be done. untied: whether embedding and head are two tensors from now on.
 
-    quantization: `quantization_config` of the output; None for none.
+    quantization: `quantization_config` of the output; None for none. left_out: FQNs of weights that stay in 16 bits
+    though their kind is packed.
     """
 
     checkpoint: Checkpoint
@@ -143,6 +145,7 @@ class _Job:
     untied: bool
     dtype: torch.dtype | None
     quantization: Mapping[str, object] | None
+    left_out: tuple[str, ...]
 
     @property
     def planned(self) -> Iterator[Planned]:
@@ -173,8 +176,9 @@ def _prepare(
     base = BaseModel.of(model, plan_weights(model, checkpoint, device=cpu), checkpoint)
     quantized: Mapping[str, QuantFormat] = {}
     quantization = None
+    left_out: tuple[str, ...] = ()
     if quant is not None:
-        quantized, quantization = _quantization(model, base, checkpoint, quant, own)
+        quantized, quantization, left_out = _quantization(model, base, checkpoint, quant, own)
     names = [f"merged{number}" for number in range(len(adapters))]
     configs = {name: each.config for name, each in zip(names, adapters, strict=True)}
     matched = []
@@ -194,6 +198,7 @@ def _prepare(
         untied=untied,
         dtype=own if dtype is not None or packing is not None else None,
         quantization=quantization,
+        left_out=left_out,
     )
 
 
@@ -206,8 +211,8 @@ def _dtype_of(checkpoint: Checkpoint) -> torch.dtype:
 
 def _quantization(
     model: nn.Module, base: BaseModel, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype
-) -> tuple[Mapping[str, QuantFormat], Mapping[str, object]]:
-    """FQN -> format of those weights of the output that are packed, and its `quantization_config`."""
+) -> tuple[Mapping[str, QuantFormat], Mapping[str, object], tuple[str, ...]]:
+    """FQN -> format of those weights of the output that are packed; its `quantization_config`; what is left out."""
     packing, config = checkpoint.packing, checkpoint.config or {}
     options = replace(quant, quant_storage=quant.quant_storage or torch.uint8)
     formats = formats_for(options, dtype=dtype, compute_dtype=dtype)
@@ -216,9 +221,9 @@ def _quantization(
     if packing is None:
         return quantized_in(twin, formats)
     formats = formats_for(formats[0].options_for(packing), dtype=dtype, compute_dtype=dtype)
-    weights, _ = quantized_in(twin, formats, packed=base.weights.packed)
+    weights, _, left_out = quantized_in(twin, formats, packed=base.weights.packed)
     linear = {fqn: formats[0] for fqn in base.weights.packed if len(base.tensors[fqn].shape) != 3}
-    return {**linear, **weights}, config["quantization_config"]
+    return {**linear, **weights}, config["quantization_config"], left_out
 
 
 def _write(job: _Job, out: Output, ranks: Ranks, report: Report) -> None:

@@ -72,12 +72,15 @@ class MergeSite:
                 getattr(self.layer, "_caches", {}).clear()
 
 
-def chunks(shape: Sequence[int]) -> Iterator[range]:
-    """Ranges of dimension 0 of a tensor of `shape` with about so many elements each; the last one is never shorter."""
+def chunks(shape: Sequence[int], elements: int | None = None) -> Iterator[range]:
+    """Ranges of dimension 0 of a tensor of `shape`, with about so many `elements` each; the last is never shorter.
+
+    elements: None for `CHUNK`. Of a stack of experts two at least: PEFT takes one for a matrix, and not for transposed.
+    """
     total = shape[0] if shape else 1
     row = max(torch.Size(shape).numel() // max(total, 1), 1)
     least = ROWS if len(shape) < 3 else 2
-    step, start = max(CHUNK // row // least * least, least), 0
+    step, start = max((elements or CHUNK) // row // least * least, least), 0
     while start < total:
         stop = start + step if total - start >= 2 * step else total
         yield range(start, stop)
@@ -189,12 +192,15 @@ def _part(
         return _tokens(layer, inputs, rows)
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         number = layer.num_experts
+        settings: dict[str, Any] = {"num_experts": len(rows)}
+        if len(rows) == 1:  # which PEFT takes for a matrix
+            settings["fan_in_fan_out"] = not layer._did_swap_in_out_features
         return {
             key: value.view(number, -1, value.shape[1])[part].flatten(0, 1)
             if key.startswith("lora_A.")
             else value.view(len(value), -1, number)[..., part].flatten(1)
             for key, value in inputs.items()
-        }, {"num_experts": len(rows)}
+        }, settings
     if isinstance(layer, Embedding) or layer.fan_in_fan_out:
         # The rows of a weight that is stored as (in, out) are the columns of A.
         across = ("lora_A.", "lora_embedding_A.")

@@ -30,10 +30,11 @@ def planned_packed(name: str, quant: QuantFormat, shape: Sequence[int], storage:
 
 def quantized_in(
     model: Any, formats: Sequence[QuantFormat], *, packed: frozenset[str] = frozenset()
-) -> tuple[dict[str, QuantFormat], dict[str, Any]]:
-    """FQN -> format of the weights of `model`, on meta, that are quantized, and its `quantization_config` then.
+) -> tuple[dict[str, QuantFormat], dict[str, Any], tuple[str, ...]]:
+    """FQN -> format of the weights of `model`, on meta, that are quantized; its `quantization_config` then; left out.
 
-    `model` is changed. packed: FQNs of weights that a checkpoint has packed, which others in these formats are not.
+    The last are FQNs of weights that stay in 16 bits though their kind is quantized. `model` is changed.
+    packed: FQNs of weights that a checkpoint has packed, which others in these formats are not.
     """
     chosen = held_packed(model, formats, packed) if packed else quantizable(model, formats)
     for quant, found in chosen.items():
@@ -44,7 +45,8 @@ def quantized_in(
         for site in found
         for name in quant.weight_names(site.module)
     }
-    return weights, model.config.quantization_config.to_dict()
+    left_out = tuple(name for quant in formats for name in quant.left_out(model))
+    return weights, model.config.quantization_config.to_dict(), left_out
 
 
 def format_among(formats: Sequence[QuantFormat], kind: QuantFormat | None) -> QuantFormat | None:

@@ -148,6 +148,7 @@ def _convert(
         with everyone(ranks, device=device):
             prepared = prepare(opened, setting, ranks=ranks, device=device)
             report.note("ignored", prepared.ignored)
+            report.note("left_out", prepared.left_out)
             plan = tuple(_planned(prepared, opened))
         with output(
             directory,

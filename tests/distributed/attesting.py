@@ -124,7 +124,7 @@ def plant(model: nn.Module, place: Place, layer: str = LAYER) -> Callable[[], No
 
     Returns what takes it back.
     """
-    module: Any = next(module for module, record in records_of(model).items() if record.fqn == layer)
+    module: Any = next(module for (module, _), record in records_of(model).items() if record.fqn == layer)
     state = module.quant_state
     if place == "blocksize":
         state.blocksize //= 2
@@ -196,7 +196,7 @@ def gathered_as_on_cuda(checkpoint: Path) -> tuple[Caught, dict[str, int], Attes
         with rewritten_nans():
             seen = _seen(model)
             error = _attested(model, in_forward=True)
-            layers = list(records_of(model))
+            layers = [layer for layer, _ in records_of(model)]
             with patches.transaction(PATCH, on=layers, reason="a test", force=True), surgery.attesting(model) as watch:
                 step(model)
     assert error is not None, "nothing was found"
@@ -214,7 +214,7 @@ def _seen(model: nn.Module) -> dict[str, torch.Tensor]:
 
     hooks = [
         layer.register_forward_pre_hook(lambda module, _, fqn=record.fqn: look(module, fqn))
-        for layer, record in records_of(model).items()
+        for (layer, _), record in records_of(model).items()
     ]
     with torch.no_grad():
         forward(model)

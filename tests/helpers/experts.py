@@ -81,7 +81,7 @@ def packed_experts(module: Any, *, storage: torch.dtype = torch.uint8, **options
     """`(packed, dequantized)`: copies of an experts module, one in 4 bits, one with the values that those stand for."""
     options = {"quant_type": "nf4", "blocksize": 64, "double_quant": False, **options}
     packed, dequantized = copy.deepcopy(module), copy.deepcopy(module)
-    packed.packed_stacks = {}
+    packed.packed_stacks, packed.quant_storage = {}, storage
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         stack, *both = packed_stack(getattr(module, name), **options)
         packed.packed_stacks[name] = stack

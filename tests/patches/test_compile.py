@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -178,6 +179,50 @@ with patches.transaction(patch, reason="a test"):
     assert json.dumps(1) == "!"
 assert not [name for name in sys.modules if name.partition(".")[0] == "torch"]
 """
+
+
+WHILE_COMPILING = """
+import threading, torch, patches
+
+def elsewhere(x):
+    return x
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return x + 1
+
+patch = patches.Patch(id="a.b", target="__main__:elsewhere", wrapper=lambda w, i, a, k: w(*a, **k), reason="a test")
+patched = patches.transaction(patch, reason="a test")
+patched.__enter__()
+graphs = []
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    if len(graphs) == 2:
+        patched.__exit__(None, None, None)
+    return graph.forward
+
+model, x = Model(), torch.arange(4.0)
+model.compile(backend=backend, dynamic=False)
+assert torch.equal(model(x), x + 1) and torch.equal(model(x[:2]), x[:2] + 1)
+for thread in threading.enumerate():
+    if thread.name == "patches-drop":
+        thread.join()
+assert torch.equal(model(x), x + 1) and len(graphs) == 3
+"""
+
+
+def test_a_change_while_this_thread_compiles_drops_graphs_once_it_is_done() -> None:
+    """As when a model that is collected undoes its patches: what is being filled must not be freed."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WHILE_COMPILING],
+        env=os.environ | {"MALLOC_PERTURB_": "165"},  # what is freed is overwritten
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_torch_is_not_imported_for_it() -> None:

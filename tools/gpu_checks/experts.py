@@ -167,7 +167,7 @@ def _stock(job: Job, folder: Path, double_quant: bool, dtype: torch.dtype = torc
         bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=dtype, device_map={"": job.device}
+        folder, quantization_config=quantization, dtype=dtype, device_map={"": job.device}, trust_remote_code=False
     )
     return model.requires_grad_(requires_grad=False).train()
 

@@ -93,6 +93,9 @@ def spell_out(wrapped: Callable[..., None], _instance: object, args: tuple[Any, 
 def _converted(wrapped: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Convert the configuration; returns what is to be said of it."""
     config, model = _given("peft_config", 0, args, kwargs), _given("model", 1, args, kwargs)
+    if not hasattr(config, "target_parameters"):  # a tuner other than LoRA, which adapts modules alone
+        wrapped(*args, **kwargs)
+        return ""
     asked = copy.deepcopy(config)
     experts = {_plain(fqn): module for fqn, module in model.named_modules() if stacks_of(module)}
     if experts and isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -237,6 +237,22 @@ def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pyte
     assert "gate.weight" in line
     assert "gate_up_proj at rank 8 instead of 4" in line
     assert any(".gate.lora_A" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_a_tuner_other_than_lora_is_left_to_peft(targets: Any, caplog: pytest.LogCaptureFixture) -> None:
+    packed, plain = models()
+    found = []
+    for model in (packed, plain):
+        torch.manual_seed(1)
+        with adapting(model):
+            tuned: Any = get_peft_model(model, LoHaConfig(r=2, target_modules=targets, init_weights=False))
+        found.append((tuned(IDS).logits, gradients(tuned)))
+    assert not [record for record in caplog.records if record.name == "surgery"]
+    (mine, grads), (theirs, wanted) = found
+    assert grads.keys() == wanted.keys()
+    assert any("q_proj" in name for name in grads)
+    assert torch.equal(mine, theirs)
 
 
 def test_values_are_drawn_later_as_peft_draws_them() -> None:

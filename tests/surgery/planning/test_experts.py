@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import surgery
+from checkpoints.experts import ExpertsShape
 from surgery.checkpoint import Checkpoint
 from surgery.config import FSDP2, Quant
 from surgery.passes.prepare import prepare
 from surgery.planning.inventory import take_inventory
 from surgery.planning.plan import MemoryPlan, make_plan
 from surgery.planning.training import Training
+from surgery.quantizers.bnb import Bnb4bit
+from surgery.quantizers.experts import Experts4bit
 from surgery.telemetry.numbers import say_size
-from tests.helpers.hollow import DEEPSEEK_V3, GLM_4_5, QWEN3_235B, Shape, write_hollow
+from tests.helpers.hollow import DEEPSEEK_V3, GLM_4_5, QWEN3_235B, write_hollow
+from tests.helpers.live import LiveBytes
 from tests.helpers.models import save_tiny
 from tests.surgery.planning.conftest import setting
 from tests.surgery.planning.test_command import run
 from tests.surgery.planning.test_scale import calls
 
 WORLDS = (8, 64, 256)
-SHAPES: dict[str, Shape] = {"Qwen3-235B-A22B": QWEN3_235B, "GLM-4.5": GLM_4_5, "DeepSeek-V3": DEEPSEEK_V3}
+SHAPES: dict[str, ExpertsShape] = {"Qwen3-235B-A22B": QWEN3_235B, "GLM-4.5": GLM_4_5, "DeepSeek-V3": DEEPSEEK_V3}
 
 #: GB of the experts in 16 bits, in 4 bits, and of their statistics; and parameters of the model, in billions.
 SIZES = {
@@ -77,19 +86,21 @@ def test_large_models_on_many_ranks(plans: tuple[str, dict[int, MemoryPlan]]) ->
         assert figures.train is not None
         # Statistics of experts are divided like them, so that all that is whole is those of the other layers.
         assert figures.train.weights * world == pytest.approx(by_world[8].of_rank(0).train.weights * 8, rel=1e-3)  # type: ignore[union-attr]
+        number = SHAPES[name].experts
+        in_rows = experts.in_16_bits * -(-number // world) / number  # a row of a stack in 16 bits is an expert
         assert experts.held_in_16_bits - experts.held == pytest.approx(
-            (experts.in_16_bits - experts.packed - experts.statistics) / world, rel=0.01
+            in_rows - (experts.packed + experts.statistics) / world, rel=0.01
         )
         # No rank ever has a stack, nor all of its statistics in float32 twice over.
         assert figures.load.host_peak < 8 * GB
     few, many = by_world[8], by_world[256]
-    assert calls(lambda: make_plan(many.inventory, many.setting, many.training)) < 400_000
-    assert calls(lambda: make_plan(few.inventory, few.setting, few.training)) < 400_000
+    assert calls(lambda: make_plan(many.inventory, many.setting, many.training)) < 1_000_000
+    assert calls(lambda: make_plan(few.inventory, few.setting, few.training)) < 1_000_000
 
 
 def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
     """On a grid of replicas as on the ranks of one; bytes read are those of the checkpoint, and a block a tensor."""
-    sizes = {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "qwen3_moe", **sizes))
     for quant in (Quant(), Quant(double_quant=False)):
         meshed = setting(world_size=4, shard=FSDP2(mesh=(2, 2)), quant=quant)
@@ -110,11 +121,11 @@ def test_statistics_are_divided_and_not_read(tmp_path: Path) -> None:
 
 def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_path: Path) -> None:
     """An expert of 40 x 60 elements is no whole number of blocks of 64."""
-    sizes = {"num_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {"num_experts": 4, "head_dim": 16, "num_experts_per_tok": 2}
     whole = save_tiny(tmp_path / "whole", "qwen3_moe", moe_intermediate_size=32, **sizes)
     said = run(whole, "--world", 2).stdout
-    assert "Experts are in 4 bits: 48.0 KiB, and " in said
-    assert "In 16 bits (--experts 16bit) they would be 192 KiB: a rank would hold " in said
+    assert "Experts are in 4 bits: 24.0 KiB, and " in said
+    assert "In 16 bits (--experts 16bit) they would be 96.0 KiB: a rank would hold " in said
     found = json.loads(run(whole, "--world", 2, "--json").stdout)["experts"]
     assert found["in_16_bits"] == 4 * found["packed"] == 2 * 2 * 4 * 3 * 32 * 64
     assert 0 < found["held"] < found["held_in_16_bits"]
@@ -126,13 +137,32 @@ def test_the_command_says_what_16_bits_would_need_and_what_stays_in_them(tmp_pat
     assert "Experts are in 4 bits" not in said
     assert json.loads(run(straddling, "--world", 2, "--json").stdout)["experts"] is None
     assert "stay in 16 bits" not in run(straddling, "--world", 2, "--experts", "16bit").stdout
+    report = surgery.Report()
+    with pytest.warns(UserWarning, match="4 fused weights of experts stay in 16 bits"):
+        surgery.release(surgery.qlora(straddling, report=report))
+    assert report.left_out == {f"model.layers.*.mlp.experts.{name}": 2 for name in ("gate_up_proj", "down_proj")}
+
+
+def test_what_making_statistics_takes_is_planned_by_format() -> None:
+    """With double quantization stacks come one after the other, and dense weights together; sharded or not."""
+    shapes = [torch.Size(shape) for shape in ((8, 64, 512), (8, 32, 512))]
+    for kind, double_quant, sharded in product((Experts4bit, Bnb4bit), (True, False), (True, False)):
+        quant = kind(Quant(double_quant=double_quant, shard_statistics=sharded), dtype=torch.bfloat16)
+        layers = [nn.Linear(shape[-1], shape[:-1].numel(), device="meta") for shape in shapes]
+        logical = shapes if kind is Experts4bit else [layer.weight.shape for layer in layers]
+        statistics = [torch.rand(shape.numel() // 64) for shape in shapes]
+        with LiveBytes(statistics) as live:
+            states = quant.states(statistics, logical, [torch.bfloat16] * 2)
+            for layer, state in zip(layers, states, strict=True):
+                if kind is Experts4bit or sharded:
+                    quant.split_state(layer, "weight", state)
+        planned = quant.finishing_bytes([each.numel() for each in statistics])
+        assert 0.6 * planned <= live.peak <= 1.01 * planned
 
 
 def test_an_adapter_of_experts_in_16_bits_keeps_whole_weights(tmp_path: Path) -> None:
     """PEFT adds its product to the stack, which is kept for backward; in split form a copy of the second factor is."""
-    sizes = {"num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
     checkpoint = Checkpoint.open(save_tiny(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2))
-    del sizes
     plan = make_plan(take_inventory(prepare(checkpoint, setting())), setting(), Training())
     assert plan.in_16_bits is not None
     split, folded = (each.inventory.units for each in (plan, plan.in_16_bits))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import model_surgery_patches as patches
+from surgery.errors import QuantizerError
 from surgery.integrations.transformers.experts_4bit import ID, find_forward
 from surgery.quantizers import grouped
 from surgery.quantizers.grouped import SplitLora
@@ -69,8 +71,9 @@ def test_every_value_of_four_bits_is_looked_up_in_its_table(quant_type: str) -> 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_runs_of_experts_have_the_values_that_bitsandbytes_gives_each(double_quant: bool) -> None:
     options = {"blocksize": 64, "double_quant": double_quant}
-    # Rows that are not whole blocks; with 300 statistics of each expert, one nested block of which is partial.
-    for dtype, shape, kind in itertools.product((*FLOATS, torch.float16), ((8, 40), (96, 200)), ("nf4", "fp4")):
+    # Rows that are not whole blocks; 300 statistics of each expert, in a whole nested block and a part; or 256.
+    shapes = (8, 40), (96, 200), (128, 128)
+    for dtype, shape, kind in itertools.product((*FLOATS, torch.float16), shapes, ("nf4", "fp4")):
         weights = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
         stack, packed, statistics = packed_stack(weights, quant_type=kind, **options)
         expected = torch.stack([packed_alone(each, kind, options) for each in weights])
@@ -128,6 +131,21 @@ def test_a_parameter_that_is_not_packed_is_used_as_it_is() -> None:
     del packed.packed_stacks["down_proj"]
     inputs = routed(torch.float32)
     assert same(computed(packed, inputs), computed(stock, inputs))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_bytes_that_were_cast_are_refused_and_those_in_bytes_are_never_cast(storage: torch.dtype) -> None:
+    """Of the same size or of another, by whatever way; on the whole, or on a part."""
+    module = experts_module("olmoe", torch.float32)
+    packed, _stock = packed_experts(module, storage=storage)
+    inputs = routed(torch.float32)
+    expected = packed(*inputs)
+    for other in {torch.float64, torch.bfloat16, torch.float16} - {storage}:
+        with pytest.raises(QuantizerError, match=f"in {storage}, found them cast to {other}"):
+            copy.deepcopy(packed).to(other)(*inputs)
+    assert packed.to("cpu", storage)(*inputs).equal(expected)
+    packed, _stock = packed_experts(module)
+    assert packed.double().float()(*inputs).equal(expected)
 
 
 def test_they_find_their_forward_for_as_long_as_one_model_needs_it() -> None:

@@ -11,15 +11,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import surgery
 from surgery.checkpoint import Checkpoint
+from surgery.cli import app
 from surgery.config import Quant
 from surgery.errors import CheckpointError, ConfigError
-from surgery.writing import export_plan, merging
+from surgery.passes import loading
+from surgery.quantizers.stack import as_bytes
+from surgery.writing import export_plan, merge_plan, merging
 from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
+from tests.helpers.ranks import run_ranks
 
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},  # under other names upstream
@@ -60,7 +66,7 @@ def require_same(one: Path, other: Path) -> None:
     for name, each in found.items():
         wanted = expected[name]
         assert (each.dtype, each.shape) == (wanted.dtype, wanted.shape), name
-        assert torch.equal(each.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8)), name
+        assert torch.equal(as_bytes(each), as_bytes(wanted)), name
 
 
 def loaded(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -70,10 +76,10 @@ def loaded(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 def require_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Require the same bytes."""
+    """Require the same bytes, in whatever dtype packed ones are stored."""
     assert found.keys() == expected.keys()
     for name, each in found.items():
-        assert torch.equal(each.view(torch.uint8), expected[name].view(torch.uint8)), name
+        assert torch.equal(as_bytes(each.data), as_bytes(expected[name].data)), name
 
 
 def require_quantized(folder: Path, dequantized: Path, source: Path, quant: Quant) -> None:
@@ -132,7 +138,7 @@ def test_experts_are_written_as_they_are_in_memory(
 
     require_alike(loaded(packed), loaded(source, quant=quant))
     require_alike(loaded(packed, quant=None), loaded(back, quant=None))
-    monkeypatch.setattr(export_plan, "RUN", 1)  # an expert at a time
+    monkeypatch.setattr(export_plan, "RUN", 1)  # two experts at a time
     with surgery.qlora(packed) as model:
         require_same(surgery.export(model, tmp_path / "base", merged=False), packed)
         require_same(surgery.export(model, tmp_path / "base-16", merged=False, dtype=torch.bfloat16), back)
@@ -166,9 +172,119 @@ def test_adapters_are_merged_into_experts_as_peft_does(
     again = surgery.quantize(tmp_path / "of-packed", tmp_path / "again", quant=quant)
     assert all(torch.equal(tensors(again)[name], found[name]) for name in changed)
 
-    with surgery.qlora(base, adapter=adapter) as model:
-        require_same(surgery.export(model, tmp_path / "exported"), tmp_path / "of-packed")
-        require_same(surgery.export(model, tmp_path / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+    for storage in (torch.bfloat16, torch.uint8, torch.float32):
+        with surgery.qlora(base, adapter=adapter, quant=Quant(quant_storage=storage)) as model:
+            out = tmp_path / f"in-{storage.itemsize}"
+            require_same(surgery.export(model, out / "exported"), tmp_path / "of-packed")
+            require_same(surgery.export(model, out / "exported-4bit", dtype=quant), tmp_path / "packed-again")
+
+
+def test_what_was_cast_is_not_exported(tmp_path: Path) -> None:
+    with surgery.qlora(save_tiny(tmp_path / "source", "mixtral", **MOE["mixtral"])) as model:
+        layer: Any = model.get_submodule("model.layers.0")
+        for part in (layer.self_attn.q_proj, layer.mlp.experts):
+            part.to(torch.float16)
+            with pytest.raises(ConfigError, match=r"in torch\.bfloat16, found it cast to torch\.float16"):
+                surgery.export(model, tmp_path / "exported")
+            part.to(torch.bfloat16)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor of numbers that this thread computes or views."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        # What is empty, and on meta soon, has no pages.
+        for each in [] if function is torch.ops.aten.empty.memory_format else torch.utils._pytree.tree_leaves(made):
+            if isinstance(each, torch.Tensor) and not each.is_meta and each.is_floating_point():
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_no_stack_of_experts_is_ever_whole(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "CHUNK", 1)
+    monkeypatch.setattr(export_plan, "RUN", 1)
+    monkeypatch.setattr(merge_plan, "ROOM", 1 << 16)
+    monkeypatch.setattr(merge_plan, "UNPACKED", 1 << 14)
+    monkeypatch.setitem(loading.CHUNK_ELEMENTS, "cpu", 1 << 14)
+    adapter, experts = tmp_path / "adapter", 40
+    source = save_tiny(tmp_path / "source", family, **{**MOE[family], "num_local_experts": experts})
+    save_adapter(source, adapter, tmp_path / "by-peft")
+    packed = surgery.quantize(source, tmp_path / "packed")
+    stack = experts * 112 * 64  # of `down_proj`, the smaller one
+    with Largest() as largest:
+        surgery.dequantize(packed, tmp_path / "back")
+    assert 0 < largest.elements < stack / 10
+    with surgery.qlora(packed, adapter=adapter) as model, Largest() as largest:
+        surgery.merge(source, adapter, tmp_path / "merged")
+        surgery.merge(packed, adapter, tmp_path / "merged-4bit", quant=Quant())
+        surgery.export(model, tmp_path / "exported")
+        surgery.export(model, tmp_path / "exported-4bit", dtype="nf4")
+    assert 0 < largest.elements < stack
+
+
+def write_all(folder: Path, out: Path) -> None:
+    """Whatever is written of the checkpoint `source` and of `adapter`, both in `folder`."""
+    source, adapter = folder / "source", folder / "adapter"
+    packed = surgery.quantize(source, out / "packed")
+    surgery.dequantize(packed, out / "back")
+    surgery.merge(packed, adapter, out / "merged")
+    surgery.merge(source, adapter, out / "merged-4bit", quant=Quant())
+
+
+def test_two_ranks_write_the_same_files(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "qwen3_moe", **MOE["qwen3_moe"])
+    save_adapter(source, tmp_path / "adapter", tmp_path / "by-peft")
+    write_all(tmp_path, tmp_path / "1")
+    run_ranks(write_all, 2, tmp_path, tmp_path / "2")
+    for one in sorted((tmp_path / "1").rglob("*.*")):
+        assert one.read_bytes() == (tmp_path / "2" / one.relative_to(tmp_path / "1")).read_bytes(), one
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, arguments)])
+    return done.exit_code, done.output
+
+
+def stacks(folder: Path) -> int:
+    return sum(packed.settings.is_stack for packed in Checkpoint.open(folder).packed.values())
+
+
+def test_experts_stay_in_16_bits_where_that_is_asked_for_or_said(tmp_path: Path) -> None:
+    """`--experts 16bit` of each command; and blocks that would straddle experts, whose weights are named."""
+    source = save_tiny(tmp_path / "source", "qwen3_moe", **MOE["qwen3_moe"])
+    other = save_tiny(tmp_path / "other", "qwen3_moe", **{**MOE["qwen3_moe"], "num_experts": 3})
+    llama = {"num_local_experts": 2, "intermediate_size_mlp": 48, "layer_types": ["full_attention"] * 2}
+    save_tiny(tmp_path / "llama", "llama4_text", **llama)
+    adapter = tmp_path / "adapter"
+    save_adapter(source, adapter, tmp_path / "by-peft")
+    of_16, of_4, out = tmp_path / "of-16", tmp_path / "of-4", tmp_path / "out"
+    assert invoke("quantize", source, of_16, "--experts", "16bit")[0] == 0
+    assert invoke("quantize", source, of_4)[0] == 0
+    assert (stacks(of_16), stacks(of_4)) == (0, 4)
+    for base in (source, of_16, of_4):
+        for experts, expected in (("16bit", 0), ("4bit", 4)):
+            merged = tmp_path / f"{base.name}-{experts}"
+            code, said = invoke("merge", base, adapter, merged, "--dtype", "nf4", "--experts", experts)
+            assert (code, stacks(merged)) == (0, expected), said
+    AutoModelForCausalLM.from_pretrained(tmp_path / "of-4-16bit", device_map="cpu")
+
+    code, said = invoke("quantize", source, tmp_path / "wide", "--blocksize", "2048")
+    assert (code, stacks(tmp_path / "wide")) == (0, 2)
+    assert "2 fused weights of experts stay in 16 bits" in " ".join(said.split())
+    assert "model.layers.*.mlp.experts.down_proj" in said
+    for arguments, says in (
+        (("quantize", tmp_path / "llama", out), "Llama4TextExperts holds its experts as parameters"),
+        (("quantize", of_4, out), "expected weights in 16 or 32 bits"),
+        (("merge", other, adapter, out), "does not fit this model"),
+        (("merge", of_4, adapter, out, "--dtype", "fp4"), "is packed already, with 'nf4'"),
+    ):
+        code, said = invoke(*arguments)
+        assert (code, out.exists()) == (2, False), said
+        assert says in " ".join(said.split())
 
 
 def test_who_reads_packed_experts(tmp_path: Path) -> None:
