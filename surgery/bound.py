@@ -266,9 +266,10 @@ def bind_alone(
     Raises `SurgeryError` for what cannot be bound; the model can then be loaded as transformers does.
     """
     device = compute_device()
+    is_marked = bool(quantized_modules(model))  # by upstream, which has made them
     setting = Setting(
         # Some models have linear layers of a class of their own.
-        quant=quant if quantized_modules(model) or (getattr(quant, "experts", False) and has_experts(model)) else None,
+        quant=quant if is_marked or (getattr(quant, "experts", False) and has_experts(model)) else None,
         shard=None,
         lora=None,
         placement=None,
@@ -281,6 +282,8 @@ def bind_alone(
     model.tie_weights(recompute_mapping=False)  # type: ignore[operator]  # a method of every one of its models
     cast_as_stored(model, dtype)
     prepared = match(model, checkpoint, setting, ranks=Ranks(), device=device, conversions=conversions, is_chosen=True)
+    if quantized_modules(model) and not is_marked:  # experts, whose bytes a cast would change
+        setting.format.mark(model)
     report = Report(show_progress=os.environ.get("RANK", "0") == "0", device=device)
     bound = Bound(model=model, checkpoint=checkpoint, report=report, _prepared=prepared, _is_compared=False)
     vars(model)[BOUND] = bound

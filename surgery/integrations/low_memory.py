@@ -95,10 +95,11 @@ def low_memory(*, experts: QuantType | None = None) -> _Block:
     The block is needed around `from_pretrained` alone. What cannot be loaded so is loaded as without it, and a line of
     the logger `surgery` says why; where an installed library is not one that this was written for, all of it is.
 
-    experts: `nf4` or `fp4` has fused experts in 4 bits too, for which transformers' configuration has no word, in a
-    model with `quantization_config` and in one without; None leaves them in 16 bits, or to a block around this one.
-    Statistics, storage and the dtype that computes are those of the configuration. A model whose experts cannot be had
-    so raises `ConfigError`.
+    experts: `nf4` or `fp4` has fused experts in 4 bits too, for which transformers' configuration has no word; None
+    leaves them in 16 bits, or to a block around this one. Statistics, storage and the dtype that computes are those of
+    `quantization_config`. Without one all other weights stay in 16 bits; transformers, PEFT and TRL then take the model
+    for one in 4 bits, which is not cast, and is trained with adapters only. A model whose experts cannot be had so
+    raises `ConfigError`.
     """
     if experts not in (None, "nf4", "fp4"):
         raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")

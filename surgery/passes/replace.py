@@ -77,10 +77,11 @@ def quantizable(model: nn.Module, formats: Sequence[QuantFormat]) -> dict[QuantF
         quant: tuple(s for s in found if s.fqn not in keep and not match_any(s.fqn, quant.skip_modules))
         for quant, found in candidates.items()
     }
-    if not any(chosen.values()):
+    if first.needs_modules and not any(chosen.values()):
         raise SelectorError(
-            f"{type(model).__name__} has no linear module to quantize: of {len(every)} torch.nn.Linear all are "
-            "the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and stay)",
+            f"{type(model).__name__} has no linear module to quantize: of {len(candidates[first])} torch.nn.Linear "
+            "all are the output head, tied, or in skip_modules (subclasses of Linear have a forward of their own, and "
+            "stay)",
             patterns=first.skip_modules,
         )
     return chosen

@@ -26,6 +26,11 @@ __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "h
 #: The name under which `ExpertsInterface` of transformers finds the forward of these modules.
 IMPLEMENTATION = "surgery_4bit"
 
+#: The forward in the place of which it is, operation for operation.
+REPLACED = "grouped_mm"
+
+LEAVE = "Leave them in 16 bits: Quant(experts=False), --experts 16bit, or low_memory() without experts="
+
 #: Classes that are taken for experts whose weights are parameters, with a forward of their own. Shared ones, which
 #: every token goes through, are few.
 EXPERTS = re.compile("(?<!shared)expert", re.IGNORECASE)
@@ -62,18 +67,25 @@ class Experts4bit(Bnb4bit):
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is one of transformers' fused experts, with a weight that can be packed.
 
-        Raises `ConfigError` for experts whose class has a forward of its own, so that nobody trains with most of the
-        model in 16 bits unawares.
+        Raises `ConfigError` for experts that are computed by another forward than the one that is replaced, so that
+        nobody trains with most of the model in 16 bits, or with other products, unawares.
         """
         if not self.options.experts or self.is_quantized(module):
             return False
         if is_foreign(module):
             raise ConfigError(
                 f"{type(module).__name__} holds its experts as parameters, with a forward of its own that transformers "
-                "does not let others replace: they cannot be had in 4 bits. Leave them in 16 bits with "
-                "Quant(experts=False) (--experts 16bit)"
+                f"does not let others replace: they cannot be had in 4 bits. {LEAVE}"
             )
-        return any(self._fits(module, name) for name in fused_parameters(module))
+        takes = any(self._fits(module, name) for name in fused_parameters(module))
+        chosen = _implementation(module)
+        if takes and chosen not in {None, REPLACED}:
+            raise ConfigError(
+                f"{type(module).__name__} is computed by experts_implementation={chosen!r}, by its class's choice or "
+                f"that of who loads it, and in 4 bits as {REPLACED!r} would, which rounds otherwise. {LEAVE}, or load "
+                f"it with experts_implementation={REPLACED!r}"
+            )
+        return takes
 
     def _fits(self, module: nn.Module, name: str) -> bool:
         """Whether the blocks of one expert are whole, so that none straddles two."""
@@ -300,6 +312,11 @@ def fused_parameters(module: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     held = ((name, module._parameters.get(name)) for name in names)
     return tuple(name for name, parameter in held if parameter is not None and parameter.dim() == 3)
+
+
+def _implementation(module: Any) -> str | None:
+    """The name of the forward that is chosen for the experts of `module`; None if nobody has."""
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def is_foreign(module: nn.Module) -> bool:

@@ -98,13 +98,14 @@ def bind_at_load(wrapped: Callable[..., Any], _instance: object, args: tuple[Any
     given = dict(zip(("model", "state_dict", "checkpoint_files", "load_config"), args, strict=False)) | kwargs
     if given.get("expected_keys") is None:  # otherwise it is an adapter beside the model, which is small
         reason = _why_not(given["state_dict"], given["checkpoint_files"], given["load_config"])
+        advice = ". Leave out experts=, or change that"
         try:
             if reason is None:
                 return _bind(given["model"], given["checkpoint_files"], given["load_config"]), None
         except SurgeryError as error:
-            reason = str(error)
+            reason, advice = str(error), ""
         name = type(given["model"]).__name__
-        _refuse_experts(given["model"], reason)
+        _refuse_experts(given["model"], f"{reason}{advice}")
         logger.warning("surgery.low_memory: %s is loaded as without it: %s", name, reason)
         vars(given["model"])[LOADED] = reason
     patches.passed(ID)
@@ -178,7 +179,7 @@ def _refuse_experts(model: Any, reason: str) -> None:
     if experts is not None and has_experts(model):
         raise ConfigError(
             f"low_memory(experts={experts!r}): {type(model).__name__} would be loaded by transformers, its experts in "
-            f"16 bits: {reason}. Leave out experts, or change that"
+            f"16 bits: {reason}"
         )
 
 
