@@ -446,9 +446,7 @@ class Bnb4bit(QuantFormat):
 
     def state_tensors(self, state: Any) -> dict[str, torch.Tensor]:
         """`absmax`, `code`, `offset`, and those of the state of the statistics: `state2.absmax`."""
-        from surgery.quantizers.held_state import is_held
-
-        if is_held(state):  # a parameter, and attested as that
+        if hasattr(state, "stack"):  # a parameter, and attested as that
             return {}
         found: dict[str, torch.Tensor] = {}
         for name, value in vars(state).items():
@@ -460,9 +458,7 @@ class Bnb4bit(QuantFormat):
 
     def state_settings(self, state: Any) -> dict[str, str]:
         """The types, sizes and dtypes that say how to read the tensors."""
-        from surgery.quantizers.held_state import is_held
-
-        if is_held(state):
+        if hasattr(state, "stack"):
             return {"stack": repr(state.stack)}
         found: dict[str, str] = {}
         for name, value in vars(state).items():

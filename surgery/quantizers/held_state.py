@@ -14,7 +14,7 @@ from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, che
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
-__all__ = ["assembled", "held_state", "is_held", "whole_state"]
+__all__ = ["assembled", "held_state", "whole_state"]
 
 
 def assembled(stack: PackedStack, state: QuantState) -> torch.Tensor:
@@ -53,11 +53,6 @@ def held_state(layer: Any, stack: PackedStack) -> QuantState:
     """
     found: QuantState = _kind()(layer, stack)
     return found
-
-
-def is_held(state: Any) -> bool:
-    """Whether `state` is one that `held_state` has made."""
-    return isinstance(state, _kind())
 
 
 def _view(state: Any, name: str) -> torch.Tensor:
