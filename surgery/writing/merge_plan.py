@@ -409,11 +409,7 @@ def plan_work(
         sources = (*assignment.sources, *assignment.duplicates)
         form = next((quantized[target] for target in assignment.targets if target in quantized), None)
         changed = {name: change for name, change in mine.items() if change is not None}
-        if (
-            assignment.converter is not None
-            and (changed or form is not None)
-            and _is_divided(base, assignment, changed)
-        ):
+        if (changed or form is not None) and _is_divided(base, assignment, changed):
             change = changed.get(fqn)
             works[sources[0]] = [_stack(base, checkpoint, assignment, change, quant=form)]
             continue
