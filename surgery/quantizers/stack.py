@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ __all__ = [
     "NESTED_BLOCKSIZE",
     "PackedStack",
     "Section",
-    "aligned",
     "as_bytes",
     "check_not_cast",
     "code_of",
+    "dequantized",
     "dynamic_code",
     "nested_values",
     "stacks_of",
@@ -31,9 +31,6 @@ NESTED_BLOCKSIZE = 256
 #: Bytes that a section of the statistics begins at a multiple of, and that all of them are a multiple of: no dtype that
 #: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
 ALIGNMENT = 16
-
-#: Elements that bitsandbytes dequantizes at once: on a GPU it counts them in 32 bits with a sign, unchecked.
-MOST_ELEMENTS = 1 << 30
 
 
 class Section(NamedTuple):
@@ -73,6 +70,11 @@ class PackedStack:
         assert self.numel % self.blocksize == 0, "blocks straddle experts"
 
     @property
+    def size(self) -> torch.Size:
+        """`(experts, *shape)`."""
+        return torch.Size((self.experts, *self.shape))
+
+    @property
     def numel(self) -> int:
         """Elements of one expert."""
         return self.shape[0] * self.shape[1]
@@ -106,13 +108,13 @@ class PackedStack:
         start = 0
         for name, (dtype, each) in kinds.items():
             found[name] = section = Section(start, dtype, self.experts * each)
-            start = _aligned(section.bytes.stop)
+            start = _padded(section.bytes.stop)
         return found
 
     @property
     def statistics_bytes(self) -> int:
         """Bytes of the statistics of all experts, padded to a multiple of `ALIGNMENT`."""
-        return max(_aligned(section.bytes.stop) for section in self.sections.values())
+        return max(_padded(section.bytes.stop) for section in self.sections.values())
 
     def ranges(self, experts: range) -> dict[str, range]:
         """The bytes of consecutive experts in each section, of the statistics of all."""
@@ -137,7 +139,11 @@ class PackedStack:
     def views(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each of `sections`, 1-D and in its dtype: views of `statistics`, of any dtype, or copies if not aligned."""
         whole = as_bytes(statistics)
-        return {name: aligned(whole[section.bytes], section.dtype) for name, section in self.sections.items()}
+        return self.typed({name: whole[section.bytes] for name, section in self.sections.items()})
+
+    def typed(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each of `sections` in its dtype, of its bytes, 1-D: a view, or a copy if they are not aligned."""
+        return {name: _aligned(found[name], section.dtype) for name, section in self.sections.items()}
 
     def dequantize(self, packed: torch.Tensor, statistics: torch.Tensor, experts: range) -> torch.Tensor:
         """The values of consecutive experts, `(len(experts), *shape)` in `dtype`.
@@ -146,10 +152,6 @@ class PackedStack:
         """
         import bitsandbytes  # noqa: F401 - it has the operator
 
-        if len(experts) > 1 and len(experts) * self.numel > MOST_ELEMENTS:
-            middle = len(experts) // 2
-            halves = experts[:middle], experts[middle:]
-            return torch.cat([self.dequantize(packed, statistics, half) for half in halves])
         each = self.numel // 2
         # Flat: the kernel for a CPU misreads rows that are not whole blocks.
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -167,19 +169,15 @@ class PackedStack:
 
         statistics: of all experts, in any dtype and shape.
         """
-        stop = start + 2 * packed.numel()
-        experts = range(start // self.numel, -(-stop // self.numel))
-        blocks = range(start // self.blocksize, -(-stop // self.blocksize))
-        absmax = self._absmax(self.views(statistics), experts)[blocks.start - experts.start * self.blocks :]
-        before = (start - blocks.start * self.blocksize) // 2
-        whole = packed
-        if packed.numel() != len(blocks) * self.blocksize // 2:
-            whole = packed.new_zeros(len(blocks) * self.blocksize // 2)
-            whole[before : before + packed.numel()] = packed
-        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            whole, absmax[: len(blocks)], self.blocksize, self.quant_type, [2 * whole.numel()], self.dtype
+
+        def absmax(blocks: range) -> torch.Tensor:
+            experts = range(blocks.start // self.blocks, -(-blocks.stop // self.blocks))
+            first = blocks.start - experts.start * self.blocks
+            return self._absmax(self.views(statistics), experts)[first : first + len(blocks)]
+
+        return dequantized(
+            packed, start, absmax, blocksize=self.blocksize, quant_type=self.quant_type, dtype=self.dtype
         )
-        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
     def _absmax(self, statistics: Mapping[str, torch.Tensor], experts: range) -> torch.Tensor:
         """The float32 statistics of consecutive experts, `(len(experts) * blocks,)`."""
@@ -213,6 +211,31 @@ def check_not_cast(module: Any, *held: torch.Tensor) -> None:
                 f"{each.dtype}: load the model with dtype= instead of casting it, or a part of it; or with "
                 "quant_storage=torch.uint8, which is never cast"
             )
+
+
+def dequantized(
+    packed: torch.Tensor,
+    start: int,
+    absmax: Callable[[range], torch.Tensor],
+    *,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The values, 1-D in `dtype`, of the bytes `packed`, uint8 and 1-D, from flat element `start` of a weight.
+
+    By the kernel under `dequantize_4bit`, which takes whole blocks. absmax: gives float32 statistics of some blocks.
+    """
+    blocks = range(start // blocksize, -(-(start + 2 * packed.numel()) // blocksize))
+    before = (start - blocks.start * blocksize) // 2
+    whole = packed
+    if packed.numel() != len(blocks) * blocksize // 2:
+        whole = packed.new_zeros(len(blocks) * blocksize // 2)
+        whole[before : before + packed.numel()] = packed
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        whole, absmax(blocks), blocksize, quant_type, [2 * whole.numel()], dtype
+    )
+    return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
 
 def nested_values(
@@ -257,11 +280,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _aligned(size: int) -> int:
+def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`data`, 1-D bytes, in `dtype`: copied if it does not begin where that may, in a shard or a flat parameter."""
     is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
     return (data if is_aligned else data.clone()).view(dtype)
