@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -207,9 +206,7 @@ def _segments(assignment: Assignment, name: str, index: Index) -> tuple[Segment,
         return (Segment(entry=index[assignment.sources[0]], is_turned=True),)
     if not assignment.orders:
         return ()
-    entries = [index[source] for source in assignment.orders[assignment.targets.index(name)]]
-    starts = accumulate((entry.numel for entry in entries), initial=0)
-    return tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False))
+    return Segment.joined([index[source] for source in assignment.orders[assignment.targets.index(name)]])
 
 
 #: What torch's CUDA allocator rounds sizes up to, in bytes.
