@@ -32,6 +32,9 @@ NESTED_BLOCKSIZE = 256
 #: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
 ALIGNMENT = 16
 
+#: Tables of values by 4-bit type, or "" of statistics, and device: torch.compile looks through `functools.cache`.
+_codes: dict[tuple[str, torch.device], torch.Tensor] = {}
+
 
 class Section(NamedTuple):
     """The place of one kind of statistic of all experts among the bytes of a stack's statistics."""
@@ -257,22 +260,22 @@ def nested_values(
     return code[quantized.int()] * absmax[..., number] + offset
 
 
-@functools.cache
 def code_of(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
     from bitsandbytes.functional import get_4bit_type
 
-    code: torch.Tensor = get_4bit_type(quant_type, device=device)
-    return code
+    if (quant_type, device) not in _codes:
+        _codes[quant_type, device] = get_4bit_type(quant_type, device=device)
+    return _codes[quant_type, device]
 
 
-@functools.cache
 def dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values that statistics are quantized to; one tensor for all, as `code_of`."""
     from bitsandbytes.functional import create_dynamic_map
 
-    code: torch.Tensor = create_dynamic_map().to(device)
-    return code
+    if ("", device) not in _codes:
+        _codes["", device] = create_dynamic_map().to(device)
+    return _codes["", device]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -286,5 +289,7 @@ def _padded(size: int) -> int:
 
 def _aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`data`, 1-D bytes, in `dtype`: copied if it does not begin where that may, in a shard or a flat parameter."""
+    if torch.compiler.is_compiling():  # addresses would break the graph
+        return data.clone().view(dtype)
     is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
     return (data if is_aligned else data.clone()).view(dtype)
