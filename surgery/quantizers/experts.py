@@ -35,7 +35,6 @@ LEAVE = "Leave them in 16 bits: Quant(experts=False), --experts 16bit, or low_me
 #: every token goes through, are few.
 EXPERTS = re.compile("(?<!shared)expert", re.IGNORECASE)
 
-
 #: What a checkpoint calls the sections of statistics, where it is not as here.
 SAVED = {"offset": "nested_offset"}
 
@@ -77,7 +76,7 @@ class Experts4bit(Bnb4bit):
                 f"{type(module).__name__} holds its experts as parameters, with a forward of its own that transformers "
                 f"does not let others replace: they cannot be had in 4 bits. {LEAVE}"
             )
-        takes = any(self._fits(module, name) for name in fused_parameters(module))
+        takes = bool(self._stacks(module))
         chosen = _implementation(module)
         if takes and chosen not in {None, REPLACED}:
             raise ConfigError(
@@ -87,28 +86,26 @@ class Experts4bit(Bnb4bit):
             )
         return takes
 
-    def _fits(self, module: nn.Module, name: str) -> bool:
-        """Whether the blocks of one expert are whole, so that none straddles two."""
-        shape = module.get_parameter(name).shape
-        return shape[1:].numel() % self.options.blocksize == 0
-
     def replacement(self, module: Any) -> nn.Module:
         """`module` itself, its weights packed, on meta; those of which blocks would straddle experts stay."""
-        stacks: dict[str, PackedStack] = {}
-        for name in fused_parameters(module):
-            if not self._fits(module, name):
-                continue
-            parameter = module.get_parameter(name)
-            stack = stacks[name] = self.stack(parameter.shape)
-            size = self.layout(module, name).packed_shape(parameter.shape, self.storage)
-            for each, rows in ((name, size[0]), (name + STATISTICS, stack.statistics_bytes // self.storage.itemsize)):
-                data = torch.empty(rows, 1, dtype=self.storage, device="meta")
+        stacks = self._stacks(module)
+        for name, stack in stacks.items():
+            packed = self.layout(module, name).packed_shape(stack.size, self.storage)
+            statistics = stack.statistics_bytes // self.storage.itemsize, 1
+            for each, shape in ((name, packed), (name + STATISTICS, statistics)):
+                data = torch.empty(shape, dtype=self.storage, device="meta")
                 module._parameters[each] = as_params4bit(data, module, self.options)
         self.announce(module, stacks)
         module.config = copy.copy(module.config)
         module.config._experts_implementation_internal = IMPLEMENTATION
         frozen: nn.Module = module.requires_grad_(requires_grad=False)
         return frozen
+
+    def _stacks(self, module: nn.Module) -> dict[str, PackedStack]:
+        """The packing of those weights of `module`, which is not replaced yet, whose blocks straddle no experts."""
+        shapes = {name: module.get_parameter(name).shape for name in fused_parameters(module)}
+        whole = {name: shape for name, shape in shapes.items() if shape[1:].numel() % self.options.blocksize == 0}
+        return {name: self.stack(shape) for name, shape in whole.items()}
 
     def stack(self, shape: Sequence[int]) -> PackedStack:
         """The packing of a fused parameter of `shape`, `(experts, d1, d2)`."""
@@ -124,8 +121,7 @@ class Experts4bit(Bnb4bit):
 
     def rehearse(self, module: Any) -> None:
         """Have `module`, a copy on meta with weights in their own shapes, say what is packed in the model."""
-        fitting = (name for name in fused_parameters(module) if self._fits(module, name))
-        self.announce(module, {name: self.stack(module.get_parameter(name).shape) for name in fitting})
+        self.announce(module, self._stacks(module))
 
     def announce(self, module: Any, stacks: dict[str, PackedStack]) -> None:
         """Note on `module` what is packed, and how."""
