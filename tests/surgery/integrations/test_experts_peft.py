@@ -221,6 +221,7 @@ def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pyte
     line = said(caplog)
     assert "gate.weight" in line
     assert "gate_up_proj at rank 8 instead of 4" in line
+    assert line.count("gate_up_proj") == 1
     assert any(".gate.lora_A" in name for name, _ in model.named_parameters())
 
 
