@@ -220,7 +220,7 @@ def bind(
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
         quant: as in `surgery.qlora`; None leaves weights in 16 bits.
         dtype: of the model; None is that of its first floating-point parameter.
-        compute_dtype: in which quantized layers multiply; None means `dtype`.
+        compute_dtype: in which quantized linear layers multiply; None means `dtype`, in which experts always do.
         device: on which this rank computes; None means its accelerator, or the CPU.
         report: filled with seconds and memory peaks per phase; None makes one that shows progress on rank 0.
 

@@ -90,7 +90,7 @@ class QuantFormat:
     packed weights are plain parameters `(n, 1)` of dtype `storage`; a module keeps its state in `quant_state`.
 
     options: what the user chose, such as `surgery.Quant("nf4")`. dtype: of the model; weights are cast to it before
-    they are quantized. compute_dtype: in which quantized layers multiply.
+    they are quantized. compute_dtype: in which quantized linear layers multiply.
     """
 
     #: What plans and reports call it.
