@@ -32,6 +32,7 @@ from surgery.config import Quant
 from surgery.errors import ConfigError, ShadowedPatchesWarning
 from surgery.model.consistency import adapter_facts, environment, same_model, source_facts
 from surgery.model.fqn import clean
+from surgery.model.pretrained import refuse_saving
 from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.origin import remember
@@ -428,6 +429,8 @@ def complete(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     used = [each for each in setting.formats if any(map(each.is_quantized, layers))]
+    if not all(each.is_saved_upstream for each in used):
+        refuse_saving(model)
     needed = [name for each in used for name in each.resident_patches]
     needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:

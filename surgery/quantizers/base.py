@@ -102,6 +102,9 @@ class QuantFormat:
     #: Patches that it needs in order to run, and that are not of single modules.
     lookup_patches: ClassVar[tuple[str, ...]] = ()
 
+    #: Whether `save_pretrained` of transformers can write them.
+    is_saved_upstream: ClassVar[bool] = True
+
     def __init__(self, options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
         self.options = options
         self.dtype = dtype

@@ -118,6 +118,24 @@ def test_experts_multiply_in_the_dtype_of_the_model_whatever_linear_layers_do(fo
     assert len({each.dequantized_bytes(torch.Size((5, 64, 96))) for each in formats}) == 1
 
 
+@pytest.mark.parametrize("experts", ["nf4", None])
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_transformers_cannot_save_it_is_not_asked_to(
+    dense: bool, experts: Any, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But adapters are; and a model in 16 bits."""
+    with filled(folders["qwen3_moe"], experts=experts, **(four_bits() if dense else {})) as model:
+        if experts is None and not dense:
+            model.save_pretrained(tmp_path / "whole")
+            return
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path / "whole")
+        assert not (tmp_path / "whole").exists()
+        assert "written by surgery.export(model, directory)" in caplog.text
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
 def adapters(targets: Any) -> LoraConfig:
     named = None if targets == "all-linear" else ["experts.gate_up_proj", "experts.down_proj"]
     return LoraConfig(r=2, target_modules=targets, target_parameters=named, task_type="CAUSAL_LM")
