@@ -308,6 +308,7 @@ def test_experts_stay_in_16_bits_where_that_is_asked_for_or_said(tmp_path: Path)
     assert "model.layers.*.mlp.experts.down_proj" in said
     for arguments, says in (
         (("quantize", tmp_path / "llama", out), "Llama4TextExperts holds its experts as parameters"),
+        (("quantize", source, out, "--skip-modules", "experts.down_proj"), "no module, and modules alone count"),
         (("quantize", of_4, out), "expected weights in 16 or 32 bits"),
         (("merge", other, adapter, out), "does not fit this model"),
         (("merge", of_4, adapter, out, "--dtype", "fp4"), "is packed already, with 'nf4'"),
