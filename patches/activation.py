@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Final
 
 from .copies import Copies
@@ -22,7 +23,7 @@ from .registry import BUNDLES, REGISTRY
 from .slot import Slot, in_order, refuse_conflicts
 from .target import STORED, Kind, Place, Target, accept, describe, locate, refuse, rehearse
 
-__all__ = ["ACTIVATIONS", "Activations"]
+__all__ = ["ACTIVATIONS", "Activations", "when_compiled"]
 
 
 class Activations:
@@ -253,27 +254,17 @@ class Activations:
 
         Drops all graphs, because no public API tells which ones have inlined a function; but only compiled code, not
         the counters, CUDA graphs and settings that `torch.compiler.reset` also resets. Nothing is imported.
-
-        This thread may be compiling: what is collected in the meantime may undo patches. Dropped now, what it is about
-        to fill would be freed, and the process would crash; so another thread drops all graphs as soon as it is done.
         """
-        if not self._stale:
-            return
-        thread = threading.get_ident()
-        if _compiles(thread):
-            threading.Thread(target=self._drop_later, args=(thread,), name="patches-drop", daemon=True).start()
-            return
+        if self._stale:
+            when_compiled(self._drop_graphs)
+
+    def _drop_graphs(self) -> None:
         self._stale = False
         dynamo = sys.modules.get("torch._dynamo")
         # While another thread is still importing it, nothing has been compiled either.
         drop = getattr(dynamo, "reset_code_caches", None) or getattr(dynamo, "reset", None)
         if drop is not None:
             drop()
-
-    def _drop_later(self, compiling: int) -> None:
-        while _compiles(compiling):
-            time.sleep(0.01)
-        self.drop_stale_graphs()
 
     def try_locked(self, work: Callable[[], object], *, timeout: float) -> bool:
         """Do the work with the lock, if it can be had within `timeout` seconds; returns whether it was."""
@@ -304,7 +295,8 @@ class Activations:
         # The callback of a weak reference, which runs at any moment: during a change made by this very thread, which
         # the lock does not stop, or by another thread, where waiting could deadlock.
         self._expired.append(receipt)
-        self.try_locked(lambda: None if self._changing else self.catch_up(), timeout=0)
+        if not _compiles(threading.get_ident()):
+            self.try_locked(lambda: None if self._changing else self.catch_up(), timeout=0)
 
     def _expire(self, receipt: Receipt) -> None:
         stale = self._stale
@@ -321,6 +313,28 @@ def _compiles(thread: int) -> bool:
     """Whether torch.compile is at work in the thread of that identifier."""
     stack = traceback.walk_stack(sys._current_frames().get(thread))
     return any(frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" for frame, _ in stack)
+
+
+def when_compiled(work: Callable[[], object]) -> None:
+    """Do the work: now, or in a thread of its own once this one, in which something is collected, has compiled.
+
+    Graphs that are dropped while one is compiled crash the process, for its place is freed before it is filled; and
+    patches that are undone meanwhile fail the guards of what has been traced already.
+    """
+    if _compiles(threading.get_ident()):
+        threading.Thread(target=_do_later, args=(work,), name="patches-later", daemon=True).start()
+    else:
+        work()
+
+
+def _do_later(work: Callable[[], object]) -> None:
+    lock = getattr(sys.modules["torch._dynamo.convert_frame"], "compile_lock", nullcontext())
+    while True:
+        with lock:
+            if not any(_compiles(thread) for thread in list(sys._current_frames())):
+                work()
+                return
+        time.sleep(0.01)
 
 
 def _finish_imports() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final
 
-from .activation import ACTIVATIONS
+from .activation import ACTIVATIONS, when_compiled
 from .errors import NotActiveError, OverwrittenError, ScopeError, UndoError, VerifyError
 from .ledger import Receipt, State
 from .patch import caller
@@ -56,7 +57,7 @@ def keep(receipts: Iterable[Receipt], owner: object) -> Callable[[], object]:
     """
     kept = tuple(receipts)
     try:
-        finalizer = weakref.finalize(owner, revert, *kept)
+        finalizer = weakref.finalize(owner, when_compiled, partial(revert, *kept))
     except TypeError as error:
         why = f"an object of type {type(owner).__name__!r} cannot be referenced weakly"
         raise ScopeError(f"no patch can be kept for it: {why}", patch_id="") from error

@@ -182,7 +182,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "torch"]
 
 
 WHILE_COMPILING = """
-import threading, torch, patches
+import sys, threading, torch, patches
 
 def elsewhere(x):
     return x
@@ -194,28 +194,34 @@ class Model(torch.nn.Module):
 patch = patches.Patch(id="a.b", target="__main__:elsewhere", wrapper=lambda w, i, a, k: w(*a, **k), reason="a test")
 patched = patches.transaction(patch, reason="a test")
 patched.__enter__()
+owners = [torch.nn.Identity()]
+if sys.argv[1] == "collected":
+    patches.keep(patched.receipts, owners[0])
+    patched.commit()
 graphs = []
 
 def backend(graph, inputs):
     graphs.append(graph)
     if len(graphs) == 2:
-        patched.__exit__(None, None, None)
+        owners.clear() if sys.argv[1] == "collected" else patched.__exit__(None, None, None)
+        assert (patches.active() == []) == (sys.argv[1] == "left")
     return graph.forward
 
 model, x = Model(), torch.arange(4.0)
 model.compile(backend=backend, dynamic=False)
 assert torch.equal(model(x), x + 1) and torch.equal(model(x[:2]), x[:2] + 1)
 for thread in threading.enumerate():
-    if thread.name == "patches-drop":
+    if thread.name == "patches-later":
         thread.join()
-assert torch.equal(model(x), x + 1) and len(graphs) == 3
+assert torch.equal(model(x), x + 1) and len(graphs) == 3 and not patches.active()
 """
 
 
-def test_a_change_while_this_thread_compiles_drops_graphs_once_it_is_done() -> None:
-    """As when a model that is collected undoes its patches: what is being filled must not be freed."""
+@pytest.mark.parametrize("how", ["left", "collected"])
+def test_a_change_while_this_thread_compiles_drops_graphs_once_it_is_done(how: str) -> None:
+    """What is being filled must not be freed; a model that is collected meanwhile keeps its patches until then."""
     ran = subprocess.run(
-        [sys.executable, "-c", WHILE_COMPILING],
+        [sys.executable, "-c", WHILE_COMPILING, how],
         env=os.environ | {"MALLOC_PERTURB_": "165"},  # what is freed is overwritten
         check=False,
         capture_output=True,
