@@ -57,9 +57,9 @@ By four processes, compared with the source once more before it gets its name:
   torchrun --nproc-per-node 4 -m surgery quantize ./model ./packed --verify
 
 In OUT are the tensors that save_pretrained of transformers writes of a model in 4 bits, which plain from_pretrained
-reads, tokenizer and configuration beside them. Embedding, output head and norms stay in 16 bits. In memory are a few MiB
-that were read, and of a layer or two this process's share, packed. Fused experts in 4 bits are read here alone: plain
-from_pretrained wants --experts 16bit.
+reads, tokenizer and configuration beside them. Embedding, output head and norms stay in 16 bits. In memory are a few
+MiB that were read, and of a layer or two this process's share, packed. Fused experts in 4 bits are read here alone:
+plain from_pretrained wants --experts 16bit.
 
 OUT appears when it is whole. If the command is stopped, the same command goes on where it was, from the hidden folder
 .OUT.surgery beside it.
