@@ -32,6 +32,7 @@ from surgery.config import Quant
 from surgery.errors import ConfigError, ShadowedPatchesWarning
 from surgery.model.consistency import adapter_facts, environment, same_model, source_facts
 from surgery.model.fqn import clean
+from surgery.model.pretrained import refuse_saving
 from surgery.model.skeleton import cast_as_stored, compute_own_buffers, require_meta
 from surgery.model.tree import decoder_blocks, tied_parameters
 from surgery.origin import remember
@@ -220,7 +221,7 @@ def bind(
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id.
         quant: as in `surgery.qlora`; None leaves weights in 16 bits.
         dtype: of the model; None is that of its first floating-point parameter.
-        compute_dtype: in which quantized layers multiply; None means `dtype`.
+        compute_dtype: in which quantized linear layers multiply; None means `dtype`, in which experts always do.
         device: on which this rank computes; None means its accelerator, or the CPU.
         report: filled with seconds and memory peaks per phase; None makes one that shows progress on rank 0.
 
@@ -428,6 +429,8 @@ def complete(
         report.note("misread", setting.format.misread(model))
     layers = quantized_modules(model)
     used = [each for each in setting.formats if any(map(each.is_quantized, layers))]
+    if not all(each.is_saved_upstream for each in used):
+        refuse_saving(model)
     needed = [name for each in used for name in each.resident_patches]
     needed += setting.strategy.resident_patches if layers else ()
     with patches.transaction(*needed, on=layers, reason="a model that is built runs and trains") as resident:

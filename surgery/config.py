@@ -54,8 +54,9 @@ class Quant:
     double_quant: quantize the absmax values too (0.37 bits a parameter saved at blocksize 64).
     quant_storage: dtype of the packed tensor, `(out * in / 2 / itemsize, 1)`. None takes the dtype of the model,
         which is what FSDP1 needs to flatten it together with the rest.
-    skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The output
-        head and modules with tied weights are always skipped, as transformers does.
+    skip_modules: regular expressions, searched in a module's FQN; what matches stays in 16 or 32 bits. The experts of a
+        layer are one module, with all stacks. The output head and modules with tied weights are always skipped, as
+        transformers does.
     shard_statistics: shard the absmax values of linear layers with their weights, as those of experts always are,
         instead of keeping all of them on every rank: of 405B parameters 25 GB (6 with double_quant), gathered in each
         forward.

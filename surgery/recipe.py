@@ -66,7 +66,7 @@ def qlora(
         shard: None leaves the model whole.
         dtype: of everything unquantized, adapters too, and of packed storage unless `quant.quant_storage` says other.
             What transformers keeps in float32 in such a model (router gates, say) is in float32.
-        compute_dtype: in which 4-bit layers multiply; None means `dtype`.
+        compute_dtype: in which 4-bit linear layers multiply; None means `dtype`, in which experts always do.
         model: builds the module whose parameter names match the checkpoint's; None builds the transformers model that
             the checkpoint's config.json describes.
         device: on which this rank computes; None means its accelerator, or the CPU.

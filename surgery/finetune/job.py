@@ -345,6 +345,19 @@ def _quieten(*, is_main: bool) -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
+def _suit_loss(model: Any, router_loss: float | None) -> None:
+    """Name the decoder of Llama 4, whose class names another, to TRL's loss; raise `ConfigError` where that fails."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+    config = model.config.get_text_config()
+    wanted = getattr(config, "router_aux_loss_coef", 0) if router_loss is None else router_loss
+    if wanted and hasattr(config, "output_router_logits") and not hasattr(config, "num_experts"):
+        raise ConfigError(
+            f"TRL cannot balance the experts of {type(model).__name__}, whose configuration has no num_experts: add "
+            "--router-aux-loss-coef 0"
+        )
+
+
 @dataclass(frozen=True)
 class _Job:
     """A prepared job. resume: the folder of a checkpoint. console: rank 0's."""
@@ -404,6 +417,7 @@ class _Job:
             wanted["quantization_config"] = get_quantization_config(request.model)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
         model.name_or_path = model.config._name_or_path = name  # the base model of adapters, wherever its weights are
+        _suit_loss(model, self.training.router_aux_loss_coef)
         return model
 
     def _packed(self, cache: str) -> Path:

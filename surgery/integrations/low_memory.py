@@ -95,10 +95,10 @@ def low_memory(*, experts: QuantType | None = None) -> _Block:
     the logger `surgery` says why; where an installed library is not one that this was written for, all of it is.
 
     experts: `nf4` or `fp4` has fused experts in 4 bits too, for which transformers' configuration has no word; None
-    leaves them in 16 bits, or to a block around this one. Statistics, storage and the dtype that computes are those of
-    `quantization_config`. Without one all other weights stay in 16 bits; transformers, PEFT and TRL then take the model
-    for one in 4 bits, which is not cast, and is trained with adapters only. A model whose experts cannot be had so
-    raises `ConfigError`.
+    leaves them in 16 bits, or to a block around this one. Statistics and storage are those of `quantization_config`;
+    experts multiply in the dtype of the model, as in 16 bits, whatever its `bnb_4bit_compute_dtype` is. Without one all
+    other weights stay in 16 bits; transformers, PEFT and TRL then take the model for one in 4 bits, which is not cast,
+    and is trained with adapters only. A model whose experts cannot be had so raises `ConfigError`.
     """
     if experts not in (None, "nf4", "fp4"):
         raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")

@@ -43,4 +43,8 @@ def require_matches(what: str, patterns: Sequence[str], fqns: Sequence[str]) -> 
     if not lost:
         return
     shown = ", ".join(fqns[:8]) + (f", ... ({len(fqns)} in all)" if len(fqns) > 8 else "")
-    raise SelectorError(f"{what}: {', '.join(map(repr, lost))} matches no module. Modules are: {shown}", patterns=lost)
+    raise SelectorError(
+        f"{what}: {', '.join(map(repr, lost))} matches no module, and modules alone count, with all their parameters. "
+        f"Modules are: {shown}",
+        patterns=lost,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,11 @@ __all__ = [
     "mark_quantized",
     "not_converted",
     "planned_dtypes",
+    "refuse_saving",
     "stored_dtypes",
 ]
+
+logger = logging.getLogger("surgery")
 
 #: What transformers sets on a tensor, or a module, that it must not initialize.
 INITIALIZED = "_is_hf_initialized"
@@ -181,3 +185,16 @@ def mark_quantized(model: Any, *, dtype: torch.dtype, **options: Any) -> None:
     del quantizer._process_model_before_weight_loading
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Have `save_pretrained` of the transformers models in `model` raise `ValueError`, once a line has said why."""
+    for module in model.modules():
+        quantizer = vars(module).get("hf_quantizer")
+        if quantizer is not None:
+            quantizer.is_serializable = _is_serializable
+
+
+def _is_serializable() -> bool:
+    logger.warning("weights in 4 bits are written by surgery.export(model, directory), and not by save_pretrained")
+    return False

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -156,9 +156,12 @@ def stop_waiting(model: nn.Module) -> None:
     model.__class__ = type(model).__mro__[2]
 
 
-def _refused(use: str) -> Any:
-    def refuse(_self: object, *_args: Any, **_kwargs: Any) -> NoReturn:
-        raise NotFilledError(use)
+def _refused(name: str, use: str | None = None) -> Any:
+    def refuse(self: object, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, _Refusing):
+            raise NotFilledError(use or f"{name}()")
+        # Somebody took the bound method before the model was filled, as TRL's trainers take `forward`.
+        return getattr(type(self), name)(self, *args, **kwargs)
 
     return refuse
 
@@ -171,10 +174,10 @@ def _packed(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
 class _Refusing:
     """A bound model until it is filled: what would need its weights raises `NotFilledError`."""
 
-    state_dict = _refused("state_dict()")
-    load_state_dict = _refused("load_state_dict()")
-    __reduce_ex__ = _refused("pickling or copy.copy()")
-    resize_token_embeddings = _refused("resize_token_embeddings()")
+    state_dict = _refused("state_dict")
+    load_state_dict = _refused("load_state_dict")
+    __reduce_ex__ = _refused("__reduce_ex__", "pickling or copy.copy()")
+    resize_token_embeddings = _refused("resize_token_embeddings")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  # upstream's signature
         """Casts, of all but packed weights; a move from meta is refused."""
@@ -218,6 +221,6 @@ class _Refusing:
 
 @functools.cache
 def _refusing(kind: Any) -> Any:
-    forward = functools.wraps(kind.forward)(_refused("forward"))
+    forward = functools.wraps(kind.forward)(_refused("forward", "forward"))
     members = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward}
     return type(kind.__name__, (_Refusing, kind), members)

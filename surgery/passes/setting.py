@@ -39,8 +39,8 @@ class Setting:
 
     quant, shard: options that a format and a strategy are registered for; None for none. lora: the adapters, or None.
     adapter: what their values are read from; None draws them. placement: where weights wait until the model is
-    complete; None is the strategy's default. dtype: of what is not quantized. compute_dtype: in which quantized layers
-    multiply. device: that ranks compute on, this rank's where there is a job. world_size: number of ranks.
+    complete; None is the strategy's default. dtype: of what is not quantized. compute_dtype: in which quantized linear
+    layers multiply. device: that ranks compute on, this rank's where there is a job. world_size: number of ranks.
     """
 
     quant: Any

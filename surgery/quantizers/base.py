@@ -91,7 +91,7 @@ class QuantFormat:
     packed weights are plain parameters `(n, 1)` of dtype `storage`; a module keeps its state in `quant_state`.
 
     options: what the user chose, such as `surgery.Quant("nf4")`. dtype: of the model; weights are cast to it before
-    they are quantized. compute_dtype: in which quantized layers multiply.
+    they are quantized. compute_dtype: in which quantized linear layers multiply.
     """
 
     #: What plans and reports call it.
@@ -102,6 +102,9 @@ class QuantFormat:
 
     #: Patches that it needs in order to run, and that are not of single modules.
     lookup_patches: ClassVar[tuple[str, ...]] = ()
+
+    #: Whether `save_pretrained` of transformers can write them.
+    is_saved_upstream: ClassVar[bool] = True
 
     def __init__(self, options: Any, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
         self.options = options

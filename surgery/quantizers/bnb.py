@@ -158,6 +158,7 @@ class Bnb4bit(QuantFormat):
 
     label = "bitsandbytes 4-bit"
     resident_patches: ClassVar[tuple[str, ...]] = ("linear4bit-resident",)
+    is_saved_upstream = False  # transformers refuses tensors that layers share, as these do tables of codes
 
     options: Quant
 

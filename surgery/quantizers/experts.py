@@ -59,9 +59,11 @@ class Experts4bit(Bnb4bit):
     resident_patches: ClassVar[tuple[str, ...]] = ()
     lookup_patches = ("transformers.experts-4bit",)
 
-    def __init__(self, options: Quant, **dtypes: Any) -> None:
+    def __init__(self, options: Quant, *, dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> None:
+        """Take the options. compute_dtype: of linear layers; experts multiply in `dtype`, as those in 16 bits do."""
+        del compute_dtype
         chosen = options.experts if isinstance(options.experts, str) else options.quant_type
-        super().__init__(dataclasses.replace(options, quant_type=chosen), **dtypes)
+        super().__init__(dataclasses.replace(options, quant_type=chosen), dtype=dtype)
 
     def takes(self, module: nn.Module) -> bool:
         """Whether `module` is one of transformers' fused experts, with a weight that can be packed.

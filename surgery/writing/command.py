@@ -11,7 +11,7 @@ import typer
 
 from surgery.errors import ConfigError, ExportError
 from surgery.planning.arguments import EXPERTS_HELP, Experts
-from surgery.telemetry.numbers import parse_size
+from surgery.telemetry.numbers import parse_size, say_size
 
 __all__ = [
     "CONVERT",
@@ -57,8 +57,9 @@ By four processes, compared with the source once more before it gets its name:
   torchrun --nproc-per-node 4 -m surgery quantize ./model ./packed --verify
 
 In OUT are the tensors that save_pretrained of transformers writes of a model in 4 bits, which plain from_pretrained
-reads, tokenizer and configuration beside them. Embedding, output head and norms stay in 16 bits. A few MiB of a weight
-are in memory at a time. Fused experts in 4 bits are read here alone: plain from_pretrained wants --experts 16bit.
+reads, tokenizer and configuration beside them. Embedding, output head and norms stay in 16 bits. In memory are a few
+MiB that were read, and of a layer or two this process's share, packed. Fused experts in 4 bits are read here alone:
+plain from_pretrained wants --experts 16bit.
 
 OUT appears when it is whole. If the command is stopped, the same command goes on where it was, from the hidden folder
 .OUT.surgery beside it.
@@ -299,6 +300,8 @@ def convert(
         from surgery.adapters.convert import convert as write
 
         write(adapter, out, base=base, revision=model_revision, overwrite=overwrite)
+        size = say_size(sum(file.stat().st_size for file in out.glob("*.safetensors")))
+        typer.echo(f"Converted {adapter} for vLLM: {size} in {out}", err=True)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -136,11 +136,15 @@ def export(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Writing:
-    """Makes parts, and writes them."""
+    """Makes parts, and writes them.
+
+    kept: by the rank that makes them, the factors of the adapters of a stack of experts, which is made in runs.
+    """
 
     tensors: Tensors
     planner: Planner
     out: Output
+    kept: dict[int, dict[Need, torch.Tensor | None]] = field(default_factory=dict)
 
     def write_share(self, part: Product, *, has_state: bool) -> None:
         """Write this rank's share of a part that nobody has to have whole."""
@@ -162,20 +166,30 @@ class _Writing:
 
     def write_gathered(self, parts: Sequence[Product]) -> int:
         """Gather, make and write parts, one by each of the first ranks; returns bytes gathered here. Collective."""
-        ranks, mine = self.tensors.ranks, None
+        ranks, mine, size = self.tensors.ranks, None, 0
         for rank, part in enumerate(parts):
-            got = {need: self.tensors.gather(need[0], rank, need[1]) for need in dict.fromkeys(self._needed(part))}
+            factors, kept = dict.fromkeys(self._factors(part)), self.kept.pop(rank, {})
+            got = {need: kept.pop(need) for need in factors if need in kept}
+            kept.clear()
+            new = [need for need in dict.fromkeys((*self._base(part), *factors)) if need not in got]
+            got |= {need: self.tensors.gather(need[0], rank, need[1]) for need in new}
+            if part.experts is not None:
+                self.kept[rank] = {need: got[need] for need in factors}
             if rank == ranks.rank:
                 mine = (part, {need: tensor for need, tensor in got.items() if tensor is not None})
+                size = sum(mine[1][need].nbytes for need in new)
         with everyone(ranks, device=self.tensors.device):
-            if mine is None:
-                return 0
-            size = sum(tensor.nbytes for tensor in mine[1].values())
-            self._write_whole(*mine)
+            if mine is not None:
+                self._write_whole(*mine)
             return size
 
-    def _needed(self, part: Product) -> Iterator[Need]:
-        """Tensors that one rank has to have, and ranges of the elements that are stored of them; None for all."""
+    def _factors(self, part: Product) -> list[Need]:
+        """The tensors of adapters that change `part`."""
+        sites = (site for value in part.values for site in value.sites)
+        return [(held, None) for site in sites for held in self.planner.adapted.inputs_of(site).values()]
+
+    def _base(self, part: Product) -> Iterator[Need]:
+        """Tensors of the base that one rank has to have, and ranges of the elements that are stored of them."""
         for value in part.values:
             experts = part.experts or value.experts
             if part.experts is None or not value.is_copied:
@@ -183,8 +197,6 @@ class _Writing:
             if value.statistics is not None:
                 yield from ((value.statistics, each) for each, _ in value.stored_statistics(experts).values())
             yield from ((other.held, None) for other in value.beside)
-            for site in value.sites:
-                yield from ((held, None) for held in self.planner.adapted.inputs_of(site).values())
 
     def _write_experts(self, part: Product, experts: range, got: Mapping[Need, torch.Tensor]) -> None:
         (value,), name = part.values, part.tensors[0].name

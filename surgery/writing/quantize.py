@@ -62,8 +62,8 @@ def quantize(
     """Write `checkpoint` to `directory` with its linear weights in 4 bits; to be called on all ranks alike.
 
     The bytes are those that `surgery.qlora` makes in memory, in the files that `save_pretrained` writes of a model in
-    4 bits: docs/formats.md. A few MiB of a weight are in memory at a time. A call that was killed goes on where it
-    stopped, with any number of ranks.
+    4 bits: docs/formats.md. A rank has in memory a few MiB that it has read, and its share of a layer or two, packed.
+    A call that was killed goes on where it stopped, with any number of ranks.
 
     Args:
         checkpoint: an open checkpoint, a folder, a safetensors file, or a hub id, in 16 or 32 bits.

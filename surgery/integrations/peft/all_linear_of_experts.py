@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -88,6 +89,7 @@ def spell_out(wrapped: Callable[..., None], _instance: object, args: tuple[Any, 
     other model PEFT does what it does, and that is said.
     """
     _say(_converted(wrapped, args, kwargs))
+    _say(_everywhere(_given("peft_config", 0, args, kwargs)))
 
 
 def _converted(wrapped: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -169,6 +171,20 @@ def _changes(asked: Any, made: Any) -> str:
     return (
         f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and "
         f"adapts {', '.join(adapted)}. To choose, name linear layers in target_modules, and target_parameters=[...]"
+    )
+
+
+def _everywhere(config: Any) -> str:
+    """Words for `layers_to_transform` beside parameters that are named without a layer; none if it picks all."""
+    layers = getattr(config, "layers_to_transform", None)
+    names = sorted(
+        name for name in getattr(config, "target_parameters", None) or () if not re.search(r"(^|\.)\d+\.", name)
+    )
+    if layers is None or not names:
+        return ""
+    return (
+        f"layers_to_transform={layers} picks linear layers alone: PEFT adapts {', '.join(names)} of every layer. To "
+        "choose, name the layers in target_parameters: ['layers.20.mlp.experts.down_proj']"
     )
 
 

@@ -117,6 +117,10 @@ def test_a_server_computes_what_stock_peft_merges(family: str, tmp_path: Path) -
     deltas = save(base, tmp_path, **options)
     done = CliRunner().invoke(app, ["convert", str(tmp_path / "peft"), str(tmp_path / "converted")])
     assert done.exit_code == 0, done.output
+    said = f"Converted {tmp_path / 'peft'} for vLLM: "
+    assert re.search(
+        rf"^{re.escape(said)}[\d.]+ [KM]iB in {re.escape(str(tmp_path / 'converted'))}$", done.stderr, re.MULTILINE
+    )
     for file in (WEIGHTS, "adapter_config.json"):
         assert (tmp_path / "converted" / file).read_bytes() == (tmp_path / "vllm" / file).read_bytes()
     config = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())

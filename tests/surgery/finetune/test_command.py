@@ -19,6 +19,7 @@ import patches
 from surgery.cli import app
 from surgery.errors import ConfigError
 from surgery.finetune.parser import parse
+from tests.helpers.tiny_tokenizer import save_with_tokenizer
 
 
 def command(*arguments: object) -> Any:
@@ -185,6 +186,19 @@ def test_one_process_goes_on_as_if_never_interrupted(checkpoint: Path, data: Pat
     assert resumed.exit_code == 0, resumed.output
     assert "resumed after step 1" in resumed.stdout
     torch.testing.assert_close(load_file(out / "adapter_model.safetensors"), adapter, rtol=0, atol=0)
+
+
+def test_llama_4_learns_beside_experts_in_16_bits(data: Path, tmp_path: Path) -> None:
+    """TRL's loss looks for a decoder and a number of experts under names that Llama 4 does not have."""
+    sizes = {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}
+    folder = save_with_tokenizer(tmp_path / "llama4", "llama4_text", bos=True, max_position_embeddings=128, **sizes)
+    words = [folder, "--data", data, "--output", tmp_path / "out", "--max-steps", 2, "--learning-rate", 1e-2]
+    words += ["--experts", "16bit", "--lora-target-modules", "q_proj", "v_proj", "--gradient-accumulation-steps", 1]
+    assert "add --router-aux-loss-coef 0" in refused(*words)
+    result = command("finetune", *words, "--router-aux-loss-coef", 0)
+    assert result.exit_code == 0, result.output
+    first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["losses"].values()
+    assert 0 < second < first
 
 
 def test_sigterm_ends_a_job_that_has_its_output_to_itself(checkpoint: Path, data: Path, tmp_path: Path) -> None:

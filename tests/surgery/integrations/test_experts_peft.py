@@ -212,6 +212,20 @@ def test_all_linear_leaves_out_what_is_excluded_and_adapts_experts_of_every_fami
     assert not without.peft_config["default"].target_parameters
 
 
+def test_layers_that_parameters_are_not_chosen_by_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    packed, _plain = models()
+    options = {"target_modules": ["q_proj"], "layers_to_transform": [1]}
+    named = adapted(copy.deepcopy(packed), **options, target_parameters=["layers.1.mlp.experts.down_proj"])
+    assert not [record for record in caplog.records if record.name == "surgery"]
+    every = adapted(packed, **options)
+    assert "PEFT adapts experts.down_proj, experts.gate_up_proj of every layer" in said(caplog)
+    found = [
+        {name.split(".")[4] for name, _ in each.named_parameters() if "experts" in name and "lora_" in name}
+        for each in (named, every)
+    ]
+    assert found == [{"1"}, {"0", "1"}]
+
+
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT looks at modules alone
 def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pytest.LogCaptureFixture) -> None:
     _packed, plain = models("qwen3_moe", **QWEN)

@@ -231,6 +231,15 @@ class TestWaiting:
         with pytest.raises(surgery.NotFilledError, match=r"surgery\.fill\(model\)"):
             use(model)
 
+    def test_methods_that_were_taken_before_it_was_filled_are_those_of_the_model_after(self, folder: Path) -> None:
+        model, ids = bound(folder), torch.zeros(1, 1, dtype=torch.long)
+        forward, state_dict = model.forward, model.state_dict
+        with pytest.raises(surgery.NotFilledError):
+            forward(ids)
+        with surgery.fill(model) as filled:
+            assert torch.equal(forward(ids).logits, filled(ids).logits)
+            assert state_dict().keys() == filled.state_dict().keys()
+
     @pytest.mark.parametrize(
         ("targets", "options"),
         [("all-linear", {}), (["q_proj", "up_proj"], {"use_dora": True, "trainable_token_indices": [3, 7]})],

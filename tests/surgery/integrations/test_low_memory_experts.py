@@ -23,6 +23,7 @@ from transformers import (
 import patches
 import surgery
 from families.compare import differences
+from surgery.quantizers.experts import Experts4bit
 from surgery.quantizers.stack import stacks_of
 from tests.helpers.models import save_tiny, tiny_config
 from tests.helpers.ranks import run_ranks
@@ -98,6 +99,41 @@ def test_a_model_of_which_experts_alone_are_packed_is_not_cast(folders: dict[str
                 cast()
         with torch.no_grad():
             assert torch.equal(model(IDS).logits, logits)
+
+
+def test_experts_multiply_in_the_dtype_of_the_model_whatever_linear_layers_do(folders: dict[str, Path]) -> None:
+    found: dict[str, list[torch.Tensor]] = {"self_attn.q_proj": [], "mlp.experts": []}
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    top_k = torch.tensor([[0, 1], [2, 3], [4, 0]]), torch.full((3, 2), 0.5, dtype=torch.bfloat16)
+    for compute in (torch.bfloat16, torch.float32):
+        quantization = four_bits()["quantization_config"]
+        quantization.bnb_4bit_compute_dtype = compute
+        with filled(folders["qwen3_moe"], quantization_config=quantization) as model, torch.no_grad():
+            layer = model.model.layers[0]
+            found["self_attn.q_proj"].append(layer.self_attn.q_proj(x))
+            found["mlp.experts"].append(layer.mlp.experts(x, *top_k))
+    assert not torch.equal(*found["self_attn.q_proj"])
+    assert torch.equal(*found["mlp.experts"])
+    formats = [Experts4bit(surgery.Quant(), dtype=x.dtype, compute_dtype=each) for each in (None, torch.float32)]
+    assert len({each.dequantized_bytes(torch.Size((5, 64, 96))) for each in formats}) == 1
+
+
+@pytest.mark.parametrize("experts", ["nf4", None])
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_transformers_cannot_save_it_is_not_asked_to(
+    dense: bool, experts: Any, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But adapters are; and a model in 16 bits."""
+    with filled(folders["qwen3_moe"], experts=experts, **(four_bits() if dense else {})) as model:
+        if experts is None and not dense:
+            model.save_pretrained(tmp_path / "whole")
+            return
+        with pytest.raises(ValueError, match="not serializable"):
+            model.save_pretrained(tmp_path / "whole")
+        assert not (tmp_path / "whole").exists()
+        assert "written by surgery.export(model, directory)" in caplog.text
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
 def adapters(targets: Any) -> LoraConfig:

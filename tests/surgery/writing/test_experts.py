@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed import is_initialized
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -18,11 +20,12 @@ from typer.testing import CliRunner
 import surgery
 from surgery.checkpoint import Checkpoint
 from surgery.cli import app
-from surgery.config import Quant
+from surgery.config import FSDP2, Quant
 from surgery.errors import CheckpointError, ConfigError
 from surgery.passes import loading
 from surgery.quantizers.stack import as_bytes
 from surgery.writing import export_plan, merge_plan, merging
+from surgery.writing.live import Tensors
 from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
@@ -226,6 +229,33 @@ def test_no_stack_of_experts_is_ever_whole(family: str, tmp_path: Path, monkeypa
     assert 0 < largest.elements < stack
 
 
+def export_merged(folder: Path, out: Path) -> list[int]:
+    """Export the model of `source` with `adapter`, both in `folder`; how often each whole tensor was gathered here."""
+    gathered: Counter[Any] = Counter()
+    stock = Tensors.gather
+
+    def gather(self: Tensors, held: Any, rank: int, wanted: range | None = None) -> torch.Tensor | None:
+        gathered[held] += wanted is None and rank == self.ranks.rank
+        return stock(self, held, rank, wanted)
+
+    model = surgery.qlora(folder / "source", adapter=folder / "adapter", shard=FSDP2() if is_initialized() else None)
+    with model, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_plan, "RUN", 1)
+        patch.setattr(Tensors, "gather", gather)
+        surgery.export(model, out)
+    return list(gathered.values())
+
+
+def test_factors_are_gathered_once_for_all_runs_of_a_stack(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "source", "mixtral", **{**MOE["mixtral"], "num_local_experts": 8})
+    save_adapter(source, tmp_path / "adapter", tmp_path / "by-peft")
+    of_one = export_merged(tmp_path, tmp_path / "1")
+    assert max(of_one) == 1, "of four runs of each stack"
+    for of_rank in run_ranks(export_merged, 2, tmp_path, tmp_path / "2"):
+        assert max(of_rank) == 1
+    require_same(tmp_path / "2", tmp_path / "1")
+
+
 def write_all(folder: Path, out: Path) -> None:
     """Whatever is written of the checkpoint `source` and of `adapter`, both in `folder`."""
     source, adapter = folder / "source", folder / "adapter"
@@ -278,6 +308,7 @@ def test_experts_stay_in_16_bits_where_that_is_asked_for_or_said(tmp_path: Path)
     assert "model.layers.*.mlp.experts.down_proj" in said
     for arguments, says in (
         (("quantize", tmp_path / "llama", out), "Llama4TextExperts holds its experts as parameters"),
+        (("quantize", source, out, "--skip-modules", "experts.down_proj"), "no module, and modules alone count"),
         (("quantize", of_4, out), "expected weights in 16 or 32 bits"),
         (("merge", other, adapter, out), "does not fit this model"),
         (("merge", of_4, adapter, out, "--dtype", "fp4"), "is packed already, with 'nf4'"),
