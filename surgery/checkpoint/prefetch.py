@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -38,6 +39,12 @@ class Segment:
     def stop(self) -> int:
         """The element behind its last."""
         return self.start + self.entry.numel
+
+    @classmethod
+    def joined(cls, entries: Sequence[TensorEntry]) -> tuple[Self, ...]:
+        """Whole tensors, one behind the other."""
+        starts = accumulate((entry.numel for entry in entries), initial=0)
+        return tuple(cls(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from peft import PeftModel
 from rich.console import Console
 from transformers import (
     AutoConfig,
@@ -464,6 +466,10 @@ class _Job:
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
         trainer.remove_callback(PrinterCallback)
+        if isinstance(trainer.model, PeftModel):
+            # Or PEFT makes float32 of adapters whenever Trainer reads a checkpoint, to go on from or as the best one.
+            load = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
+            vars(trainer.model)["load_adapter"] = load
         return trainer
 
     def _samples(self) -> tuple[Any, Any]:

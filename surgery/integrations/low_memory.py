@@ -30,7 +30,6 @@ logger = logging.getLogger("surgery")
 P = ParamSpec("P")
 R = TypeVar("R")
 
-
 #: The `experts` of the blocks that this process is in, the innermost last.
 _asked: list[QuantType] = []
 
@@ -63,7 +62,7 @@ class _Block:
             logger.warning("surgery.low_memory: everything runs as without it: %s", error)
         if self._experts is not None:
             _asked.append(self._experts)
-            self._stack.callback(_asked.remove, self._experts)
+            self._stack.callback(_asked.pop)
 
     def __exit__(self, *raised: object) -> None:
         self._stack.__exit__(*raised)  # type: ignore[arg-type]  # what `with` gives

@@ -15,6 +15,7 @@ from surgery.model.keys import Assignment
 from surgery.passes.base import Batch, BatchPass, Naming, Pass
 from surgery.passes.loading import CHUNK_ELEMENTS, Loading, wanted
 from surgery.passes.tensors import ShardBuffer, Target
+from surgery.sharding.partition import common
 
 __all__ = ["Read", "ReadAhead"]
 
@@ -115,10 +116,9 @@ class Read(BatchPass):
 
 def _within(chunk: Chunk, buffer: ShardBuffer) -> tuple[int, torch.Tensor]:
     """`(start, values)`: those of `chunk`, of whole matrices, that the rank needs."""
-    start, stop = chunk.start, chunk.start + chunk.data.numel()
-    elements = buffer.slice.elements
-    first = max(start, elements.start)
-    return first, chunk.data[first - start : min(stop, elements.stop) - start]
+    start = chunk.start
+    needed = common(range(start, start + chunk.data.numel()), buffer.slice.elements)
+    return needed.start, chunk.data[needed.start - start : needed.stop - start]
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor, target: Target) -> bool:

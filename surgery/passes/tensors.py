@@ -6,7 +6,6 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +17,7 @@ from surgery.model.fqn import split
 from surgery.model.keys import Assignment
 from surgery.quantizers.base import STATISTICS, Layout, QuantFormat, check_layout, check_run
 from surgery.sharding.base import Devices
-from surgery.sharding.partition import Form, Partition, Slice
+from surgery.sharding.partition import Form, Partition, Slice, common
 
 __all__ = ["ShardBuffer", "ShardBuffers", "Target", "find_targets"]
 
@@ -207,9 +206,7 @@ def _segments(assignment: Assignment, name: str, index: Index) -> tuple[Segment,
         return (Segment(entry=index[assignment.sources[0]], is_turned=True),)
     if not assignment.orders:
         return ()
-    entries = [index[source] for source in assignment.orders[assignment.targets.index(name)]]
-    starts = accumulate((entry.numel for entry in entries), initial=0)
-    return tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False))
+    return Segment.joined([index[source] for source in assignment.orders[assignment.targets.index(name)]])
 
 
 #: What torch's CUDA allocator rounds sizes up to, in bytes.
@@ -394,19 +391,13 @@ class ShardBuffers:
         itemsize = buffer.data.element_size()
         out = buffer.data.view(torch.uint8)
         first_byte = start // layout.values_per_byte
-        mine = _common(
+        mine = common(
             range(first_byte, first_byte + packed.numel()),
             range(share.reads.start * itemsize, share.reads.stop * itemsize),
         )
         at = mine.start - share.keeps.start * itemsize
         out[at : at + len(mine)] = packed[mine.start - first_byte : mine.stop - first_byte]
         first_block = start // layout.blocksize
-        owned = _common(range(first_block, first_block + statistics.numel()), share.blocks)
+        owned = common(range(first_block, first_block + statistics.numel()), share.blocks)
         at = owned.start - share.blocks.start
         buffer.statistics[at : at + len(owned)] = statistics[owned.start - first_block : owned.stop - first_block]
-
-
-def _common(one: range, other: range) -> range:
-    """The intersection of two ranges of step 1; an empty range inside of `other` if there is none."""
-    start = min(max(one.start, other.start), other.stop)
-    return range(start, max(min(one.stop, other.stop), start))

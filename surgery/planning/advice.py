@@ -74,6 +74,8 @@ def _adapters(setting: Setting) -> Iterator[str]:
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else sorted(lora.target_modules or ())
     if targets != ["all-linear"]:
         yield f"--lora-target-modules {shlex.join(targets)}"
+    if lora.target_parameters:
+        yield f"--lora-target-parameters {shlex.join(lora.target_parameters)}"
 
 
 def _stored(setting: Setting) -> Iterator[str]:

@@ -55,13 +55,16 @@ def parse_shard(
     return FSDP1(strategy="full-shard" if mesh is None else "hybrid-shard", mesh=mesh, cpu_offload=cpu_offload)
 
 
-def parse_lora(r: int, targets: str) -> LoraConfig:
-    """Adapters of rank `r` on a comma-separated list of modules, or on `all-linear`."""
+def parse_lora(r: int, targets: str, parameters: str = "") -> LoraConfig:
+    """Adapters of rank `r` on comma-separated modules, or on `all-linear`, and on comma-separated parameters."""
     from peft import LoraConfig, TaskType
 
     if r < 1:
         raise ConfigError(f"expected the LoRA rank to be 1 or more, found {r}")
     names = list(_parse_list(targets))
     return LoraConfig(
-        task_type=TaskType.CAUSAL_LM, r=r, target_modules="all-linear" if targets == "all-linear" else names
+        task_type=TaskType.CAUSAL_LM,
+        r=r,
+        target_modules="all-linear" if targets == "all-linear" else names,
+        target_parameters=list(_parse_list(parameters)) if parameters else None,
     )

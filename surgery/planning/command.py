@@ -95,6 +95,14 @@ def plan(
             show_default="all-linear",
         ),
     ] = None,
+    lora_target_parameters: Annotated[
+        list[str] | None,
+        _of_adapter(
+            help="Names of parameters, such as experts.gate_up_proj, likewise; beside linear modules by name.",
+            metavar="NAMES",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], _of_precision(help="Of what is not quantized, and how it computes.")
     ] = "bfloat16",
@@ -111,8 +119,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Plan the memory of fine-tuning MODEL. It says what every rank would read, hold and peak at; nothing is loaded."""
-    if adapter is not None and (lora_r, lora_target_modules) != (None, None):
-        raise ConfigError("expected --adapter without --lora-r and --lora-target-modules: its configuration decides")
+    if adapter is not None and (lora_r, lora_target_modules, lora_target_parameters) != (None, None, None):
+        raise ConfigError("expected --adapter without --lora-r and --lora-target-...: its configuration decides")
     memory = parse_size(gpu_memory) if gpu_memory is not None else None
     offloads, sizes = _offloads(fsdp_config), parse_mesh(mesh)
     with _not_collecting():
@@ -137,7 +145,11 @@ def plan(
         lora = (
             saved.config
             if saved
-            else parse_lora(16 if lora_r is None else lora_r, ",".join(lora_target_modules or ["all-linear"]))
+            else parse_lora(
+                16 if lora_r is None else lora_r,
+                ",".join(lora_target_modules or ["all-linear"]),
+                ",".join(lora_target_parameters or ()),
+            )
         )
     of_name: dict[str, torch.dtype] = {
         name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "uint8")

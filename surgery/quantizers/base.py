@@ -34,8 +34,9 @@ __all__ = [
     "register",
 ]
 
-#: Elements quantized at a time, unless a format says other. On a GPU 128 MiB of a 16-bit weight, so that most parts are
-#: one run.
+#: Elements quantized at a time, unless a format says other. On a CPU, where bitsandbytes' kernel takes some 16 bytes of
+#: temporaries for each, 2 MiB: no slower than more, and glibc gives less of it back to ask for it again (half the page
+#: faults). On a GPU 128 MiB of a 16-bit weight, so that most parts are one run.
 RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 #: Bytes of a statistic as it is computed and exchanged: float32.

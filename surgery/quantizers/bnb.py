@@ -19,18 +19,13 @@ from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
 from surgery.model.tree import is_conv1d, was_conv1d
 from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, Layout, QuantFormat
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dynamic_code, nested_values
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dequantized, dynamic_code, nested_values
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
 
 __all__ = ["REMEDY", "STATE", "Bnb4bit", "as_params4bit", "is_params4bit", "linear4bits"]
-
-#: Elements quantized at a time. bitsandbytes' CPU kernel takes some 16 bytes of temporaries for each, the CUDA kernel
-#: almost none: 2 MiB, no slower than more, and glibc gives less of it back to ask for it again (half the page faults);
-#: and on a GPU 128 MiB of a 16-bit weight, so that most parts are one run.
-RUN_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 #: Temporary bytes for each element that is being quantized: on a GPU the element itself, in 16 bits, its packed half
 #: byte and its share of a statistic; on a CPU what bitsandbytes' kernel was seen to take.
@@ -107,7 +102,7 @@ def _quantize_together(statistics: Sequence[torch.Tensor]) -> list[tuple[torch.T
 
 
 def _apart(tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """ShardBuffers of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
+    """Parts of so many elements of a 1-D tensor, each in memory of its own, as upstream's are."""
     return [tensor] if len(sizes) == 1 else [part.clone() for part in torch.split(tensor, list(sizes))]
 
 
@@ -284,10 +279,6 @@ class Bnb4bit(QuantFormat):
                 bnb_4bit_quant_storage=self.storage,
             )
 
-    def run_elements(self, device: torch.device) -> int:
-        """Fewer on a CPU, whose kernel takes 16 bytes of temporaries for each."""
-        return RUN_ELEMENTS.get(device.type, RUN_ELEMENTS["cuda"])
-
     def quantize(
         self, run: torch.Tensor, layout: Layout, dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,18 +286,11 @@ class Bnb4bit(QuantFormat):
         return _quantize_blocks(run.to(dtype or self.dtype), self.options)
 
     def dequantize(self, packed: torch.Tensor, start: int, state: QuantState) -> torch.Tensor:
-        """The values in the dtype of `state`, by the kernel under `dequantize_4bit`, given whole blocks."""
-        size = state.blocksize
-        blocks = range(start // size, -(-(start + 2 * packed.numel()) // size))
-        before = (start - blocks.start * size) // 2
-        whole = packed
-        if packed.numel() != len(blocks) * size // 2:
-            whole = packed.new_zeros(len(blocks) * size // 2)
-            whole[before : before + packed.numel()] = packed
-        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            whole, _absmax(state, blocks), size, state.quant_type, [2 * whole.numel()], state.dtype
+        """The values in the dtype of `state`."""
+        absmax = functools.partial(_absmax, state)
+        return dequantized(
+            packed, start, absmax, blocksize=state.blocksize, quant_type=state.quant_type, dtype=state.dtype
         )
-        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
     def states(
         self, statistics: Sequence[torch.Tensor], shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype | None]

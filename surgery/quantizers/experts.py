@@ -19,7 +19,7 @@ from surgery.model.fqn import join, match_any, split
 from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, register
 from surgery.quantizers.bnb import STATE, Bnb4bit, as_params4bit
 from surgery.quantizers.grouped import DEQUANTIZED_BYTES
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, code_of, dynamic_code, stacks_of
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dynamic_code, stacks_of
 
 __all__ = ["IMPLEMENTATION", "Experts4bit", "StackState", "fused_parameters", "has_experts", "left_out"]
 
@@ -34,7 +34,6 @@ LEAVE = "Leave them in 16 bits: Quant(experts=False), --experts 16bit, or low_me
 #: Classes that are taken for experts whose weights are parameters, with a forward of their own. Shared ones, which
 #: every token goes through, are few.
 EXPERTS = re.compile("(?<!shared)expert", re.IGNORECASE)
-
 
 #: What a checkpoint calls the sections of statistics, where it is not as here.
 SAVED = {"offset": "nested_offset"}
@@ -79,7 +78,7 @@ class Experts4bit(Bnb4bit):
                 f"{type(module).__name__} holds its experts as parameters, with a forward of its own that transformers "
                 f"does not let others replace: they cannot be had in 4 bits. {LEAVE}"
             )
-        takes = any(self._fits(module, name) for name in fused_parameters(module))
+        takes = bool(self._stacks(module))
         chosen = _implementation(module)
         if takes and chosen not in {None, REPLACED}:
             raise ConfigError(
@@ -89,22 +88,14 @@ class Experts4bit(Bnb4bit):
             )
         return takes
 
-    def _fits(self, module: nn.Module, name: str) -> bool:
-        """Whether the blocks of one expert are whole, so that none straddles two."""
-        shape = module.get_parameter(name).shape
-        return shape[1:].numel() % self.options.blocksize == 0
-
     def replacement(self, module: Any) -> nn.Module:
         """`module` itself, its weights packed, on meta; those of which blocks would straddle experts stay."""
-        stacks: dict[str, PackedStack] = {}
-        for name in fused_parameters(module):
-            if not self._fits(module, name):
-                continue
-            parameter = module.get_parameter(name)
-            stack = stacks[name] = self.stack(parameter)
-            size = self.layout(module, name).packed_shape(parameter.shape, self.storage)
-            for each, rows in ((name, size[0]), (name + STATISTICS, stack.statistics_bytes // self.storage.itemsize)):
-                data = torch.empty(rows, 1, dtype=self.storage, device="meta")
+        stacks = self._stacks(module)
+        for name, stack in stacks.items():
+            packed = self.layout(module, name).packed_shape(stack.size, self.storage)
+            statistics = stack.statistics_bytes // self.storage.itemsize, 1
+            for each, shape in ((name, packed), (name + STATISTICS, statistics)):
+                data = torch.empty(shape, dtype=self.storage, device="meta")
                 module._parameters[each] = as_params4bit(data, module, self.options)
         self.announce(module, stacks)
         module.config = copy.copy(module.config)
@@ -112,22 +103,27 @@ class Experts4bit(Bnb4bit):
         frozen: nn.Module = module.requires_grad_(requires_grad=False)
         return frozen
 
-    def stack(self, parameter: torch.Tensor) -> PackedStack:
-        """The packing of a fused `parameter`, `(experts, d1, d2)`."""
-        experts, *shape = parameter.shape
+    def _stacks(self, module: nn.Module) -> dict[str, PackedStack]:
+        """The packing of those weights of `module`, which is not replaced yet, whose blocks straddle no experts."""
+        shapes = {name: module.get_parameter(name).shape for name in fused_parameters(module)}
+        whole = {name: shape for name, shape in shapes.items() if shape[1:].numel() % self.options.blocksize == 0}
+        return {name: self.stack(shape) for name, shape in whole.items()}
+
+    def stack(self, shape: Sequence[int]) -> PackedStack:
+        """The packing of a fused parameter of `shape`, `(experts, d1, d2)`."""
+        experts, *each = shape
         return PackedStack(
             experts=experts,
-            shape=(shape[0], shape[1]),
+            shape=(each[0], each[1]),
             quant_type=self.options.quant_type,
             blocksize=self.options.blocksize,
             double_quant=self.options.double_quant,
-            dtype=self.dtype if parameter.is_floating_point() else torch.float32,
+            dtype=self.dtype,
         )
 
     def rehearse(self, module: Any) -> None:
         """Have `module`, a copy on meta with weights in their own shapes, say what is packed in the model."""
-        fitting = (name for name in fused_parameters(module) if self._fits(module, name))
-        self.announce(module, {name: self.stack(module.get_parameter(name)) for name in fitting})
+        self.announce(module, self._stacks(module))
 
     def announce(self, module: Any, stacks: dict[str, PackedStack]) -> None:
         """Note on `module` what is packed, and how."""
@@ -147,8 +143,7 @@ class Experts4bit(Bnb4bit):
 
     def logical(self, module: Any, name: str) -> torch.Size:
         """`(experts, d1, d2)`."""
-        stack = stacks_of(module)[name]
-        return torch.Size((stack.experts, *stack.shape))
+        return stacks_of(module)[name].size
 
     def is_transposed(self, module: nn.Module) -> bool:
         """False: experts are packed as their class stores them."""
@@ -187,7 +182,7 @@ class Experts4bit(Bnb4bit):
         return [self._state(each, shape) for each, shape in zip(statistics, shapes, strict=True)]
 
     def _state(self, absmax: torch.Tensor, shape: torch.Size) -> StackState:
-        stack = self.stack(torch.empty(shape, device="meta"))
+        stack = self.stack(shape)
         if not self.options.double_quant:
             return StackState(stack, stack.assemble({"absmax": absmax}))
         each = list(absmax.view(stack.experts, -1).unbind())
@@ -204,7 +199,7 @@ class Experts4bit(Bnb4bit):
     ) -> Any:
         """The layout, and the sections that are stored. Raises `QuantizerError` for other codes than bitsandbytes'."""
         device = statistics.device
-        stack = self.stack(torch.empty(stored.settings.shape, device="meta"))
+        stack = self.stack(stored.settings.shape)
         codes = {stored.quant_map: code_of(stack.quant_type, torch.device("cpu"))}
         sections = {"absmax": statistics}
         if stored.nested_absmax is not None and stored.nested_offset is not None:
@@ -220,7 +215,7 @@ class Experts4bit(Bnb4bit):
         return StackState(stack, stack.assemble(sections))
 
     def dequantize(self, packed: torch.Tensor, start: int, state: Any) -> torch.Tensor:
-        """The values in the dtype of the stack, by the kernel under `dequantize_4bit`, given whole blocks."""
+        """The values in the dtype of the stack."""
         values: torch.Tensor = state.stack.elements(packed, start, state.statistics)
         return values
 
@@ -228,7 +223,7 @@ class Experts4bit(Bnb4bit):
         """The sections of all experts, the tables of codes, and a text."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
             SAVED.get(name, name): (section.dtype, (section.elements,))
-            for name, section in self.stack(torch.empty(shape, device="meta")).sections.items()
+            for name, section in self.stack(shape).sections.items()
         }
         found["quant_map"] = (torch.float32, (16,))
         if self.options.double_quant:
@@ -237,8 +232,7 @@ class Experts4bit(Bnb4bit):
 
     def saved(self, state: StackState) -> dict[str, torch.Tensor | str]:
         """The sections of all experts, and what they share."""
-        stack = state.stack
-        return {**self.saved_by_expert(state), **self._saved_once(stack)}
+        return {**self.saved_by_expert(state), **self.saved_once(state.stack.size)}
 
     def saved_by_expert(self, state: StackState) -> dict[str, torch.Tensor]:
         """The sections, under the names that a checkpoint has for them."""
@@ -246,16 +240,13 @@ class Experts4bit(Bnb4bit):
 
     def saved_once(self, shape: torch.Size) -> dict[str, torch.Tensor | str]:
         """The tables of codes, and a text as bitsandbytes writes it."""
-        return self._saved_once(self.stack(torch.empty(shape, device="meta")))
-
-    @staticmethod
-    def _saved_once(stack: PackedStack) -> dict[str, torch.Tensor | str]:
+        stack = self.stack(shape)
         found: dict[str, torch.Tensor | str] = {"quant_map": code_of(stack.quant_type, torch.device("cpu"))}
         settings: dict[str, Any] = {
             "quant_type": stack.quant_type,
             "blocksize": stack.blocksize,
             "dtype": str(stack.dtype).removeprefix("torch."),
-            "shape": [stack.experts, *stack.shape],
+            "shape": list(shape),
         }
         if stack.double_quant:
             found["nested_quant_map"] = dynamic_code(torch.device("cpu"))
@@ -269,9 +260,7 @@ class Experts4bit(Bnb4bit):
     def state_from(self, state: Any, experts: range, found: Mapping[str, torch.Tensor]) -> Any:
         """A stack of `experts`."""
         stack = dataclasses.replace(state, experts=len(experts))
-        sections = stack.sections.items()
-        parts = {name: aligned(found[name], section.dtype) for name, section in sections}
-        return StackState(stack, stack.assemble(parts))
+        return StackState(stack, stack.assemble(stack.typed(found)))
 
     def state_bytes(self, blocks: int) -> int:
         """0: statistics are a parameter."""

@@ -188,6 +188,8 @@ def grouped_mm_4bit(  # noqa: PLR0917 - arguments of an operator are positional
     offsets: int32 `(experts,)`, the first row after those of each expert; ends: the same on the CPU. shape: of one
     expert's weight, `(out, in)`, or `(in, out)` if `is_transposed`. Returns `(rows, out)`, zeros after the last end.
     """
+    from transformers.integrations.moe import _grouped_linear
+
     stack = PackedStack(
         experts=ends.size(0),
         shape=(shape[0], shape[1]),
@@ -205,14 +207,10 @@ def grouped_mm_4bit(  # noqa: PLR0917 - arguments of an operator are positional
         start = found[experts.start - 1] if experts.start else 0
         rows = slice(start, found[experts.stop - 1])
         run_ends = offsets[experts.start : experts.stop] - start
-        y[rows] = _run_product(x[rows], stack.dequantize(packed, statistics, experts), run_ends, is_transposed)
+        weight = stack.dequantize(packed, statistics, experts)
+        y[rows] = _grouped_linear(x[rows], weight, run_ends, is_transposed=is_transposed)
+        del weight  # before the next run is dequantized
     return y
-
-
-def _run_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, is_transposed: bool) -> torch.Tensor:  # noqa: FBT001
-    from transformers.integrations.moe import _grouped_linear
-
-    return _grouped_linear(x, weight, offsets, is_transposed=is_transposed)
 
 
 def _runs(ends: Sequence[int], most: int, gap: int) -> Iterator[range]:

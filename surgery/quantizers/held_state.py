@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, aligned, check_not_cast, code_of, dynamic_code
+from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, check_not_cast, code_of, dynamic_code
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -29,7 +29,7 @@ def whole_state(stack: PackedStack, found: Mapping[str, torch.Tensor]) -> QuantS
     """The state of a weight by itself, of the bytes of each of `stack.sections`."""
     from bitsandbytes.functional import QuantState
 
-    parts = {name: aligned(found[name], section.dtype) for name, section in stack.sections.items()}
+    parts = stack.typed(found)
     device, nested = parts["absmax"].device, None
     if stack.double_quant:
         code = dynamic_code(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ __all__ = [
     "NESTED_BLOCKSIZE",
     "PackedStack",
     "Section",
-    "aligned",
     "as_bytes",
     "check_not_cast",
     "code_of",
+    "dequantized",
     "dynamic_code",
     "nested_values",
     "stacks_of",
@@ -32,8 +32,8 @@ NESTED_BLOCKSIZE = 256
 #: they may be stored in, nor a copy of 16 bytes at a time, straddles two of them.
 ALIGNMENT = 16
 
-#: Elements that bitsandbytes dequantizes at once: on a GPU it counts them in 32 bits with a sign, unchecked.
-MOST_ELEMENTS = 1 << 30
+#: Tables of values by 4-bit type, or "" of statistics, and device: torch.compile looks through `functools.cache`.
+_codes: dict[tuple[str, torch.device], torch.Tensor] = {}
 
 
 class Section(NamedTuple):
@@ -73,6 +73,11 @@ class PackedStack:
         assert self.numel % self.blocksize == 0, "blocks straddle experts"
 
     @property
+    def size(self) -> torch.Size:
+        """`(experts, *shape)`."""
+        return torch.Size((self.experts, *self.shape))
+
+    @property
     def numel(self) -> int:
         """Elements of one expert."""
         return self.shape[0] * self.shape[1]
@@ -106,13 +111,13 @@ class PackedStack:
         start = 0
         for name, (dtype, each) in kinds.items():
             found[name] = section = Section(start, dtype, self.experts * each)
-            start = _aligned(section.bytes.stop)
+            start = _padded(section.bytes.stop)
         return found
 
     @property
     def statistics_bytes(self) -> int:
         """Bytes of the statistics of all experts, padded to a multiple of `ALIGNMENT`."""
-        return max(_aligned(section.bytes.stop) for section in self.sections.values())
+        return max(_padded(section.bytes.stop) for section in self.sections.values())
 
     def ranges(self, experts: range) -> dict[str, range]:
         """The bytes of consecutive experts in each section, of the statistics of all."""
@@ -137,7 +142,11 @@ class PackedStack:
     def views(self, statistics: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each of `sections`, 1-D and in its dtype: views of `statistics`, of any dtype, or copies if not aligned."""
         whole = as_bytes(statistics)
-        return {name: aligned(whole[section.bytes], section.dtype) for name, section in self.sections.items()}
+        return self.typed({name: whole[section.bytes] for name, section in self.sections.items()})
+
+    def typed(self, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each of `sections` in its dtype, of its bytes, 1-D: a view, or a copy if they are not aligned."""
+        return {name: _aligned(found[name], section.dtype) for name, section in self.sections.items()}
 
     def dequantize(self, packed: torch.Tensor, statistics: torch.Tensor, experts: range) -> torch.Tensor:
         """The values of consecutive experts, `(len(experts), *shape)` in `dtype`.
@@ -146,10 +155,6 @@ class PackedStack:
         """
         import bitsandbytes  # noqa: F401 - it has the operator
 
-        if len(experts) > 1 and len(experts) * self.numel > MOST_ELEMENTS:
-            middle = len(experts) // 2
-            halves = experts[:middle], experts[middle:]
-            return torch.cat([self.dequantize(packed, statistics, half) for half in halves])
         each = self.numel // 2
         # Flat: the kernel for a CPU misreads rows that are not whole blocks.
         values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -167,19 +172,15 @@ class PackedStack:
 
         statistics: of all experts, in any dtype and shape.
         """
-        stop = start + 2 * packed.numel()
-        experts = range(start // self.numel, -(-stop // self.numel))
-        blocks = range(start // self.blocksize, -(-stop // self.blocksize))
-        absmax = self._absmax(self.views(statistics), experts)[blocks.start - experts.start * self.blocks :]
-        before = (start - blocks.start * self.blocksize) // 2
-        whole = packed
-        if packed.numel() != len(blocks) * self.blocksize // 2:
-            whole = packed.new_zeros(len(blocks) * self.blocksize // 2)
-            whole[before : before + packed.numel()] = packed
-        values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            whole, absmax[: len(blocks)], self.blocksize, self.quant_type, [2 * whole.numel()], self.dtype
+
+        def absmax(blocks: range) -> torch.Tensor:
+            experts = range(blocks.start // self.blocks, -(-blocks.stop // self.blocks))
+            first = blocks.start - experts.start * self.blocks
+            return self._absmax(self.views(statistics), experts)[first : first + len(blocks)]
+
+        return dequantized(
+            packed, start, absmax, blocksize=self.blocksize, quant_type=self.quant_type, dtype=self.dtype
         )
-        return values.view(-1)[2 * before : 2 * (before + packed.numel())]
 
     def _absmax(self, statistics: Mapping[str, torch.Tensor], experts: range) -> torch.Tensor:
         """The float32 statistics of consecutive experts, `(len(experts) * blocks,)`."""
@@ -215,6 +216,31 @@ def check_not_cast(module: Any, *held: torch.Tensor) -> None:
             )
 
 
+def dequantized(
+    packed: torch.Tensor,
+    start: int,
+    absmax: Callable[[range], torch.Tensor],
+    *,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The values, 1-D in `dtype`, of the bytes `packed`, uint8 and 1-D, from flat element `start` of a weight.
+
+    By the kernel under `dequantize_4bit`, which takes whole blocks. absmax: gives float32 statistics of some blocks.
+    """
+    blocks = range(start // blocksize, -(-(start + 2 * packed.numel()) // blocksize))
+    before = (start - blocks.start * blocksize) // 2
+    whole = packed
+    if packed.numel() != len(blocks) * blocksize // 2:
+        whole = packed.new_zeros(len(blocks) * blocksize // 2)
+        whole[before : before + packed.numel()] = packed
+    values: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        whole, absmax(blocks), blocksize, quant_type, [2 * whole.numel()], dtype
+    )
+    return values.view(-1)[2 * before : 2 * (before + packed.numel())]
+
+
 def nested_values(
     quantized: torch.Tensor,
     absmax: torch.Tensor,
@@ -234,22 +260,22 @@ def nested_values(
     return code[quantized.int()] * absmax[..., number] + offset
 
 
-@functools.cache
 def code_of(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit type. One tensor for all weights: making one copies to the device, and waits for it."""
     from bitsandbytes.functional import get_4bit_type
 
-    code: torch.Tensor = get_4bit_type(quant_type, device=device)
-    return code
+    if (quant_type, device) not in _codes:
+        _codes[quant_type, device] = get_4bit_type(quant_type, device=device)
+    return _codes[quant_type, device]
 
 
-@functools.cache
 def dynamic_code(device: torch.device) -> torch.Tensor:
     """The 256 values that statistics are quantized to; one tensor for all, as `code_of`."""
     from bitsandbytes.functional import create_dynamic_map
 
-    code: torch.Tensor = create_dynamic_map().to(device)
-    return code
+    if ("", device) not in _codes:
+        _codes["", device] = create_dynamic_map().to(device)
+    return _codes["", device]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -257,11 +283,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _aligned(size: int) -> int:
+def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _aligned(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`data`, 1-D bytes, in `dtype`: copied if it does not begin where that may, in a shard or a flat parameter."""
+    if torch.compiler.is_compiling():  # addresses would break the graph
+        return data.clone().view(dtype)
     is_aligned = data.storage_offset() % dtype.itemsize == 0 and data.data_ptr() % dtype.itemsize == 0
     return (data if is_aligned else data.clone()).view(dtype)

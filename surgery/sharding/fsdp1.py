@@ -103,10 +103,8 @@ def _leaves(
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
     loose = [child for child in module.children() if isinstance(child, (nn.ParameterDict, nn.ParameterList))]
-    return [
-        *module.parameters(recurse=False),
-        *(p for child in (*loose, *_factors(module)) for p in child.parameters(recurse=False)),
-    ]
+    inner = (*loose, *_factors(module))
+    return [*module.parameters(recurse=False), *(p for child in inner for p in child.parameters())]
 
 
 def _factors(module: Any) -> list[nn.Module]:

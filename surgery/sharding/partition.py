@@ -11,13 +11,19 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-__all__ = ["Form", "Grid", "Partition", "Slice", "chunk"]
+__all__ = ["Form", "Grid", "Partition", "Slice", "chunk", "common"]
 
 
 def chunk(rows: range, parts: int, part: int) -> range:
     """Part number `part` of `rows`, divided as `torch.chunk` does: equal parts, a smaller one, then empty ones."""
     size = -(-len(rows) // parts)
     return rows[part * size : (part + 1) * size]
+
+
+def common(one: range, other: range) -> range:
+    """The intersection of two ranges of step 1; an empty range inside of `other` if there is none."""
+    start = min(max(one.start, other.start), other.stop)
+    return range(start, max(min(one.stop, other.stop), start))
 
 
 @dataclass(frozen=True, kw_only=True)

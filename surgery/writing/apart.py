@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -24,17 +25,16 @@ class Apart:
 
     tensors: tuple[Planned, ...]
 
-    def __post_init__(self) -> None:
-        ends = accumulate((planned.numel for planned in self.tensors), initial=0)
-        object.__setattr__(self, "_starts", tuple(ends)[:-1])
+    @cached_property
+    def _starts(self) -> list[int]:
+        return list(accumulate((planned.numel for planned in self.tensors), initial=0))
 
     def write(self, write: Callable[[str, torch.Tensor, int], None], values: torch.Tensor, start: int) -> None:
         """Hand `write` the elements `values` from flat element `start` on, as elements of the tensors that they are."""
         flat, done = values.reshape(-1), 0
-        starts: tuple[int, ...] = self._starts  # type: ignore[attr-defined]  # set above
-        at = bisect_right(starts, start) - 1
+        at = bisect_right(self._starts, start) - 1
         while done < flat.numel():
-            planned, begin = self.tensors[at], start + done - starts[at]
+            planned, begin = self.tensors[at], start + done - self._starts[at]
             piece = flat[done : done + planned.numel - begin]
             write(planned.name, piece, begin)
             done, at = done + piece.numel(), at + 1

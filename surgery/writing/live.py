@@ -21,7 +21,7 @@ from surgery.origin import Loaded, Origin
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.digest import Piece, page_count, page_sums
 from surgery.sharding.base import Part
-from surgery.sharding.partition import chunk
+from surgery.sharding.partition import chunk, common
 from surgery.writing.merge_adapters import check_mergeable
 from surgery.writing.merging import MergeSite, find_sites
 
@@ -67,7 +67,7 @@ class Tensors:
         if len(self.spans[held][rank]) == held.shape.numel():  # it has them already
             whole = held.data.reshape(-1)[wanted.start : wanted.stop]
             return whole.to(self.device, copy=True) if is_here else None
-        parts = [_common(share, wanted) for share in self.shares[held]]
+        parts = [common(share, wanted) for share in self.shares[held]]
         start, mine = self.mine(held)
         own = parts[self.ranks.rank]
         mine = mine[own.start - start : own.stop - start].to(self.device) if own else mine[:0].to(self.device)
@@ -94,12 +94,6 @@ class Tensors:
         for found in page_sums(pieces):
             digest.update(found.cpu().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _common(share: range, wanted: range) -> range:
-    """The intersection; an empty range at the beginning of `wanted` if there is none."""
-    start, stop = max(share.start, wanted.start), min(share.stop, wanted.stop)
-    return range(start, stop) if start < stop else range(wanted.start, wanted.start)
 
 
 def _span(held: Part) -> range:

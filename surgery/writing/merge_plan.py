@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -409,11 +408,7 @@ def plan_work(
         sources = (*assignment.sources, *assignment.duplicates)
         form = next((quantized[target] for target in assignment.targets if target in quantized), None)
         changed = {name: change for name, change in mine.items() if change is not None}
-        if (
-            assignment.converter is not None
-            and (changed or form is not None)
-            and _is_divided(base, assignment, changed)
-        ):
+        if (changed or form is not None) and _is_divided(base, assignment, changed):
             change = changed.get(fqn)
             works[sources[0]] = [_stack(base, checkpoint, assignment, change, quant=form)]
             continue
@@ -464,12 +459,11 @@ def _stack(
     fqn, names = assignment.targets[0], assignment.orders[0]
     dtype, shape = base.tensors[fqn].dtype, tuple(base.tensors[fqn].shape)
     entries = [checkpoint.entry(name) for name in names]
-    starts = accumulate((entry.numel for entry in entries), initial=0)
     pieces = Apart(tensors=tuple(_planned(entry.name, entry, dtype) for entry in entries))
     return Merged(
         made=pieces.tensors if quant is None else planned_packed(fqn, quant, shape, quant.storage),
         source=replace(entries[0], name=fqn, shape=shape),
-        segments=tuple(Segment(entry=entry, start=start) for entry, start in zip(entries, starts, strict=False)),
+        segments=Segment.joined(entries),
         dtype=dtype,
         change=change,
         quant=quant,

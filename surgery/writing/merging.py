@@ -75,7 +75,8 @@ class MergeSite:
 def chunks(shape: Sequence[int], elements: int | None = None) -> Iterator[range]:
     """Ranges of dimension 0 of a tensor of `shape`, with about so many `elements` each; the last is never shorter.
 
-    elements: None for `CHUNK`. Of a stack of experts two at least: PEFT takes one for a matrix, and not for transposed.
+    elements: None for `CHUNK`. Of several experts two at least, since PEFT multiplies one as a matrix: it rounds
+    otherwise then, and does not transpose.
     """
     total = shape[0] if shape else 1
     row = max(torch.Size(shape).numel() // max(total, 1), 1)
@@ -192,15 +193,12 @@ def _part(
         return _tokens(layer, inputs, rows)
     if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
         number = layer.num_experts
-        settings: dict[str, Any] = {"num_experts": len(rows)}
-        if len(rows) == 1:  # which PEFT takes for a matrix
-            settings["fan_in_fan_out"] = not layer._did_swap_in_out_features
         return {
             key: value.view(number, -1, value.shape[1])[part].flatten(0, 1)
             if key.startswith("lora_A.")
             else value.view(len(value), -1, number)[..., part].flatten(1)
             for key, value in inputs.items()
-        }, settings
+        }, {"num_experts": len(rows)}
     if isinstance(layer, Embedding) or layer.fan_in_fan_out:
         # The rows of a weight that is stored as (in, out) are the columns of A.
         across = ("lora_A.", "lora_embedding_A.")

@@ -134,6 +134,7 @@ def train_kept(checkpoints: dict[str, Path]) -> dict[str, list[float]]:
         torch.manual_seed(0)
         with surgery.qlora(
             checkpoints[case.model],
+            quant=surgery.Quant(experts=False),  # as upstream has them
             lora=lora(),
             placement=case.placement,
             shard=case.kind(**case.shard),

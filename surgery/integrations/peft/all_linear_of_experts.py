@@ -163,15 +163,14 @@ def _changes(asked: Any, made: Any) -> str:
     new = sorted(set(made.target_parameters or ()) - set(asked.target_parameters or ()))
     if not new:
         return ""
-    ranks = [
-        f"{name.rpartition('.')[2]} at rank {made.rank_pattern[name]}"
-        for name in made.rank_pattern
-        if name not in asked.rank_pattern
-    ]
-    wider = f", {' and '.join(ranks)} instead of {made.r}" if ranks else ""
+    ranks = {
+        name.rpartition(".")[2]: rank for name, rank in made.rank_pattern.items() if name not in asked.rank_pattern
+    }
+    adapted = [name for name in new if name.rpartition(".")[2] not in ranks]
+    adapted += [f"{name} at rank {rank} instead of {made.r}" for name, rank in ranks.items()]
     return (
         f"PEFT takes a part of target_modules={asked.target_modules!r} for parameters of experts and routers, and "
-        f"adapts {', '.join(new)}{wider}. To choose, name linear layers in target_modules, and target_parameters=[...]"
+        f"adapts {', '.join(adapted)}. To choose, name linear layers in target_modules, and target_parameters=[...]"
     )
 
 

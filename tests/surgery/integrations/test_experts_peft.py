@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from surgery.adapters.attach import adapted_by_peft, adapting, appearing_real, draws_later
 from surgery.adapters.deferred import Drawing, Undrawn
 from surgery.adapters.rehearsal import check_quantized
-from surgery.config import Quant
 from surgery.errors import ConfigError
 from surgery.integrations.peft import all_linear_of_experts
-from surgery.quantizers.base import STATISTICS
-from surgery.quantizers.experts import IMPLEMENTATION, Experts4bit, fused_parameters
+from surgery.quantizers.experts import IMPLEMENTATION, fused_parameters
 from surgery.quantizers.grouped import experts_forward
+from tests.helpers.experts import packed_experts
 from tests.helpers.models import tiny_config
 
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -43,22 +40,10 @@ def models(family: str = "olmoe", dtype: torch.dtype = torch.float32, **changes:
     config = tiny_config(family, **{**MOE, **changes})
     packed = AutoModelForCausalLM.from_config(config, dtype=dtype)
     plain = copy.deepcopy(packed)
-    quant = Experts4bit(options=Quant("nf4", double_quant=False), dtype=dtype, compute_dtype=dtype)
     for fqn, module in list(packed.named_modules()):
-        given = {name: module.get_parameter(name).detach() for name in fused_parameters(module)}
-        if given:
-            quant.replacement(module)
-        for name, values in given.items():
-            stack = module.packed_stacks[name]
-            every = [quantize_4bit(each.reshape(-1), blocksize=stack.blocksize, quant_type="nf4") for each in values]
-            bytes_ = torch.cat([each[0].view(-1) for each in every])
-            statistics = stack.assemble({"absmax": torch.cat([each[1].absmax for each in every])})
-            for each, data in ((name, bytes_), (name + STATISTICS, statistics)):
-                held = nn.Parameter(data.view(quant.storage).view(-1, 1), requires_grad=False)
-                module._parameters[each] = held
-            plain.get_submodule(fqn).get_parameter(name).data = stack.dequantize(
-                bytes_, statistics, range(stack.experts)
-            )
+        if fused_parameters(module):
+            for model, experts in zip((packed, plain), packed_experts(module, storage=dtype), strict=True):
+                model.set_submodule(fqn, experts)
     return packed, plain
 
 
@@ -250,6 +235,7 @@ def test_adapters_of_16_bit_experts_are_those_of_peft_which_is_said(caplog: pyte
     line = said(caplog)
     assert "gate.weight" in line
     assert "gate_up_proj at rank 8 instead of 4" in line
+    assert line.count("gate_up_proj") == 1
     assert any(".gate.lora_A" in name for name, _ in model.named_parameters())
 
 

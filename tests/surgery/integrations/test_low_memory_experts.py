@@ -235,7 +235,10 @@ def test_experts_that_the_configuration_skips_stay_in_16_bits(
 def test_the_block_is_for_itself_and_those_in_it(folders: dict[str, Path]) -> None:
     with surgery.low_memory(experts="fp4"):
         inner = bound(folders["qwen3_moe"], experts=None)
-        other = bound(folders["qwen3_moe"], experts="nf4")
+        with surgery.low_memory(experts="nf4"):
+            with surgery.low_memory(experts="fp4"):  # like the outermost
+                pass
+            other = bound(folders["qwen3_moe"], experts=None)
     outside = bound(folders["qwen3_moe"], experts=None)
     assert [{stack.quant_type for m in model.modules() for stack in stacks_of(m).values()} for model in (
         inner, other, outside

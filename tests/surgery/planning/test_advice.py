@@ -76,7 +76,7 @@ def test_commands_can_be_pasted(inventory: Inventory) -> None:
         shard=FSDP1(cpu_offload=True),
         placement="rank0-cpu",
         quant=Quant("fp4", double_quant=False, quant_storage=torch.float32),
-        lora=LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+        lora=LoraConfig(r=8, target_modules=["q_proj", "v_proj"], target_parameters=["experts.down_proj"]),
         dtype=torch.float32,
         compute_dtype=torch.float32,
     )
@@ -89,7 +89,7 @@ def test_commands_can_be_pasted(inventory: Inventory) -> None:
         "fsdp": "1", "fsdp_config": '{"cpu_offload": true}', "bnb_4bit_quant_type": "fp4", "dtype": "float32",
         "use_bnb_nested_quant": False, "bnb_4bit_quant_storage": "float32", "lora_r": 8, "optim": "sgd",
         "lora_target_modules": ["q_proj", "v_proj"], "per_device_train_batch_size": 2, "max_length": 512,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False, "lora_target_parameters": ["experts.down_proj"],
     }  # fmt: skip
     assert {name: request.values[name] for name in wanted} == wanted
     usual = make_plan(inventory, setting(), Training(checkpointing=True))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from surgery.cli import app
@@ -104,6 +105,21 @@ def test_experts_that_fsdp1_cannot_train_exit_2(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.down_proj, model.layers.0.mlp.experts.gate_up_proj as parameters" in message
     assert "use shard=FSDP2()" in message
     assert run(*fsdp1, "--experts", "16bit", "--lora-target-modules", "q_proj,v_proj").exit_code == 0
+
+
+def test_adapters_of_chosen_parameters_are_counted(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "experts", "mixtral", num_local_experts=2)
+
+    def adapters(*options: object) -> int:
+        result = run(folder, "--json", "--lora-r", 4, "--lora-target-modules", "q_proj", *options)
+        assert result.exit_code == 0, result.output
+        size: int = json.loads(result.stdout)["ranks"][0]["train"]["adapters"]
+        return size
+
+    config = AutoConfig.from_pretrained(folder)
+    of_stack = 2 * 4 * (config.hidden_size + config.intermediate_size) * 2  # experts, rank, elements, bytes
+    more = adapters("--lora-target-parameters", "experts.down_proj") - adapters()
+    assert more == config.num_hidden_layers * of_stack
 
 
 def test_without_such_tensors_nothing_is_said_of_them(tmp_path: Path) -> None:

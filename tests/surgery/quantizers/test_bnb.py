@@ -21,7 +21,7 @@ from surgery.config import BLOCKSIZES, FSDP1, FSDP2, STORAGE_DTYPES, Placement, 
 from surgery.errors import ConfigError
 from surgery.model.keys import Assignment
 from surgery.passes.tensors import ShardBuffer, ShardBuffers, Target, find_targets
-from surgery.quantizers import bnb
+from surgery.quantizers import base
 from surgery.quantizers.base import Layout
 from surgery.quantizers.bnb import Bnb4bit
 from surgery.sharding.base import Devices, strategy_for
@@ -65,7 +65,7 @@ def weights(draw: st.DrawFn) -> torch.Tensor:
 @contextmanager
 def runs_of(elements: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bnb.RUN_ELEMENTS, "cpu", elements)
+        patch.setitem(base.RUN_ELEMENTS, "cpu", elements)
         yield
 
 
@@ -236,7 +236,7 @@ def test_parts_that_are_not_quantized_are_the_tensor_in_its_dtype(
 
 
 def test_a_weight_of_many_default_runs_gives_the_bits_of_the_whole() -> None:
-    elements = bnb.RUN_ELEMENTS["cpu"]
+    elements = base.RUN_ELEMENTS["cpu"]
     weight = torch.randn(3, elements // 2 + 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     quant = Quant(quant_storage=torch.bfloat16)
     quant_format = Bnb4bit(quant, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)

@@ -47,6 +47,19 @@ def test_logits_and_gradients_have_the_bits_of_a_state_on_every_rank(
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_layer_is_compiled_as_one_graph(folder: Path, double_quant: bool) -> None:
+    layer: Any = loaded(folder, shard_statistics=True, double_quant=double_quant).model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    (found, gradient), (expected, wanted) = (
+        (y, *torch.autograd.grad(y.float().square().sum(), x)) for y in (compiled(x), layer(x))
+    )
+    assert found.equal(expected)
+    assert gradient.equal(wanted)
+
+
 def test_a_copy_has_statistics_of_its_own_and_so_has_what_was_pickled(folder: Path) -> None:
     """bitsandbytes copies the state of a weight without telling of what else is copied."""
     model = loaded(folder, shard_statistics=True)
@@ -62,9 +75,9 @@ def test_a_copy_has_statistics_of_its_own_and_so_has_what_was_pickled(folder: Pa
     for other in others:
         for layer in other.modules():
             if isinstance(layer, Linear4bit):
-                state: Any = layer.quant_state
-                assert state is layer.weight.quant_state
-                assert state.layer is layer
+                held: Any = layer
+                assert held.quant_state is held.weight.quant_state
+                assert held.quant_state.layer is layer
         assert torch.equal(other(IDS).logits, wanted)
 
 
