@@ -175,19 +175,6 @@ def test_one_process_learns_what_the_assistant_says(checkpoint: Path, tmp_path: 
     assert summary["evaluations"][-1]["loss"] < summary["evaluations"][0]["loss"]
 
 
-def test_one_process_goes_on_as_if_never_interrupted(checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    """In the dtype of adapters too, which PEFT would raise to float32."""
-    out = tmp_path / "out"
-    words = (checkpoint, "--data", data, "--output", out, "--max-steps", 2, "--learning-rate", 1e-2, "--save-steps", 1)
-    straight = command("finetune", *words)
-    assert straight.exit_code == 0, straight.output
-    adapter = load_file(out / "adapter_model.safetensors")
-    resumed = command("finetune", *words, "--resume-from-checkpoint", out / "checkpoint-1", "--overwrite")
-    assert resumed.exit_code == 0, resumed.output
-    assert "resumed after step 1" in resumed.stdout
-    torch.testing.assert_close(load_file(out / "adapter_model.safetensors"), adapter, rtol=0, atol=0)
-
-
 def test_llama_4_learns_beside_experts_in_16_bits(data: Path, tmp_path: Path) -> None:
     """TRL's loss looks for a decoder and a number of experts under names that Llama 4 does not have."""
     sizes = {"num_local_experts": 4, "head_dim": 16, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}
@@ -199,6 +186,19 @@ def test_llama_4_learns_beside_experts_in_16_bits(data: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["losses"].values()
     assert 0 < second < first
+
+
+def test_one_process_goes_on_as_if_never_interrupted(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    """In the dtype of adapters too, which PEFT would raise to float32."""
+    out = tmp_path / "out"
+    words = (checkpoint, "--data", data, "--output", out, "--max-steps", 2, "--learning-rate", 1e-2, "--save-steps", 1)
+    straight = command("finetune", *words)
+    assert straight.exit_code == 0, straight.output
+    adapter = load_file(out / "adapter_model.safetensors")
+    resumed = command("finetune", *words, "--resume-from-checkpoint", out / "checkpoint-1", "--overwrite")
+    assert resumed.exit_code == 0, resumed.output
+    assert "resumed after step 1" in resumed.stdout
+    torch.testing.assert_close(load_file(out / "adapter_model.safetensors"), adapter, rtol=0, atol=0)
 
 
 def test_sigterm_ends_a_job_that_has_its_output_to_itself(checkpoint: Path, data: Path, tmp_path: Path) -> None:
