@@ -178,7 +178,7 @@ class PackedWeight:
     def _absmax(self, read: Read, first: int, last: int) -> torch.Tensor:
         """The statistics of the blocks `first` to `last`, float32."""
         absmax = read(self.absmax, first, last)
-        if self.nested_absmax is None or self.nested_quant_map is None:
+        if self.nested_absmax is None or self.nested_quant_map is None or first == last:
             return absmax
         size, each = self.settings.nested_blocksize, self.settings.blocks
         assert size is not None

@@ -93,8 +93,8 @@ def test_the_page_names_every_family() -> None:
         Outcome(family="falcon", verdict="refused", why="a | b"),
     ]
     text = page(found)
-    assert "| `llama` | exact | 14 | 28 | exact |  |" in text
-    assert r"| `falcon` | refused |  |  |  | a \| b |" in text
+    assert "| `llama` | exact | 14 | 28 |  | exact |  |" in text
+    assert r"| `falcon` | refused |  |  |  |  | a \| b |" in text
     assert text.index("`falcon`") < text.index("`llama`")
     assert f"torch {torch.__version__.partition('+')[0]}" in text
 

@@ -43,6 +43,7 @@ def _find(name: str) -> Any:
     upstream="https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/integrations/moe.py",
     requires={"transformers": ">=5.17,<5.25"},
     signature="(self, experts_implementation, default)",
+    fingerprint="dda82f3c74ea091e",
     probe=forward_is_unknown,
     verify=check_finds_each,
 )
