@@ -254,8 +254,8 @@ def _together(ranks: Ranks, *, is_guest: bool) -> Iterator[None]:
     except BaseException as error:
         if not is_guest and ranks.world_size > 1:
             _abort()
-            if ranks.rank == store_holder(ranks.store):
-                wait_for_the_others(ranks, ended=getattr(error, "rank", None))
+        if ranks.world_size > 1 and ranks.rank == store_holder(ranks.store):
+            wait_for_the_others(ranks, ended=getattr(error, "rank", None))
         raise
     if not is_guest and dist.is_initialized():
         dist.destroy_process_group()
