@@ -25,13 +25,12 @@ import typer
 
 from experts.measure import Batch, Found, Options, measure
 from experts.ways import LOADERS
+from loading.launch import wait
 from loading.options import cores_per_rank
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1024**3
 
-#: Seconds within which torchrun ends its ranks.
-SHUTDOWN_LIMIT = 60
 LOG_LINES = 40
 
 
@@ -106,7 +105,7 @@ def _measured(options: Options, limit: int) -> Found:
             child = subprocess.Popen(
                 [*torchrun, *job], env=_environment(options), stdout=stream, stderr=subprocess.STDOUT
             )
-            failure = _wait(child, limit)
+            failure = wait(child, limit)
         found = Found(way=options.way, ranks=options.ranks, memory_cap=options.memory_cap)
         if into.exists():
             found = Found(**json.loads(into.read_text(encoding="utf-8")))
@@ -115,18 +114,6 @@ def _measured(options: Options, limit: int) -> Found:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-LOG_LINES:]), file=sys.stderr, flush=True)
         return found
-
-
-def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
-    """Wait for the child; returns the failure, or None. On return, the child and its ranks have ended."""
-    try:
-        code = child.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {limit} s"
-    finally:
-        child.terminate()
-        child.wait(timeout=SHUTDOWN_LIMIT)
-    return f"torchrun ended with {code}" if code else None
 
 
 def _environment(options: Options) -> dict[str, str]:

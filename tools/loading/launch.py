@@ -16,7 +16,7 @@ from loading.options import Options, cores_per_rank
 from loading.outcome import Outcome, collect
 from loading.results import Results, environment
 
-__all__ = ["compare"]
+__all__ = ["compare", "wait"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_load.py"
@@ -66,7 +66,7 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-            failure = _wait(child, limit)
+            failure = wait(child, limit)
         found = collect(Path(into))
         if failure is not None:
             tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
@@ -75,7 +75,7 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
         return [*found, *_missing_outcomes(options, found, ranks, failure or "ended without a word")]
 
 
-def _wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
+def wait(child: subprocess.Popen[bytes], limit: int) -> str | None:
     """Wait for the child; returns the failure, or None. On return, the child and all its processes have ended."""
     try:
         code = child.wait(timeout=limit)
