@@ -27,6 +27,7 @@ ROOMS = (
     "adapters",
     "state",
     "passes",
+    "step",
     "origin",
     "planning",
     "bound",

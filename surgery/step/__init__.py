@@ -1,0 +1,1 @@
+"""A training step: fused 4-bit LoRA, kernels of others, compiled blocks, CUDA graphs, activations that wait."""
