@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.quantizers.stack import code_of
+
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
@@ -47,7 +49,7 @@ def dequantize(packed: torch.Tensor, state: QuantState, workspace: Workspace) ->
 
         return functional.dequantize_4bit(packed.reshape(-1, 1), state)
     out = workspace.take(state.shape, state.dtype, packed.device)
-    return _fastest(packed.device, state.dtype)(packed, state, out)
+    return _fastest(packed.device, state.dtype, state.quant_type)(packed, state, out)
 
 
 def _by_bitsandbytes(packed: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
@@ -61,11 +63,11 @@ _Way = Callable[[torch.Tensor, "QuantState", torch.Tensor], torch.Tensor]
 
 
 @functools.cache
-def _fastest(device: torch.device, dtype: torch.dtype) -> _Way:
+def _fastest(device: torch.device, dtype: torch.dtype, quant_type: str) -> _Way:
     """The way that takes less time on `device`; bitsandbytes' where Triton is absent, or does not make the same bits."""
     try:
         triton_way = _triton_way()
-        packed, state, out = _specimen(device, dtype)
+        packed, state, out = _specimen(device, dtype, quant_type)
         if not torch.equal(
             triton_way(packed, state, out.clone()).view(torch.uint8),
             _by_bitsandbytes(packed, state, out).view(torch.uint8),
@@ -90,13 +92,13 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
-def _specimen(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, QuantState, torch.Tensor]:
+def _specimen(device: torch.device, dtype: torch.dtype, quant_type: str) -> tuple[torch.Tensor, QuantState, torch.Tensor]:
     """A weight of the size of those of an 8B model, with double quantization, and memory for it."""
     from bitsandbytes import functional
 
     with torch.random.fork_rng(devices=[device]):
         values = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
-    packed, state = functional.quantize_4bit(values.to(dtype), compress_statistics=True, quant_type="nf4")
+    packed, state = functional.quantize_4bit(values.to(dtype), compress_statistics=True, quant_type=quant_type)
     return packed, state, torch.empty(values.shape, dtype=dtype, device=device)
 
 
@@ -115,10 +117,10 @@ def _triton_way() -> _Way:
         kernel[(-(-elements // (2 * BYTES)),)](
             values,
             state.absmax,
-            state.code,
+            _code(state.quant_type, out.device),
             state.absmax if nested is None else nested.absmax,
-            state.code if nested is None else nested.code,
-            state.code if nested is None else state.offset,
+            state.absmax if nested is None else nested.code,
+            state.absmax if nested is None else state.offset,
             out,
             elements,
             BLOCKSIZE=state.blocksize,
@@ -130,3 +132,13 @@ def _triton_way() -> _Way:
         return out
 
     return way
+
+
+@functools.cache
+def _code(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The values of a 4-bit type, as bitsandbytes' kernel for a GPU has them: with a zero that is negative in fp4."""
+    code = code_of(quant_type, device)
+    if quant_type == "fp4":
+        code = code.clone()
+        code[8] = -0.0
+    return code

@@ -60,7 +60,7 @@ def products(x: torch.Tensor, layers: Sequence[Adapted], choice: Choice) -> tupl
         layers = [layer if layer.dropped is not None else layer._replace(dropped=x) for layer in layers]
     low = _low_ranks(x, layers, choice, shared=shared)
     inputs = [tensor for layer in layers for tensor in (layer.a, layer.b, layer.bias, layer.dropped)]
-    kept = _Keep.apply(x, low, shared, *inputs).grad_fn  # the node: through the tensor backward would come to it
+    kept = [_Keep.apply(x, low, shared, *inputs)]  # in a list, which autograd does not look into
     found: tuple[torch.Tensor, ...] = _Products.apply(x, low, kept, layers, choice, shared, *inputs)
     return found
 
@@ -111,7 +111,7 @@ class _Products(torch.autograd.Function):
     """The products, and their backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: Any, *rest: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
         layers, choice, shared, *inputs = rest
         # The packed weight is an attribute, as in bitsandbytes: FSDP frees its memory after forward and refills it for
         # backward, which `save_for_backward` would report as a change in place.
@@ -131,9 +131,9 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.weights)
-        low, *saved = ctx.kept.saved_tensors
+        low, *saved = ctx.kept[0].grad_fn.saved_tensors
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.kept = None  # which nothing else frees, since no gradient goes through it
+            ctx.kept.clear()  # which nothing else frees, since no gradient goes through it
         a, b, given = saved[:count], saved[count : 2 * count], saved[2 * count :]
         flat = [None if gradient is None else gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         lora = ctx.choice.lora
