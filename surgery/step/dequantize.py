@@ -41,13 +41,12 @@ class Workspace:
 def dequantize(packed: torch.Tensor, state: QuantState, workspace: Workspace) -> torch.Tensor:
     """The weight of `packed`, `state.shape` in `state.dtype`: bit for bit what bitsandbytes makes of it.
 
-    On a GPU in `workspace`, by the faster of two ways there, which is found out once. packed: of any shape and storage
-    dtype.
+    On a GPU in `workspace`, by the faster of two ways there, which is found out once. packed: bytes, 1-D and uint8.
     """
     if not packed.is_cuda:
         from bitsandbytes import functional
 
-        return functional.dequantize_4bit(packed.reshape(-1, 1), state)
+        return functional.dequantize_4bit(packed.view(-1, 1), state)
     out = workspace.take(state.shape, state.dtype, packed.device)
     return _fastest(packed.device, state.dtype, state.quant_type)(packed, state, out)
 
@@ -56,7 +55,7 @@ def _by_bitsandbytes(packed: torch.Tensor, state: QuantState, out: torch.Tensor)
     """Three kernels with double quantization: one for the statistics, one that adds their mean, one for the weight."""
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(packed.reshape(-1, 1), state, out=out)
+    return functional.dequantize_4bit(packed.view(-1, 1), state, out=out)
 
 
 _Way = Callable[[torch.Tensor, "QuantState", torch.Tensor], torch.Tensor]
@@ -99,7 +98,7 @@ def _specimen(device: torch.device, dtype: torch.dtype, quant_type: str) -> tupl
     with torch.random.fork_rng(devices=[device]):
         values = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
     packed, state = functional.quantize_4bit(values.to(dtype), compress_statistics=True, quant_type=quant_type)
-    return packed, state, torch.empty(values.shape, dtype=dtype, device=device)
+    return packed.view(-1), state, torch.empty(values.shape, dtype=dtype, device=device)
 
 
 @functools.cache
@@ -112,10 +111,9 @@ def _triton_way() -> _Way:
     def way(packed: torch.Tensor, state: QuantState, out: torch.Tensor) -> torch.Tensor:
         """Launch the kernel once."""
         nested = state.state2
-        values = packed.reshape(-1).view(torch.uint8)
         elements = out.numel()
         kernel[(-(-elements // (2 * BYTES)),)](
-            values,
+            packed,
             state.absmax,
             _code(state.quant_type, out.device),
             state.absmax if nested is None else nested.absmax,

@@ -32,7 +32,7 @@ class Choice(NamedTuple):
 class Adapted(NamedTuple):
     """One layer with its adapter, as its parameters are at the moment of a call.
 
-    packed, state: the weight `(out, in)`, as bitsandbytes packs it. bias: `(out,)` or None. a: `(r, in)`. b: `(out, r)`.
+    packed, state: the weight `(out, in)`, as bitsandbytes packs it, its bytes 1-D and uint8. bias: `(out,)` or None. a: `(r, in)`. b: `(out, r)`.
     dropped: the input after the layer's dropout; None if that drops nothing.
     """
 
@@ -87,7 +87,7 @@ def _stacked(factors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tenso
 
 def _columns(low: torch.Tensor, factors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The part of `low` of each layer: a view."""
-    return iter(torch.split(low, [a.shape[0] for a in factors], dim=1))
+    return iter((low,) if len(factors) == 1 else torch.split(low, [a.shape[0] for a in factors], dim=1))
 
 
 class _Keep(torch.autograd.Function):
@@ -214,4 +214,4 @@ def _added(of_x: torch.Tensor, of_low: torch.Tensor, a: torch.Tensor) -> torch.T
 
 def _rows(stacked: torch.Tensor, factors: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The rows of each factor A."""
-    return iter(torch.split(stacked, [a.shape[0] for a in factors]))
+    return iter((stacked,) if len(factors) == 1 else torch.split(stacked, [a.shape[0] for a in factors]))
