@@ -51,7 +51,7 @@ class Fsdp2Steps(Steps):
         return (
             all(_reduces(group) for group in self._groups)
             and all(state._state_ctx.is_last_backward for state in self._states)
-            and all(parameter.unsharded_accumulated_grad is None for parameter in self._parameters)
+            and not any(map(_waits, self._parameters))
         )
 
     def settle(self) -> None:
@@ -97,3 +97,9 @@ def _groups(state: Any) -> Iterator[Any]:
 def _reduces(group: Any) -> bool:
     waits = getattr(group, "_partial_reduce_output", None) is not None
     return bool(group.reduce_grads and group.all_reduce_grads and group.reshard_after_backward and not waits)
+
+
+def _waits(parameter: Any) -> bool:
+    """Whether a gradient waits to be reduced: in the dtype of reduction, or as autograd has left it."""
+    gathered = vars(parameter).get("_unsharded_param")
+    return parameter.unsharded_accumulated_grad is not None or (gathered is not None and gathered.grad is not None)

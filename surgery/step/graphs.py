@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from surgery.errors import ConfigError
 from surgery.passes.lifetime import at_release
@@ -118,7 +118,7 @@ class Kind:
 
 
 class Calls:
-    """What `model(...)` does once it is captured. record: as `Recorder.record`, by default of a recorder of its own."""
+    """The calls of a captured model. record: as `Recorder.record`, by default of a recorder of its own."""
 
     def __init__(self, model: nn.Module, *, warmup: int, limit: int, record: Callable[..., Tape] | None = None) -> None:
         self._model = weakref.ref(model)
@@ -180,16 +180,20 @@ class Calls:
         return True
 
     def _run(self, kind: Kind | None, model: Any, args: Any, kwargs: Any) -> Any:
-        """Call the model as ever, and see what its backward begins from."""
+        """Call the model as ever, and see whether, and where, its backward begins."""
         outputs = model._call_impl(*args, **kwargs)
+        leaves, structure = tree_flatten(outputs)
+        numbers = [n for n, each in enumerate(leaves) if isinstance(each, torch.Tensor) and each.requires_grad]
         flight = self._depart()
-        seen = set() if kind is None else kind.differentiated
-        leaves: list[Any] = [each for each in tree_flatten(outputs)[0] if isinstance(each, torch.Tensor)]
-        for number, leaf in enumerate(each for each in leaves if each.requires_grad):
-            leaf.register_hook(_landing(flight, seen, number))
-        if kind is not None:
-            kind.seen += 1
-        return outputs
+        if kind is None or kind.refused:
+            for number in numbers:
+                leaves[number].register_hook(_landing(flight))
+            return outputs
+        kind.seen += 1
+        begun: Any = Beginning.apply(flight, kind.differentiated, *(leaves[number] for number in numbers))  # type: ignore[no-untyped-call]
+        for number, each in zip(numbers, begun, strict=True):
+            leaves[number] = each
+        return tree_unflatten(leaves, structure)
 
     def _depart(self) -> Flight:
         flight = Flight()
@@ -203,7 +207,8 @@ class Calls:
         except Exception as error:  # whatever a model does that cannot be captured; nothing of it was executed
             kind.refused = True
             first = error.__context__ or error
-            logger.warning("surgery: calls of this shape run without CUDA graphs: %s", _line(first), exc_info=error)
+            logger.warning("surgery: calls of this shape run without CUDA graphs: %s", _line(first))
+            logger.debug("surgery: it was recorded this far", exc_info=error)
 
     def _replay(self, tape: Tape, leaves: Sequence[Any]) -> Any:
         assert self._steps is not None
@@ -239,10 +244,30 @@ class Replay(torch.autograd.Function):
         return (None, None, *ctx.tape.differentiate(gradients))
 
 
-def _landing(flight: Flight, seen: set[int], number: int) -> Callable[[torch.Tensor], None]:
+class Beginning(torch.autograd.Function):
+    """Copies of a call's outputs, to see which of them a backward begins from.
+
+    The outputs themselves do not tell: a loss is made of logits, which are an output too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, seen: set[int], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The copies."""
+        ctx.flight, ctx.seen = flight, seen
+        ctx.set_materialize_grads(False)
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """The gradients."""
+        ctx.flight.landed = True
+        ctx.seen.update(number for number, gradient in enumerate(gradients) if gradient is not None)
+        return (None, None, *gradients)
+
+
+def _landing(flight: Flight) -> Callable[[torch.Tensor], None]:
     def hook(_gradient: torch.Tensor) -> None:
         flight.landed = True
-        seen.add(number)
 
     return hook
 

@@ -89,7 +89,7 @@ class Tape:
             self._own = [None if gradient is None else torch.empty_like(gradient) for gradient in gradients]
 
     def assemble(self, outputs: Sequence[torch.Tensor]) -> Any:
-        """What the call returns, with `outputs` for the tensors in it."""
+        """Make what the call returns, with `outputs` for the tensors in it."""
         assert self._result_structure is not None
         left = iter(outputs)
         leaves = [

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,22 @@ def main() -> None:
     session.say("environment", torch=torch.__version__, device=torch.cuda.get_device_name() if on_cuda else "cpu")
     session.attempt("checkpoint", lambda: make(session))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     runs: dict[str, Any] = {}
     for name in ("eager", "eager again", "captured"):
-        session.attempt(f"losses, {name}", lambda name=name: losses(session, name, runs))
+        session.attempt(f"losses, {name}", partial(losses, session, name, runs))
     session.attempt("exact", lambda: compare(runs))
+    try_parts(session)
+    session.attempt("dropout", lambda: dropout(session))
+    session.attempt("checkpointing", lambda: checkpointing(session))
+    torch.use_deterministic_algorithms(False)
+    session.attempt("seconds", lambda: seconds(session))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def try_parts(session: Session) -> None:
+    """Do with a captured model what loops do."""
     model, _ = built(session)
     surgery.capture(model, warmup=WARMUP)
     session.attempt("warm up", lambda: warm_up(session, model))
@@ -117,15 +129,8 @@ def main() -> None:
         "moved weights": moved,
     }
     for part, function in parts.items():
-        session.attempt(part, lambda function=function: function(session, model))
+        session.attempt(part, partial(function, session, model))
     session.attempt("release", lambda: released(model))
-    del model
-    session.attempt("dropout", lambda: dropout(session))
-    session.attempt("checkpointing", lambda: checkpointing(session))
-    torch.use_deterministic_algorithms(False)
-    session.attempt("seconds", lambda: seconds(session))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def begin() -> Session:
@@ -149,7 +154,9 @@ def begin() -> Session:
     session = Session(
         options=options, device=device, rank=rank, ranks=dist.get_world_size() if dist.is_initialized() else 1
     )
-    logging.getLogger("surgery").addHandler(Notes(session.notes))
+    logger = logging.getLogger("surgery")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(Notes(session.notes))
     return session
 
 
@@ -203,16 +210,14 @@ def batch(session: Session, number: int, tokens: int | None = None) -> dict[str,
 
 def grads(model: Any) -> list[torch.Tensor]:
     """Copies of the gradients of this rank, and none any more."""
-    found = []
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is not None:
-            found.append(getattr(parameter.grad, "_local_tensor", parameter.grad).clone())
+    there = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    found = [getattr(gradient, "_local_tensor", gradient).clone() for gradient in there]
     model.zero_grad(set_to_none=True)
     return found
 
 
 def differing(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> dict[str, Any]:
-    """How many tensors differ at all, and the largest difference relative to the largest value."""
+    """Count tensors that differ at all, and find the largest difference relative to the largest value."""
     pairs = list(zip(ours, theirs, strict=True))
     wrong = [pair for pair in pairs if not torch.equal(*pair)]
     worst = max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in wrong), default=0.0)
@@ -226,7 +231,7 @@ def eager(model: Any, given: dict[str, torch.Tensor]) -> Any:
 
 
 def calls_of(model: Any) -> dict[str, Any]:
-    """What `capture` knows: kinds of calls, recorded and refused."""
+    """Count the kinds of calls that `capture` knows, those recorded, and those refused."""
     calls = model._compiled_call_impl
     kinds = list(getattr(calls, "_kinds", {}).values())
     recorded, refused = sum(kind.tape is not None for kind in kinds), sum(kind.refused for kind in kinds)
@@ -368,7 +373,7 @@ def outputs_kept(session: Session, model: Any) -> dict[str, Any]:
     return {"loss kept": float(out.loss) == loss, "logits kept": torch.equal(out.logits.detach(), logits)}
 
 
-def each_way(session: Session, model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def each_way(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Have calls of another kind recorded, and compare one with an eager one."""
     for _ in range(WARMUP):
         model(**given).loss.backward()
@@ -383,7 +388,7 @@ def each_way(session: Session, model: Any, given: dict[str, Any]) -> dict[str, A
 def full_mask(session: Session, model: Any) -> dict[str, Any]:
     """A mask of ones."""
     given = batch(session, 71)
-    return each_way(session, model, {**given, "attention_mask": torch.ones_like(given["input_ids"])})
+    return each_way(model, {**given, "attention_mask": torch.ones_like(given["input_ids"])})
 
 
 def padded_mask(session: Session, model: Any) -> dict[str, Any]:
@@ -391,13 +396,13 @@ def padded_mask(session: Session, model: Any) -> dict[str, Any]:
     given = batch(session, 72)
     mask = torch.ones_like(given["input_ids"])
     mask[:, -7:] = 0
-    return each_way(session, model, {**given, "attention_mask": mask})
+    return each_way(model, {**given, "attention_mask": mask})
 
 
 def autocast(session: Session, model: Any) -> dict[str, Any]:
     """Autocast around the call, as in a loop of one's own."""
     with torch.autocast(session.device.type, torch.bfloat16):
-        return each_way(session, model, batch(session, 73))
+        return each_way(model, batch(session, 73))
 
 
 def clipping(session: Session, model: Any) -> dict[str, Any]:
@@ -430,14 +435,14 @@ def waits(session: Session, model: Any) -> dict[str, Any]:
     seen = []
     handle = inner.register_forward_hook(lambda _module, _args, out: seen.append(float(_first(out).flatten()[0])))
     try:
-        found = each_way(session, model, batch(session, 77, session.options.tokens // 2))
+        found = each_way(model, batch(session, 77, session.options.tokens // 2))
     finally:
         handle.remove()
     drawn = torch.nn.functional.dropout(torch.ones(1000, device=session.device), 0.5)
     return {**found, "values read": len(seen), "kept by dropout": float(drawn.count_nonzero())}
 
 
-def _first(out: Any) -> torch.Tensor:
+def _first(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -488,7 +493,7 @@ def checkpointing(session: Session) -> dict[str, Any]:
     model, _ = built(session)
     surgery.checkpoint_activations(model)
     surgery.capture(model, warmup=WARMUP)
-    found = each_way(session, model, batch(session, 81))
+    found = each_way(model, batch(session, 81))
     surgery.release(model)
     return found
 
@@ -533,7 +538,7 @@ def timed(session: Session, step: Callable[[], None]) -> dict[str, Any]:
 
 
 def launches(session: Session, step: Callable[[], None]) -> dict[str, Any]:
-    """Of one step: calls that launch, kernels that run, and their seconds."""
+    """Count calls that launch in one step, and kernels that run, with their seconds."""
     if session.device.type != "cuda":
         return {}
     from torch.profiler import ProfilerActivity, profile
@@ -544,7 +549,7 @@ def launches(session: Session, step: Callable[[], None]) -> dict[str, Any]:
         synchronize(session)
     events = list(profiler.events())
     launched = sum("Launch" in event.name and event.name.startswith("cu") for event in events)
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in events if event.device_type == torch._C._autograd.DeviceType.CUDA]
     spent = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
     return {"launches": launched, "kernels": len(kernels), "kernel seconds": round(spent, 5)}
 
