@@ -57,6 +57,7 @@ from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
+from surgery.step.positions import trust_own_positions
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.report import Report
 
@@ -440,6 +441,7 @@ def complete(
         as_context_manager(model)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
         resident.commit()
+    trust_own_positions(model)
     return model
 
 

@@ -45,7 +45,7 @@ from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.finetune.callbacks import Attesting, Phases, Progress, say
+from surgery.finetune.callbacks import Attesting, Capturing, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
 from surgery.finetune.options import FLASH
@@ -164,7 +164,26 @@ def _decided(request: Request) -> dict[str, Any]:
         attention = values["attn_implementation"] or ""
         found["packing"] = attention.startswith(FLASH) if values["packing"] is None else values["packing"]
         found["assistant_only_loss"] = bool(values["assistant_only_loss"])
-    return found | _sharding(request)
+    return found | _sharding(request) | (_for_graphs(request) if request.options.cuda_graphs else {})
+
+
+def _for_graphs(request: Request) -> dict[str, Any]:
+    """TRL's options with which few shapes of batches come, and every micro-batch reduces its gradients."""
+    if _on_cpu(request):
+        raise ConfigError("--cuda-graphs needs a GPU: leave it out on a CPU")
+    asked = request.values["pad_to_multiple_of"]
+    found: dict[str, Any] = {"pad_to_multiple_of": 64 if asked in (None, "auto") else asked}
+    if not _is_sharded(request):
+        return found
+    if request.options.fsdp == "1":
+        raise ConfigError("expected --fsdp 2 or none with --cuda-graphs, found --fsdp 1")
+    given = request.values["accelerator_config"]
+    if isinstance(given, dict) or given is None:
+        accumulation = (given or {}).get("gradient_accumulation_kwargs") or {}
+        # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
+        kept = {"gradient_accumulation_kwargs": {"sync_each_batch": True, **accumulation}}
+        found["accelerator_config"] = {**(given or {}), **kept}
+    return found
 
 
 def _sharding(request: Request) -> dict[str, Any]:
@@ -445,11 +464,6 @@ class _Job:
         kind = DPOTrainer if self.request.preferences else SFTTrainer
         train, evaluation = self._samples()
         phases.begin("prepare")
-        callbacks: list[TrainerCallback] = [phases, Progress(self.console)]
-        if attesting is not None:
-            callbacks.append(attesting)
-        if self.request.options.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
         adapter = self.request.options.adapter
         if adapter is not None:
             model = surgery.load_adapter(model, adapter, trainable=True)
@@ -461,16 +475,26 @@ class _Job:
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
                 peft_config=get_peft_config(self.request.model) if adapter is None else None,
-                callbacks=callbacks,
+                callbacks=self._callbacks(phases, attesting),
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
         trainer.remove_callback(PrinterCallback)
+        if self.request.options.cuda_graphs:
+            trainer.add_callback(Capturing(trainer, self.console))
         if isinstance(trainer.model, PeftModel):
             # Or PEFT makes float32 of adapters whenever Trainer reads a checkpoint, to go on from or as the best one.
             load = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
             vars(trainer.model)["load_adapter"] = load
         return trainer
+
+    def _callbacks(self, phases: Phases, attesting: Attesting | None) -> list[TrainerCallback]:
+        callbacks: list[TrainerCallback] = [phases, Progress(self.console)]
+        if attesting is not None:
+            callbacks.append(attesting)
+        if self.request.options.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
+        return callbacks
 
     def _samples(self) -> tuple[Any, Any]:
         """The data as TRL takes it, with the loss on what the assistant says alone, where that can be told."""

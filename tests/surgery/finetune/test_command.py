@@ -102,6 +102,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "trace": (["--trace", "{data}"], "the trace cannot be written to"),
     "config": (["--config", "none.yaml"], "none.yaml cannot be read: No such file"),
     "stream": (["--streaming"], "max_steps"),
+    "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
 }
 
 
