@@ -177,13 +177,10 @@ def _for_graphs(request: Request) -> dict[str, Any]:
         return found
     if request.options.fsdp == "1":
         raise ConfigError("expected --fsdp 2 or none with --cuda-graphs, found --fsdp 1")
-    given = request.values["accelerator_config"]
-    if isinstance(given, dict) or given is None:
-        accumulation = (given or {}).get("gradient_accumulation_kwargs") or {}
-        # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
-        kept = {"gradient_accumulation_kwargs": {"sync_each_batch": True, **accumulation}}
-        found["accelerator_config"] = {**(given or {}), **kept}
-    return found
+    given = _object(request, "accelerator_config")
+    # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
+    accumulation = {"sync_each_batch": True, **(given.get("gradient_accumulation_kwargs") or {})}
+    return found | {"accelerator_config": {**given, "gradient_accumulation_kwargs": accumulation}}
 
 
 def _sharding(request: Request) -> dict[str, Any]:
@@ -229,18 +226,24 @@ def _drops_out(request: Request) -> bool:
 
 def _fsdp_config(request: Request) -> dict[str, Any]:
     """The `fsdp_config` that was asked for, as JSON or a file of it, over what low-memory loading wants."""
-    given = request.values["fsdp_config"] or {}
-    try:
-        if isinstance(given, str):
-            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--fsdp-config: expected a JSON object, or a file of one: {error}") from error
+    given = _object(request, "fsdp_config")
     wanted = {
         "version": int(request.options.fsdp),
         "cpu_ram_efficient_loading": "true",
         "state_dict_type": "FULL_STATE_DICT",
     }
     return {**wanted, **{name.removeprefix("fsdp_"): value for name, value in given.items()}}
+
+
+def _object(request: Request, name: str) -> dict[str, Any]:
+    """The option `name`, given as JSON or as a file of it."""
+    given: Any = request.values[name] or {}
+    try:
+        if isinstance(given, str):
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--{name.replace('_', '-')}: expected a JSON object, or a file of one: {error}") from error
+    return dict(given)
 
 
 def _resume_from(request: Request) -> str | None:
