@@ -131,7 +131,8 @@ def _patched(request: Request) -> Iterator[None]:
     ids = ["peft.adapter-keys-under-wrappers"]
     if _on_cpu(request) and _is_sharded(request):
         ids.append("accelerate.fsdp-on-cpu")
-    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory(experts=_experts(request)):
+    block = surgery.low_memory(experts=_experts(request), kernels=request.options.kernels)
+    with patches.transaction(*ids, reason="surgery finetune"), block:
         yield
 
 
