@@ -82,6 +82,10 @@ class _Shadow:
         value = getattr(vars(self)["_real"], name)
         return _Shadow(value, vars(self)["_made"]) if isinstance(value, (ModuleType, type)) else value
 
+    @property
+    def __class__(self) -> Any:  # type: ignore[misc]
+        return type(vars(self)["_real"])
+
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, vars(self)["_real"])
 
@@ -159,33 +163,34 @@ def _of_modules(made: Iterable[_Shadow]) -> dict[str, dict[str, FunctionType]]:
 
 def _patches_of(model: nn.Module, seen: _Seen) -> Iterator[tuple[patches.Patch, nn.Module]]:
     """Every patch, and a module that it is for; logs what is left out."""
-    for module, (forward, settings) in seen.forwards.items():
-        if module is model:
-            why = _why_no_loss(model, forward)
-            if why is None:
-                yield _loss(_owner(type(module)), forward), module
-            else:
-                logger.warning("surgery: %s computes its loss without Liger's kernel: %s", type(model).__name__, why)
-        # A kernel that multiplies by weights of the module itself, as of fused experts, knows none that are packed,
-        # adapted or sharded.
-        elif all(parameter.ndim < 2 for parameter in module.parameters(recurse=False)) and not _is_of_experts(forward):
-            yield _kernel(_owner(type(module)), forward, settings), module
     functions = {name: tuple(sorted(named.items())) for name, named in seen.functions.items()}
+    stock: set[str] = set()
     for module in model.modules():
         owner = _owner(type(module))
-        named = functions.get(owner.__module__, ())
-        patch = _with_functions(owner, named) if named and module not in seen.forwards else None
+        if module in seen.forwards:
+            forward, settings = seen.forwards[module]
+            patch = _loss_of(model, forward) if module is model else _layer(module, forward, settings)
+            stock |= {type(module).__name__} if patch is None and module is not model else set()
+        else:
+            patch = _with_functions(owner, functions.get(owner.__module__, ()))
         if patch is not None:
             yield patch, module
+    if stock:
+        logger.warning("surgery: without Liger's kernels run: %s", ", ".join(sorted(stock)))
+
+
+def _layer(module: nn.Module, forward: FunctionType, settings: Settings) -> patches.Patch | None:
+    """The patch for a layer; None where the kernel multiplies by weights of the module itself, as that of fused experts
+    does, which may be packed, adapted or sharded.
+    """
+    if "Experts" in forward.__qualname__ or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        return None  # by its name too, since FSDP1 hides parameters
+    return _kernel(_owner(type(module)), forward, settings)
 
 
 def _owner(kind: type) -> type:
     """The class that the forward of `kind` is in; FSDP2 and this project make classes that inherit it."""
     return next(base for base in kind.__mro__ if "forward" in vars(base))
-
-
-def _is_of_experts(forward: FunctionType) -> bool:
-    return "Experts" in forward.__qualname__  # by their names, since FSDP1 hides parameters
 
 
 def _patch(owner: type, settings: object = "", **deed: Any) -> patches.Patch:
@@ -201,16 +206,18 @@ def _patch(owner: type, settings: object = "", **deed: Any) -> patches.Patch:
 
 
 @functools.cache  # so that two models of a class have one patch
-def _kernel(owner: type, forward: FunctionType, settings: Settings) -> patches.Patch:
-    """Liger's `forward` of a layer, which reads `settings` from the module."""
-    if not settings:
-        return _patch(owner, replace=forward)
-    values = dict(settings)
+def _kernel(owner: type, forward: FunctionType, settings: Settings) -> patches.Patch | None:
+    """Liger's `forward` of a layer, which reads `settings` from the module; None if it takes other arguments."""
+    stock, values = inspect.signature(vars(owner)["forward"]), dict(settings)
+    if len(stock.parameters) != len(inspect.signature(forward).parameters):
+        return None
 
     @functools.wraps(forward)
     def kernel(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(_View(self, values), *args, **kwargs)
+        # Liger has other names for the same arguments.
+        return forward(_View(self, values) if values else self, *args, *kwargs.values())
 
+    vars(kernel)["__signature__"] = stock
     return _patch(owner, settings, replace=kernel)
 
 
@@ -258,6 +265,15 @@ def _copied(function: FunctionType, scope: dict[str, Any]) -> FunctionType:
 
 #: Name of the function of Liger's that computes a loss from hidden states and the weight of the output head.
 LOSS = "LigerForCausalLMLoss"
+
+
+def _loss_of(model: nn.Module, forward: FunctionType) -> patches.Patch | None:
+    """The patch for the loss of `model`; None, once the reason is logged, if it stays the stock one."""
+    why = _why_no_loss(model, forward)
+    if why is None:
+        return _loss(_owner(type(model)), forward)
+    logger.warning("surgery: %s computes its loss without Liger's kernel: %s", type(model).__name__, why)
+    return None
 
 
 def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
