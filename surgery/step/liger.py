@@ -82,8 +82,8 @@ class _Shadow:
         value = getattr(vars(self)["_real"], name)
         return _Shadow(value, vars(self)["_made"]) if isinstance(value, (ModuleType, type)) else value
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]  # isinstance() asks it, of instances and classes alike
+    def __class__(self) -> Any:
         return type(vars(self)["_real"])
 
     def __instancecheck__(self, instance: object) -> bool:
