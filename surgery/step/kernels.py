@@ -42,9 +42,7 @@ def chosen_kernels(value: str | Sequence[str] | None, *, device: torch.device | 
 
 def _require_liger(device: torch.device | None) -> None:
     if find_spec("liger_kernel") is None:
-        raise ConfigError(
-            "kernels: liger is not installed here: pip install 'model-surgery[kernels]', or leave it out"
-        )
+        raise ConfigError("kernels: liger is not installed here: pip install 'model-surgery[kernels]', or leave it out")
     if device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("kernels: Liger's run on GPUs, and this rank computes on the CPU: leave out liger")
 
