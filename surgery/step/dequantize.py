@@ -91,9 +91,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
-def _specimen(
-    device: torch.device, dtype: torch.dtype, quant_type: str
-) -> tuple[torch.Tensor, QuantState, torch.Tensor]:
+def _specimen(device: torch.device, dtype: torch.dtype, quant_type: str) -> tuple[torch.Tensor, QuantState, torch.Tensor]:
     """A weight of the size of those of an 8B model, with double quantization, and memory for it."""
     from bitsandbytes import functional
 

@@ -111,9 +111,7 @@ class _Products(torch.autograd.Function):
     """The products, and their backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: list[torch.Tensor], *rest: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: list[torch.Tensor], *rest: Any) -> tuple[torch.Tensor, ...]:
         layers, choice, shared, *inputs = rest
         # The packed weight is an attribute, as in bitsandbytes: FSDP frees its memory after forward and refills it for
         # backward, which `save_for_backward` would report as a change in place.
@@ -149,9 +147,7 @@ class _Products(torch.autograd.Function):
         else:
             parts = list(_columns(of_low, a))
             of_a = [part.t() @ _flat(each, lora) for part, each in zip(parts, given, strict=True)]
-            of_dropped = [
-                (part @ each.to(lora)).to(ctx.dtype).view(ctx.shape) for part, each in zip(parts, a, strict=True)
-            ]
+            of_dropped = [(part @ each.to(lora)).to(ctx.dtype).view(ctx.shape) for part, each in zip(parts, a, strict=True)]
         found: list[Any] = [None if of_x is None else of_x.view(ctx.shape), None, None, None, None, None]
         for number in range(count):
             needs = ctx.needs_input_grad[6 + 4 * number : 10 + 4 * number]
@@ -163,7 +159,9 @@ class _Products(torch.autograd.Function):
         return tuple(found)
 
 
-def _product(x: torch.Tensor, layer: Adapted, low: torch.Tensor, choice: Choice, dtype: torch.dtype) -> torch.Tensor:
+def _product(
+    x: torch.Tensor, layer: Adapted, low: torch.Tensor, choice: Choice, dtype: torch.dtype
+) -> torch.Tensor:
     """The product of one layer, `(tokens, out)` in `dtype`. x: `(tokens, in)`. low: `(tokens, r)`."""
     weight = dequantize(layer.packed, layer.state, choice.workspace)
     bias = None if layer.bias is None else layer.bias.to(choice.base)

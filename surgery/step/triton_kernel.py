@@ -35,7 +35,7 @@ def unpack(  # noqa: PLR0917 - arguments of a kernel are positional
     if NESTED > 0:
         own = tl.load(nested_code + scale.to(tl.int32))
         scale = own * tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-        scale = scale + tl.load(offset)
+        scale = scale + tl.load(offset)  # noqa: PLR6104
     high = tl.load(code + (both >> 4)) * scale
     low = tl.load(code + (both & 15)) * scale
     element = tl.program_id(0).to(tl.int64) * 2 * BYTES + tl.arange(0, 2 * BYTES)
