@@ -55,6 +55,7 @@ from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import check_fits, free_memory, predictions
+from surgery.step.kernels import chosen_kernels
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 from surgery.writing.cache import packed_in
@@ -277,6 +278,7 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
     same_on_every_rank(ranks, "options", facts, device=device)
     _quieten(is_main=ranks.rank == 0)
     with everyone(ranks, device=device):
+        chosen_kernels(request.options.kernels, device=device)
         if request.options.trace is not None:
             start_afresh(Path(request.options.trace), rank=ranks.rank, world_size=ranks.world_size)
         resume = _resume_from(request)
