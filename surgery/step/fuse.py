@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -54,8 +55,11 @@ class _Group:
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
 
-def fuse(model: nn.Module) -> int:
+def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     """Have the 4-bit LoRA layers of `model` compute as `products` describes it; returns how many there are.
+
+    dequantized_bytes: weights that are dequantized once, and kept in 16 bits from then on, the first ones that are
+    used; the others are dequantized for each product.
 
     Until `surgery.release(model)` or its collection. A call that the functions are not for is PEFT's own, as before: in
     evaluation, with several active adapters or none, merged, with DoRA or another variant of LoRA, with a bias of
@@ -67,7 +71,7 @@ def fuse(model: nn.Module) -> int:
     layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
     if not layers:
         return 0
-    workspace = Workspace()
+    workspace = Workspace(dequantized_bytes)
     for together in _sharing(layers):
         group = _Group([weakref.ref(layer) for layer in together], workspace)
         _groups.update((layer, group) for layer in together)
@@ -78,7 +82,7 @@ def fuse(model: nn.Module) -> int:
     return len(layers)
 
 
-def _sharing(layers: dict[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
+def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
     """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
     left = dict(layers)
     for fqn in layers:
@@ -123,17 +127,14 @@ def _apart(group: _Group, layer: Any) -> _Group:
 
 def _together(group: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The product of `layer`, and those of the layers after it, which are kept until they are called."""
-    choice, adapted, members = None, [], []
-    for member in group.from_(layer):
-        dtypes = _dtypes(member, x)
-        if dtypes is None or (members and dtypes != choice):
-            break
-        choice = dtypes
-        adapted.append(_adapted(member, x))
-        members.append(member)
-    if choice is None:
+    dtypes = _dtypes(layer, x)
+    if dtypes is None:
         return None
-    found, *others = products(x, adapted, Choice(*choice, group.workspace))
+    members = list(takewhile(lambda member: member is layer or _dtypes(member, x) == dtypes, group.from_(layer)))
+    adapted = [_adapted(member, x) for member in members]
+    if any(each.dropped is not None for each in adapted):
+        adapted = [each if each.dropped is not None else each._replace(dropped=x) for each in adapted]
+    found, *others = products(x, adapted, Choice(*dtypes, group.workspace))
     if others:
         group.x = x
         group.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
@@ -168,7 +169,8 @@ def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear] | None:
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return None
     a, b = held["lora_A"]._modules[active[0]], held["lora_B"]._modules[active[0]]
-    return (a, b) if type(a) is type(b) is nn.Linear and b.bias is None else None
+    is_plain = isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and not {type(a), type(b)} - {nn.Linear}
+    return (a, b) if is_plain and b.bias is None else None
 
 
 def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
