@@ -418,7 +418,13 @@ class _Job:
         config = AutoConfig.from_pretrained(folder, revision=wanted["revision"], trust_remote_code=False)
         if not hasattr(config, "quantization_config"):  # what is packed already says how
             wanted["quantization_config"] = get_quantization_config(request.model)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        except (ImportError, ValueError) as error:
+            asked = request.model.attn_implementation
+            if asked is None:
+                raise
+            raise ConfigError(f"{name} cannot be loaded with --attn-implementation {asked:.80}: {error}") from error
         model.name_or_path = model.config._name_or_path = name  # the base model of adapters, wherever its weights are
         _suit_loss(model, self.training.router_aux_loss_coef)
         return model

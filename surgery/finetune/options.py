@@ -94,7 +94,7 @@ class Options:
     mesh: str | None = field(
         default=None, metadata={"help": "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2)."}
     )
-    kernels: str = field(default="", metadata={"help": KERNELS_HELP})
+    kernels: str | None = field(default=None, metadata={"help": KERNELS_HELP})
     plan: Literal["check", "only", "off"] = field(
         default="check",
         metadata={

@@ -84,7 +84,7 @@ class _Block:
         return in_block
 
 
-def low_memory(*, experts: QuantType | None = None, kernels: str | Sequence[str] = ()) -> _Block:
+def low_memory(*, experts: QuantType | None = None, kernels: str | Sequence[str] | None = None) -> _Block:
     """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
 
     Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and

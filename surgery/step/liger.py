@@ -92,14 +92,14 @@ class _Shadow:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What Liger would write. forwards: of modules, with settings. functions: by name, of a module of Python."""
+    """Writes of Liger's. forwards: of modules, with settings. functions: by name, of modules of Python."""
 
     forwards: Mapping[nn.Module, tuple[FunctionType, Settings]]
     functions: Mapping[str, Mapping[str, FunctionType]]
 
 
 def _observe(model: nn.Module) -> _Seen | None:
-    """What Liger's function for the family of `model` writes; None if it has none."""
+    """Run Liger's function for the family of `model`, and return what it writes; None if there is none."""
     monkey_patch = import_module("liger_kernel.transformers.monkey_patch")  # which type checkers may not find
 
     made: list[_Shadow] = []
@@ -316,7 +316,7 @@ class _Head:
 
     @property
     def weight(self) -> _Head:
-        """What stands for the weight until `call`."""
+        """This, in the place of the weight until `call`."""
         return self
 
     def call(self, hidden: torch.Tensor, compute: Callable[[torch.Tensor, torch.Tensor], Any]) -> Any:
