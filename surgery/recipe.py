@@ -44,7 +44,7 @@ def qlora(
     report: Report | None = None,
     passes: Sequence[Pass | str] = (),
     packed_cache: str | os.PathLike[str] | None = None,
-    kernels: str | Sequence[str] = (),
+    kernels: str | Sequence[str] | None = None,
     attention: str | None = None,
 ) -> nn.Module:
     """Build a 4-bit model with LoRA adapters from `checkpoint`, sharded; to be called on all ranks alike.

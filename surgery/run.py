@@ -73,7 +73,9 @@ OfExperts: TypeAlias = Annotated[
 ]
 
 
-OfKernels: TypeAlias = Annotated[str, typer.Option(metavar="NAMES", help=KERNELS_HELP, show_default="none")]
+OfKernels: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NAMES", help=KERNELS_HELP, show_default="those of PEFT and transformers")
+]
 
 
 def run(
@@ -84,7 +86,7 @@ def run(
     *,
     apply: Apply = None,
     experts: OfExperts = None,
-    kernels: OfKernels = "",
+    kernels: OfKernels = None,
 ) -> None:
     """Run SCRIPT, unchanged, inside `surgery.low_memory()`. Each rank reads what it keeps, and no more."""
     script_of(command)
@@ -113,7 +115,7 @@ def script_of(command: Sequence[str]) -> Path | None:
 
 @contextmanager
 def low_memory(
-    apply: Sequence[str] | None = None, experts: QuantType | None = None, kernels: str = ""
+    apply: Sequence[str] | None = None, experts: QuantType | None = None, kernels: str | None = None
 ) -> Iterator[None]:
     """`surgery.low_memory()`, from when the first of `LIBRARIES` is imported, and further patches of what they change.
 
