@@ -100,6 +100,9 @@ def low_memory(*, experts: QuantType | None = None, kernels: str | Sequence[str]
     experts multiply in the dtype of the model, as in 16 bits, whatever its `bnb_4bit_compute_dtype` is. Without one all
     other weights stay in 16 bits; transformers, PEFT and TRL then take the model for one in 4 bits, which is not cast,
     and is trained with adapters only. A model whose experts cannot be had so raises `ConfigError`.
+
+    kernels: as in `surgery.qlora`, for models that are bound here, once they are filled; None leaves them to a block
+    around this one. Raises `ConfigError` for what is not installed, and filling does for what does not run there.
     """
     if experts not in (None, "nf4", "fp4"):
         raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")

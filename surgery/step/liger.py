@@ -232,12 +232,13 @@ def _with_functions(owner: type, named: tuple[tuple[str, FunctionType], ...]) ->
 class _View:
     """A module, some attributes of which have other values for who looks at it through this."""
 
-    __slots__ = ("_module", "_values")
-
     def __init__(self, module: nn.Module, values: Mapping[str, Any]) -> None:
-        self._module, self._values = module, values
+        self._module = module
+        self._values = values
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("_module", "_values"):  # torch.compile looks at one that is not made yet
+            raise AttributeError(name)
         values = self._values
         return values[name] if name in values else getattr(self._module, name)
 
