@@ -17,7 +17,7 @@ from loading.imports import import_upstream
 from loading.world import World
 from step.options import Options, Way
 
-__all__ = ["LOADERS", "Case", "Trained", "import_first"]
+__all__ = ["LOADERS", "Case", "Trained", "begin", "import_first"]
 
 DTYPE = torch.bfloat16
 LORA_RANK = 16
@@ -196,12 +196,12 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW over the adapters, which get the values that all ways begin with."""
     from loading.loops import adamw
 
-    _begin(model)
+    begin(model)
     return adamw(model, lr=LEARNING_RATE, fused=next(model.parameters()).is_cuda or None)
 
 
 @torch.no_grad()
-def _begin(model: nn.Module) -> None:
+def begin(model: nn.Module) -> None:
     """Write the values of adapters that all ways begin with: those of A follow from its place and shape, B is zero."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
