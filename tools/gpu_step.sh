@@ -60,7 +60,7 @@ case $what in
   two) compare two --ways "$two" --ranks 2 --steps 6 ;;
   more) compare more --ways "$more" --ranks 2 --steps 6 ;;
   tiny)
-    compare tiny-one --ways "ours ours:liger stock" --batches 1x32,2x32c --steps 2 --longest 64
+    compare tiny-one --ways "ours ours:liger stock" --batches 1x32,2x32c --steps 2 --longest 4096
     compare tiny-two --ways "accelerate ours ours:ddp ours@1" --ranks 2 --batches 1x32,2x32c --steps 2
     ;;
   *) compare "${@:2}" ;;

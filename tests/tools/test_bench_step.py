@@ -94,7 +94,7 @@ def test_an_error_is_a_row_and_a_label_of_a_bar(tmp_path: Path) -> None:
     assert {"out of memory", "1.00 GiB"} <= set(texts)
 
 
-@pytest.mark.parametrize("most", [8, 40, 64, 100])
+@pytest.mark.parametrize("most", [3, 8, 40, 64, 100])
 @pytest.mark.parametrize("room", [0, 3, 8, 17, 52, 1000])
 def test_the_longest_that_fits_is_found(most: int, room: int) -> None:
     tried = []

@@ -167,7 +167,7 @@ def longest_of(fits: Callable[[int], bool], *, start: int, grain: int, most: int
     low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
-    high = min(high, most + grain)
+    high = min(high, most // grain * grain + grain)
     while high - low > grain:
         middle = (low + high) // 2 // grain * grain
         low, high = (middle, high) if fits(middle) else (low, middle)
