@@ -23,7 +23,7 @@ what=$2
 work=${WORK:-/dev/shm}
 python=${PYTHON:-python3}
 limit=${LIMIT:-560}
-shape=llama-8b device=cuda processes=4
+shape=llama-8b device=cuda processes=8
 if [[ $what == tiny ]]; then
   shape=llama-tiny device=cpu processes=1
 fi

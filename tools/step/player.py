@@ -90,11 +90,27 @@ class _Player:
     trained: Trained | None = None
     checkpoints: bool = False
 
+    @property
+    def devices(self) -> list[torch.device]:
+        """GPUs that the model is on."""
+        if not self.world.on_cuda:
+            return []
+        if "balanced" in self.way.options:
+            return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+        return [self.world.device]
+
+    def synchronize(self) -> None:
+        """Wait for the devices."""
+        for device in self.devices:
+            torch.cuda.synchronize(device)
+
     def tidy(self) -> None:
-        """Leave the device's memory to others between commands."""
+        """Leave the devices' memory to others between commands."""
         if self.trained is not None:
             self.trained.optimizer.zero_grad(set_to_none=True)
         self.world.clear()
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
 
     def load(self) -> dict[str, Any]:
         """Load the model; answers when this rank was ready, and what it keeps."""
@@ -107,8 +123,12 @@ class _Player:
         ready = time.perf_counter() - start
         self.trained.model.train()
         adapters = {parameter.dtype for parameter in self.trained.model.parameters() if parameter.requires_grad}
-        held = torch.cuda.memory_allocated(world.device) if world.on_cuda else 0
-        return {"ready": round(ready, 3), "held": held, "adapters": ", ".join(sorted(map(str, adapters)))}
+        held = [torch.cuda.memory_allocated(device) for device in self.devices]
+        return {
+            "ready": round(ready, 3),
+            "held": max(held, default=0),
+            "adapters": ", ".join(sorted(map(str, adapters))),
+        }
 
     def train(self, *, batch: str, steps: int, profile: bool) -> dict[str, Any]:
         """Take steps on one batch, and one more under the profiler; answers losses, seconds, peaks, and kernels."""
@@ -118,13 +138,13 @@ class _Player:
             self.world.meet()
             start = time.perf_counter()
             loss = step()
-            self.world.synchronize()
+            self.synchronize()
             seconds.append(round(time.perf_counter() - start, 5))
             losses.append(loss.item())
         answer: dict[str, Any] = {"losses": losses, "seconds": seconds, **self._peaks()}
         if profile and self.world.on_cuda:
             self.world.meet()
-            found = kernels(step, synchronize=self.world.synchronize)
+            found = kernels(step, synchronize=self.synchronize)
             answer |= {"busy": found.busy, "useful": found.useful, "launches": found.launches}
         return answer
 
@@ -135,7 +155,7 @@ class _Player:
     def _fits(self, tokens: int) -> bool:
         try:
             self._stepping(Batch(sequences=1, tokens=tokens, checkpointing=True))()
-            self.world.synchronize()
+            self.synchronize()
         except torch.OutOfMemoryError:
             return False
         finally:
@@ -155,11 +175,9 @@ class _Player:
         return lambda: trained.step(ids)
 
     def _peaks(self) -> dict[str, int]:
-        if not self.world.on_cuda:
-            return {}
-        device = self.world.device
-        peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"peak": peak, "reserved": reserved}
+        peaks = [torch.cuda.max_memory_allocated(device) for device in self.devices]
+        reserved = [torch.cuda.max_memory_reserved(device) for device in self.devices]
+        return {"peak": max(peaks, default=0), "reserved": max(reserved, default=0)}
 
 
 def longest_of(fits: Callable[[int], bool], *, start: int, grain: int, most: int) -> int:

@@ -63,7 +63,7 @@ def perform(plan: Plan, save: Callable[[list[Found]], None]) -> list[Found]:
     until = time.monotonic() + plan.limit
     found: dict[tuple[_Player, str | None], Found] = {}
     with _troupe(plan) as players:
-        for player in players:
+        for player in reversed(players):  # what is compared with stands first, and takes longest to import
             player.load(plan)
             _print(player.found, until)
             if player.found.error is not None:

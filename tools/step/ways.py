@@ -181,8 +181,8 @@ def load_unsloth(case: Case) -> Trained:
     if case.has("fsdp2") or case.has("sharded"):
         from unsloth.models.fsdp2_native import FSDP2Config, shard_model
 
-        # By itself it leaves frozen weights whole on every rank where they fit; `sharded` shards them.
-        trained = shard_model(model, FSDP2Config(fit_layout=False if case.has("sharded") else None))
+        # Where they fit it leaves frozen weights whole on every rank, by itself; `sharded` shards them.
+        trained = shard_model(model, FSDP2Config(fit_layout=case.has("fsdp2")))
     elif case.has("ddp"):
         trained = _ddp(model, case.world)
     return Trained(
