@@ -8,9 +8,9 @@
 #   tools/gpu_step.sh OUT tiny    smoke test of all of this with a tiny model on CPUs
 #   tools/gpu_step.sh OUT NAME OPTION...    other options for `bench_step.py compare`
 #
-# The 8B checkpoint is made in WORK (default /dev/shm) and kept. PYTHON names the interpreter; PYTHONPATH is where unsloth
-# and the like are found: a way whose package is absent fails, and the others go on. LIMIT is how many seconds a call may
-# take (default 560). OUT gets NAME.jsonl, .md, .svg and .log of each comparison.
+# The 8B checkpoint is made in WORK (default /dev/shm) and kept. PYTHON names the interpreter; PYTHONPATH is where
+# unsloth and the like are found: a way whose package is absent fails, and the others go on. LIMIT is how many seconds a
+# call may take (default 560). OUT gets NAME.jsonl, .md, .svg and .log of each comparison.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,7 +43,8 @@ compare() {
   shift
   rm -rf "$logs"
   timeout -k 20 $((left + 10)) "$python" tools/bench_step.py compare --checkpoint "$checkpoint" --device "$device" \
-    --limit $((left - 20)) --logs "$logs" --json "$out/$name.jsonl" --markdown "$out/$name.md" --svg "$out/$name.svg" "$@"
+    --limit $((left - 20)) --logs "$logs" --json "$out/$name.jsonl" --markdown "$out/$name.md" \
+    --svg "$out/$name.svg" "$@"
   echo "$name: exit $? at $SECONDS s"
   tail -n 60 "$logs"/*.log >"$out/$name.log" 2>/dev/null
 }
