@@ -36,7 +36,7 @@ class Bar:
 
     @property
     def end(self) -> float:
-        """How far it or its spread reaches."""
+        """Length up to where it or its spread reaches."""
         return max(self.value or 0.0, self.spread[1] if self.spread else 0.0)
 
 

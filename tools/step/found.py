@@ -1,4 +1,4 @@
-"""What was found of a way and a batch, as a line of JSON, a row, and a bar."""
+"""Measurements of a way and a batch, as a line of JSON, a row, and a bar."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a process needs to know to play one way.
+    """Everything that a process needs to know to play one way.
 
     tokens: of the longest sequence that it will see. memory_cap: GiB that torch may use of each GPU.
     """

@@ -35,7 +35,7 @@ LOG_LINES = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure.
+    """Everything to measure, and within which limits.
 
     ranks: processes of a way that does not say itself. steps: of a turn; repeats: turns of each way on each batch.
     longest: find the longest sequence up to so many tokens, after all batches. turn_limit: seconds for one command.
@@ -121,7 +121,7 @@ class _Player:
     ranks: list[_Rank] = field(default_factory=list)
 
     def blank(self, batch: str | None) -> Found:
-        """What is known of a batch before its first turn."""
+        """Record of a batch before its first turn, with all that is known of the way."""
         values = asdict(self.found) | {"batch": batch}
         return Found(**values)
 

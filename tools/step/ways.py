@@ -107,7 +107,7 @@ def load_ours(case: Case) -> Trained:
 
 
 def _sharding(case: Case) -> Any:
-    """How ranks share the model: FSDP2 unless the way says other. kept: gathered weights stay until backward."""
+    """Sharding among ranks: FSDP2 unless the way says other. kept: gathered weights stay until backward."""
     import surgery
 
     if case.world.size == 1:
