@@ -57,7 +57,10 @@ more="accelerate:liger accelerate:axolotl,liger ours:$all,compile ours:$all,ddp 
 
 case $what in
   one) compare one --ways "$one" --steps 6 ;;
-  long) compare long --ways "$long" --batches 1x16384c --steps 4 --repeats 1 --memory-cap 24 --longest 131072 ;;
+  long)
+    compare long --ways "$long" --batches 1x16384c --steps 5 --repeats 1 \
+      --memory-cap 24 --longest 131072 --turn-limit 240
+    ;;
   two) compare two --ways "$two" --ranks 2 --steps 6 ;;
   more) compare more --ways "$more" --ranks 2 --steps 6 ;;
   tiny)

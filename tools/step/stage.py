@@ -63,8 +63,10 @@ def perform(plan: Plan, save: Callable[[list[Found]], None]) -> list[Found]:
     until = time.monotonic() + plan.limit
     found: dict[tuple[_Player, str | None], Found] = {}
     with _troupe(plan) as players:
-        for player in reversed(players):  # what is compared with stands first, and takes longest to import
-            player.load(plan)
+        for player in players:
+            player.begin(plan)
+        for player in players:
+            player.tell(plan, {"do": "load"}, player.found)
             _print(player.found, until)
             if player.found.error is not None:
                 found[player, None] = player.found
@@ -125,12 +127,11 @@ class _Player:
         values = asdict(self.found) | {"batch": batch}
         return Found(**values)
 
-    def load(self, plan: Plan) -> None:
-        """Wait until all ranks have imported what they need, and have them load."""
+    def begin(self, plan: Plan) -> None:
+        """Wait until all ranks have imported what they need."""
         answers = self._answers(plan, self.found)
         if answers is not None:
             self.found.environment = answers[0]["environment"]
-            self.tell(plan, {"do": "load"}, self.found)
 
     def tell(self, plan: Plan, command: dict[str, Any], found: Found) -> None:
         """Give a command to all ranks, and add their answers to `found`."""
