@@ -281,7 +281,7 @@ def _sizes(block: nn.Module, formats: Sequence[QuantFormat], hidden: int) -> _Si
 
 
 def _of_linears(parent: nn.Module, formats: Sequence[QuantFormat], hidden: int) -> _Sizes:
-    """What the linear layers that are children of `parent` keep, an attention or an MLP.
+    """Elements that the linear layers directly in `parent`, an attention or an MLP, keep.
 
     Layers that take as many features take the same. What the last one that gives `hidden` gives is added to the
     residual, and not kept. An activation function keeps what it is given, which a layer gives, and what it gives,
@@ -316,7 +316,7 @@ def _shape_of(module: nn.Module, formats: Sequence[QuantFormat]) -> tuple[int, i
 
 
 def _of_experts(module: nn.Module, formats: Sequence[QuantFormat]) -> _Sizes:
-    """What fused experts take and give for each of the active ones, and what their activation function gives."""
+    """Elements that active fused experts take and give, and that their activation function gives."""
     quant = next((each for each in formats if each.is_quantized(module)), None)
     packed = {} if quant is None else {name: quant.logical(module, name) for name in quant.weight_names(module)}
     shapes = {name: packed.get(name, p.shape) for name, p in module._parameters.items() if p is not None}

@@ -142,7 +142,7 @@ class _Kept:
 
     @classmethod
     def of(cls, inventory: Inventory, setting: Setting, training: Training) -> _Kept:
-        """What a block keeps for each token, in both ways of keeping it.
+        """Count what blocks keep for each token, by either way of keeping it.
 
         Linear layers keep their inputs, for the adapters, and what they give, for what comes after; norms keep copies.
         A checkpointed block keeps its input alone.

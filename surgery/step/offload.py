@@ -61,15 +61,18 @@ def _unpack(packed: Any) -> torch.Tensor:
 class _Lane:
     """The way from a device and back: one stream for all copies, so that each begins when those before have ended.
 
-    free: buffers by their id. leaving: what may still be read by the copy to the host, and its version as torch counts
-    operations in place. newest: what was sent last.
+    free: buffers by their id. recorded: those that a CUDA graph copies to and from whenever it is replayed. leaving:
+    what may still be read by the copy to the host, and its version as torch counts operations in place. newest: what
+    was sent last.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._module = torch.get_device_module(device)
         self._stream = self._module.Stream(device)
+        self._is_copying = False
         self.free: dict[int, torch.Tensor] = {}
+        self.recorded: dict[int, torch.Tensor] = {}
         self.leaving: tuple[torch.Tensor, int] | None = None
         self.newest: Callable[[], _Waiting | None] = lambda: None
 
@@ -88,16 +91,23 @@ class _Lane:
         self._stream.wait_stream(self._module.current_stream(self.device))
         with self._module.stream(self._stream):
             target.copy_(source, non_blocking=True)
+        self._is_copying = True
 
     def settle(self) -> None:
         """Have what is computed from now on wait for the copies until now; the host does not wait."""
-        self._module.current_stream(self.device).wait_stream(self._stream)
+        if self._is_copying:  # else a graph that is being recorded would wait for what is not part of it
+            self._module.current_stream(self.device).wait_stream(self._stream)
+            self._is_copying = False
         leaving, self.leaving = self.leaving, None
         if leaving is not None and leaving[0]._version != leaving[1]:
             raise RuntimeError(
                 "a decoder block has changed its input in place while that was copied to the host for backward: change "
                 "a copy of it, or do not offload activations"
             )
+
+    def is_capturing(self) -> bool:
+        """Whether what is computed now is recorded as a CUDA graph."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _buffer(self, nbytes: int) -> torch.Tensor:
         """The smallest free buffer of `nbytes` or more; a new one takes the place of a free one that is too small."""
@@ -120,6 +130,7 @@ class _Waiting:
         before: Callable[[], _Waiting | None],
     ) -> None:
         self._lane, self._buffer, self._before = lane, buffer, before
+        self._home = lane.recorded if lane.is_capturing() else lane.free
         self._on_device = tensor if buffer is None else None
         self.on_host = None if buffer is None else buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
@@ -148,4 +159,4 @@ class _Waiting:
         if self._on_device is not None:
             self._lane.settle()  # backward ended early, and the copy must not write into what others are given
         # The next copy into it comes behind those that it is part of, on the same stream.
-        self._lane.free[id(self._buffer)] = self._buffer
+        self._home[id(self._buffer)] = self._buffer
