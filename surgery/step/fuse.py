@@ -1,0 +1,188 @@
+"""Pass `fuse`: the 4-bit LoRA layers of a model compute by fused functions, and those that share an input together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import model_surgery_patches as patches
+from surgery.model.fqn import clean
+from surgery.model.tree import sites
+from surgery.passes.lifetime import keep
+from surgery.step.dequantize import Workspace
+from surgery.step.fused import Adapted, Choice, products
+
+__all__ = ["PATCH", "forward", "fuse"]
+
+#: The patch that has a layer's forward computed here.
+PATCH = "peft.fused-4bit-lora"
+
+#: Names of layers that attention, or an MLP, gives the same input, in the order in which it calls them. A layer that is
+#: given another one is found out, and computed by itself from then on.
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that are given the same input, one after the other.
+
+    ready: the products of those that have not been called yet, for the input `x`.
+    """
+
+    layers: list[weakref.ref[Any]]
+    workspace: Workspace
+    x: torch.Tensor | None = None
+    ready: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop what nobody has asked for."""
+        self.x = None
+        self.ready.clear()
+
+    def from_(self, layer: Any) -> list[Any]:
+        """`layer` and those after it."""
+        alive = [found for found in (reference() for reference in self.layers) if found is not None]
+        return alive[alive.index(layer) :]
+
+
+_groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+
+
+def fuse(model: nn.Module) -> int:
+    """Have the 4-bit LoRA layers of `model` compute as `products` describes it; returns how many there are.
+
+    Until `surgery.release(model)` or its collection. A call that the functions are not for is PEFT's own, as before: in
+    evaluation, with several active adapters or none, merged, with DoRA or another variant of LoRA, with a bias of
+    LoRA's, with adapters by sample, with hooks inside of the layer, under an autocast to another dtype than the
+    layer's, and in code that `torch.compile` traces.
+    """
+    from peft.tuners.lora.bnb import Linear4bit
+
+    layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
+    if not layers:
+        return 0
+    workspace = Workspace()
+    for together in _sharing(layers):
+        group = _Group([weakref.ref(layer) for layer in together], workspace)
+        _groups.update((layer, group) for layer in together)
+    scoped = patches.on(PATCH, list(layers.values()))
+    with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
+        keep(model, transaction.receipts)
+        transaction.commit()
+    return len(layers)
+
+
+def _sharing(layers: dict[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
+    """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
+    left = dict(layers)
+    for fqn in layers:
+        parent, _, leaf = fqn.rpartition(".")
+        names = next((row for row in SHARING if leaf in row), (leaf,))
+        together = [left.pop(f"{parent}.{name}", None) for name in names] if parent else [left.pop(fqn, None)]
+        found = [layer for layer in together if layer is not None]
+        if found:
+            yield found
+
+
+def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
+    group = _groups.get(layer)
+    if group is None:
+        return None
+    if group.x is x:
+        found = group.ready.pop(id(layer), None)
+        if not group.ready:
+            group.x = None
+        if found is not None:
+            return found
+    elif group.x is not None and id(layer) in group.ready:
+        group = _apart(group, layer)
+    group.forget()
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+        return None
+    return _together(group, layer, x)
+
+
+def _apart(group: _Group, layer: Any) -> _Group:
+    """A group of the layers from `layer` on, which was given another input than those before it."""
+    moved = group.from_(layer)
+    group.forget()
+    group.layers = [reference for reference in group.layers if reference() not in moved]
+    new = _Group([weakref.ref(each) for each in moved], group.workspace)
+    _groups.update((each, new) for each in moved)
+    return new
+
+
+def _together(group: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The product of `layer`, and those of the layers after it, which are kept until they are called."""
+    first = _dtypes(layer, x)
+    if first is None:
+        return None
+    adapted, members = [], []
+    for member in group.from_(layer):
+        if _dtypes(member, x) != first:
+            break
+        adapted.append(_adapted(member, x))
+        members.append(member)
+    found, *others = products(x, adapted, Choice(*first, group.workspace))
+    if others:
+        group.x = x
+        group.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
+    return found
+
+
+def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes that the base weight, and the adapter, are multiplied in; None if the layer cannot be fused now."""
+    name = _adapter_of(layer)
+    if name is None:
+        return None
+    base, a, b = layer._modules["base_layer"], layer.lora_A[name], layer.lora_B[name]
+    if not (type(a) is type(b) is nn.Linear) or any(map(_is_hooked, (base, a, b))):
+        return None  # units of their own under FSDP, whose hooks gather them
+    if b.bias is not None or not base.compute_type_is_set:
+        return None
+    dtype = base.compute_dtype or x.dtype
+    if _state(base).dtype != dtype:
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        of_lora = a.weight.dtype if layer.cast_input_dtype_enabled else x.dtype
+        return (dtype, of_lora) if of_lora == a.weight.dtype == b.weight.dtype else None
+    # On other devices PEFT does not see that there is autocast.
+    return (dtype, dtype) if x.is_cuda and torch.get_autocast_dtype("cuda") == dtype else None
+
+
+def _adapter_of(layer: Any) -> str | None:
+    """The one adapter that is active in `layer`; None if there is another number of them, or more to it than A and B."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    return active[0] if len(active) == 1 and active[0] not in layer.lora_variant else None
+
+
+def _state(base: Any) -> Any:
+    return getattr(base.weight, "quant_state", None) or base.quant_state
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
+    name = _adapter_of(layer)
+    base, dropout = layer._modules["base_layer"], layer.lora_dropout[name]
+    weight = base.weight
+    drops = dropout.training and getattr(dropout, "p", 0.0) > 0
+    return Adapted(
+        packed=weight,
+        state=_state(base),
+        bias=base.bias,
+        a=layer.lora_A[name].weight,
+        b=layer.lora_B[name].weight,
+        scaling=layer.scaling[name],
+        dropped=dropout(x) if drops else None,
+    )
