@@ -91,6 +91,8 @@ def _sharing(layers: dict[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
+    if torch.compiler.is_compiling():
+        return None
     group = _groups.get(layer)
     if group is None:
         return None
@@ -103,7 +105,7 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     elif group.x is not None and id(layer) in group.ready:
         group = _apart(group, layer)
     group.forget()
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.numel():
+    if not torch.is_grad_enabled() or not x.numel():
         return None
     return _together(group, layer, x)
 
