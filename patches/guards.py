@@ -2,7 +2,7 @@
 
 Dynamo guards the identity of an object whose `id` is taken, so that each of many equal blocks of a model would be
 compiled by itself. Only whether the object is covered matters. To guard just that takes `comptime`, which torch has for
-such things, and internals of Dynamo behind it; for an object of which these know nothing, its identity is guarded.
+such things, and internals of Dynamo behind it; an object of which these know nothing is guarded by its identity.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ def _find(context: Any) -> None:
 
 
 def _guard(link: Any, found: bool, builder: Any, guard: Any) -> None:  # noqa: FBT001 - torch calls it
-    add = builder.get_guard_manager(guard).add_lambda_guard
+    manager = builder.get_guard_manager(guard)
     text = [f"{guard.name} is {'' if found else 'not '}covered by {link.patch.id}"]
+    if any(leaf.verbose_code_parts() == text for leaf in manager.get_leaf_guards()):
+        return  # met more than once
     check = partial(_is_as_found, link, found)
     try:
-        add(check, text, guard.user_stack)
+        manager.add_lambda_guard(check, text, guard.user_stack)
     except TypeError:  # torch before 2.11
-        add(check, text)
+        manager.add_lambda_guard(check, text)
 
 
 def _is_as_found(link: Any, found: bool, subject: object) -> bool:  # noqa: FBT001 - torch calls it

@@ -19,6 +19,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import WRAPPER_SEGMENTS
 from surgery.model.tree import decoder_blocks
 from surgery.passes.lifetime import Extension, at_release
+from surgery.quantizers.base import packed_names, quantized_modules
 
 __all__ = ["compile_blocks"]
 
@@ -49,7 +50,8 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool = True, **options: Any) 
         alike = type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters())
         if alike not in kinds:
             run = torch.compile(_traced(type(block).__name__), fullgraph=fullgraph, **options)
-            kinds[alike] = Extension.of(type(block), _Compiled, run_compiled=staticmethod(run))
+            members = {"run_compiled": staticmethod(run), "prepared": weakref.WeakSet()}
+            kinds[alike] = Extension.of(type(block), _Compiled, **members)
         block.__class__ = kinds[alike]
     at_release(model, partial(_undo, list(kinds.values()), weakref.WeakSet(blocks)))
     return model
@@ -76,17 +78,28 @@ class _Compiled(Extension):
     """A block whose `forward` is compiled."""
 
     run_compiled: ClassVar[Callable[..., Any] | None]
+    prepared: ClassVar[weakref.WeakSet[nn.Module]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own, compiled unless there is a cache, in which each block has another place."""
         run = self.run_compiled
         if run is None or any(isinstance(each, Cache) for each in (*args, *kwargs.values())):
             return _own_forward(self, *args, **kwargs)
+        if self not in self.prepared:
+            _prepare(cast("nn.Module", self))
+            self.prepared.add(cast("nn.Module", self))
         try:
             return run(self, *args, **kwargs)
         except FailOnRecompileLimitHit as limit:
             warnings.warn(f"a call of a block is not compiled: {limit}", stacklevel=2)
             return _own_forward(self, *args, **kwargs)
+
+
+def _prepare(block: nn.Module) -> None:
+    """Read every packed weight once: FSDP2 makes a plain parameter of it, which changes its class when it is read."""
+    for module in quantized_modules(block):
+        for name in packed_names(module):
+            getattr(module, name)
 
 
 def _own_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
