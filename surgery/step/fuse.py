@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import model_surgery_patches as patches
 from surgery.model.fqn import clean
 from surgery.model.tree import sites
 from surgery.passes.lifetime import keep
+from surgery.quantizers.stack import as_bytes
 from surgery.step.dequantize import Workspace
 from surgery.step.fused import Adapted, Choice, products
 
@@ -53,8 +55,11 @@ class _Group:
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
 
-def fuse(model: nn.Module) -> int:
+def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     """Have the 4-bit LoRA layers of `model` compute as `products` describes it; returns how many there are.
+
+    dequantized_bytes: weights that are dequantized once, and kept in 16 bits from then on, the first ones that are
+    used; the others are dequantized for each product.
 
     Until `surgery.release(model)` or its collection. A call that the functions are not for is PEFT's own, as before: in
     evaluation, with several active adapters or none, merged, with DoRA or another variant of LoRA, with a bias of
@@ -66,7 +71,7 @@ def fuse(model: nn.Module) -> int:
     layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
     if not layers:
         return 0
-    workspace = Workspace()
+    workspace = Workspace(dequantized_bytes)
     for together in _sharing(layers):
         group = _Group([weakref.ref(layer) for layer in together], workspace)
         _groups.update((layer, group) for layer in together)
@@ -77,7 +82,7 @@ def fuse(model: nn.Module) -> int:
     return len(layers)
 
 
-def _sharing(layers: dict[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
+def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
     """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
     left = dict(layers)
     for fqn in layers:
@@ -91,7 +96,7 @@ def _sharing(layers: dict[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # first: Dynamo loses gradients in what follows
         return None
     group = _groups.get(layer)
     if group is None:
@@ -122,16 +127,14 @@ def _apart(group: _Group, layer: Any) -> _Group:
 
 def _together(group: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The product of `layer`, and those of the layers after it, which are kept until they are called."""
-    first = _dtypes(layer, x)
-    if first is None:
+    dtypes = _dtypes(layer, x)
+    if dtypes is None:
         return None
-    adapted, members = [], []
-    for member in group.from_(layer):
-        if _dtypes(member, x) != first:
-            break
-        adapted.append(_adapted(member, x))
-        members.append(member)
-    found, *others = products(x, adapted, Choice(*first, group.workspace))
+    members = list(takewhile(lambda member: member is layer or _dtypes(member, x) == dtypes, group.from_(layer)))
+    adapted = [_adapted(member, x) for member in members]
+    if any(each.dropped is not None for each in adapted):
+        adapted = [each if each.dropped is not None else each._replace(dropped=x) for each in adapted]
+    found, *others = products(x, adapted, Choice(*dtypes, group.workspace))
     if others:
         group.x = x
         group.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
@@ -140,13 +143,11 @@ def _together(group: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None
 
 def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | None:
     """The dtypes that the base weight, and the adapter, are multiplied in; None if the layer cannot be fused now."""
-    name = _adapter_of(layer)
-    if name is None:
+    factors = _factors(layer)
+    if factors is None:
         return None
-    base, a, b = layer._modules["base_layer"], layer.lora_A[name], layer.lora_B[name]
-    if not (type(a) is type(b) is nn.Linear) or any(map(_is_hooked, (base, a, b))):
-        return None  # units of their own under FSDP, whose hooks gather them
-    if b.bias is not None or not base.compute_type_is_set:
+    base, (a, b) = layer._modules["base_layer"], factors
+    if any(map(_is_hooked, (base, a, b))) or not base.compute_type_is_set:
         return None
     dtype = base.compute_dtype or x.dtype
     if _state(base).dtype != dtype:
@@ -158,12 +159,35 @@ def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | No
     return (dtype, dtype) if x.is_cuda and torch.get_autocast_dtype("cuda") == dtype else None
 
 
-def _adapter_of(layer: Any) -> str | None:
-    """The one adapter that is active in `layer`; None if there is another number of them, or more to it than A and B."""
-    if layer.disable_adapters or layer.merged:
+def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear] | None:
+    """A and B of the one adapter that is active in `layer`; None if there is another number, or more to it than those.
+
+    Under FSDP they may be units of their own, whose hooks gather them; they are of other classes then.
+    """
+    held = layer._modules
+    active = [name for name in layer.active_adapters if name in held["lora_A"]._modules]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    return active[0] if len(active) == 1 and active[0] not in layer.lora_variant else None
+    a, b = held["lora_A"]._modules[active[0]], held["lora_B"]._modules[active[0]]
+    is_plain = isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and not {type(a), type(b)} - {nn.Linear}
+    return (a, b) if is_plain and b.bias is None else None
+
+
+def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
+    name = next(name for name in layer.active_adapters if name in layer.scaling)
+    held = layer._modules
+    base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
+    with torch._C.DisableTorchFunctionSubclass():  # for each of its operations bitsandbytes goes through Python
+        packed = as_bytes(base.weight)
+    return Adapted(
+        packed=packed,
+        state=_state(base),
+        bias=base.bias,
+        a=held["lora_A"]._modules[name].weight,
+        b=held["lora_B"]._modules[name].weight,
+        scaling=layer.scaling[name],
+        dropped=dropout(x) if dropout.training and getattr(dropout, "p", 0.0) > 0 else None,
+    )
 
 
 def _state(base: Any) -> Any:
@@ -172,19 +196,3 @@ def _state(base: Any) -> Any:
 
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
-    name = _adapter_of(layer)
-    base, dropout = layer._modules["base_layer"], layer.lora_dropout[name]
-    weight = base.weight
-    drops = dropout.training and getattr(dropout, "p", 0.0) > 0
-    return Adapted(
-        packed=weight,
-        state=_state(base),
-        bias=base.bias,
-        a=layer.lora_A[name].weight,
-        b=layer.lora_B[name].weight,
-        scaling=layer.scaling[name],
-        dropped=dropout(x) if drops else None,
-    )
