@@ -30,8 +30,6 @@ _IDS: Final = (
     "torch.fsdp1-sync-on-cpu",
     "torch.fsdp2-bit-exact-gather",
     "torch.fsdp2-params4bit",
-    "torch.fsdp2-reshard-at-once",
-    "torch.fsdp2-unshard-at-once",
     "torch.meta-param-replacement",
 )
 

@@ -19,13 +19,8 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "linear4bit-resident": ("bitsandbytes.linear4bit-apply", "bitsandbytes.keep-packing"),
         # Needed for FSDP1, which puts plain tensors in the place of packed weights; limit to quantized layers.
         "fsdp1-resident": ("bitsandbytes.linear4bit-shape", "bitsandbytes.no-rewrap"),
-        # Needed for FSDP2 to gather packed weights, and to do it in time; limit to quantized layers.
-        "fsdp2-resident": (
-            "torch.fsdp2-bit-exact-gather",
-            "torch.fsdp2-params4bit",
-            "torch.fsdp2-unshard-at-once",
-            "torch.fsdp2-reshard-at-once",
-        ),
+        # Needed for FSDP2 to gather packed weights; limit to quantized layers.
+        "fsdp2-resident": ("torch.fsdp2-bit-exact-gather", "torch.fsdp2-params4bit"),
         # All of them.
         "qlora-resident": ("linear4bit-resident", "fsdp1-resident", "fsdp2-resident"),
         # Everything needed to build, run and save a sharded 4-bit model, with or without GPUs.

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from ...registry import REGISTRY
-from ._fsdp2_groups import a_4bit_layer
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +52,17 @@ def _group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     return parameters
 
 
+def _a_4bit_layer(_instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    """The first quantized layer of a group, which stands for all: they belong to one model."""
+    for parameter in _group(args, kwargs):
+        module: object = parameter._module_info.module
+        # `__dict__`, since attribute lookup is slow for a missing quant_state, and most groups of most models have
+        # none. A loop, since `next` with a generator takes twice as long, and this runs in every gather.
+        if module.__dict__.get("quant_state") is not None:
+            return module
+    return None
+
+
 @REGISTRY.register(
     "torch.fsdp2-bit-exact-gather",
     target="torch.distributed.fsdp._fully_shard._fsdp_param_group:foreach_all_gather",
@@ -66,7 +76,7 @@ def _group(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         "https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1945"
     ),
     requires={"torch": ">=2.6"},
-    subject=lambda _instance, args, kwargs: a_4bit_layer(_group(args, kwargs)),
+    subject=_a_4bit_layer,
     probe=copying_changes_bits,
     verify=check_gathers_exactly,
 )
@@ -88,7 +98,7 @@ def gather_as_integers(
 
 def _found_out(group: list[Any]) -> _Integers | _WholeGroup | None:
     """The object to gather in place of the group; None without a 4-bit layer or 16-bit storage."""
-    if a_4bit_layer(group) is None or not any(map(_is_half, group)):
+    if _a_4bit_layer(None, (group,), {}) is None or not any(map(_is_half, group)):
         return None
     return _remembered(group) or _WholeGroup(group)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from ...registry import REGISTRY
 from ..bitsandbytes._packing import as_params4bit, is_quantized
 from ..bitsandbytes._specimen import packed_linear4bit
-from ._fsdp2_specimen import gathered_param
 
 __all__ = ["make_params4bit"]
 
@@ -63,6 +63,15 @@ def make_params4bit(
 
 
 def _specimen() -> Any:
-    """The FSDPParam of the weight of a 4-bit layer, which has just been gathered."""
+    """The FSDPParam of the weight of a 4-bit layer, which has just been gathered; made without a process group."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
     layer = packed_linear4bit()
-    return gathered_param(layer, layer.weight.data.view(-1))
+    packed = layer.weight.data
+    parameter: Any = FSDPParam.__new__(FSDPParam)
+    parameter._module_info = SimpleNamespace(module=layer, param_name="weight")
+    parameter._orig_size, parameter._contiguous_orig_stride = packed.size(), packed.stride()
+    parameter.all_gather_outputs = [packed.view(-1)]
+    parameter.sharded_param = SimpleNamespace(_local_tensor=packed, requires_grad=False)
+    parameter.is_dtensor, parameter._unsharded_dtensor_spec = False, None
+    return parameter
