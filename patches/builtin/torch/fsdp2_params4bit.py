@@ -47,9 +47,7 @@ def check_makes_params4bit() -> None:
     probe=gathered_is_plain,
     verify=check_makes_params4bit,
 )
-def make_params4bit(
-    wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def make_params4bit(wrapped: Callable[..., None], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Make the gathered parameter, and make a Params4bit of it if it is the packed weight of a quantized Linear4bit.
 
     The data is not copied, and the object stays the same in all gathers. What does not have the packed shape, such as a
