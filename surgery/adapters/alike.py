@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.model.tree import Site, sites
+from surgery.model.tree import Site
 
 __all__ = ["alike_blocks", "is_uniform"]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.model.tree import modules_of
 from surgery.sharding.base import own_part
 
 __all__ = ["Derived", "Magnitude", "Rows", "find_derived", "is_blank", "put"]
@@ -111,7 +112,7 @@ def find_derived(model: nn.Module) -> Iterator[Derived]:
     """Everything in `model`, which PEFT has adapted, that waits for values of base weights."""
     seen: set[int] = set()
     module: Any
-    for module in model.modules():
+    for module in modules_of(model):
         for name, layer in dict(getattr(module, "lora_magnitude_vector", None) or {}).items():
             if is_blank(layer._parameters["weight"]):
                 yield _magnitude(module, name, layer)

@@ -18,7 +18,7 @@ from surgery.adapters.alike import alike_blocks, is_uniform
 from surgery.adapters.attach import adapted_by_peft, appearing_real
 from surgery.adapters.deferred import DeferredValues, Undrawn
 from surgery.model.fqn import join, split
-from surgery.model.tree import Site, decoder_blocks
+from surgery.model.tree import Site, decoder_blocks, modules_of
 from surgery.model.twin import bare_copy
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ class _Stamp:
 
     def __init__(self, site: Site, first: Site) -> None:
         self.site, self.first = site, first
-        self.modules = dict(zip(first.module.modules(), site.module.modules(), strict=True))
-        self.parameters = {
+        self.modules = dict(zip(modules_of(first.module), modules_of(site.module), strict=True))
+        self.parameters: dict[nn.Parameter, Any] = {
             parameter: other._parameters[name]
             for module, other in self.modules.items()
             for name, parameter in module._parameters.items()
@@ -98,11 +98,8 @@ class _Stamp:
 
     def _copy(self, module: nn.Module) -> nn.Module:
         new = bare_copy(module)
-        for name, value in vars(new).items():
-            if isinstance(value, dict):  # PEFT notes the name of a module among the arguments of its adapter
-                value.update({key: self.named(held) or held for key, held in value.items() if isinstance(held, str)})
-            elif isinstance(value, str):
-                vars(new)[name] = self.named(value) or value
+        noted = vars(new).get("kwargs", {})  # where an adapter of PEFT notes, among others, which module it is for
+        noted.update({key: self.named(held) or held for key, held in noted.items() if isinstance(held, str)})
         new._parameters.update({name: self._parameter(held) for name, held in module._parameters.items()})
         new._buffers.update({name: held if held is None else held.clone() for name, held in module._buffers.items()})
         return new
@@ -111,8 +108,8 @@ class _Stamp:
         if held is None:
             return None
         if held not in self.parameters:
-            new = nn.Parameter(torch.empty_like(held) if held.is_meta else held.detach().clone(), held.requires_grad)
-            self.parameters[held] = new
+            data = torch.empty(held.shape, dtype=held.dtype, device=held.device).copy_(held.detach())
+            self.parameters[held] = nn.Parameter(data, held.requires_grad)
         return self.parameters[held]
 
 

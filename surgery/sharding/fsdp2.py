@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+import model_surgery_patches as patches
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
@@ -206,7 +207,8 @@ class Fsdp2(Fsdp):
         assert self.options is not None
         groups = self.options.groups
         blocks = decoder_blocks(model) if groups is None else [s for s in sites(model) if s.fqn in groups]
-        shard(model, sorted(blocks, key=lambda site: -site.fqn.count(".")), self.options, self._met)
+        with patches.transaction("torch.fsdp2-alike-parameters", reason="a model of many alike blocks is sharded"):
+            shard(model, sorted(blocks, key=lambda site: -site.fqn.count(".")), self.options, self._met)
         return model
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
