@@ -17,7 +17,7 @@ __all__ = ["alike_blocks", "is_uniform"]
 PLACES = frozenset({"layer_idx"})
 
 #: Types of attributes that are compared. Others are containers of modules, hooks, or a whole configuration.
-PLAIN_TYPES = (bool, int, float, str, torch.dtype, torch.device, type(None))
+PLAIN_TYPES = frozenset({bool, int, float, str, torch.dtype, torch.device, type(None)})
 
 
 def is_uniform(lora: Any) -> bool:
@@ -49,7 +49,7 @@ def _kinds(block: nn.Module) -> Iterator[object]:
 
 def _settings(held: object) -> tuple[tuple[str, object], ...]:
     return tuple(
-        (name, value) for name, value in vars(held).items() if isinstance(value, PLAIN_TYPES) and name not in PLACES
+        (name, value) for name, value in vars(held).items() if type(value) in PLAIN_TYPES and name not in PLACES
     )
 
 

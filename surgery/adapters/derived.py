@@ -113,10 +113,10 @@ def find_derived(model: nn.Module) -> Iterator[Derived]:
     seen: set[int] = set()
     module: Any
     for module in modules_of(model):
-        for name, layer in dict(getattr(module, "lora_magnitude_vector", None) or {}).items():
+        for name, layer in dict(module._modules.get("lora_magnitude_vector") or {}).items():
             if is_blank(layer._parameters["weight"]):
                 yield _magnitude(module, name, layer)
-        indices: Any = getattr(module, "token_indices", None)
+        indices: Any = vars(module).get("token_indices")
         for name, chosen in indices.items() if isinstance(indices, dict) else ():
             held = ((module.trainable_tokens_delta, name), (module.trainable_tokens_original, name))
             places = tuple(place for place in held if is_blank(_tensor(place)) and id(place[0]) not in seen)

@@ -101,12 +101,19 @@ def decoder_blocks(model: nn.Module) -> list[Site]:
     within a block (experts, say) are not looked at, and a container without parameters is none.
     """
     found: list[Site] = []
-    inside: set[nn.Module] = set()
-    for site in sites(model):
-        if site.module in inside or not _repeats(site.module):
+    seen: set[nn.Module] = set()
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        fqn, module = left.pop()
+        if module in seen:
             continue
-        inside.update(modules_of(site.module))
-        found.extend(Site(fqn=join(site.fqn, name), module=child) for name, child in site.module.named_children())
+        children = [(join(fqn, name), child) for name, child in module.named_children()]
+        if _repeats(module):
+            seen.update(modules_of(module))
+            found.extend(Site(fqn=name, module=child) for name, child in children)
+        else:
+            seen.add(module)
+            left.extend(reversed(children))
     return found
 
 

@@ -132,7 +132,7 @@ def _copies(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """Modules -> the trainable copies that PEFT keeps beside them."""
     found: dict[nn.Module, list[nn.Module]] = {}
     for wrapper in modules_of(model):
-        original, saved = getattr(wrapper, "original_module", None), getattr(wrapper, "modules_to_save", None)
+        original, saved = wrapper._modules.get("original_module"), wrapper._modules.get("modules_to_save")
         if not isinstance(original, nn.Module) or not isinstance(saved, nn.ModuleDict):
             continue
         for copy in saved.values():

@@ -57,7 +57,7 @@ def around(model: nn.Module) -> Callable[[object], bool]:
         model = reference()
         if model is None or not isinstance(given, nn.Module):
             return False
-        return model in modules_of(given) or given in modules_of(model)
+        return given is model or model in modules_of(given) or given in modules_of(model)
 
     is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
     return is_around

@@ -83,12 +83,11 @@ def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | 
 
 def _check_dtypes(model: nn.Module, groups: Sequence[tuple[nn.Module | None, ...]]) -> None:
     """Require one trained dtype in each group, whose gradients FSDP2 reduces as one tensor; the rest is the root's."""
-    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for group in groups:
-        inside = {p for module in group if module is not None for p in module.parameters()}
-        _check_uniform({name: parameter for name, parameter in left.items() if parameter in inside})
-        left = {name: parameter for name, parameter in left.items() if parameter not in inside}
-    _check_uniform(left)
+        inside = {p: None for module in group if module is not None for p in module.parameters() if p in left}
+        _check_uniform({left.pop(parameter): parameter for parameter in inside})
+    _check_uniform({name: parameter for parameter, name in left.items()})
 
 
 def _check_uniform(trained: Mapping[str, nn.Parameter]) -> None:
