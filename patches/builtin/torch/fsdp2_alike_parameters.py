@@ -59,10 +59,11 @@ def check_follows_the_first() -> None:
         made.append(instance)
 
     made: list[object] = []
+    device = object()  # so that this is a kind of its own
     parameters = [nn.Parameter(torch.empty(size, device="meta")) for size in (2, 2, 2, 3)]
     every = [Specimen() for _ in parameters]
     for instance, parameter in zip(every, parameters, strict=True):
-        given = (parameter, _Info(), None, None, "cpu", None, None, None)
+        given = (parameter, _Info(), None, None, device, None, None, None)
         follow_the_first(functools.partial(stock, instance), instance, given, {})
     third = vars(every[2])
     if made != [every[0], every[1], every[3]] or third["set"] is not third["sharded_param"] or third["seen"] != []:
