@@ -104,7 +104,7 @@ class _Stamp:
         new._buffers.update({name: held if held is None else held.clone() for name, held in module._buffers.items()})
         return new
 
-    def _parameter(self, held: nn.Parameter | None) -> nn.Parameter | None:
+    def _parameter(self, held: nn.Parameter | None) -> Any:
         if held is None:
             return None
         if held not in self.parameters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,12 +71,12 @@ def test_makes_what_upstream_makes(rank: int, options: dict[str, Any], monkeypat
     try:
         mesh = init_device_mesh("cpu", (RANKS,))
         expected = sharded(mesh=mesh, **options)
-        count, fill = [], fsdp2_alike_parameters._fill
+        filling = Mock(wraps=fsdp2_alike_parameters._fill)
         with unchanged(_fsdp_param), patches.transaction(ID, reason="test"):
-            monkeypatch.setattr(fsdp2_alike_parameters, "_fill", lambda *args: (count.append(args), fill(*args)))
+            monkeypatch.setattr(fsdp2_alike_parameters, "_fill", filling)
             made = sharded(mesh=mesh, **options)
         assert list(map(described, made)) == list(map(described, expected))
-        assert len(count) == (BLOCKS - 2) * 4
+        assert filling.call_count == (BLOCKS - 2) * 4
         for parameter in made:
             info = parameter._module_info
             assert info.module._parameters[info.param_name] is parameter.sharded_param

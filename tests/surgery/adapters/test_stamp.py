@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -158,9 +159,7 @@ def test_is_what_peft_makes_of_packed_layers(name: str) -> None:
 
 @pytest.mark.parametrize(("options", "count"), [("all linear", 2 * 7), ("one block's", 6)])
 def test_asks_peft_once_for_a_kind_of_block(options: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, create = [], LoraModel._create_and_replace
-    monkeypatch.setattr(
-        LoraModel, "_create_and_replace", lambda *args, **kwargs: (asked.append(kwargs), create(*args, **kwargs))
-    )
+    asking = create_autospec(LoraModel._create_and_replace, side_effect=LoraModel._create_and_replace)
+    monkeypatch.setattr(LoraModel, "_create_and_replace", asking)
     adapted_undrawn(skeleton("gemma3_text", quantized=False), LoraConfig(r=4, **LORAS[options]), DTYPE)
-    assert len(asked) == count
+    assert asking.call_count == count
