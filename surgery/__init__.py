@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.planning.training import Training
     from surgery.recipe import qlora
     from surgery.state.state import TrainingState, load_state, save_state
+    from surgery.step.graphs import capture
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
     from surgery.writing.export import export
@@ -84,6 +85,7 @@ __all__ = [
     "attest",
     "attesting",
     "bind",
+    "capture",
     "checkpoint_activations",
     "dequantize",
     "export",
@@ -122,6 +124,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.step.graphs": ("capture",),
     "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),

@@ -22,6 +22,7 @@ from surgery.quantizers.base import QuantFormat, format_of, packed_names, quanti
 __all__ = [
     "around",
     "as_context_manager",
+    "at_release",
     "is_waiting",
     "keep",
     "release",
@@ -47,6 +48,11 @@ _resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = we
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
     _resident.setdefault(model, []).append(patches.keep(receipts, model))
+
+
+def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
+    """Have `release` call `undo`, which must not keep `model` alive."""
+    _resident.setdefault(model, []).append(undo)
 
 
 def around(model: nn.Module) -> Callable[[object], bool]:

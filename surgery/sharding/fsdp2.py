@@ -32,6 +32,7 @@ from surgery.sharding.base import (
     register,
 )
 from surgery.sharding.fsdp import Fsdp, shared_parameters
+from surgery.sharding.fsdp2_steps import Fsdp2Steps
 from surgery.sharding.partition import Partition
 
 if TYPE_CHECKING:
@@ -245,6 +246,10 @@ class Fsdp2(Fsdp):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+    def steps(self, model: nn.Module) -> Fsdp2Steps:
+        """Those of FSDP2's groups."""
+        return Fsdp2Steps(model)
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Gather the parameters, one at a time whole on the device."""
