@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from surgery.errors import ConfigError
-from surgery.planning.arguments import EXPERTS_HELP, Experts, parse_mesh
+from surgery.planning.arguments import EXPERTS_HELP, OFFLOADING_HELP, Experts, parse_mesh
 from surgery.step.kernels import KERNELS_HELP, chosen_kernels
 
 __all__ = ["DEFAULTS", "FLASH", "Options"]
@@ -85,6 +85,7 @@ class Options:
         },
     )
     experts: Experts = field(default="4bit", metadata={"help": EXPERTS_HELP})
+    activation_offloading: bool = field(default=False, metadata={"help": OFFLOADING_HELP})
     fsdp: Literal["2", "1", "none"] = field(
         default="2",
         metadata={
