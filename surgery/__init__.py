@@ -38,13 +38,14 @@ if TYPE_CHECKING:
         WeightsMismatchError,
     )
     from surgery.integrations.low_memory import low_memory
-    from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
     from surgery.passes.lifetime import release
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
     from surgery.state.state import TrainingState, load_state, save_state
+    from surgery.step.checkpointing import checkpoint_activations
+    from surgery.step.graphs import capture
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
     from surgery.writing.export import export
@@ -84,6 +85,7 @@ __all__ = [
     "attest",
     "attesting",
     "bind",
+    "capture",
     "checkpoint_activations",
     "dequantize",
     "export",
@@ -118,10 +120,11 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),
-    "surgery.model.checkpointing": ("checkpoint_activations",),
+    "surgery.step.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.step.graphs": ("capture",),
     "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
     "surgery.adapters.folder": ("reserve",),

@@ -25,6 +25,7 @@ from surgery.model.tree import Site, own_tensors
 from surgery.quantizers.base import QuantFormat
 from surgery.quantizers.digest import Piece, Place
 from surgery.sharding.partition import Grid, Partition, chunk
+from surgery.sharding.steps import Steps
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -317,6 +318,10 @@ class ShardStrategy:
         """
         named = model.named_parameters()
         return [_trained(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
+
+    def steps(self, model: nn.Module) -> Steps:
+        """The training steps of `model`, for CUDA graphs."""
+        return Steps(model, refused=f"graphs of a step with {self.label} are not known to be right")
 
     # The memory plan. ------------------------------------------------------------------------------------------------
 

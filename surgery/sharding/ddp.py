@@ -14,6 +14,7 @@ from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Trained, outermost, register
+from surgery.sharding.steps import Steps
 from surgery.sharding.unsharded import Unsharded
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class Ddp(Unsharded):
     def made(cls, model: nn.Module) -> bool:
         """Whether `model` is, or has in it, a `DistributedDataParallel`."""
         return outermost(model, DistributedDataParallel) is not None
+
+    def steps(self, model: nn.Module) -> Steps:
+        """Those of the model inside: DDP averages each gradient when autograd adds it to its parameter, as ever."""
+        return Steps(_inside(model)[1])
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, by names without the wrapper."""

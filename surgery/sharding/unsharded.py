@@ -11,6 +11,7 @@ from surgery.errors import ConfigError
 from surgery.model.tree import convert
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import ShardStrategy, chosen_parameters, register
+from surgery.sharding.steps import Steps
 
 __all__ = ["Unsharded", "copies"]
 
@@ -42,6 +43,10 @@ class Unsharded(ShardStrategy):
         if self.world_size > 1:
             broadcast_from_rank0(trainable, device=self.device)
         return model
+
+    def steps(self, model: nn.Module) -> Steps:
+        """Those of `model` itself."""
+        return Steps(model)
 
     def trainable_state(self, model: nn.Module, also: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
         """Copies on rank 0, whose parameters are those of all ranks, or its own."""

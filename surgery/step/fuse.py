@@ -1,0 +1,202 @@
+"""Pass `fuse`: the 4-bit LoRA layers of a model compute by fused functions, and those that share an input together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import nn
+
+import model_surgery_patches as patches
+from surgery.model.fqn import clean
+from surgery.model.tree import sites
+from surgery.passes.lifetime import keep
+from surgery.quantizers.stack import as_bytes
+from surgery.step.dequantize import Workspace
+from surgery.step.fused import Adapted, Choice, products
+
+__all__ = ["PATCH", "forward", "fuse", "group"]
+
+#: The patch that has a layer's forward computed here.
+PATCH = "peft.fused-4bit-lora"
+
+#: Names of layers that attention, or an MLP, gives the same input, in the order in which it calls them. A layer that is
+#: given another one is found out, and computed by itself from then on.
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that are given the same input, one after the other.
+
+    ready: the products of those that have not been called yet, for the input `x`.
+    """
+
+    layers: list[weakref.ref[Any]]
+    workspace: Workspace
+    x: torch.Tensor | None = None
+    ready: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Drop what nobody has asked for."""
+        self.x = None
+        self.ready.clear()
+
+    def from_(self, layer: Any) -> list[Any]:
+        """`layer` and those after it."""
+        alive = [found for found in (reference() for reference in self.layers) if found is not None]
+        return alive[alive.index(layer) :]
+
+
+_groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+
+
+def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
+    """Have the 4-bit LoRA layers of `model` compute as `products` describes it; returns how many there are.
+
+    dequantized_bytes: weights that are dequantized once, and kept in 16 bits from then on, the first ones that are
+    used; the others are dequantized for each product.
+
+    Until `surgery.release(model)` or its collection. A call that the functions are not for is PEFT's own, as before: in
+    evaluation, with several active adapters or none, merged, with DoRA or another variant of LoRA, with a bias of
+    LoRA's, with adapters by sample, with hooks inside of the layer, under an autocast to another dtype than the
+    layer's, and in code that `torch.compile` traces.
+    """
+    from peft.tuners.lora.bnb import Linear4bit
+
+    layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
+    if not layers:
+        return 0
+    workspace = Workspace(dequantized_bytes)
+    for together in _sharing(layers):
+        group(together, workspace)
+    scoped = patches.on(PATCH, list(layers.values()))
+    with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
+        keep(model, transaction.receipts)
+        transaction.commit()
+    return len(layers)
+
+
+def group(layers: Sequence[nn.Module], workspace: Workspace) -> None:
+    """Have `layers`, which are given the same input one after the other, computed together by `forward`."""
+    new = _Group([weakref.ref(layer) for layer in layers], workspace)
+    _groups.update((layer, new) for layer in layers)
+
+
+def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
+    """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
+    left = dict(layers)
+    for fqn in layers:
+        parent, _, leaf = fqn.rpartition(".")
+        names = next((row for row in SHARING if leaf in row), (leaf,))
+        together = [left.pop(f"{parent}.{name}", None) for name in names] if parent else [left.pop(fqn, None)]
+        found = [layer for layer in together if layer is not None]
+        if found:
+            yield found
+
+
+def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
+    if torch.compiler.is_compiling():  # first: Dynamo loses gradients in what follows
+        return None
+    mine = _groups.get(layer)
+    if mine is None:
+        return None
+    if mine.x is x:
+        found = mine.ready.pop(id(layer), None)
+        if not mine.ready:
+            mine.x = None
+        if found is not None:
+            return found
+    elif mine.x is not None and id(layer) in mine.ready:
+        mine = _apart(mine, layer)
+    mine.forget()
+    if not torch.is_grad_enabled() or not x.numel():
+        return None
+    return _together(mine, layer, x)
+
+
+def _apart(old: _Group, layer: Any) -> _Group:
+    """A group of the layers from `layer` on, which was given another input than those before it."""
+    moved = old.from_(layer)
+    old.forget()
+    old.layers = [reference for reference in old.layers if reference() not in moved]
+    group(moved, old.workspace)
+    return _groups[layer]
+
+
+def _together(mine: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The product of `layer`, and those of the layers after it, which are kept until they are called."""
+    dtypes = _dtypes(layer, x)
+    if dtypes is None:
+        return None
+    members = list(takewhile(lambda member: member is layer or _dtypes(member, x) == dtypes, mine.from_(layer)))
+    adapted = [_adapted(member, x) for member in members]
+    if any(each.dropped is not None for each in adapted):
+        adapted = [each if each.dropped is not None else each._replace(dropped=x) for each in adapted]
+    found, *others = products(x, adapted, Choice(*dtypes, mine.workspace))
+    if others:
+        mine.x = x
+        mine.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
+    return found
+
+
+def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes that the base weight, and the adapter, are multiplied in; None if the layer cannot be fused now."""
+    factors = _factors(layer)
+    if factors is None:
+        return None
+    base, (a, b) = layer._modules["base_layer"], factors
+    if any(map(_is_hooked, (base, a, b))) or not base.compute_type_is_set:
+        return None
+    dtype = base.compute_dtype or x.dtype
+    if _state(base).dtype != dtype:
+        return None
+    if not torch.is_autocast_enabled(x.device.type):
+        of_lora = a.weight.dtype if layer.cast_input_dtype_enabled else x.dtype
+        return (dtype, of_lora) if of_lora == a.weight.dtype == b.weight.dtype else None
+    # On other devices PEFT does not see that there is autocast.
+    return (dtype, dtype) if x.is_cuda and torch.get_autocast_dtype("cuda") == dtype else None
+
+
+def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear] | None:
+    """A and B of the one adapter that is active in `layer`; None if there is another number, or more to it than those.
+
+    Under FSDP they may be units of their own, whose hooks gather them; they are of other classes then.
+    """
+    held = layer._modules
+    active = [name for name in layer.active_adapters if name in held["lora_A"]._modules]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
+        return None
+    a, b = held["lora_A"]._modules[active[0]], held["lora_B"]._modules[active[0]]
+    is_plain = isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and not {type(a), type(b)} - {nn.Linear}
+    return (a, b) if is_plain and b.bias is None else None
+
+
+def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
+    name = next(name for name in layer.active_adapters if name in layer.scaling)
+    held = layer._modules
+    base, dropout = held["base_layer"], held["lora_dropout"]._modules[name]
+    with torch._C.DisableTorchFunctionSubclass():  # for each of its operations bitsandbytes goes through Python
+        packed = as_bytes(base.weight)
+    return Adapted(
+        packed=packed,
+        state=_state(base),
+        bias=base.bias,
+        a=held["lora_A"]._modules[name].weight,
+        b=held["lora_B"]._modules[name].weight,
+        scaling=layer.scaling[name],
+        dropped=dropout(x) if dropout.training and getattr(dropout, "p", 0.0) > 0 else None,
+    )
+
+
+def _state(base: Any) -> Any:
+    return getattr(base.weight, "quant_state", None) or base.quant_state
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
