@@ -20,6 +20,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, TypeAlias, cast
 
 from .errors import WrapperError
+from .guards import is_covered
 from .ledger import Calls, Receipt
 from .patch import Patch, Wrapper
 from .target import MISSING, STORED, Kind, Place
@@ -105,6 +106,23 @@ class Link:
             if chooses(subject):
                 return True
         return False
+
+    def has(self, subject: object) -> bool:
+        """Whether a scope names the object."""
+        return id(subject) in self._covered
+
+    def _covers_as_traced(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        subject_of = self.patch.subject
+        subject = instance if subject_of is None else subject_of(instance, args, kwargs)
+        if is_covered(self, subject):
+            return True
+        for chooses in self._predicates:  # noqa: SIM110 - as in `covers`
+            if chooses(subject):
+                return True
+        return False
+
+    #: Dynamo traces this function instead of one that has it.
+    covers._torchdynamo_inline = _covers_as_traced  # type: ignore[attr-defined]
 
     def hold(self, receipt: Receipt) -> None:
         """Add a receipt that keeps the link active."""

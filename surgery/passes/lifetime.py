@@ -16,9 +16,11 @@ from torch import nn
 import model_surgery_patches as patches
 from surgery.adapters.attach import patches_of_experts
 from surgery.errors import NotFilledError
+from surgery.model.tree import modules_of
 from surgery.quantizers.base import QuantFormat, format_of, packed_names, quantized_modules
 
 __all__ = [
+    "Extension",
     "around",
     "as_context_manager",
     "at_release",
@@ -46,7 +48,12 @@ _resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = we
 
 def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
     """Hold `receipts` for `model`: they are reverted by `release`, or when `model` is garbage-collected."""
-    _resident.setdefault(model, []).append(patches.keep(receipts, model))
+    at_release(model, patches.keep(receipts, model))
+
+
+def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
+    """Have `undo`, which must not keep `model` alive, called when `model` is released."""
+    _resident.setdefault(model, []).append(undo)
 
 
 def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
@@ -62,7 +69,7 @@ def around(model: nn.Module) -> Callable[[object], bool]:
         model = reference()
         if model is None or not isinstance(given, nn.Module):
             return False
-        return any(module is model for module in given.modules()) or any(module is given for module in model.modules())
+        return given is model or model in modules_of(given) or given in modules_of(model)
 
     is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
     return is_around
@@ -78,7 +85,25 @@ def release(model: nn.Module) -> None:
             undo()  # of several threads, one does it
 
 
-class _Releasing:
+class Extension:
+    """What is mixed into the class of one model's module, as FSDP2 extends the class of a module."""
+
+    @staticmethod
+    def of(kind: Any, extension: type[Extension], **members: Any) -> Any:
+        """The class `kind` with the extension, and by the same name."""
+        shown = {"__module__": kind.__module__, "__doc__": kind.__doc__}
+        return type(kind.__name__, (extension, kind), {**shown, **members})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy or a pickle is of the class as upstream has it: the patches belong to this very model. In the form of
+        # protocol 1, since pickle wants what later ones make to be of the class that it was asked to pickle.
+        constructor, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(1))
+        kind = type(self)
+        plain = tuple(kind.__bases__[-1] if argument is kind else argument for argument in arguments)
+        return (constructor, plain, *state)
+
+
+class _Releasing(Extension):
     """`with model:` releases at the end of the block."""
 
     def __enter__(self) -> Any:
@@ -89,21 +114,14 @@ class _Releasing:
     ) -> None:
         release(self)  # type: ignore[arg-type]  # always mixed into an nn.Module
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A copy or a pickle is of the class as upstream has it: the patches belong to this very model. In the form of
-        # protocol 1, since pickle wants what later ones make to be of the class that it was asked to pickle.
-        constructor, arguments, *state = cast("tuple[Any, ...]", super().__reduce_ex__(1))
-        plain = tuple(type(self).__mro__[2] if argument is type(self) else argument for argument in arguments)
-        return (constructor, plain, *state)
-
 
 @functools.cache
 def _releasing(kind: Any) -> Any:
-    return type(kind.__name__, (_Releasing, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    return Extension.of(kind, _Releasing)
 
 
 def as_context_manager(model: nn.Module) -> nn.Module:
-    """`model` itself, its class extended so that `with model:` releases it, as FSDP2 extends the class of a module."""
+    """`model` itself, its class extended so that `with model:` releases it."""
     kind: Any = type(model)
     model.__class__ = _releasing(kind)
     return model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 import model_surgery_patches as patches
 from surgery.passes.lifetime import at_release, keep
 
-__all__ = ["PATCHES", "are_counted", "counted", "trust_own_positions"]
+__all__ = ["PATCHES", "called", "counted", "counter", "trust_own_positions"]
 
 #: Patches that are told here which positions a model has counted.
 PATCHES = (
@@ -37,11 +38,11 @@ class _Calls(threading.local):
     """The calls of models that a thread is in: whose, and whether the model counts positions."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[int, bool]] = []
+        self.stack: list[tuple[nn.Module, bool]] = []
 
     def end(self, module: nn.Module) -> None:
         """Forget the call of `module`, and those in it, which an interrupt may have left behind."""
-        place = next((n for n, (key, _) in enumerate(self.stack) if key == id(module)), len(self.stack))
+        place = next((n for n, (called, _) in enumerate(self.stack) if called is module), len(self.stack))
         del self.stack[place:]
 
 
@@ -58,7 +59,9 @@ def trust_own_positions(model: nn.Module) -> None:
         return
     handles = [module.register_forward_pre_hook(_begin, with_kwargs=True) for module in found]
     handles += [module.register_forward_hook(_end, always_call=True) for module in found]
-    with patches.transaction(*PATCHES, reason="positions that a model counts are not looked at") as transaction:
+    with patches.transaction(
+        *(patches.on(name, found) for name in PATCHES), reason="positions that a model counts are not looked at"
+    ) as transaction:
         keep(model, transaction.receipts)
         at_release(model, lambda: _remove(handles))
         transaction.commit()
@@ -68,20 +71,26 @@ def counted(position_ids: torch.Tensor) -> bool:
     """Whether the model that is being called has counted `position_ids`, which are marked then."""
     if not _calls.stack or not _calls.stack[-1][1]:
         return False
-    setattr(position_ids, MARK, True)
+    setattr(position_ids, MARK, weakref.ref(_calls.stack[-1][0]))
     return True
 
 
-def are_counted(position_ids: object) -> bool:
-    """Whether `position_ids` were marked: a recomputed layer has the same ones, outside of the model's call."""
-    return getattr(position_ids, MARK, False)
+def called(*_: object) -> nn.Module | None:
+    """The model that is being called, which patches are limited by."""
+    return _calls.stack[-1][0] if _calls.stack else None
+
+
+def counter(position_ids: object) -> nn.Module | None:
+    """The model that has counted `position_ids`: a recomputed layer has the same ones, outside of the model's call."""
+    mark = getattr(position_ids, MARK, None)
+    return None if mark is None else mark()
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     place = _place(module)
     given = args[place] if place is not None and len(args) > place else kwargs.get("position_ids")
     _calls.end(module)
-    _calls.stack.append((id(module), given is None))
+    _calls.stack.append((module, given is None))
 
 
 def _end(module: nn.Module, *_: object) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import model_surgery_patches as patches
+from surgery.step.positions import called
 
 __all__ = ["leave_out_mask"]
 
@@ -51,6 +52,7 @@ def _recording() -> Iterator[None]:
     requires={"transformers": ">=5.17,<5.18"},
     signature="(padding_mask, q_length, kv_length, q_offset, kv_offset, local_attention_size=None)",
     fingerprint="3a4f6938bf766b88",
+    subject=called,
     optional=True,
     on_unknown="skip",
     on_drift="skip",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import model_surgery_patches as patches
-from surgery.step.positions import counted
+from surgery.step.positions import called, counted
 
 __all__ = ["pass_counted"]
 
@@ -44,6 +44,7 @@ def _on_meta() -> torch.Tensor:
     upstream="https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/masking_utils.py",
     requires={"transformers": ">=5.17,<5.25"},
     signature="(position_ids)",
+    subject=called,
     fingerprint="4ebce2dc96d9e504",
     optional=True,
     on_unknown="skip",

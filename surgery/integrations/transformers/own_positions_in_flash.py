@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import model_surgery_patches as patches
-from surgery.step.positions import are_counted
+from surgery.step.positions import counter
 
 __all__ = ["pass_counted"]
 
@@ -40,6 +40,7 @@ def _asked(position_ids: torch.Tensor) -> Any:
     requires={"transformers": ">=5.17,<5.25"},
     signature="(position_ids, batch_size)",
     fingerprint=("2d926f01be736709", "7bbe196ee71e560b"),
+    subject=lambda _instance, args, kwargs: counter(args[0] if args else kwargs["position_ids"]),
     optional=True,
     on_unknown="skip",
     on_drift="skip",
@@ -48,6 +49,6 @@ def _asked(position_ids: torch.Tensor) -> Any:
 )
 def pass_counted(wrapped: Callable[..., Any], _instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Say no where the model has counted."""
-    if not torch.compiler.is_compiling() and are_counted(args[0] if args else kwargs["position_ids"]):
+    if not torch.compiler.is_compiling() and counter(args[0] if args else kwargs["position_ids"]) is not None:
         return False
     return wrapped(*args, **kwargs)

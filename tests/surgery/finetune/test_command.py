@@ -103,6 +103,8 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "config": (["--config", "none.yaml"], "none.yaml cannot be read: No such file"),
     "stream": (["--streaming"], "max_steps"),
     "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
+    "kernels": (["--kernels", "fused,ligr"], "expected names among fused, liger, found 'ligr'"),
+    "attention": (["--attn-implementation", "slow"], "cannot be loaded with --attn-implementation slow"),
 }
 
 
