@@ -56,11 +56,6 @@ def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
     _resident.setdefault(model, []).append(undo)
 
 
-def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
-    """Have `release` call `undo`, which must not keep `model` alive."""
-    _resident.setdefault(model, []).append(undo)
-
-
 def around(model: nn.Module) -> Callable[[object], bool]:
     """A predicate for modules that are `model`, hold it, or are held by it; it does not keep `model` alive."""
     reference = weakref.ref(model)
