@@ -51,11 +51,6 @@ def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
 
 
 def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
-    """Have `undo`, which must not keep `model` alive, called when `model` is released."""
-    _resident.setdefault(model, []).append(undo)
-
-
-def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
     """Have `release` call `undo`, which must not keep `model` alive."""
     _resident.setdefault(model, []).append(undo)
 
@@ -112,7 +107,6 @@ class _Releasing(Extension):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         release(self)  # type: ignore[arg-type]  # always mixed into an nn.Module
-
 
 
 @functools.cache
