@@ -20,7 +20,6 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, TypeAlias, cast
 
 from .errors import WrapperError
-from .guards import is_covered
 from .ledger import Calls, Receipt
 from .patch import Patch, Wrapper
 from .target import MISSING, STORED, Kind, Place
@@ -114,7 +113,7 @@ class Link:
     def _covers_as_traced(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         subject_of = self.patch.subject
         subject = instance if subject_of is None else subject_of(instance, args, kwargs)
-        if is_covered(self, subject):
+        if _is_covered(self, subject):
             return True
         for chooses in self._predicates:  # noqa: SIM110 - as in `covers`
             if chooses(subject):
@@ -157,6 +156,50 @@ class Link:
         self._predicates = tuple(predicates)
         self.everyone = any(receipt.scope is None and not receipt.disabled for receipt in receipts)
         self._receipts = receipts
+
+
+def _is_covered(link: Any, subject: object) -> bool:
+    """`link.has(subject)`, where torch.compile traces.
+
+    Dynamo guards the identity of an object whose `id` is taken, so that each of many equal blocks of a model would be
+    compiled by itself. To guard whether it is covered, which alone matters, takes `comptime`, which torch has for such
+    things, and internals of Dynamo behind it; an object of which these know nothing is guarded by its identity.
+    """
+    from torch._dynamo.comptime import comptime
+
+    found: bool | None = None
+    comptime(_find)
+    return link.has(subject) if found is None else found
+
+
+def _find(context: Any) -> None:
+    """Set `found` in the traced frame of `_is_covered`, and guard it."""
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.variables import ConstantVariable, UserDefinedObjectVariable
+
+    frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    link, subject = (frame.symbolic_locals[name].realize() for name in ("link", "subject"))
+    if not isinstance(subject, UserDefinedObjectVariable) or subject.source is None:
+        return
+    found = link.value.has(subject.value)
+    install_guard(subject.source.make_guard(functools.partial(_guard, link.value, found)))
+    frame.symbolic_locals["found"] = ConstantVariable.create(found)
+
+
+def _guard(link: Any, found: bool, builder: Any, guard: Any) -> None:  # noqa: FBT001 - torch calls it
+    manager = builder.get_guard_manager(guard)
+    text = [f"{guard.name} is {'' if found else 'not '}covered by {link.patch.id}"]
+    if any(leaf.verbose_code_parts() == text for leaf in manager.get_leaf_guards()):
+        return  # met more than once
+    check = functools.partial(_is_as_found, link, found)
+    try:
+        manager.add_lambda_guard(check, text, guard.user_stack)
+    except TypeError:  # torch before 2.11
+        manager.add_lambda_guard(check, text)
+
+
+def _is_as_found(link: Any, found: bool, subject: object) -> bool:  # noqa: FBT001 - torch calls it
+    return link.has(subject) is found
 
 
 class _Nobody:

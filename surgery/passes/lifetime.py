@@ -80,7 +80,7 @@ def release(model: nn.Module) -> None:
 
 
 class Extension:
-    """What is mixed into the class of one model's module, as FSDP2 extends the class of a module."""
+    """A mixin for the class of one module, as FSDP2 extends the class of a module."""
 
     @staticmethod
     def of(kind: Any, extension: type[Extension], **members: Any) -> Any:
