@@ -38,13 +38,13 @@ if TYPE_CHECKING:
         WeightsMismatchError,
     )
     from surgery.integrations.low_memory import low_memory
-    from surgery.model.checkpointing import checkpoint_activations
     from surgery.passes.base import Pass
     from surgery.passes.lifetime import release
     from surgery.planning.plan import MemoryPlan, plan
     from surgery.planning.training import Training
     from surgery.recipe import qlora
     from surgery.state.state import TrainingState, load_state, save_state
+    from surgery.step.checkpointing import checkpoint_activations
     from surgery.step.compiling import compile_blocks
     from surgery.step.graphs import capture
     from surgery.telemetry.report import Report
@@ -122,7 +122,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.comm.ranks": ("PeerError",),
     "surgery.errors": errors.__all__,
     "surgery.passes.lifetime": ("release",),
-    "surgery.model.checkpointing": ("checkpoint_activations",),
+    "surgery.step.checkpointing": ("checkpoint_activations",),
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),

@@ -57,6 +57,7 @@ from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
+from surgery.step.kernels import chosen_kernels, use_kernels
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.report import Report
 
@@ -100,6 +101,7 @@ class Bound:
         placement: str | None = None,
         passes: Sequence[Pass | str] = (),
         device: torch.device | None = None,
+        kernels: str | Sequence[str] | None = None,
     ) -> nn.Module:
         """Read, quantize and install what this rank owns; to be called on all ranks alike.
 
@@ -113,6 +115,7 @@ class Bound:
             placement: where weights wait until the model is complete.
             passes: third parties' passes.
             device: on which this rank computes; None is the one that it was bound for.
+            kernels: as in `surgery.qlora`; None are those that it was bound with.
 
         Raises:
             ConfigError: options or adapters that cannot work together, or a model that is filled already.
@@ -127,6 +130,7 @@ class Bound:
             with everyone(ranks, device=device):
                 self._check(outer)
                 asked |= {"shard": shard, "placement": placement, "lora": _lora_of(outer)}
+                asked |= {} if kernels is None else {"kernels": kernels}
             setting, found = agree(ranks, "fill", passes, **asked)
             job = set_up(setting, ranks)
             with everyone(ranks, device=device):
@@ -258,12 +262,13 @@ def bind_alone(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None,
     conversions: Sequence[Any],
+    kernels: tuple[str, ...] = (),
 ) -> Bound:
     """Bind a transformers `model` that `from_pretrained` has built on meta, its quantized modules among it.
 
     Not collective, since there may be no process group yet: ranks compare what they have bound when they fill it.
     Buffers that no checkpoint holds are left to transformers. The model does not `wait` yet, since transformers uses it
-    until it is done. conversions: names of `checkpoint` into the model's.
+    until it is done. conversions: names of `checkpoint` into the model's. kernels: for when it is filled.
     Raises `SurgeryError` for what cannot be bound; the model can then be loaded as transformers does.
     """
     device = compute_device()
@@ -277,6 +282,7 @@ def bind_alone(
         dtype=dtype,
         compute_dtype=compute_dtype or dtype,
         device=device,
+        kernels=kernels,
     )
     require_meta(model)
     # Of itself transformers ties only what is loaded, and casts while it loads.
@@ -367,11 +373,13 @@ def agree(
     given = passes if isinstance(passes, (list, tuple)) else [passes]  # which is refused below
     with everyone(ranks, device=device):
         placement = strategy_for(shard, placement=asked["placement"]).placement
+        asked["kernels"] = chosen_kernels(asked.get("kernels"), device=device)
         topics = {
             "quantization": facts_of(asked["quant"]),
             "adapters": adapter_facts(asked["lora"]),
             "sharding": facts_of({"placement": placement, "shard": shard}),
             "precision": facts_of({each: asked[each] for each in ("dtype", "compute_dtype")}),
+            "kernels": facts_of(asked["kernels"]),
             "passes": facts_of([(getattr(each, "name", each), each) for each in given]),
             **({} if checkpoint is None else {"checkpoint": source_facts(checkpoint)}),
             **environment(device),
@@ -438,6 +446,7 @@ def complete(
         _hand_on(model, resident)
         keep(model, resident.receipts)
         as_context_manager(model)
+        use_kernels(model, setting.kernels)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
         resident.commit()
     return model

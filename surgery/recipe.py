@@ -44,6 +44,8 @@ def qlora(
     report: Report | None = None,
     passes: Sequence[Pass | str] = (),
     packed_cache: str | os.PathLike[str] | None = None,
+    kernels: str | Sequence[str] | None = None,
+    attention: str | None = None,
 ) -> nn.Module:
     """Build a 4-bit model with LoRA adapters from `checkpoint`, sharded; to be called on all ranks alike.
 
@@ -74,6 +76,10 @@ def qlora(
         passes: third parties' passes, each a `surgery.Pass` or the name of one that is installed.
         packed_cache: a folder where the first run keeps what it has quantized, for others to read: a quarter of the
             bytes, and no quantizing. Ranks of several hosts share it.
+        kernels: names of kernels to train with, `fused` and `liger` (https://github.com/linkedin/Liger-Kernel); with
+            the latter, a loss in training comes without logits.
+        attention: the implementation of attention, by transformers' names: `sdpa`, `flash_attention_2`, or a
+            repository of the hub, such as `kernels-community/flash-attn2`; None is transformers' choice.
 
     Raises:
         ConfigError: options that cannot work together, before anything is read.
@@ -84,13 +90,15 @@ def qlora(
     device = compute_device(device)
     if packed_cache is not None and model is not None:
         raise ConfigError("packed_cache: expected the model that config.json describes, found model= as well: give one")
+    if attention is not None and model is not None:
+        raise ConfigError("attention: expected the model that config.json describes, found model= as well: give one")
     if packed_cache is not None:
         checkpoint, quant = packed_in(packed_cache, checkpoint, quant=quant, dtype=dtype, device=device)
     with building(device) as ranks:
         saved = None if adapter is None else open_adapter(adapter, ranks, device=device, lora=lora)
         lora = lora if saved is None else saved.config
         asked = {"quant": quant, "shard": shard, "lora": lora, "placement": placement, "device": device}
-        asked |= {"adapter": saved}
+        asked |= {"adapter": saved, "kernels": kernels}
         asked |= {"dtype": dtype, "compute_dtype": compute_dtype or dtype}
         setting, found = agree(ranks, "choices", passes, checkpoint, **asked)
         report = report or Report(show_progress=ranks.rank == 0, device=device)
@@ -102,7 +110,7 @@ def qlora(
         job = set_up(setting, ranks)
         with everyone(ranks, device=device):
             with report.phase("skeleton"):
-                prepared = prepare(opened, setting, build=model, ranks=ranks, device=device)
+                prepared = prepare(opened, setting, build=model, attention=attention, ranks=ranks, device=device)
             foresee(prepared, opened, ranks, report)
         adapted = complete(prepared, prepared.model, opened, job, report, lora=lora, passes=found)
         name_base(adapted, opened)

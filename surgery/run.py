@@ -16,14 +16,15 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
 from surgery.errors import ConfigError
 from surgery.planning.arguments import QuantType
+from surgery.step.kernels import KERNELS_HELP, chosen_kernels
 
-__all__ = ["EPILOG", "SCRIPT", "Apply", "OfExperts", "low_memory", "run", "run_as_main", "script_of"]
+__all__ = ["EPILOG", "SCRIPT", "Apply", "OfExperts", "OfKernels", "low_memory", "run", "run_as_main", "script_of"]
 
 INTERRUPTED = 130
 
@@ -72,6 +73,11 @@ OfExperts: TypeAlias = Annotated[
 ]
 
 
+OfKernels: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NAMES", help=KERNELS_HELP, show_default="those of PEFT and transformers")
+]
+
+
 def run(
     command: Annotated[
         list[str],
@@ -80,10 +86,11 @@ def run(
     *,
     apply: Apply = None,
     experts: OfExperts = None,
+    kernels: OfKernels = None,
 ) -> None:
     """Run SCRIPT, unchanged, inside `surgery.low_memory()`. Each rank reads what it keeps, and no more."""
     script_of(command)
-    with low_memory(apply, experts):
+    with low_memory(apply, experts, kernels):
         code = run_as_main(command)
     raise SystemExit(code)
 
@@ -107,7 +114,9 @@ def script_of(command: Sequence[str]) -> Path | None:
 
 
 @contextmanager
-def low_memory(apply: Sequence[str] | None = None, experts: QuantType | None = None) -> Iterator[None]:
+def low_memory(
+    apply: Sequence[str] | None = None, experts: QuantType | None = None, kernels: str | None = None
+) -> Iterator[None]:
     """`surgery.low_memory()`, from when the first of `LIBRARIES` is imported, and further patches of what they change.
 
     Nothing is imported before that, since libraries read the environment then, where a script may have set something.
@@ -115,9 +124,11 @@ def low_memory(apply: Sequence[str] | None = None, experts: QuantType | None = N
     import model_surgery_patches as patches
     import surgery
 
+    chosen = chosen_kernels(kernels)
     ids = [word.strip() for words in apply or () for word in words.split(",") if word.strip()]
+    options: dict[str, Any] = {"experts": experts, "kernels": chosen}
     with ExitStack() as stack:
-        first = _BeforeFirst(LIBRARIES, lambda: stack.enter_context(surgery.low_memory(experts=experts)))
+        first = _BeforeFirst(LIBRARIES, lambda: stack.enter_context(surgery.low_memory(**options)))
         stack.callback(first.watch())
         stack.enter_context(patches.transaction(*ids, reason="--apply", deferred=True))
         yield

@@ -12,23 +12,22 @@ bfloat16. Each way has processes of its own; one that fails or runs out of memor
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from experts.measure import Batch, Found, Options, measure
+from experts.measure import Found, Options, measure
 from experts.ways import LOADERS
-from loading.launch import wait
-from loading.options import cores_per_rank
+from loading.batches import Batch
+from loading.launch import environment_of, wait
+from loading.tables import table
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 1024**3
 
 LOG_LINES = 40
@@ -103,7 +102,10 @@ def _measured(options: Options, limit: int) -> Found:
         job = [str(Path(__file__)), "--checkpoint", str(into), "--one-way", json.dumps(asdict(options))]
         with log.open("w", encoding="utf-8") as stream:
             child = subprocess.Popen(
-                [*torchrun, *job], env=_environment(options), stdout=stream, stderr=subprocess.STDOUT
+                [*torchrun, *job],
+                env=environment_of(options.ranks, options.device),
+                stdout=stream,
+                stderr=subprocess.STDOUT,
             )
             failure = wait(child, limit)
         found = Found(way=options.way, ranks=options.ranks, memory_cap=options.memory_cap)
@@ -114,14 +116,6 @@ def _measured(options: Options, limit: int) -> Found:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(lines[-LOG_LINES:]), file=sys.stderr, flush=True)
         return found
-
-
-def _environment(options: Options) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(cores_per_rank(options.ranks))}
-    if options.device == "cpu":
-        values |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
-    return values
 
 
 def _loading(found: list[Found]) -> str:
@@ -135,7 +129,7 @@ def _loading(found: list[Found]) -> str:
         )
         for each in found
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _training(found: list[Found]) -> str:
@@ -158,17 +152,12 @@ def _training(found: list[Found]) -> str:
                 *(f"{step['losses'][place]:.6f}" for place in (0, -1)),
             )
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _label(found: Found) -> str:
     cap = f" in {found.memory_cap:g} GiB" if found.memory_cap else ""
     return f"{found.way}{cap}{f' on {found.ranks}' if found.ranks > 1 else ''}"
-
-
-def _table(head: tuple[Any, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [head, ["---"] * len(head), *((*row, *[""] * (len(head) - len(row))) for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":

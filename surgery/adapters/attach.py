@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import model_surgery_patches as patches
-from surgery.model.tree import convert
+from surgery.model.tree import convert, modules_of
 from surgery.quantizers.base import QuantFormat, format_of
 from surgery.quantizers.stack import stacks_of
 
@@ -49,7 +49,7 @@ ALL_LINEAR = "peft.all-linear-of-experts"
 
 def patches_of_experts(model: nn.Module) -> tuple[str, ...]:
     """Patches by which PEFT adapts packed experts in `model`, and does not merge them; none if there are none."""
-    if not any(map(stacks_of, model.modules())):
+    if not any(map(stacks_of, modules_of(model))):
         return ()
     return (ALL_LINEAR, "peft.lora-of-packed-experts", "peft.no-merge-of-packed-experts")
 
@@ -92,7 +92,7 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
     from base weights is NaN, for the pass `derive` to find; of packed weights if `leaving_blank`.
     """
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for module in modules_of(model):
         like = (format_of(module) or QuantFormat).like
         for name, parameter in module._parameters.items():
             if parameter is not None and (parameter.is_meta or isinstance(parameter, DTensor)):
@@ -107,7 +107,7 @@ def appearing_real(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module in model.modules():
+        for module in modules_of(model):
             for name, found in module._parameters.items():
                 if found is not None and found in originals:
                     originals[found].requires_grad = found.requires_grad

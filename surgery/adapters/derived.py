@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.model.tree import modules_of
 from surgery.sharding.base import own_part
 
 __all__ = ["Derived", "Magnitude", "Rows", "find_derived", "is_blank", "put"]
@@ -111,11 +112,11 @@ def find_derived(model: nn.Module) -> Iterator[Derived]:
     """Everything in `model`, which PEFT has adapted, that waits for values of base weights."""
     seen: set[int] = set()
     module: Any
-    for module in model.modules():
-        for name, layer in dict(getattr(module, "lora_magnitude_vector", None) or {}).items():
+    for module in modules_of(model):
+        for name, layer in dict(module._modules.get("lora_magnitude_vector") or {}).items():
             if is_blank(layer._parameters["weight"]):
                 yield _magnitude(module, name, layer)
-        indices: Any = getattr(module, "token_indices", None)
+        indices: Any = vars(module).get("token_indices")
         for name, chosen in indices.items() if isinstance(indices, dict) else ():
             held = ((module.trainable_tokens_delta, name), (module.trainable_tokens_original, name))
             places = tuple(place for place in held if is_blank(_tensor(place)) and id(place[0]) not in seen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from surgery.adapters.alike import alike_blocks, is_uniform
 from surgery.adapters.attach import adapted_by_peft, adapting
 from surgery.adapters.options import check_built, check_modules, check_targets, unknown_targets
 from surgery.adapters.save import by_peft_key
 from surgery.errors import ConfigError
 from surgery.model.fqn import PEFT_PREFIX, join
-from surgery.model.tree import Site, decoder_blocks, sites
+from surgery.model.tree import Site, decoder_blocks
 from surgery.model.twin import twin_of
 from surgery.quantizers.base import STATISTICS, QuantFormat, kept_parameters
 from surgery.quantizers.stack import stacks_of
@@ -63,7 +63,7 @@ def rehearse(
     check_modules(model, lora)
     unknown = unknown_targets(model, lora)
     blocks = decoder_blocks(model)
-    alike = _alike(blocks) if _is_uniform(lora) else {}
+    alike = alike_blocks(blocks) if is_uniform(lora) else {}
     made = twin_of(model, _parameters_of(quantized, quant.storage), hollow=[block.module for block in alike])
     for module, kind in quantized.items():
         if module in made:
@@ -130,36 +130,6 @@ def _parameters_of(quantized: Collection[nn.Module], storage: torch.dtype) -> An
 def _like(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     data = torch.empty(parameter.shape, dtype=dtype, device="meta")
     return nn.Parameter(data, requires_grad=dtype.is_floating_point and parameter.requires_grad)
-
-
-def _is_uniform(lora: Any) -> bool:
-    """Whether the options treat all decoder blocks alike: they are plain names, none with a number."""
-    numbers = (lora.layers_to_transform is not None, lora.layers_pattern)
-    indices = getattr(lora, "trainable_token_indices", None)
-    parameters = getattr(lora, "target_parameters", None)
-    named = (lora.target_modules, lora.exclude_modules, lora.modules_to_save, parameters)
-    patterns = (*named, lora.rank_pattern, lora.alpha_pattern, indices if isinstance(indices, dict) else None)
-    names = [name for each in patterns for name in ([each] if isinstance(each, str) else each or ())]
-    plain = all(name.lower() == "all-linear" or all(map(str.isidentifier, name.split("."))) for name in names)
-    return plain and not any(numbers)
-
-
-def _alike(blocks: Sequence[Site]) -> dict[Site, Site]:
-    """Map blocks to the first one with the same modules, parameters and names; that one is left out."""
-    first: dict[object, Site] = {}
-    found = {site: first.setdefault(_kind(site.module), site) for site in blocks}
-    holders = Counter(parameter for site in blocks for parameter in site.module.parameters())
-    shared = {site for site in blocks if site.aliases or any(holders[p] > 1 for p in site.module.parameters())}
-    return {site: other for site, other in found.items() if site is not other and not {site, other} & shared}
-
-
-def _kind(block: nn.Module) -> object:
-    return tuple((site.fqn, type(site.module), *map(_shape, site.module._parameters.items())) for site in sites(block))
-
-
-def _shape(held: tuple[str, nn.Parameter | None]) -> object:
-    name, parameter = held
-    return None if parameter is None else (name, parameter.shape, parameter.dtype)
 
 
 def _repeated(own: Sequence[Trained], alike: dict[Site, Site]) -> Iterator[Trained]:

@@ -40,6 +40,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         seq=values["max_length"] or 1024,
         optimizer="sgd" if values["optim"] == "sgd" else "adamw",
         checkpointing=checkpointing,
+        offload=request.options.activation_offloading,
     )
     return plan(
         checkpoint,

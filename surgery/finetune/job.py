@@ -55,6 +55,7 @@ from surgery.model.consistency import source_facts
 from surgery.planning.arguments import parse_mesh
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import check_fits, free_memory, predictions
+from surgery.step.kernels import chosen_kernels
 from surgery.telemetry.report import Report
 from surgery.tracing.folder import PAGE, start_afresh
 from surgery.writing.cache import packed_in
@@ -108,9 +109,10 @@ def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
     No process group is made.
     """
     is_gpu, decided = not _on_cpu(request), _sharding(request)
-    checkpointing = decided[_checkpointing(request)] or decided.get("fsdp_config", {}).get("activation_checkpointing")
+    fsdp_config = decided.get("fsdp_config", {})
+    checkpointing = _recomputes(request, is_asked=decided[_checkpointing(request)], fsdp_config=fsdp_config)
     kind = "cuda" if is_gpu else "cpu"
-    made = foresee(request, world_size=_world_size(), device=kind, checkpointing=bool(checkpointing))
+    made = foresee(request, world_size=_world_size(), device=kind, checkpointing=checkpointing)
     if made is None:
         raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
     return made, torch.cuda.mem_get_info()[1] if is_gpu else None
@@ -131,7 +133,8 @@ def _patched(request: Request) -> Iterator[None]:
     ids = ["peft.adapter-keys-under-wrappers"]
     if _on_cpu(request) and _is_sharded(request):
         ids.append("accelerate.fsdp-on-cpu")
-    with patches.transaction(*ids, reason="surgery finetune"), surgery.low_memory(experts=_experts(request)):
+    block = surgery.low_memory(experts=_experts(request), kernels=request.options.kernels)
+    with patches.transaction(*ids, reason="surgery finetune"), block:
         yield
 
 
@@ -187,19 +190,34 @@ def _sharding(request: Request) -> dict[str, Any]:
         raise ConfigError(f"expected --mesh of {world} ranks in all, found {request.options.mesh}")
     name = _checkpointing(request)
     checkpointing = values["gradient_checkpointing"] if values[name] is None else values[name]
+    if request.options.activation_offloading:
+        if not checkpointing:
+            raise ConfigError(
+                "--activation-offloading moves the inputs of blocks that are recomputed: leave "
+                "--gradient-checkpointing on"
+            )
+        checkpointing = False  # of Trainer and of FSDP: the blocks are wrapped here
+    found: dict[str, Any] = {"activation_offloading": False}
     if not _is_sharded(request):
-        return {"fsdp": None, name: checkpointing}
+        return found | {"fsdp": None, name: checkpointing}
     if _on_cpu(request) and request.options.fsdp == "1":
         raise ConfigError("--fsdp 1 needs GPUs, since accelerate refuses it on CPUs: use --fsdp 2")
     config = _fsdp_config(request)
     # FSDP's own gathers each block once less in backward; but it draws other numbers when it recomputes.
     is_fsdps = checkpointing and not _drops_out(request) and config.setdefault("activation_checkpointing", True)
-    found = {"fsdp": True, "fsdp_config": config, name: checkpointing and not is_fsdps}
+    if request.options.activation_offloading:
+        config["activation_checkpointing"] = False
+    found |= {"fsdp": True, "fsdp_config": config, name: checkpointing and not is_fsdps}
     if mesh is not None:
         from accelerate.parallelism_config import ParallelismConfig
 
         found["parallelism_config"] = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
     return found
+
+
+def _recomputes(request: Request, *, is_asked: bool, fsdp_config: Mapping[str, Any]) -> bool:
+    """Whether blocks are recomputed in backward: by Trainer, by FSDP, or by this project."""
+    return bool(is_asked or fsdp_config.get("activation_checkpointing") or request.options.activation_offloading)
 
 
 def _checkpointing(request: Request) -> str:
@@ -289,6 +307,7 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
     same_on_every_rank(ranks, "options", facts, device=device)
     _quieten(is_main=ranks.rank == 0)
     with everyone(ranks, device=device):
+        chosen_kernels(request.options.kernels, device=device)
         if request.options.trace is not None:
             start_afresh(Path(request.options.trace), rank=ranks.rank, world_size=ranks.world_size)
         resume = _resume_from(request)
@@ -313,9 +332,8 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
 def _planned(request: Request, training: Any, ranks: Ranks) -> MemoryPlan | None:
     if request.options.plan == "off":
         return None
-    checkpointing = bool(
-        training.gradient_checkpointing or (training.fsdp_config or {}).get("activation_checkpointing")
-    )
+    fsdp_config = training.fsdp_config or {}
+    checkpointing = _recomputes(request, is_asked=training.gradient_checkpointing, fsdp_config=fsdp_config)
     kind = "cuda" if training.device.type == "cuda" else "cpu"
     return foresee(request, world_size=ranks.world_size, device=kind, checkpointing=checkpointing)
 
@@ -428,7 +446,13 @@ class _Job:
         config = AutoConfig.from_pretrained(folder, revision=wanted["revision"], trust_remote_code=False)
         if not hasattr(config, "quantization_config"):  # what is packed already says how
             wanted["quantization_config"] = get_quantization_config(request.model)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **{**wanted, **further})
+        except (ImportError, ValueError) as error:
+            asked = request.model.attn_implementation
+            if asked is None:
+                raise
+            raise ConfigError(f"{name} cannot be loaded with --attn-implementation {asked:.80}: {error}") from error
         model.name_or_path = model.config._name_or_path = name  # the base model of adapters, wherever its weights are
         _suit_loss(model, self.training.router_aux_loss_coef)
         return model
@@ -474,11 +498,17 @@ class _Job:
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
         trainer.remove_callback(PrinterCallback)
+        self._complete(trainer)
+        return trainer
+
+    def _complete(self, trainer: Any) -> None:
+        """Change the model of `trainer`, adapters included, before it is sharded or moved."""
+        if self.request.options.activation_offloading:
+            surgery.checkpoint_activations(trainer.model, offload=True)
         if isinstance(trainer.model, PeftModel):
             # Or PEFT makes float32 of adapters whenever Trainer reads a checkpoint, to go on from or as the best one.
             load = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
             vars(trainer.model)["load_adapter"] = load
-        return trainer
 
     def _callbacks(self, attesting: Attesting | None) -> Iterator[TrainerCallback]:
         """Those that were asked for."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from surgery.errors import ConfigError
-from surgery.planning.arguments import EXPERTS_HELP, Experts, parse_mesh
+from surgery.planning.arguments import EXPERTS_HELP, OFFLOADING_HELP, Experts, parse_mesh
+from surgery.step.kernels import KERNELS_HELP, chosen_kernels
 
 __all__ = ["DEFAULTS", "FLASH", "Options"]
 
@@ -84,6 +85,7 @@ class Options:
         },
     )
     experts: Experts = field(default="4bit", metadata={"help": EXPERTS_HELP})
+    activation_offloading: bool = field(default=False, metadata={"help": OFFLOADING_HELP})
     fsdp: Literal["2", "1", "none"] = field(
         default="2",
         metadata={
@@ -100,6 +102,7 @@ class Options:
     mesh: str | None = field(
         default=None, metadata={"help": "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2)."}
     )
+    kernels: str | None = field(default=None, metadata={"help": KERNELS_HELP})
     plan: Literal["check", "only", "off"] = field(
         default="check",
         metadata={
@@ -124,6 +127,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        chosen_kernels(self.kernels)
         if not self.data:
             raise ConfigError("expected --data, or `data:` in --config: a hub id, or a file or folder; found none")
         if self.eval_data and self.eval_fraction is not None:

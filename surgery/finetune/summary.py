@@ -113,7 +113,8 @@ def _mib(phase: Mapping[str, float]) -> str:
 _SETTINGS = (
     "max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type",
     "warmup_steps", "optim", "weight_decay", "max_grad_norm", "seed", "dtype", "bnb_4bit_quant_type",
-    "use_bnb_nested_quant", "bnb_4bit_quant_storage", "experts", "fsdp", "mesh", "packing", "beta", "loss_type",
+    "use_bnb_nested_quant", "bnb_4bit_quant_storage", "experts", "kernels", "fsdp", "mesh", "packing", "beta",
+    "loss_type",
 )  # fmt: skip
 
 

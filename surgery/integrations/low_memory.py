@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
@@ -22,16 +22,17 @@ from surgery.comm.ranks import current_ranks
 from surgery.config import QuantType
 from surgery.errors import ConfigError
 from surgery.passes.lifetime import WAITING, keep
+from surgery.step.kernels import chosen_kernels
 
-__all__ = ["BUNDLE", "CARRIED", "asked_experts", "carry", "is_bound", "low_memory", "waits"]
+__all__ = ["BUNDLE", "CARRIED", "asked_experts", "asked_kernels", "carry", "is_bound", "low_memory", "waits"]
 
 logger = logging.getLogger("surgery")
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: The `experts` of the blocks that this process is in, the innermost last.
-_asked: list[QuantType] = []
+#: The blocks that this process is in, the innermost last.
+_blocks: list[_Block] = []
 
 #: Patches that a model carries from when it is bound until it is collected.
 CARRIED = ("accelerate.fill-sharded", "accelerate.fill-replicated", "accelerate.optimizer-of-meta")
@@ -48,8 +49,9 @@ BUNDLE = patches.bundle(
 class _Block:
     """The block that `low_memory` returns: entered once, or called any number of times as a decorator."""
 
-    def __init__(self, experts: QuantType | None) -> None:
-        self._experts = experts
+    def __init__(self, experts: QuantType | None, kernels: tuple[str, ...]) -> None:
+        self.experts = experts
+        self.kernels = kernels
 
     def __enter__(self) -> None:
         self._stack = ExitStack()
@@ -57,12 +59,11 @@ class _Block:
             patches.plan(*WAITING)  # which a model gets when it is bound, and which must not fail by then
             self._stack.enter_context(patches.transaction(BUNDLE.name, reason="surgery.low_memory()"))
         except patches.PatchError as error:
-            if self._experts is not None:
-                raise ConfigError(f"low_memory: experts={self._experts!r} is not to be had here: {error}") from error
+            if self.experts is not None:
+                raise ConfigError(f"low_memory: experts={self.experts!r} is not to be had here: {error}") from error
             logger.warning("surgery.low_memory: everything runs as without it: %s", error)
-        if self._experts is not None:
-            _asked.append(self._experts)
-            self._stack.callback(_asked.pop)
+        _blocks.append(self)
+        self._stack.callback(_blocks.remove, self)
 
     def __exit__(self, *raised: object) -> None:
         self._stack.__exit__(*raised)  # type: ignore[arg-type]  # what `with` gives
@@ -77,13 +78,13 @@ class _Block:
 
         @functools.wraps(function)
         def in_block(*args: P.args, **kwargs: P.kwargs) -> R:
-            with low_memory(experts=self._experts):
+            with low_memory(experts=self.experts, kernels=self.kernels):
                 return function(*args, **kwargs)
 
         return in_block
 
 
-def low_memory(*, experts: QuantType | None = None) -> _Block:
+def low_memory(*, experts: QuantType | None = None, kernels: str | Sequence[str] | None = None) -> _Block:
     """A block, or a decorator, in which `from_pretrained` reads nothing, and `prepare` reads what each rank will own.
 
     Inside, `from_pretrained(...)` of transformers builds a model as always, 4-bit layers of bitsandbytes included, and
@@ -99,15 +100,23 @@ def low_memory(*, experts: QuantType | None = None) -> _Block:
     experts multiply in the dtype of the model, as in 16 bits, whatever its `bnb_4bit_compute_dtype` is. Without one all
     other weights stay in 16 bits; transformers, PEFT and TRL then take the model for one in 4 bits, which is not cast,
     and is trained with adapters only. A model whose experts cannot be had so raises `ConfigError`.
+
+    kernels: as in `surgery.qlora`, for models that are bound here, once they are filled; None leaves them to a block
+    around this one. Raises `ConfigError` for what is not installed, and filling does for what does not run there.
     """
     if experts not in (None, "nf4", "fp4"):
         raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")
-    return _Block(experts)
+    return _Block(experts, chosen_kernels(kernels))
 
 
 def asked_experts() -> QuantType | None:
     """The 4-bit type that the innermost block asks for fused experts; None for 16 bits."""
-    return _asked[-1] if _asked else None
+    return next((block.experts for block in reversed(_blocks) if block.experts is not None), None)
+
+
+def asked_kernels() -> tuple[str, ...]:
+    """The kernels that the innermost block with any asks for."""
+    return next((block.kernels for block in reversed(_blocks) if block.kernels), ())
 
 
 def waits(model: nn.Module | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from surgery.model.fqn import join
-from surgery.model.tree import own_tensors
+from surgery.model.tree import modules_of, own_tensors
 
 __all__ = [
     "compute_buffers",
@@ -189,7 +189,7 @@ def mark_quantized(model: Any, *, dtype: torch.dtype, **options: Any) -> None:
 
 def refuse_saving(model: nn.Module) -> None:
     """Have `save_pretrained` of the transformers models in `model` raise `ValueError`, once a line has said why."""
-    for module in model.modules():
+    for module in modules_of(model):
         quantizer = vars(module).get("hf_quantizer")
         if quantizer is not None:
             quantizer.is_serializable = _is_serializable

@@ -127,8 +127,10 @@ def _place_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer.to("meta" if persistent else device)
 
 
-def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Module]:
+def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype, attention: str | None = None) -> Callable[[], nn.Module]:
     """A builder of the decoder-only transformers model that `checkpoint.config` describes.
+
+    attention: its implementation, by transformers' name; None is transformers' choice.
 
     Raises `CheckpointError` or `ConfigError` here, before anything is built, if there is no such model; what is built
     may turn out to be impossible, which is a `ConfigError` too, or larger than what the checkpoint holds, which ends it
@@ -165,13 +167,26 @@ def causal_lm(checkpoint: Checkpoint, dtype: torch.dtype) -> Callable[[], nn.Mod
             torch.random.fork_rng(devices=[]),
             bounded(checkpoint),
         ):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model: Any = _built(config, dtype, attention)
         with _blaming(checkpoint, "generation_config.json"):
             load_generation_config(model, checkpoint.path)
         trained: nn.Module = model.train()
         return trained
 
     return build
+
+
+def _built(config: Any, dtype: torch.dtype, attention: str | None) -> Any:
+    """The model of `config`. Raises `ConfigError` for an `attention` that it, or this host, does not have."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise ConfigError(f"attention={attention!r:.80} is not to be had here: {error}") from error
 
 
 def _own_config(config: Any) -> Any:

@@ -17,6 +17,7 @@ __all__ = [
     "ends_of",
     "is_conv1d",
     "is_linear_like",
+    "modules_of",
     "own_tensors",
     "replace_module",
     "sites",
@@ -34,10 +35,32 @@ class Site:
     aliases: tuple[str, ...] = ()
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Every module of `model` once, in the order of `model.modules()`, whose generators in generators take longer."""
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            left.extend(reversed(module._modules.values()))
+    return list(found)
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name, in the order of `model.named_modules(remove_duplicate=False)`."""
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        yield prefix, module
+        children = [(join(prefix, name), child) for name, child in module._modules.items() if child is not None]
+        left.extend(reversed(children))
+
+
 def sites(model: nn.Module) -> Iterator[Site]:
     """Every module of `model` once, parents before children, with all its names."""
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in _named_modules(model):
         names.setdefault(module, []).append(name)
     for module, (first, *others) in names.items():
         yield Site(fqn=first, module=module, aliases=tuple(others))
@@ -65,7 +88,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def tied_parameters(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """First FQN of every parameter or persistent buffer of `model` -> the other FQNs that share it (often none)."""
     names: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    for prefix, module in _named_modules(model):
         for name, tensor in own_tensors(module):
             names.setdefault(id(tensor), []).append(join(prefix, name))
     return {first: tuple(others) for first, *others in names.values()}
@@ -78,12 +101,19 @@ def decoder_blocks(model: nn.Module) -> list[Site]:
     within a block (experts, say) are not looked at, and a container without parameters is none.
     """
     found: list[Site] = []
-    inside: set[nn.Module] = set()
-    for site in sites(model):
-        if site.module in inside or not _repeats(site.module):
+    seen: set[nn.Module] = set()
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        fqn, module = left.pop()
+        if module in seen:
             continue
-        inside.update(site.module.modules())
-        found.extend(Site(fqn=join(site.fqn, name), module=child) for name, child in site.module.named_children())
+        children = [(join(fqn, name), child) for name, child in module.named_children()]
+        if _repeats(module):
+            seen.update(modules_of(module))
+            found.extend(Site(fqn=name, module=child) for name, child in children)
+        else:
+            seen.add(module)
+            left.extend(reversed(children))
     return found
 
 

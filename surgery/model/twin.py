@@ -9,7 +9,7 @@ from torch import nn
 
 from surgery.model.fqn import WRAPPER_SEGMENTS, join
 
-__all__ = ["twin_of"]
+__all__ = ["bare_copy", "twin_of"]
 
 #: Hooks that would ask a wrapper for its part of a state dict, on one rank.
 STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
@@ -41,9 +41,7 @@ def _copy(
     if module in hollow:
         made[module] = nn.Module()
         return made[module]
-    kind: type[nn.Module] = type(module)
-    new = made[module] = object.__new__(kind)  # FSDP2's own `__new__` would call `__init__`
-    new.__dict__.update({name: _apart(value) for name, value in module.__dict__.items()})
+    new = made[module] = bare_copy(module)
     new.__dict__.update({name: {} for name in STATE_HOOKS})
     new.__dict__["_parameters"] = dict(parameters(fqn, module))
     new.__dict__["_modules"] = {
@@ -53,9 +51,17 @@ def _copy(
     return new
 
 
+def bare_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class and attributes, which holds the same modules, parameters and buffers."""
+    kind: type[nn.Module] = type(module)
+    new = object.__new__(kind)  # FSDP2's own `__new__` would call `__init__`
+    new.__dict__.update({name: _apart(value) for name, value in module.__dict__.items()})
+    return new
+
+
 def _apart(value: object) -> object:
     """A container of its own, so that a hook or a name that is added to the copy is not in the original too."""
-    return value.copy() if isinstance(value, (dict, set)) else value
+    return value.copy() if isinstance(value, (dict, list, set)) else value
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from surgery.adapters.attach import adapted_by_peft, adapting, appearing_real, drawing_from, draws_later, leaving_blank
-from surgery.adapters.deferred import Undrawn
+from surgery.adapters.stamp import adapted_undrawn
 from surgery.errors import ConfigError
 from surgery.passes.base import Pass
 from surgery.passes.loading import Loading
@@ -50,8 +50,6 @@ class Adapt(Pass):
             own = torch.random.fork_rng(devices=()) if setting.adapter is not None else contextlib.nullcontext()
             with own, drawing_from(self.loading.job.rng_state), appearing_real(model), leaving_blank([self.lora]):
                 return adapted_by_peft(model, self.lora, setting.dtype)
-        with appearing_real(model), Undrawn() as undrawn:
-            adapted = adapted_by_peft(model, self.lora, setting.dtype)
-        values = undrawn.take(adapted)
+        adapted, values = adapted_undrawn(model, self.lora, setting.dtype)
         self.loading.draw(values if setting.adapter is None else replace(values, steps=()))
         return adapted

@@ -16,6 +16,7 @@ from torch import nn
 import model_surgery_patches as patches
 from surgery.adapters.attach import patches_of_experts
 from surgery.errors import NotFilledError
+from surgery.model.tree import modules_of
 from surgery.quantizers.base import QuantFormat, format_of, packed_names, quantized_modules
 
 __all__ = [
@@ -63,7 +64,7 @@ def around(model: nn.Module) -> Callable[[object], bool]:
         model = reference()
         if model is None or not isinstance(given, nn.Module):
             return False
-        return any(module is model for module in given.modules()) or any(module is given for module in model.modules())
+        return given is model or model in modules_of(given) or given in modules_of(model)
 
     is_around.__qualname__ = f"around a {type(model).__name__}"  # what the audit says of the scope
     return is_around

@@ -26,6 +26,7 @@ from surgery.comm.comparison import same_on_every_rank
 from surgery.comm.environment import Node
 from surgery.comm.ranks import Ranks
 from surgery.errors import ConfigError
+from surgery.model.tree import modules_of
 from surgery.passes.base import Batch, Naming, Pass, group_into_batches
 from surgery.passes.setting import Setting
 from surgery.passes.tensors import ShardBuffers, Target
@@ -210,7 +211,7 @@ def current_targets(model: nn.Module, targets: Iterable[Target]) -> tuple[Target
     tied meanwhile is filled once; what was cast has its new dtype. Raises `ConfigError` for a packed weight of another
     shape or dtype than it was bound with, and for a tie that is broken.
     """
-    modules = set(model.modules())
+    modules = set(modules_of(model))
     found: dict[int, Target] = {}
     for target in targets:
         places = tuple((module, leaf) for module, leaf in target.places if module in modules)

@@ -52,14 +52,16 @@ def prepare(
     setting: Setting,
     *,
     build: Callable[[], nn.Module] | None = None,
+    attention: str | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  # frozen
     device: torch.device = torch.device("cpu"),  # noqa: B008  # a constant
 ) -> Prepared:
     """Build a model on meta, and `match` it with `checkpoint`; no weight is read.
 
-    build: makes the module; None builds what the checkpoint's config.json describes. ranks, device: as for `match`.
+    build: makes the module; None builds what the checkpoint's config.json describes, with that `attention`. ranks,
+    device: as for `match`.
     """
-    build = build or causal_lm(checkpoint, setting.dtype)
+    build = build or causal_lm(checkpoint, setting.dtype, attention)
     model = build_on_meta(build, dtype=setting.dtype, device=device)
     return match(model, checkpoint, setting, ranks=ranks, device=device)
 

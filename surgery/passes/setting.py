@@ -41,6 +41,7 @@ class Setting:
     adapter: what their values are read from; None draws them. placement: where weights wait until the model is
     complete; None is the strategy's default. dtype: of what is not quantized. compute_dtype: in which quantized linear
     layers multiply. device: that ranks compute on, this rank's where there is a job. world_size: number of ranks.
+    kernels: names of those that it runs once it is complete.
     """
 
     quant: Any
@@ -52,6 +53,7 @@ class Setting:
     device: torch.device
     world_size: int = 1
     adapter: SavedAdapter | None = None
+    kernels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one(world_size=self.world_size)

@@ -9,6 +9,7 @@ from torch import nn
 import model_surgery_patches as patches
 from surgery.comm.background import return_freed_memory
 from surgery.errors import ConfigError
+from surgery.model.tree import modules_of
 from surgery.passes.base import Pass
 from surgery.passes.loading import Loading
 
@@ -43,8 +44,8 @@ class Finish(Pass):
     def run(self, model: nn.Module) -> nn.Module:
         """The complete model."""
         setting, devices = self.loading.setting, self.loading.buffers.devices
-        empty = [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]
-        if empty and devices.keeps_data:
+        if devices.keeps_data and any(map(_holds_meta, modules_of(model))):
+            empty = [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]
             raise ConfigError(f"{empty[0]} is on meta ({len(empty)} in all): a complete model comes after install")
         with patches.transaction(
             *(each for quant in setting.formats for each in quant.build_patches(model)),
@@ -53,3 +54,8 @@ class Finish(Pass):
             reason="a sharding rebuilds a model that is partly on meta",
         ):
             return setting.strategy.finish(model, setting.format)
+
+
+def _holds_meta(module: nn.Module) -> bool:
+    held = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None and tensor.is_meta for tensor in held)

@@ -171,7 +171,10 @@ def _target(
     return Target(
         fqn=name,
         names=(name, *tied.get(name, ())),
-        places=tuple((model.get_submodule(split(place)[0]), split(place)[1]) for place in (name, *tied.get(name, ()))),
+        places=(
+            (owner, leaf),
+            *((model.get_submodule(split(place)[0]), split(place)[1]) for place in tied.get(name, ())),
+        ),
         shape=tensor.shape,
         dtype=tensor.dtype,
         form=Form(

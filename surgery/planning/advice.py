@@ -60,6 +60,10 @@ def _trained(training: Training | None) -> Iterator[str]:
         yield f"--optim {training.optimizer}"
     if not training.checkpointing:
         yield "--no-gradient-checkpointing"
+    if training.offload:
+        yield "--activation-offloading"
+    if training.kernels:
+        yield f"--kernels {','.join(training.kernels)}"
 
 
 def _adapters(setting: Setting) -> Iterator[str]:
@@ -162,6 +166,13 @@ def _checkpointing(plan: MemoryPlan, _memory: int) -> Option | None:
     return "--gradient-checkpointing", make_plan(plan.inventory, plan.setting, training)
 
 
+def _offloading(plan: MemoryPlan, _memory: int) -> Option | None:
+    if plan.training is None or plan.training.offload or not plan.training.checkpointing or plan.setting.on_cpu:
+        return None
+    training = replace(plan.training, offload=True)
+    return "--activation-offloading", make_plan(plan.inventory, plan.setting, training)
+
+
 def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
     """The smallest number of ranks that fits; if none does, the one with the lowest peak of those that were tried."""
     low, tried = plan.setting.world_size, []
@@ -207,6 +218,7 @@ def _halved(plan: MemoryPlan, memory: int, *, name: str, least: int) -> Option |
 
 CHANGES: tuple[Change, ...] = (
     _checkpointing,
+    _offloading,
     lambda plan, _memory: _shared(plan, shards_alone(plan.setting.strategy)),
     _more_ranks,
     lambda plan, _memory: _shared(plan, offloaded(plan.setting.strategy)),

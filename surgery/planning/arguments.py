@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXPERTS_HELP",
+    "OFFLOADING_HELP",
     "Experts",
     "QuantType",
+    "parse_list",
     "parse_lora",
     "parse_mesh",
     "parse_shard",
@@ -27,8 +29,13 @@ QuantType: TypeAlias = Literal["nf4", "fp4"]
 Experts: TypeAlias = Literal["4bit", "16bit"]
 EXPERTS_HELP = "Whether fused experts of a 4-bit model are in 4 bits too, or left in 16."
 
+OFFLOADING_HELP = (
+    "Have the inputs of blocks, all that is kept of recomputed ones, wait for backward in pinned memory of the CPU; "
+    "copies are made while blocks compute."
+)
 
-def _parse_list(value: str) -> tuple[str, ...]:
+
+def parse_list(value: str) -> tuple[str, ...]:
     """Items of a comma-separated list; empty ones are none."""
     return tuple(filter(None, (item.strip() for item in value.split(","))))
 
@@ -61,10 +68,10 @@ def parse_lora(r: int, targets: str, parameters: str = "") -> LoraConfig:
 
     if r < 1:
         raise ConfigError(f"expected the LoRA rank to be 1 or more, found {r}")
-    names = list(_parse_list(targets))
+    names = list(parse_list(targets))
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=r,
         target_modules="all-linear" if targets == "all-linear" else names,
-        target_parameters=list(_parse_list(parameters)) if parameters else None,
+        target_parameters=list(parse_list(parameters)) if parameters else None,
     )

@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surgery.errors import ConfigError
-from surgery.planning.arguments import EXPERTS_HELP, Experts, QuantType, parse_lora, parse_mesh, parse_shard
+from surgery.planning.arguments import (
+    EXPERTS_HELP,
+    OFFLOADING_HELP,
+    Experts,
+    QuantType,
+    parse_list,
+    parse_lora,
+    parse_mesh,
+    parse_shard,
+)
 from surgery.telemetry.numbers import parse_size
 
 __all__ = ["EPILOG", "plan"]
@@ -27,6 +36,10 @@ Does a 70B model fit two GPUs of 24 GiB? If not, what would make it fit?
 With activations kept, where they are recomputed by default as in training:
 
   surgery plan meta-llama/Llama-3.1-8B --no-gradient-checkpointing
+
+A sequence of 16,384 tokens, the inputs of recomputed blocks on the CPU, and a loss that makes no logits:
+
+  surgery plan meta-llama/Llama-3.1-8B --max-length 16384 --activation-offloading --kernels fused,liger
 
 Going on from an adapter that was trained before:
 
@@ -82,6 +95,10 @@ def plan(
     ] = 1,
     optim: Annotated[str, _of_training(help="sgd keeps nothing; every other is counted as AdamW.")] = "adamw",
     gradient_checkpointing: Annotated[bool, _of_training(help="Recompute activations in backward.")] = True,
+    activation_offloading: Annotated[bool, _of_training(help=OFFLOADING_HELP)] = False,
+    kernels: Annotated[
+        str | None, _of_training(help="Kernels to train with: fused, liger, or both.", metavar="NAMES")
+    ] = None,
     adapter: Annotated[
         str | None,
         _of_adapter(help="Go on from this adapter, a folder or a hub id.", metavar="DIR", show_default=False),
@@ -175,6 +192,8 @@ def plan(
         seq=max_length,
         optimizer="sgd" if optim == "sgd" else "adamw",
         checkpointing=gradient_checkpointing,
+        offload=activation_offloading,
+        kernels=parse_list(kernels or ""),
     )
     prepared = prepare(checkpoint, setting)
     show(make_plan(take_inventory(prepared), prepared.setting, training), model, memory, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,15 +50,19 @@ class UnitTensors:
     """The tensors of a unit, by their rows, along which they are divided.
 
     kind: as of a `Unit`. weights: rows, and bytes of a row, of each frozen tensor. adapters: rows, and elements of a
-    row. features: elements a token that the linear layers of a block take and give, and what DoRA keeps of them; 0 for
-    other kinds. passing: elements a token that are on their way through experts in backward. dora: `(in, out)` of each
-    layer with DoRA. folded: elements of each tensor that adapters of experts make in forward, and keep for backward.
+    row. features: elements a token that a block keeps for backward beside its norms, and what DoRA keeps; 0 for other
+    kinds. activated: those of them that its activation functions give. inputs: elements a token that its linear layers
+    with adapters take, each by itself. passing: elements a token that are on their way through a layer, or experts, in
+    backward. dora: `(in, out)` of each layer with DoRA. folded: elements of each tensor that adapters of experts make
+    in forward, and keep for backward.
     """
 
     kind: str
     weights: tuple[tuple[int, int], ...]
     adapters: tuple[tuple[int, int], ...]
     features: int = 0
+    activated: int = 0
+    inputs: int = 0
     passing: int = 0
     dora: tuple[tuple[int, int], ...] = ()
     folded: tuple[int, ...] = ()
@@ -181,6 +185,7 @@ def _taken(prepared: Prepared) -> Inventory:
     dora: dict[str, list[tuple[int, int]]] = {}
     folded: dict[str, list[int]] = {}
     stacks = {each.module_fqn: each for each in prepared.targets if len(each.logical or each.shape) == 3}
+    inputs: dict[str, int] = {}
     shapes = {each.fqn: each.shape for each in prepared.trained}
     for each in prepared.trained:
         unit = _unit_at(each.fqn, unit_at)
@@ -189,31 +194,37 @@ def _taken(prepared: Prepared) -> Inventory:
         if name:
             first = shapes.get(f"{layer}.lora_A.{name}") or shapes[f"{layer}.lora_embedding_A.{split(name)[0]}"]
             dora.setdefault(unit, []).append((first[1:].numel(), each.shape.numel()))
+        layer, _, name = each.fqn.partition(".lora_A.")
+        if name and layer.replace(".base_layer", "") not in stacks:
+            inputs[unit] = inputs.get(unit, 0) + each.shape[1:].numel()
         layer, _, name = each.fqn.partition(".lora_B.")
         stack = stacks.get(layer.replace(".base_layer", ""))
         if name and stack is not None:
             folded.setdefault(unit, []).append(_folded(shapes[f"{layer}.lora_A.{name}"], each.shape, stack))
     formats = prepared.setting.formats
-    sizes = {block.fqn: [_features(each, formats) for each in block.module.modules()] for block in blocks}
-    features = {name: sum(kept for kept, _ in found) for name, found in sizes.items()}
+    hidden = _hidden(model, blocks)
+    sizes = {block.fqn: _sizes(block.module, formats, hidden) for block in blocks}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return Inventory(
         targets=prepared.targets,
         units=tuple(
             UnitTensors(
-                kind=BLOCK if name in features else name,
+                kind=BLOCK if name in sizes else name,
                 weights=tuple(weights.get(name, ())),
                 adapters=tuple(adapters.get(name, ())),
-                features=features.get(name, 0) + DORA_COPIES * sum(size for _, size in dora.get(name, ())),
-                passing=max((passing for _, passing in sizes.get(name, ())), default=0),
+                features=of_block.features + DORA_COPIES * sum(size for _, size in dora.get(name, ())),
+                activated=of_block.activated,
+                inputs=inputs.get(name, 0),
+                passing=of_block.passing,
                 dora=tuple(dora.get(name, ())),
                 folded=tuple(folded.get(name, ())),
             )
-            for name in (*features, EMBEDDING, TAIL, ROOT)
+            for name in (*sizes, EMBEDDING, TAIL, ROOT)
             if name in weights or name in adapters
+            for of_block in [sizes.get(name, _Sizes())]
         ),
         unsharded=sum(target.nbytes for target in prepared.targets if target.fqn in prepared.unsharded),
-        hidden=_hidden(model, blocks),
+        hidden=hidden,
         vocabulary=head.out_features if isinstance(head, nn.Linear) else 0,
         ignored=prepared.ignored,
         initialized=prepared.initialized,
@@ -248,23 +259,73 @@ def _folded(first: torch.Size, second: torch.Size, stack: Target) -> int:
     return second.numel() if stack.logical is not None else first[1:].numel() * second[0] * stack.shape[0]
 
 
-def _features(module: nn.Module, formats: Sequence[QuantFormat]) -> tuple[int, int]:
-    """Elements a token that a linear layer takes and gives, and those that are on their way in backward.
+class _Sizes(NamedTuple):
+    """Elements a token, as a `UnitTensors` has them."""
 
-    For fused experts for each of the active ones, with what their activation function gives.
+    features: int = 0
+    activated: int = 0
+    passing: int = 0
+
+
+def _sizes(block: nn.Module, formats: Sequence[QuantFormat], hidden: int) -> _Sizes:
+    found = [
+        size
+        for module in block.modules()
+        for size in (_of_linears(module, formats, hidden), _of_experts(module, formats))
+    ]
+    return _Sizes(
+        features=sum(each.features for each in found),
+        activated=sum(each.activated for each in found),
+        passing=max((each.passing for each in found), default=0),
+    )
+
+
+def _of_linears(parent: nn.Module, formats: Sequence[QuantFormat], hidden: int) -> _Sizes:
+    """Elements that the linear layers directly in `parent`, an attention or an MLP, keep.
+
+    Layers that take as many features take the same. What the last one that gives `hidden` gives is added to the
+    residual, and not kept. An activation function keeps what it is given, which a layer gives, and what it gives,
+    beside what the last layer takes where that is the product with a gate.
     """
+    shapes = [shape for child in parent.children() if (shape := _shape_of(child, formats)) is not None]
+    if not shapes:
+        return _Sizes()
+    last = max((n for n, shape in enumerate(shapes) if shape[0] == hidden), default=len(shapes) - 1)
+    (_, taken), others = shapes[last], shapes[:last] + shapes[last + 1 :]
+    given = sum(out for out, _ in others)
+    if not others:
+        return _Sizes(features=sum(shapes[0]), passing=taken)
+    activates = any(name.startswith("act") for name, _ in parent.named_children())
+    is_gated = activates and given == 2 * taken
+    return _Sizes(
+        features=sum({in_features for _, in_features in others}) + given + taken * (2 if is_gated else 1),
+        activated=taken if is_gated else 0,
+        # The gradient of a product and of its two factors, where the product itself is kept no more.
+        passing=taken * (2 if is_gated else 1),
+    )
+
+
+def _shape_of(module: nn.Module, formats: Sequence[QuantFormat]) -> tuple[int, int] | None:
+    """`(out, in)` of a linear layer, packed or not; None for all others."""
+    quant = next((each for each in formats if each.is_quantized(module)), None)
+    if quant is None:
+        return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else None
+    logical = [quant.logical(module, name) for name in quant.weight_names(module)]
+    found = next((shape for shape in logical if len(shape) == 2), None)
+    return None if found is None else (found[0], found[1])
+
+
+def _of_experts(module: nn.Module, formats: Sequence[QuantFormat]) -> _Sizes:
+    """Elements that active fused experts take and give, and that their activation function gives."""
     quant = next((each for each in formats if each.is_quantized(module)), None)
     packed = {} if quant is None else {name: quant.logical(module, name) for name in quant.weight_names(module)}
-    if not packed and isinstance(module, nn.Linear):
-        return module.in_features + module.out_features, 0
     shapes = {name: packed.get(name, p.shape) for name, p in module._parameters.items() if p is not None}
     stacks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
-    dense = sum(sum(shape) for shape in packed.values() if len(shape) == 2)
-    if "down_proj" not in stacks:
-        return dense + _active(module) * sum(shape[1] + shape[2] for shape in stacks.values()), 0
-    hidden, inner = stacks["down_proj"][1:][:: -1 if getattr(module, "is_transposed", False) else 1]
     given = sum(shape[1] + shape[2] for shape in stacks.values())
-    return _active(module) * (given + inner), _active(module) * PASSING * hidden
+    if "down_proj" not in stacks:
+        return _Sizes(features=_active(module) * given)
+    hidden, inner = stacks["down_proj"][1:][:: -1 if getattr(module, "is_transposed", False) else 1]
+    return _Sizes(features=_active(module) * (given + inner), passing=_active(module) * PASSING * hidden)
 
 
 def _active(module: Any) -> int:

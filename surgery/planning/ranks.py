@@ -196,7 +196,8 @@ class Step:
     gathered: what the sharding has whole then. dequantized: the weight of a quantized layer while it multiplies.
     activations: an estimate, from the shapes of the linear layers, for attention that keeps no scores. logits: with
         their gradients.
-    on_host: what of it waits on the CPU (with cpu_offload), and so is no part of the device's peak.
+    offloaded: inputs of recomputed blocks that wait in pinned memory of the host; no row before has them.
+    on_host: what of the rows before waits on the CPU (with cpu_offload), and so is no part of the device's peak.
     moment: "loss" or "backward".
     """
 
@@ -209,6 +210,7 @@ class Step:
     dequantized: int
     activations: int
     logits: int
+    offloaded: int
     on_host: int
     host_peak: int
     device_peak: int

@@ -124,7 +124,9 @@ def _sections(setting: Setting, training: Training | None) -> Iterator[tuple[str
     if training is None:
         return
     recomputed = ", activations recomputed" if training.checkpointing else ""
-    yield f"Train, {training.batch} x {training.seq} tokens a step{recomputed}", _train_rows(setting)
+    kernels = f", kernels {', '.join(training.kernels)}" if training.kernels else ""
+    title = f"Train, {training.batch} x {training.seq} tokens a step{recomputed}{kernels}"
+    yield title, _train_rows(setting, training)
 
 
 def _load_rows(setting: Setting) -> Iterator[Row]:
@@ -135,7 +137,7 @@ def _load_rows(setting: Setting) -> Iterator[Row]:
         yield "device, peak", lambda f: f.load.device_peak
 
 
-def _train_rows(setting: Setting) -> list[Row]:
+def _train_rows(setting: Setting, training: Training) -> list[Row]:
     rows = [
         _row("weights, packed and not", lambda s: s.weights),
         _row("quant_state", lambda s: s.quant_state),
@@ -147,6 +149,8 @@ def _train_rows(setting: Setting) -> list[Row]:
         _row("activations (estimate)", lambda s: s.activations),
         _row("logits (estimate)", lambda s: s.logits),
     ]
+    if training.offload:
+        rows.append(_row("inputs of blocks, on the CPU", lambda s: s.offloaded))
     if setting.strategy.cpu_offload:
         rows.append(_row("of these on the CPU", lambda s: s.on_host))
     rows.append(_row("host, peak", lambda s: s.host_peak))

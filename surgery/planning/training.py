@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from surgery.errors import ConfigError
 from surgery.passes.setting import Setting, at_least_one
 from surgery.planning.inventory import Inventory, UnitTensors, adapters_held, fixed_bytes, state_bytes, weights_held
 from surgery.planning.ranks import Step
@@ -16,12 +17,20 @@ ADAMW_STATES = 2
 
 FLOAT32_BYTES = 4
 
-#: Copies of the logits in float32 at the worst moment of cross entropy: log-probabilities, and two gradients. With
-#: this and the next, 8B under FSDP1 on two H200s (1 x 1024 tokens, no recomputation) peaked 4 % below the plan.
+#: Copies of the logits in float32 at the worst moment of cross entropy: log-probabilities, and two gradients.
 LOSS_COPIES = 3
 
-#: Copies of the hidden state in float32 that the norms of a block keep for backward.
-NORM_COPIES = 2
+#: Norms of a block: each keeps a copy of the hidden state in float32 for backward, Liger's what it was given.
+NORMS = 2
+
+#: Hidden states beside a chunk of logits in Liger's loss: before the last norm, after it, and its gradient.
+LIGER_COPIES = 3
+
+#: Inputs of offloaded blocks that are on the device at once: of the block in backward, and of the one that comes next.
+ON_DEVICE = 2
+
+#: Names of kernels that change what is kept.
+KERNELS = ("fused", "liger")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +40,26 @@ class Training:
     batch, seq: samples that a rank puts through the model at once, and tokens of each.
     optimizer: AdamW keeps two states an element, in the dtype of the parameter; SGD (without momentum) none.
     checkpointing: whether activations of decoder blocks are recomputed in backward.
+    offload: whether the inputs of recomputed blocks wait for backward in pinned memory of the host.
+    kernels: of "fused" (4-bit layers with LoRA) and "liger" (norms, rotary embedding, MLP, loss).
+
+    Raises `ConfigError` for other kernels, and for `offload` without `checkpointing`.
     """
 
     batch: int = 1
     seq: int = 1024
     optimizer: Literal["adamw", "sgd"] = "adamw"
     checkpointing: bool = False
+    offload: bool = False
+    kernels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, seq=self.seq)
+        unknown = [name for name in self.kernels if name not in KERNELS]
+        if unknown:
+            raise ConfigError(f"kernels: expected names among {', '.join(KERNELS)}, found {unknown[0]!r:.80}")
+        if self.offload and not self.checkpointing:
+            raise ConfigError("expected recomputed activations (checkpointing) with offload, which moves their inputs")
 
     @property
     def tokens(self) -> int:
@@ -70,6 +90,7 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
     own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
     optimizer = (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
     on_host = weights + 2 * adapters + optimizer if setting.strategy.cpu_offload else 0
+    offloaded = _Kept.of(inventory, setting, training).on_host
     moment = max(_moments(inventory, setting, training), key=lambda moment: moment.total)
     total = weights + state + 2 * adapters + optimizer + moment.total
     return Step(
@@ -82,43 +103,91 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
         dequantized=moment.dequantized,
         activations=moment.activations,
         logits=moment.logits,
+        offloaded=offloaded,
         on_host=on_host,
-        host_peak=fixed_bytes(inventory, setting) + (total if setting.on_cpu else on_host),
+        host_peak=fixed_bytes(inventory, setting) + (total if setting.on_cpu else on_host + offloaded),
         device_peak=0 if setting.on_cpu else total - on_host,
         moment=moment.name,
     )
 
 
 def _moments(inventory: Inventory, setting: Setting, training: Training) -> tuple[_Moment, _Moment]:
-    """The two moments, loss and backward. An estimate: attention is taken to keep no scores.
-
-    Each linear layer keeps its input, for the adapter, and its output, for what comes after; norms keep copies in
-    float32. A checkpointed block keeps its input alone.
-    """
-    norms = NORM_COPIES * inventory.hidden * FLOAT32_BYTES
-    blocks = [unit.features * setting.compute_dtype.itemsize + norms for unit in inventory.blocks]
-    inputs = len(blocks) * inventory.hidden * setting.dtype.itemsize
-    kept = training.tokens * (inputs if training.checkpointing else sum(blocks))
-    recomputed = training.tokens * max(blocks, default=0) if training.checkpointing else 0
-    weights = [_kept_by_adapters(unit, setting) for unit in inventory.units]
-    passing = training.tokens * max((unit.passing for unit in inventory.blocks), default=0)
-    kept += 0 if training.checkpointing else sum(weights)
-    recomputed += max(weights, default=0) if training.checkpointing else 0
-    logit = LOSS_COPIES * FLOAT32_BYTES + setting.compute_dtype.itemsize
+    """The two moments, loss and backward. An estimate: attention is taken to keep no scores."""
+    kept = _Kept.of(inventory, setting, training)
+    fused = _dequantized(inventory) if "fused" in training.kernels else 0
     units = inventory.whole_units(setting.dtype)
     loss = _Moment(
         name="loss",
         gathered=setting.strategy.gathered_at_loss(units),
-        activations=kept,
-        logits=training.tokens * inventory.vocabulary * logit,
+        dequantized=fused,  # whose memory is used again, and not freed between
+        activations=kept.at_loss,
+        logits=_logits(inventory, setting, training),
     )
     backward = _Moment(
         name="backward",
         gathered=setting.strategy.gathered_in_backward(units) + _reduced(inventory, setting),
         dequantized=max(_dequantized(inventory), _of_adapters(inventory, setting)),
-        activations=kept + recomputed + passing * setting.compute_dtype.itemsize,
+        activations=kept.in_backward,
     )
     return loss, backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """Bytes of activations on the device at both moments, and of those that wait on the host."""
+
+    at_loss: int
+    in_backward: int
+    on_host: int
+
+    @classmethod
+    def of(cls, inventory: Inventory, setting: Setting, training: Training) -> _Kept:
+        """Count what blocks keep for each token, by either way of keeping it.
+
+        Linear layers keep their inputs, for the adapters, and what they give, for what comes after; norms keep copies.
+        A checkpointed block keeps its input alone.
+        """
+        liger, itemsize = "liger" in training.kernels, setting.compute_dtype.itemsize
+        norm = inventory.hidden * (itemsize if liger else FLOAT32_BYTES)
+        dropping = itemsize + 1 if setting.lora is not None and setting.lora.lora_dropout else 0  # and what it has left
+        blocks = [
+            training.tokens
+            * ((unit.features - liger * unit.activated) * itemsize + NORMS * norm + unit.inputs * dropping)
+            + _kept_by_adapters(unit, setting)
+            for unit in inventory.blocks
+        ]
+        # The fused MLP writes gradients over what it has kept.
+        passing = [inventory.hidden + unit.passing - liger * unit.activated for unit in inventory.blocks]
+        on_its_way = training.tokens * max(passing, default=0) * itemsize
+        one = training.tokens * inventory.hidden * setting.dtype.itemsize
+        last = training.tokens * (LIGER_COPIES * inventory.hidden * itemsize if liger else norm)
+        if not training.checkpointing:
+            return cls(at_loss=sum(blocks) + last, in_backward=sum(blocks) + on_its_way, on_host=0)
+        block = max(blocks, default=0) + on_its_way
+        if setting.on_cpu or not training.offload:
+            return cls(at_loss=len(blocks) * one + last, in_backward=len(blocks) * one + block, on_host=0)
+        return cls(
+            at_loss=one + last,
+            in_backward=min(len(blocks), ON_DEVICE) * one + block,
+            on_host=(len(blocks) - 1) * _pinned(one),
+        )
+
+
+def _pinned(size: int) -> int:
+    """Bytes that torch pins for `size`: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
+def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
+    """Bytes of logits and their gradients. Liger's loss makes a chunk at a time, which takes about what its input does.
+
+    The size of a chunk is that of `fused_linear_cross_entropy_forward` in liger-kernel 0.8.5.
+    """
+    tokens, vocabulary, itemsize = training.tokens, inventory.vocabulary, setting.compute_dtype.itemsize
+    if "liger" not in training.kernels or not vocabulary:
+        return tokens * vocabulary * (LOSS_COPIES * FLOAT32_BYTES + itemsize)
+    chunks = -(-vocabulary // inventory.hidden)
+    return min(1 << (-(-tokens // chunks) - 1).bit_length(), tokens) * vocabulary * itemsize
 
 
 def _reduced(inventory: Inventory, setting: Setting) -> int:

@@ -62,7 +62,7 @@ def predictions(plan: MemoryPlan, rank: int) -> dict[str, tuple[int, int]]:
     figures = plan.of_rank(rank)
     found = {"load": (figures.load.anonymous_peak, figures.load.device_peak)}
     if figures.train is not None:
-        found["train"] = (figures.train.host_peak, figures.train.device_peak)
+        found["train"] = (figures.train.host_peak - figures.train.offloaded, figures.train.device_peak)
     return found
 
 

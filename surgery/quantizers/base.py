@@ -17,7 +17,7 @@ from torch import nn
 from surgery.checkpoint import PackedSettings, PackedWeight, TensorEntry
 from surgery.errors import ConfigError, QuantizerError
 from surgery.model.fqn import join
-from surgery.model.tree import is_conv1d, is_linear_like
+from surgery.model.tree import is_conv1d, is_linear_like, modules_of
 
 __all__ = [
     "STATISTICS",
@@ -381,7 +381,8 @@ def packed_names(module: nn.Module) -> tuple[str, ...]:
 
 def quantized_modules(model: nn.Module) -> list[nn.Module]:
     """Every quantized module of `model`, once each, whatever its format."""
-    return [module for module in model.modules() if format_of(module) is not None]
+    kinds = dict.fromkeys(kind for kinds in _FORMATS.values() for kind in kinds)
+    return [module for module in modules_of(model) if any(kind.is_quantized(module) for kind in kinds)]
 
 
 def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:

@@ -17,7 +17,8 @@ from surgery.config import Quant, Quant8
 from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join
 from surgery.model.pretrained import is_pretrained, mark_quantized
-from surgery.model.tree import is_conv1d, was_conv1d
+from surgery.model.tree import is_conv1d, modules_of, was_conv1d
+from surgery.model.twin import bare_copy
 from surgery.quantizers.base import STATISTIC_BYTES, STATISTICS, Layout, QuantFormat
 from surgery.quantizers.stack import NESTED_BLOCKSIZE, PackedStack, code_of, dequantized, dynamic_code, nested_values
 
@@ -49,7 +50,15 @@ def linear4bits(model: nn.Module) -> list[Linear4bit]:
     """Every `Linear4bit` of `model`, once each."""
     from bitsandbytes.nn import Linear4bit
 
-    return [module for module in model.modules() if isinstance(module, Linear4bit)]
+    return [module for module in modules_of(model) if isinstance(module, Linear4bit)]
+
+
+@functools.lru_cache(maxsize=64)
+def _specimen(*sizes: int, **settings: Any) -> nn.Module:
+    """A `Linear4bit` to copy, which takes a tenth of the time of making one: that draws initial values, on meta too."""
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit(*sizes, **settings)
 
 
 def _quantize_blocks(run: torch.Tensor, quant: Quant) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,18 +243,18 @@ class Bnb4bit(QuantFormat):
         return whole_state(state.stack, found)
 
     def _linear4bit(self, linear: Any) -> Any:
-        from bitsandbytes.nn import Linear4bit
-
         out_features, in_features = linear.weight.shape[:: -1 if is_conv1d(linear) else 1]
-        new: Any = Linear4bit(
-            in_features,
-            out_features,
-            bias=getattr(linear, "bias", None) is not None,
-            compute_dtype=self.compute_dtype,
-            compress_statistics=self.options.double_quant,
-            quant_type=self.options.quant_type,
-            quant_storage=self.storage,
-            device="meta",
+        new: Any = bare_copy(
+            _specimen(
+                in_features,
+                out_features,
+                bias=getattr(linear, "bias", None) is not None,
+                compute_dtype=self.compute_dtype,
+                compress_statistics=self.options.double_quant,
+                quant_type=self.options.quant_type,
+                quant_storage=self.storage,
+                device="meta",
+            )
         )
         new.source_cls = type(linear)  # as transformers sets it: what to transpose when it saves
         return new

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+import model_surgery_patches as patches
 from surgery.comm.ranks import broadcast_from_rank0
 from surgery.config import FSDP2
 from surgery.errors import ConfigError
@@ -83,12 +84,11 @@ def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | 
 
 def _check_dtypes(model: nn.Module, groups: Sequence[tuple[nn.Module | None, ...]]) -> None:
     """Require one trained dtype in each group, whose gradients FSDP2 reduces as one tensor; the rest is the root's."""
-    left = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for group in groups:
-        inside = {p for module in group if module is not None for p in module.parameters()}
-        _check_uniform({name: parameter for name, parameter in left.items() if parameter in inside})
-        left = {name: parameter for name, parameter in left.items() if parameter not in inside}
-    _check_uniform(left)
+        inside = {p: None for module in group if module is not None for p in module.parameters() if p in left}
+        _check_uniform({left.pop(parameter): parameter for parameter in inside})
+    _check_uniform({name: parameter for parameter, name in left.items()})
 
 
 def _check_uniform(trained: Mapping[str, nn.Parameter]) -> None:
@@ -207,7 +207,8 @@ class Fsdp2(Fsdp):
         assert self.options is not None
         groups = self.options.groups
         blocks = decoder_blocks(model) if groups is None else [s for s in sites(model) if s.fqn in groups]
-        shard(model, sorted(blocks, key=lambda site: -site.fqn.count(".")), self.options, self._met)
+        with patches.transaction("torch.fsdp2-alike-parameters", reason="a model of many alike blocks is sharded"):
+            shard(model, sorted(blocks, key=lambda site: -site.fqn.count(".")), self.options, self._met)
         return model
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:

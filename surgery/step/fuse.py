@@ -19,7 +19,7 @@ from surgery.quantizers.stack import as_bytes
 from surgery.step.dequantize import Workspace
 from surgery.step.fused import Adapted, Choice, products
 
-__all__ = ["PATCH", "forward", "fuse"]
+__all__ = ["PATCH", "forward", "fuse", "group"]
 
 #: The patch that has a layer's forward computed here.
 PATCH = "peft.fused-4bit-lora"
@@ -73,13 +73,18 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
         return 0
     workspace = Workspace(dequantized_bytes)
     for together in _sharing(layers):
-        group = _Group([weakref.ref(layer) for layer in together], workspace)
-        _groups.update((layer, group) for layer in together)
+        group(together, workspace)
     scoped = patches.on(PATCH, list(layers.values()))
     with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
     return len(layers)
+
+
+def group(layers: Sequence[nn.Module], workspace: Workspace) -> None:
+    """Have `layers`, which are given the same input one after the other, computed together by `forward`."""
+    new = _Group([weakref.ref(layer) for layer in layers], workspace)
+    _groups.update((layer, new) for layer in layers)
 
 
 def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
@@ -98,46 +103,45 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
     if torch.compiler.is_compiling():  # first: Dynamo loses gradients in what follows
         return None
-    group = _groups.get(layer)
-    if group is None:
+    mine = _groups.get(layer)
+    if mine is None:
         return None
-    if group.x is x:
-        found = group.ready.pop(id(layer), None)
-        if not group.ready:
-            group.x = None
+    if mine.x is x:
+        found = mine.ready.pop(id(layer), None)
+        if not mine.ready:
+            mine.x = None
         if found is not None:
             return found
-    elif group.x is not None and id(layer) in group.ready:
-        group = _apart(group, layer)
-    group.forget()
+    elif mine.x is not None and id(layer) in mine.ready:
+        mine = _apart(mine, layer)
+    mine.forget()
     if not torch.is_grad_enabled() or not x.numel():
         return None
-    return _together(group, layer, x)
+    return _together(mine, layer, x)
 
 
-def _apart(group: _Group, layer: Any) -> _Group:
+def _apart(old: _Group, layer: Any) -> _Group:
     """A group of the layers from `layer` on, which was given another input than those before it."""
-    moved = group.from_(layer)
-    group.forget()
-    group.layers = [reference for reference in group.layers if reference() not in moved]
-    new = _Group([weakref.ref(each) for each in moved], group.workspace)
-    _groups.update((each, new) for each in moved)
-    return new
+    moved = old.from_(layer)
+    old.forget()
+    old.layers = [reference for reference in old.layers if reference() not in moved]
+    group(moved, old.workspace)
+    return _groups[layer]
 
 
-def _together(group: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+def _together(mine: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The product of `layer`, and those of the layers after it, which are kept until they are called."""
     dtypes = _dtypes(layer, x)
     if dtypes is None:
         return None
-    members = list(takewhile(lambda member: member is layer or _dtypes(member, x) == dtypes, group.from_(layer)))
+    members = list(takewhile(lambda member: member is layer or _dtypes(member, x) == dtypes, mine.from_(layer)))
     adapted = [_adapted(member, x) for member in members]
     if any(each.dropped is not None for each in adapted):
         adapted = [each if each.dropped is not None else each._replace(dropped=x) for each in adapted]
-    found, *others = products(x, adapted, Choice(*dtypes, group.workspace))
+    found, *others = products(x, adapted, Choice(*dtypes, mine.workspace))
     if others:
-        group.x = x
-        group.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
+        mine.x = x
+        mine.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
     return found
 
 

@@ -73,7 +73,7 @@ class LlamaShape:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.hidden // self.heads,
             "hidden_act": "silu",
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
             "tie_word_embeddings": self.tie,

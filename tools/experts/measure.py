@@ -16,35 +16,18 @@ from torch import nn
 
 import surgery
 from experts.ways import LOADERS, Case
-from loading.loops import plain_step
+from loading.batches import Batch
+from loading.loops import adamw, plain_step
+from loading.outcome import describe
 from loading.profiling import profile
 from loading.world import World, joined
 from surgery.comm.collectives import gather_objects
 from surgery.telemetry.report import Report
 
-__all__ = ["Batch", "Found", "Options", "measure"]
+__all__ = ["Found", "Options", "measure"]
 
 SEED = 0
-LEARNING_RATE = 1e-4
 READY = "ready"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One shape of a batch, the same tokens on every rank; written `4x2048`, or `4x2048c` with checkpointing."""
-
-    sequences: int
-    tokens: int
-    checkpointing: bool
-
-    @classmethod
-    def of(cls, text: str) -> Batch:
-        """Parse the written form. Raises `ValueError` for another."""
-        sequences, _, tokens = text.removesuffix("c").partition("x")
-        return cls(sequences=int(sequences), tokens=int(tokens), checkpointing=text.endswith("c"))
-
-    def __str__(self) -> str:
-        return f"{self.sequences}x{self.tokens}{'c' if self.checkpointing else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +81,7 @@ def measure(options: Options, into: Path) -> None:
         try:
             model = _load(options, world, found)
         except Exception as error:  # any error is a result
-            found.error = _describe(error)
+            found.error = describe(error)
             write()
             raise
         write()
@@ -123,15 +106,6 @@ def _name(world: World) -> str:
 def _write(found: Found, into: Path | None) -> None:
     if into is not None:
         into.write_text(json.dumps(asdict(found)), encoding="utf-8")
-
-
-def _describe(error: BaseException) -> str:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, torch.OutOfMemoryError):
-            return "out of memory"
-        cause = cause.__cause__
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 def _load(options: Options, world: World, found: Found) -> nn.Module:
@@ -176,7 +150,7 @@ def _train(model: Any, batch: Batch, options: Options, world: World) -> dict[str
     except Exception as error:
         if options.ranks > 1:
             raise
-        return {"error": _describe(error)}
+        return {"error": describe(error)}
     finally:
         model.zero_grad(set_to_none=True)
         world.clear()
@@ -187,9 +161,8 @@ def _steps(model: Any, batch: Batch, options: Options, world: World) -> dict[str
         surgery.checkpoint_activations(model)
         model._checkpointed = True
     vocabulary = model.config.vocab_size
-    generator = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(3, vocabulary, (batch.sequences, batch.tokens), generator=generator).to(world.device)
-    optimizer = torch.optim.AdamW(_trainable(model), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    ids = batch.draw(vocabulary, seed=SEED).to(world.device)
+    optimizer = adamw(model, fused=True)
     clip = getattr(model, "clip_grad_norm_", partial(nn.utils.clip_grad_norm_, list(_trainable(model))))
     step = plain_step(model, optimizer, ids, clip=clip)
     losses, seconds = zip(*(_timed(step, world) for _ in range(options.steps)), strict=True)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import surgery
+from loading.stock import adapted, quantized
 from surgery.telemetry.report import Report
 
 __all__ = ["LOADERS", "Case"]
@@ -143,37 +144,16 @@ def _remove_last_parametrization(wrapper: Any) -> None:
 
 
 def _from_pretrained(case: Case) -> nn.Module:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=case.double_quant,
-        bnb_4bit_compute_dtype=DTYPE,
-    )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        case.checkpoint,
-        quantization_config=quantization,
-        dtype=DTYPE,
-        device_map={"": case.device},
-        trust_remote_code=False,
-    )
-    return model
+    return quantized(case.checkpoint, storage=torch.uint8, double_quant=case.double_quant, device_map={"": case.device})
 
 
-def _adapted(model: Any, case: Case, parameters: list[str]) -> nn.Module:
-    """Add adapters, in 16 bits as in all ways."""
-    from peft import get_peft_model
-
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapted: nn.Module = get_peft_model(model, case.lora(parameters), autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
-    return adapted
+def _adapted(model: nn.Module, case: Case, parameters: list[str]) -> nn.Module:
+    """Add adapters, in 16 bits as in all ways, to a model that is not trained itself."""
+    model.requires_grad_(False)
+    return adapted(model, case.lora(parameters))
 
 
 #: Way -> the function that loads. Only the first can run on several ranks.

@@ -16,7 +16,7 @@ from loading.options import Options, cores_per_rank
 from loading.outcome import Outcome, collect
 from loading.results import Results, environment
 
-__all__ = ["compare", "wait"]
+__all__ = ["ROOT", "compare", "environment_of", "wait"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "bench_load.py"
@@ -62,7 +62,7 @@ def _start(options: Options, *, ranks: int, limit: int) -> list[Outcome]:
         with log.open("w", encoding="utf-8") as stream:
             child = subprocess.Popen(
                 [*torchrun, str(SCRIPT), "run", "--into", into, *options.arguments()],
-                env=_environment(options, ranks),
+                env=environment_of(ranks, options.device),
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
@@ -106,10 +106,10 @@ def _missing_outcomes(options: Options, found: list[Outcome], ranks: int, failur
                 yield Outcome(way=way, turn=0, rank=rank, error=failure)
 
 
-def _environment(options: Options, ranks: int) -> dict[str, str]:
+def environment_of(ranks: int, device: str) -> dict[str, str]:
     """The environment of a rank, with its share of cores. On CPUs, spinning threads would block those they wait for."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     values = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(cores_per_rank(ranks))}
-    if options.device == "cpu":
+    if device == "cpu":
         values |= {"CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "PASSIVE"}
     return values

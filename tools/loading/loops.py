@@ -13,10 +13,10 @@ from loading.case import LEARNING_RATE, MAX_NORM
 __all__ = ["adamw", "plain_step"]
 
 
-def adamw(model: nn.Module) -> torch.optim.AdamW:
+def adamw(model: nn.Module, *, lr: float = LEARNING_RATE, fused: bool | None = None) -> torch.optim.AdamW:
     """AdamW over the adapters."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
+    return torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=fused)
 
 
 def plain_step(

@@ -12,7 +12,7 @@ import torch
 
 from loading.case import Case, Trainee
 from loading.options import Options
-from loading.outcome import Journal, Load, Outcome, Training
+from loading.outcome import Journal, Load, Outcome, Training, describe
 from loading.profiling import profile
 from loading.ways import LOADERS
 from loading.world import World
@@ -53,18 +53,9 @@ def _attempt(way: str, turn: int, options: Options, world: World, journal: Journ
             trainee.close()
         outcome = Outcome(way=way, turn=turn, rank=world.rank, load=load, training=training)
     except Exception as error:  # noqa: BLE001  # any error is a result, and the next way has its turn
-        outcome = Outcome(way=way, turn=turn, rank=world.rank, load=outcome.load, error=_describe(error))
+        outcome = Outcome(way=way, turn=turn, rank=world.rank, load=outcome.load, error=describe(error))
     journal.add(outcome)
     return outcome
-
-
-def _describe(error: Exception) -> str:
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, torch.OutOfMemoryError):
-            return "out of memory"
-        found = found.__cause__
-    return f"{type(error).__name__}: {error}"
 
 
 def _load(loader: Callable[[Case], Trainee | None], options: Options, world: World) -> tuple[Load, Trainee | None]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-__all__ = ["Journal", "Load", "Outcome", "Training", "collect"]
+import torch
+
+__all__ = ["Journal", "Load", "Outcome", "Training", "collect", "describe"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +95,13 @@ def collect(folder: Path) -> list[Outcome]:
     """The outcomes of all journals in `folder`."""
     files = sorted(folder.glob("rank-*.json"))
     return [Outcome.from_dict(each) for file in files for each in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def describe(error: BaseException) -> str:
+    """An error as a result: want of memory, if that is behind it, or its type and text."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, torch.OutOfMemoryError):
+            return "out of memory"
+        found = found.__cause__
+    return f"{type(error).__name__}: {error}"[:300]

@@ -7,13 +7,14 @@ import io
 import pstats
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # declared in another module's stub
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-__all__ = ["profile"]
+__all__ = ["Kernels", "kernels", "profile"]
 
 STEPS = 3
 ROWS = 45
@@ -51,12 +52,28 @@ def _operators(step: Callable[[], float], synchronize: Callable[[], None], devic
     tables = [averages.table(sort_by="self_cpu_time_total", row_limit=ROWS, max_name_column_width=70)]
     if device.type == "cuda":
         tables.append(averages.table(sort_by="self_device_time_total", row_limit=ROWS, max_name_column_width=70))
-        tables.insert(0, _busy(profiler.events() or [], seconds * STEPS))
+        tables.insert(0, _busy(profiler.events() or [], seconds))
     return seconds, "\n\n".join(tables)
 
 
-def _busy(events: Iterable[FunctionEvent], seconds: float) -> str:
-    """The share of time with any GPU kernel running, and with any but NCCL's, which also wait for other ranks."""
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Work of a GPU in one step. busy: seconds with any kernel running; useful: but NCCL's, which also wait."""
+
+    busy: float
+    useful: float
+    launches: int
+
+
+def kernels(step: Callable[[], object], *, synchronize: Callable[[], None]) -> Kernels:
+    """Profile one step for what this process runs on GPUs."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        synchronize()
+    return _kernels(profiler.events() or [], steps=1)
+
+
+def _kernels(events: Iterable[FunctionEvent], *, steps: int) -> Kernels:
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in events
@@ -64,10 +81,15 @@ def _busy(events: Iterable[FunctionEvent], seconds: float) -> str:
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
     computing = [span for span in spans if "nccl" not in span[2].lower()]
-    busy, useful = (_covered(each) / 1e6 for each in (spans, computing))
+    busy, useful = (_covered(each) / 1e6 / steps for each in (spans, computing))
+    return Kernels(busy=busy, useful=useful, launches=len(spans) // steps)
+
+
+def _busy(events: Iterable[FunctionEvent], seconds: float) -> str:
+    found = _kernels(events, steps=STEPS)
     return (
-        f"the GPU was busy for {busy / STEPS:.4f} s a step ({busy / seconds:.0%}), {useful / STEPS:.4f} s "
-        f"({useful / seconds:.0%}) without NCCL; {len(spans) / STEPS:.0f} kernels and copies a step"
+        f"the GPU was busy for {found.busy:.4f} s a step ({found.busy / seconds:.0%}), {found.useful:.4f} s "
+        f"({found.useful / seconds:.0%}) without NCCL; {found.launches} kernels and copies a step"
     )
 
 

@@ -7,35 +7,42 @@ accelerate shards only on an accelerator. Without one, its function for FSDP2 is
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from loading.case import SEED, Case, Trainee
 from loading.loops import adamw, plain_step
+from loading.world import World
 
-__all__ = ["load_stock"]
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+__all__ = ["accelerator_for", "adapted", "load_stock", "quantized", "sharded"]
 
 DTYPE = torch.bfloat16
+
+#: Makes an optimizer of a model's adapters.
+Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 def load_stock(case: Case, *, fsdp: int) -> Trainee:
     """Load like a user of `accelerate launch`, with the quantization that its documentation requires for FSDP."""
     report = case.report
-    accelerator = _accelerator(case, fsdp) if case.world.on_cuda else None
+    accelerator = accelerator_for(case.world, fsdp=fsdp, checkpointing=case.options.activation_checkpointing)
     with report.phase("from_pretrained"):
-        model = _from_pretrained(case)
+        model = quantized(case.options.checkpoint)
     with report.phase("adapt"):
-        model = _adapted(model, case)
+        torch.manual_seed(SEED)
+        model = adapted(model, case.lora())
     with report.phase("shard"):
-        if accelerator is None:
-            model, optimizer = _prepare_on_cpu(model, case, fsdp)
-        else:
-            model, optimizer = _prepare(accelerator, model, fsdp)
+        model, optimizer = sharded(model, accelerator, adamw)
     ids = case.tokens(model.config.vocab_size)  # type: ignore[union-attr, arg-type]  # a transformers model has one
-    if accelerator is None:
+    if not case.world.on_cuda:
         clip = getattr(model, "clip_grad_norm_", lambda limit: nn.utils.clip_grad_norm_(model.parameters(), limit))
         return Trainee(step=plain_step(model, optimizer, ids, clip=clip), close=_reset)
 
@@ -45,33 +52,71 @@ def load_stock(case: Case, *, fsdp: int) -> Trainee:
     return Trainee(step=plain_step(model, optimizer, ids, clip=clip_all, backward=accelerator.backward), close=_reset)
 
 
-def _plugin(case: Case, fsdp: int) -> Any:
-    from accelerate import FullyShardedDataParallelPlugin
+def accelerator_for(world: World, *, fsdp: int, checkpointing: bool) -> Any:
+    """An `Accelerator` that shards, to be made before the model; on a CPU, what its functions read of one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
 
-    return FullyShardedDataParallelPlugin(
+    plugin = FullyShardedDataParallelPlugin(
         fsdp_version=fsdp,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         reshard_after_forward=True if fsdp == 2 else "FULL_SHARD",
         use_orig_params=True if fsdp == 1 else None,
         cpu_ram_efficient_loading=False,
-        activation_checkpointing=case.options.activation_checkpointing,
+        activation_checkpointing=checkpointing,
+    )
+    if world.on_cuda:
+        return Accelerator(fsdp_plugin=plugin)
+    return SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
+        torch_device_mesh=init_device_mesh("cpu", (world.size,), mesh_dim_names=("fsdp",)),
+        mixed_precision="no",
+        is_main_process=world.rank == 0,
     )
 
 
-def _accelerator(case: Case, fsdp: int) -> Any:
-    from accelerate import Accelerator
+def quantized(checkpoint: str | os.PathLike[str], *, storage: torch.dtype = DTYPE, **options: Any) -> nn.Module:
+    """Load in nf4 by transformers, in bfloat16. storage: of packed weights. options: for `from_pretrained`."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    return Accelerator(fsdp_plugin=_plugin(case, fsdp))
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=options.pop("double_quant", True),
+        bnb_4bit_compute_dtype=DTYPE,
+        bnb_4bit_quant_storage=storage,
+    )
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=quantization, dtype=DTYPE, trust_remote_code=False, **options
+    )
+    return model
 
 
-def _prepare(accelerator: Any, model: nn.Module, fsdp: int) -> tuple[nn.Module, Any]:
+def adapted(model: nn.Module, lora: LoraConfig) -> nn.Module:
+    """Add adapters in bfloat16, the dtype of the rest, so that FSDP1 can flatten them together."""
+    from peft import get_peft_model
+
+    adapted: nn.Module = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPE)
+    return adapted
+
+
+def sharded(model: nn.Module, accelerator: Any, optimizer: Optimizer) -> tuple[nn.Module, Any]:
     """Shard model and optimizer. FSDP2 replaces an optimizer's parameters; FSDP1 needs the model sharded first."""
-    if fsdp == 2:
-        model, optimizer = accelerator.prepare(model, adamw(model))
-        return model, optimizer
+    plugin = accelerator.state.fsdp_plugin
+    if isinstance(accelerator, SimpleNamespace):
+        plugin.set_auto_wrap_policy(model)
+        shard = _sharded_on_cpu if plugin.fsdp_version == 2 else _wrapped_on_cpu
+        model = shard(model, accelerator)
+        return model, optimizer(model)
+    if plugin.fsdp_version == 2:
+        model, prepared = accelerator.prepare(model, optimizer(model))
+        return model, prepared
     wrapped: nn.Module = accelerator.prepare(model)
-    return wrapped, accelerator.prepare(adamw(wrapped))
+    return wrapped, accelerator.prepare(optimizer(wrapped))
 
 
 def _reset() -> None:
@@ -83,62 +128,21 @@ def _reset() -> None:
         del os.environ[name]
 
 
-def _from_pretrained(case: Case) -> nn.Module:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _sharded_on_cpu(model: nn.Module, accelerator: Any) -> nn.Module:
+    from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPE,
-        bnb_4bit_quant_storage=DTYPE,
-    )
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        case.options.checkpoint, quantization_config=quantization, dtype=DTYPE, trust_remote_code=False
-    )
-    return model
+    if accelerator.state.fsdp_plugin.activation_checkpointing:
+        model = fsdp2_apply_ac(accelerator, model)
+    sharded: nn.Module = fsdp2_prepare_model(accelerator, model)
+    return sharded
 
 
-def _adapted(model: nn.Module, case: Case) -> nn.Module:
-    from peft import get_peft_model
-
-    torch.manual_seed(SEED)
-    # Adapters get the dtype of the rest, so that FSDP1 can flatten them together.
-    adapted: nn.Module = get_peft_model(model, case.lora(), autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
-    return adapted
-
-
-def _prepare_on_cpu(model: nn.Module, case: Case, fsdp: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    plugin = _plugin(case, fsdp)
-    if fsdp == 2:
-        from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
-        from torch.distributed.device_mesh import init_device_mesh
-
-        # The attributes of an Accelerator that these functions read.
-        accelerator: Any = SimpleNamespace(
-            state=SimpleNamespace(fsdp_plugin=plugin),
-            parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
-            torch_device_mesh=init_device_mesh("cpu", (case.world.size,), mesh_dim_names=("fsdp",)),
-            mixed_precision="no",
-            is_main_process=case.world.rank == 0,
-        )
-        plugin.set_auto_wrap_policy(model)
-        model = fsdp2_apply_ac(accelerator, model) if plugin.activation_checkpointing else model
-        model = fsdp2_prepare_model(accelerator, model)
-        return model, adamw(model)
-    model = _wrapped_on_cpu(model, plugin)
-    return model, adamw(model)
-
-
-def _wrapped_on_cpu(model: nn.Module, plugin: Any) -> nn.Module:
+def _wrapped_on_cpu(model: nn.Module, accelerator: Any) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     import surgery
 
-    plugin.set_auto_wrap_policy(model)
+    plugin = accelerator.state.fsdp_plugin
     wrapped = FullyShardedDataParallel(
         model,
         sharding_strategy=plugin.reshard_after_forward,

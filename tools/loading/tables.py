@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from loading.summary import Summary
 
-__all__ = ["tables"]
+__all__ = ["table", "tables"]
 
 MIB = 1024 * 1024
 
@@ -41,7 +41,7 @@ def _loading(summaries: Sequence[Summary]) -> str:
         memory = (_mib(summary.device), _mib(summary.held), ", ".join(map(_mib, summary.hosts)), _mib(summary.pinned))
         relative = f"{seconds / base:.2f}" if base else ""
         rows.append((summary.way, f"{seconds:.2f}", turns, relative, *memory, str(summary.late_imports)))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _phases(summaries: Sequence[Summary]) -> str:
@@ -50,7 +50,7 @@ def _phases(summaries: Sequence[Summary]) -> str:
         for summary in summaries
         if summary.phases
     ]
-    return _table(("way", "seconds by phase, of the last rank; those of two threads overlap"), rows)
+    return table(("way", "seconds by phase, of the last rank; those of two threads overlap"), rows)
 
 
 def _training(summaries: Sequence[Summary]) -> str:
@@ -70,13 +70,14 @@ def _training(summaries: Sequence[Summary]) -> str:
                 f"{summary.losses[-1]:.5f}",
             )
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _mib(size: int) -> str:
     return f"{size / MIB:,.0f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Table in Markdown; a row that ends early is filled up with empty cells."""
+    full = [(*row, *[""] * (len(head) - len(row))) for row in rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *full))

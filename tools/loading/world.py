@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from surgery.comm.collectives import gather_objects
 
-__all__ = ["World", "joined"]
+__all__ = ["World", "alone", "joined"]
 
 #: Longest wait of a rank for another before it gives up: some take minutes to load a large model.
 TIMEOUT = timedelta(minutes=8)
@@ -28,12 +28,15 @@ GIB = 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank. `control_group` coordinates ranks, since a failing way may leave the default group out of step."""
+    """This rank. `control_group` coordinates ranks, since a failing way may leave the default group out of step.
+
+    None: this process is alone, and in no group.
+    """
 
     rank: int
     size: int
     device: torch.device
-    control_group: dist.ProcessGroup
+    control_group: dist.ProcessGroup | None
 
     @property
     def on_cuda(self) -> bool:
@@ -48,8 +51,9 @@ class World:
     def meet(self) -> None:
         """Wait for all ranks and their devices."""
         self.synchronize()
-        dist.all_reduce(torch.ones(1, device=self.device))
-        self.synchronize()
+        if self.control_group is not None:
+            dist.all_reduce(torch.ones(1, device=self.device))
+            self.synchronize()
 
     def any(self, value: bool) -> bool:
         """Whether `value` is true on any rank."""
@@ -73,13 +77,8 @@ def joined(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
 
     memory_cap: GiB that torch may use of a GPU.
     """
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if device_type == "cuda" else torch.device("cpu")
+    device = _device(device_type, memory_cap)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        if memory_cap is not None:
-            total = torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(memory_cap * GIB / total, device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
@@ -92,3 +91,21 @@ def joined(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
     world.meet()
     yield world
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone(device_type: str, *, memory_cap: float | None) -> Iterator[World]:
+    """The only rank, without a process group; memory_cap as in `joined`."""
+    yield World(rank=0, size=1, device=_device(device_type, memory_cap), control_group=None)
+
+
+def _device(device_type: str, memory_cap: float | None) -> torch.device:
+    """The device of this rank, which is torch's current one, under its cap."""
+    if device_type != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    if memory_cap is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(memory_cap * GIB / total, device)
+    return device

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
+from loading.tables import table
 from memory.measure import Measured
 
 __all__ = ["bounds_table", "phases_table", "ways_table"]
@@ -19,7 +20,7 @@ def phases_table(found: Mapping[str, Sequence[Measured]]) -> str:
         for rank, measured in enumerate(by_rank)
         for name, phase in measured.phases.items()
     ]
-    return _table(("placement", "rank", "phase", "peak, MiB", "seconds"), rows)
+    return table(("placement", "rank", "phase", "peak, MiB", "seconds"), rows)
 
 
 def bounds_table(found: Mapping[str, Sequence[Measured]]) -> str:
@@ -33,7 +34,7 @@ def bounds_table(found: Mapping[str, Sequence[Measured]]) -> str:
             is_within = "yes" if measured.peak <= sizes.bound else "NO"
             rows.append((way, rank, _mib(measured.peak), *map(_mib, parts), is_within))
     head = ("placement", "rank", "peak while loading, MiB", "bound", "of a layer", "quant_state", "kept", "within")
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def ways_table(found: Mapping[str, Sequence[Measured]], stock: Sequence[Measured]) -> str:
@@ -45,13 +46,8 @@ def ways_table(found: Mapping[str, Sequence[Measured]], stock: Sequence[Measured
             rows.append(
                 (way, rank, *map(_mib, (own.peak, other.peak)), ratio, f"{own.seconds:.1f}", f"{other.seconds:.1f}")
             )
-    return _table(("placement", "rank", "surgery, MiB", "stock, MiB", "ratio", "surgery, s", "stock, s"), rows)
+    return table(("placement", "rank", "surgery, MiB", "stock, MiB", "ratio", "surgery, s", "stock, s"), rows)
 
 
 def _mib(size: int) -> str:
     return f"{size / MIB:.0f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

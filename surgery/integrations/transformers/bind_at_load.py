@@ -143,7 +143,7 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
 
     from surgery.bound import bind_alone
     from surgery.checkpoint import Checkpoint
-    from surgery.integrations.low_memory import asked_experts
+    from surgery.integrations.low_memory import asked_experts, asked_kernels
     from surgery.model.pretrained import leave_initialized
 
     checkpoint = Checkpoint.of_files(files, source=str(config.pretrained_model_name_or_path or model.name_or_path))
@@ -157,6 +157,7 @@ def _bind(model: Any, files: Sequence[str], config: Any) -> Any:
         dtype=config.dtype,
         compute_dtype=compute_dtype,
         conversions=[each for each in config.weight_mapping or () if not _makes_packed(each)],
+        kernels=asked_kernels(),
     )
     leave_initialized(model)
     _say_left_out(model, asked_experts())

@@ -104,6 +104,8 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "trace": (["--trace", "{data}"], "the trace cannot be written to"),
     "config": (["--config", "none.yaml"], "none.yaml cannot be read: No such file"),
     "stream": (["--streaming"], "max_steps"),
+    "kernels": (["--kernels", "fused,ligr"], "expected names among fused, liger, found 'ligr'"),
+    "attention": (["--attn-implementation", "slow"], "cannot be loaded with --attn-implementation slow"),
 }
 
 

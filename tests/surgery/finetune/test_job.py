@@ -94,9 +94,10 @@ def everything(checkpoint: Path, data: Path, folder: Path) -> dict[str, Any]:
     straight, said = finetune(checkpoint, data, folder / "straight", *evaluation)
     cached = ("--packed-cache", folder / "cache")
     interrupt(checkpoint, data, folder / "resumed", *cached)
-    resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint", *cached)
+    waiting = ("--activation-offloading", *cached)
+    resumed, _ = finetune(checkpoint, data, folder / "resumed", "--resume-from-checkpoint", *waiting)
     pairs = folder / "pairs.jsonl"
-    preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, *cached, preferences=True)
+    preferred, _ = finetune(checkpoint, pairs, folder / "dpo", "--max-steps", 2, *waiting, preferences=True)
     # Nothing is learnt, so that what is saved is what was loaded.
     still = ("--lora-r", 16, "--learning-rate", 0, "--max-steps", 1, "--adapter")
     finetune(checkpoint, data, folder / "whole", "--max-steps", 1, "--lora-modules-to-save", "lm_head")

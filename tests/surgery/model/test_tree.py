@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from surgery.model.tree import decoder_blocks, ends_of
+from surgery.model.tree import decoder_blocks, ends_of, modules_of, sites
 from tests.helpers.models import tiny_config
 
 
@@ -41,3 +41,15 @@ def test_an_embedding_that_the_rest_uses_is_none_and_the_others_stay() -> None:
     model = llama(tied=False)
     model.model.register_parameter("memory", model.model.embed_tokens.weight)  # type: ignore[union-attr, operator]
     assert ends(model) == (None, ["model.norm", "lm_head"])
+
+
+def test_modules_are_met_in_the_order_of_torch_and_shared_ones_once() -> None:
+    shared = nn.Sequential(nn.Linear(1, 1))
+    model = nn.Module()
+    model.first = nn.ModuleList([shared, nn.Sequential(nn.Linear(1, 1), shared)])
+    model.none = None
+    model.last = shared[0]
+    assert modules_of(model) == list(model.modules())
+    assert [site.fqn for site in sites(model)] == [name for name, _ in model.named_modules()]
+    assert [site.aliases for site in sites(model)][:3] == [(), (), ("first.1.1",)]
+    assert [site.fqn for site in decoder_blocks(model)] == ["first.0", "first.1"]

@@ -52,6 +52,21 @@ def test_without_a_size_there_is_no_verdict(folder_70b: Path) -> None:
     assert "fit" not in result.stdout
 
 
+def test_kernels_and_offloaded_inputs_are_planned_and_said(folder_70b: Path) -> None:
+    options = ("--world", 2, "--max-length", 4096, "--activation-offloading", "--kernels", "liger, fused")
+    result = run(folder_70b, "--gpu-memory", "20GiB", *options)
+    assert result.exit_code == 1, result.output
+    for said in ("activations recomputed, kernels liger, fused", "inputs of blocks, on the CPU", "4.94 GiB"):
+        assert said in result.stdout
+    assert "--max-length 4096 --activation-offloading --kernels liger,fused\n" in result.stdout
+    plain, changed = (
+        json.loads(run(folder_70b, *each, "--json").stdout)["ranks"][0]["train"] for each in (options[:4], options)
+    )
+    assert changed["device_peak"] < plain["device_peak"] - changed["offloaded"] * 78 / 80
+    for wrong in (("--kernels", "ligre"), ("--activation-offloading", "--no-gradient-checkpointing")):
+        assert run(folder_70b, *wrong).exit_code == 2
+
+
 def test_json_has_bytes_and_the_verdict(folder_70b: Path) -> None:
     result = run(folder_70b, "--world", 3, "--gpu-memory", "24GiB", "--no-gradient-checkpointing", "--json")
     assert result.exit_code == 1, result.output

@@ -134,7 +134,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
 
     def counted(x: torch.Tensor, layers: Any, choice: Any) -> Any:
-        found.append(len(layers))
+        if x.dim() == 3:  # not when the patch is verified
+            found.append(len(layers))
         return fused.products(x, layers, choice)
 
     monkeypatch.setattr("surgery.step.fuse.products", counted)
@@ -268,6 +269,8 @@ def dequantized(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     stock = dequantizing._dequantize
 
     def counted(packed: torch.Tensor, state: Any, memory: Any) -> torch.Tensor:
+        if not state.nested:
+            return stock(packed, state, memory)  # when the patch is verified
         found.append(state.shape)
         return stock(packed, state, memory)
 
@@ -285,7 +288,7 @@ def test_weights_within_a_budget_are_dequantized_once(llama: Path, dequantized: 
     losses, gradients = train(model)
     assert losses == expected[0]
     assert all(map(torch.equal, gradients.values(), expected[1].values()))
-    assert len(dequantized) == 3 + 3 * 2 * 11 - 0, "q, k and v of block 0 once, the others in each forward and backward"
+    assert len(dequantized) == 3 + 3 * 2 * 11, "q, k and v of block 0 once, the others in each forward and backward"
 
 
 def test_recomputing_leaves_out_the_last_product_of_a_block(llama: Path, dequantized: list[torch.Size]) -> None:

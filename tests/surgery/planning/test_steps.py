@@ -1,0 +1,118 @@
+"""What a step keeps, as planned, beside the tensors of a real one on a CPU; and what kernels and offload change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+import surgery
+from surgery.checkpoint import Checkpoint
+from surgery.config import Quant
+from surgery.errors import ConfigError
+from surgery.passes.prepare import prepare
+from surgery.planning.inventory import Inventory, take_inventory
+from surgery.planning.plan import make_plan
+from surgery.planning.ranks import Step
+from surgery.planning.training import Training
+from surgery.planning.verdict import predictions
+from surgery.step.fuse import fuse
+from tests.helpers.live import LiveBytes
+from tests.helpers.models import save_tiny
+from tests.surgery.planning.conftest import setting
+
+TOKENS = 1024
+
+
+def lora(dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def planned(folder: Path, training: Training, **changes: Any) -> Step:
+    of_one: dict[str, Any] = {"world_size": 1, "shard": None, "placement": None, "device": torch.device("cpu")}
+    one = setting(**{**of_one, "lora": lora(), **changes})
+    step = make_plan(take_inventory(prepare(Checkpoint.open(folder), one)), one, training).of_rank(0).train
+    assert step is not None
+    return step
+
+
+def live(folder: Path, *, checkpointing: bool, fused: bool, adapters: LoraConfig) -> int:
+    """The most bytes of tensors that a forward and a backward make."""
+    model = surgery.qlora(folder, quant=Quant(), lora=adapters, dtype=torch.bfloat16, device=torch.device("cpu"))
+    if checkpointing:
+        surgery.checkpoint_activations(model)
+    if fused:
+        fuse(model)
+    ids = torch.randint(3, 60, (1, TOKENS))
+    model.train()
+    with LiveBytes([*model.parameters(), *model.buffers()]) as found:
+        output = model(input_ids=ids, labels=ids, use_cache=False)  # with its logits
+        torch.autograd.backward(output.loss)
+    surgery.release(model)
+    return found.peak
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "checkpointing", "fused", "dropout"),
+    [
+        (64, False, False, 0.0),
+        (64, True, False, 0.0),
+        (64, True, True, 0.0),
+        (64, False, False, 0.1),
+        (2048, True, True, 0.0),
+    ],
+)
+def test_a_plan_is_within_a_twentieth_of_the_tensors_of_a_step(
+    tmp_path: Path, vocabulary: int, checkpointing: bool, fused: bool, dropout: float
+) -> None:
+    """The sizes are those of 8B, divided by 32."""
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 4, "num_key_value_heads": 1}
+    sizes |= {"num_hidden_layers": 4, "vocab_size": vocabulary, "max_position_embeddings": TOKENS}
+    folder = save_tiny(tmp_path, **sizes)
+    training = Training(seq=TOKENS, checkpointing=checkpointing, kernels=("fused",) if fused else ())
+    step = planned(folder, training, lora=lora(dropout))
+    found = live(folder, checkpointing=checkpointing, fused=fused, adapters=lora(dropout))
+    assert step.moment == ("backward" if vocabulary < 100 else "loss")
+    assert step.activations + step.logits + step.dequantized == pytest.approx(found, rel=0.05)
+
+
+def of_70b(inventory: Inventory, **choices: Any) -> Step:
+    found = make_plan(inventory, setting(), Training(**{"checkpointing": True, "seq": 4096, **choices})).of_rank(0)
+    assert found.train is not None
+    return found.train
+
+
+def test_offloaded_inputs_are_the_hosts_but_for_two(inventory: Inventory) -> None:
+    kept, offloaded = of_70b(inventory), of_70b(inventory, offload=True)
+    one = 4096 * 8192 * 2
+    assert kept.device_peak - offloaded.device_peak == 78 * one
+    assert offloaded.host_peak - kept.host_peak == offloaded.offloaded == 79 * one  # a power of two
+    assert of_70b(inventory, offload=True, seq=4097).offloaded == 79 * 2 * one
+    plan = make_plan(inventory, setting(), Training(checkpointing=True, seq=4096, offload=True))
+    assert predictions(plan, 0)["train"] == (kept.host_peak, offloaded.device_peak)  # pinned: not anonymous
+    on_cpu = make_plan(inventory, setting(device=torch.device("cpu")), plan.training).of_rank(0).train
+    assert on_cpu is not None
+    assert on_cpu.offloaded == 0
+
+
+def test_liger_keeps_less_and_makes_logits_in_chunks(inventory: Inventory) -> None:
+    plain, liger = of_70b(inventory, seq=16384), of_70b(inventory, seq=16384, kernels=("liger",))
+    # In 16 bits: the result of an activation function, norms (32 bits before), and one of the gradients in backward.
+    less = 16384 * (2 * 28672 + 2 * 8192 * 2 + 2 * 28672)
+    assert plain.activations - liger.activations == less
+    # As the source of Liger says of 16,384 tokens, 32,000 words and a hidden size of 4,096.
+    small = replace(inventory, hidden=4096, units=tuple(each for each in inventory.units if each.kind != "block"))
+    found = of_70b(small, seq=16384, kernels=("fused", "liger"))
+    assert (found.moment, found.logits) == ("loss", 2048 * 32000 * 2)
+    assert found.dequantized == of_70b(inventory).dequantized  # at the loss too: the workspace stays
+
+
+def test_choices_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="found 'ligre'"):
+        Training(kernels=("ligre",))
+    with pytest.raises(ConfigError, match="checkpointing"):
+        Training(offload=True)

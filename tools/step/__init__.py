@@ -1,0 +1,1 @@
+"""Parts of `bench_step.py`: ways to take a training step, each in processes of its own, which take turns."""
