@@ -106,19 +106,10 @@ class Link:
                 return True
         return False
 
-    def has(self, subject: object) -> bool:
-        """Whether a scope names the object."""
-        return id(subject) in self._covered
-
     def _covers_as_traced(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         subject_of = self.patch.subject
         subject = instance if subject_of is None else subject_of(instance, args, kwargs)
-        if _is_covered(self, subject):
-            return True
-        for chooses in self._predicates:  # noqa: SIM110 - as in `covers`
-            if chooses(subject):
-                return True
-        return False
+        return _is_covered(self, subject) or any(chooses(subject) for chooses in self._predicates)
 
     #: Dynamo traces this function instead of one that has it.
     covers._torchdynamo_inline = _covers_as_traced  # type: ignore[attr-defined]
@@ -159,47 +150,34 @@ class Link:
 
 
 def _is_covered(link: Any, subject: object) -> bool:
-    """`link.has(subject)`, where torch.compile traces.
+    """Whether a scope names the object, where torch.compile traces.
 
-    Dynamo guards the identity of an object whose `id` is taken, so that each of many equal blocks of a model would be
-    compiled by itself. To guard whether it is covered, which alone matters, takes `comptime`, which torch has for such
-    things, and internals of Dynamo behind it; an object of which these know nothing is guarded by its identity.
+    Dynamo guards the identity of an object whose `id` is taken, and would compile each of many equal blocks by itself.
+    What `comptime` leads to adds a guard of whether it is covered; what that does not know has its identity guarded.
     """
     from torch._dynamo.comptime import comptime
 
     found: bool | None = None
     comptime(_find)
-    return link.has(subject) if found is None else found
+    return id(subject) in link._covered if found is None else found
 
 
 def _find(context: Any) -> None:
-    """Set `found` in the traced frame of `_is_covered`, and guard it."""
     from torch._dynamo.guards import install_guard
     from torch._dynamo.variables import ConstantVariable, UserDefinedObjectVariable
 
     frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     link, subject = (frame.symbolic_locals[name].realize() for name in ("link", "subject"))
-    if not isinstance(subject, UserDefinedObjectVariable) or subject.source is None:
-        return
-    found = link.value.has(subject.value)
-    install_guard(subject.source.make_guard(functools.partial(_guard, link.value, found)))
-    frame.symbolic_locals["found"] = ConstantVariable.create(found)
+    if isinstance(subject, UserDefinedObjectVariable) and subject.source is not None:
+        found = id(subject.value) in link.value._covered
+        install_guard(subject.source.make_guard(functools.partial(_guard, link.value, found)))
+        frame.symbolic_locals["found"] = ConstantVariable.create(found)
 
 
-def _guard(link: Any, found: bool, builder: Any, guard: Any) -> None:  # noqa: FBT001 - torch calls it
-    manager = builder.get_guard_manager(guard)
-    text = [f"{guard.name} is {'' if found else 'not '}covered by {link.patch.id}"]
-    if any(leaf.verbose_code_parts() == text for leaf in manager.get_leaf_guards()):
-        return  # met more than once
-    check = functools.partial(_is_as_found, link, found)
-    try:
-        manager.add_lambda_guard(check, text, guard.user_stack)
-    except TypeError:  # torch before 2.11
-        manager.add_lambda_guard(check, text)
-
-
-def _is_as_found(link: Any, found: bool, subject: object) -> bool:  # noqa: FBT001 - torch calls it
-    return link.has(subject) is found
+def _guard(link: Link, found: bool, builder: Any, guard: Any) -> None:  # noqa: FBT001 - torch calls it
+    manager, text = builder.get_guard_manager(guard), [f"whether {link.patch.id} covers {guard.name}: {found}"]
+    if not any(leaf.verbose_code_parts() == text for leaf in manager.get_leaf_guards()):
+        manager.add_lambda_guard(lambda subject: (id(subject) in link._covered) is found, text, guard.user_stack)
 
 
 class _Nobody:
