@@ -111,7 +111,7 @@ def test_generation_with_a_cache_is_not_compiled_and_evaluation_is(folder: Calla
     assert graphs.frame_count == 0
     with torch.no_grad():
         assert_close(model(IDS).logits, expected)
-    # Two where PEFT's list of active adapters is one object for all layers of the first block, and one a layer elsewhere.
+    # Two where the layers of the first block share the list of active adapters, and those of others do not.
     assert graphs.frame_count in (1, 2)
 
 
