@@ -14,6 +14,7 @@ from surgery.finetune.parser import Request
 from surgery.planning.arguments import parse_mesh
 from surgery.planning.plan import MemoryPlan, plan
 from surgery.planning.training import Training
+from surgery.step.kernels import chosen_kernels
 
 __all__ = ["foresee"]
 
@@ -41,6 +42,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         optimizer="sgd" if values["optim"] == "sgd" else "adamw",
         checkpointing=checkpointing,
         offload=request.options.activation_offloading,
+        kernels=chosen_kernels(request.options.kernels),
     )
     return plan(
         checkpoint,

@@ -22,6 +22,7 @@ from surgery.planning.arguments import (
     parse_mesh,
     parse_shard,
 )
+from surgery.step.kernels import KERNELS_HELP
 from surgery.telemetry.numbers import parse_size
 
 __all__ = ["EPILOG", "plan"]
@@ -96,9 +97,7 @@ def plan(
     optim: Annotated[str, _of_training(help="sgd keeps nothing; every other is counted as AdamW.")] = "adamw",
     gradient_checkpointing: Annotated[bool, _of_training(help="Recompute activations in backward.")] = True,
     activation_offloading: Annotated[bool, _of_training(help=OFFLOADING_HELP)] = False,
-    kernels: Annotated[
-        str | None, _of_training(help="Kernels to train with: fused, liger, or both.", metavar="NAMES")
-    ] = None,
+    kernels: Annotated[str | None, _of_training(help=KERNELS_HELP, metavar="NAMES", show_default=False)] = None,
     adapter: Annotated[
         str | None,
         _of_adapter(help="Go on from this adapter, a folder or a hub id.", metavar="DIR", show_default=False),

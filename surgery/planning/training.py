@@ -9,6 +9,7 @@ from surgery.errors import ConfigError
 from surgery.passes.setting import Setting, at_least_one
 from surgery.planning.inventory import Inventory, UnitTensors, adapters_held, fixed_bytes, state_bytes, weights_held
 from surgery.planning.ranks import Step
+from surgery.step.kernels import KERNELS
 
 __all__ = ["Training", "plan_step"]
 
@@ -28,9 +29,6 @@ LIGER_COPIES = 3
 
 #: Inputs of offloaded blocks that are on the device at once: of the block in backward, and of the one that comes next.
 ON_DEVICE = 2
-
-#: Names of kernels that change what is kept.
-KERNELS = ("fused", "liger")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class Workspace:
 
     def _buffer(self, shape: torch.Size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for a weight of this shape, `(out, in)`, with any values."""
-        key, elements = (device, dtype, torch.cuda.current_stream(device).cuda_stream), shape.numel()
+        key, elements = (device, dtype, torch._C._cuda_getCurrentRawStream(device.index)), shape.numel()
         held = self._buffers.get(key)
         if held is None or held.numel() < elements:
             held = self._buffers[key] = torch.empty(elements, dtype=dtype, device=device)

@@ -187,6 +187,15 @@ class TestLiger:
         norm(torch.ones(1, 64))
         assert calls == {"norm": 1}
 
+    def test_torch_compile_traces_a_layer(self, calls: dict[str, int]) -> None:
+        model = AutoModelForCausalLM.from_config(tiny_config())
+        norm, x = model.model.norm, torch.randn(2, 64)
+        wanted = norm(x)
+        use_kernels(model, ("liger",))
+        assert torch.allclose(torch.compile(norm, backend="eager", fullgraph=True)(x), wanted, atol=1e-6)
+        assert calls == {"norm": 1}
+        surgery.release(model)
+
     def test_patches_end_with_the_model(self, build: Build, calls: dict[str, int]) -> None:
         with build(kernels="liger"):
             assert ids_of_liger() != []
