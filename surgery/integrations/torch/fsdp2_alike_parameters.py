@@ -28,7 +28,7 @@ NUMBER: Final = "_orig_param_uid"
 
 @dataclass(kw_only=True, eq=False)
 class Kind:
-    """What `FSDPParam`s of parameters that are alike have in common. is_proven: as the second one shows."""
+    """The part of `FSDPParam`s that is the same for parameters that are alike. is_proven: by the second one."""
 
     names: frozenset[str]
     shared: dict[str, Any]
@@ -119,7 +119,7 @@ def follow_the_first(
 
 
 def _key(given: tuple[Any, ...]) -> object | None:
-    """What all depends on; None for a parameter that is left to upstream."""
+    """All that an `FSDPParam` is worked out from; None for a parameter that is left to upstream."""
     param, _, mesh, after, device, placement, precision, offload = given
 
     if type(param) is not nn.Parameter or not param.is_meta or placement is not None:
