@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
-from surgery import attest, attesting, compile_blocks
+from surgery import attest, attesting, capture, compile_blocks
 from surgery.attestation.differences import Attestation
 from surgery.errors import SurgeryError
+from surgery.step.graphs import tally
 from surgery.telemetry.report import Report
 
-__all__ = ["Attested", "Attesting", "Check", "Compiling", "Phases", "Progress", "TrainingError"]
+__all__ = ["Attested", "Attesting", "Capturing", "Check", "Compiling", "Phases", "Progress", "TrainingError"]
 
 #: Layers whose weights are compared in each watched forward, others each time; all are compared at rest.
 SAMPLE = 8
@@ -101,6 +102,25 @@ class Phases(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """All steps are taken."""
         self.end()
+
+
+class Capturing(TrainerCallback):
+    """Captures the steps of `trainer` as CUDA graphs, and says on `console`, rank 0's, what became of them."""
+
+    def __init__(self, trainer: Any, console: Console | None) -> None:
+        self._trainer = trainer
+        self._console = console
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The model is prepared by now, and wrapped as it will be called."""
+        if not tally(self._trainer.model_wrapped):  # a smaller batch may be tried after one that was too large
+            capture(self._trainer.model_wrapped)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """All steps are taken."""
+        found = tally(self._trainer.model_wrapped)
+        if found and self._console is not None:
+            say(self._console, f"CUDA graphs: {found}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,7 +45,7 @@ from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.finetune.callbacks import Attesting, Compiling, Phases, Progress, say
+from surgery.finetune.callbacks import Attesting, Capturing, Compiling, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
 from surgery.finetune.options import FLASH
@@ -169,7 +169,23 @@ def _decided(request: Request) -> dict[str, Any]:
         attention = values["attn_implementation"] or ""
         found["packing"] = attention.startswith(FLASH) if values["packing"] is None else values["packing"]
         found["assistant_only_loss"] = bool(values["assistant_only_loss"])
-    return found | _sharding(request)
+    return found | _sharding(request) | (_for_graphs(request) if request.options.cuda_graphs else {})
+
+
+def _for_graphs(request: Request) -> dict[str, Any]:
+    """TRL's options with which few shapes of batches come, and every micro-batch reduces its gradients."""
+    if _on_cpu(request):
+        raise ConfigError("--cuda-graphs needs a GPU: leave it out on a CPU")
+    asked = request.values["pad_to_multiple_of"]
+    found: dict[str, Any] = {"pad_to_multiple_of": 64 if asked in (None, "auto") else asked}
+    if not _is_sharded(request):
+        return found
+    if request.options.fsdp == "1":
+        raise ConfigError("expected --fsdp 2 or none with --cuda-graphs, found --fsdp 1")
+    given = _object(request, "accelerator_config")
+    # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
+    accumulation = {"sync_each_batch": True, **(given.get("gradient_accumulation_kwargs") or {})}
+    return found | {"accelerator_config": {**given, "gradient_accumulation_kwargs": accumulation}}
 
 
 def _check_compiled(request: Request) -> None:
@@ -241,18 +257,24 @@ def _drops_out(request: Request) -> bool:
 
 def _fsdp_config(request: Request) -> dict[str, Any]:
     """The `fsdp_config` that was asked for, as JSON or a file of it, over what low-memory loading wants."""
-    given = request.values["fsdp_config"] or {}
-    try:
-        if isinstance(given, str):
-            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--fsdp-config: expected a JSON object, or a file of one: {error}") from error
+    given = _object(request, "fsdp_config")
     wanted = {
         "version": int(request.options.fsdp),
         "cpu_ram_efficient_loading": "true",
         "state_dict_type": "FULL_STATE_DICT",
     }
     return {**wanted, **{name.removeprefix("fsdp_"): value for name, value in given.items()}}
+
+
+def _object(request: Request, name: str) -> dict[str, Any]:
+    """The option `name`, given as JSON or as a file of it."""
+    given: Any = request.values[name] or {}
+    try:
+        if isinstance(given, str):
+            given = json.loads(given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--{name.replace('_', '-')}: expected a JSON object, or a file of one: {error}") from error
+    return dict(given)
 
 
 def _resume_from(request: Request) -> str | None:
@@ -498,6 +520,8 @@ class _Job:
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
         trainer.remove_callback(PrinterCallback)
+        if self.request.options.cuda_graphs:
+            trainer.add_callback(Capturing(trainer, self.console))
         self._complete(trainer)
         return trainer
 

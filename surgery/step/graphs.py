@@ -12,8 +12,10 @@ the backward graph.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,28 +25,39 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+import model_surgery_patches as patches
 from surgery.errors import ConfigError
-from surgery.passes.lifetime import at_release
+from surgery.passes.lifetime import at_release, keep
 from surgery.sharding.base import strategy_of
 from surgery.sharding.steps import Steps
-from surgery.step.recording import Recorder, Tape
+from surgery.step.positions import trust_own_positions
+from surgery.step.recording import Recorder, Tape, recordable
 
-__all__ = ["capture"]
+__all__ = ["capture", "tally"]
 
 logger = logging.getLogger("surgery")
 
 #: Values, beside tensors, that an argument may have; each value is a kind of call of its own.
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
+#: What helps against too many shapes.
+ADVICE = ": pad batches to a multiple (pad_to_multiple_of of the collator), or pack samples"
+
 
 def capture(model: nn.Module, *, warmup: int = 3, limit: int = 8) -> nn.Module:
     """Have `model` replay its training steps as CUDA graphs, until `surgery.release(model)`; returns `model`.
 
-    Call it last: on a model that is complete, adapted and sharded (no sharding, DDP or FSDP2). What cannot be replayed
-    runs as it would without: evaluation, the first `warmup` calls of a kind, more than `limit` kinds, a forward whose
-    predecessor's backward is still to come, FSDP2 without its reduction of gradients (`no_sync`). So does, with a line
-    in the log that says why, a model that waits for the GPU within a step (`.item()`, copies to the CPU), and one
-    that draws random numbers within a checkpointed block.
+    Call it last: on a model that is complete, adapted and sharded (no sharding, DDP or FSDP2), the outermost one, which
+    the loop calls. What cannot be replayed runs as it would without: evaluation, a forward whose predecessor's backward
+    is still to come, FSDP2 without its reduction of gradients (`no_sync`). So does, with a line in the log that says
+    why, a model that waits for the GPU within a step (`.item()`, copies to the CPU), and one on a CPU.
+
+    warmup: calls of each kind that run as ever before one is recorded; in them libraries choose and compile kernels.
+        A kind is what a recording is good for: arguments of the same shapes, and of the same values where they are not
+        tensors, under the same autocast and active adapters.
+    limit: kinds that are recorded at most. Each keeps its arguments, outputs and gradients, and all share the memory of
+        one step, that of the largest. Batches of ever new lengths come to the limit soon, which the log says once: pad
+        them to a multiple of 64 or more tokens (`pad_to_multiple_of` of most collators), or pack samples.
 
     A replay does what was recorded, not what Python would do today: release and capture again after changing how the
     model computes. Weights may change in place, and other adapters may be made active. Key-value caches are not
@@ -66,9 +79,20 @@ def capture(model: nn.Module, *, warmup: int = 3, limit: int = 8) -> nn.Module:
     if refused is not None:
         logger.warning("surgery: steps run without CUDA graphs: %s", refused)
         return model
+    trust_own_positions(module)
+    if "trl" in sys.modules:
+        with patches.transaction("trl.every-position", reason="steps are recorded as CUDA graphs") as transaction:
+            keep(module, transaction.receipts)
+            transaction.commit()
     _install(module, Calls(module, warmup=warmup, limit=limit))
     at_release(module, _undo(module))
     return model
+
+
+def tally(model: nn.Module) -> str:
+    """Tell what became of the training calls of a captured model; empty for one that is not captured."""
+    calls = strategy_of(model).steps(model).module._compiled_call_impl
+    return calls.tally() if isinstance(calls, Calls) else ""
 
 
 def _refused(model: nn.Module) -> str | None:
@@ -130,6 +154,7 @@ class Calls:
         self._steps: Steps | None = None
         self._switches: list[Any] = []
         self._is_full = False
+        self._ran = self._replayed = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the model, replayed where they can be."""
@@ -147,6 +172,15 @@ class Calls:
             return self._run(kind, model, args, kwargs)
         return self._replay(kind.tape, leaves)
 
+    def tally(self) -> str:
+        """Count the shapes that were recorded, and the calls that were replayed."""
+        recorded = sum(kind.tape is not None for kind in self._kinds.values())
+        refused = sum(kind.refused for kind in self._kinds.values())
+        return (
+            f"{recorded} shapes recorded, {refused} that cannot be; {self._replayed} calls replayed, {self._ran} run "
+            "as without"
+        )
+
     def _kind_of(self, leaves: Sequence[Any], structure: TreeSpec) -> Kind | None:
         try:
             key = (str(structure), self._setting(), tuple(map(_described, leaves)))
@@ -154,7 +188,7 @@ class Calls:
             return None
         if key not in self._kinds and len(self._kinds) >= self._limit:
             if not self._is_full:
-                logger.warning("surgery: calls of more than %d shapes run without CUDA graphs", self._limit)
+                logger.warning("surgery: calls of more than %d shapes run without CUDA graphs%s", self._limit, ADVICE)
             self._is_full = True
             return None
         return self._kinds.setdefault(key, Kind())
@@ -175,13 +209,16 @@ class Calls:
         if self._flights or not self._steps.is_regular():
             return False
         if kind.tape is not None and not kind.tape.holds():
-            self._kinds.clear()  # weights were moved: the recordings read where they were
+            # Weights were moved, or a failed capture has cost random numbers their state: recordings read the old one.
+            self._kinds = {key: each for key, each in self._kinds.items() if each.refused}
             return False
         return True
 
     def _run(self, kind: Kind | None, model: Any, args: Any, kwargs: Any) -> Any:
         """Call the model as ever, and see whether, and where, its backward begins."""
-        outputs = model._call_impl(*args, **kwargs)
+        self._ran += 1
+        with nullcontext() if kind is None or kind.refused else recordable():
+            outputs = model._call_impl(*args, **kwargs)
         leaves, structure = tree_flatten(outputs)
         numbers = [n for n, each in enumerate(leaves) if isinstance(each, torch.Tensor) and each.requires_grad]
         flight = self._depart()
@@ -209,9 +246,13 @@ class Calls:
             first = error.__context__ or error
             logger.warning("surgery: calls of this shape run without CUDA graphs: %s", _line(first))
             logger.debug("surgery: it was recorded this far", exc_info=error)
+        else:
+            number = sum(each.tape is not None for each in self._kinds.values())
+            logger.info("surgery: recorded as CUDA graphs: calls of %d shapes, of %d at most", number, self._limit)
 
     def _replay(self, tape: Tape, leaves: Sequence[Any]) -> Any:
         assert self._steps is not None
+        self._replayed += 1
         self._steps.settle()
         tape.take(leaves)
         outputs = Replay.apply(tape, self._depart(), *tape.inputs)  # type: ignore[no-untyped-call]  # of torch

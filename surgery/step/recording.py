@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -14,13 +15,34 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from surgery.sharding.steps import Steps
 
-__all__ = ["CannotRecordError", "Recorder", "Tape", "hand_over"]
+__all__ = ["CannotRecordError", "Recorder", "Tape", "hand_over", "is_recordable", "recordable"]
 
 #: Values, beside tensors, that an output may have: each replay returns the same.
 PLAIN = (type(None), bool, int, float, str)
 
 #: Graphs whose capture has failed: the allocator may still ask them which streams were theirs.
 _failed: list[Any] = []
+
+#: The states of random numbers that were given up, for devices by number: how many.
+_given_up: Counter[int] = Counter()
+
+#: Calls that are under way, and are, or will be, recorded.
+_recordable: list[None] = []
+
+
+@contextmanager
+def recordable() -> Iterator[None]:
+    """A block around a call that is recorded, or one before it that has to run the same kernels."""
+    _recordable.append(None)
+    try:
+        yield
+    finally:
+        _recordable.pop()
+
+
+def is_recordable() -> bool:
+    """Whether the call that is under way is, or will be, recorded: it may not wait for the GPU."""
+    return bool(_recordable)
 
 
 class CannotRecordError(Exception):
@@ -55,13 +77,15 @@ class Tape:
         self.inputs = [anchor] if steps.sets_gradients else self.trained
         self._read = [*model.parameters(), *model.buffers()]
         self._places = _places(self._read)
+        self._device = self.trained[0].device.index
+        self._given_up = _given_up[self._device]
         self._result: list[Any] = []
         self._result_structure: TreeSpec | None = None
         self._own: list[torch.Tensor | None] = []
 
     def holds(self) -> bool:
-        """Whether the model's weights are where they were."""
-        return _places(self._read) == self._places
+        """Whether the model's weights are where they were, and random numbers go on from the state that is read."""
+        return self._given_up == _given_up[self._device] and _places(self._read) == self._places
 
     def take(self, leaves: Sequence[Any]) -> None:
         """Copy the tensors among the leaves of a call's arguments to where the forward graph reads them."""
@@ -185,11 +209,12 @@ class Recorder:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         steps.renew()
         try:
-            with torch.cuda.device(device), _undisturbed():
+            with torch.cuda.device(device), _undisturbed(), recordable():
                 self._record(tape, model, steps, started)
         except BaseException:
             self._pool = None
             steps.reset()
+            _renew_generator(device)
             raise
         finally:
             steps.renew()
@@ -251,6 +276,24 @@ def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         for give_back in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):
                 give_back(device, pool)
+
+
+def _renew_generator(device: torch.device) -> None:
+    """Have random numbers be drawn again after a capture has failed.
+
+    Until torch 2.12 the state of the generator goes on as if graphs were captured, and raises. One with the same seed
+    and offset takes its place; graphs that were recorded before go on reading the other, so they do not hold any more.
+    """
+    index: int = device.index
+    generator = torch.cuda.default_generators[index]
+    offset = generator.get_offset()
+    try:
+        torch.rand((), device=device)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+        _given_up[index] += 1
+    else:
+        generator.set_offset(offset)
 
 
 def _check(tape: Tape) -> None:

@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-import surgery
-from surgery.sharding.base import strategy_of
+from surgery.sharding.fsdp2_steps import Fsdp2Steps
 
-IDS = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
 
 class HaltError(Exception):
     """Raised in the middle of a step."""
 
 
+class Block(nn.Module):
+    """A frozen layer, and one that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.trained = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add what both make of `x`."""
+        return x + torch.tanh(self.frozen(x) + self.trained(x))
+
+
 def halt(*_args: object) -> None:
-    """A hook."""
+    """Fail, as a hook."""
     raise HaltError
 
 
 def gradients(model: Any) -> list[torch.Tensor]:
-    """This rank's, of one step."""
+    """Gradients of one step, those of this rank."""
     model.zero_grad()
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    model(X).square().sum().backward()
     found = [p.grad.to_local().clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return found
 
 
-def steps_after_failures(checkpoint: Path) -> dict[str, Any]:
+def steps_after_failures() -> dict[str, Any]:
     """What differs after a forward, and after a backward, that have failed midway; and what is regular when."""
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    model: Any = surgery.qlora(checkpoint, lora=lora, shard=surgery.FSDP2(), report=surgery.Report()).train()
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Block(), Block(), nn.Linear(8, 4))
+    for block in model[:2]:
+        fully_shard(block)
+    fully_shard(model)
     expected = gradients(model)
-    steps = strategy_of(model).steps(model)
-    blocks = [each for each in model.modules() if type(each).__name__.endswith("DecoderLayer")]
+    steps = Fsdp2Steps(model)
     found: dict[str, Any] = {"regular": steps.is_regular(), "gradients": len(expected)}
     for name, register in (
-        ("forward", blocks[-1].register_forward_hook),
-        ("backward", blocks[0].register_full_backward_hook),
+        ("forward", model[1].register_forward_hook),
+        ("backward", model[0].register_full_backward_hook),
     ):
         handle = register(halt)
         found[f"halted in {name}"] = _halts(model)
@@ -52,25 +65,27 @@ def steps_after_failures(checkpoint: Path) -> dict[str, Any]:
         steps.renew()
         found[f"equal after {name}"] = all(map(torch.equal, gradients(model), expected))
     with torch.no_grad():
-        model(input_ids=IDS)
+        model(X)
     found["gathered by evaluation"] = _gathered(model)
     steps.settle()
     found["settled"] = not _gathered(model)
     model.set_requires_gradient_sync(False)
     found["regular without reduction"] = steps.is_regular()
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    model(X).sum().backward()
     model.set_requires_gradient_sync(True)
     found["regular with gradients that wait"] = steps.is_regular()
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    model(X).sum().backward()
     found["regular again"] = steps.is_regular()
     return found
 
 
 def _halts(model: nn.Module) -> bool:
     try:
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        model(X.requires_grad_()).sum().backward()
     except HaltError:
         return True
+    finally:
+        X.requires_grad_(requires_grad=False)
     return False
 
 

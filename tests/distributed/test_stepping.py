@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tests.distributed.stepping import steps_after_failures
-from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 
 
-def test_a_step_that_failed_midway_leaves_nothing_and_what_waits_is_known(tmp_path: Path) -> None:
-    for found in run_ranks(steps_after_failures, 2, save_tiny(tmp_path)):
+def test_a_step_that_failed_midway_leaves_nothing_and_what_waits_is_known() -> None:
+    for found in run_ranks(steps_after_failures, 2):
         assert found.pop("gradients") > 0
         assert found == {
             "regular": True,

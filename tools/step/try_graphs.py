@@ -3,11 +3,14 @@
     python tools/step/try_graphs.py
     torchrun --nproc-per-node 2 tools/step/try_graphs.py
     python tools/step/try_graphs.py CHECKPOINT --steps 12
+    python tools/step/try_graphs.py --fused
 
 Without a checkpoint it makes a Llama of 8 blocks with the sizes of an 8B model. Each part is caught by itself, with a
 traceback; other parts go on. Results are exact comparisons: eager steps and captured ones from the same seed, with
-deterministic kernels. Seconds are measured with the usual kernels. On a CPU, where nothing is captured, a tiny model
-runs eagerly through every part.
+deterministic kernels, without cuDNN's attention, whose backward is not. Seconds are measured with the usual kernels;
+`attention` are the kernels of attention in one such step, each way: their names and how often they ran; `waits`, how
+often the host waited for the GPU, the end of the step included. On a CPU, where nothing is captured, a tiny model runs
+eagerly through every part.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,9 +43,16 @@ import surgery
 from checkpoints.folder import build, is_complete
 from checkpoints.llama import SHAPES
 from checkpoints.synthetic import SyntheticCheckpoint
+from surgery.step.fuse import fuse
 
 WARMUP = 3
 GIB = 1 << 30
+
+#: Names of kernels of attention.
+ATTENTION = re.compile("sdpa|flash|fmha|cudnn|efficient|mha", re.IGNORECASE)
+
+#: Calls in which the host waits for the GPU, in a step that the profiler itself ends with one.
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +105,7 @@ def main() -> None:
     session.attempt("checkpoint", lambda: make(session))
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     runs: dict[str, Any] = {}
     for name in ("eager", "eager again", "captured"):
         session.attempt(f"losses, {name}", partial(losses, session, name, runs))
@@ -101,6 +114,7 @@ def main() -> None:
     session.attempt("dropout", lambda: dropout(session))
     session.attempt("checkpointing", lambda: checkpointing(session))
     torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(enabled=True)
     session.attempt("seconds", lambda: seconds(session))
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -140,6 +154,7 @@ def begin() -> Session:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--fused", action="store_true", help="with fused 4-bit LoRA layers")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "try-graphs")
     options = parser.parse_args()
     on_cuda = torch.cuda.is_available()
@@ -192,6 +207,8 @@ def built(session: Session, **lora: Any) -> tuple[Any, torch.optim.Optimizer]:
         device=session.device,
     )
     model.train()
+    if session.options.fused:
+        fuse(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -551,7 +568,15 @@ def launches(session: Session, step: Callable[[], None]) -> dict[str, Any]:
     launched = sum("Launch" in event.name and event.name.startswith("cu") for event in events)
     kernels = [event for event in events if event.device_type == torch._C._autograd.DeviceType.CUDA]
     spent = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    return {"launches": launched, "kernels": len(kernels), "kernel seconds": round(spent, 5)}
+    attention = Counter(event.name[:120] for event in kernels if ATTENTION.search(event.name))
+    waits = sum(event.name in WAITS for event in events)
+    return {
+        "launches": launched,
+        "kernels": len(kernels),
+        "kernel seconds": round(spent, 5),
+        "waits": waits,
+        "attention": dict(attention),
+    }
 
 
 def synchronize(session: Session) -> None:

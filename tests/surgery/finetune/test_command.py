@@ -106,6 +106,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "stream": (["--streaming"], "max_steps"),
     "kernels": (["--kernels", "fused,ligr"], "expected names among fused, liger, found 'ligr'"),
     "attention": (["--attn-implementation", "slow"], "cannot be loaded with --attn-implementation slow"),
+    "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
 }
 
 

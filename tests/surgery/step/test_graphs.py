@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -16,9 +17,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 import surgery
 from surgery.sharding.steps import Steps
-from surgery.step import graphs
+from surgery.step import graphs, recording
 from surgery.step.graphs import Calls, capture
-from surgery.step.recording import CannotRecordError, Tape, _aliases, hand_over
+from surgery.step.recording import CannotRecordError, Tape, _aliases, hand_over, is_recordable
 
 
 class Net(nn.Module):
@@ -185,9 +186,10 @@ def test_each_kind_has_a_recording_up_to_a_limit(net: Any, recorder: Running, ca
         out["loss"].backward()
     assert not replayed(net(x(7, rows=6)))
     assert recorder.recorded == 2
-    assert [record.message for record in caplog.records] == [
-        "surgery: calls of more than 2 shapes run without CUDA graphs"
-    ]
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("surgery: calls of more than 2 shapes run without CUDA graphs: pad batches to a multiple")
+    assert graphs.tally(net) == "2 shapes recorded, 0 that cannot be; 2 calls replayed, 7 run as without"
+    assert graphs.tally(net.plain) == ""
 
 
 def test_a_mask_of_ones_is_none(net: Any) -> None:
@@ -261,6 +263,32 @@ def test_moved_weights_are_recorded_again(net: Any, recorder: Running) -> None:
     warm(net)
     assert torch.equal(net(x(8))["loss"], net.plain(x(8))["loss"])
     assert recorder.recorded == 2
+
+
+def test_random_numbers_that_lost_their_state_are_recorded_again(
+    net: Any, recorder: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm(net)
+    net(x(7))["loss"].backward()
+    monkeypatch.setattr(recording, "_given_up", Counter({None: 1}))  # a capture has failed on this device
+    out = net(x(8))
+    assert not replayed(out)
+    out["loss"].backward()
+    warm(net)
+    assert replayed(net(x(7)))
+    assert recorder.recorded == 2
+
+
+def test_calls_before_a_recording_know_that_it_comes(net: Any) -> None:
+    known: list[bool] = []
+    net.register_forward_pre_hook(lambda *_: known.append(is_recordable()))
+    warm(net)
+    warm(net, scale=2.0)
+    net(x(7), remark=object())["loss"].backward()  # never recorded
+    net(x(7, rows=6))["loss"].backward()  # too many
+    net.eval()(x(7))
+    assert known == [True] * 4 + [False] * 3
+    assert not is_recordable()
 
 
 def test_what_cannot_be_recorded_runs_as_ever_and_says_why_once(net: Any, caplog: pytest.LogCaptureFixture) -> None:
