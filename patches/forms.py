@@ -20,7 +20,6 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Any, Final, TypeAlias, cast
 
 from .errors import WrapperError
-from .guards import is_covered
 from .ledger import Calls, Receipt
 from .patch import Patch, Wrapper
 from .target import MISSING, STORED, Kind, Place
@@ -107,19 +106,10 @@ class Link:
                 return True
         return False
 
-    def has(self, subject: object) -> bool:
-        """Whether a scope names the object."""
-        return id(subject) in self._covered
-
     def _covers_as_traced(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         subject_of = self.patch.subject
         subject = instance if subject_of is None else subject_of(instance, args, kwargs)
-        if is_covered(self, subject):
-            return True
-        for chooses in self._predicates:  # noqa: SIM110 - as in `covers`
-            if chooses(subject):
-                return True
-        return False
+        return _is_covered(self, subject) or any(chooses(subject) for chooses in self._predicates)
 
     #: Dynamo traces this function instead of one that has it.
     covers._torchdynamo_inline = _covers_as_traced  # type: ignore[attr-defined]
@@ -157,6 +147,37 @@ class Link:
         self._predicates = tuple(predicates)
         self.everyone = any(receipt.scope is None and not receipt.disabled for receipt in receipts)
         self._receipts = receipts
+
+
+def _is_covered(link: Any, subject: object) -> bool:
+    """Whether a scope names the object, where torch.compile traces.
+
+    Dynamo guards the identity of an object whose `id` is taken, and would compile each of many equal blocks by itself.
+    What `comptime` leads to adds a guard of whether it is covered; what that does not know has its identity guarded.
+    """
+    from torch._dynamo.comptime import comptime
+
+    found: bool | None = None
+    comptime(_find)
+    return id(subject) in link._covered if found is None else found
+
+
+def _find(context: Any) -> None:
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.variables import ConstantVariable, UserDefinedObjectVariable
+
+    frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    link, subject = (frame.symbolic_locals[name].realize() for name in ("link", "subject"))
+    if isinstance(subject, UserDefinedObjectVariable) and subject.source is not None:
+        found = id(subject.value) in link.value._covered
+        install_guard(subject.source.make_guard(functools.partial(_guard, link.value, found)))
+        frame.symbolic_locals["found"] = ConstantVariable.create(found)
+
+
+def _guard(link: Link, found: bool, builder: Any, guard: Any) -> None:  # noqa: FBT001 - torch calls it
+    manager, text = builder.get_guard_manager(guard), [f"whether {link.patch.id} covers {guard.name}: {found}"]
+    if not any(leaf.verbose_code_parts() == text for leaf in manager.get_leaf_guards()):
+        manager.add_lambda_guard(lambda subject: (id(subject) in link._covered) is found, text, guard.user_stack)
 
 
 class _Nobody:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.recipe import qlora
     from surgery.state.state import TrainingState, load_state, save_state
     from surgery.step.checkpointing import checkpoint_activations
+    from surgery.step.compiling import compile_blocks
     from surgery.step.graphs import capture
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
@@ -87,6 +88,7 @@ __all__ = [
     "bind",
     "capture",
     "checkpoint_activations",
+    "compile_blocks",
     "dequantize",
     "export",
     "fill",
@@ -124,6 +126,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.plan": ("MemoryPlan", "plan"),
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
+    "surgery.step.compiling": ("compile_blocks",),
     "surgery.step.graphs": ("capture",),
     "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),

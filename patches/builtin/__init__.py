@@ -28,7 +28,6 @@ _IDS: Final = (
     "peft.merge-of-parametrized",
     "torch.fsdp1-raw-reads",
     "torch.fsdp1-sync-on-cpu",
-    "torch.fsdp2-alike-parameters",
     "torch.fsdp2-bit-exact-gather",
     "torch.fsdp2-params4bit",
     "torch.meta-param-replacement",

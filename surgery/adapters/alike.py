@@ -42,7 +42,7 @@ def alike_blocks(blocks: Sequence[Site]) -> dict[Site, Site]:
 
 
 def _kinds(block: nn.Module) -> Iterator[object]:
-    """What adapters of the modules of `block` may depend on."""
+    """All of the modules of `block` that their adapters may depend on."""
     for name, module in block.named_modules():
         yield name, type(module), _settings(module), *map(_shape, module._parameters.items())
 

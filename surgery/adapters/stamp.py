@@ -62,7 +62,7 @@ def _without(model: nn.Module, blocks: Iterable[Site]) -> Iterator[None]:
 
 
 class _Stamp:
-    """What PEFT makes of the block `first`, for the block `site`, which is like that one before it is adapted.
+    """The adapters that PEFT gives the block `first`, for the block `site`, which was like that one before.
 
     modules: those of `first` -> those of `site`. parameters: likewise.
     """
@@ -84,7 +84,7 @@ class _Stamp:
         self._follow(self.first.module)
 
     def named(self, name: str) -> str | None:
-        """What `name`, of something in `first`, is called in `site`; None if it is not in `first`."""
+        """The name in `site` of what is called `name` in `first`; None if it is not in `first`."""
         inside = name.removeprefix(f"{self.first.fqn}.")
         return None if inside == name else join(self.site.fqn, inside)
 
@@ -114,7 +114,7 @@ class _Stamp:
 
 
 def _turns(model: nn.Module, names: Sequence[str], values: DeferredValues) -> list[Turn]:
-    """When PEFT has made each tensor of `values`; one that no parameter holds came with the one before it."""
+    """The turn of each tensor of `values`; one that no parameter holds came with the one before it."""
     numbers = {name: number for number, name in enumerate(names)}
     at: dict[nn.Module, Turn] = {}
     stack: list[tuple[str, nn.Module, Turn]] = [("", model, (False, 0))]

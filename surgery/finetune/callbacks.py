@@ -13,13 +13,13 @@ from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback
 
-from surgery import attest, attesting, capture
+from surgery import attest, attesting, capture, compile_blocks
 from surgery.attestation.differences import Attestation
 from surgery.errors import SurgeryError
 from surgery.step.graphs import tally
 from surgery.telemetry.report import Report
 
-__all__ = ["Attested", "Attesting", "Capturing", "Check", "Phases", "Progress", "TrainingError"]
+__all__ = ["Attested", "Attesting", "Capturing", "Check", "Compiling", "Phases", "Progress", "TrainingError"]
 
 #: Layers whose weights are compared in each watched forward, others each time; all are compared at rest.
 SAMPLE = 8
@@ -31,6 +31,14 @@ class TrainingError(SurgeryError, ArithmeticError):
     def __init__(self, message: str, *, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+class Compiling(TrainerCallback):
+    """Compiles the decoder blocks before the first step, when the model is sharded and its checkpoints are there."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Compile the blocks."""
+        compile_blocks(model)
 
 
 class Progress(TrainerCallback):

@@ -45,7 +45,7 @@ from surgery.comm.heartbeat import beating, wait_for_the_others
 from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.config import Quant
 from surgery.errors import ConfigError
-from surgery.finetune.callbacks import Attesting, Capturing, Phases, Progress, say
+from surgery.finetune.callbacks import Attesting, Capturing, Compiling, Phases, Progress, say
 from surgery.finetune.data import Data, read_data
 from surgery.finetune.foresight import foresee
 from surgery.finetune.options import FLASH
@@ -157,6 +157,8 @@ def _decided(request: Request) -> dict[str, Any]:
         raise ConfigError("--trust-remote-code: code that a checkpoint brings along is not run here; leave it out")
     if request.options.early_stopping_patience is not None and not values["load_best_model_at_end"]:
         raise ConfigError("--early-stopping-patience looks for the best model: add --load-best-model-at-end")
+    if request.options.compile:
+        _check_compiled(request)
     found: dict[str, Any] = {"use_cpu": _on_cpu(request), "disable_tqdm": values["disable_tqdm"] is not False}
     found["resume_from_checkpoint"] = None  # which `train` is told
     # A checkpoint knows what was before training.
@@ -184,6 +186,17 @@ def _for_graphs(request: Request) -> dict[str, Any]:
     # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
     accumulation = {"sync_each_batch": True, **(given.get("gradient_accumulation_kwargs") or {})}
     return found | {"accelerator_config": {**given, "gradient_accumulation_kwargs": accumulation}}
+
+
+def _check_compiled(request: Request) -> None:
+    if request.values["torch_compile"]:
+        raise ConfigError("--torch-compile compiles the whole model, --compile its blocks: leave one out")
+    if request.options.attest:
+        raise ConfigError(
+            "--attest looks at layers as they run, which compiled blocks do not show: leave out --compile"
+        )
+    if _is_sharded(request) and request.options.fsdp == "1":
+        raise ConfigError("--compile takes blocks that are sharded as a whole, and --fsdp 1 cuts them up: use --fsdp 2")
 
 
 def _sharding(request: Request) -> dict[str, Any]:
@@ -502,7 +515,7 @@ class _Job:
                 eval_dataset=evaluation,
                 processing_class=self.tokenizer,
                 peft_config=get_peft_config(self.request.model) if adapter is None else None,
-                callbacks=self._callbacks(phases, attesting),
+                callbacks=[phases, Progress(self.console), *self._callbacks(attesting)],
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
@@ -521,13 +534,14 @@ class _Job:
             load = functools.partial(trainer.model.load_adapter, autocast_adapter_dtype=False)
             vars(trainer.model)["load_adapter"] = load
 
-    def _callbacks(self, phases: Phases, attesting: Attesting | None) -> list[TrainerCallback]:
-        callbacks: list[TrainerCallback] = [phases, Progress(self.console)]
+    def _callbacks(self, attesting: Attesting | None) -> Iterator[TrainerCallback]:
+        """Those that were asked for."""
         if attesting is not None:
-            callbacks.append(attesting)
+            yield attesting
         if self.request.options.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(self.request.options.early_stopping_patience))
-        return callbacks
+            yield EarlyStoppingCallback(self.request.options.early_stopping_patience)
+        if self.request.options.compile:
+            yield Compiling()
 
     def _samples(self) -> tuple[Any, Any]:
         """The data as TRL takes it, with the loss on what the assistant says alone, where that can be told."""

@@ -92,6 +92,13 @@ class Options:
             "help": "Which FSDP shards the model on several ranks (1 needs GPUs); none keeps it whole on each (DDP)."
         },
     )
+    compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the decoder blocks, once for all; --torch-compile, transformers' own, compiles the whole "
+            "model. Not with --fsdp 1 or --attest."
+        },
+    )
     mesh: str | None = field(
         default=None, metadata={"help": "REPLICATExSHARD, such as 2x4 on 8 ranks: shard over 4, twice (FSDP2)."}
     )

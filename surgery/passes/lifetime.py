@@ -52,7 +52,7 @@ def keep(model: nn.Module, receipts: Iterable[patches.Receipt]) -> None:
 
 
 def at_release(model: nn.Module, undo: Callable[[], object]) -> None:
-    """Have `undo`, which must not keep `model` alive, called when `model` is released."""
+    """Have `release` call `undo`, which must not keep `model` alive."""
     _resident.setdefault(model, []).append(undo)
 
 
@@ -81,7 +81,7 @@ def release(model: nn.Module) -> None:
 
 
 class Extension:
-    """What is mixed into the class of one model's module, as FSDP2 extends the class of a module."""
+    """A mixin for the class of one module, as FSDP2 extends the class of a module."""
 
     @staticmethod
     def of(kind: Any, extension: type[Extension], **members: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any, ClassVar, Final, cast
@@ -85,9 +85,10 @@ class _Compiled(Extension):
         run = self.run_compiled
         if run is None or any(isinstance(each, Cache) for each in (*args, *kwargs.values())):
             return _own_forward(self, *args, **kwargs)
-        if self not in self.prepared:
-            _prepare(cast("nn.Module", self))
-            self.prepared.add(cast("nn.Module", self))
+        block = cast("nn.Module", self)
+        if block not in self.prepared:
+            _prepare(block)
+            self.prepared.add(block)
         try:
             return run(self, *args, **kwargs)
         except FailOnRecompileLimitHit as limit:
@@ -112,7 +113,7 @@ def _traced(kind: str) -> Callable[..., Any]:
     return FunctionType(code, globals())
 
 
-def _undo(kinds: Iterable[type[_Compiled]], blocks: Iterable[nn.Module]) -> None:
+def _undo(kinds: Sequence[Any], blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         if type(block) in kinds:
             block.__class__ = type(block).__bases__[-1]

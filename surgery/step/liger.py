@@ -302,8 +302,8 @@ def _loss(owner: type, forward: FunctionType) -> patches.Patch:
         wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         given = kwargs.get("labels", kwargs.get("shift_labels"))
-        # Labels by position are rare, and the stock loss knows them. Liger's waits on the host for their number, which a
-        # CUDA graph cannot.
+        # Labels by position are rare, and the stock loss knows them. Liger's has the host wait for their number, as no
+        # CUDA graph can.
         if not instance.training or given is None or torch.cuda.is_current_stream_capturing():
             return wrapped(*args, **kwargs)
         return fused(_View(instance, {"lm_head": _Head(instance.lm_head)}), *args, **kwargs)  # type: ignore[arg-type]

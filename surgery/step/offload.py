@@ -33,9 +33,10 @@ class Offload:
         stays: for the last block, whose backward comes next: it stays, and the one before it is copied back.
         """
         lane = self._lane(tensor.device)
+        given = weakref.ref(tensor)  # autograd keeps this function for as long as what it has packed
 
         def pack(saved: torch.Tensor) -> Any:
-            if lane is None or saved is not tensor or type(saved) is not torch.Tensor:
+            if lane is None or saved is not given() or type(saved) is not torch.Tensor:
                 return saved
             return lane.send(saved.detach(), stays=stays)
 

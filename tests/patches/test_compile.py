@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import patches
 from tests.helpers.declare import declare
@@ -128,6 +129,20 @@ def test_a_second_scope_is_traced_too() -> None:
         with patches.transaction(patch, reason="a test", on=[second]):
             assert torch.equal(run(X), first(X))
         assert torch.equal(run(X), stock)
+
+
+@pytest.mark.parametrize("target", ["Model.inner", "Model.factor", "Model.offset", "Child.forward"])
+def test_objects_are_told_apart_by_whether_they_are_covered_alone(target: str) -> None:
+    graphs, models = CompileCounter(), [Model() for _ in range(4)]
+    run = torch.compile(lambda model, x: model(x), backend=graphs, fullgraph=True)
+    patch, _ = patch_of(target, models[0], scoped=True)
+    covered = [model.child if target == "Child.forward" else model for model in models[:3]]
+    with patches.transaction(patch, reason="a test", on=covered[:2]) as transaction:
+        for _ in range(2):
+            assert [run(model, X).equal(model(X)) for model in models] == [True] * 4
+            assert graphs.frame_count == 2
+        transaction.receipts[0].extend(covered[2:])
+        assert torch.equal(run(models[2], X), models[0](X))
 
 
 def test_a_copy_rewritten_after_compilation_is_traced_anew() -> None:

@@ -92,6 +92,8 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "mesh of FSDP1": (["--fsdp", "1", "--mesh", "1x1"], "expected --fsdp 2 with --mesh"),
     "resume": (["--resume-from-checkpoint"], "expected a checkpoint in"),
     "patience": (["--early-stopping-patience", 1], "add --load-best-model-at-end"),
+    "compiled twice": (["--compile", "--torch-compile"], "leave one out"),
+    "compiled, attested": (["--compile", "--attest"], "leave out --compile"),
     "deepspeed": (["--deepspeed", "x.json"], "--deepspeed shards in another way"),
     "both bits": (["--load-in-4bit", "true", "--load-in-8bit"], "can't use 8 bit and 4 bit"),
     "adapter and rank": (["--adapter", "x", "--lora-r", 8], "expected --adapter without --lora-r"),
@@ -102,9 +104,9 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "trace": (["--trace", "{data}"], "the trace cannot be written to"),
     "config": (["--config", "none.yaml"], "none.yaml cannot be read: No such file"),
     "stream": (["--streaming"], "max_steps"),
-    "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
     "kernels": (["--kernels", "fused,ligr"], "expected names among fused, liger, found 'ligr'"),
     "attention": (["--attn-implementation", "slow"], "cannot be loaded with --attn-implementation slow"),
+    "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
 }
 
 

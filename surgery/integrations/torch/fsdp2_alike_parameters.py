@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from ...registry import REGISTRY
+import torch
+from torch import nn
+
+import model_surgery_patches as patches
 
 __all__ = ["follow_the_first"]
 
@@ -24,7 +28,7 @@ NUMBER: Final = "_orig_param_uid"
 
 @dataclass(kw_only=True, eq=False)
 class Kind:
-    """What `FSDPParam`s of parameters that are alike have in common. is_proven: as the second one shows."""
+    """The part of `FSDPParam`s that is the same for parameters that are alike. is_proven: by the second one."""
 
     names: frozenset[str]
     shared: dict[str, Any]
@@ -39,13 +43,11 @@ def works_out_each() -> bool:
     """Whether FSDP2 works out for each parameter by itself how it is sharded."""
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    return "_init_sharded_param" in FSDPParam.__init__.__code__.co_names
+    return "_init_sharded_param" in inspect.unwrap(FSDPParam.__init__).__code__.co_names
 
 
 def check_follows_the_first() -> None:
     """Raise RuntimeError if a third parameter is not made after the first, or one that is different is."""
-    import torch
-    from torch import nn
 
     class Specimen:
         def to_sharded_dtensor(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +83,7 @@ class _Info:
         return hook
 
 
-@REGISTRY.register(
+@patches.register(
     "torch.fsdp2-alike-parameters",
     target="torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.__init__",
     reason="FSDP2 works out anew, in Python, how each of hundreds of parameters of the same shape is sharded on meta",
@@ -117,9 +119,7 @@ def follow_the_first(
 
 
 def _key(given: tuple[Any, ...]) -> object | None:
-    """What all depends on; None for a parameter that is left to upstream."""
-    from torch import nn
-
+    """All that an `FSDPParam` is worked out from; None for a parameter that is left to upstream."""
     param, _, mesh, after, device, placement, precision, offload = given
 
     if type(param) is not nn.Parameter or not param.is_meta or placement is not None:
@@ -147,7 +147,6 @@ def _equal(one: object, other: object) -> bool:
 
 def _fill(instance: Any, known: Kind, given: tuple[Any, ...]) -> None:
     """Do to `instance` what its `__init__` does."""
-    import torch
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
     param, info, mesh, after, *_ = given

@@ -16,9 +16,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import patches
-from patches.builtin.torch import fsdp2_alike_parameters
-
-from .four_bit import unchanged
+from surgery.integrations.torch import fsdp2_alike_parameters
+from tests.patches.builtin.four_bit import unchanged
 
 ID = "torch.fsdp2-alike-parameters"
 RANKS = 3  # some of them have less of 5, 7 and 2 rows, or nothing
