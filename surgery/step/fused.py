@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,8 +50,9 @@ class Adapted(NamedTuple):
 def products(x: torch.Tensor, layers: Sequence[Adapted], choice: Choice) -> tuple[torch.Tensor, ...]:
     """`x W^T + bias + scaling * (dropout(x) A^T) B^T` of each layer, `(..., out)` in the dtype of `x`.
 
-    x: `(..., in)`, the input of all of them. Between forward and backward `x`, `x A^T` and no more is kept. Weights are
-    dequantized for each product, one after the other, into the same memory.
+    x: `(..., in)`, the input of all of them. Between forward and backward `x`, `x A^T` and no more is kept; no `x` that
+    is a product of what is kept anyway, as that of a gated MLP is. Weights are dequantized for each product, one after
+    the other, into the same memory.
 
     The arithmetic is that of PEFT and bitsandbytes, but what LoRA adds is scaled and added in the precision in which
     products are accumulated, where PEFT rounds to the dtype of `x` each time; so are the parts of the gradient of `x`.
@@ -61,7 +63,9 @@ def products(x: torch.Tensor, layers: Sequence[Adapted], choice: Choice) -> tupl
     inputs = [tensor for layer in layers for tensor in (layer.a, layer.b, layer.bias, layer.dropped)]
     keep: Any = _Keep.apply
     multiply: Any = _Products.apply
-    kept = [keep(x, low, shared, *inputs)]  # in a list, which autograd does not look into
+    again = _again(x) if shared and layers[0].a.requires_grad else None
+    # In a list, which autograd does not look into.
+    kept = [keep(x if again is None else None, low, shared, *inputs), again]
     found: tuple[torch.Tensor, ...] = multiply(x, low, kept, layers, choice, *inputs)
     return found
 
@@ -92,6 +96,37 @@ def _columns(low: torch.Tensor, factors: Sequence[torch.Tensor]) -> Iterator[tor
     return iter((low,) if len(factors) == 1 else torch.split(low, [a.shape[0] for a in factors], dim=1))
 
 
+def _again(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """A function that computes `x` once more, before its own node is freed, of what that keeps; None if it cannot.
+
+    It cannot where somebody packs what is saved, as checkpoints do, which unpack it once.
+    """
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    node: Any = x.grad_fn
+    if node is None or hooks is None or hooks(True) is not None:  # noqa: FBT003 - upstream's signature
+        return None
+    if type(node).__name__ == "LigerSiLUMulFunctionBackward":
+        return functools.partial(_gated, node)
+    is_product = type(node).__name__ == "MulBackward0" and not {type(None)} & {
+        type(node._saved_self),
+        type(node._saved_other),
+    }
+    return functools.partial(_multiplied, node) if is_product else None
+
+
+@torch.no_grad()
+def _multiplied(node: Any) -> torch.Tensor:
+    product: torch.Tensor = node._saved_self * node._saved_other
+    return product
+
+
+@torch.no_grad()
+def _gated(node: Any) -> torch.Tensor:
+    compute: Any = type(node)._forward_cls
+    product: torch.Tensor = compute.apply(*node.saved_tensors, node.gate_multiplier, node.down_multiplier)
+    return product
+
+
 class _Keep(torch.autograd.Function):
     """A node that keeps what backward needs, before the products are computed.
 
@@ -99,9 +134,9 @@ class _Keep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, shared: bool, *inputs: Any) -> torch.Tensor:  # noqa: FBT001
+    def forward(ctx: Any, x: torch.Tensor | None, low: torch.Tensor, shared: bool, *inputs: Any) -> torch.Tensor:  # noqa: FBT001
         ctx.save_for_backward(low, *inputs[0::4], *inputs[1::4], *([x] if shared else inputs[3::4]))
-        return x.new_empty(0)
+        return low.new_empty(0)
 
     @staticmethod
     def backward(_ctx: Any, *_gradients: Any) -> Any:
@@ -112,9 +147,7 @@ class _Products(torch.autograd.Function):
     """The products, and their backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: list[torch.Tensor], *rest: Any
-    ) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, low: torch.Tensor, kept: list[Any], *rest: Any) -> tuple[torch.Tensor, ...]:
         layers, choice, *inputs = rest
         # The packed weight is an attribute, as in bitsandbytes: FSDP frees its memory after forward and refills it for
         # backward, which `save_for_backward` would report as a change in place.
@@ -135,10 +168,12 @@ class _Products(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         count, lora = len(ctx.weights), ctx.choice.lora
-        low, *saved = ctx.kept[0].grad_fn.saved_tensors
+        node, again = ctx.kept
+        low, *saved = node.grad_fn.saved_tensors
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.kept.clear()  # which nothing else frees, since no gradient goes through it
-        a, b, given = saved[:count], saved[count : 2 * count], [_flat(each, lora) for each in saved[2 * count :]]
+        a, b, inputs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        given = [_flat(again() if each is None else each, lora) for each in inputs]
         flat = [None if gradient is None else gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         of_low, of_b = _of_low(low, zip(flat, a, b, ctx.scalings, strict=True))
         of_x = _of_input(ctx, flat) if ctx.needs_input_grad[0] else None
