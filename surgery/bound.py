@@ -58,7 +58,6 @@ from surgery.quantizers.base import quantized_modules
 from surgery.quantizers.experts import has_experts
 from surgery.sharding.base import strategy_for
 from surgery.step.kernels import chosen_kernels, use_kernels
-from surgery.step.positions import trust_own_positions
 from surgery.telemetry.measurements import group_names, say
 from surgery.telemetry.report import Report
 
@@ -450,7 +449,6 @@ def complete(
         use_kernels(model, setting.kernels)
         # Last: an interrupt before this undoes them with the transaction; after it they are the model's.
         resident.commit()
-    trust_own_positions(model)
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 import model_surgery_patches as patches
 from surgery.passes.lifetime import at_release, keep
+
+logger = logging.getLogger("surgery")
 
 __all__ = ["PATCHES", "called", "counted", "counter", "trust_own_positions"]
 
@@ -57,14 +60,18 @@ def trust_own_positions(model: nn.Module) -> None:
     found = [module for module in model.modules() if _place(module) is not None and not _is_told(module)]
     if not found:
         return
+    try:
+        with patches.transaction(
+            *(patches.on(name, found) for name in PATCHES), reason="positions that a model counts are not looked at"
+        ) as transaction:
+            keep(model, transaction.receipts)
+            transaction.commit()
+    except patches.PatchError as error:
+        logger.warning("surgery: packed samples are looked for in every step, as without it: %s", error)
+        return
     handles = [module.register_forward_pre_hook(_begin, with_kwargs=True) for module in found]
     handles += [module.register_forward_hook(_end, always_call=True) for module in found]
-    with patches.transaction(
-        *(patches.on(name, found) for name in PATCHES), reason="positions that a model counts are not looked at"
-    ) as transaction:
-        keep(model, transaction.receipts)
-        at_release(model, lambda: _remove(handles))
-        transaction.commit()
+    at_release(model, lambda: _remove(handles))
 
 
 def counted(position_ids: torch.Tensor) -> bool:
