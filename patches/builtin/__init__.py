@@ -29,7 +29,6 @@ _IDS: Final = (
     "torch.fsdp1-raw-reads",
     "torch.fsdp1-sync-on-cpu",
     "torch.fsdp2-bit-exact-gather",
-    "torch.fsdp2-params4bit",
     "torch.meta-param-replacement",
 )
 

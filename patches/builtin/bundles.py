@@ -17,12 +17,12 @@ BUNDLES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "qlora-on-cpu": ("bitsandbytes.cpu-matmul-flat", "bitsandbytes.cpu-dequantize-flat"),
         # Needed for a 4-bit model to run, sharded or not; limit to its layers.
         "linear4bit-resident": ("bitsandbytes.linear4bit-apply", "bitsandbytes.keep-packing"),
-        # Needed for FSDP1, which puts plain tensors in the place of packed weights; limit to quantized layers.
-        "fsdp1-resident": ("bitsandbytes.linear4bit-shape", "bitsandbytes.no-rewrap"),
+        # Needed for FSDP, which puts plain tensors in the place of packed weights; limit to quantized layers.
+        "fsdp-resident": ("bitsandbytes.linear4bit-shape", "bitsandbytes.no-rewrap"),
         # Needed for FSDP2 to gather packed weights; limit to quantized layers.
-        "fsdp2-resident": ("torch.fsdp2-bit-exact-gather", "torch.fsdp2-params4bit"),
+        "fsdp2-resident": ("torch.fsdp2-bit-exact-gather",),
         # All of them.
-        "qlora-resident": ("linear4bit-resident", "fsdp1-resident", "fsdp2-resident"),
+        "qlora-resident": ("linear4bit-resident", "fsdp-resident", "fsdp2-resident"),
         # Everything needed to build, run and save a sharded 4-bit model, with or without GPUs.
         "qlora-low-memory": (
             "qlora-build",

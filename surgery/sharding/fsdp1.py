@@ -247,7 +247,7 @@ class Fsdp1(Fsdp):
     label = "FSDP1"
     placements = ("rank0-cpu", "replicated")
     options: FSDP1 | None
-    resident_patches = ("fsdp1-resident",)
+    resident_patches = ("fsdp-resident",)
 
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)

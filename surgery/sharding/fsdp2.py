@@ -116,7 +116,7 @@ class Fsdp2(Fsdp):
     label = "FSDP2"
     placements = ("sharded", "replicated")
     options: FSDP2 | None
-    resident_patches = ("fsdp2-resident",)
+    resident_patches = ("fsdp-resident", "fsdp2-resident")
 
     def __init__(self, options: Any, **setting: Any) -> None:
         super().__init__(options, **setting)

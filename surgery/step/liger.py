@@ -28,6 +28,7 @@ import model_surgery_patches as patches
 from surgery.model.fqn import WRAPPER_SEGMENTS
 from surgery.model.twin import twin_of
 from surgery.passes.lifetime import keep
+from surgery.step.recording import is_recordable
 
 __all__ = ["use_liger"]
 
@@ -304,7 +305,7 @@ def _loss(owner: type, forward: FunctionType) -> patches.Patch:
         given = kwargs.get("labels", kwargs.get("shift_labels"))
         # Labels by position are rare, and the stock loss knows them. Liger's has the host wait for their number, as no
         # CUDA graph can.
-        if not instance.training or given is None or torch.cuda.is_current_stream_capturing():
+        if not instance.training or given is None or is_recordable():
             return wrapped(*args, **kwargs)
         return fused(_View(instance, {"lm_head": _Head(instance.lm_head)}), *args, **kwargs)  # type: ignore[arg-type]
 

@@ -93,6 +93,7 @@ class _Info:
         "(self, param, module_info, mesh_info, post_forward_mesh_info, device, shard_placement_fn, mp_policy, "
         "offload_policy)"
     ),
+    fingerprint="065e71f164d6b58e",
     on_unknown="skip",
     on_drift="skip",
     probe=works_out_each,

@@ -110,14 +110,6 @@ def test_layers_of_flash_attention_do_not_read_them_either(model: Any, monkeypat
     assert bool(flash._is_packed_sequence(packed, batch_size=1))
 
 
-def test_a_model_of_ours_does_not_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = surgery.qlora(folder, lora=None, report=surgery.Report()).train()
-    looks = Looks(monkeypatch)
-    model(input_ids=IDS, labels=IDS)
-    surgery.release(model)
-    assert looks.read == 0
-
-
 def test_a_mask_is_left_out_where_upstream_leaves_it_out() -> None:
     stock = masking_utils._ignore_causal_mask_sdpa
     for shape in product((1, 4, 8), (4, 8), (0, 4), (0,), (None, 2, 6, 8)):

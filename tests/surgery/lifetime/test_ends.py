@@ -11,7 +11,6 @@ from torch import nn
 
 import patches
 import surgery
-from surgery.step import positions
 from tests.helpers.snapshot import Snapshot
 from tests.surgery.lifetime.behaviour import (
     OBSERVED,
@@ -31,8 +30,6 @@ def test_build_patches_are_undone_and_resident_ones_act_on_its_layers(tiny: Path
         active = {receipt.id: receipt.scope_text for receipt in patches.active()}
         assert active.keys() >= set(patches.select("linear4bit-resident"))
         assert not active.keys() & set(patches.select("qlora-build"))
-        models = {active.pop(each) for each in positions.PATCHES if each in active}
-        assert models == {"2 instances"}, "the model, and its decoder"
         assert set(active.values()) == {f"{len(layers_of(model))} instances", f"where around a {type(model).__name__}"}
 
 
