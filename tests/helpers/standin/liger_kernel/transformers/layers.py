@@ -28,6 +28,7 @@ class LigerExperts(nn.Module):
         raise AssertionError("multiplies by weights that may be packed")
 
 
+@torch.compiler.disable  # as Liger's
 def liger_rotary_pos_emb(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
