@@ -36,8 +36,8 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options
     as in generation, is not compiled. Undone by `surgery.release(model)`; a copy or a pickle of the model has blocks
     that are not compiled.
 
-    fullgraph, options: as `torch.compile` takes them. With `fullgraph`, a block that is more than one graph raises; None
-    asks for that unless Liger's kernels are in use, into some of which Liger has torch not look.
+    fullgraph, options: as `torch.compile` takes them. With `fullgraph`, a block that is more than one graph raises;
+    None asks for that unless Liger's kernels are in use, into some of which Liger has torch not look.
 
     Raises `ConfigError` if no decoder block is found, or one is compiled already, has a `forward` of its own, or holds
     units of FSDP1 or checkpoints.
