@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from surgery.state.state import TrainingState, load_state, save_state
     from surgery.step.checkpointing import checkpoint_activations
     from surgery.step.compiling import compile_blocks
+    from surgery.step.fuse import fuse
     from surgery.step.graphs import capture
     from surgery.telemetry.report import Report
     from surgery.tracing.recorder import trace
@@ -92,6 +93,7 @@ __all__ = [
     "dequantize",
     "export",
     "fill",
+    "fuse",
     "load_adapter",
     "load_state",
     "low_memory",
@@ -127,6 +129,7 @@ _MODULES: dict[str, Sequence[str]] = {
     "surgery.planning.training": ("Training",),
     "surgery.recipe": ("qlora",),
     "surgery.step.compiling": ("compile_blocks",),
+    "surgery.step.fuse": ("fuse",),
     "surgery.step.graphs": ("capture",),
     "surgery.state.state": ("TrainingState", "load_state", "save_state"),
     "surgery.telemetry.report": ("Report",),
