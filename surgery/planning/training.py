@@ -148,9 +148,11 @@ class _Kept:
         liger, itemsize = "liger" in training.kernels, setting.compute_dtype.itemsize
         norm = inventory.hidden * (itemsize if liger else FLOAT32_BYTES)
         dropping = itemsize + 1 if setting.lora is not None and setting.lora.lora_dropout else 0  # and what it has left
+        # The product of a gated MLP, which fused layers compute again where no checkpoint packs what they keep.
+        again = "fused" in training.kernels and not training.checkpointing and not dropping
         blocks = [
             training.tokens
-            * ((unit.features - liger * unit.activated) * itemsize + NORMS * norm + unit.inputs * dropping)
+            * ((unit.features - (liger + again) * unit.activated) * itemsize + NORMS * norm + unit.inputs * dropping)
             + _kept_by_adapters(unit, setting)
             for unit in inventory.blocks
         ]
