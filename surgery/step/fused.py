@@ -106,15 +106,16 @@ def _again(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     if node is None or hooks is None or hooks(True) is not None:  # noqa: FBT003 - upstream's signature
         return None
     if type(node).__name__ == "LigerSiLUMulFunctionBackward":
-        return functools.partial(_gated, node) if _are_there(node._raw_saved_tensors) else None
-    if type(node).__name__ != "MulBackward0" or not _are_there((node._raw_saved_self, node._raw_saved_other)):
+        return None if _is_packed(node._raw_saved_tensors) else functools.partial(_gated, node)
+    if type(node).__name__ != "MulBackward0" or _is_packed((node._raw_saved_self, node._raw_saved_other)):
         return None
-    return functools.partial(_multiplied, node)
+    is_there = not {type(None)} & {type(node._saved_self), type(node._saved_other)}
+    return functools.partial(_multiplied, node) if is_there else None
 
 
-def _are_there(saved: Iterable[Any]) -> bool:
-    """Whether a node has saved all of `saved`, and as they are."""
-    return all(each.unpack_hook is None and each.data is not None for each in saved)
+def _is_packed(saved: Iterable[Any]) -> bool:
+    """Whether any of `saved` was packed when it was saved; as far as this release of torch tells."""
+    return any(getattr(each, "unpack_hook", None) is not None for each in saved)
 
 
 @torch.no_grad()
