@@ -237,7 +237,7 @@ def calls_of(model: Any) -> dict[str, Any]:
     """Count the kinds of calls that `capture` knows, those recorded, and those refused."""
     calls = model._compiled_call_impl
     kinds = list(getattr(calls, "_kinds", {}).values())
-    recorded, refused = sum(kind.tape is not None for kind in kinds), sum(kind.refused for kind in kinds)
+    recorded, refused = sum(kind.recording is not None for kind in kinds), sum(kind.refused for kind in kinds)
     return {"kinds": len(kinds), "recorded": recorded, "refused": refused}
 
 
