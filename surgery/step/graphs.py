@@ -84,7 +84,8 @@ def capture(model: nn.Module, *, warmup: int = 3, limit: int = 8) -> nn.Module:
         with patches.transaction("trl.every-position", reason="steps are recorded as CUDA graphs") as transaction:
             keep(module, transaction.receipts)
             transaction.commit()
-    _install(module, Calls(module, warmup=warmup, limit=limit))
+    # What `nn.Module.compile` sets: `__call__` uses it in place of `_call_impl`, hooks and all; copies leave it out.
+    module._compiled_call_impl = Calls(module, warmup=warmup, limit=limit)
     at_release(module, _undo(module))
     return model
 
@@ -100,11 +101,6 @@ def _refused(model: nn.Module) -> str | None:
     if elsewhere:
         return f"parameters are on {', '.join(sorted(elsewhere))}"
     return None if any(each.requires_grad for each in model.parameters()) else "nothing is trained"
-
-
-def _install(module: nn.Module, calls: Calls) -> None:
-    # What `nn.Module.compile` sets: `__call__` uses it in place of `_call_impl`, hooks and all; copies leave it out.
-    module._compiled_call_impl = calls
 
 
 def _undo(module: nn.Module) -> Callable[[], object]:
