@@ -39,7 +39,7 @@ def adapted_undrawn(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> t
         with appearing_real(model), Undrawn() as undrawn:
             adapted = adapted_by_peft(model, lora, dtype)
         values = undrawn.take(adapted)
-        turns = _turns(model, names, values) if stamps else []
+        turns = _turns(adapted, names, values) if stamps else []
     for stamp in stamps:
         stamp.run()
     if stamps:
@@ -113,17 +113,15 @@ class _Stamp:
         return self.parameters[held]
 
 
-def _turns(model: nn.Module, names: Sequence[str], values: DeferredValues) -> list[Turn]:
+def _turns(adapted: Any, names: Sequence[str], values: DeferredValues) -> list[Turn]:
     """The turn of each tensor of `values`; one that no parameter holds came with the one before it."""
     numbers = {name: number for number, name in enumerate(names)}
+    of_parameters = {split(name)[0] for name in adapted.base_model.targeted_parameter_names}
     at: dict[nn.Module, Turn] = {}
-    stack: list[tuple[str, nn.Module, Turn]] = [("", model, (False, 0))]
+    stack: list[tuple[str, nn.Module, Turn]] = [("", adapted.base_model.model, (False, 0))]
     while stack:
-        fqn, module, (is_of_parameter, number) = stack.pop()
-        number = numbers.get(fqn, number)
-        if "base_layer" in module._modules:
-            is_of_parameter = "parameter_name" in vars(module)
-        at[module] = (is_of_parameter, number)
+        fqn, module, turn = stack.pop()
+        at[module] = (fqn in of_parameters, numbers[fqn]) if fqn in numbers else turn
         stack += [(join(fqn, name), child, at[module]) for name, child in module._modules.items() if child is not None]
     held = {initial.number: at[initial.places[0][0]] for initial in values.parameters}
     turns: list[Turn] = []

@@ -49,7 +49,7 @@ BUNDLE = patches.bundle(
 class _Block:
     """The block that `low_memory` returns: entered once, or called any number of times as a decorator."""
 
-    def __init__(self, experts: QuantType | None, kernels: tuple[str, ...]) -> None:
+    def __init__(self, experts: QuantType | None, kernels: tuple[str, ...] | None) -> None:
         self.experts = experts
         self.kernels = kernels
 
@@ -102,11 +102,12 @@ def low_memory(*, experts: QuantType | None = None, kernels: str | Sequence[str]
     and is trained with adapters only. A model whose experts cannot be had so raises `ConfigError`.
 
     kernels: as in `surgery.qlora`, for models that are bound here, once they are filled; None leaves them to a block
-    around this one. Raises `ConfigError` for what is not installed, and filling does for what does not run there.
+    around this one, and `()` is for none. Raises `ConfigError` for what is not installed, and filling does for what
+    does not run there.
     """
     if experts not in (None, "nf4", "fp4"):
         raise ConfigError(f"low_memory: experts must be 'nf4', 'fp4' or None; got {experts!r:.80}")
-    return _Block(experts, chosen_kernels(kernels))
+    return _Block(experts, None if kernels is None else chosen_kernels(kernels))
 
 
 def asked_experts() -> QuantType | None:
@@ -115,8 +116,8 @@ def asked_experts() -> QuantType | None:
 
 
 def asked_kernels() -> tuple[str, ...]:
-    """The kernels that the innermost block with any asks for."""
-    return next((block.kernels for block in reversed(_blocks) if block.kernels), ())
+    """The kernels that the innermost block which says so asks for."""
+    return next((block.kernels for block in reversed(_blocks) if block.kernels is not None), ())
 
 
 def waits(model: nn.Module | None) -> bool:

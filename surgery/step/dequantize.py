@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,13 @@ TRIALS = 5
 class Workspace:
     """Memory that one weight after the other is dequantized into: one buffer a device, dtype and stream.
 
-    What is there is valid until the next weight is dequantized on the same stream. budget: bytes of weights that are
+    What is there is valid until the next weight is dequantized on the same stream: hold `lock` until what reads it is
+    launched, since another thread may run the same layers. budget: bytes of weights that are
     dequantized once, and kept; the first ones that are asked for.
     """
 
     def __init__(self, budget: int = 0) -> None:
+        self.lock = threading.Lock()
         self._left = budget
         self._kept: dict[int, tuple[QuantState, torch.Tensor]] = {}  # by what a state is: it cannot be hashed
         self._buffers: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}

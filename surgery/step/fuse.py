@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.model.fqn import clean
+from surgery.model.fqn import clean, join, split
 from surgery.model.tree import sites
 from surgery.passes.lifetime import keep
 from surgery.quantizers.stack import as_bytes
@@ -29,27 +29,44 @@ PATCH = "peft.fused-4bit-lora"
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
 
 
+class _Ready(NamedTuple):
+    """The products of layers that have not been called yet, for the input `x` as it was in that version."""
+
+    group: _Group
+    x: torch.Tensor
+    version: int
+    products: dict[int, torch.Tensor]
+
+    def take(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        """The product of `layer`; None if it was not computed of this `x`, or must not have a gradient."""
+        if self.x is not x or self.version != x._version or not torch.is_grad_enabled():
+            return None
+        return self.products.pop(id(layer), None)
+
+
+@dataclass(eq=False)
+class _Fused:
+    """A workspace and, until they are all called, the products of the last group; for the layers of one model."""
+
+    workspace: Workspace
+    ready: _Ready | None = None
+
+
 @dataclass(eq=False)
 class _Group:
-    """Layers that are given the same input, one after the other.
-
-    ready: the products of those that have not been called yet, for the input `x`.
-    """
+    """Layers that are given the same input, one after the other."""
 
     layers: list[weakref.ref[Any]]
-    workspace: Workspace
-    x: torch.Tensor | None = None
-    ready: dict[int, torch.Tensor] = field(default_factory=dict)
+    shared: _Fused
 
-    def forget(self) -> None:
-        """Drop what nobody has asked for."""
-        self.x = None
-        self.ready.clear()
+    def alive(self) -> list[Any]:
+        """The layers that are there."""
+        return [found for found in (reference() for reference in self.layers) if found is not None]
 
     def from_(self, layer: Any) -> list[Any]:
         """`layer` and those after it."""
-        alive = [found for found in (reference() for reference in self.layers) if found is not None]
-        return alive[alive.index(layer) :]
+        alive = self.alive()
+        return alive[alive.index(layer) :] if layer in alive else [layer]  # another thread may have moved it
 
 
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
@@ -71,9 +88,9 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
     if not layers:
         return 0
-    workspace = Workspace(dequantized_bytes)
+    shared = _Fused(Workspace(dequantized_bytes))
     for together in _sharing(layers):
-        group(together, workspace)
+        _join(together, shared)
     scoped = patches.on(PATCH, list(layers.values()))
     with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
         keep(model, transaction.receipts)
@@ -83,7 +100,11 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
 
 def group(layers: Sequence[nn.Module], workspace: Workspace) -> None:
     """Have `layers`, which are given the same input one after the other, computed together by `forward`."""
-    new = _Group([weakref.ref(layer) for layer in layers], workspace)
+    _join(layers, _Fused(workspace))
+
+
+def _join(layers: Sequence[nn.Module], shared: _Fused) -> None:
+    new = _Group([weakref.ref(layer) for layer in layers], shared)
     _groups.update((layer, new) for layer in layers)
 
 
@@ -91,9 +112,9 @@ def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
     """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
     left = dict(layers)
     for fqn in layers:
-        parent, _, leaf = fqn.rpartition(".")
+        parent, leaf = split(fqn)
         names = next((row for row in SHARING if leaf in row), (leaf,))
-        together = [left.pop(f"{parent}.{name}", None) for name in names] if parent else [left.pop(fqn, None)]
+        together = [left.pop(join(parent, name), None) for name in names]
         found = [layer for layer in together if layer is not None]
         if found:
             yield found
@@ -106,27 +127,30 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     mine = _groups.get(layer)
     if mine is None:
         return None
-    if mine.x is x:
-        found = mine.ready.pop(id(layer), None)
-        if not mine.ready:
-            mine.x = None
+    shared = mine.shared
+    ready = shared.ready  # read once: another thread may put its own there
+    if ready is not None:
+        found = ready.take(layer, x)
+        if not ready.products or found is None:
+            shared.ready = None  # before anything is computed: it holds the graph behind `x`
         if found is not None:
             return found
-    elif mine.x is not None and id(layer) in mine.ready:
-        mine = _apart(mine, layer)
-    mine.forget()
+        _part(ready, layer)
     if not torch.is_grad_enabled() or not x.numel():
         return None
-    return _together(mine, layer, x)
+    return _together(_groups[layer], layer, x)
 
 
-def _apart(old: _Group, layer: Any) -> _Group:
-    """A group of the layers from `layer` on, which was given another input than those before it."""
-    moved = old.from_(layer)
-    old.forget()
+def _part(ready: _Ready, layer: Any) -> None:
+    """Have layers of which nobody has asked for what was computed be a group of their own from now on.
+
+    They are given another input, as `layer` was, or are not called at all, as where blocks share keys and values.
+    """
+    old = ready.group
+    left = [member for member in old.alive() if id(member) in ready.products]
+    moved = old.from_(layer) if layer in left else left
     old.layers = [reference for reference in old.layers if reference() not in moved]
-    group(moved, old.workspace)
-    return _groups[layer]
+    _join(moved, old.shared)
 
 
 def _together(mine: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -138,10 +162,10 @@ def _together(mine: _Group, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     adapted = [_adapted(member, x) for member in members]
     if any(each.dropped is not None for each in adapted):
         adapted = [each if each.dropped is not None else each._replace(dropped=x) for each in adapted]
-    found, *others = products(x, adapted, Choice(*dtypes, mine.workspace))
+    found, *others = products(x, adapted, Choice(*dtypes, mine.shared.workspace))
     if others:
-        mine.x = x
-        mine.ready.update((id(member), product) for member, product in zip(members[1:], others, strict=True))
+        left = {id(member): product for member, product in zip(members[1:], others, strict=True)}
+        mine.shared.ready = _Ready(mine, x, x._version, left)
     return found
 
 

@@ -99,19 +99,22 @@ def _columns(low: torch.Tensor, factors: Sequence[torch.Tensor]) -> Iterator[tor
 def _again(x: torch.Tensor) -> Callable[[], torch.Tensor] | None:
     """A function that computes `x` once more, before its own node is freed, of what that keeps; None if it cannot.
 
-    It cannot where somebody packs what is saved, as checkpoints do, which unpack it once.
+    It cannot where somebody packs what is saved, now or when `x` was computed, as checkpoints do, which unpack it once.
     """
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     node: Any = x.grad_fn
     if node is None or hooks is None or hooks(True) is not None:  # noqa: FBT003 - upstream's signature
         return None
     if type(node).__name__ == "LigerSiLUMulFunctionBackward":
-        return functools.partial(_gated, node)
-    is_product = type(node).__name__ == "MulBackward0" and not {type(None)} & {
-        type(node._saved_self),
-        type(node._saved_other),
-    }
-    return functools.partial(_multiplied, node) if is_product else None
+        return functools.partial(_gated, node) if _are_there(node._raw_saved_tensors) else None
+    if type(node).__name__ != "MulBackward0" or not _are_there((node._raw_saved_self, node._raw_saved_other)):
+        return None
+    return functools.partial(_multiplied, node)
+
+
+def _are_there(saved: Iterable[Any]) -> bool:
+    """Whether a node has saved all of `saved`, and as they are."""
+    return all(each.unpack_hook is None and each.data is not None for each in saved)
 
 
 @torch.no_grad()
@@ -154,50 +157,66 @@ class _Products(torch.autograd.Function):
         ctx.weights = [(layer.packed, layer.state) for layer in layers]
         ctx.scalings = [layer.scaling for layer in layers]
         ctx.biases = [None if bias is None or not bias.requires_grad else bias.dtype for bias in inputs[2::4]]
-        ctx.kept, ctx.choice, ctx.shape, ctx.dtype = kept, choice, x.shape, x.dtype
+        ctx.kept, ctx.choice, ctx.shape, ctx.dtype, ctx.device = kept, choice, x.shape, x.dtype, x.device.type
         ctx.shared = inputs[3] is None
         ctx.set_materialize_grads(False)
         flat = _flat(x, choice.base)
         parts = _columns(low, inputs[0::4])
         return tuple(
-            _product(flat, layer, part, choice, x.dtype).view(*x.shape[:-1], -1)
+            # In place, since models may change an output in place, which torch refuses for a view.
+            _product(flat, layer, part, choice, x.dtype).resize_(*x.shape[:-1], layer.b.shape[0])
             for layer, part in zip(layers, parts, strict=True)
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        count, lora = len(ctx.weights), ctx.choice.lora
-        node, again = ctx.kept
-        low, *saved = node.grad_fn.saved_tensors
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.kept.clear()  # which nothing else frees, since no gradient goes through it
-        a, b, inputs = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        given = [_flat(again() if each is None else each, lora) for each in inputs]
-        flat = [None if gradient is None else gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
-        of_low, of_b = _of_low(low, zip(flat, a, b, ctx.scalings, strict=True))
-        of_x = _of_input(ctx, flat) if ctx.needs_input_grad[0] else None
-        of_dropped: list[torch.Tensor | None] = [None] * count
-        if ctx.shared:
-            of_a = _rows(of_low.t() @ given[0], a)
-            of_x = None if of_x is None else _added(of_x, of_low, _stacked(a, lora))
-        else:
-            parts = list(_columns(of_low, a))
-            of_a = iter([part.t() @ each for part, each in zip(parts, given, strict=True)])
-            of_dropped = [(part @ each.to(lora)).view(ctx.shape) for part, each in zip(parts, a, strict=True)]
-        of_bias = (
-            None if dtype is None or gradient is None else gradient.sum(0, dtype=dtype)
-            for gradient, dtype in zip(flat, ctx.biases, strict=True)
-        )
-        of_layers = zip(of_a, of_b, of_bias, of_dropped, strict=True)
-        return None if of_x is None else of_x.view(ctx.shape), None, None, None, None, *chain(*of_layers)
+        if all(gradient is None for gradient in gradients):  # a later function gave none
+            return (None,) * len(ctx.needs_input_grad)
+        if not ctx.kept:
+            raise RuntimeError("Trying to backward through the graph a second time: use retain_graph=True in the first")
+        if not torch.is_autocast_enabled(ctx.device):
+            return _gradients(ctx, gradients)
+        with torch.autocast(ctx.device, enabled=False):  # else some of what follows were in another dtype
+            return _gradients(ctx, gradients)
+
+
+def _gradients(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """The gradients of all arguments of `_Products`."""
+    count, lora = len(ctx.weights), ctx.choice.lora
+    node, again = ctx.kept
+    low, *saved = node.grad_fn.saved_tensors
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.kept.clear()  # which nothing else frees, since no gradient goes through it
+    a, b, inputs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+    given = [_flat(again() if each is None else each, lora) for each in inputs]
+    flat = [None if gradient is None else gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+    of_low, of_b = _of_low(low, zip(flat, a, b, ctx.scalings, strict=True))
+    of_x = _of_input(ctx, flat) if ctx.needs_input_grad[0] else None
+    of_dropped: list[torch.Tensor | None] = [None] * count
+    if ctx.shared:
+        of_a = _rows(of_low.t() @ given[0], a)
+        of_x = None if of_x is None else _added(of_x, of_low, _stacked(a, lora))
+    else:
+        parts = list(_columns(of_low, a))
+        of_a = iter([part.t() @ each for part, each in zip(parts, given, strict=True)])
+        of_dropped = [(part @ each.to(lora)).view(ctx.shape) for part, each in zip(parts, a, strict=True)]
+    of_bias = (
+        None if dtype is None or gradient is None else gradient.sum(0, dtype=dtype)
+        for gradient, dtype in zip(flat, ctx.biases, strict=True)
+    )
+    of_layers = [
+        (None,) * 4 if gradient is None else found  # as where the layer was not called
+        for gradient, *found in zip(flat, of_a, of_b, of_bias, of_dropped, strict=True)
+    ]
+    return None if of_x is None else of_x.view(ctx.shape), None, None, None, None, *chain(*of_layers)
 
 
 def _product(x: torch.Tensor, layer: Adapted, low: torch.Tensor, choice: Choice, dtype: torch.dtype) -> torch.Tensor:
     """The product of one layer, `(tokens, out)` in `dtype`. x: `(tokens, in)`. low: `(tokens, r)`."""
-    weight = choice.workspace.weight(layer.packed, layer.state)
     bias = None if layer.bias is None else layer.bias.to(choice.base)
-    y = functional.linear(x, weight, bias).to(dtype)
+    with choice.workspace.lock:
+        y = functional.linear(x, choice.workspace.weight(layer.packed, layer.state), bias).to(dtype)
     b = layer.b.to(choice.lora)
     if choice.lora == dtype:
         return y.addmm_(low, b.t(), alpha=layer.scaling)
@@ -206,25 +225,25 @@ def _product(x: torch.Tensor, layer: Adapted, low: torch.Tensor, choice: Choice,
 
 def _of_low(
     low: torch.Tensor, layers: Iterable[tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, float]]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The gradients of `low`, `(tokens, sum of ranks)`, and of each factor B, `(out, r)`, in the dtype of `low`.
 
-    layers: the gradient of what each gave, `(tokens, out)`, its A, its B, and its scaling.
+    layers: the gradient of what each gave, `(tokens, out)`, its A, its B, and its scaling. Without one, B has none.
     """
     layers = list(layers)
-    of_low, of_b = torch.empty_like(low), []
+    of_low = torch.empty_like(low)
+    of_b: list[torch.Tensor | None] = []
     factors = [a for _, a, _, _ in layers]
     for (gradient, _, b, scaling), part, of_part in zip(
         layers, _columns(low, factors), _columns(of_low, factors), strict=True
     ):
-        found = torch.empty_like(b, dtype=low.dtype)
         if gradient is None:
             of_part.zero_()
-            of_b.append(found.zero_())
+            of_b.append(None)
             continue
         cast = gradient.to(low.dtype)
         of_part.addmm_(cast, b.to(low.dtype), beta=0, alpha=scaling)
-        of_b.append(found.addmm_(cast.t(), part, beta=0, alpha=scaling))
+        of_b.append(torch.empty_like(b, dtype=low.dtype).addmm_(cast.t(), part, beta=0, alpha=scaling))
     return of_low, of_b
 
 
@@ -235,9 +254,10 @@ def _of_input(ctx: Any, gradients: Sequence[torch.Tensor | None]) -> torch.Tenso
         if gradient is None:
             continue
         cast = gradient.to(ctx.choice.base)
-        weight = ctx.choice.workspace.weight(packed, state)
-        found = cast @ weight if found is None else found.addmm_(cast, weight)
-    assert found is not None, "autograd calls no backward without a gradient"
+        with ctx.choice.workspace.lock:
+            weight = ctx.choice.workspace.weight(packed, state)
+            found = cast @ weight if found is None else found.addmm_(cast, weight)
+    assert found is not None, "one of them is not None"
     return found.to(ctx.dtype)
 
 

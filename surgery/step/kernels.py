@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["KERNELS", "KERNELS_HELP", "chosen_kernels", "use_kernels"]
+
+logger = logging.getLogger("surgery")
 
 #: Names of kernels, in the order in which they are applied.
 KERNELS = ("fused", "liger")
@@ -30,7 +33,9 @@ def chosen_kernels(value: str | Sequence[str] | None, *, device: torch.device | 
     device: on which they are to run; None is not known yet. Raises `ConfigError` for other names, and for what is not
     installed or does not run there.
     """
-    names = value.split(",") if isinstance(value, str) else value or ()
+    names = value.split(",") if isinstance(value, str) else () if value is None else value
+    if not isinstance(names, Iterable):
+        raise ConfigError(f"kernels: expected names among {', '.join(KERNELS)}, found {value!r:.80}")
     wanted = [name for name in (str(each).strip() for each in names) if name]
     unknown = sorted({*wanted} - {*KERNELS})
     if unknown:
@@ -56,7 +61,12 @@ def use_kernels(model: nn.Module, kernels: Sequence[str]) -> None:
     if "fused" in kernels:
         from surgery.step.fuse import fuse
 
-        fuse(model)
+        if not fuse(model):
+            logger.warning(
+                "surgery: %s runs without fused layers: it has no 4-bit layer with LoRA of PEFT. Where adapters are "
+                "added later, call surgery.fuse(model) after that",
+                type(model).__name__,
+            )
     if "liger" in kernels:
         from surgery.step.liger import use_liger
 

@@ -59,6 +59,7 @@ LORAS: dict[str, dict[str, Any]] = {
         "target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
         "init_lora_weights": "gaussian",
     },
+    "a layer by its parameter": {"target_modules": ["q_proj"], "target_parameters": ["gate_proj.weight"]},
     "frozen": {"target_modules": "all-linear", "inference_mode": True, "init_lora_weights": False},
     "some layers": {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [1]},
     "one block's": {"target_modules": ["q_proj", "c_attn"], "rank_pattern": {"layers.1.self_attn.q_proj": 3}},
@@ -152,9 +153,12 @@ def test_is_what_peft_makes(name: str, options: str) -> None:
     require_same(name, options)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "deepseek_v3"])
-def test_is_what_peft_makes_of_packed_layers(name: str) -> None:
-    require_same(name, "all linear", quantized=True)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, "all linear") for name in ("llama", "qwen3_moe", "deepseek_v3")] + [("llama", "a layer by its parameter")],
+)
+def test_is_what_peft_makes_of_packed_layers(name: str, options: str) -> None:
+    require_same(name, options, quantized=True)
 
 
 @pytest.mark.parametrize(("options", "count"), [("all linear", 2 * 7), ("one block's", 6)])

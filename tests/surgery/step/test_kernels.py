@@ -88,7 +88,7 @@ class TestNames:
         assert chosen_kernels(" liger,fused, liger,") == chosen_kernels(["liger", "fused"]) == ("fused", "liger")
         assert chosen_kernels(None) == chosen_kernels("") == chosen_kernels(()) == ()
 
-    @pytest.mark.parametrize("value", ["ligr", ["fused", "triton"], [1]])
+    @pytest.mark.parametrize("value", ["ligr", ["fused", "triton"], [1], True, 2])
     def test_others_are_refused(self, value: Any) -> None:
         with pytest.raises(surgery.ConfigError, match="expected names among fused, liger, found"):
             chosen_kernels(value)
@@ -250,6 +250,10 @@ class TestLiger:
         assert "without Liger's kernels run: MixtralExperts" in caplog.text
         surgery.release(model)
 
+    def test_a_model_without_layers_to_fuse_says_so(self, build: Build, caplog: pytest.LogCaptureFixture) -> None:
+        build(kernels="fused", quant=None)
+        assert "runs without fused layers" in caplog.text
+
     def test_a_module_that_is_no_model_of_transformers_runs_as_without(self, caplog: pytest.LogCaptureFixture) -> None:
         use_kernels(nn.Linear(2, 2), ("liger",))
         assert "Liger has no kernels for Linear" in caplog.text
@@ -265,6 +269,11 @@ class TestLowMemory:
         model(input_ids=IDS, labels=IDS)
         assert calls == ONCE
         surgery.release(model)
+
+    @pytest.mark.parametrize("none", ["", ()])
+    def test_a_block_may_ask_for_none_in_one_that_asks_for_some(self, none: Any) -> None:
+        with surgery.low_memory(kernels="fused"), surgery.low_memory(kernels=none):
+            assert asked_kernels() == ()
 
     def test_a_model_that_is_loaded_as_without_runs_so(self, folder: Path, calls: dict[str, int]) -> None:
         with surgery.low_memory(kernels="liger"):
