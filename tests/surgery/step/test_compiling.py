@@ -78,7 +78,7 @@ def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folde
 
 
 def test_blocks_under_fsdp2_are_compiled_inside_of_its_hooks(folder: Path) -> None:
-    assert run_ranks(train_sharded, 1, folder) == [2]  # a second rank would do the same
+    assert run_ranks(train_sharded, 2, folder) == [2, 2]
 
 
 def train_sharded(folder: Path) -> int:
