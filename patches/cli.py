@@ -26,13 +26,14 @@ from .audit import audit as take_audit
 from .drift import NoSourceError, fingerprint
 from .errors import PatchError, TargetError, UnknownPatchError
 from .foreign import changed_files, foreign
+from .forms import is_traced
 from .journal import read_journals
 from .ledger import aligned
 from .manifest import changes, read
 from .manifest import lock as make_lock
 from .manifest import write as write_lock
 from .patch import Patch
-from .plan import Verdict, VerdictKind, fingerprint_of, is_seen_when_compiled, verdict
+from .plan import Verdict, VerdictKind, fingerprint_of, resolve, verdict
 from .plan import plan as make_plan
 from .registry import BUNDLES, ENTRY_POINT_GROUP, REGISTRY, is_pattern, select
 from .run import command as command_of
@@ -77,8 +78,7 @@ def _import(modules: Sequence[str], option: str = "--import") -> None:
 
 _SELECTORS_HELP: Final = "An id, a bundle, `tag:word`, or a glob such as `torch.*`."
 _Selectors = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given."),
+    list[str] | None, typer.Argument(metavar="SELECTOR", help=f"{_SELECTORS_HELP} Every known patch if none is given.")
 ]
 _Planned = Annotated[list[str], typer.Argument(metavar="SELECTOR", help=_SELECTORS_HELP)]
 _Fingerprint = Annotated[
@@ -414,7 +414,7 @@ def _under_compile(patch: Patch, found: Verdict) -> dict[str, str]:
     if found.kind in (VerdictKind.ABSENT, VerdictKind.INCOMPATIBLE):
         return {}
     try:
-        seen = is_seen_when_compiled(patch)
+        seen = is_traced(resolve(patch))
     except TargetError:  # an obsolete patch, whose target this release does not have
         return {}
     return {"torch.compile": "traced" if seen else "not seen: a compiled region runs the stock code of its target"}

@@ -9,8 +9,10 @@ import importlib
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -212,11 +214,9 @@ class Pending(MetaPathFinder):
     def _fail(self, receipt: Receipt, error: BaseException) -> None:
         why = f"{type(error).__name__}: {error}"
         self._activations.try_locked(lambda: self._activations.fail(receipt, why), timeout=_PATIENCE)
-        try:
-            what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
+        what = f"{receipt.id!r}, applied at {receipt.by} for when its module is imported, failed"
+        with suppress(DeferredPatchWarning):  # an error where warnings are, but the import must not fail
             warnings.warn(f"{what}: {why}", DeferredPatchWarning, stacklevel=2)
-        except DeferredPatchWarning:
-            return  # warnings are errors here, but the import must not fail; the ledger has the error
 
 
 def split(items: Iterable[Item], on: Any) -> tuple[list[Item], dict[Patch, str]]:
@@ -316,15 +316,8 @@ def _is_settled(name: str) -> bool:
     if not _is_there(name) or getattr(getattr(module, "__spec__", None), "_initializing", False):
         return False
     space = getattr(module, "__dict__", None)
-    return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in _frames())
-
-
-def _frames() -> Iterator[Any]:
-    for innermost in sys._current_frames().values():
-        frame: Any = innermost
-        while frame is not None:
-            yield frame
-            frame = frame.f_back
+    frames = (frame for innermost in sys._current_frames().values() for frame, _ in traceback.walk_stack(innermost))
+    return not any(frame.f_globals is space and frame.f_code.co_name == "<module>" for frame in frames)
 
 
 class _Finders(list[Any]):

@@ -30,8 +30,6 @@ _CALLED: Final = (Kind.FUNCTION, Kind.METHOD, Kind.CLASSMETHOD, Kind.STATICMETHO
 _CHANGED_BY_CLOSURES: Final = (
     inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR | inspect.CO_ITERABLE_COROUTINE
 )
-
-
 _counting: Final[dict[str, Calls]] = {}
 
 
@@ -355,11 +353,10 @@ def _disguise() -> Any:
         def __get__(self, instance: Any, owner: type | None = None) -> Any:
             return self if instance is None or not self._self_binds else MethodType(self, instance)
 
-        def __copy__(self) -> Any:
+        def __deepcopy__(self, memo: object = None) -> Any:
             return self
 
-        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-            return self
+        __copy__ = __deepcopy__
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             target = self._self_target
@@ -465,9 +462,8 @@ def __getattr__(name: str) -> Any:
 def _property(place: Place, links: Sequence[Link]) -> property:
     owner, name = place.owner, place.name
     if place.kind == Kind.ATTRIBUTE:
-        stored = _StoredAttribute(owner, name, place.own)
-        read: Any = stored.read
-        getter = functools.reduce(_around, links, read)
+        stored: Any = _StoredAttribute(owner, name, place.own)
+        getter = functools.reduce(_around, links, stored.read)
         return property(stored.guard(getter, str(place.target)), stored.write, stored.delete)
     own: Any = place.found if place.own is MISSING else place.own
     read, write = own.fget, own.fset

@@ -50,14 +50,12 @@ _OVER: Final = (State.REVERTED, State.SKIPPED)
 _SHARED: Final = ("serial", "id", "target", "owner", "reason", "by", "since", "note", "calls", "passed")
 
 
+@dataclass(eq=False, slots=True)
 class Calls:
     """Number of calls of one wrapper, and of those that it has marked as passed through."""
 
-    __slots__ = ("made", "passed")
-
-    def __init__(self) -> None:
-        self.made = 0
-        self.passed = 0
+    made: int = 0
+    passed: int = 0
 
 
 @dataclass(kw_only=True, eq=False, repr=False, slots=True, weakref_slot=True)
@@ -88,11 +86,10 @@ class Receipt:
         self.reason = self.reason or self.patch.reason
         self.count_calls = self.count_calls or bool(os.environ.get("PATCHES_COUNT"))
 
-    def __deepcopy__(self, memo: object) -> Receipt:
+    def __deepcopy__(self, memo: object = None) -> Receipt:
         return self  # a copy of what holds it is of the same application
 
-    def __copy__(self) -> Receipt:
-        return self
+    __copy__ = __deepcopy__
 
     def count(self, calls: Calls) -> None:
         """Count from now on what `calls` counts."""
@@ -200,8 +197,7 @@ class Ledger:
 
     def record(self, receipt: Receipt, state: State, note: str = "") -> None:
         """Set the state of the receipt, and append an entry."""
-        receipt.state = state
-        receipt.note = note
+        receipt.state, receipt.note = state, note
         entry = Entry.of(receipt, state)
         self._entries.append(entry)
         if state in _OVER:

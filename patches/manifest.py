@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from .activation import ACTIVATIONS
 from .errors import ManifestError, TargetError, UnknownPatchError
@@ -179,10 +179,9 @@ def _parse(text: str, source: object) -> Mapping[str, Any]:
     import json
 
     try:
-        found: Mapping[str, Any] = json.loads(text)
+        return cast("Mapping[str, Any]", json.loads(text))
     except ValueError as error:
         raise ManifestError(f"expected {source} to hold JSON, or the path of a file with it: {error}") from error
-    return found
 
 
 def _in_force() -> list[Receipt]:

@@ -29,7 +29,7 @@ _Kind: TypeAlias = Literal[
 ]  # fmt: skip
 _Subject: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], object]
 _Policy: TypeAlias = Literal["error", "warn", "skip"]
-_PACKAGE: Final = __name__.partition(".")[0]
+_PASSED_OVER: Final = (__name__.partition(".")[0], "contextlib")
 _ID: Final = re.compile(r"[a-z0-9][a-z0-9_-]*(?:\.[a-z0-9][a-z0-9_-]*)+")
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{16}")
 _CHOICES: Final = {
@@ -228,11 +228,10 @@ class Patch:
         except ValueError as error:
             raise self._refuse("signature", str(error)) from error
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+    def __deepcopy__(self, memo: object = None) -> Patch:
         return self  # two of one id exclude each other
 
-    def __copy__(self) -> Patch:
-        return self
+    __copy__ = __deepcopy__
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():
@@ -279,10 +278,7 @@ def caller() -> str:
 
 
 def _outside(frame: FrameType) -> FrameType:
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
-        _PACKAGE,
-        "contextlib",
-    ):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PASSED_OVER:
         frame = frame.f_back
     return frame
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from .activation import ACTIVATIONS
 from .drift import NoSourceError, find_drift, fingerprint
 from .errors import DriftError, DriftWarning, IncompatibleError, ProbeError, ScopeError, TargetError, VersionWarning
-from .forms import is_traced, prepare
+from .forms import prepare
 from .ledger import State, aligned
 from .patch import Chosen, Patch, Scope, Scoped, caller, chosen
 from .patch import on as limit
@@ -26,7 +26,7 @@ from .versions import Window, compare
 
 __all__ = [
     "Item", "Plan", "Step", "Verdict", "VerdictKind", "acceptable", "expand", "fingerprint_of", "is_left_out",
-    "is_seen_when_compiled", "make_plan", "plan", "refuse_to_split", "resolve", "verdict",
+    "make_plan", "plan", "refuse_to_split", "resolve", "verdict",
 ]  # fmt: skip
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
@@ -349,11 +349,6 @@ def _policies(patch: Patch, found: Verdict) -> dict[str, str]:
     """The fields of the patch that say what to do about the findings of its verdict: name -> policy."""
     findings = {"on_drift": found.drift, "on_foreign": found.foreign, "on_unknown": found.outside}
     return {name: getattr(patch, name) for name, lines in findings.items() if lines}
-
-
-def is_seen_when_compiled(patch: Patch) -> bool:
-    """Whether the patch takes effect in a region traced by torch.compile. Raises TargetError."""
-    return is_traced(resolve(patch))
 
 
 def is_left_out(patch: Patch, found: Verdict, *, force: bool) -> bool:

@@ -30,6 +30,7 @@ class Slot:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self._is_value = place.kind in STORED
         self.links: tuple[Link, ...] = ()
         # Objects of ours that may be at the place. Two while one is being replaced by the other, so that after an
         # interrupt at any point neither looks foreign.
@@ -88,10 +89,6 @@ class Slot:
         for link in self.links:
             link.refresh()
         self._refresh_value()
-
-    @property
-    def _is_value(self) -> bool:
-        return self.place.kind in STORED
 
     def _refresh_value(self) -> None:
         if self._is_value and not self.settle():

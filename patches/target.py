@@ -151,10 +151,9 @@ def refuse(target: object, why: str, *, suggestion: str = "", is_absent: bool = 
 
 
 def _literal(text: str) -> Any:
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return text
 
 
 def _with_colon(text: str) -> str:

@@ -62,7 +62,7 @@ class Transaction:
         self._pending: list[Receipt] = []
         # An interrupt between two bytecodes of the `with` statement, or of the methods here, ends in this. Not in
         # `__del__`, which would also run, and swallow an interrupt, for every transaction that is closed.
-        self._dropped = weakref.finalize(self, _undo_dropped, self._pending)
+        self._dropped = weakref.finalize(self, undo_past_interrupts, self._pending, "transaction dropped while open")
         self._dropped.atexit = False
         self._savepoints: list[Savepoint] = []
 
@@ -256,10 +256,6 @@ def transaction(
     return Transaction(
         items, reason=reason, by=caller(), on=chosen(on), force=force, count_calls=count_calls, deferred=deferred
     )
-
-
-def _undo_dropped(pending: list[Receipt]) -> None:
-    undo_past_interrupts(pending.copy(), "the transaction was dropped while open")
 
 
 def _decorated(function: Callable[..., Any], begin: Callable[[], Transaction]) -> Callable[..., Any]:

@@ -129,7 +129,7 @@ def test_the_core_of_patches_stays_readable() -> None:
     core = [file for name, file in modules("patches").items() if name.split(".")[1:2] not in [[room] for room in apart]]
     lines = sum(len(file.read_text().splitlines()) for file in core)
     assert len(core) <= 25
-    assert lines <= 6380, "leave as many out as come in"
+    assert lines <= 6340, "leave as many out as come in"
 
 
 def test_patches_never_imports_surgery_nor_torch_outside_functions() -> None:

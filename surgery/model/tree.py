@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from surgery.model.fqn import join, split
+from surgery.model.fqn import WRAPPER_SEGMENTS, join, split
 
 __all__ = [
     "Site",
@@ -22,6 +22,7 @@ __all__ = [
     "replace_module",
     "sites",
     "tied_parameters",
+    "unwrapped",
     "was_conv1d",
 ]
 
@@ -55,6 +56,12 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield prefix, module
         children = [(join(prefix, name), child) for name, child in module._modules.items() if child is not None]
         left.extend(reversed(children))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """`module` itself, or what FSDP1, activation checkpointing or `torch.compile` has wrapped in it."""
+    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if name in module._modules), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def sites(model: nn.Module) -> Iterator[Site]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import nn
 
-from surgery.model.fqn import WRAPPER_SEGMENTS, join
+from surgery.model.fqn import join
+from surgery.model.tree import unwrapped
 
 __all__ = ["bare_copy", "twin_of"]
 
@@ -35,7 +36,7 @@ def twin_of(
 def _copy(
     module: nn.Module, fqn: str, parameters: Parameters, hollow: frozenset[nn.Module], made: dict[nn.Module, nn.Module]
 ) -> nn.Module:
-    module = _unwrapped(module)
+    module = unwrapped(module)
     if module in made:
         return made[module]
     if module in hollow:
@@ -62,8 +63,3 @@ def bare_copy(module: nn.Module) -> nn.Module:
 def _apart(value: object) -> object:
     """A container of its own, so that a hook or a name that is added to the copy is not in the original too."""
     return value.copy() if isinstance(value, (dict, list, set)) else value
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if name in module._modules), None)
-    return module if inner is None else _unwrapped(inner)

@@ -17,8 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils.checkpoint import checkpoint
 
 from surgery.errors import ConfigError
-from surgery.model.fqn import WRAPPER_SEGMENTS
-from surgery.model.tree import decoder_blocks
+from surgery.model.tree import decoder_blocks, unwrapped
 from surgery.step.offload import Offload
 
 __all__ = ["checkpoint_activations"]
@@ -35,7 +34,7 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload
 
     Raises `ConfigError` for a model in which no decoder block, or no embedding that is needed, is found.
     """
-    blocks = {_unwrapped(site.module): None for site in decoder_blocks(model)}
+    blocks = {unwrapped(site.module): None for site in decoder_blocks(model)}
     if not blocks:
         raise ConfigError(
             "activation checkpointing needs decoder blocks, but the model has no ModuleList of blocks; "
@@ -57,11 +56,6 @@ def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload
     return model
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if name in module._modules), None)
-    return module if inner is None else inner
-
-
 class _Checkpoint:
     """Calls a block so that its activations are recomputed in backward."""
 
@@ -75,19 +69,19 @@ class _Checkpoint:
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
         first = next((each for each in args if isinstance(each, torch.Tensor)), None)
-        if first is None or self._offload is None:
-            saving: Any = nullcontext()
-        else:
-            saving = self._offload.saving(first, stays=self._is_last)
+        if first is None:
+            return self._checkpoint(function, *args, **kwargs)
+        saving = nullcontext() if self._offload is None else self._offload.saving(first, stays=self._is_last)
         with saving:
             return self._recorded(function, first, *args, **kwargs)
 
-    def _recorded(self, function: Callable[..., Any], first: torch.Tensor | None, *args: Any, **kwargs: Any) -> Any:
+    def _recorded(self, function: Callable[..., Any], first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Torch's own care for random numbers reads and sets states for every block, whether it draws any or not."""
         generators = _generators(first)
         if generators is None:
             return self._checkpoint(function, *args, **kwargs)
-        if _is_capturing(first):  # states cannot be read then, and torch refuses to where they are needed
+        # While a CUDA graph is recorded states cannot be read, and torch refuses to where they are needed.
+        if first.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._checkpoint(function, *args, preserve_rng_state=self._draws, **kwargs)
         drawn = _Drawn(function, generators)
         found = self._checkpoint(drawn, *args, preserve_rng_state=False, **kwargs)
@@ -95,16 +89,12 @@ class _Checkpoint:
         return found
 
 
-def _generators(first: torch.Tensor | None) -> list[torch.Generator] | None:
+def _generators(first: torch.Tensor) -> list[torch.Generator] | None:
     """The generators that a block draws from which is given `first`; None where that is not known."""
-    if first is None or torch.compiler.is_compiling() or first.device.type not in ("cpu", "meta", "cuda"):
+    if torch.compiler.is_compiling() or first.device.type not in ("cpu", "meta", "cuda"):
         return None
     of_device = [torch.cuda.default_generators[first.device.index]] if first.is_cuda else []
     return [torch.default_generator, *of_device]
-
-
-def _is_capturing(first: torch.Tensor | None) -> bool:
-    return first is not None and first.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Drawn:

@@ -18,7 +18,7 @@ from transformers import Cache
 import model_surgery_patches as patches
 from surgery.errors import ConfigError
 from surgery.model.fqn import WRAPPER_SEGMENTS
-from surgery.model.tree import decoder_blocks
+from surgery.model.tree import decoder_blocks, unwrapped
 from surgery.passes.lifetime import Extension, at_release
 from surgery.quantizers.base import packed_names, quantized_modules
 
@@ -42,7 +42,7 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options
     Raises `ConfigError` if no decoder block is found, or one is compiled already, has a `forward` of its own, or holds
     units of FSDP1 or checkpoints.
     """
-    blocks = [_unwrapped(site.module) for site in decoder_blocks(model)]
+    blocks = [unwrapped(site.module) for site in decoder_blocks(model)]
     if not blocks:
         raise ConfigError("compiling by block needs decoder blocks, but the model has no ModuleList of blocks")
     for block in blocks:
@@ -59,11 +59,6 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options
         block.__class__ = kinds[alike]
     at_release(model, partial(_undo, list(kinds.values()), weakref.WeakSet(blocks)))
     return model
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if name in module._modules), None)
-    return module if inner is None else _unwrapped(inner)
 
 
 def _check(block: nn.Module) -> None:

@@ -31,7 +31,7 @@ from surgery.passes.lifetime import at_release, keep
 from surgery.sharding.base import strategy_of
 from surgery.sharding.steps import Steps
 from surgery.step.positions import trust_own_positions
-from surgery.step.recording import Recorder, Tape, recordable
+from surgery.step.recording import Recorder, Recording, recordable
 
 __all__ = ["capture", "tally"]
 
@@ -84,7 +84,8 @@ def capture(model: nn.Module, *, warmup: int = 3, limit: int = 8) -> nn.Module:
         with patches.transaction("trl.every-position", reason="steps are recorded as CUDA graphs") as transaction:
             keep(module, transaction.receipts)
             transaction.commit()
-    _install(module, Calls(module, warmup=warmup, limit=limit))
+    # What `nn.Module.compile` sets: `__call__` uses it in place of `_call_impl`, hooks and all; copies leave it out.
+    module._compiled_call_impl = Calls(module, warmup=warmup, limit=limit)
     at_release(module, _undo(module))
     return model
 
@@ -102,11 +103,6 @@ def _refused(model: nn.Module) -> str | None:
     return None if any(each.requires_grad for each in model.parameters()) else "nothing is trained"
 
 
-def _install(module: nn.Module, calls: Calls) -> None:
-    # What `nn.Module.compile` sets: `__call__` uses it in place of `_call_impl`, hooks and all; copies leave it out.
-    module._compiled_call_impl = calls
-
-
 def _undo(module: nn.Module) -> Callable[[], object]:
     reference = weakref.ref(module)
 
@@ -122,10 +118,10 @@ class _NotOfAKindError(Exception):
     """A call that no recording can stand for."""
 
 
-class Flight:
+class Pending:
     """A forward whose backward may come: until it has, or cannot any more since nothing holds its outputs."""
 
-    landed = False
+    is_over = False
 
 
 @dataclass(kw_only=True)
@@ -137,20 +133,22 @@ class Kind:
 
     seen: int = 0
     differentiated: set[int] = field(default_factory=set)
-    tape: Tape | None = None
+    recording: Recording | None = None
     refused: bool = False
 
 
 class Calls:
     """The calls of a captured model. record: as `Recorder.record`, by default of a recorder of its own."""
 
-    def __init__(self, model: nn.Module, *, warmup: int, limit: int, record: Callable[..., Tape] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, warmup: int, limit: int, record: Callable[..., Recording] | None = None
+    ) -> None:
         self._model = weakref.ref(model)
         self._warmup = warmup
         self._limit = limit
         self._record = record or Recorder().record
         self._kinds: dict[object, Kind] = {}
-        self._flights: list[weakref.ref[Flight]] = []
+        self._pending: list[weakref.ref[Pending]] = []
         self._steps: Steps | None = None
         self._switches: list[Any] = []
         self._is_full = False
@@ -166,15 +164,15 @@ class Calls:
         kind = self._kind_of(leaves, structure)
         if kind is None or not self._may_replay(kind):
             return self._run(kind, model, args, kwargs)
-        if kind.tape is None:
+        if kind.recording is None:
             self._try_to_record(kind, model, leaves, structure)
-        if kind.tape is None:
+        if kind.recording is None:
             return self._run(kind, model, args, kwargs)
-        return self._replay(kind.tape, leaves)
+        return self._replay(kind.recording, leaves)
 
     def tally(self) -> str:
         """Count the shapes that were recorded, and the calls that were replayed."""
-        recorded = sum(kind.tape is not None for kind in self._kinds.values())
+        recorded = sum(kind.recording is not None for kind in self._kinds.values())
         refused = sum(kind.refused for kind in self._kinds.values())
         return (
             f"{recorded} shapes recorded, {refused} that cannot be; {self._replayed} calls replayed, {self._ran} run "
@@ -205,10 +203,10 @@ class Calls:
         assert self._steps is not None
         if kind.refused or kind.seen < self._warmup or not kind.differentiated:
             return False
-        self._flights = [each for each in self._flights if (flight := each()) is not None and not flight.landed]
-        if self._flights or not self._steps.is_regular():
+        self._pending = [each for each in self._pending if (pending := each()) is not None and not pending.is_over]
+        if self._pending or not self._steps.is_regular():
             return False
-        if kind.tape is not None and not kind.tape.holds():
+        if kind.recording is not None and not kind.recording.holds():
             # Weights were moved, or a failed capture has cost random numbers their state: recordings read the old one.
             self._kinds = {key: each for key, each in self._kinds.items() if each.refused}
             return False
@@ -221,68 +219,70 @@ class Calls:
             outputs = model._call_impl(*args, **kwargs)
         leaves, structure = tree_flatten(outputs)
         numbers = [n for n, each in enumerate(leaves) if isinstance(each, torch.Tensor) and each.requires_grad]
-        flight = self._depart()
+        pending = self._expect_backward()
         if kind is None or kind.refused:
             for number in numbers:
-                leaves[number].register_hook(_landing(flight))
+                leaves[number].register_hook(_ending(pending))
             return outputs
         kind.seen += 1
-        begun: Any = Beginning.apply(flight, kind.differentiated, *(leaves[number] for number in numbers))  # type: ignore[no-untyped-call]
+        begun: Any = Beginning.apply(pending, kind.differentiated, *(leaves[number] for number in numbers))  # type: ignore[no-untyped-call]
         for number, each in zip(numbers, begun, strict=True):
             leaves[number] = each
         return tree_unflatten(leaves, structure)
 
-    def _depart(self) -> Flight:
-        flight = Flight()
-        self._flights.append(weakref.ref(flight))
-        return flight
+    def _expect_backward(self) -> Pending:
+        pending = Pending()
+        self._pending.append(weakref.ref(pending))
+        return pending
 
     def _try_to_record(self, kind: Kind, model: Any, leaves: Sequence[Any], structure: TreeSpec) -> None:
         assert self._steps is not None
         try:
-            kind.tape = self._record(model, self._steps, leaves, structure, frozenset(kind.differentiated))
+            kind.recording = self._record(model, self._steps, leaves, structure, frozenset(kind.differentiated))
         except Exception as error:  # whatever a model does that cannot be captured; nothing of it was executed
             kind.refused = True
             first = error.__context__ or error
             logger.warning("surgery: calls of this shape run without CUDA graphs: %s", _line(first))
             logger.debug("surgery: it was recorded this far", exc_info=error)
         else:
-            number = sum(each.tape is not None for each in self._kinds.values())
+            number = sum(each.recording is not None for each in self._kinds.values())
             logger.info("surgery: recorded as CUDA graphs: calls of %d shapes, of %d at most", number, self._limit)
 
-    def _replay(self, tape: Tape, leaves: Sequence[Any]) -> Any:
+    def _replay(self, recording: Recording, leaves: Sequence[Any]) -> Any:
         assert self._steps is not None
         self._replayed += 1
         self._steps.settle()
-        tape.take(leaves)
-        outputs = Replay.apply(tape, self._depart(), *tape.inputs)  # type: ignore[no-untyped-call]  # of torch
-        return tape.assemble(outputs)
+        recording.take(leaves)
+        outputs = Replay.apply(recording, self._expect_backward(), *recording.inputs)  # type: ignore[no-untyped-call]
+        return recording.assemble(outputs)
 
 
 class Replay(torch.autograd.Function):
-    """The two graphs of a tape as one function of what is trained."""
+    """The two graphs of a recording as one function of what is trained."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, flight: Flight, *_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, recording: Recording, pending: Pending, *_inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Copies of the outputs."""
-        ctx.tape, ctx.flight = tape, flight
+        ctx.recording, ctx.pending = recording, pending
         ctx.set_materialize_grads(False)
-        tape.forward.replay()
-        outputs = tuple(output.clone() for output in tape.outputs)
-        ctx.mark_non_differentiable(*(o for o, needs in zip(outputs, tape.differentiable, strict=True) if not needs))
+        recording.forward.replay()
+        outputs = tuple(output.clone() for output in recording.outputs)
+        ctx.mark_non_differentiable(
+            *(o for o, needs in zip(outputs, recording.differentiable, strict=True) if not needs)
+        )
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the inputs."""
-        if ctx.flight.landed:
+        if ctx.pending.is_over:
             raise RuntimeError(
                 "a captured step was differentiated a second time, but the first has overwritten what it needs: add "
                 "the losses up before backward(), or call surgery.release(model)"
             )
-        ctx.flight.landed = True
-        return (None, None, *ctx.tape.differentiate(gradients))
+        ctx.pending.is_over = True
+        return (None, None, *ctx.recording.differentiate(gradients))
 
 
 class Beginning(torch.autograd.Function):
@@ -292,23 +292,23 @@ class Beginning(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, flight: Flight, seen: set[int], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, pending: Pending, seen: set[int], *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The copies."""
-        ctx.flight, ctx.seen = flight, seen
+        ctx.pending, ctx.seen = pending, seen
         ctx.set_materialize_grads(False)
         return tuple(output.clone() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """The gradients."""
-        ctx.flight.landed = True
+        ctx.pending.is_over = True
         ctx.seen.update(number for number, gradient in enumerate(gradients) if gradient is not None)
         return (None, None, *gradients)
 
 
-def _landing(flight: Flight) -> Callable[[torch.Tensor], None]:
+def _ending(pending: Pending) -> Callable[[torch.Tensor], None]:
     def hook(_gradient: torch.Tensor) -> None:
-        flight.landed = True
+        pending.is_over = True
 
     return hook
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
-from surgery.model.fqn import WRAPPER_SEGMENTS
+from surgery.model.tree import unwrapped
 from surgery.model.twin import twin_of
 from surgery.passes.lifetime import keep
 from surgery.step.recording import is_recordable
@@ -281,7 +281,7 @@ def _loss_of(model: nn.Module, forward: FunctionType) -> patches.Patch | None:
 def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
     """The reason why the loss cannot be fused with the output head; None if it can be."""
     head = getattr(model, "lm_head", None)
-    plain = None if head is None else _unwrapped(head)
+    plain = None if head is None else unwrapped(head)
     if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward or "forward" in vars(plain):
         return f"its lm_head is {'missing' if plain is None else 'of class ' + type(plain).__name__}"
     if getattr(plain, "bias", None) is not None:
@@ -328,14 +328,9 @@ class _Head:
 
         Without it, FSDP2 would count the head as not run yet, and FSDP1 have a part of the weight in its place.
         """
-        plain: Any = _unwrapped(self._head)
+        plain: Any = unwrapped(self._head)
         vars(plain)["forward"] = lambda hidden: compute(hidden, plain.weight)
         try:
             return self._head(hidden)
         finally:
             del vars(plain)["forward"]
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    inner = next((module._modules[name] for name in WRAPPER_SEGMENTS if module._modules.get(name) is not None), None)
-    return module if inner is None else _unwrapped(inner)

@@ -57,7 +57,7 @@ def trust_own_positions(model: nn.Module) -> None:
 
     Until `surgery.release(model)`. A release of transformers that the patches do not fit looks as ever.
     """
-    found = [module for module in model.modules() if _place(module) is not None and not _is_told(module)]
+    found = [module for module in model.modules() if _place(module) is not None]
     if not found:
         return
     try:
@@ -107,10 +107,6 @@ def _end(module: nn.Module, *_: object) -> None:
 def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def _is_told(module: nn.Module) -> bool:
-    return _begin in module._forward_pre_hooks.values()
 
 
 def _place(module: nn.Module) -> int | None:

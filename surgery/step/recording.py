@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from surgery.sharding.steps import Steps
 
-__all__ = ["CannotRecordError", "Recorder", "Tape", "hand_over", "is_recordable", "recordable"]
+__all__ = ["CannotRecordError", "Recorder", "Recording", "hand_over", "is_recordable", "recordable"]
 
 #: Values, beside tensors, that an output may have: each replay returns the same.
 PLAIN = (type(None), bool, int, float, str)
@@ -49,7 +49,7 @@ class CannotRecordError(Exception):
     """A call that cannot be recorded, and why."""
 
 
-class Tape:
+class Recording:
     """A recorded call: where it reads arguments and writes outputs, and where its backward reads and writes gradients.
 
     inputs: what an autograd function takes for what is trained. outputs: the tensors of the result, as the forward
@@ -196,21 +196,21 @@ class Recorder:
 
     def record(
         self, model: nn.Module, steps: Steps, leaves: Sequence[Any], structure: TreeSpec, started: frozenset[int]
-    ) -> Tape:
+    ) -> Recording:
         """Record the call of `model` on `leaves`, and a backward that begins from the differentiable outputs `started`.
 
         Nothing is executed. Raises whatever the model does while it is captured, and leaves it as it was before.
         """
         steps.settle()
-        tape = Tape(model, steps, leaves, structure)
-        _check(tape)
-        device = tape.trained[0].device
+        recording = Recording(model, steps, leaves, structure)
+        _check(recording)
+        device = recording.trained[0].device
         self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         steps.renew()
         try:
             with torch.cuda.device(device), _undisturbed(), recordable():
-                self._record(tape, model, steps, started)
+                self._record(recording, model, steps, started)
         except BaseException:
             self._pool = None
             steps.reset()
@@ -218,29 +218,29 @@ class Recorder:
             raise
         finally:
             steps.renew()
-        return tape
+        return recording
 
-    def _record(self, tape: Tape, model: nn.Module, steps: Steps, started: frozenset[int]) -> None:
+    def _record(self, recording: Recording, model: nn.Module, steps: Steps, started: frozenset[int]) -> None:
         module: Any = model
-        args, kwargs = tree_unflatten(tape.arguments, tape.structure)
+        args, kwargs = tree_unflatten(recording.arguments, recording.structure)
         if _would_cache(model, kwargs):
             kwargs = {**kwargs, "use_cache": False}
         # Leaves of their own, which no earlier step holds: those live on the stream of that step, and have hooks.
-        with nullcontext(()) if steps.sets_gradients else _aliases(model, tape.trained) as aliases:
-            with self._capturing(steps.streams()) as tape.forward:
+        with nullcontext(()) if steps.sets_gradients else _aliases(model, recording.trained) as aliases:
+            with self._capturing(steps.streams()) as recording.forward:
                 result = module._call_impl(*args, **kwargs)
-            outputs = tape.keep_result(result)
+            outputs = recording.keep_result(result)
             del result
             if not started <= set(range(len(outputs))):
                 raise CannotRecordError(f"it returns {len(outputs)} outputs that need gradients")
-            tape.starts = {number: torch.empty_like(outputs[number]) for number in sorted(started)}
-            ends, starts = [outputs[number] for number in tape.starts], list(tape.starts.values())
-            with self._capturing(steps.streams()) as tape.backward:
+            recording.starts = {number: torch.empty_like(outputs[number]) for number in sorted(started)}
+            ends, starts = [outputs[number] for number in recording.starts], list(recording.starts.values())
+            with self._capturing(steps.streams()) as recording.backward:
                 if steps.sets_gradients:
-                    gradients = _set_gradients(ends, starts, tape.trained)
+                    gradients = _set_gradients(ends, starts, recording.trained)
                 else:
                     gradients = list(torch.autograd.grad(ends, aliases, starts, allow_unused=True))
-        tape.keep_gradients(gradients)
+        recording.keep_gradients(gradients)
 
     @contextmanager
     def _capturing(self, others: Sequence[Any]) -> Iterator[torch.cuda.CUDAGraph]:
@@ -296,11 +296,13 @@ def _renew_generator(device: torch.device) -> None:
         generator.set_offset(offset)
 
 
-def _check(tape: Tape) -> None:
-    elsewhere = {each.device.type for each in tape.trained} - {"cuda"}
+def _check(recording: Recording) -> None:
+    elsewhere = {each.device.type for each in recording.trained} - {"cuda"}
     if elsewhere:
         raise CannotRecordError(f"trained parameters are on {', '.join(sorted(elsewhere))}")
-    if tape.sets_gradients and any(getattr(each, "_post_accumulate_grad_hooks", None) for each in tape.trained):
+    if recording.sets_gradients and any(
+        getattr(each, "_post_accumulate_grad_hooks", None) for each in recording.trained
+    ):
         raise CannotRecordError("parameters have hooks that run when their gradient is there")
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from bench_step import app
 from checkpoints.folder import build
 from checkpoints.llama import LlamaShape
 from checkpoints.synthetic import SyntheticCheckpoint
-from loading.launch import ROOT, environment_of
 from step.found import Found, chart, read, tables, write
 from step.options import Way
 from step.player import longest_of
@@ -26,19 +26,18 @@ def _found(way: str = "ours", *, batch: str | None = "2x32", ranks: int = 1) -> 
     return Found(way=way, ranks=ranks, batch=batch, memory_cap=None)
 
 
-def test_ways_take_turns_and_one_that_fails_does_not_take_others_with_it(tmp_path: Path) -> None:
+def test_ways_take_turns_and_one_that_fails_does_not_take_others_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = LlamaShape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocab=512)
     checkpoint = SyntheticCheckpoint(shape=shape)
     with build(tmp_path / "model", checkpoint.recipe()) as folder:
         list(checkpoint.write(folder, processes=1))
-    script = ["-W", "ignore", str(ROOT / "tools" / "bench_step.py"), "compare", "--device", "cpu"]
-    options = ["--checkpoint", str(tmp_path / "model"), "--ways", "unsloth ours", "--batches", "1x16,2x16c"]
-    options += ["--steps", "2", "--logs", str(tmp_path / "logs"), "--json", str(tmp_path / "found.jsonl")]
-    environment = environment_of(2, "cpu")
-    ran = subprocess.run(
-        [sys.executable, *script, *options], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 1, ran.stderr
+    options = ["--device", "cpu", "--checkpoint", str(tmp_path / "model"), "--ways", "unsloth ours"]
+    options += ["--batches", "1x16,2x16c", "--steps", "2", "--logs", str(tmp_path / "logs")]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of the command, not of the tests
+    ran = CliRunner().invoke(app, ["compare", *options, "--json", str(tmp_path / "found.jsonl")])
+    assert ran.exit_code == 1, ran.output
     found = {(each.way, each.batch): each for each in read([tmp_path / "found.jsonl"])}
     assert "ended without a word" in str(found.pop(("unsloth", None)).error)
     assert "No module named 'unsloth'" in ran.stderr

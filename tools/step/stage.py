@@ -62,7 +62,7 @@ def perform(plan: Plan, save: Callable[[list[Found]], None]) -> list[Found]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     until = time.monotonic() + plan.limit
     found: dict[tuple[_Player, str | None], Found] = {}
-    with _troupe(plan) as players:
+    with _players(plan) as players:
         for player in players:
             player.begin(plan)
         for player in players:
@@ -196,7 +196,7 @@ class _Player:
 
 
 @contextmanager
-def _troupe(plan: Plan) -> Iterator[list[_Player]]:
+def _players(plan: Plan) -> Iterator[list[_Player]]:
     """Start the processes of all ways; on leaving, all have ended."""
     plan.logs.mkdir(parents=True, exist_ok=True)
     players: list[_Player] = []

@@ -97,7 +97,7 @@ def test_other_models_and_copies_are_asked_as_ever(model: Any, monkeypatch: pyte
     assert positions._calls.stack == []
 
 
-def test_layers_of_flash_attention_do_not_read_them_either(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_flash_attention_do_not_read_them_either(model: Any) -> None:
     given: list[Any] = []
     model.model.layers[0].register_forward_pre_hook(
         lambda _module, _args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True

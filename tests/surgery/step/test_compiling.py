@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,8 @@ def fresh_graphs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The checkpoint of a model of so many blocks."""
-    made: dict[int, Path] = {}
-
-    def find(blocks: int) -> Path:
-        if blocks not in made:
-            directory = tmp_path_factory.mktemp(f"llama-{blocks}")
-            made[blocks] = save_tiny(directory, num_hidden_layers=blocks, dtype=torch.float32)
-        return made[blocks]
-
-    return find
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("llama"), num_hidden_layers=3, dtype=torch.float32)
 
 
 def loaded(folder: Path, **options: Any) -> Any:
@@ -74,9 +65,9 @@ def assert_close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folder: Callable[[int], Path]) -> None:
+def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folder: Path) -> None:
     """Two, since the first block's input needs no gradient; two more for the first other length, and none after."""
-    model, graphs = loaded(folder(3), device=torch.device("cpu")), CompileCounter()
+    model, graphs = loaded(folder, device=torch.device("cpu")), CompileCounter()
     fuse(model)
     eager = {ids: step(model, ids) for ids in (IDS, LONGER, LONGEST)}
     assert surgery.compile_blocks(model, backend=graphs) is model
@@ -86,8 +77,8 @@ def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folde
     surgery.release(model)
 
 
-def test_blocks_under_fsdp2_are_compiled_inside_of_its_hooks(folder: Callable[[int], Path]) -> None:
-    assert run_ranks(train_sharded, 2, folder(3)) == [2, 2]
+def test_blocks_under_fsdp2_are_compiled_inside_of_its_hooks(folder: Path) -> None:
+    assert run_ranks(train_sharded, 2, folder) == [2, 2]
 
 
 def train_sharded(folder: Path) -> int:
@@ -101,8 +92,8 @@ def train_sharded(folder: Path) -> int:
     return graphs.frame_count
 
 
-def test_generation_with_a_cache_is_not_compiled_and_evaluation_is(folder: Callable[[int], Path]) -> None:
-    model, graphs = loaded(folder(2), device=torch.device("cpu")).eval(), CompileCounter()
+def test_generation_with_a_cache_is_not_compiled_and_evaluation_is(folder: Path) -> None:
+    model, graphs = loaded(folder, device=torch.device("cpu")).eval(), CompileCounter()
     with torch.no_grad():
         expected = model(IDS).logits
     said = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, use_cache=True)
@@ -115,8 +106,8 @@ def test_generation_with_a_cache_is_not_compiled_and_evaluation_is(folder: Calla
     assert graphs.frame_count in (1, 2)
 
 
-def test_a_released_model_a_copy_and_a_pickle_have_blocks_as_they_were(folder: Callable[[int], Path]) -> None:
-    model = loaded(folder(2), device=torch.device("cpu"))
+def test_a_released_model_a_copy_and_a_pickle_have_blocks_as_they_were(folder: Path) -> None:
+    model = loaded(folder, device=torch.device("cpu"))
     plain = [type(site.module) for site in decoder_blocks(model)]
     surgery.compile_blocks(model)
     with pytest.raises(ConfigError, match="compiled already"):
@@ -127,17 +118,17 @@ def test_a_released_model_a_copy_and_a_pickle_have_blocks_as_they_were(folder: C
         copy.deepcopy(decoder_blocks(model)[1].module),
         torch.load(io.BytesIO(file.getvalue()), weights_only=False),
     ]
-    assert [type(other) for other in others] == plain
+    assert [type(other) for other in others] == plain[:2]
     assert all(type(site.module) is not kind for site, kind in zip(decoder_blocks(model), plain, strict=True))
     surgery.release(model)
     assert [type(site.module) for site in decoder_blocks(model)] == plain
     assert not patches.audit()
 
 
-def test_what_cannot_be_compiled_by_block_is_refused(folder: Callable[[int], Path]) -> None:
+def test_what_cannot_be_compiled_by_block_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no ModuleList of blocks"):
         surgery.compile_blocks(torch.nn.Linear(2, 2))
-    model = loaded(folder(2), device=torch.device("cpu"))
+    model = loaded(folder, device=torch.device("cpu"))
     block = decoder_blocks(model)[1].module
     vars(block)["forward"] = block.forward
     with pytest.raises(ConfigError, match="a forward of its own"):
@@ -145,8 +136,8 @@ def test_what_cannot_be_compiled_by_block_is_refused(folder: Callable[[int], Pat
     assert not any("run_compiled" in vars(type(site.module)) for site in decoder_blocks(model))
 
 
-def test_beyond_the_limit_of_recompilations_a_call_is_not_compiled_and_says_so(folder: Callable[[int], Path]) -> None:
-    model, graphs = loaded(folder(2), device=torch.device("cpu")), CompileCounter()
+def test_beyond_the_limit_of_recompilations_a_call_is_not_compiled_and_says_so(folder: Path) -> None:
+    model, graphs = loaded(folder, device=torch.device("cpu")), CompileCounter()
     eager = step(model, IDS)
     surgery.compile_blocks(model, backend=graphs)
     with torch._dynamo.config.patch(recompile_limit=1), pytest.warns(UserWarning, match="not compiled: "):

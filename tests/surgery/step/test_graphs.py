@@ -19,7 +19,7 @@ import surgery
 from surgery.sharding.steps import Steps
 from surgery.step import graphs, recording
 from surgery.step.graphs import Calls, capture
-from surgery.step.recording import CannotRecordError, Tape, _aliases, hand_over, is_recordable
+from surgery.step.recording import CannotRecordError, Recording, _aliases, hand_over, is_recordable
 
 
 class Net(nn.Module):
@@ -52,34 +52,34 @@ class Running:
 
     def __call__(
         self, model: nn.Module, steps: Steps, leaves: Sequence[Any], structure: TreeSpec, started: frozenset[int]
-    ) -> Tape:
+    ) -> Recording:
         self.recorded += 1
-        tape = Tape(model, steps, leaves, structure)
-        args, kwargs = tree_unflatten(tape.arguments, structure)
+        made = Recording(model, steps, leaves, structure)
+        args, kwargs = tree_unflatten(made.arguments, structure)
         run: dict[str, Any] = {}
 
         def forward() -> None:
-            places = tape.outputs
-            with torch.enable_grad(), _aliases(model, tape.trained) as run["leaves"]:
-                run["ends"] = tape.keep_result(cast("Any", model)._call_impl(*args, **kwargs))
-            for place, new in zip(places, tape.outputs, strict=bool(places)):
+            places = made.outputs
+            with torch.enable_grad(), _aliases(model, made.trained) as run["leaves"]:
+                run["ends"] = made.keep_result(cast("Any", model)._call_impl(*args, **kwargs))
+            for place, new in zip(places, made.outputs, strict=bool(places)):
                 place.data.copy_(new)
-            tape.outputs = places or tape.outputs
+            made.outputs = places or made.outputs
 
         def found() -> list[torch.Tensor | None]:
-            ends, starts = [run["ends"][number] for number in tape.starts], list(tape.starts.values())
+            ends, starts = [run["ends"][number] for number in made.starts], list(made.starts.values())
             return list(torch.autograd.grad(ends, run["leaves"], starts, allow_unused=True))
 
         def backward() -> None:
-            for place, new in zip(tape.gradients, found(), strict=True):
+            for place, new in zip(made.gradients, found(), strict=True):
                 if place is not None and new is not None:
                     place.copy_(new)
 
         forward()
-        tape.starts = {number: torch.zeros_like(run["ends"][number]) for number in sorted(started)}
-        tape.keep_gradients(found())
-        tape.forward, tape.backward = Played(forward), Played(backward)
-        return tape
+        made.starts = {number: torch.zeros_like(run["ends"][number]) for number in sorted(started)}
+        made.keep_gradients(found())
+        made.forward, made.backward = Played(forward), Played(backward)
+        return made
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_calls_before_a_recording_know_that_it_comes(net: Any) -> None:
 
 
 def test_what_cannot_be_recorded_runs_as_ever_and_says_why_once(net: Any, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(*_args: object) -> Tape:
+    def refuse(*_args: object) -> Recording:
         raise CannotRecordError("it returns a DynamicCache")
 
     net._compiled_call_impl._record = refuse
@@ -307,9 +307,9 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_why_once(net: Any, caplog
 
 
 def test_an_output_that_is_no_tensor_is_named(net: Any) -> None:
-    tape = Tape(net, Steps(net), [], tree_unflatten)  # type: ignore[arg-type]  # not read
+    made = Recording(net, Steps(net), [], tree_unflatten)  # type: ignore[arg-type]  # not read
     with pytest.raises(CannotRecordError, match="returns a object"):
-        tape.keep_result({"cache": object()})
+        made.keep_result({"cache": object()})
 
 
 def test_gradients_are_handed_over_as_backward_would_add_them() -> None:

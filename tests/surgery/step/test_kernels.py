@@ -281,7 +281,7 @@ class TestLowMemory:
         assert model.train()(input_ids=IDS, labels=IDS).logits is not None
         assert not calls
 
-    def test_the_command_line_asks_for_them(self, calls: dict[str, int], tmp_path: Path) -> None:
+    def test_the_command_line_asks_for_them(self, calls: dict[str, int]) -> None:
         from surgery.run import low_memory
 
         with low_memory(kernels="liger"):

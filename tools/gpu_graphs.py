@@ -1,16 +1,13 @@
-"""Try `surgery.capture` on the GPU at hand, or on several ranks with FSDP2: one JSON line for each thing that is tried.
+"""Check `surgery.capture` on the GPU at hand, or on several ranks with FSDP2; prints a JSON line for each part.
 
-    python tools/step/try_graphs.py
-    torchrun --nproc-per-node 2 tools/step/try_graphs.py
-    python tools/step/try_graphs.py CHECKPOINT --steps 12
-    python tools/step/try_graphs.py --fused
+    PYTHONPATH=. python tools/gpu_graphs.py
+    PYTHONPATH=. torchrun --nproc-per-node 2 tools/gpu_graphs.py
+    PYTHONPATH=. python tools/gpu_graphs.py CHECKPOINT --steps 12 --fused
 
-Without a checkpoint it makes a Llama of 8 blocks with the sizes of an 8B model. Each part is caught by itself, with a
-traceback; other parts go on. Results are exact comparisons: eager steps and captured ones from the same seed, with
-deterministic kernels, without cuDNN's attention, whose backward is not. Seconds are measured with the usual kernels;
-`attention` are the kernels of attention in one such step, each way: their names and how often they ran; `waits`, how
-often the host waited for the GPU, the end of the step included. On a CPU, where nothing is captured, a tiny model runs
-eagerly through every part.
+Without a checkpoint it makes a Llama of 8 blocks with the sizes of an 8B model. A part that fails is printed with its
+traceback, and the next one runs. Results are exact comparisons: eager steps and captured ones from the same seed, with
+deterministic kernels, without cuDNN's attention, whose backward is not. Seconds are measured with the usual kernels. On
+a CPU, where nothing is captured, a tiny model runs eagerly through every part.
 """
 
 from __future__ import annotations
@@ -20,20 +17,16 @@ import gc
 import json
 import logging
 import os
-import re
-import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -43,16 +36,10 @@ import surgery
 from checkpoints.folder import build, is_complete
 from checkpoints.llama import SHAPES
 from checkpoints.synthetic import SyntheticCheckpoint
-from surgery.step.fuse import fuse
+from loading.profiling import kernels
 
 WARMUP = 3
 GIB = 1 << 30
-
-#: Names of kernels of attention.
-ATTENTION = re.compile("sdpa|flash|fmha|cudnn|efficient|mha", re.IGNORECASE)
-
-#: Calls in which the host waits for the GPU, in a step that the profiler itself ends with one.
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
 @dataclass(kw_only=True)
@@ -155,7 +142,7 @@ def begin() -> Session:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--fused", action="store_true", help="with fused 4-bit LoRA layers")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "try-graphs")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gpu-graphs")
     options = parser.parse_args()
     on_cuda = torch.cuda.is_available()
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -205,10 +192,9 @@ def built(session: Session, **lora: Any) -> tuple[Any, torch.optim.Optimizer]:
         lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", **lora),
         shard=surgery.FSDP2() if dist.is_initialized() else None,
         device=session.device,
+        kernels=("fused",) if session.options.fused else (),
     )
     model.train()
-    if session.options.fused:
-        fuse(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -251,7 +237,7 @@ def calls_of(model: Any) -> dict[str, Any]:
     """Count the kinds of calls that `capture` knows, those recorded, and those refused."""
     calls = model._compiled_call_impl
     kinds = list(getattr(calls, "_kinds", {}).values())
-    recorded, refused = sum(kind.tape is not None for kind in kinds), sum(kind.refused for kind in kinds)
+    recorded, refused = sum(kind.recording is not None for kind in kinds), sum(kind.refused for kind in kinds)
     return {"kinds": len(kinds), "recorded": recorded, "refused": refused}
 
 
@@ -516,8 +502,10 @@ def checkpointing(session: Session) -> dict[str, Any]:
 
 
 def seconds(session: Session) -> dict[str, Any]:
-    """Seconds of a step, launches and seconds of kernels, each way."""
-    found = {}
+    """Mean seconds of 20 steps, and what the GPU is busy with in one more, each way."""
+    on_cuda = session.device.type == "cuda"
+    times = 20 if on_cuda else 2
+    found: dict[str, Any] = {}
     for name in ("eager", "captured"):
         model, optimizer = built(session)
         if name == "captured":
@@ -529,54 +517,22 @@ def seconds(session: Session) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
 
-        found[name] = {**timed(session, step), **calls_of(model)}
-        if session.device.type == "cuda":
+        for _ in range(WARMUP + 2):
+            step()
+        synchronize(session)
+        start = time.perf_counter()
+        for _ in range(times):
+            step()
+        synchronize(session)
+        found[name] = {"seconds": round((time.perf_counter() - start) / times, 5), **calls_of(model)}
+        if on_cuda:
+            found[name] |= asdict(kernels(step, synchronize=partial(synchronize, session)))
             found[name]["allocated GiB"] = round(torch.cuda.max_memory_allocated() / GIB, 3)
             found[name]["reserved GiB"] = round(torch.cuda.max_memory_reserved() / GIB, 3)
         surgery.release(model)
         del model, optimizer, step
     found["ratio"] = round(found["captured"]["seconds"] / found["eager"]["seconds"], 3)
     return found
-
-
-def timed(session: Session, step: Callable[[], None]) -> dict[str, Any]:
-    """The mean of 20 steps after five, and what one more launches."""
-    times = 20 if session.device.type == "cuda" else 2
-    for _ in range(WARMUP + 2):
-        step()
-    synchronize(session)
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    on_cpu = (time.perf_counter() - start) / times
-    synchronize(session)
-    whole = (time.perf_counter() - start) / times
-    return {"seconds": round(whole, 5), "seconds of the CPU": round(on_cpu, 5), **launches(session, step)}
-
-
-def launches(session: Session, step: Callable[[], None]) -> dict[str, Any]:
-    """Count calls that launch in one step, and kernels that run, with their seconds."""
-    if session.device.type != "cuda":
-        return {}
-    from torch.profiler import ProfilerActivity, profile
-
-    synchronize(session)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        synchronize(session)
-    events = list(profiler.events())
-    launched = sum("Launch" in event.name and event.name.startswith("cu") for event in events)
-    kernels = [event for event in events if event.device_type == torch._C._autograd.DeviceType.CUDA]
-    spent = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    attention = Counter(event.name[:120] for event in kernels if ATTENTION.search(event.name))
-    waits = sum(event.name in WAITS for event in events)
-    return {
-        "launches": launched,
-        "kernels": len(kernels),
-        "kernel seconds": round(spent, 5),
-        "waits": waits,
-        "attention": dict(attention),
-    }
 
 
 def synchronize(session: Session) -> None:
