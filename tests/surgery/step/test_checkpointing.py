@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,16 @@ def test_an_input_is_on_its_way_while_the_block_after_it_is_computed(slow: Slow)
     gradients(checkpoint_activations(model, offload=True))
     # Forward: that of the block itself, to the host, but for the last. Backward, last block first: that of the next.
     assert underway == [1, 1, 1, 0, 1, 1, 1, 0]
+
+
+def test_memory_of_inputs_on_the_host_is_free_on_the_device(slow: Slow) -> None:
+    model = checkpoint_activations(Model(4), offload=True)
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.register_forward_pre_hook(lambda _module, args: inputs.append(weakref.ref(args[0])))
+    loss = model(BATCHES[0])
+    assert [each() for each in inputs] == [None] * 4
+    torch.autograd.backward(loss)
 
 
 def test_two_forwards_before_backward_in_either_order_and_twice(slow: Slow) -> None:
