@@ -20,6 +20,7 @@ from surgery.quantizers.base import format_for
 from tests.helpers.models import save_tiny
 
 
+@settings(deadline=None)  # on a busy machine one call may wait for seconds
 @given(
     rows=st.integers(1, 7),
     columns=st.integers(1, 9),
