@@ -25,8 +25,8 @@ class Workspace:
     """Memory that one weight after the other is dequantized into: one buffer a device, dtype and stream.
 
     What is there is valid until the next weight is dequantized on the same stream: hold `lock` until what reads it is
-    launched, since another thread may run the same layers. budget: bytes of weights that are
-    dequantized once, and kept; the first ones that are asked for.
+    launched, since another thread may run the same layers. budget: bytes of weights that are dequantized once, and
+    kept; the first ones that are asked for.
     """
 
     def __init__(self, budget: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Pass `fuse`: the 4-bit LoRA layers of a model compute by fused functions, and those that share an input together."""
+"""Fuse the 4-bit LoRA layers of a model: each computes by one function, and those that share an input together."""
 
 from __future__ import annotations
 
