@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import transformers.models.llama.modeling_llama
+import transformers.models.llama.modeling_llama  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import patches
