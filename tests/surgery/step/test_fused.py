@@ -87,8 +87,8 @@ def test_trains_as_peft_does(case: str, llama: Path) -> None:
     check_trains_as_peft_does(llama, **CASES[case])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
-def test_so_do_layers_with_biases_and_other_names(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "rwkv"])
+def test_so_do_layers_with_biases_other_names_and_other_widths(family: str, tmp_path: Path) -> None:
     check_trains_as_peft_does(save_tiny(tmp_path, family, **WHOLE))
 
 
