@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from surgery.step.dequantize import Workspace
 from surgery.step.fused import Adapted, Choice, products
 
 __all__ = ["PATCH", "forward", "fuse", "group"]
+
+logger = logging.getLogger("surgery")
 
 #: The patch that has a layer's forward computed here.
 PATCH = "peft.fused-4bit-lora"
@@ -103,6 +106,12 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
+    if not any(map(_factors, layers.values())):
+        logger.warning(
+            "surgery: the LoRA layers of %s compute as without fusing: none has one active adapter, unwrapped and of "
+            "plain LoRA, as FSDP1 and DoRA leave none",
+            type(model).__name__,
+        )
     at_release(model, partial(_forget, weakref.WeakSet(layers.values())))
     return len(layers)
 

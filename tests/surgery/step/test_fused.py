@@ -186,7 +186,9 @@ FALLBACKS: dict[str, tuple[dict[str, Any], Callable[[Any], object]]] = {
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("name", FALLBACKS)
-def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int]) -> None:
+def test_what_it_is_not_for_is_pefts(
+    name: str, llama: Path, made: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
     options, change = FALLBACKS[name]
     found = []
     for is_fused in (False, True):
@@ -199,6 +201,7 @@ def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int]) ->
             found.append(model(input_ids=IDS, labels=IDS).loss)
     assert made == []
     assert torch.equal(*found)
+    assert ("none has one active adapter" in caplog.text) == (name != "hooks inside")
 
 
 def test_adapters_by_sample_and_evaluation_are_pefts(llama: Path, made: list[int]) -> None:
