@@ -186,9 +186,7 @@ FALLBACKS: dict[str, tuple[dict[str, Any], Callable[[Any], object]]] = {
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("name", FALLBACKS)
-def test_what_it_is_not_for_is_pefts(
-    name: str, llama: Path, made: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int], caplog: pytest.LogCaptureFixture) -> None:
     options, change = FALLBACKS[name]
     found = []
     for is_fused in (False, True):
