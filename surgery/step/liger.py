@@ -293,6 +293,9 @@ def _loss_of(model: nn.Module, forward: FunctionType) -> patches.Patch | None:
 
 def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
     """The reason why the loss cannot be fused with the output head; None if it can be."""
+    config: Any = model.config
+    if config.get_text_config() is not config:  # Liger's forwards of those fit few releases of transformers
+        return "it takes more than text"
     head = getattr(model, "lm_head", None)
     plain = None if head is None else unwrapped(head)
     if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward or "forward" in vars(plain):
