@@ -90,7 +90,7 @@ def main() -> None:
     on_cuda = session.device.type == "cuda"
     session.say("environment", torch=torch.__version__, device=torch.cuda.get_device_name() if on_cuda else "cpu")
     session.attempt("checkpoint", lambda: make(session))
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)  # not warn_only: flash attention would stay as it is
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     runs: dict[str, Any] = {}

@@ -6,7 +6,7 @@
 #   tools/gpu_step.sh OUT two     two GPUs: FSDP2 of this project, of accelerate with Liger, and of unsloth; and its DDP
 #   tools/gpu_step.sh OUT more    two GPUs: what `two` has no time for
 #   tools/gpu_step.sh OUT tiny    smoke test of all of this with a tiny model on CPUs
-#   tools/gpu_step.sh OUT NAME OPTION...    other options for `bench_step.py compare`
+#   tools/gpu_step.sh OUT NAME OPTION...    other options for `bench_step.py compare`; one and the like take them too
 #
 # The 8B checkpoint is made in WORK (default /dev/shm) and kept. PYTHON names the interpreter; PYTHONPATH is where
 # unsloth and the like are found: a way whose package is absent fails, and the others go on. LIMIT is how many seconds a
@@ -50,19 +50,19 @@ compare() {
 }
 
 all=fused,liger
-one="unsloth ours:$all ours:$all,compile ours:$all,graphs stock:liger stock ours ours:fused stock:axolotl,liger"
+one="unsloth ours:$all,offload ours:$all ours:$all,graphs ours:$all,compile stock:liger stock ours stock:axolotl,liger"
 long="ours:$all,offload unsloth ours:$all stock:liger"
 two="accelerate:liger ours:$all ours:$all,kept ours:$all@1 accelerate ours unsloth:ddp unsloth:sharded"
 more="accelerate:liger accelerate:axolotl,liger ours:$all,compile ours:$all,ddp unsloth:fsdp2 unsloth:balanced"
 
 case $what in
-  one) compare one --ways "$one" --steps 6 ;;
+  one) compare one --ways "$one" --steps 6 "${@:3}" ;;
   long)
     compare long --ways "$long" --batches 1x16384c --steps 5 --repeats 1 \
-      --memory-cap 24 --longest 131072 --turn-limit 240
+      --memory-cap 24 --longest 131072 --turn-limit 240 "${@:3}"
     ;;
-  two) compare two --ways "$two" --ranks 2 --steps 6 ;;
-  more) compare more --ways "$more" --ranks 2 --steps 6 ;;
+  two) compare two --ways "$two" --ranks 2 --steps 6 "${@:3}" ;;
+  more) compare more --ways "$more" --ranks 2 --steps 6 "${@:3}" ;;
   tiny)
     compare tiny-one --ways "ours ours:liger stock" --batches 1x32,2x32c --steps 2 --longest 4096
     compare tiny-two --ways "accelerate ours ours:ddp ours@1" --ranks 2 --batches 1x32,2x32c --steps 2

@@ -18,7 +18,7 @@ from surgery.comm.comparison import Facts
 from surgery.errors import ConfigError, DataError
 from surgery.finetune.options import Options
 
-__all__ = ["Data", "read_data"]
+__all__ = ["Data", "check_tokens", "read_data"]
 
 #: Suffixes of files -> what `datasets` calls their reader. A compressed file has another suffix behind.
 READERS = {
@@ -28,6 +28,9 @@ READERS = {
 #: Columns of one of which TRL makes samples, for its SFTTrainer and its DPOTrainer.
 SFT_SHAPES = (("messages",), ("prompt", "completion"), ("text",), ("input_ids",))
 DPO_SHAPES = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+#: Columns of tokens that TRL makes of them.
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
 
 #: Further columns that TRL reads.
 _READ_TOO = {"tools", "labels", "completion_mask", "assistant_masks", "chat_template_kwargs", "image", "images"}
@@ -99,6 +102,28 @@ def read_data(options: Options, *, preferences: bool, seed: int, text: str = "te
     if options.eval_fraction is not None:
         train, evaluation = _divided(train, options.eval_fraction, seed)
     return Data(train=train, evaluation=evaluation, shape=shape)
+
+
+def check_tokens(samples: Any, vocabulary: int, sources: Sequence[str]) -> None:
+    """Raise `DataError` if `samples`, which TRL has made of `sources`, hold a token beyond the vocabulary of the model.
+
+    A GPU would stop at it with a failed assertion. What is streamed is not looked at.
+    """
+    if not isinstance(samples, datasets.Dataset):
+        return
+    import pyarrow.compute as pc
+
+    names = [name for name in _TOKENS if name in samples.column_names]
+    for table in samples.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            largest = pc.max(pc.list_flatten(table[name])).as_py()
+            if largest is not None and largest >= vocabulary:
+                where = ", ".join(sources)
+                raise DataError(
+                    f"{where}: expected tokens below {vocabulary}, the vocabulary of the model, found {largest}: the "
+                    "tokenizer is another model's, or has got tokens that the model has not",
+                    path=where,
+                )
 
 
 def _divided(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:

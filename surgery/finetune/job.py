@@ -17,6 +17,8 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+import trl
+from packaging.version import Version
 from peft import PeftModel
 from rich.console import Console
 from transformers import (
@@ -46,7 +48,7 @@ from surgery.comm.ranks import Ranks, current_ranks, store_holder
 from surgery.config import Quant
 from surgery.errors import ConfigError
 from surgery.finetune.callbacks import Attesting, Capturing, Compiling, Phases, Progress, say
-from surgery.finetune.data import Data, read_data
+from surgery.finetune.data import Data, check_tokens, read_data
 from surgery.finetune.foresight import foresee
 from surgery.finetune.options import FLASH
 from surgery.finetune.parser import Request
@@ -61,6 +63,9 @@ from surgery.tracing.folder import PAGE, start_afresh
 from surgery.writing.cache import packed_in
 
 __all__ = ["plan_alone", "run"]
+
+#: The first release of TRL whose loss can be recorded.
+TRL_OF_GRAPHS = Version("1.16")
 
 
 def run(request: Request, *, console: Console | None = None) -> Summary:
@@ -176,6 +181,10 @@ def _for_graphs(request: Request) -> dict[str, Any]:
     """TRL's options with which few shapes of batches come, and every micro-batch reduces its gradients."""
     if _on_cpu(request):
         raise ConfigError("--cuda-graphs needs a GPU: leave it out on a CPU")
+    if Version(trl.__version__) < TRL_OF_GRAPHS:
+        raise ConfigError(
+            f"--cuda-graphs needs trl {TRL_OF_GRAPHS}, found {trl.__version__}: earlier ones have the host read labels"
+        )
     asked = request.values["pad_to_multiple_of"]
     found: dict[str, Any] = {"pad_to_multiple_of": 64 if asked in (None, "auto") else asked}
     if not _is_sharded(request):
@@ -519,6 +528,9 @@ class _Job:
             )
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{kind.__name__} refuses this job: {error}") from error
+        vocabulary = model.config.get_text_config().vocab_size
+        check_tokens(trainer.train_dataset, vocabulary, self.request.options.data)
+        check_tokens(trainer.eval_dataset, vocabulary, self.request.options.eval_data or self.request.options.data)
         trainer.remove_callback(PrinterCallback)
         if self.request.options.cuda_graphs:
             trainer.add_callback(Capturing(trainer, self.console))

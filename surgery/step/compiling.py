@@ -15,7 +15,6 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers import Cache
 
-import model_surgery_patches as patches
 from surgery.errors import ConfigError
 from surgery.model.fqn import WRAPPER_SEGMENTS
 from surgery.model.tree import decoder_blocks, unwrapped
@@ -27,7 +26,7 @@ __all__ = ["compile_blocks"]
 _serials: Final = itertools.count(1)
 
 
-def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options: Any) -> nn.Module:
+def compile_blocks(model: nn.Module, *, fullgraph: bool = True, **options: Any) -> nn.Module:
     """Have the `forward` of every decoder block of `model` compiled when it is first called; returns `model`.
 
     Blocks of one class whose parameters have the same names and shapes share their graphs: one for the first block,
@@ -36,8 +35,7 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options
     as in generation, is not compiled. Undone by `surgery.release(model)`; a copy or a pickle of the model has blocks
     that are not compiled.
 
-    fullgraph, options: as `torch.compile` takes them. With `fullgraph`, a block that is more than one graph raises;
-    None asks for that unless Liger's kernels are in use, into some of which Liger has torch not look.
+    fullgraph, options: as `torch.compile` takes them. With `fullgraph`, a block that is more than one graph raises.
 
     Raises `ConfigError` if no decoder block is found, or one is compiled already, has a `forward` of its own, or holds
     units of FSDP1 or checkpoints.
@@ -47,8 +45,6 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool | None = None, **options
         raise ConfigError("compiling by block needs decoder blocks, but the model has no ModuleList of blocks")
     for block in blocks:
         _check(block)
-    if fullgraph is None:
-        fullgraph = not any(receipt.id.startswith("liger.") for receipt in patches.active())
     kinds: dict[Any, Any] = {}
     for block in blocks:
         alike = type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters())

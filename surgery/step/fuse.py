@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from functools import partial
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 import model_surgery_patches as patches
+from surgery.errors import ConfigError
 from surgery.model.fqn import clean, join, split
 from surgery.model.tree import sites
-from surgery.passes.lifetime import keep
+from surgery.passes.lifetime import at_release, keep
 from surgery.quantizers.stack import as_bytes
 from surgery.step.dequantize import Workspace
 from surgery.step.fused import Adapted, Choice, products
 
 __all__ = ["PATCH", "forward", "fuse", "group"]
 
+logger = logging.getLogger("surgery")
+
 #: The patch that has a layer's forward computed here.
 PATCH = "peft.fused-4bit-lora"
 
 #: Names of layers that attention, or an MLP, gives the same input, in the order in which it calls them. A layer that is
-#: given another one is found out, and computed by itself from then on.
+#: given another one is found out, and computed by itself from then on; one of another width is so at once.
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+
+#: Attributes with hooks of a module.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Ready(NamedTuple):
@@ -76,7 +85,7 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     """Have the 4-bit LoRA layers of `model` compute as `products` describes it; returns how many there are.
 
     dequantized_bytes: weights that are dequantized once, and kept in 16 bits from then on, the first ones that are
-    used; the others are dequantized for each product.
+    used; the others are dequantized for each product. Raises `ConfigError` for less than 0.
 
     Until `surgery.release(model)` or its collection. A call that the functions are not for is PEFT's own, as before: in
     evaluation, with several active adapters or none, merged, with DoRA or another variant of LoRA, with a bias of
@@ -85,6 +94,8 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     """
     from peft.tuners.lora.bnb import Linear4bit
 
+    if dequantized_bytes < 0:
+        raise ConfigError(f"dequantized_bytes: expected 0 or more; got {dequantized_bytes}")
     layers = {clean(site.fqn): site.module for site in sites(model) if isinstance(site.module, Linear4bit)}
     if not layers:
         return 0
@@ -95,7 +106,22 @@ def fuse(model: nn.Module, *, dequantized_bytes: int = 0) -> int:
     with patches.transaction(scoped, reason=f"the LoRA layers of a {type(model).__name__} are fused") as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
+    if not any(map(_factors, layers.values())):
+        logger.warning(
+            "surgery: the LoRA layers of %s compute as without fusing: none has one active adapter, unwrapped and of "
+            "plain LoRA, as FSDP1 and DoRA leave none",
+            type(model).__name__,
+        )
+    at_release(model, partial(_forget, weakref.WeakSet(layers.values())))
     return len(layers)
+
+
+def _forget(layers: Iterable[nn.Module]) -> None:
+    """Let go of the memory that `layers` compute in, and of weights that are kept for them."""
+    for layer in layers:
+        left = _groups.pop(layer, None)
+        if left is not None:
+            left.shared.ready = None  # which knows its group
 
 
 def group(layers: Sequence[nn.Module], workspace: Workspace) -> None:
@@ -109,15 +135,14 @@ def _join(layers: Sequence[nn.Module], shared: _Fused) -> None:
 
 
 def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
-    """The layers in groups: those with names in a row of `SHARING` in one parent, and each other one by itself."""
+    """The layers in groups: those of one width with names in a row of `SHARING` in one parent, others by themselves."""
     left = dict(layers)
     for fqn in layers:
         parent, leaf = split(fqn)
         names = next((row for row in SHARING if leaf in row), (leaf,))
         together = [left.pop(join(parent, name), None) for name in names]
         found = [layer for layer in together if layer is not None]
-        if found:
-            yield found
+        yield from (list(alike) for _, alike in groupby(found, key=lambda layer: layer.in_features))
 
 
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -174,8 +199,9 @@ def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | No
     factors = _factors(layer)
     if factors is None:
         return None
-    base, (a, b) = layer._modules["base_layer"], factors
-    if any(map(_is_hooked, (base, a, b))) or not base.compute_type_is_set:
+    base, (a, b, _) = layer._modules["base_layer"], factors
+    is_hooked = _has_any_global_hook() or any(map(_is_hooked, (base, *factors)))  # type: ignore[no-untyped-call]
+    if is_hooked or not base.compute_type_is_set:
         return None
     dtype = base.compute_dtype or x.dtype
     if _state(base).dtype != dtype:
@@ -187,8 +213,8 @@ def _dtypes(layer: Any, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype] | No
     return (dtype, dtype) if x.is_cuda and torch.get_autocast_dtype("cuda") == dtype else None
 
 
-def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear] | None:
-    """A and B of the one adapter that is active in `layer`; None if there is another number, or more to it than those.
+def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear, nn.Module] | None:
+    """A, B and dropout of the one adapter that is active in `layer`; None if there is another number, or more to it.
 
     Under FSDP they may be units of their own, whose hooks gather them; they are of other classes then.
     """
@@ -198,7 +224,7 @@ def _factors(layer: Any) -> tuple[nn.Linear, nn.Linear] | None:
         return None
     a, b = held["lora_A"]._modules[active[0]], held["lora_B"]._modules[active[0]]
     is_plain = isinstance(a, nn.Linear) and isinstance(b, nn.Linear) and not {type(a), type(b)} - {nn.Linear}
-    return (a, b) if is_plain and b.bias is None else None
+    return (a, b, held["lora_dropout"]._modules[active[0]]) if is_plain and b.bias is None else None
 
 
 def _adapted(layer: Any, x: torch.Tensor) -> Adapted:
@@ -223,4 +249,6 @@ def _state(base: Any) -> Any:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether a call of `module` does more than its class; accelerate's hooks have moved the input already."""
+    own = vars(module)
+    return any(map(own.get, HOOKS)) or ("forward" in own and "_hf_hook" not in own)

@@ -23,7 +23,7 @@ KERNELS = ("fused", "liger")
 
 KERNELS_HELP = (
     "Kernels to train with, separated by commas: fused (4-bit layers with LoRA, each in one piece), liger (norms, "
-    "rotary embedding, MLP and loss of Liger-Kernel, which needs a GPU and is installed by itself)."
+    "rotary embedding, MLP and loss of Liger-Kernel, which needs a GPU, and pip install 'model-surgery[kernels]')."
 )
 
 

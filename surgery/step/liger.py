@@ -213,13 +213,11 @@ def _kernel(owner: type, forward: FunctionType, settings: Settings) -> patches.P
     if len(stock.parameters) != len(inspect.signature(forward).parameters):
         return None
 
-    @functools.wraps(forward)
-    def kernel(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def compute(instance: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Liger has other names for the same arguments.
-        return forward(_View(self, values) if values else self, *args, *kwargs.values())
+        return forward(_View(instance, values) if values else instance, *args, *kwargs.values())
 
-    vars(kernel)["__signature__"] = stock
-    return _patch(owner, settings, replace=kernel)
+    return _patch(owner, settings, wrapper=_unless_compiled(compute))
 
 
 @functools.cache
@@ -227,7 +225,22 @@ def _with_functions(owner: type, named: tuple[tuple[str, FunctionType], ...]) ->
     """The forward of `owner`, by the name of whose functions it finds those that are `named`; None if it uses none."""
     forward = inspect.unwrap(vars(owner)["forward"])
     used = {name: value for name, value in named if name in forward.__code__.co_names}
-    return _patch(owner, replace=_copied(forward, {**forward.__globals__, **used})) if used else None
+    if not used:
+        return None
+    return _patch(owner, wrapper=_unless_compiled(_copied(forward, {**forward.__globals__, **used})))
+
+
+def _unless_compiled(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """A wrapper of a forward that computes with Liger's kernels, but not in code that `torch.compile` traces.
+
+    That fuses the same operations itself; around a kernel that it cannot see through it copies every argument back,
+    also into the input of a block, of which a checkpoint is made.
+    """
+
+    def wrapper(wrapped: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return wrapped(*args, **kwargs) if torch.compiler.is_compiling() else compute(instance, *args, **kwargs)
+
+    return wrapper
 
 
 class _View:
@@ -280,6 +293,9 @@ def _loss_of(model: nn.Module, forward: FunctionType) -> patches.Patch | None:
 
 def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
     """The reason why the loss cannot be fused with the output head; None if it can be."""
+    config: Any = model.config
+    if config.get_text_config() is not config:  # Liger's forwards of those fit few releases of transformers
+        return "it takes more than text"
     head = getattr(model, "lm_head", None)
     plain = None if head is None else unwrapped(head)
     if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward or "forward" in vars(plain):

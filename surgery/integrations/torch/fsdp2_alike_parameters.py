@@ -88,12 +88,12 @@ class _Info:
     target="torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.__init__",
     reason="FSDP2 works out anew, in Python, how each of hundreds of parameters of the same shape is sharded on meta",
     upstream="https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py",
-    requires={"torch": ">=2.7,<2.14"},
+    requires={"torch": ">=2.11,<2.14"},
     signature=(
         "(self, param, module_info, mesh_info, post_forward_mesh_info, device, shard_placement_fn, mp_policy, "
         "offload_policy)"
     ),
-    fingerprint="065e71f164d6b58e",
+    fingerprint=("62643c98d0920c36", "065e71f164d6b58e"),  # 2.11, 2.13
     on_unknown="skip",
     on_drift="skip",
     probe=works_out_each,

@@ -128,6 +128,7 @@ BAD_DATA: dict[str, tuple[str, str]] = {
     "columns.jsonl": ('{"txt": "a"}\n', 'expected the columns {"messages"} or {"prompt", "completion"} or {"text"}'),
     "kinds.jsonl": ('{"text": "a"}\n{"messages": [{"role": "user", "content": "a"}]}\n', "of one kind of sample"),
     "null.jsonl": ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', "'completion' in every row, found 1 of 2"),
+    "tokens.jsonl": ('{"input_ids": [1, 2]}\n{"input_ids": [1, 90210]}\n', "the vocabulary of the model, found 90210"),
     "data.xml": ("<a/>", "expected one of .jsonl, .json"),
 }
 

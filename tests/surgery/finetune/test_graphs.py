@@ -31,6 +31,9 @@ def test_batches_come_in_few_shapes_and_each_reduces_its_gradients(monkeypatch: 
     assert "accelerator_config" not in chosen(monkeypatch, ranks=1)
     with pytest.raises(ConfigError, match="found --fsdp 1"):
         chosen(monkeypatch, "--fsdp", "1")
+    monkeypatch.setattr("trl.__version__", "1.15.2")
+    with pytest.raises(ConfigError, match=r"needs trl 1\.16, found 1\.15\.2"):
+        chosen(monkeypatch)
 
 
 def test_the_module_that_is_called_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:

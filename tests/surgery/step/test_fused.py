@@ -87,8 +87,8 @@ def test_trains_as_peft_does(case: str, llama: Path) -> None:
     check_trains_as_peft_does(llama, **CASES[case])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_neox"])
-def test_so_do_layers_with_biases_and_other_names(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "rwkv"])
+def test_so_do_layers_with_biases_other_names_and_other_widths(family: str, tmp_path: Path) -> None:
     check_trains_as_peft_does(save_tiny(tmp_path, family, **WHOLE))
 
 
@@ -186,7 +186,7 @@ FALLBACKS: dict[str, tuple[dict[str, Any], Callable[[Any], object]]] = {
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("name", FALLBACKS)
-def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int]) -> None:
+def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int], caplog: pytest.LogCaptureFixture) -> None:
     options, change = FALLBACKS[name]
     found = []
     for is_fused in (False, True):
@@ -199,6 +199,7 @@ def test_what_it_is_not_for_is_pefts(name: str, llama: Path, made: list[int]) ->
             found.append(model(input_ids=IDS, labels=IDS).loss)
     assert made == []
     assert torch.equal(*found)
+    assert ("none has one active adapter" in caplog.text) == (name != "hooks inside")
 
 
 def test_adapters_by_sample_and_evaluation_are_pefts(llama: Path, made: list[int]) -> None:

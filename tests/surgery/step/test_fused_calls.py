@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import surgery
 from surgery.integrations.peft.fused_4bit_lora import specimen
 from surgery.step import dequantize, fused
-from surgery.step.fuse import fuse
+from surgery.step.fuse import _groups, fuse
 
 Call = Callable[[Any, torch.Tensor], Any]
 
@@ -149,6 +150,53 @@ def test_is_as_pefts_in_what_comes_out_and_in_which_parameters_have_gradients(ca
 
 def test_backward_under_an_autocast_that_forward_was_not_under(layers: Layers) -> None:
     require_close(gradients(layers, outputs_changed, casting=True), gradients(layers, outputs_changed))
+
+
+def add_one(part: nn.Module) -> None:
+    part.register_forward_hook(lambda _part, _args, output: output + 1)
+
+
+def double_gradient(part: nn.Module) -> None:
+    part.register_full_backward_pre_hook(lambda _part, gradients: (2 * gradients[0],))
+
+
+def compute_twice(part: Any) -> None:
+    stock = part.forward
+    part.forward = lambda x: 2 * stock(x)
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_B.default", "lora_dropout.default"])
+@pytest.mark.parametrize("change", [add_one, double_gradient, compute_twice])
+def test_parts_of_a_layer_do_what_they_do_beside_their_class(
+    change: Callable[[Any], None], part: str, layers: Layers
+) -> None:
+    found = []
+    for each in (layers, Layers()):
+        change(each.get_submodule(f"q_proj.{part}"))
+        found.append(gradients(each, outputs_changed))
+    require_close(*found)
+
+
+def test_so_does_every_module_with_hooks_of_all(layers: Layers) -> None:
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _args, output: output + 1 if isinstance(module, nn.Identity) else None
+    )
+    try:
+        require_close(gradients(layers, outputs_changed), gradients(Layers(), outputs_changed))
+    finally:
+        handle.remove()
+
+
+def test_weights_that_are_kept_are_let_go_of_at_release() -> None:
+    layers: Any = Layers()
+    with pytest.raises(surgery.ConfigError, match="expected 0 or more"):
+        fuse(layers, dequantized_bytes=-1)
+    fuse(layers, dequantized_bytes=1 << 20)
+    layers.q_proj(torch.ones(2, 64))
+    workspace = weakref.ref(_groups[layers.q_proj].shared.workspace)
+    assert workspace() is not None
+    surgery.release(layers)
+    assert workspace() is None
 
 
 def test_a_second_backward_is_refused_as_torch_refuses_it(layers: Any) -> None:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.llama import modeling_llama
 
 import patches
 import surgery
 from surgery.integrations.low_memory import asked_kernels
 from surgery.step.kernels import chosen_kernels, use_kernels
-from tests.helpers.models import save_tiny, tiny_config
+from tests.helpers.models import TINY, save_tiny, tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.surgery.step.kernel_ranks import IDS, STANDIN, adapter, gradients_of, on_ranks, step
 
@@ -187,22 +187,14 @@ class TestLiger:
         norm(torch.ones(1, 64))
         assert calls == {"norm": 1}
 
-    def test_torch_compile_traces_a_layer(self, calls: dict[str, int]) -> None:
-        model = AutoModelForCausalLM.from_config(tiny_config())
-        norm, x = model.model.norm, torch.randn(2, 64)
-        wanted = norm(x)
-        use_kernels(model, ("liger",))
-        assert torch.allclose(torch.compile(norm, backend="eager", fullgraph=True)(x), wanted, atol=1e-6)
-        assert calls == {"norm": 1}
-        surgery.release(model)
-
-    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks, where a graph breaks
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # as it does by itself
-    def test_compiled_blocks_break_where_liger_has_torch_not_look(self, build: Build, calls: dict[str, int]) -> None:
+    def test_compiled_blocks_are_stock_in_one_graph(self, build: Build, calls: dict[str, int]) -> None:
         stock, model = build(), build(kernels="liger")
+        surgery.checkpoint_activations(model)
         surgery.compile_blocks(model, backend="eager")
         assert step(model) == pytest.approx(step(stock), abs=1e-6)
-        assert calls["rotary"] == 2
+        assert dict(calls) == {"norm": 1, "loss": 1}, "of what is outside of the blocks"
 
     def test_patches_end_with_the_model(self, build: Build, calls: dict[str, int]) -> None:
         with build(kernels="liger"):
@@ -238,6 +230,16 @@ class TestLiger:
         assert model(input_ids=IDS, labels=IDS).logits is not None
         assert (ids_of_liger(), dict(calls), vars(module)) == ([], {}, before)
         assert said in caplog.text
+
+    def test_a_model_that_takes_more_than_text_keeps_the_stock_loss(
+        self, calls: dict[str, int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model = AutoModelForImageTextToText.from_config(tiny_config("llava", text_config=TINY, vision_config=TINY))
+        use_kernels(model, ("liger",))
+        assert model(input_ids=IDS, labels=IDS).logits is not None
+        assert calls == {name: count for name, count in ONCE.items() if name != "loss"}
+        assert "its loss without Liger's kernel: it takes more than text" in caplog.text
+        surgery.release(model)
 
     def test_experts_stay_and_what_is_written_onto_a_class_is_this_models(
         self, calls: dict[str, int], caplog: pytest.LogCaptureFixture

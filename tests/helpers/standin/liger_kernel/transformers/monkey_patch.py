@@ -79,6 +79,11 @@ def apply_liger_kernel_to_mixtral(cross_entropy: bool = True, model: Any = None)
         _patch_swiglu_module(decoder_layer.mlp.experts, LigerExperts)
 
 
+def apply_liger_kernel_to_llava(model: Any = None) -> None:
+    model.forward = MethodType(lce_forward, model)
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model.model.language_model)
+
+
 def apply_liger_kernel_to_mistral(model: Any = None, **kwargs: Any) -> None:
     text_liger_fn = MODEL_TYPE_TO_APPLY_LIGER_FN["mistral_text"]
     accepted = inspect.signature(text_liger_fn).parameters
@@ -95,6 +100,7 @@ def apply_liger_kernel_to_mistral_text(rope: bool = True, model: Any = None) -> 
 
 MODEL_TYPE_TO_APPLY_LIGER_FN = {
     "llama": apply_liger_kernel_to_llama,
+    "llava": apply_liger_kernel_to_llava,
     "mixtral": apply_liger_kernel_to_mixtral,
     "mistral": apply_liger_kernel_to_mistral,
     "mistral_text": apply_liger_kernel_to_mistral_text,
