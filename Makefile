@@ -51,18 +51,10 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread a process: tests start several ranks, and threads of theirs would fight for the same cores. All but those
-# that are about ranks run two at a time, unless PYTEST_ARGS names files; code 5 means that it selects none of them.
-ONE_CORE := tests/docs tests/packaging tests/patches tests/surgery tests/tools $(wildcard tests/test_*.py)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-
+# Two files at a time, in the order of their names: ranks wait for each other for much of their time, and what takes
+# longest comes first. One thread a process, since several of them share the cores.
 test: check
-ifneq ($(filter tests/%,$(PYTEST_ARGS)),)
-	$(PYTEST) $(PYTEST_ARGS)
-else
-	$(PYTEST) -n 2 --dist loadfile $(ONE_CORE) $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(PYTEST) $(ONE_CORE:%=--ignore %) $(PYTEST_ARGS) || [ $$? -eq 5 ]
-endif
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .

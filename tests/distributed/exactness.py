@@ -17,7 +17,7 @@ from surgery.config import DDP, FSDP1, FSDP2, Placement
 from tests.helpers.lookup import look_up, require_looked_up
 from tests.helpers.whole_blocks import right_kernels
 
-STEPS = 4
+STEPS = 3
 GLOBAL_BATCH = 12
 LENGTH = 16
 LEARNING_RATE = 0.01
@@ -179,7 +179,7 @@ def ours(checkpoint: Path, case: Case, device: torch.device = CPU, dtype: torch.
 
 @right_kernels()
 def train(model: nn.Module, device: torch.device = CPU, *, accumulation: int = 1) -> Result:
-    """Four steps of SGD on this rank's part of every global batch; the result is on the CPU."""
+    """Steps of SGD on this rank's part of every global batch; the result is on the CPU."""
     from bitsandbytes.nn import Linear4bit
 
     layers: dict[str, Any] = {_plain(name): m for name, m in model.named_modules() if isinstance(m, Linear4bit)}

@@ -26,6 +26,7 @@ PRELOAD = [
     "peft",
     "accelerate",
     "surgery.finetune.job",
+    "tests.helpers.preloaded",
 ]
 
 

@@ -16,8 +16,8 @@ from trials.runs import Trial, largest_difference, run, unequal_tensors
 # Two runs of two ranks each; most of their time goes into importing transformers and TRL.
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
-#: 600 MiB in 16 bits, in few and wide layers: most of a process of this test is Python, transformers and TRL.
-SHAPE = LlamaShape(layers=12, hidden=1536, intermediate=4096, heads=12, kv_heads=4, vocab=16384, tie=True)
+#: 112 MiB in 16 bits: several times what else a process takes between loading and training.
+SHAPE = LlamaShape(layers=4, hidden=1024, intermediate=2816, heads=8, kv_heads=4, vocab=16384, tie=True)
 
 STEPS, SAVED = 4, 3
 
@@ -49,9 +49,10 @@ def test_losses_are_those_of_stock(stock: Trial, ours: Trial) -> None:
 
 
 def test_nothing_is_held_when_loaded_and_little_when_training_begins(stock: Trial, ours: Trial) -> None:
-    assert min(stock.parameter_bytes) > 150 * 2**20
+    assert min(stock.parameter_bytes) > 50 * 2**20
     assert ours.parameter_bytes == [0, 0]
-    assert max(ours.peaks) < 0.6 * max(stock.peaks)
+    taken = [[peak - before for peak, before in zip(one.peaks, one.resident, strict=True)] for one in (stock, ours)]
+    assert max(taken[1]) < 0.4 * min(taken[0])
 
 
 def test_what_is_saved_is_what_stock_saves(stock: Trial, ours: Trial) -> None:

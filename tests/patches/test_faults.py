@@ -581,10 +581,10 @@ def test_a_third_party_that_undoes_out_of_order_leaves_no_row(lib: types.ModuleT
 
 
 def timed(call: Callable[[], Any], times: int) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     for _ in range(times):
         call()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 @pytest.mark.parametrize("receipts", ["one for all", "one for each"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.helpers.forked import Forked
 from tests.helpers.hub_server import HubServer, Repository, commit_of
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -93,35 +92,23 @@ class Client:
     folder: Path
     endpoint: str
 
-    def start(
-        self, *openings: Mapping[str, Any], cwd: Path | None = None, env: Mapping[str, str] = NOTHING
-    ) -> subprocess.Popen[str]:
+    def start(self, *openings: Mapping[str, Any], cwd: Path | None = None, env: Mapping[str, str] = NOTHING) -> Forked:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         environment = {
             **inherited,
             "HF_HOME": str(self.folder / "home"),
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
             **env,
         }
-        command = [sys.executable, str(SCRIPT), *map(json.dumps, openings)]
-        return subprocess.Popen(
-            command,
-            env=environment,
-            cwd=cwd or self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return Forked(SCRIPT, *map(json.dumps, openings), env=environment, cwd=cwd or self.folder)
 
     def open(self, *openings: Mapping[str, Any], env: Mapping[str, str] = NOTHING) -> list[dict[str, Any]]:
         return results(self.start(*openings, env=env))
 
     def start_ranks(
         self, opening: Mapping[str, Any], *, envs: list[dict[str, str]], folders: list[Path] | None = None
-    ) -> list[subprocess.Popen[str]]:
+    ) -> list[Forked]:
         """One process an environment, all of them ranks of one group; by default, of one node."""
         shared = {"STORE": str(self.folder / "store"), "WORLD_SIZE": str(len(envs))}
         return [
@@ -134,7 +121,7 @@ class Client:
         ]
 
 
-def results(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
+def results(process: Forked) -> list[dict[str, Any]]:
     try:
         stdout, stderr = process.communicate(timeout=250)
     finally:

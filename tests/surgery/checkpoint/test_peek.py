@@ -18,6 +18,7 @@ from checkpoints.llama import LlamaShape
 from surgery.checkpoint import Checkpoint
 from surgery.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from surgery.checkpoint.peek import FIRST_BYTES
+from tests.helpers.forked import Forked
 from tests.helpers.hollow import write_hollow
 from tests.helpers.hub_server import HubServer, Repository, commit_of
 from tests.helpers.models import save_tiny
@@ -75,18 +76,9 @@ def hub(repositories: Mapping[str, Repository]) -> Iterator[HubServer]:
 
 
 def run(hub: HubServer | None, home: Path, *command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        env={
-            **inherited,
-            "HF_HOME": str(home),
-            "HF_ENDPOINT": hub.endpoint if hub is not None else "http://127.0.0.1:9",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        },
+        env=environment_of(hub, home) | environment,
         capture_output=True,
         text=True,
         timeout=250,
@@ -94,10 +86,22 @@ def run(hub: HubServer | None, home: Path, *command: object, **environment: str)
     )
 
 
+def environment_of(hub: HubServer | None, home: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return inherited | {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": hub.endpoint if hub is not None else "http://127.0.0.1:9",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
 def peek(hub: HubServer | None, home: Path, *looks: Mapping[str, Any], **environment: str) -> list[dict[str, Any]]:
-    done = run(hub, home, SCRIPT, *map(json.dumps, looks), **environment)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    done = Forked(SCRIPT, *map(json.dumps, looks), env=environment_of(hub, home) | environment, cwd=home)
+    stdout, stderr = done.communicate(timeout=250)
+    assert done.returncode == 0, stderr
+    return [json.loads(line) for line in stdout.splitlines()]
 
 
 def of_weights(hub: HubServer) -> int:

@@ -52,9 +52,9 @@ def test_a_patch_knows_its_releases_and_tries_its_defect_and_its_effect(
     assert (found.kind, found.drift) == ("needed", ())
     drawn = torch.get_rng_state()
     capfd.readouterr()
-    began = time.perf_counter()
+    began = time.process_time()
     assert patch.probe()
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     with patches.transaction(patch) as transaction:
         assert name in {receipt.id for receipt in transaction.receipts}
     assert torch.equal(torch.get_rng_state(), drawn)
