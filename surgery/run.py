@@ -52,11 +52,15 @@ The same by accelerate's launcher, and a module in place of a file:
 
 Fused experts in 4 bits too, which transformers would leave in 16:
 
-  torchrun --nproc-per-node 2 -m surgery run --experts nf4 sft.py --load_in_4bit
+\b
+  torchrun --nproc-per-node 2 -m surgery run --experts nf4 \\
+    sft.py --load_in_4bit
 
 Without a GPU, where accelerate would take FSDP for DDP:
 
-  torchrun --nproc-per-node 2 -m surgery run --apply accelerate.fsdp-on-cpu sft.py --use_cpu
+\b
+  torchrun --nproc-per-node 2 -m surgery run --apply accelerate.fsdp-on-cpu \\
+    sft.py --use_cpu
 
 Exit codes: those of the script; 2 refused, before it began.
 """
@@ -105,7 +109,7 @@ def script_of(command: Sequence[str]) -> Path | None:
         what = (
             "-m alone"
             if first == "-m"
-            else f"{first!r:.80}, " + ("an option" if first.startswith("-") else "which is no file")
+            else f"{first!r:.80}, " + ("an option that is not here" if first.startswith("-") else "which is no file")
         )
         raise ConfigError(
             f"expected the file of a script, or -m and a module, found {what}; options of this command come before it"

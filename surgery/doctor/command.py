@@ -34,7 +34,9 @@ The versions and patches of this environment, and the FSDP settings that it has:
 
 What stock libraries would do with a script and its arguments, without running it; on two GPUs that are not here:
 
-  surgery doctor --dry-run --device cuda --world 2 --gpu-memory 24GiB sft.py --load_in_4bit --fsdp
+\b
+  surgery doctor --dry-run --device cuda --world 2 --gpu-memory 24GiB \\
+    sft.py --load_in_4bit --fsdp
 
 Options alone:
 

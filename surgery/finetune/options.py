@@ -95,8 +95,9 @@ class Options:
     compile: bool = field(
         default=False,
         metadata={
-            "help": "Compile the decoder blocks, once for all; --torch-compile, transformers' own, compiles the whole "
-            "model. Not with --fsdp 1 or --attest."
+            "help": "Compile the decoder blocks, once for all, in the first steps, which wait for that. For families "
+            "without --kernels. --torch-compile, transformers' own, compiles the whole model. Not with --fsdp 1 or "
+            "--attest."
         },
     )
     mesh: str | None = field(

@@ -27,7 +27,9 @@ What has the adapter learnt? The base model is the one that it names:
 
 Several prompts, sampled alike each time, as JSON:
 
-  surgery generate ./model --adapter ./adapter --prompt "Hello" --prompt "Bye" --temperature 0.7 --seed 1 --json
+\b
+  surgery generate ./model --adapter ./adapter --prompt "Hello" \\
+    --prompt "Bye" --temperature 0.7 --seed 1 --json
 
 A conversation, where standard input is a terminal and there is no --prompt; its end is Ctrl-D, /reset forgets it:
 

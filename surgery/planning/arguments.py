@@ -30,8 +30,8 @@ Experts: TypeAlias = Literal["4bit", "16bit"]
 EXPERTS_HELP = "Whether fused experts of a 4-bit model are in 4 bits too, or left in 16."
 
 OFFLOADING_HELP = (
-    "Have the inputs of blocks, all that is kept of recomputed ones, wait for backward in pinned memory of the CPU; "
-    "copies are made while blocks compute."
+    "For long sequences: have the inputs of blocks, all that is kept of recomputed ones, wait for backward in pinned "
+    "memory of the CPU; copies are made while blocks compute."
 )
 
 

@@ -40,7 +40,9 @@ With activations kept, where they are recomputed by default as in training:
 
 A sequence of 16,384 tokens, the inputs of recomputed blocks on the CPU, and a loss that makes no logits:
 
-  surgery plan meta-llama/Llama-3.1-8B --max-length 16384 --activation-offloading --kernels fused,liger
+\b
+  surgery plan meta-llama/Llama-3.1-8B --max-length 16384 \\
+    --activation-offloading --kernels fused,liger
 
 Going on from an adapter that was trained before:
 

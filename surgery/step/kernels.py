@@ -22,8 +22,9 @@ logger = logging.getLogger("surgery")
 KERNELS = ("fused", "liger")
 
 KERNELS_HELP = (
-    "Kernels to train with, separated by commas: fused (4-bit layers with LoRA, each in one piece), liger (norms, "
-    "rotary embedding, MLP and loss of Liger-Kernel, which needs a GPU, and pip install 'model-surgery[kernels]')."
+    "Kernels to train with, separated by commas: fused (4-bit layers with LoRA, each in one function), liger (norms, "
+    "rotary embedding, MLP and loss of Liger-Kernel, which needs a GPU and pip install 'model-surgery[kernels]'). For "
+    "LoRA in 4 bits on a GPU: fused,liger."
 )
 
 

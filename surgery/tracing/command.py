@@ -14,7 +14,9 @@ Examples
 
 What every rank of a job did, drawn when the job ends; then once more, when the files of other nodes are there too:
 
-  torchrun --nproc-per-node 2 -m surgery finetune ./model --data train.jsonl --trace ./trace
+\b
+  torchrun --nproc-per-node 2 -m surgery finetune ./model \\
+    --data train.jsonl --trace ./trace
 
   surgery trace ./trace
 
