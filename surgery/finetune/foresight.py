@@ -43,6 +43,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         checkpointing=checkpointing,
         offload=request.options.activation_offloading,
         kernels=chosen_kernels(request.options.kernels),
+        loss="trl",
     )
     return plan(
         checkpoint,

@@ -339,6 +339,7 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
     _quieten(is_main=ranks.rank == 0)
     with everyone(ranks, device=device):
         chosen_kernels(request.options.kernels, device=device)
+        chosen_kernels("liger" if training.use_liger_kernel else None, device=device)
         if request.options.trace is not None:
             start_afresh(Path(request.options.trace), rank=ranks.rank, world_size=ranks.world_size)
         resume = _resume_from(request)

@@ -21,6 +21,9 @@ __all__ = ["Advice", "advise", "advise_all", "command"]
 #: The most ranks that are tried.
 MOST_RANKS = 1024
 
+#: Ranks beyond which a peak falls by less are not advised.
+ABOUT = 1.1
+
 #: TRL's rank of adapters where none is given.
 USUAL_RANK = 16
 
@@ -174,7 +177,7 @@ def _offloading(plan: MemoryPlan, _memory: int) -> Option | None:
 
 
 def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
-    """The smallest number of ranks that fits; if none does, the one with the lowest peak of those that were tried."""
+    """The smallest number of ranks that fits; if none does, the smallest that was tried with about the lowest peak."""
     low, tried = plan.setting.world_size, []
     while low < MOST_RANKS:
         high = min(2 * low, MOST_RANKS)
@@ -185,7 +188,8 @@ def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
             return _fewest(plan, memory, low=low, enough=option)
         tried.append(option)
         low = high
-    return min(tried, key=lambda each: each[1].device_peak, default=None)
+    lowest = min((each.device_peak for _, each in tried), default=0)
+    return next((option for option in tried if option[1].device_peak <= ABOUT * lowest), None)
 
 
 def _fewest(plan: MemoryPlan, memory: int, *, low: int, enough: Option) -> Option:

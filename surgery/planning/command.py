@@ -38,7 +38,7 @@ With activations kept, where they are recomputed by default as in training:
 
   surgery plan meta-llama/Llama-3.1-8B --no-gradient-checkpointing
 
-A sequence of 16,384 tokens, the inputs of recomputed blocks on the CPU, and a loss that makes no logits:
+A sequence of 16,384 tokens, with kernels, and the inputs of recomputed blocks on the CPU:
 
 \b
   surgery plan meta-llama/Llama-3.1-8B --max-length 16384 \\
@@ -147,6 +147,8 @@ def plan(
         from surgery.checkpoint.peek import peek
         from surgery.config import Quant
 
+    if activation_offloading and not gradient_checkpointing:
+        raise ConfigError("--activation-offloading moves the inputs of recomputed blocks: add --gradient-checkpointing")
     # What can be refused is refused before the longest imports.
     shard = _sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads)
     checkpoint = peek(model, revision=model_revision)
@@ -195,6 +197,7 @@ def plan(
         checkpointing=gradient_checkpointing,
         offload=activation_offloading,
         kernels=parse_list(kernels or ""),
+        loss="trl",
     )
     prepared = prepare(checkpoint, setting)
     show(make_plan(take_inventory(prepared), prepared.setting, training), model, memory, as_json=as_json)

@@ -27,6 +27,16 @@ NORMS = 2
 #: Hidden states beside a chunk of logits in Liger's loss: before the last norm, after it, and its gradient.
 LIGER_COPIES = 3
 
+#: Those beside a tile of logits in TRL's loss: after the last norm, those of them that count, and their gradient, which
+#: is there in float32 too.
+TRL_COPIES = 3
+
+#: Tokens, and words of the vocabulary, of such a tile (`TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE` of trl 1.16).
+TRL_TILE = (4096, 32768)
+
+#: Bytes beside each value of it in backward on a CPU, where no kernel works in place: seven in float32, and a mask.
+TRL_BYTES_ON_CPU = 7 * FLOAT32_BYTES + 1
+
 #: Inputs of offloaded blocks that are on the device at once: of the block in backward, and of the one that comes next.
 ON_DEVICE = 2
 
@@ -40,6 +50,7 @@ class Training:
     checkpointing: whether activations of decoder blocks are recomputed in backward.
     offload: whether the inputs of recomputed blocks wait for backward in pinned memory of the host.
     kernels: of "fused" (4-bit layers with LoRA) and "liger" (norms, rotary embedding, MLP, loss).
+    loss: the model's own, of logits or Liger's; or that of TRL's trainers, which make no logits but a tile at a time.
 
     Raises `ConfigError` for other kernels, and for `offload` without `checkpointing`.
     """
@@ -50,6 +61,7 @@ class Training:
     checkpointing: bool = False
     offload: bool = False
     kernels: tuple[str, ...] = ()
+    loss: Literal["model", "trl"] = "model"
 
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, seq=self.seq)
@@ -160,7 +172,7 @@ class _Kept:
         passing = [inventory.hidden + unit.passing - liger * unit.activated for unit in inventory.blocks]
         on_its_way = training.tokens * max(passing, default=0) * itemsize
         one = training.tokens * inventory.hidden * setting.dtype.itemsize
-        last = training.tokens * (LIGER_COPIES * inventory.hidden * itemsize if liger else norm)
+        last = _behind_blocks(inventory, setting, training)
         if not training.checkpointing:
             return cls(at_loss=sum(blocks) + last, in_backward=sum(blocks) + on_its_way, on_host=0)
         block = max(blocks, default=0) + on_its_way
@@ -178,12 +190,27 @@ def _pinned(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def _behind_blocks(inventory: Inventory, setting: Setting, training: Training) -> int:
+    """Bytes of the hidden states of all tokens at the loss, without those that blocks keep."""
+    liger, itemsize = "liger" in training.kernels, setting.compute_dtype.itemsize
+    norm = itemsize if liger else FLOAT32_BYTES
+    if training.loss == "trl":
+        each = norm + TRL_COPIES * itemsize + FLOAT32_BYTES
+    else:
+        each = LIGER_COPIES * itemsize if liger else norm
+    return training.tokens * inventory.hidden * each
+
+
 def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
     """Bytes of logits and their gradients. Liger's loss makes a chunk at a time, which takes about what its input does.
 
     The size of a chunk is that of `fused_linear_cross_entropy_forward` in liger-kernel 0.8.5.
     """
     tokens, vocabulary, itemsize = training.tokens, inventory.vocabulary, setting.compute_dtype.itemsize
+    if training.loss == "trl":
+        rows, columns = TRL_TILE
+        beside = min(vocabulary, columns) * TRL_BYTES_ON_CPU if setting.on_cpu else 0
+        return min(tokens, rows) * (columns * itemsize + beside)  # of a small vocabulary too
     if "liger" not in training.kernels or not vocabulary:
         return tokens * vocabulary * (LOSS_COPIES * FLOAT32_BYTES + itemsize)
     chunks = -(-vocabulary // inventory.hidden)

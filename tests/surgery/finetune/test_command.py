@@ -105,6 +105,7 @@ BAD_OPTIONS: dict[str, tuple[list[object], str]] = {
     "config": (["--config", "none.yaml"], "none.yaml cannot be read: No such file"),
     "stream": (["--streaming"], "max_steps"),
     "kernels": (["--kernels", "fused,ligr"], "expected names among fused, liger, found 'ligr'"),
+    "liger": (["--use-liger-kernel"], "kernels: "),
     "attention": (["--attn-implementation", "slow"], "cannot be loaded with --attn-implementation slow"),
     "graphs": (["--cuda-graphs"], "--cuda-graphs needs a GPU"),
 }

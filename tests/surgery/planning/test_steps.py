@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from trl.trainer.utils import add_fused_lm_head
 
 import surgery
 from surgery.checkpoint import Checkpoint
@@ -40,43 +41,48 @@ def planned(folder: Path, training: Training, **changes: Any) -> Step:
     return step
 
 
-def live(folder: Path, *, checkpointing: bool, fused: bool, adapters: LoraConfig) -> int:
+def live(folder: Path, *, checkpointing: bool, fused: bool, adapters: LoraConfig, loss: str) -> int:
     """The most bytes of tensors that a forward and a backward make."""
     model = surgery.qlora(folder, quant=Quant(), lora=adapters, dtype=torch.bfloat16, device=torch.device("cpu"))
     if checkpointing:
         surgery.checkpoint_activations(model)
     if fused:
         fuse(model)
+    if loss == "trl":
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     ids = torch.randint(3, 60, (1, TOKENS))
     model.train()
+    more = {"fused_lm_head": True} if loss == "trl" else {}
     with LiveBytes([*model.parameters(), *model.buffers()]) as found:
-        output = model(input_ids=ids, labels=ids, use_cache=False)  # with its logits
+        output = model(input_ids=ids, labels=ids, use_cache=False, **more)  # with its logits
         torch.autograd.backward(output.loss)
     surgery.release(model)
     return found.peak
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "checkpointing", "fused", "dropout"),
+    ("vocabulary", "checkpointing", "fused", "dropout", "loss"),
     [
-        (64, False, False, 0.0),
-        (64, True, False, 0.0),
-        (64, True, True, 0.0),
-        (64, False, False, 0.1),
-        (2048, True, True, 0.0),
+        (64, False, False, 0.0, "model"),
+        (64, True, False, 0.0, "model"),
+        (64, True, True, 0.0, "model"),
+        (64, False, False, 0.1, "model"),
+        (2048, True, True, 0.0, "model"),
+        (64, True, True, 0.0, "trl"),
+        (2048, True, False, 0.0, "trl"),
     ],
 )
 def test_a_plan_is_within_a_twentieth_of_the_tensors_of_a_step(
-    tmp_path: Path, vocabulary: int, checkpointing: bool, fused: bool, dropout: float
+    tmp_path: Path, *, vocabulary: int, checkpointing: bool, fused: bool, dropout: float, loss: Any
 ) -> None:
     """The sizes are those of 8B, divided by 32."""
     sizes = {"hidden_size": 128, "intermediate_size": 448, "num_attention_heads": 4, "num_key_value_heads": 1}
     sizes |= {"num_hidden_layers": 4, "vocab_size": vocabulary, "max_position_embeddings": TOKENS}
     folder = save_tiny(tmp_path, **sizes)
-    training = Training(seq=TOKENS, checkpointing=checkpointing, kernels=("fused",) if fused else ())
+    training = Training(seq=TOKENS, checkpointing=checkpointing, kernels=("fused",) if fused else (), loss=loss)
     step = planned(folder, training, lora=lora(dropout))
-    found = live(folder, checkpointing=checkpointing, fused=fused, adapters=lora(dropout))
-    assert step.moment == ("backward" if vocabulary < 100 else "loss")
+    found = live(folder, checkpointing=checkpointing, fused=fused, adapters=lora(dropout), loss=loss)
+    assert step.moment == ("backward" if vocabulary < 100 and loss == "model" else "loss")
     assert step.activations + step.logits + step.dequantized == pytest.approx(found, rel=0.05)
 
 
@@ -109,6 +115,12 @@ def test_liger_keeps_less_and_makes_logits_in_chunks(inventory: Inventory) -> No
     found = of_70b(small, seq=16384, kernels=("fused", "liger"))
     assert (found.moment, found.logits) == ("loss", 2048 * 32000 * 2)
     assert found.dequantized == of_70b(inventory).dequantized  # at the loss too: the workspace stays
+
+
+def test_a_large_vocabulary_is_no_more_to_the_loss_of_trl_than_a_small_one(inventory: Inventory) -> None:
+    large = replace(inventory, vocabulary=128256)
+    found = [of_70b(each, seq=16384, offload=True, loss="trl") for each in (inventory, large)]
+    assert found[0].device_peak == found[1].device_peak < 0.6 * of_70b(large, seq=16384, offload=True).device_peak
 
 
 def test_choices_that_cannot_be_are_refused() -> None:
