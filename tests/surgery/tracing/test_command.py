@@ -72,7 +72,7 @@ def test_what_is_no_trace_is_named(folder: Path) -> None:
 def test_help_says_what_to_do() -> None:
     result = CliRunner().invoke(app, ["trace", "--help"], terminal_width=200, env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    for text in ("DIR", "--output", "surgery finetune ./model --data train.jsonl --trace ./trace", "Exit codes"):
+    for text in ("DIR", "--output", "surgery finetune ./model", "--data train.jsonl --trace ./trace", "Exit codes"):
         assert text in result.stdout
 
 
