@@ -21,8 +21,8 @@ __all__ = ["Advice", "advise", "advise_all", "command"]
 #: The most ranks that are tried.
 MOST_RANKS = 1024
 
-#: Ranks beyond which a peak falls by less are not advised.
-ABOUT = 1.1
+#: Where no number of ranks fits, more of them are not advised for a peak that is lower by less than this factor.
+WORTH = 1.1
 
 #: TRL's rank of adapters where none is given.
 USUAL_RANK = 16
@@ -189,7 +189,7 @@ def _more_ranks(plan: MemoryPlan, memory: int) -> Option | None:
         tried.append(option)
         low = high
     lowest = min((each.device_peak for _, each in tried), default=0)
-    return next((option for option in tried if option[1].device_peak <= ABOUT * lowest), None)
+    return next((option for option in tried if option[1].device_peak <= WORTH * lowest), None)
 
 
 def _fewest(plan: MemoryPlan, memory: int, *, low: int, enough: Option) -> Option:
