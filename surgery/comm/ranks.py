@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from surgery.comm.leaving import leave_after_gloo
 from surgery.errors import ConfigError, SurgeryError
 
 __all__ = ["PeerError", "Ranks", "StoppedError", "broadcast_from_rank0", "current_ranks", "lost", "rank0_rng_state"]
@@ -201,6 +202,8 @@ def current_ranks(expected_world_size: int | None = None) -> Ranks:
             f"the launcher started {expected_world_size} processes (WORLD_SIZE), but there is {found}: call "
             "torch.distributed.init_process_group() on every rank first"
         )
+    if initialized:
+        leave_after_gloo()
     return Ranks(
         rank=dist.get_rank() if initialized else 0,
         world_size=world_size,
