@@ -61,12 +61,13 @@ def _trained(training: Training | None) -> Iterator[str]:
             yield f"{option} {getattr(training, name)}"
     if training.optimizer != usual.optimizer:
         yield f"--optim {training.optimizer}"
-    if not training.checkpointing:
-        yield "--no-gradient-checkpointing"
-    if training.offload:
-        yield "--activation-offloading"
-    if training.kernels:
-        yield f"--kernels {','.join(training.kernels)}"
+    switches = {
+        "--no-gradient-checkpointing": not training.checkpointing,
+        "--activation-offloading": training.offload,
+        f"--kernels {','.join(training.kernels)}": training.kernels,
+        "--cuda-graphs": training.graphs,
+    }
+    yield from (option for option, is_on in switches.items() if is_on)
 
 
 def _adapters(setting: Setting) -> Iterator[str]:
