@@ -245,13 +245,13 @@ def _behind_blocks(inventory: Inventory, setting: Setting, training: Training) -
     if training.loss == "trl":
         each = norm + TRL_COPIES * itemsize + FLOAT32_BYTES
     else:
-        each = LIGER_COPIES * itemsize if _chunks(setting, training) else norm
+        each = LIGER_COPIES * itemsize if _chunks(inventory, setting, training) else norm
     return training.tokens * inventory.hidden * each
 
 
-def _chunks(setting: Setting, training: Training) -> bool:
+def _chunks(inventory: Inventory, setting: Setting, training: Training) -> bool:
     """Whether the model's own loss is Liger's, of logits in chunks. It is the stock one in steps that are recorded."""
-    return "liger" in training.kernels and not _shapes(setting, training)
+    return "liger" in training.kernels and not inventory.stock_loss and not _shapes(setting, training)
 
 
 def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
@@ -264,7 +264,7 @@ def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
         rows, columns = TRL_TILE
         beside = min(vocabulary, columns) * TRL_BYTES_ON_CPU if setting.on_cpu else 0
         return min(tokens, rows) * (columns * itemsize + beside)  # of a small vocabulary too
-    if not _chunks(setting, training) or not vocabulary:
+    if not _chunks(inventory, setting, training) or not vocabulary:
         return tokens * vocabulary * (LOSS_COPIES * FLOAT32_BYTES + itemsize)
     chunks = -(-vocabulary // inventory.hidden)
     return min(1 << (-(-tokens // chunks) - 1).bit_length(), tokens) * vocabulary * itemsize

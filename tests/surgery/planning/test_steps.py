@@ -114,6 +114,9 @@ def test_liger_keeps_less_and_makes_logits_in_chunks(inventory: Inventory) -> No
     small = replace(inventory, hidden=4096, units=tuple(each for each in inventory.units if each.kind != "block"))
     found = of_70b(small, seq=16384, kernels=("fused", "liger"))
     assert (found.moment, found.logits) == ("loss", 2048 * 32000 * 2)
+    assert not inventory.stock_loss
+    stock = of_70b(replace(small, stock_loss=True), seq=16384, kernels=("fused", "liger"))
+    assert stock.logits == of_70b(small, seq=16384).logits == 16384 * 32000 * (2 + 3 * 4)
     assert found.dequantized == of_70b(inventory).dequantized  # at the loss too: the workspace stays
 
 
