@@ -59,8 +59,8 @@ def _refuse_other_launchers() -> None:
     if all(name in os.environ for name in OF_ACCELERATE):
         raise ConfigError(
             "accelerate launch was asked for several processes (it has set MASTER_PORT), and has started this one "
-            "alone, as it does without GPUs: use torchrun --nproc-per-node N, or --num_processes 1 with MASTER_ADDR and "
-            "MASTER_PORT unset"
+            "alone, as it does without GPUs: use torchrun --nproc-per-node N, or --num_processes 1 with MASTER_PORT "
+            "unset"
         )
 
 
