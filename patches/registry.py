@@ -57,7 +57,7 @@ class Registry:
         self._builtin = dict(builtin or {})
         self._find_entry_points = find_entry_points
         self._offered: dict[str, EntryPoint] = {}
-        self._found: list[EntryPoint] = []  # by the last look at what is installed, which takes 4 ms
+        self._found: list[EntryPoint] = []  # by the last look
         self._patches: dict[str, Patch] = {}
         # Guards the dictionary only; never held during an import, which may wait for another thread.
         self.lock = threading.Lock()
@@ -95,9 +95,9 @@ class Registry:
         if patch_id in self._builtin:
             importlib.import_module(self._builtin[patch_id])
             return self._expect(patch_id, self._builtin[patch_id])
-        offers = [point for point in self._found if point.name == patch_id] or [
-            point for point in self._points() if point.name == patch_id
-        ]
+        if all(point.name != patch_id for point in self._found):
+            self._found = self._points()  # which takes 4 ms
+        offers = [point for point in self._found if point.name == patch_id]
         if len(offers) > 1:
             raise _duplicate(patch_id, *(_describe(offer) for offer in offers[:2]))
         if offers:
@@ -106,8 +106,7 @@ class Registry:
 
     def ids(self) -> list[str]:
         """All known ids, sorted. Imports nothing."""
-        offered = (point.name for point in self._points() if "." in point.name)
-        return sorted({*self._patches, *self._builtin, *offered})
+        return sorted({*self._patches, *self._builtin, *(each.name for each in self._points() if "." in each.name)})
 
     def offer(self, points: Iterable[EntryPoint]) -> None:
         """Add entry points of what is not installed. An installed one of the same name is used instead."""
@@ -121,8 +120,7 @@ class Registry:
     def _points(self) -> list[EntryPoint]:
         installed = list(self._find_entry_points())
         names = {point.name for point in installed}
-        self._found = [*installed, *(point for name, point in self._offered.items() if name not in names)]
-        return self._found
+        return [*installed, *(point for name, point in self._offered.items() if name not in names)]
 
     def source(self, patch_id: str) -> str:
         """The source of the patch of this id: a module, or an entry point. Imports nothing."""

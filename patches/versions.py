@@ -101,8 +101,7 @@ def distributions_of(package: str) -> Sequence[str]:
 
 
 def _contains_package(distribution: metadata.Distribution, package: str) -> bool:
-    declared = (distribution.read_text("top_level.txt") or "").split()
-    if declared:
+    if declared := (distribution.read_text("top_level.txt") or "").split():
         return package in declared
     lines = f"\n{distribution.read_text('RECORD') or ''}"
     return f"\n{package}/" in lines or f"\n{package}." in lines
