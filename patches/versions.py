@@ -83,10 +83,8 @@ def _past(distribution: str, version: str, window: str) -> str:
 @cache
 def owner_of(module: str) -> str:
     """The owner of a module: "distribution version", or the module's name if no distribution has it."""
-    from importlib import metadata
-
     distributions = distributions_of(module.partition(".")[0])
-    return f"{distributions[0]} {metadata.version(distributions[0])}" if distributions else module
+    return f"{distributions[0]} {installed_version(distributions[0])}" if distributions else module
 
 
 @cache
@@ -103,8 +101,7 @@ def distributions_of(package: str) -> Sequence[str]:
 
 
 def _contains_package(distribution: metadata.Distribution, package: str) -> bool:
-    declared = (distribution.read_text("top_level.txt") or "").split()
-    if declared:
+    if declared := (distribution.read_text("top_level.txt") or "").split():
         return package in declared
     lines = f"\n{distribution.read_text('RECORD') or ''}"
     return f"\n{package}/" in lines or f"\n{package}." in lines

@@ -44,7 +44,8 @@ class Finish(Pass):
     def run(self, model: nn.Module) -> nn.Module:
         """The complete model."""
         setting, devices = self.loading.setting, self.loading.buffers.devices
-        if devices.keeps_data and any(map(_holds_meta, modules_of(model))):
+        every = [held for module in modules_of(model) for held in (module._parameters, module._buffers) if held]
+        if devices.keeps_data and any(t is not None and t.is_meta for held in every for t in held.values()):
             empty = [name for name, held in (*model.named_parameters(), *model.named_buffers()) if held.is_meta]
             raise ConfigError(f"{empty[0]} is on meta ({len(empty)} in all): a complete model comes after install")
         with patches.transaction(
@@ -54,8 +55,3 @@ class Finish(Pass):
             reason="a sharding rebuilds a model that is partly on meta",
         ):
             return setting.strategy.finish(model, setting.format)
-
-
-def _holds_meta(module: nn.Module) -> bool:
-    held = (*module._parameters.values(), *module._buffers.values())
-    return any(tensor is not None and tensor.is_meta for tensor in held)

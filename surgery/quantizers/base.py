@@ -381,8 +381,10 @@ def packed_names(module: nn.Module) -> tuple[str, ...]:
 
 def quantized_modules(model: nn.Module) -> list[nn.Module]:
     """Every quantized module of `model`, once each, whatever its format."""
-    kinds = dict.fromkeys(kind for kinds in _FORMATS.values() for kind in kinds)
-    return [module for module in modules_of(model) if any(kind.is_quantized(module) for kind in kinds)]
+    every = modules_of(model)
+    kinds = {kind for kinds in _FORMATS.values() for kind in kinds}
+    found = set[nn.Module]().union(*(filter(kind.is_quantized, every) for kind in kinds))
+    return [module for module in every if module in found]
 
 
 def kept_parameters(model: nn.Module, dtype: torch.dtype, *, ends: bool = True) -> dict[str, nn.Parameter]:

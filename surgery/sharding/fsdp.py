@@ -19,7 +19,7 @@ from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import ShardStrategy, Unit
 from surgery.sharding.partition import Grid
 
-__all__ = ["Fsdp", "check_kept", "shared_parameters"]
+__all__ = ["Fsdp", "check_kept", "owners_of", "shared_parameters"]
 
 #: Number of names that an error lists at most.
 SHOWN = 4
@@ -127,9 +127,20 @@ def check_kept(precision: Any, kept: Sequence[str], buffers: Mapping[str, torch.
 
 
 def shared_parameters(
-    model: nn.Module, groups: Mapping[nn.Module, object]
+    owners: Mapping[nn.Parameter, Mapping[str, object]],
 ) -> Iterator[tuple[nn.Parameter, list[str], int]]:
     """Yield `(parameter, FQNs, number of groups)` of each parameter that would be sharded more than once.
+
+    owners: as from `owners_of`.
+    """
+    for parameter, found in owners.items():
+        count = len(set(found.values()))
+        if count > 1:
+            yield parameter, list(found), count
+
+
+def owners_of(model: nn.Module, groups: Mapping[nn.Module, object]) -> dict[nn.Parameter, dict[str, object]]:
+    """Parameter of `model` -> each of its FQNs, and the group there; None is the root's.
 
     groups: module -> its group, which what is inside of the module belongs to; all else is in the root's.
     """
@@ -138,13 +149,11 @@ def shared_parameters(
     while stack:
         prefix, module, outer = stack.pop()
         group = groups.get(module, outer)
-        for name, parameter in module.named_parameters(recurse=False):
-            owners[parameter][join(prefix, name)] = group
-        stack.extend((join(prefix, name), child, group) for name, child in module.named_children())
-    for parameter, found in owners.items():
-        count = len(set(found.values()))
-        if count > 1:
-            yield parameter, list(found), count
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[parameter][join(prefix, name)] = group
+        stack += [(join(prefix, name), child, group) for name, child in module._modules.items() if child is not None]
+    return owners
 
 
 def _would_cast(option: str, cast: torch.dtype | None, names: Sequence[str], dtype: torch.dtype) -> ConfigError:

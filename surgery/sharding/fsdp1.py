@@ -25,7 +25,7 @@ from surgery.quantizers.base import QuantFormat, kept_parameters
 from surgery.quantizers.digest import Place
 from surgery.quantizers.stack import stacks_of
 from surgery.sharding.base import READS_WEIGHTS, Devices, Part, Span, Trained, Unit, outermost, register
-from surgery.sharding.fsdp import Fsdp, shared_parameters
+from surgery.sharding.fsdp import Fsdp, owners_of, shared_parameters
 from surgery.sharding.partition import Grid, Partition
 from surgery.sharding.unsharded import copies
 
@@ -143,7 +143,7 @@ def _not_uniform(
 
 
 def _check_ties(model: nn.Module, units: set[nn.Module], unsharded: set[nn.Parameter]) -> None:
-    for parameter, names, count in shared_parameters(model, {unit: unit for unit in units}):
+    for parameter, names, count in shared_parameters(owners_of(model, {unit: unit for unit in units})):
         if parameter not in unsharded:
             raise ConfigError(
                 f"{' and '.join(names)} are one tied parameter, but would go to {count} FSDP units: "

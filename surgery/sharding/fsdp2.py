@@ -31,7 +31,7 @@ from surgery.sharding.base import (
     outermost,
     register,
 )
-from surgery.sharding.fsdp import Fsdp, shared_parameters
+from surgery.sharding.fsdp import Fsdp, owners_of, shared_parameters
 from surgery.sharding.fsdp2_steps import Fsdp2Steps
 from surgery.sharding.partition import Partition
 
@@ -77,36 +77,29 @@ def check_groups(model: nn.Module, blocks: Sequence[Site]) -> tuple[nn.Module | 
     """
     embedding, tail = ends_of(model, blocks)
     groups = [*((site.module,) for site in blocks), (embedding,), tail]
-    _check_ties(model, groups)
-    _check_dtypes(model, groups)
+    numbers = {module: number for number, group in enumerate(groups) for module in group if module is not None}
+    owners = owners_of(model, numbers)
+    for _, (first, *_, last), _ in shared_parameters(owners):
+        raise ConfigError(
+            f"{first} and {last} are one parameter, but are used in two groups of FSDP2, which cannot gather it for "
+            "both: untie them, or build the model without shard"
+        )
+    _check_dtypes(owners)
     return embedding, tail
 
 
-def _check_dtypes(model: nn.Module, groups: Sequence[tuple[nn.Module | None, ...]]) -> None:
+def _check_dtypes(owners: Mapping[nn.Parameter, Mapping[str, object]]) -> None:
     """Require one trained dtype in each group, whose gradients FSDP2 reduces as one tensor; the rest is the root's."""
-    left = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for group in groups:
-        inside = {p: None for module in group if module is not None for p in module.parameters() if p in left}
-        _check_uniform({left.pop(parameter): parameter for parameter in inside})
-    _check_uniform({name: parameter for parameter, name in left.items()})
-
-
-def _check_uniform(trained: Mapping[str, nn.Parameter]) -> None:
-    first = {parameter.dtype: name for name, parameter in trained.items()}
-    if len(first) > 1:
+    trained: dict[object, dict[torch.dtype, str]] = {}
+    for parameter, places in owners.items():
+        if parameter.requires_grad:
+            name, group = next(iter(places.items()))
+            trained.setdefault(group, {}).setdefault(parameter.dtype, name)
+    for first in (first for first in trained.values() if len(first) > 1):
         found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in first.items())
         raise ConfigError(
             f"FSDP2 trains parameters of one dtype in a decoder block, but {found}: leave out what upstream keeps in "
             "another dtype, such as a router's gate in modules_to_save, or use shard=FSDP1() or one process"
-        )
-
-
-def _check_ties(model: nn.Module, groups: Iterable[Iterable[nn.Module | None]]) -> None:
-    numbers = {module: number for number, group in enumerate(groups) for module in group if module is not None}
-    for _, (first, *_, last), _ in shared_parameters(model, numbers):
-        raise ConfigError(
-            f"{first} and {last} are one parameter, but are used in two groups of FSDP2, which cannot gather it for "
-            "both: untie them, or build the model without shard"
         )
 
 
@@ -214,7 +207,7 @@ class Fsdp2(Fsdp):
 
     def finish(self, model: nn.Module, quant: QuantFormat) -> nn.Module:
         """`model` itself, with rank 0's adapters, or the first replica's shards of them."""
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trainable = (parameter for parameter in model.parameters() if parameter.requires_grad)  # often not looked at
         if self.shards_on_meta:
             self._share_among_replicas(trainable)
             return model

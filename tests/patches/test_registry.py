@@ -5,6 +5,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_a_builtin_module_that_does_not_register_its_id_is_named() -> None:
         Registry(builtin={"fake.a": "json"}).get("fake.a")
 
 
-OFFERED = declare("offered", SCALE)
+OFFERED, QUIET = declare("offered", SCALE), declare("quiet", SCALE)
 
 
 def test_an_entry_point_is_loaded_when_asked_for() -> None:
@@ -85,6 +86,19 @@ def test_an_entry_point_is_loaded_when_asked_for() -> None:
     assert registry.ids() == ["fake.offered", "fake.other"]
     assert registry.get("fake.offered") is OFFERED
     assert registry.get("fake.offered") is OFFERED
+
+
+def test_what_is_installed_is_looked_for_again_where_an_id_is_new() -> None:
+    installed = [point("fake.offered", f"{__name__}:OFFERED"), point("fake.quiet", f"{__name__}:QUIET")]
+    find = mock.Mock(side_effect=[installed[:1], installed])
+    registry = Registry(find_entry_points=find)
+    assert registry.get("fake.offered") is OFFERED
+    assert registry.get("fake.quiet") is QUIET
+    assert find.call_count == 2
+    find = mock.Mock(return_value=installed)
+    registry = Registry(find_entry_points=find)
+    assert (registry.get("fake.offered"), registry.get("fake.quiet")) == (OFFERED, QUIET)
+    assert find.call_count == 1
 
 
 def test_two_entry_points_with_one_id_are_refused_naming_both() -> None:

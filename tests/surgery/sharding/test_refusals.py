@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
 from surgery.config import DDP, FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
+from surgery.model.tree import Site
 from surgery.quantizers.base import QuantFormat, format_for
 from surgery.sharding import base, fsdp2
 from surgery.sharding.base import ShardStrategy, register, strategy_for
@@ -216,3 +218,38 @@ def test_casting_what_is_kept_in_another_dtype() -> None:
     shard = FSDP2(mixed_precision=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match=r"would cast what transformers keeps in another dtype: layers\.0\.gate"):
         strategy_for(shard, world_size=2).check_model(Kept(), format_for(None, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("groups", "float32", "refused"),
+    [
+        (("0", "1"), (), None),
+        (("0", "1"), ("0.0", "0.1"), None),
+        (("0", "1"), ("0.0",), r"0\.0\.weight is float32"),
+        (("0.0", "0", "1"), ("0.0",), None),
+        (("0",), ("1.0",), r"1\.0\.weight is float32"),
+    ],
+)
+def test_dtypes_that_groups_of_fsdp2_train(
+    groups: tuple[str, ...], float32: tuple[str, ...], refused: str | None
+) -> None:
+    """Each parameter is of the innermost group that it is in; what is in none is the root's."""
+    with torch.device("meta"):
+        blocks = [nn.Sequential(*(nn.Linear(4, 4, bias=False, dtype=torch.bfloat16) for _ in range(2))) for _ in "01"]
+        model = nn.Sequential(*blocks, nn.LayerNorm(4))
+    for fqn in float32:
+        model.get_submodule(fqn).to(torch.float32)
+    model[2].requires_grad_(requires_grad=False)  # which is in float32, and not trained
+    with nullcontext() if refused is None else pytest.raises(ConfigError, match=refused):
+        fsdp2.check_groups(model, [Site(fqn=fqn, module=model.get_submodule(fqn)) for fqn in groups])
+
+
+def test_a_parameter_in_two_groups_of_fsdp2() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2)))
+    model.get_submodule("0.1").weight = model.get_submodule("0.0").weight
+    blocks = [Site(fqn=fqn, module=model.get_submodule(fqn)) for fqn in "01"]
+    fsdp2.check_groups(model, blocks)
+    model.get_submodule("1.1").weight = model.get_submodule("0.0").weight
+    with pytest.raises(ConfigError, match=r"are one parameter, but are used in two groups of FSDP2"):
+        fsdp2.check_groups(model, blocks)
