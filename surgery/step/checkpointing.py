@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -21,6 +22,8 @@ from surgery.model.tree import decoder_blocks, unwrapped
 from surgery.step.offload import Offload
 
 __all__ = ["checkpoint_activations"]
+
+logger = logging.getLogger("surgery")
 
 
 def checkpoint_activations(model: nn.Module, *, reentrant: bool = False, offload: bool = False) -> nn.Module:
@@ -62,9 +65,16 @@ class _Checkpoint:
     def __init__(self, *, reentrant: bool, offload: Offload | None, is_last: bool) -> None:
         self._checkpoint = partial(checkpoint, use_reentrant=reentrant)
         self._offload, self._is_last = offload, is_last
+        self._told = False
         self._draws = False  # whether the block drew random numbers when it was called last
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._is_last and not self._told and getattr(function, "gradient_checkpointing", False):
+            self._told = True
+            logger.warning(
+                "surgery: blocks are recomputed twice, by checkpoint_activations and by transformers: leave out "
+                "gradient_checkpointing"
+            )
         # In evaluation there is no backward to recompute for, and a reentrant checkpoint would warn of that.
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)

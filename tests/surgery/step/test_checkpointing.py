@@ -69,6 +69,21 @@ def test_gradients_are_the_same_and_blocks_run_again(reentrant: bool, offload: b
     assert sum(isinstance(module, CheckpointWrapper) for module in model.modules()) == 2
 
 
+def test_blocks_that_transformers_recomputes_too_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = Model()
+    checkpoint_activations(model)
+    gradients(model)
+    assert caplog.text == ""
+    for block in model.blocks:
+        block._checkpoint_wrapped_module.gradient_checkpointing = True  # as transformers says it
+    gradients(model)
+    gradients(model)
+    assert [record.message for record in caplog.records] == [
+        "surgery: blocks are recomputed twice, by checkpoint_activations and by transformers: leave out "
+        "gradient_checkpointing"
+    ]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_evaluation_runs_blocks_once_and_without_a_warning(reentrant: bool) -> None:
     model = Model()
