@@ -78,10 +78,7 @@ def test_blocks_that_transformers_recomputes_too_are_named_once(caplog: pytest.L
         block._checkpoint_wrapped_module.gradient_checkpointing = True  # as transformers says it
     gradients(model)
     gradients(model)
-    assert [record.message for record in caplog.records] == [
-        "surgery: blocks are recomputed twice, by checkpoint_activations and by transformers: leave out "
-        "gradient_checkpointing"
-    ]
+    assert caplog.text.count("recomputed twice") == 1
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
