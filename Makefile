@@ -49,7 +49,7 @@ $(VENV)/.weights: $(VENV)/.installed
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 
 # Two files at a time, in the order of their names: ranks wait for each other for much of their time, and what takes
 # longest comes first. One thread a process, since several of them share the cores.

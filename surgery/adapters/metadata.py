@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ConfigError
-from surgery.model.consistency import LIBRARIES
+from surgery.model.consistency import LIBRARIES, installed_version
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -213,13 +212,7 @@ def _targets(config: PeftConfig) -> object:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the distributions that decide what a run does."""
-    found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in _DISTRIBUTIONS}}
 
 
 def _cell(value: object) -> str:

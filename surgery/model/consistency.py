@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,15 @@ from surgery.comm.ranks import Ranks
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["LIBRARIES", "adapter_facts", "environment", "same_adapter", "same_model", "source_facts"]
+__all__ = [
+    "LIBRARIES",
+    "adapter_facts",
+    "environment",
+    "installed_version",
+    "same_adapter",
+    "same_model",
+    "source_facts",
+]
 
 LIBRARIES = ("model-surgery", "model-surgery-patches", "torch", "bitsandbytes", "peft", "transformers")
 
@@ -37,15 +46,17 @@ def environment(device: torch.device) -> dict[str, Facts]:
     """Facts of this process: its kind of device, versions of libraries, patches that act on all of it."""
     return {
         "device": {"type": device.type},
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "libraries": {name: installed_version(name) for name in LIBRARIES},
         "patches": dict.fromkeys(patches.active_set(), "active"),
     }
 
 
-def _version(name: str) -> str:
+@cache
+def installed_version(distribution: str) -> str:
+    """The version, or "not installed"; read once, since what is imported does not change."""
     try:
-        return version(name)
-    except PackageNotFoundError:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 

@@ -160,14 +160,14 @@ CASES = [
 #: What is the same on two ranks and on three: how units are made, freed and recomputed, not what a rank keeps.
 _ON_TWO_ALONE = ("checkpointing", "shard-grad-op", "no-shard", "block-units", "accumulation", "kept", "mixed-precision")
 
-#: What three ranks have together, in "fp4-single-128" and in "storage-bf16".
-_TOGETHER = ("fp4", "single-quant", "blocksize-128", "storage-fp16")
-
-ON_THREE = [
-    case
-    for case in CASES
-    if case.name.removeprefix("fsdp2-") not in _TOGETHER and not any(name in case.name for name in _ON_TWO_ALONE)
-]
+#: By what decides what a rank keeps, the last case of each: how weights are quantized is tried on two ranks.
+ON_THREE = list(
+    {
+        (case.kind, str(case.shard), case.placement, case.model, case.stored): case
+        for case in CASES
+        if not any(name in case.name for name in _ON_TWO_ALONE)
+    }.values()
+)
 
 #: Also on one rank, where a process group gathers from nobody.
 ON_ONE = [case for case in [*CASES, *DDP_ON_TWO] if case.kind in (FSDP2, DDP) and case.model in ("tied", "odd")]

@@ -188,5 +188,5 @@ def _load(folder: Path, told: Told) -> str:
 def _pretend(patch: pytest.MonkeyPatch, version: str) -> None:
     from surgery.model import consistency
 
-    stock = consistency.version
-    patch.setattr(consistency, "version", lambda name: version if name == "peft" else stock(name))
+    stock = consistency.installed_version
+    patch.setattr(consistency, "installed_version", lambda name: version if name == "peft" else stock(name))
