@@ -23,14 +23,45 @@ __all__ = [
 ]
 
 
+#: Variables by which launchers of MPI say how many processes there are.
+OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+#: What `accelerate launch` sets in a process that it starts alone; the last only where it was asked for several, which
+#: it does not start without GPUs, or mpirun. Others set one or the other of these.
+OF_ACCELERATE = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_PORT")
+
+
 def launched_rank() -> int | None:
     """`RANK`, or None without a launcher. Raises `ConfigError` for anything but a number."""
     return _number("RANK")
 
 
 def launched_world_size() -> int | None:
-    """`WORLD_SIZE`, or None without a launcher. Raises `ConfigError` for anything but a number."""
-    return _number("WORLD_SIZE")
+    """`WORLD_SIZE`, or None without a launcher.
+
+    Raises `ConfigError` for anything but a number, and, where there is no process group either, for a launcher that
+    means several processes and has not said so in `WORLD_SIZE`: each would do the whole job.
+    """
+    size = _number("WORLD_SIZE")
+    if size is None and not (dist.is_available() and dist.is_initialized()):
+        _refuse_other_launchers()
+    return size
+
+
+def _refuse_other_launchers() -> None:
+    advice = "use torchrun --nproc-per-node N, or set RANK, LOCAL_RANK and WORLD_SIZE as it does"
+    for name in OF_MPI:
+        if (_number(name) or 1) > 1:
+            raise ConfigError(
+                f"MPI has started {_number(name)} processes ({name}), but WORLD_SIZE is not set: {advice}"
+            )
+    if all(name in os.environ for name in OF_ACCELERATE):
+        raise ConfigError(
+            "accelerate launch was asked for several processes (it has set MASTER_PORT), and has started this one "
+            "alone, as it does without GPUs: use torchrun --nproc-per-node N, or --num_processes 1 with MASTER_PORT "
+            "unset"
+        )
 
 
 def local_rank() -> int | None:

@@ -8,20 +8,24 @@ import torch
 from trl import get_peft_config
 
 from surgery.checkpoint.peek import peek
-from surgery.config import DDP, FSDP1, FSDP2, Quant
+from surgery.config import DDP, Quant
 from surgery.errors import ConfigError
 from surgery.finetune.parser import Request
-from surgery.planning.arguments import parse_mesh
+from surgery.planning.arguments import parse_mesh, parse_shard
 from surgery.planning.plan import MemoryPlan, plan
 from surgery.planning.training import Training
+from surgery.step.graphs import SHAPES
 from surgery.step.kernels import chosen_kernels
 
 __all__ = ["foresee"]
 
 
-def foresee(request: Request, *, world_size: int, device: str, checkpointing: bool) -> MemoryPlan | None:
+def foresee(
+    request: Request, *, world_size: int, device: str, checkpointing: bool, cpu_offload: bool = False
+) -> MemoryPlan | None:
     """The plan, of headers alone; None for a base model that is not in 4 bits, which is not planned.
 
+    checkpointing: whether blocks are recomputed in backward. cpu_offload: whether shards wait on the CPU.
     Raises `CheckpointError`, `ConfigError` and `SelectorError` for what could not be loaded or adapted.
     """
     model, values = request.model, request.values
@@ -44,6 +48,7 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         offload=request.options.activation_offloading,
         kernels=chosen_kernels(request.options.kernels),
         loss="trl",
+        graphs=SHAPES if request.options.cuda_graphs else 0,
     )
     return plan(
         checkpoint,
@@ -56,14 +61,15 @@ def foresee(request: Request, *, world_size: int, device: str, checkpointing: bo
         ),
         lora=get_peft_config(model) if adapter is None else None,  # type: ignore[arg-type]
         adapter=adapter,
-        shard=_shard(request) if world_size > 1 else None,
+        shard=_shard(request, cpu_offload=cpu_offload) if world_size > 1 else None,
         dtype=dtype,
         device=device,
         training=training,
     )
 
 
-def _shard(request: Request) -> Any:
-    if request.options.fsdp == "none":
+def _shard(request: Request, *, cpu_offload: bool) -> Any:
+    version = request.options.fsdp
+    if version == "none":
         return DDP()
-    return FSDP1() if request.options.fsdp == "1" else FSDP2(mesh=parse_mesh(request.options.mesh))
+    return parse_shard(version, mesh=parse_mesh(request.options.mesh), cpu_offload=cpu_offload)

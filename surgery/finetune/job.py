@@ -54,7 +54,7 @@ from surgery.finetune.options import FLASH
 from surgery.finetune.parser import Request
 from surgery.finetune.summary import Evaluation, Summary, card_sections, patch_rows, write_summary
 from surgery.model.consistency import source_facts
-from surgery.planning.arguments import parse_mesh
+from surgery.planning.arguments import offloads_shards, parse_mesh, require_recordable
 from surgery.planning.plan import MemoryPlan
 from surgery.planning.verdict import check_fits, free_memory, predictions
 from surgery.step.kernels import chosen_kernels
@@ -113,11 +113,14 @@ def plan_alone(request: Request) -> tuple[MemoryPlan, int | None]:
 
     No process group is made.
     """
-    is_gpu, decided = not _on_cpu(request), _sharding(request)
-    fsdp_config = decided.get("fsdp_config", {})
-    checkpointing = _recomputes(request, is_asked=decided[_checkpointing(request)], fsdp_config=fsdp_config)
-    kind = "cuda" if is_gpu else "cpu"
-    made = foresee(request, world_size=_world_size(), device=kind, checkpointing=checkpointing)
+    is_gpu, decided = not _on_cpu(request), _decided(request)
+    made = _foreseen(
+        request,
+        world_size=_world_size(),
+        device="cuda" if is_gpu else "cpu",
+        recomputes=decided[_checkpointing(request)],
+        fsdp_config=decided.get("fsdp_config", {}),
+    )
     if made is None:
         raise ConfigError("expected a model in 4 bits to plan, found --load-in-4bit false: leave out --plan only")
     return made, torch.cuda.mem_get_info()[1] if is_gpu else None
@@ -179,8 +182,7 @@ def _decided(request: Request) -> dict[str, Any]:
 
 def _for_graphs(request: Request) -> dict[str, Any]:
     """TRL's options with which few shapes of batches come, and every micro-batch reduces its gradients."""
-    if _on_cpu(request):
-        raise ConfigError("--cuda-graphs needs a GPU: leave it out on a CPU")
+    require_recordable(on_cpu=_on_cpu(request), fsdp=request.options.fsdp if _is_sharded(request) else "none")
     if Version(trl.__version__) < TRL_OF_GRAPHS:
         raise ConfigError(
             f"--cuda-graphs needs trl {TRL_OF_GRAPHS}, found {trl.__version__}: earlier ones have the host read labels"
@@ -189,8 +191,6 @@ def _for_graphs(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {"pad_to_multiple_of": 64 if asked in (None, "auto") else asked}
     if not _is_sharded(request):
         return found
-    if request.options.fsdp == "1":
-        raise ConfigError("expected --fsdp 2 or none with --cuda-graphs, found --fsdp 1")
     given = _object(request, "accelerator_config")
     # Steps that leave gradients unreduced cannot be replayed; those of adapters are small.
     accumulation = {"sync_each_batch": True, **(given.get("gradient_accumulation_kwargs") or {})}
@@ -238,11 +238,6 @@ def _sharding(request: Request) -> dict[str, Any]:
 
         found["parallelism_config"] = ParallelismConfig(dp_replicate_size=mesh[0], dp_shard_size=mesh[1])
     return found
-
-
-def _recomputes(request: Request, *, is_asked: bool, fsdp_config: Mapping[str, Any]) -> bool:
-    """Whether blocks are recomputed in backward: by Trainer, by FSDP, or by this project."""
-    return bool(is_asked or fsdp_config.get("activation_checkpointing") or request.options.activation_offloading)
 
 
 def _checkpointing(request: Request) -> str:
@@ -364,10 +359,27 @@ def _prepare(request: Request, training: Any, ranks: Ranks, console: Console | N
 def _planned(request: Request, training: Any, ranks: Ranks) -> MemoryPlan | None:
     if request.options.plan == "off":
         return None
-    fsdp_config = training.fsdp_config or {}
-    checkpointing = _recomputes(request, is_asked=training.gradient_checkpointing, fsdp_config=fsdp_config)
-    kind = "cuda" if training.device.type == "cuda" else "cpu"
-    return foresee(request, world_size=ranks.world_size, device=kind, checkpointing=checkpointing)
+    return _foreseen(
+        request,
+        world_size=ranks.world_size,
+        device="cuda" if training.device.type == "cuda" else "cpu",
+        recomputes=training.gradient_checkpointing,
+        fsdp_config=training.fsdp_config or {},
+    )
+
+
+def _foreseen(
+    request: Request, *, world_size: int, device: str, recomputes: bool, fsdp_config: Mapping[str, Any]
+) -> MemoryPlan | None:
+    """The plan; None where nothing is planned. recomputes: whether Trainer has blocks recomputed."""
+    by_others = fsdp_config.get("activation_checkpointing") or request.options.activation_offloading
+    return foresee(
+        request,
+        world_size=world_size,
+        device=device,
+        checkpointing=bool(recomputes or by_others),
+        cpu_offload=offloads_shards(fsdp_config),
+    )
 
 
 def _refuse_stale(request: Request, resume: str | None) -> None:

@@ -15,6 +15,7 @@ from surgery.passes.setting import Setting
 from surgery.planning.plan import MemoryPlan, make_plan
 from surgery.planning.training import Training
 from surgery.sharding.advice import Proposal, offloaded, on_ranks, options_of, shards_alone
+from surgery.step.kernels import KERNELS, missing_package
 
 __all__ = ["Advice", "advise", "advise_all", "command"]
 
@@ -43,6 +44,11 @@ class Advice:
         """The highest device peak of any rank, in bytes."""
         return self.plan.device_peak
 
+    @property
+    def install(self) -> str | None:
+        """The command that installs what the options need and is not here; None if all is."""
+        return None if self.plan.training is None else missing_package(self.plan.training.kernels)
+
 
 def command(plan: MemoryPlan, model: str) -> str:
     """The command line that fine-tunes `model` as planned, once DATA is filled in; what is a default is left out."""
@@ -61,12 +67,13 @@ def _trained(training: Training | None) -> Iterator[str]:
             yield f"{option} {getattr(training, name)}"
     if training.optimizer != usual.optimizer:
         yield f"--optim {training.optimizer}"
-    if not training.checkpointing:
-        yield "--no-gradient-checkpointing"
-    if training.offload:
-        yield "--activation-offloading"
-    if training.kernels:
-        yield f"--kernels {','.join(training.kernels)}"
+    switches = {
+        "--no-gradient-checkpointing": not training.checkpointing,
+        "--activation-offloading": training.offload,
+        f"--kernels {','.join(training.kernels)}": training.kernels,
+        "--cuda-graphs": training.graphs,
+    }
+    yield from (option for option, is_on in switches.items() if is_on)
 
 
 def _adapters(setting: Setting) -> Iterator[str]:
@@ -162,6 +169,27 @@ def _shared(plan: MemoryPlan, proposal: Proposal | None, world_size: int | None 
     return proposal.text, make_plan(plan.inventory, setting, plan.training)
 
 
+def _kernels(plan: MemoryPlan, memory: int) -> Option | None:
+    """All kernels that the job can have; without those that are not installed here, if that is enough."""
+    training = plan.training
+    if training is None or plan.setting.on_cpu:
+        return None
+    is_fusable = isinstance(plan.setting.quant, Quant) and plan.setting.lora is not None
+    every = tuple(name for name in KERNELS if name != "fused" or is_fusable or name in training.kernels)
+    installed = tuple(name for name in every if name in training.kernels or missing_package((name,)) is None)
+    for names in (installed, every):
+        changed = make_plan(plan.inventory, plan.setting, replace(training, kernels=names))
+        if changed.device_peak <= memory:
+            break
+    return None if set(names) == {*training.kernels} else (f"--kernels {','.join(names)}", changed)
+
+
+def _without_graphs(plan: MemoryPlan, _memory: int) -> Option | None:
+    if plan.training is None or not plan.training.graphs:
+        return None
+    return "no --cuda-graphs", make_plan(plan.inventory, plan.setting, replace(plan.training, graphs=0))
+
+
 def _checkpointing(plan: MemoryPlan, _memory: int) -> Option | None:
     if plan.training is None or plan.training.checkpointing:
         return None
@@ -208,6 +236,12 @@ def _on_ranks(plan: MemoryPlan, world_size: int) -> Option | None:
     return _shared(plan, on_ranks(plan.setting.strategy, world_size), world_size)
 
 
+def _offloaded_shards(plan: MemoryPlan, _memory: int) -> Option | None:
+    """Shards on the CPU; not where steps are recorded, since they could not be then."""
+    is_recorded = plan.training is not None and plan.training.graphs
+    return None if is_recorded else _shared(plan, offloaded(plan.setting.strategy))
+
+
 def _halved(plan: MemoryPlan, memory: int, *, name: str, least: int) -> Option | None:
     """Halve the field `name` of the training until the plan fits, or the field would be below `least`."""
     option: Option | None = None
@@ -220,12 +254,15 @@ def _halved(plan: MemoryPlan, memory: int, *, name: str, least: int) -> Option |
     return option
 
 
+#: In the order of what they cost: kernels take less time, and others more of it, or more GPUs, or another job.
 CHANGES: tuple[Change, ...] = (
+    _kernels,
+    _without_graphs,
     _checkpointing,
     _offloading,
     lambda plan, _memory: _shared(plan, shards_alone(plan.setting.strategy)),
     _more_ranks,
-    lambda plan, _memory: _shared(plan, offloaded(plan.setting.strategy)),
+    _offloaded_shards,
     partial(_halved, name="batch", least=1),
     partial(_halved, name="seq", least=128),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from surgery.errors import ConfigError
 from surgery.telemetry.numbers import whole_number
@@ -17,10 +18,12 @@ __all__ = [
     "OFFLOADING_HELP",
     "Experts",
     "QuantType",
+    "offloads_shards",
     "parse_list",
     "parse_lora",
     "parse_mesh",
     "parse_shard",
+    "require_recordable",
 ]
 
 QuantType: TypeAlias = Literal["nf4", "fp4"]
@@ -60,6 +63,19 @@ def parse_shard(
     if fsdp == "2":
         return FSDP2(mesh=mesh, cpu_offload=cpu_offload)
     return FSDP1(strategy="full-shard" if mesh is None else "hybrid-shard", mesh=mesh, cpu_offload=cpu_offload)
+
+
+def offloads_shards(fsdp_config: Mapping[str, Any]) -> bool:
+    """Whether settings of FSDP, as transformers takes them, have shards wait on the CPU."""
+    return str(fsdp_config.get("cpu_offload", fsdp_config.get("fsdp_cpu_offload", False))).lower() == "true"
+
+
+def require_recordable(*, on_cpu: bool, fsdp: str) -> None:
+    """Refuse CUDA graphs of steps on a CPU, and of FSDP1's. fsdp: which one shards; `none` also for one rank."""
+    if on_cpu:
+        raise ConfigError("--cuda-graphs needs a GPU: leave it out on a CPU")
+    if fsdp == "1":
+        raise ConfigError("expected --fsdp 2 or none with --cuda-graphs, found --fsdp 1")
 
 
 def parse_lora(r: int, targets: str, parameters: str = "") -> LoraConfig:

@@ -17,10 +17,12 @@ from surgery.planning.arguments import (
     OFFLOADING_HELP,
     Experts,
     QuantType,
+    offloads_shards,
     parse_list,
     parse_lora,
     parse_mesh,
     parse_shard,
+    require_recordable,
 )
 from surgery.step.kernels import KERNELS_HELP
 from surgery.telemetry.numbers import parse_size
@@ -100,6 +102,10 @@ def plan(
     gradient_checkpointing: Annotated[bool, _of_training(help="Recompute activations in backward.")] = True,
     activation_offloading: Annotated[bool, _of_training(help=OFFLOADING_HELP)] = False,
     kernels: Annotated[str | None, _of_training(help=KERNELS_HELP, metavar="NAMES", show_default=False)] = None,
+    cuda_graphs: Annotated[
+        bool,
+        _of_training(help="Record steps as CUDA graphs: 8 shapes of batches, the most that are, and a step beside."),
+    ] = False,
     adapter: Annotated[
         str | None,
         _of_adapter(help="Go on from this adapter, a folder or a hub id.", metavar="DIR", show_default=False),
@@ -149,6 +155,8 @@ def plan(
 
     if activation_offloading and not gradient_checkpointing:
         raise ConfigError("--activation-offloading moves the inputs of recomputed blocks: add --gradient-checkpointing")
+    if cuda_graphs:
+        require_recordable(on_cpu=device == "cpu", fsdp=fsdp if world > 1 else "none")
     # What can be refused is refused before the longest imports.
     shard = _sharding(fsdp, world=world, sizes=sizes, cpu_offload=offloads)
     checkpoint = peek(model, revision=model_revision)
@@ -160,6 +168,7 @@ def plan(
         from surgery.planning.plan import make_plan
         from surgery.planning.table import show
         from surgery.planning.training import Training
+        from surgery.step.graphs import SHAPES
 
         saved = None if adapter is None else SavedAdapter.open(adapter)
         lora = (
@@ -198,6 +207,7 @@ def plan(
         offload=activation_offloading,
         kernels=parse_list(kernels or ""),
         loss="trl",
+        graphs=SHAPES if cuda_graphs else 0,
     )
     prepared = prepare(checkpoint, setting)
     show(make_plan(take_inventory(prepared), prepared.setting, training), model, memory, as_json=as_json)
@@ -221,7 +231,7 @@ def _offloads(fsdp_config: str | None) -> bool:
         raise ConfigError(f"--fsdp-config: expected a JSON object, found {fsdp_config!r:.80}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"--fsdp-config: expected a JSON object, found {fsdp_config!r:.80}")
-    return str(found.get("cpu_offload", found.get("fsdp_cpu_offload", False))).lower() == "true"
+    return offloads_shards(found)
 
 
 def _sharding(fsdp: Literal["2", "1", "none"], *, world: int, sizes: tuple[int, int] | None, cpu_offload: bool) -> Any:

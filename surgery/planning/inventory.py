@@ -19,6 +19,7 @@ from surgery.passes.tensors import Target
 from surgery.quantizers.base import QuantFormat
 from surgery.sharding.base import Unit
 from surgery.sharding.partition import Form
+from surgery.step.liger import stock_loss
 
 __all__ = [
     "Inventory",
@@ -89,6 +90,7 @@ class Inventory:
     unsharded: bytes of parameters that are in no unit, whole on every rank.
     hidden: elements a token between blocks. vocabulary: outputs of the head, 0 without one.
     ignored, initialized, left_out: names as `Prepared` has them.
+    stock_loss: whether the model computes its own loss with Liger's kernels too.
     in_16_bits: of the same model with its experts in 16 bits; None if none are packed.
     """
 
@@ -100,6 +102,7 @@ class Inventory:
     ignored: tuple[str, ...] = ()
     initialized: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    stock_loss: bool = False
     in_16_bits: Inventory | None = None
 
     @property
@@ -229,6 +232,7 @@ def _taken(prepared: Prepared) -> Inventory:
         ignored=prepared.ignored,
         initialized=prepared.initialized,
         left_out=prepared.left_out,
+        stock_loss=stock_loss(model, [each.fqn for each in prepared.trained]) is not None,
     )
 
 

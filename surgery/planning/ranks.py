@@ -196,6 +196,7 @@ class Step:
     gathered: what the sharding has whole then. dequantized: the weight of a quantized layer while it multiplies.
     activations: an estimate, from the shapes of the linear layers, for attention that keeps no scores. logits: with
         their gradients.
+    recorded: what CUDA graphs take beside all that.
     offloaded: inputs of recomputed blocks that wait in pinned memory of the host; no row before has them.
     on_host: what of the rows before waits on the CPU (with cpu_offload), and so is no part of the device's peak.
     moment: "loss" or "backward".
@@ -210,6 +211,7 @@ class Step:
     dequantized: int
     activations: int
     logits: int
+    recorded: int
     offloaded: int
     on_host: int
     host_peak: int

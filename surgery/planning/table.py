@@ -125,7 +125,8 @@ def _sections(setting: Setting, training: Training | None) -> Iterator[tuple[str
         return
     recomputed = ", activations recomputed" if training.checkpointing else ""
     kernels = f", kernels {', '.join(training.kernels)}" if training.kernels else ""
-    title = f"Train, {training.batch} x {training.seq} tokens a step{recomputed}{kernels}"
+    graphs = f", CUDA graphs of {training.graphs} shapes" if training.graphs else ""
+    title = f"Train, {training.batch} x {training.seq} tokens a step{recomputed}{kernels}{graphs}"
     yield title, _train_rows(setting, training)
 
 
@@ -149,6 +150,8 @@ def _train_rows(setting: Setting, training: Training) -> list[Row]:
         _row("activations (estimate)", lambda s: s.activations),
         _row("logits (estimate)", lambda s: s.logits),
     ]
+    if training.graphs:
+        rows.append(_row("recorded as CUDA graphs (estimate)", lambda s: s.recorded))
     if training.offload:
         rows.append(_row("inputs of blocks, on the CPU", lambda s: s.offloaded))
     if setting.strategy.cpu_offload:

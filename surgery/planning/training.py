@@ -51,8 +51,10 @@ class Training:
     offload: whether the inputs of recomputed blocks wait for backward in pinned memory of the host.
     kernels: of "fused" (4-bit layers with LoRA) and "liger" (norms, rotary embedding, MLP, loss).
     loss: the model's own, of logits or Liger's; or that of TRL's trainers, which make no logits but a tile at a time.
+    graphs: shapes of batches, none larger than this one, that `surgery.capture` records; 0 for none. Beside several
+        of them one step runs as without: of a shape that is not recorded yet, or not any more.
 
-    Raises `ConfigError` for other kernels, and for `offload` without `checkpointing`.
+    Raises `ConfigError` for other kernels, for `offload` without `checkpointing`, and for less than 0 `graphs`.
     """
 
     batch: int = 1
@@ -62,6 +64,7 @@ class Training:
     offload: bool = False
     kernels: tuple[str, ...] = ()
     loss: Literal["model", "trl"] = "model"
+    graphs: int = 0
 
     def __post_init__(self) -> None:
         at_least_one(batch=self.batch, seq=self.seq)
@@ -70,6 +73,8 @@ class Training:
             raise ConfigError(f"kernels: expected names among {', '.join(KERNELS)}, found {unknown[0]!r:.80}")
         if self.offload and not self.checkpointing:
             raise ConfigError("expected recomputed activations (checkpointing) with offload, which moves their inputs")
+        if self.graphs < 0:
+            raise ConfigError(f"expected graphs to be 0 or more, found {self.graphs}")
 
     @property
     def tokens(self) -> int:
@@ -100,9 +105,12 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
     own = sum(unit.adapter_elements(shards, position=rank % shards) for unit in inventory.units)
     optimizer = (ADAMW_STATES if training.optimizer == "adamw" else 0) * own * setting.dtype.itemsize
     on_host = weights + 2 * adapters + optimizer if setting.strategy.cpu_offload else 0
-    offloaded = _Kept.of(inventory, setting, training).on_host
+    shapes = _shapes(setting, training)
+    # A recording keeps its host memory, and what runs beside several of them takes its own.
+    offloaded = _Kept.of(inventory, setting, training).on_host * (shapes + 1 if shapes > 1 else 1)
     moment = max(_moments(inventory, setting, training), key=lambda moment: moment.total)
-    total = weights + state + 2 * adapters + optimizer + moment.total
+    recorded = _recorded(inventory, setting, training)
+    total = weights + state + 2 * adapters + optimizer + moment.total + recorded
     return Step(
         weights=weights,
         quant_state=state,
@@ -113,6 +121,7 @@ def plan_step(inventory: Inventory, setting: Setting, training: Training, *, ran
         dequantized=moment.dequantized,
         activations=moment.activations,
         logits=moment.logits,
+        recorded=recorded,
         offloaded=offloaded,
         on_host=on_host,
         host_peak=fixed_bytes(inventory, setting) + (total if setting.on_cpu else on_host + offloaded),
@@ -140,6 +149,45 @@ def _moments(inventory: Inventory, setting: Setting, training: Training) -> tupl
         activations=kept.in_backward,
     )
     return loss, backward
+
+
+def _shapes(setting: Setting, training: Training) -> int:
+    """Shapes that are recorded as CUDA graphs; 0 where steps run as without."""
+    strategy = setting.strategy
+    return 0 if setting.on_cpu or strategy.cpu_offload or not strategy.records_steps else training.graphs
+
+
+def _recorded(inventory: Inventory, setting: Setting, training: Training) -> int:
+    """Bytes that recorded steps take beside a step that runs as without.
+
+    Graphs share a pool, which nothing else is given memory of. It is as large as the largest step in it, and keeps, for
+    each shape, what the graphs write: outputs, and gradients. A pool of one shape takes the place of that step; steps
+    of further shapes run beside it until they are recorded.
+    """
+    shapes = _shapes(setting, training)
+    if not shapes:
+        return 0
+    loss, backward = _moments(inventory, setting, training)
+    outputs = training.tokens * inventory.vocabulary * setting.compute_dtype.itemsize * (training.loss == "model")
+    pool = (
+        max(loss.total, backward.total + outputs)
+        + (shapes - 1) * outputs
+        + _recorded_gradients(setting, shapes) * (adapters_held(inventory, setting))
+    )
+    if shapes > 1:
+        return pool
+    # What a replay copies its outputs to, and memory of dequantized weights, of which each stream has some.
+    beside = outputs + ("fused" in training.kernels) * _dequantized(inventory)
+    return pool + beside - max(loss.total, backward.total)
+
+
+def _recorded_gradients(setting: Setting, shapes: int) -> int:
+    """Copies of all gradients beside `.grad`.
+
+    What the graphs write, and what autograd adds to `.grad`; where they are sharded, each recording brings the tensor
+    that `.grad` may become, and adds to it.
+    """
+    return shapes + 1 if setting.strategy.at_rest.shards == 1 else 2 * shapes - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,13 +240,18 @@ def _pinned(size: int) -> int:
 
 def _behind_blocks(inventory: Inventory, setting: Setting, training: Training) -> int:
     """Bytes of the hidden states of all tokens at the loss, without those that blocks keep."""
-    liger, itemsize = "liger" in training.kernels, setting.compute_dtype.itemsize
-    norm = itemsize if liger else FLOAT32_BYTES
+    itemsize = setting.compute_dtype.itemsize
+    norm = itemsize if "liger" in training.kernels else FLOAT32_BYTES
     if training.loss == "trl":
         each = norm + TRL_COPIES * itemsize + FLOAT32_BYTES
     else:
-        each = LIGER_COPIES * itemsize if liger else norm
+        each = LIGER_COPIES * itemsize if _chunks(inventory, setting, training) else norm
     return training.tokens * inventory.hidden * each
+
+
+def _chunks(inventory: Inventory, setting: Setting, training: Training) -> bool:
+    """Whether the model's own loss is Liger's, of logits in chunks. It is the stock one in steps that are recorded."""
+    return "liger" in training.kernels and not inventory.stock_loss and not _shapes(setting, training)
 
 
 def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
@@ -211,7 +264,7 @@ def _logits(inventory: Inventory, setting: Setting, training: Training) -> int:
         rows, columns = TRL_TILE
         beside = min(vocabulary, columns) * TRL_BYTES_ON_CPU if setting.on_cpu else 0
         return min(tokens, rows) * (columns * itemsize + beside)  # of a small vocabulary too
-    if "liger" not in training.kernels or not vocabulary:
+    if not _chunks(inventory, setting, training) or not vocabulary:
         return tokens * vocabulary * (LOSS_COPIES * FLOAT32_BYTES + itemsize)
     chunks = -(-vocabulary // inventory.hidden)
     return min(1 << (-(-tokens // chunks) - 1).bit_length(), tokens) * vocabulary * itemsize

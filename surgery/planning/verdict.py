@@ -49,7 +49,8 @@ def check_fits(plan: MemoryPlan, available_device_bytes: int) -> None:
 def _said(advice: Advice | None) -> str:
     if advice is None:
         return "nothing that surgery plan knows of would make it fit; use a smaller model or GPUs with more memory"
-    return f"it would fit with {' and '.join(advice.options)} ({say_size(advice.device_peak)})"
+    needed = f", which need {advice.install}" if advice.install else ""
+    return f"it would fit with {' and '.join(advice.options)} ({say_size(advice.device_peak)}){needed}"
 
 
 def predictions(plan: MemoryPlan, rank: int) -> dict[str, tuple[int, int]]:
@@ -78,6 +79,8 @@ def say(plan: MemoryPlan, gpu_memory: int | None, model: str = "MODEL") -> Itera
     found = list(advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))
     for advice in found:
         yield f"  It would fit with {' '.join(advice.options)}: {say_size(advice.device_peak)} on the device."
+        if advice.install is not None:
+            yield f"    {advice.install}"
         yield f"    {command(advice.plan, model)}"
     if not found:
         yield "  No option known here makes it fit: it takes GPUs with more memory, or a smaller model."
@@ -89,7 +92,12 @@ def as_dict(plan: MemoryPlan, gpu_memory: int | None, model: str = "MODEL") -> d
         return {"gpu_memory": None, "fits": None, "would_fit_with": []}
     fits = fits_gpu(plan, gpu_memory)
     advice = [
-        {"options": found.options, "device_peak": found.device_peak, "command": command(found.plan, model)}
+        {
+            "options": found.options,
+            "device_peak": found.device_peak,
+            "install": found.install,
+            "command": command(found.plan, model),
+        }
         for found in (() if fits else advise_all(plan, gpu_memory - OUTSIDE_ALLOCATOR))
     ]
     return {"gpu_memory": gpu_memory, "fits": fits, "would_fit_with": advice}

@@ -328,6 +328,9 @@ class ShardStrategy:
     #: Whether shards wait on the CPU between uses.
     cpu_offload: bool = False
 
+    #: Whether steps can be recorded as CUDA graphs.
+    records_steps: ClassVar[bool] = False
+
     def gathered_at_loss(self, units: Sequence[Unit]) -> int:
         """Bytes that are unsharded on a rank when the loss is computed."""
         return 0

@@ -115,6 +115,7 @@ class Fsdp2(Fsdp):
 
     label = "FSDP2"
     placements = ("sharded", "replicated")
+    records_steps = True
     options: FSDP2 | None
     resident_patches = ("fsdp-resident", "fsdp2-resident")
 

@@ -20,6 +20,7 @@ class Unsharded(ShardStrategy):
     """The strategy of `shard=None`. On several ranks adapters begin alike; nothing is exchanged after that."""
 
     ranks_agree = False
+    records_steps = True
 
     def check(self) -> None:
         """Refuse placements that wait for a sharding."""

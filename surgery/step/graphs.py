@@ -34,18 +34,21 @@ from surgery.sharding.steps import Steps
 from surgery.step.positions import trust_own_positions
 from surgery.step.recording import Recorder, Recording, recordable
 
-__all__ = ["capture", "tally"]
+__all__ = ["SHAPES", "capture", "tally"]
 
 logger = logging.getLogger("surgery")
 
 #: Values, beside tensors, that an argument may have; each value is a kind of call of its own.
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
+#: Kinds of calls that are recorded at most, if nothing else is said.
+SHAPES = 8
+
 #: What helps against too many shapes.
 ADVICE = ": pad batches to a multiple (pad_to_multiple_of of the collator), or pack samples"
 
 
-def capture(model: nn.Module, *, warmup: int = 3, limit: int = 8) -> nn.Module:
+def capture(model: nn.Module, *, warmup: int = 3, limit: int = SHAPES) -> nn.Module:
     """Have `model` replay its training steps as CUDA graphs, until `surgery.release(model)`; returns `model`.
 
     Call it last: on a model that is complete, adapted and sharded (no sharding, DDP or FSDP2), the outermost one, which

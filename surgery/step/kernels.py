@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["KERNELS", "KERNELS_HELP", "chosen_kernels", "use_kernels"]
+__all__ = ["INSTALL", "KERNELS", "KERNELS_HELP", "chosen_kernels", "missing_package", "use_kernels"]
 
 logger = logging.getLogger("surgery")
 
 #: Names of kernels, in the order in which they are applied.
 KERNELS = ("fused", "liger")
+
+#: The command that installs what liger needs.
+INSTALL = "pip install 'model-surgery[kernels]'"
 
 KERNELS_HELP = (
     "Kernels to train with, separated by commas: fused (4-bit layers with LoRA, each in one function), liger (norms, "
@@ -46,9 +49,14 @@ def chosen_kernels(value: str | Sequence[str] | None, *, device: torch.device | 
     return tuple(name for name in KERNELS if name in wanted)
 
 
+def missing_package(kernels: Iterable[str]) -> str | None:
+    """The command that installs what `kernels` need and is not here; None if all is."""
+    return INSTALL if "liger" in kernels and find_spec("liger_kernel") is None else None
+
+
 def _require_liger(device: torch.device | None) -> None:
-    if find_spec("liger_kernel") is None:
-        raise ConfigError("kernels: liger is not installed here: pip install 'model-surgery[kernels]', or leave it out")
+    if missing_package(("liger",)) is not None:
+        raise ConfigError(f"kernels: liger is not installed here: {INSTALL}, or leave it out")
     if device is not None and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError("kernels: Liger's run on GPUs, and this rank computes on the CPU: leave out liger")
 

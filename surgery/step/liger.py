@@ -25,12 +25,13 @@ import torch
 from torch import nn
 
 import model_surgery_patches as patches
+from surgery.model.fqn import join
 from surgery.model.tree import unwrapped
 from surgery.model.twin import twin_of
 from surgery.passes.lifetime import keep
 from surgery.step.recording import is_recordable
 
-__all__ = ["use_liger"]
+__all__ = ["stock_loss", "use_liger"]
 
 logger = logging.getLogger("surgery")
 
@@ -49,9 +50,7 @@ def use_liger(model: nn.Module) -> None:
     rounding, and `logits` of the output are None. Everything else has its stock output. A family that Liger does not
     know, or a head whose weight is not all of it (quantized, adapted, with a bias), stays as it is, which is logged.
     """
-    from transformers import PreTrainedModel
-
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = _inner(model)[1]
     try:
         seen = None if inner is None else _observe(inner)
     except Exception as error:  # noqa: BLE001  # Liger's own, of a model that is not as it expects
@@ -67,6 +66,26 @@ def use_liger(model: nn.Module) -> None:
     with patches.transaction(*bundle, reason=f"Liger's kernels in a {type(inner).__name__}") as transaction:
         keep(model, transaction.receipts)
         transaction.commit()
+
+
+def stock_loss(model: nn.Module, trained: Iterable[str] = ()) -> str | None:
+    """The reason why `use_liger` would leave `model` its own loss, whatever its family; None if there is none.
+
+    trained: FQNs of parameters that adapters will add to `model`, which has none yet.
+    """
+    name, inner = _inner(model)
+    if inner is None:
+        return "it is no model of transformers"
+    head = join(name, "lm_head") + "."
+    return "its lm_head has adapters" if any(each.startswith(head) for each in trained) else _why_no_loss(inner)
+
+
+def _inner(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The transformers model in `model`, and its FQN."""
+    from transformers import PreTrainedModel
+
+    found = (found for found in model.named_modules() if isinstance(found[1], PreTrainedModel))
+    return next(found, ("", None))
 
 
 # What Liger does to a model ------------------------------------------------------------------------------------------
@@ -284,14 +303,16 @@ LOSS = "LigerForCausalLMLoss"
 
 def _loss_of(model: nn.Module, forward: FunctionType) -> patches.Patch | None:
     """The patch for the loss of `model`; None, once the reason is logged, if it stays the stock one."""
-    why = _why_no_loss(model, forward)
+    why = _why_no_loss(model)
+    if why is None and LOSS not in forward.__globals__:
+        why = f"{forward.__module__}.{forward.__name__} is not known here"
     if why is None:
         return _loss(_owner(type(model)), forward)
     logger.warning("surgery: %s computes its loss without Liger's kernel: %s", type(model).__name__, why)
     return None
 
 
-def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
+def _why_no_loss(model: nn.Module) -> str | None:
     """The reason why the loss cannot be fused with the output head; None if it can be."""
     config: Any = model.config
     if config.get_text_config() is not config:  # Liger's forwards of those fit few releases of transformers
@@ -300,9 +321,7 @@ def _why_no_loss(model: nn.Module, forward: FunctionType) -> str | None:
     plain = None if head is None else unwrapped(head)
     if not isinstance(plain, nn.Linear) or type(plain).forward is not nn.Linear.forward or "forward" in vars(plain):
         return f"its lm_head is {'missing' if plain is None else 'of class ' + type(plain).__name__}"
-    if getattr(plain, "bias", None) is not None:
-        return "its lm_head has a bias"
-    return None if LOSS in forward.__globals__ else f"{forward.__module__}.{forward.__name__} is not known here"
+    return "its lm_head has a bias" if getattr(plain, "bias", None) is not None else None
 
 
 @functools.cache

@@ -9,12 +9,16 @@ import torch
 from peft import LoraConfig
 
 from surgery.config import DDP, FSDP1, Quant
+from surgery.errors import ConfigError
 from surgery.finetune.parser import parse
-from surgery.planning.advice import advise, advise_all, command
+from surgery.planning import advice as advising
+from surgery.planning.advice import Advice, advise, advise_all, command
 from surgery.planning.inventory import Inventory
 from surgery.planning.plan import make_plan
 from surgery.planning.training import Training
+from surgery.planning.verdict import OUTSIDE_ALLOCATOR, as_dict, check_fits, say
 from surgery.sharding import fsdp2
+from surgery.step.kernels import INSTALL
 from tests.surgery.planning.conftest import setting
 
 GIB = 1 << 30
@@ -42,9 +46,54 @@ def test_the_smallest_number_of_ranks_is_found(inventory: Inventory) -> None:
 def test_options_add_up_where_none_is_enough(inventory: Inventory) -> None:
     advice = advise(make_plan(inventory, setting(), Training()), 10 * GIB)
     assert advice is not None
-    assert advice.options[0] == "--gradient-checkpointing"
-    assert len(advice.options) > 1
+    assert advice.options[:2] == ("--kernels fused,liger", "--gradient-checkpointing")
     assert advice.device_peak <= 10 * GIB
+
+
+@pytest.mark.parametrize("found", [None, object()])
+def test_kernels_come_first_and_a_package_that_is_missing_is_named(
+    inventory: Inventory, found: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.step.kernels.find_spec", lambda _name: found)
+    monkeypatch.setattr(advising, "CHANGES", advising.CHANGES[:1])
+    missing = None if found else "pip install 'model-surgery[kernels]'"
+    plan = make_plan(inventory, setting(), Training())
+
+    def first(memory: int) -> Advice:
+        advice = advise(plan, memory)
+        assert advice is not None
+        return advice
+
+    least, fused = (
+        make_plan(inventory, setting(), Training(kernels=names)) for names in (("fused", "liger"), ("fused",))
+    )
+    advice = first(least.device_peak)
+    assert (advice.options, advice.install) == (("--kernels fused,liger",), missing)
+    assert (INSTALL in " ".join(say(plan, least.device_peak + OUTSIDE_ALLOCATOR))) == (found is None)
+    assert as_dict(plan, least.device_peak + OUTSIDE_ALLOCATOR)["would_fit_with"][0]["install"] == missing
+    with pytest.raises(
+        ConfigError, match=r"--kernels fused,liger \(.*GiB\)" + (", which need pip" if missing else "$")
+    ):
+        check_fits(plan, least.device_peak)
+    advice = first(fused.device_peak)
+    assert (advice.options, advice.install) == ((f"--kernels fused{'' if missing else ',liger'}",), None)
+    assert advise(least, GIB) is None  # which has them
+    in_16_bits = make_plan(inventory, setting(quant=None), Training())
+    assert next(iter(advise_all(in_16_bits, in_16_bits.device_peak - 1))).options == ("--kernels liger",)
+
+
+def test_graphs_are_left_out_before_a_step_takes_longer(inventory: Inventory) -> None:
+    kernels = ("fused", "liger")
+    plan, without = (
+        make_plan(inventory, setting(), Training(checkpointing=True, kernels=kernels, graphs=graphs))
+        for graphs in (8, 0)
+    )
+    advice = advise(plan, without.device_peak)
+    assert advice is not None
+    assert advice.options == ("no --cuda-graphs",)
+    assert "--cuda-graphs" not in command(advice.plan, "m")
+    assert "--cuda-graphs" in command(plan, "m")
+    assert advising._offloaded_shards(plan, 0) is None  # whose steps cannot be recorded
 
 
 def test_another_placement_is_named(inventory: Inventory) -> None:

@@ -13,12 +13,19 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from surgery.cli import app
+from surgery.finetune import job
+from surgery.finetune.parser import parse
 from tests.helpers.damage import edit_tensors
 from tests.helpers.models import save_tiny
 
 
 def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("planned") / "model")
 
 
 def test_what_fits_exits_0(folder_70b: Path) -> None:
@@ -90,6 +97,8 @@ def test_json_has_bytes_and_the_verdict(folder_70b: Path) -> None:
         (("--world", 2, "--lora-target-modules", "nothing"), "matches no module"),
         (("--world", 2, "--lora-target-modules", "q_proj,nothing,up_proj"), "'nothing' matches no module"),
         (("--max-length", 0), "seq to be 1 or more"),
+        (("--cuda-graphs", "--device", "cpu"), "--cuda-graphs needs a GPU"),
+        (("--cuda-graphs", "--world", 2, "--fsdp", 1), "found --fsdp 1"),
         (("--model-revision", "main"), "Revisions are for hub ids"),
     ],
 )
@@ -159,3 +168,26 @@ def test_numbers_that_nothing_has_are_refused(folder_70b: Path, options: list[ob
     result = run(folder_70b, *options)
     assert result.exit_code == 2
     assert expected in result.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--cuda-graphs", "--kernels", "fused"),
+        ("--activation-offloading", "--max-length", "512"),
+        ("--fsdp-config", '{"cpu_offload": true}', "--lora-r", "4"),
+        ("--fsdp", "1", "--optim", "sgd", "--experts", "16bit"),
+        ("--mesh", "1x2", "--no-gradient-checkpointing"),
+        ("--fsdp", "none", "--dtype", "float32", "--per-device-train-batch-size", "2"),
+    ],
+)
+def test_a_job_is_planned_as_the_command_plans_it(
+    options: tuple[str, ...], planned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(job, "_on_cpu", lambda _request: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24 << 30))
+    found, memory = job.plan_alone(parse([str(planned), "--data", "x", *options]))
+    said = json.loads(run(planned, "--world", 2, *options, "--json").stdout)
+    assert memory == 24 << 30
+    assert json.loads(json.dumps(found.as_dict())) == {name: said[name] for name in found.as_dict()}

@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 import surgery
 from surgery.checkpoint import Checkpoint
-from surgery.config import Quant
+from surgery.config import DDP, FSDP1, FSDP2, Quant
 from surgery.errors import ConfigError
 from surgery.passes.prepare import prepare
 from surgery.planning.inventory import Inventory, take_inventory
@@ -114,6 +114,9 @@ def test_liger_keeps_less_and_makes_logits_in_chunks(inventory: Inventory) -> No
     small = replace(inventory, hidden=4096, units=tuple(each for each in inventory.units if each.kind != "block"))
     found = of_70b(small, seq=16384, kernels=("fused", "liger"))
     assert (found.moment, found.logits) == ("loss", 2048 * 32000 * 2)
+    assert not inventory.stock_loss
+    stock = of_70b(replace(small, stock_loss=True), seq=16384, kernels=("fused", "liger"))
+    assert stock.logits == of_70b(small, seq=16384).logits == 16384 * 32000 * (2 + 3 * 4)
     assert found.dequantized == of_70b(inventory).dequantized  # at the loss too: the workspace stays
 
 
@@ -128,3 +131,51 @@ def test_choices_that_cannot_be_are_refused() -> None:
         Training(kernels=("ligre",))
     with pytest.raises(ConfigError, match="checkpointing"):
         Training(offload=True)
+    with pytest.raises(ConfigError, match="graphs to be 0 or more, found -1"):
+        Training(graphs=-1)
+
+
+@pytest.mark.parametrize(("shards", "copies"), [(2, (1, 15)), (1, (2, 9))])
+def test_recorded_steps_are_there_once_more_with_what_each_shape_keeps(
+    inventory: Inventory, shards: int, copies: tuple[int, int]
+) -> None:
+    """copies: of all gradients, in the graphs of one shape, and of eight."""
+    shard = FSDP2() if shards == 2 else DDP()
+    where = setting(shard=shard, placement="sharded" if shards == 2 else "replicated")
+
+    def of(graphs: int, loss: Any, **changes: Any) -> Step:
+        training = Training(**{"checkpointing": True, "seq": 4096, "loss": loss, "graphs": graphs, **changes})
+        found = make_plan(inventory, where, training).of_rank(0).train
+        assert found is not None
+        return found
+
+    without, one, eight = (of(graphs, "trl") for graphs in (0, 1, 8))
+    moment = without.gathered + without.dequantized + without.activations + without.logits
+    assert [each.recorded for each in (one, eight)] == [
+        copies[0] * without.gradients,
+        moment + copies[1] * without.gradients,
+    ]
+    assert eight.device_peak - without.device_peak == eight.recorded
+    # Its logits are an output: the graph keeps them, and each replay copies them.
+    whole, logits = of(0, "model"), 4096 * 32000 * 2
+    assert whole.moment == "backward"
+    assert of(1, "model").recorded - one.recorded == 2 * logits
+    # The loss is the stock one, since Liger's would have the host wait.
+    stock, chunked = (of(graphs, "model", seq=16384, offload=True, kernels=("liger",)) for graphs in (1, 0))
+    assert stock.logits == 4 * 7 * logits > chunked.logits
+    # What the eager stream and the recorded one dequantize into.
+    assert of(1, "trl", kernels=("fused",)).recorded == one.recorded + without.dequantized
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"shard": FSDP1(), "placement": "rank0-cpu"}, {"shard": FSDP2(cpu_offload=True)}, {"device": torch.device("cpu")}],
+)
+def test_steps_that_are_not_captured_take_no_more(inventory: Inventory, changes: dict[str, Any]) -> None:
+    found = [make_plan(inventory, setting(**changes), Training(graphs=graphs)).of_rank(0).train for graphs in (0, 8)]
+    assert found[0] == found[1]
+
+
+def test_each_recording_has_host_memory_of_its_own(inventory: Inventory) -> None:
+    once = of_70b(inventory, offload=True).offloaded
+    assert [of_70b(inventory, offload=True, graphs=graphs).offloaded for graphs in (1, 8)] == [once, 9 * once]

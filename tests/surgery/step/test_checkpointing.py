@@ -11,11 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    CheckpointWrapper,
+    checkpoint_wrapper,
+)
+from transformers import LlamaForCausalLM
 
 from surgery.errors import ConfigError
+from surgery.model.tree import unwrapped
 from surgery.step.checkpointing import checkpoint_activations
 from surgery.step.offload import _Lane
+from tests.helpers.models import tiny_config
 
 
 class Block(nn.Module):
@@ -69,18 +76,6 @@ def test_gradients_are_the_same_and_blocks_run_again(reentrant: bool, offload: b
     assert sum(isinstance(module, CheckpointWrapper) for module in model.modules()) == 2
 
 
-def test_blocks_that_transformers_recomputes_too_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    model: Any = Model()
-    checkpoint_activations(model)
-    gradients(model)
-    assert caplog.text == ""
-    for block in model.blocks:
-        block._checkpoint_wrapped_module.gradient_checkpointing = True  # as transformers says it
-    gradients(model)
-    gradients(model)
-    assert caplog.text.count("recomputed twice") == 1
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_evaluation_runs_blocks_once_and_without_a_warning(reentrant: bool) -> None:
     model = Model()
@@ -89,6 +84,92 @@ def test_evaluation_runs_blocks_once_and_without_a_warning(reentrant: bool) -> N
     with torch.no_grad():
         assert not model(IDS).requires_grad
     assert [block.calls for block in blocks] == [1, 1]
+
+
+OPTIONS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+@pytest.mark.parametrize("second", OPTIONS)
+@pytest.mark.parametrize("first", OPTIONS)
+def test_a_second_call_decides_and_the_same_one_changes_nothing(
+    first: tuple[bool, bool], second: tuple[bool, bool]
+) -> None:
+    expected = gradients(Model())
+    model, other = Model(), Model()
+    blocks = list(model.blocks)
+    for each, (reentrant, offload) in ((model, first), (model, second), (other, second)):
+        checkpoint_activations(each, reentrant=reentrant, offload=offload)
+    once, twice = (
+        [
+            [module.checkpoint_impl, module.checkpoint_fn.func.options]
+            for module in each.modules()
+            if isinstance(module, CheckpointWrapper)
+        ]
+        for each in (other, model)
+    )
+    assert once == twice
+    assert len(twice) == 2
+    assert len(model.embed._forward_hooks) == len(other.embed._forward_hooks) == second[0]
+    assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
+    assert [block.calls for block in blocks] == [2, 2]
+    made = [module.checkpoint_fn for module in model.modules() if isinstance(module, CheckpointWrapper)]
+    checkpoint_activations(model, reentrant=second[0], offload=second[1])
+    assert made == [module.checkpoint_fn for module in model.modules() if isinstance(module, CheckpointWrapper)]
+
+
+def test_a_block_that_is_new_is_wrapped_beside_the_others() -> None:
+    model = checkpoint_activations(Model())
+    model.blocks.append(Block())  # type: ignore[operator, union-attr]
+    checkpoint_activations(model)
+    gradients(model)
+    assert [unwrapped(block).calls for block in model.blocks] == [2, 2, 2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("theirs", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_blocks_in_a_checkpoint_of_torch_are_computed_twice_or_refused(theirs: Any, reentrant: bool) -> None:
+    model = Model()
+    block = model.blocks[1]
+    model.blocks[1] = checkpoint_wrapper(block, theirs)
+    if reentrant or theirs is CheckpointImpl.REENTRANT:
+        with pytest.raises(ConfigError, match=r"Block is wrapped by torch's checkpoint_wrapper already.*three times"):
+            checkpoint_activations(model, reentrant=reentrant)
+        assert not isinstance(model.blocks[0], CheckpointWrapper)
+        return
+    gradients(checkpoint_activations(model))
+    assert block.calls == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_blocks_that_transformers_recomputes_are_computed_twice_or_refused(theirs: bool, reentrant: bool) -> None:
+    """Whether it was switched on before or, as by a trainer, after."""
+    model: Any = LlamaForCausalLM(tiny_config()).train()
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    switch_on, switch_off = getattr(model, f"{name}_enable"), getattr(model, f"{name}_disable")
+    calls: list[object] = []
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(None))
+
+    def step() -> int:
+        calls.clear()
+        torch.autograd.backward(model(input_ids=IDS, labels=IDS, use_cache=False).loss)
+        return len(calls)
+
+    is_refused = theirs or reentrant
+    switch_on({"use_reentrant": theirs})
+    if is_refused:
+        with pytest.raises(ConfigError, match="by transformers already, and would be computed three times"):
+            checkpoint_activations(model, reentrant=reentrant)
+        switch_off()
+    checkpoint_activations(model, reentrant=reentrant)
+    assert step() == 2
+    switch_on({"use_reentrant": theirs})
+    if is_refused:
+        with pytest.raises(ConfigError, match="LlamaDecoderLayer is recomputed by transformers too, and would be"):
+            step()
+    else:
+        assert step() == 2
+    model.eval()(input_ids=IDS)
 
 
 def test_model_without_blocks_is_refused() -> None:

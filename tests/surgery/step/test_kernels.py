@@ -206,12 +206,14 @@ class TestLiger:
         [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}],
     )
     def test_an_adapted_head_keeps_the_stock_loss(
-        self, build: Build, lora: dict[str, Any], calls: dict[str, int], caplog: pytest.LogCaptureFixture
+        self, build: Build, lora: dict[str, Any], folder: Path, calls: dict[str, int], caplog: pytest.LogCaptureFixture
     ) -> None:
         model = build(lora=LoraConfig(r=2, task_type="CAUSAL_LM", **lora), kernels="liger")
         assert model(input_ids=IDS, labels=IDS).logits is not None
         assert calls == {name: count for name, count in ONCE.items() if name != "loss"}
         assert "LlamaForCausalLM computes its loss without Liger's kernel: its lm_head is of class" in caplog.text
+        planned = surgery.plan(folder, world_size=1, lora=LoraConfig(r=2, task_type="CAUSAL_LM", **lora))
+        assert planned.inventory.stock_loss
 
     @pytest.mark.parametrize(
         ("family", "said"),
@@ -232,13 +234,19 @@ class TestLiger:
         assert said in caplog.text
 
     def test_a_model_that_takes_more_than_text_keeps_the_stock_loss(
-        self, calls: dict[str, int], caplog: pytest.LogCaptureFixture
+        self, tmp_path: Path, calls: dict[str, int], caplog: pytest.LogCaptureFixture
     ) -> None:
-        model = AutoModelForImageTextToText.from_config(tiny_config("llava", text_config=TINY, vision_config=TINY))
+        config = tiny_config("llava", text_config=TINY, vision_config=TINY)
+        model = AutoModelForImageTextToText.from_config(config)
+        model.save_pretrained(tmp_path)
         use_kernels(model, ("liger",))
         assert model(input_ids=IDS, labels=IDS).logits is not None
         assert calls == {name: count for name, count in ONCE.items() if name != "loss"}
         assert "its loss without Liger's kernel: it takes more than text" in caplog.text
+        planned = surgery.plan(
+            tmp_path, world_size=1, lora=adapter(), model=lambda: AutoModelForImageTextToText.from_config(config)
+        )
+        assert planned.inventory.stock_loss
         surgery.release(model)
 
     def test_experts_stay_and_what_is_written_onto_a_class_is_this_models(
