@@ -41,7 +41,17 @@ from surgery.passes.base import Pass, find_passes, placed
 from surgery.passes.derive import Await, Derive
 from surgery.passes.exchange import Exchange
 from surgery.passes.install import Install
-from surgery.passes.lifetime import around, as_context_manager, is_waiting, keep, stop_waiting, wait, written_on_meta
+from surgery.passes.lifetime import (
+    UNDER_WRAPPERS,
+    around,
+    as_context_manager,
+    is_waiting,
+    keep,
+    make_up_for,
+    stop_waiting,
+    wait,
+    written_on_meta,
+)
 from surgery.passes.loading import Job, Loading, loading
 from surgery.passes.pipeline import Pipeline
 from surgery.passes.prepare import Prepared, check_magnitudes, match
@@ -73,7 +83,7 @@ HANDED_ON = (
     "accelerate.adapter-state",
     "accelerate.already-sharded",
     "accelerate.no-second-wrapper",
-    "peft.adapter-keys-under-wrappers",
+    UNDER_WRAPPERS,
     "peft.adapters-of-sharded",
 )
 
@@ -160,6 +170,7 @@ class Bound:
             fill_waiting(model, ranks)
             if self._is_compared:
                 name_base(model, self.checkpoint)
+            make_up_for(self.model)
             return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Bound:

@@ -6,7 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +26,8 @@ __all__ = [
     "at_release",
     "is_waiting",
     "keep",
+    "make_up_for",
+    "postponed",
     "release",
     "showing_state",
     "stop_waiting",
@@ -42,6 +44,9 @@ WAITING = (
     "peft.no-unload-before-fill",
     "transformers.load-adapter-before-fill",
 )
+
+#: With which an adapter is read into a bound model whose blocks are wrapped in checkpoints: PEFT would pass over it.
+UNDER_WRAPPERS = "peft.adapter-keys-under-wrappers"
 
 _resident: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], object]]] = weakref.WeakKeyDictionary()
 
@@ -128,6 +133,8 @@ class _Wait(NamedTuple):
 
 
 _waiting: weakref.WeakKeyDictionary[nn.Module, _Wait] = weakref.WeakKeyDictionary()
+_postponed: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[nn.Module], Callable[[nn.Module], object]]]]
+_postponed = weakref.WeakKeyDictionary()
 
 
 def wait(model: nn.Module) -> None:
@@ -135,6 +142,9 @@ def wait(model: nn.Module) -> None:
     bundle = [patches.on(name, [model]) for name in WAITING]
     bundle += [patches.on(name, around(model)) for name in patches_of_experts(model)]
     with patches.transaction(*bundle, reason="a bound model waits for its weights") as transaction:
+        # Once it is filled it has that too, and what does not fit is told then.
+        with suppress(patches.PatchError), transaction.savepoint():
+            transaction.apply(patches.on(UNDER_WRAPPERS, around(model)))
         versions = {parameter: parameter._version for parameter in model.parameters()}
         _waiting[model] = _Wait(patches.keep(transaction.receipts, model), versions)
         transaction.commit()
@@ -145,6 +155,22 @@ def wait(model: nn.Module) -> None:
 def is_waiting(model: nn.Module) -> bool:
     """Whether `model` was bound, and is not filled yet."""
     return model in _waiting
+
+
+def postponed(model: nn.Module, change: Callable[[nn.Module], object]) -> bool:
+    """Whether `model` waits for its weights; then `change(model)` is called as soon as it has them."""
+    bound = waiting_in(model)
+    if bound is not None:
+        _postponed.setdefault(bound, []).append((weakref.ref(model), change))
+    return bound is not None
+
+
+def make_up_for(bound: nn.Module) -> None:
+    """Make the changes that were postponed until `bound` is filled."""
+    for reference, change in _postponed.pop(bound, []):
+        model = reference()
+        if model is not None:
+            change(model)
 
 
 def written_on_meta(model: nn.Module) -> list[str]:

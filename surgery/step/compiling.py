@@ -18,7 +18,7 @@ from transformers import Cache
 from surgery.errors import ConfigError
 from surgery.model.fqn import WRAPPER_SEGMENTS
 from surgery.model.tree import decoder_blocks, unwrapped
-from surgery.passes.lifetime import Extension, at_release
+from surgery.passes.lifetime import Extension, at_release, postponed
 from surgery.quantizers.base import packed_names, quantized_modules
 
 __all__ = ["compile_blocks"]
@@ -33,7 +33,8 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool = True, **options: Any) 
     whose input may need no gradient, and one for the others; as many again once the number of tokens has changed.
     Hooks of a block, such as FSDP2's, and checkpoints around it stay outside. A call with a cache of keys and values,
     as in generation, is not compiled. Undone by `surgery.release(model)`; a copy or a pickle of the model has blocks
-    that are not compiled.
+    that are not compiled. A bound model, as that of a trainer under `surgery.low_memory` is until it trains, is
+    compiled once it is filled.
 
     fullgraph, options: as `torch.compile` takes them. With `fullgraph`, a block that is more than one graph raises.
 
@@ -45,6 +46,8 @@ def compile_blocks(model: nn.Module, *, fullgraph: bool = True, **options: Any) 
         raise ConfigError("compiling by block needs decoder blocks, but the model has no ModuleList of blocks")
     for block in blocks:
         _check(block)
+    if postponed(model, partial(compile_blocks, fullgraph=fullgraph, **options)):
+        return model
     kinds: dict[Any, Any] = {}
     for block in blocks:
         alike = type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters())

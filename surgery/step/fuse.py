@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._dynamo.comptime import comptime
 from torch.nn.modules.module import _has_any_global_hook
 
 import model_surgery_patches as patches
@@ -77,6 +78,9 @@ class _Group:
         alive = self.alive()
         return alive[alive.index(layer) :] if layer in alive else [layer]  # another thread may have moved it
 
+
+#: Whether the log has it that layers are traced.
+_told: list[bool] = []
 
 _groups: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
@@ -148,6 +152,7 @@ def _sharing(layers: Mapping[str, nn.Module]) -> Iterable[Sequence[nn.Module]]:
 def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """The output of `layer`, `(..., out)` in the dtype of `x`; None where PEFT's own forward is to be called."""
     if torch.compiler.is_compiling():  # first: Dynamo loses gradients in what follows
+        comptime(_tell)
         return None
     mine = _groups.get(layer)
     if mine is None:
@@ -164,6 +169,15 @@ def forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     if not torch.is_grad_enabled() or not x.numel():
         return None
     return _together(_groups[layer], layer, x)
+
+
+def _tell(_context: object) -> None:
+    """Say so, while torch.compile traces, of the first layer that is left to PEFT for that."""
+    if not _told:
+        _told.append(True)
+        logger.warning(
+            "surgery: fused layers compute as PEFT's in code that torch.compile traces: compile, or fuse, but not both"
+        )
 
 
 def _part(ready: _Ready, layer: Any) -> None:

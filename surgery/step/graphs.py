@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 import model_surgery_patches as patches
 from surgery.errors import ConfigError
-from surgery.passes.lifetime import at_release, keep
+from surgery.passes.lifetime import at_release, keep, postponed
 from surgery.sharding.base import strategy_of
 from surgery.sharding.steps import Steps
 from surgery.step.positions import trust_own_positions
@@ -51,7 +52,8 @@ def capture(model: nn.Module, *, warmup: int = 3, limit: int = SHAPES) -> nn.Mod
     """Have `model` replay its training steps as CUDA graphs, until `surgery.release(model)`; returns `model`.
 
     Call it last: on a model that is complete, adapted and sharded (no sharding, DDP or FSDP2), the outermost one, which
-    the loop calls. What cannot be replayed runs as it would without: evaluation, a forward whose predecessor's backward
+    the loop calls. A bound one, as that of a trainer under `surgery.low_memory` is until it trains, is captured once it
+    is filled. What cannot be replayed runs as it would without: evaluation, a forward whose predecessor's backward
     is still to come, FSDP2 without its reduction of gradients (`no_sync`). So does, with a line in the log that says
     why, a model that waits for the GPU within a step (`.item()`, copies to the CPU), and one on a CPU.
 
@@ -71,6 +73,8 @@ def capture(model: nn.Module, *, warmup: int = 3, limit: int = SHAPES) -> nn.Mod
     """
     if warmup < 1:
         raise ConfigError(f"warmup: expected 1 or more calls before the one that is recorded; got {warmup}")
+    if postponed(model, partial(capture, warmup=warmup, limit=limit)):
+        return model
     steps = strategy_of(model).steps(model)
     module = steps.module
     if module._compiled_call_impl is not None:

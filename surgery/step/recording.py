@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from surgery.sharding.steps import Steps
 
-__all__ = ["CannotRecordError", "Recorder", "Recording", "hand_over", "is_recordable", "recordable"]
+__all__ = ["CannotRecordError", "Recorder", "Recording", "check_reaches", "hand_over", "is_recordable", "recordable"]
 
 #: Values, beside tensors, that an output may have: each replay returns the same.
 PLAIN = (type(None), bool, int, float, str)
@@ -235,6 +235,8 @@ class Recorder:
                 raise CannotRecordError(f"it returns {len(outputs)} outputs that need gradients")
             recording.starts = {number: torch.empty_like(outputs[number]) for number in sorted(started)}
             ends, starts = [outputs[number] for number in recording.starts], list(recording.starts.values())
+            if not steps.sets_gradients:
+                check_reaches(ends)
             with self._capturing(steps.streams()) as recording.backward:
                 if steps.sets_gradients:
                     gradients = _set_gradients(ends, starts, recording.trained)
@@ -304,6 +306,20 @@ def _check(recording: Recording) -> None:
         getattr(each, "_post_accumulate_grad_hooks", None) for each in recording.trained
     ):
         raise CannotRecordError("parameters have hooks that run when their gradient is there")
+
+
+def check_reaches(ends: Sequence[torch.Tensor]) -> None:
+    """Raise `CannotRecordError` if a reentrant checkpoint is behind `ends`: autograd sees no parameters beyond it."""
+    left: list[Any] = [end.grad_fn for end in ends]
+    seen = set[Any]()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            raise CannotRecordError("activations are recomputed by reentrant checkpoints: set use_reentrant=False")
+        left += [following for following, _ in node.next_functions]
 
 
 @contextmanager

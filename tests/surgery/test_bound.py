@@ -13,6 +13,7 @@ from torch import nn
 
 import patches
 import surgery
+from surgery.step.compiling import _Compiled
 from tests.helpers.models import save_tiny
 from tests.helpers.ranks import run_ranks
 from tests.surgery.binding import IDS, bind, bound_and_adapted, emptied, logits, lora, on_meta, replaced
@@ -381,3 +382,27 @@ def _shared_by_dora(checkpoint: Path) -> str:
             logits(filled)
         return str(error)
     return ""
+
+
+def test_an_adapter_is_read_into_blocks_that_are_wrapped_in_checkpoints(checkpoint: Path) -> None:
+    """As a trainer reads one that goes on: before the model has weights."""
+    with surgery.qlora(checkpoint, lora=lora(), report=surgery.Report()) as trained:
+        trained.save_pretrained("adapter")
+        expected = logits(trained)
+    bound = bind(checkpoint)
+    model: Any = surgery.checkpoint_activations(get_peft_model(bound.model, lora(), autocast_adapter_dtype=False))
+    model.load_adapter("adapter", "default", is_trainable=True, autocast_adapter_dtype=False)
+    with bound.fill(model):
+        assert torch.equal(logits(model), expected)
+
+
+def test_what_needs_weights_is_done_once_they_are_there(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bound = bind(checkpoint)
+    kind = type(bound.model.model.layers[0])
+    assert surgery.capture(surgery.compile_blocks(bound.model)) is bound.model
+    assert type(bound.model.model.layers[0]) is kind
+    assert caplog.text == ""
+    with bound.fill() as model:
+        assert isinstance(model.model.layers[0], _Compiled)
+        assert "without CUDA graphs: parameters are on cpu" in caplog.text
+    assert type(model.model.layers[0]) is kind

@@ -65,8 +65,11 @@ def assert_close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folder: Path) -> None:
+def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two, since the first block's input needs no gradient; two more for the first other length, and none after."""
+    monkeypatch.setattr("surgery.step.fuse._told", [])
     model, graphs = loaded(folder, device=torch.device("cpu")), CompileCounter()
     fuse(model)
     eager = {ids: step(model, ids) for ids in (IDS, LONGER, LONGEST)}
@@ -74,6 +77,7 @@ def test_the_number_of_graphs_is_that_of_kinds_of_inputs_and_not_of_blocks(folde
     for ids, expected in ((IDS, 2), (IDS, 2), (LONGER, 4), (LONGEST, 4), (IDS, 4)):
         assert_close(step(model, ids), eager[ids])
         assert graphs.frame_count == expected
+    assert caplog.text.count("in code that torch.compile traces") == 1
     surgery.release(model)
 
 

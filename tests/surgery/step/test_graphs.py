@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 import surgery
 from surgery.sharding.steps import Steps
 from surgery.step import graphs, recording
 from surgery.step.graphs import Calls, capture
-from surgery.step.recording import CannotRecordError, Recording, _aliases, hand_over, is_recordable
+from surgery.step.recording import CannotRecordError, Recording, _aliases, check_reaches, hand_over, is_recordable
 
 
 class Net(nn.Module):
@@ -68,6 +69,7 @@ class Running:
 
         def found() -> list[torch.Tensor | None]:
             ends, starts = [run["ends"][number] for number in made.starts], list(made.starts.values())
+            check_reaches(ends)
             return list(torch.autograd.grad(ends, run["leaves"], starts, allow_unused=True))
 
         def backward() -> None:
@@ -304,6 +306,13 @@ def test_what_cannot_be_recorded_runs_as_ever_and_says_why_once(net: Any, caplog
     assert [record.message for record in caplog.records] == [
         "surgery: calls of this shape run without CUDA graphs: CannotRecordError: it returns a DynamicCache"
     ]
+
+
+def test_reentrant_checkpoints_are_refused_since_their_gradients_would_be_missed() -> None:
+    net, start = Net(), x(1).requires_grad_()
+    check_reaches([checkpoint(net, start, use_reentrant=False)["loss"] * 2])
+    with pytest.raises(CannotRecordError, match="use_reentrant=False"):
+        check_reaches([checkpoint(lambda x: net(x)["loss"], start, use_reentrant=True) * 2])
 
 
 def test_an_output_that_is_no_tensor_is_named(net: Any) -> None:
