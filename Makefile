@@ -51,10 +51,10 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers 2
 
-# Two files at a time, in the order of their names: ranks wait for each other for much of their time, and what takes
+# Three files at a time, in the order of their names: ranks wait for each other for much of their time, and what takes
 # longest comes first. One thread a process, since several of them share the cores.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 format: venv
 	$(BIN)/ruff check --fix .
