@@ -17,7 +17,7 @@ from surgery.config import DDP, FSDP1, FSDP2, Placement
 from tests.helpers.lookup import look_up, require_looked_up
 from tests.helpers.whole_blocks import right_kernels
 
-STEPS = 3
+STEPS = 2
 GLOBAL_BATCH = 12
 LENGTH = 16
 LEARNING_RATE = 0.01
