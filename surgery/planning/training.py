@@ -172,7 +172,7 @@ def _recorded(inventory: Inventory, setting: Setting, training: Training) -> int
     pool = (
         max(loss.total, backward.total + outputs)
         + (shapes - 1) * outputs
-        + _recorded_gradients(setting, shapes) * (adapters_held(inventory, setting))
+        + _recorded_gradients(setting, shapes) * adapters_held(inventory, setting)
     )
     if shapes > 1:
         return pool
