@@ -26,7 +26,6 @@ __all__ = [
 #: Variables by which launchers of MPI say how many processes there are.
 OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
-
 #: What `accelerate launch` sets in a process that it starts alone; the last only where it was asked for several, which
 #: it does not start without GPUs, or mpirun. Others set one or the other of these.
 OF_ACCELERATE = ("ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION", "MASTER_PORT")

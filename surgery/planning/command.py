@@ -104,7 +104,7 @@ def plan(
     kernels: Annotated[str | None, _of_training(help=KERNELS_HELP, metavar="NAMES", show_default=False)] = None,
     cuda_graphs: Annotated[
         bool,
-        _of_training(help="Record steps as CUDA graphs: 8 shapes of batches, the most that are, and a step beside."),
+        _of_training(help="Count steps that are recorded as CUDA graphs, of 8 shapes of batches, the most there are."),
     ] = False,
     adapter: Annotated[
         str | None,
